@@ -1,0 +1,126 @@
+"""Reads a Hugging Face checkpoint: a local folder or a hub id, one named part of its tensors at a time.
+
+Both services must be built from the same checkpoint, so how one is found, identified and read is shared;
+which tensors are read is each service's own choice and neither reads the other's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_SAMPLE_NBYTES = 64 * 1024
+_SAMPLES_PER_FILE = 16
+
+
+class CheckpointError(ValueError):
+    """The folder or hub id is not a usable checkpoint."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on local disk.
+
+    model: the name it was asked for by (hub id, or folder name); revision: hub commit or content fingerprint.
+    """
+
+    folder: Path
+    model: str
+    revision: str
+
+    def json(self, name: str) -> dict[str, Any]:
+        """Contents of a JSON file of the checkpoint; empty where the file is missing."""
+        path = self.folder / name
+        if not path.is_file():
+            return {}
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path} holds {type(content).__name__}, expected a JSON object")
+        return content
+
+    @property
+    def config(self) -> dict[str, Any]:
+        config = self.json("config.json")
+        if "model_type" not in config:
+            raise CheckpointError(f"{self.folder / 'config.json'} is missing or names no model_type")
+        return config
+
+    def tensor_names(self) -> dict[str, Path]:
+        """Every tensor's name and the safetensors file that holds it."""
+        if (self.folder / _INDEX).is_file():
+            weight_map: dict[str, str] = self.json(_INDEX)["weight_map"]
+            for file in set(weight_map.values()):
+                # The index comes with the checkpoint: it may not point outside the folder.
+                if Path(file).name != file:
+                    raise CheckpointError(f"{_INDEX} names {file!r}, which is not a plain file name")
+            return {name: self.folder / file for name, file in weight_map.items()}
+        path = self.folder / _SINGLE
+        if not path.is_file():
+            raise CheckpointError(f"no {_SINGLE} and no {_INDEX} in {self.folder}: only safetensors weights are read")
+        with safe_open(path, framework="pt") as file:
+            return {name: path for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+
+    def read_tensors(self, names: list[str], device: str | torch.device = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields the named tensors in the stored dtype, file by file; nothing else is read.
+
+        Raises:
+            CheckpointError: a name is not in the checkpoint.
+        """
+        files = self.tensor_names()
+        missing = [name for name in names if name not in files]
+        if missing:
+            raise CheckpointError(f"{len(missing)} tensors missing in {self.folder}, first: {missing[:3]}")
+        for path in sorted({files[name] for name in names}):
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                for name in names:
+                    if files[name] == path:
+                        yield name, file.get_tensor(name)
+
+
+def open_checkpoint(model: str, revision: str | None = None, served_model_name: str | None = None) -> Checkpoint:
+    """Finds `model` on local disk or downloads it from the hub.
+
+    Args:
+        model: a folder with config.json, or a hub id such as "Qwen/Qwen3-VL-2B-Instruct".
+        revision: hub branch, tag or commit; not used for folders.
+        served_model_name: name to serve under instead of the hub id or folder name.
+
+    Raises:
+        CheckpointError: neither a checkpoint folder nor a downloadable hub id.
+    """
+    folder = Path(model)
+    if (folder / "config.json").is_file():
+        return Checkpoint(folder, served_model_name or folder.resolve().name, _fingerprint(folder))
+    if folder.exists() or model.startswith((".", "/")):
+        raise CheckpointError(f"{model} has no config.json: give a checkpoint folder or a hub id")
+    try:
+        snapshot = Path(
+            snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+        )
+    except Exception as error:  # the hub client's errors share no base
+        raise CheckpointError(f"could not get {model!r} from the hub: {error}") from error
+    # The hub cache lays snapshots out as .../snapshots/<commit>/.
+    return Checkpoint(snapshot, served_model_name or model, snapshot.name)
+
+
+def _fingerprint(folder: Path) -> str:
+    """SHA-256 over config.json and, of each weights file, name, size and evenly spread samples: fast at any size."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        nbytes = path.stat().st_size
+        digest.update(f"{path.name}:{nbytes}".encode())
+        with path.open("rb") as file:
+            for sample in range(_SAMPLES_PER_FILE):
+                file.seek(max(0, nbytes - _SAMPLE_NBYTES) * sample // (_SAMPLES_PER_FILE - 1))
+                digest.update(file.read(_SAMPLE_NBYTES))
+    return digest.hexdigest()

@@ -1,0 +1,130 @@
+"""Errors both services raise, each with a stable code that survives the wire.
+
+VitrineError
+├── BadRequest                invalid_request
+│   ├── UnknownModel          model_not_found
+│   ├── TooManyItems          too_many_items
+│   ├── PromptTooLong         context_length_exceeded
+│   └── PlaceholderMismatch   placeholder_mismatch
+├── MediaError                invalid_media
+│   ├── MediaNotAllowed       media_not_allowed
+│   ├── MediaNotFound         media_not_found
+│   ├── MediaUnreachable      media_unreachable
+│   ├── MediaTimeout          media_timeout
+│   ├── MediaTooLarge         media_too_large
+│   ├── NotAnImage            not_an_image
+│   ├── NotAVideo             not_a_video
+│   ├── MediaTruncated        media_truncated
+│   └── BadAspectRatio        bad_aspect_ratio
+├── Overloaded                overloaded
+├── EncoderUnavailable        encoder_unavailable
+│   └── EncoderMismatch       encoder_mismatch
+├── TransportUnavailable      transport_unavailable
+├── LeaseExpired              lease_expired
+└── InternalError             internal_error
+"""
+
+from __future__ import annotations
+
+
+class VitrineError(Exception):
+    """Base of all errors that a caller may see. The message says what was wrong, with the values, and what to do."""
+
+    code = "internal_error"
+
+
+class BadRequest(VitrineError):
+    code = "invalid_request"
+
+
+class UnknownModel(BadRequest):
+    code = "model_not_found"
+
+
+class TooManyItems(BadRequest):
+    code = "too_many_items"
+
+
+class PromptTooLong(BadRequest):
+    code = "context_length_exceeded"
+
+
+class PlaceholderMismatch(BadRequest):
+    code = "placeholder_mismatch"
+
+
+class MediaError(VitrineError):
+    code = "invalid_media"
+
+
+class MediaNotAllowed(MediaError):
+    code = "media_not_allowed"
+
+
+class MediaNotFound(MediaError):
+    code = "media_not_found"
+
+
+class MediaUnreachable(MediaError):
+    code = "media_unreachable"
+
+
+class MediaTimeout(MediaError):
+    code = "media_timeout"
+
+
+class MediaTooLarge(MediaError):
+    code = "media_too_large"
+
+
+class NotAnImage(MediaError):
+    code = "not_an_image"
+
+
+class NotAVideo(MediaError):
+    code = "not_a_video"
+
+
+class MediaTruncated(MediaError):
+    code = "media_truncated"
+
+
+class BadAspectRatio(MediaError):
+    code = "bad_aspect_ratio"
+
+
+class Overloaded(VitrineError):
+    code = "overloaded"
+
+
+class EncoderUnavailable(VitrineError):
+    code = "encoder_unavailable"
+
+
+class EncoderMismatch(EncoderUnavailable):
+    code = "encoder_mismatch"
+
+
+class TransportUnavailable(VitrineError):
+    code = "transport_unavailable"
+
+
+class LeaseExpired(VitrineError):
+    code = "lease_expired"
+
+
+class InternalError(VitrineError):
+    code = "internal_error"
+
+
+def _subclasses(base: type[VitrineError]) -> list[type[VitrineError]]:
+    return [base, *(leaf for child in base.__subclasses__() for leaf in _subclasses(child))]
+
+
+_BY_CODE = {error.code: error for error in _subclasses(VitrineError)}
+
+
+def error_from_code(code: str, message: str) -> VitrineError:
+    """The error a peer named by `code`; an unknown code becomes InternalError and is kept in the message."""
+    error = _BY_CODE.get(code)
+    return error(message) if error else InternalError(f"{code}: {message}")

@@ -1,0 +1,86 @@
+"""What the frontends hand to the engine and what comes back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens.
+
+    temperature 0 is greedy; top_k 0 keeps all tokens; max_tokens None means what the context leaves.
+    logprobs: None for none, 0 for the sampled token's, n for also the n most probable (20 at most).
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop_token_ids: frozenset[int] = frozenset()
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class MediaSpan:
+    """A run of placeholder positions that take consecutive rows of one media item.
+
+    start: index of the first position in the prompt; length: positions; first_row: row of the item that goes to `start`.
+    An image is one span; a Qwen3-VL video is one span a temporal patch (timestamps stand between them).
+    """
+
+    item_index: int
+    start: int
+    length: int
+    first_row: int
+
+
+@dataclass(frozen=True)
+class ExpandedPrompt:
+    """The whole prompt, once every media item has a layout.
+
+    token_ids: N ids, media positions hold the placeholder id.
+    positions_3N: M-RoPE positions (t, h, w), int64 on the CPU.
+    next_position: M-RoPE position of the first generated token (all three axes).
+    spans: in order of `start`.
+    """
+
+    token_ids: list[int]
+    positions_3N: torch.Tensor
+    next_position: int
+    spans: tuple[MediaSpan, ...] = ()
+
+    @property
+    def num_media_tokens(self) -> int:
+        return sum(span.length for span in self.spans)
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logarithms of probabilities before temperature, top-p and top-k; `top` most probable first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenOutput:
+    """One generated token. `finish_reason` is set on the last: "stop" (a stop token, included here) or "length"."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None
+    finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class EngineTimings:
+    """Milliseconds this request spent in the engine; `ttft_ms` counts from submit to the first token."""
+
+    land_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+    ttft_ms: float = 0.0
