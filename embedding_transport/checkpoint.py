@@ -68,7 +68,7 @@ class Checkpoint:
         if not path.is_file():
             raise CheckpointError(f"no {_SINGLE} and no {_INDEX} in {self.folder}: only safetensors weights are read")
         with safe_open(path, framework="pt") as file:
-            return {name: path for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            return dict.fromkeys(file.keys(), path)
 
     def read_tensors(self, names: list[str], device: str | torch.device = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
         """Yields the named tensors in the stored dtype, file by file; nothing else is read.

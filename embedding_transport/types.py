@@ -103,7 +103,7 @@ class EmbeddingRows(Protocol):
 
         Args:
             main_TD: destination of the main embedding, [T, out_hidden_size], any strides over T.
-            deepstack_NTD: destination of the deepstack layers, [num_deepstack, T, out_hidden_size]; None without deepstack.
+            deepstack_NTD: destination of the deepstack layers, [num_deepstack, T, out_hidden_size], or None.
             first_row: first row of this item to copy.
 
         Raises:

@@ -1,0 +1,91 @@
+# Every target does its own set-up into .venv; nothing is installed outside this folder.
+# The machine needs make and Python 3.11 or newer with venv (Debian: apt-get install make python3 python3-venv).
+#
+#   MODEL=folder or hub id         checkpoint for run and serve; default: a small random one made on the spot
+#   IMAGE=file  PROMPT=text        what run asks; default: a picture drawn on the spot
+#   PORT=8000                      HTTP port of serve
+#   PYTHON=python3.12              interpreter to make .venv with
+#   TORCH_INDEX_URL=url            pip index for torch alone, e.g. PyTorch's CPU wheels: without an NVIDIA GPU they
+#                                  save several GB, as the usual Linux wheel brings CUDA with it
+
+PYTHON ?= python3
+PORT ?= 8000
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# With a working NVIDIA driver the GPU extra comes too; torch's own default for Linux is already its CUDA build.
+comma := ,
+GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu)
+LAUNCH = $(BIN)/python -m deploy.launcher
+LAUNCH_ARGS = $(if $(MODEL),--model "$(MODEL)") $(if $(IMAGE),--image "$(IMAGE)") $(if $(PROMPT),--prompt "$(PROMPT)")
+
+PACKAGES := protos embedding_transport encoder_service llm_worker deploy benchmarks
+# Ruff bans these, too, but its bans can be silenced.
+UNSAFE := '^[^\#]*((import|from) +(c?[Pp]ickle|dill|cloudpickle|shelve|marshal)\b|torch\.load\(|allow_pickle *= *True)'
+
+.DEFAULT_GOAL := help
+.PHONY: help run serve test lint format protos protos-check clean
+
+help:  ## Show the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@sed -n '/^#   /s/^#//p' Makefile
+
+run: $(VENV)/.run-ready  ## Start an encoder and an LLM worker, ask about a picture, print answer and timings, stop
+	@$(LAUNCH) run $(LAUNCH_ARGS)
+
+serve: $(VENV)/.run-ready  ## The same services, staying up with an OpenAI endpoint on PORT
+	@$(LAUNCH) serve --port $(PORT) $(if $(MODEL),--model "$(MODEL)")
+
+test: $(VENV)/.dev-ready  ## Run all tests (TESTS=path for some of them)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
+
+lint: $(VENV)/.dev-ready protos-check  ## Style, types, import contracts, stubs up to date
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	@! grep -rnE $(UNSAFE) --include=*.py $(PACKAGES) tests || { echo "no unpickling, not even with a noqa" >&2; exit 1; }
+
+format: $(VENV)/.dev-ready  ## Let ruff fix and format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+protos: $(VENV)/protos/.ready  ## Regenerate the stubs in protos/
+	@$(VENV)/protos/bin/python protos/generate.py
+
+protos-check: $(VENV)/protos/.ready  ## Fail if the stubs in protos/ are not what the .proto files give
+	@$(VENV)/protos/bin/python protos/generate.py --check
+
+clean:  ## Remove .venv and all caches
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.venv-ready:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Vitrine needs Python 3.11 or newer; $(PYTHON) is: $$($(PYTHON) --version 2>&1). Set PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "$(PYTHON) has no venv module: on Debian or Ubuntu, apt-get install python3-venv" >&2; exit 1; }
+	@echo "making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.torch-ready: $(VENV)/.venv-ready constraints.txt
+	@echo "installing torch (the largest download)"
+	@$(PIP) torch $(if $(TORCH_INDEX_URL),--index-url "$(TORCH_INDEX_URL)")
+	@touch $@
+
+$(VENV)/.run-ready: $(VENV)/.torch-ready pyproject.toml constraints.txt
+	@echo "installing vitrine and its dependencies"
+	@$(PIP) --editable '.$(GPU:%=[%])'
+	@touch $@
+
+$(VENV)/.dev-ready: $(VENV)/.torch-ready pyproject.toml constraints.txt
+	@echo "installing vitrine, its dependencies and the development tools"
+	@$(PIP) --editable '.[dev$(GPU:%=$(comma)%)]'
+	@touch $@ $(VENV)/.run-ready
+
+$(VENV)/protos/.ready: $(VENV)/.venv-ready protos/requirements.txt
+	@echo "installing the stub generator"
+	@$(PYTHON) -m venv $(VENV)/protos
+	@$(VENV)/protos/bin/pip install --quiet --disable-pip-version-check --requirement protos/requirements.txt
+	@touch $@

@@ -1,0 +1,118 @@
+"""`vitrine run` and `vitrine serve`: the whole system on one machine, one encoder and one LLM worker."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from deploy.launcher.ask import AskFailed, ask
+from deploy.launcher.default_model import default_model
+from deploy.launcher.picture import DRAWN_PICTURE, picture_url
+from deploy.launcher.process import ChildFailed
+from deploy.launcher.report import stage_table
+from deploy.launcher.stack import Stack
+
+_PROMPT = "What shapes and colors are in this picture?"
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return asyncio.run(_interruptible(options))
+    except (ChildFailed, AskFailed, ValueError) as error:
+        print(f"vitrine: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vitrine", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="ask one question about a picture, print answer and timings, stop")
+    serve = commands.add_parser("serve", help="stay up with an OpenAI endpoint until Ctrl-C")
+    for command in (run, serve):
+        command.add_argument("--model", help="checkpoint folder or hub id; default: a small one with random weights")
+    run.add_argument("--image", help="file or http(s) address; default: a picture drawn on the spot")
+    run.add_argument("--prompt", default=_PROMPT, help="question about the picture; default: %(default)s")
+    run.add_argument("--max-tokens", type=int, default=64, help="longest answer, in tokens; default: %(default)s")
+    serve.add_argument("--port", type=int, default=8000, help="HTTP port; default: %(default)s")
+    return parser
+
+
+async def _interruptible(options: argparse.Namespace) -> int:
+    """Runs the command as a task that SIGINT and SIGTERM cancel, so that the services are stopped on every way out."""
+    command = asyncio.create_task(_run(options) if options.command == "run" else _serve(options))
+    loop = asyncio.get_running_loop()
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signal_number, command.cancel)
+    try:
+        await command
+    except asyncio.CancelledError:
+        _say("stopped")
+        return 0 if options.command == "serve" else _INTERRUPTED
+    return 0
+
+
+async def _run(options: argparse.Namespace) -> None:
+    url = picture_url(options.image)
+    async with Stack.running(_model(options.model)) as stack:
+        await _wait_ready(stack)
+        _say(f"picture: {options.image or DRAWN_PICTURE}")
+        _say(f"question: {options.prompt}")
+        print("\nanswer: ", end="", flush=True)
+        asking = ask(stack.base_url, url, options.prompt, max_tokens=options.max_tokens, show=_show_piece)
+        answer = await stack.unless_failed(asking)
+        print(f"\n\n{stage_table(answer)}\n", flush=True)
+        _say("stopping the services")
+
+
+async def _serve(options: argparse.Namespace) -> None:
+    async with Stack.running(_model(options.model), options.port) as stack:
+        await _wait_ready(stack)
+        _say(f"OpenAI endpoint: {stack.base_url}/v1   (Ctrl-C stops it)")
+        print(_CURL_EXAMPLE.format(base_url=stack.base_url), flush=True)
+        await stack.unless_failed(asyncio.Event().wait())
+
+
+_CURL_EXAMPLE = """
+  curl -sN {base_url}/v1/chat/completions -H 'content-type: application/json' -d '{{
+    "stream": true, "max_tokens": 64,
+    "messages": [{{"role": "user", "content": [
+      {{"type": "image_url", "image_url": {{"url": "https://example.com/picture.jpg"}}}},
+      {{"type": "text", "text": "What is in this picture?"}}]}}]}}'
+"""
+
+
+def _model(model: str | None) -> str | Path:
+    if model:
+        return model
+    start = time.perf_counter()
+    folder = default_model()
+    _say(f"no MODEL given: using a small one with random weights, {folder} ({time.perf_counter() - start:.1f} s)")
+    _say("the path is the real one, but random weights have learnt nothing: the answer is noise")
+    return folder
+
+
+async def _wait_ready(stack: Stack) -> None:
+    start = time.perf_counter()
+    _say("starting the encoder and the LLM worker")
+    await stack.wait_ready()
+    _say(f"ready after {time.perf_counter() - start:.1f} s")
+
+
+def _show_piece(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _say(message: str) -> None:
+    print(f"vitrine: {message}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""Asks one question about one picture over the OpenAI HTTP endpoint, as any client would."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10)
+
+
+class AskFailed(RuntimeError):
+    """The worker answered with an error."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How one streamed answer went.
+
+    timings_ms: the worker's own account by stage, in milliseconds; ttft_ms and total_ms are the client's clock.
+    """
+
+    text: str
+    finish_reason: str | None
+    usage: dict[str, int]
+    timings_ms: dict[str, float]
+    ttft_ms: float
+    total_ms: float
+
+
+async def ask(base_url: str, picture_url: str, prompt: str, *, max_tokens: int, show: Callable[[str], None]) -> Answer:
+    """Streams the answer, handing every piece of text to `show` as it arrives.
+
+    Raises:
+        AskFailed: with the worker's own message.
+    """
+    content = [{"type": "image_url", "image_url": {"url": picture_url}}, {"type": "text", "text": prompt}]
+    body = {
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    text, finish_reason, ttft_ms = "", None, 0.0
+    usage: dict[str, int] = {}
+    timings_ms: dict[str, float] = {}
+    async with aiohttp.ClientSession(timeout=_TIMEOUT) as session:
+        body["model"] = await _served_model(session, base_url)
+        start = time.perf_counter()
+        async with session.post(f"{base_url}/v1/chat/completions", json=body) as response:
+            if response.status != 200:
+                raise AskFailed(f"HTTP {response.status}: {await response.text()}")
+            async for chunk in _events(response):
+                if "error" in chunk:
+                    raise AskFailed(str(chunk["error"].get("message", chunk["error"])))
+                for choice in chunk.get("choices", []):
+                    piece = choice.get("delta", {}).get("content") or ""
+                    if piece:
+                        ttft_ms = ttft_ms or _ms_since(start)
+                        text += piece
+                        show(piece)
+                    finish_reason = choice.get("finish_reason") or finish_reason
+                usage = chunk.get("usage") or usage
+                timings_ms = chunk.get("timings") or timings_ms
+        return Answer(text, finish_reason, usage, timings_ms, ttft_ms, _ms_since(start))
+
+
+async def _served_model(session: aiohttp.ClientSession, base_url: str) -> str:
+    async with session.get(f"{base_url}/v1/models") as response:
+        response.raise_for_status()
+        return str((await response.json())["data"][0]["id"])
+
+
+async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+    """The JSON objects of a server-sent event stream, up to [DONE]."""
+    async for line in response.content:
+        if line.startswith(b"data: "):
+            data = line.removeprefix(b"data: ").strip()
+            if data == b"[DONE]":
+                return
+            yield json.loads(data)
+
+
+def _ms_since(start: float) -> float:
+    return (time.perf_counter() - start) * 1000

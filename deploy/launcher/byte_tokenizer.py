@@ -1,0 +1,74 @@
+"""The random checkpoints' tokenizer: one token a byte, the Qwen special tokens and a short ChatML template."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+_NUM_BYTES = 256
+_SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+SPECIAL_TOKEN_IDS = {token: _NUM_BYTES + index for index, token in enumerate(_SPECIAL_TOKENS)}
+
+_CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{- '<|im_start|>' + message.role + '\\n' -}}
+{%- if message.content is string -%}
+{{- message.content -}}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type in ('image', 'image_url') -%}
+{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+{%- elif part.type in ('video', 'video_url') -%}
+{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
+{%- elif part.type == 'text' -%}
+{{- part.text -}}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+
+
+def printable_token_ids() -> list[int]:
+    """Ids of newline and the printable ASCII characters."""
+    vocab = _byte_vocab()
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    # A single ASCII character comes back as the one letter that stands for its byte.
+    return [vocab[byte_level.pre_tokenize_str(char)[0][0]] for char in ["\n", *map(chr, range(32, 127))]]
+
+
+def save_byte_tokenizer(folder: Path) -> None:
+    """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, loadable by AutoTokenizer."""
+    tokenizer = Tokenizer(models.BPE(vocab=_byte_vocab(), merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIAL_TOKENS])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "model_max_length": 8192,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(_CHAT_TEMPLATE, encoding="utf-8")
+
+
+def _byte_vocab() -> dict[str, int]:
+    return {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}

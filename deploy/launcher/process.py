@@ -1,0 +1,82 @@
+"""A service run as a child process: its output prefixed with its name, its life bound to ours."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+_PR_SET_PDEATHSIG = 1
+_LINE_LIMIT_BYTES = 1024 * 1024
+
+
+class ChildFailed(RuntimeError):
+    """A service ended although nobody asked it to, or did not get ready in time."""
+
+
+class Child:
+    """One running service. Make it with `start`; always `stop` it."""
+
+    def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
+        self.name = name
+        self._process = process
+        self._output = asyncio.create_task(self._print_output())
+
+    @classmethod
+    async def start(cls, name: str, arguments: Sequence[str]) -> Child:
+        """Starts `python -m arguments...` in our process group, with the interpreter we run in."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            *arguments,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            limit=_LINE_LIMIT_BYTES,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            preexec_fn=_die_with_parent(),
+        )
+        return cls(name, process)
+
+    async def failed(self) -> ChildFailed:
+        """Waits until the service ends by itself and says so."""
+        code = await self._process.wait()
+        await self._output
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return ChildFailed(f"{self.name} {how}: its last lines above say why")
+
+    async def stop(self, grace_s: float) -> None:
+        """Asks the service to end, and after `grace_s` seconds ends it. Does nothing if it has ended."""
+        if self._process.returncode is None:
+            self._process.terminate()
+            try:
+                await asyncio.wait_for(self._process.wait(), grace_s)
+            except TimeoutError:
+                print(f"vitrine: {self.name} did not stop within {grace_s:g} s, killing it", flush=True)
+                self._process.kill()
+                await self._process.wait()
+        await self._output
+
+    async def _print_output(self) -> None:
+        assert self._process.stdout is not None
+        async for line in self._process.stdout:
+            print(f"[{self.name}] {line.decode(errors='replace').rstrip()}", flush=True)
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """What the child runs between fork and exec, so that it gets SIGTERM even when we are killed with SIGKILL."""
+    if sys.platform != "linux":
+        return None
+    # Loaded here, in the parent: between fork and exec only the call itself is safe.
+    prctl = ctypes.CDLL(None).prctl
+    parent = os.getpid()
+
+    def bind_to_parent() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # the parent died in between and the signal will never come
+            os._exit(1)
+
+    return bind_to_parent

@@ -1,0 +1,234 @@
+"""Seeded random checkpoints of the true architectures at small dims, laid out on disk as released ones are.
+
+They let every test and the laptop run work without a download. The weights are drawn at scales that keep activations
+lively, so another picture or prompt gives another greedy answer; the answers themselves are noise.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from transformers import (
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+)
+
+from deploy.launcher.byte_tokenizer import SPECIAL_TOKEN_IDS, printable_token_ids, save_byte_tokenizer
+
+Family = Literal["qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl"]
+
+_MODEL_CLASSES: dict[Family, type[PreTrainedModel]] = {
+    "qwen3_vl": Qwen3VLForConditionalGeneration,
+    "qwen3_vl_moe": Qwen3VLMoeForConditionalGeneration,
+    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+}
+_PROCESSOR_NAMES: dict[Family, str] = {
+    "qwen3_vl": "Qwen3VL",
+    "qwen3_vl_moe": "Qwen3VL",
+    "qwen2_5_vl": "Qwen2_5_VL",
+}
+
+_VOCAB_SIZE = 304
+_MIN_PIXELS = 64 * 64
+_MAX_PIXELS = 512 * 512
+_MAX_VIDEO_PIXELS = 16 * 128 * 128
+_LOGITS_STD = 6.0
+# Released checkpoints use millions, with 128 dims a head. With so few dims here that would leave most of them, and
+# with them whole M-RoPE axes, without any effect on the tokens.
+_ROPE_THETA = 300.0
+
+
+def small_config(family: Family) -> PretrainedConfig:
+    """The family's architecture with every feature in place and dims small enough for a test.
+
+    Args:
+        family: which architecture; Qwen3-VL ones take deepstack after vision layers 1, 2 and 3.
+
+    Raises:
+        ValueError: `family` is none of `Family`.
+    """
+    special_ids = {
+        "image_token_id": SPECIAL_TOKEN_IDS["<|image_pad|>"],
+        "video_token_id": SPECIAL_TOKEN_IDS["<|video_pad|>"],
+        "vision_start_token_id": SPECIAL_TOKEN_IDS["<|vision_start|>"],
+        "vision_end_token_id": SPECIAL_TOKEN_IDS["<|vision_end|>"],
+    }
+    text: dict[str, Any] = {
+        "vocab_size": _VOCAB_SIZE,
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 8192,
+        "bos_token_id": SPECIAL_TOKEN_IDS["<|endoftext|>"],
+        "eos_token_id": SPECIAL_TOKEN_IDS["<|im_end|>"],
+        "tie_word_embeddings": False,
+    }
+    qwen3_text = text | {
+        "head_dim": 24,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": _ROPE_THETA,
+            "mrope_section": [6, 3, 3],
+            "mrope_interleaved": True,
+        },
+    }
+    qwen3_vision = {
+        "depth": 5,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 4,
+        "patch_size": 16,
+        "out_hidden_size": 96,
+        "num_position_embeddings": 144,
+        "deepstack_visual_indexes": [1, 2, 3],
+    }
+    if family == "qwen3_vl":
+        return Qwen3VLConfig(text_config=qwen3_text, vision_config=qwen3_vision, **special_ids)
+    if family == "qwen3_vl_moe":
+        experts = {
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [2],  # no released checkpoint has dense layers, but the architecture allows them
+        }
+        return Qwen3VLMoeConfig(text_config=qwen3_text | experts, vision_config=qwen3_vision, **special_ids)
+    if family == "qwen2_5_vl":
+        qwen2_5_text = text | {
+            "rope_parameters": {"rope_type": "default", "rope_theta": _ROPE_THETA, "mrope_section": [2, 3, 3]}
+        }
+        qwen2_5_vision = {
+            "depth": 4,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 4,
+            "patch_size": 14,
+            "window_size": 112,
+            "fullatt_block_indexes": [1, 3],
+            "tokens_per_second": 2,
+            "out_hidden_size": 96,
+        }
+        return Qwen2_5_VLConfig(text_config=qwen2_5_text, vision_config=qwen2_5_vision, **special_ids)
+    raise ValueError(f"unknown family {family!r}: expected one of {get_args(Family)}")
+
+
+def save_random_checkpoint(
+    folder: Path,
+    family: Family,
+    *,
+    seed: int = 0,
+    config: PretrainedConfig | None = None,
+    max_shard_size: str | None = None,
+) -> Path:
+    """Writes a complete checkpoint: config, safetensors, generation, processor and tokenizer files.
+
+    Args:
+        folder: made if missing; files of an earlier call are overwritten.
+        seed: of the weights; equal seeds and configs give equal files.
+        config: instead of `small_config(family)`; its special token ids must be those of the byte tokenizer.
+        max_shard_size: such as "200KB", to get several safetensors files and an index.
+
+    Returns:
+        `folder`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = config if config is not None else small_config(family)
+    model = _MODEL_CLASSES[family]._from_config(config, dtype=torch.float32)
+    _draw_weights(model, torch.Generator().manual_seed(seed))
+    model.generation_config = GenerationConfig(
+        bos_token_id=SPECIAL_TOKEN_IDS["<|endoftext|>"],
+        pad_token_id=SPECIAL_TOKEN_IDS["<|endoftext|>"],
+        eos_token_id=[SPECIAL_TOKEN_IDS["<|im_end|>"], SPECIAL_TOKEN_IDS["<|endoftext|>"]],
+    )
+    model.save_pretrained(folder, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
+    _write_processor_configs(folder, family, config)
+    save_byte_tokenizer(folder)
+    return folder
+
+
+@torch.no_grad()
+def _draw_weights(model: PreTrainedModel, generator: torch.Generator) -> None:
+    """Overwrites every parameter so that the residual stream keeps unit scale and attention is not uniform."""
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("bias"):
+            parameter.copy_(0.1 * noise)
+        elif parameter.ndim == 1:
+            # Attention logits are as wide as the product of these two gains: 1 would leave them near uniform.
+            gain = 1.6 if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0
+            parameter.copy_(gain * (1.0 + 0.1 * noise))
+        elif name.endswith(("embed_tokens.weight", "pos_embed.weight")):
+            parameter.copy_(noise)
+        elif name.endswith("lm_head.weight"):
+            parameter.copy_(noise * _LOGITS_STD / parameter.shape[-1] ** 0.5)
+        else:
+            parameter.copy_(noise * _gain(name) / _fan_in(parameter) ** 0.5)
+    if not model.config.tie_word_embeddings:
+        # A zero row has logit 0, far below the best of the others: only printable text comes out, and no early stop.
+        head = model.get_output_embeddings().weight
+        unprintable = torch.ones(head.shape[0], dtype=torch.bool)
+        unprintable[printable_token_ids()] = False
+        head[unprintable] = 0.0
+
+
+def _gain(name: str) -> float:
+    # Patch pixels of flat pictures lie close together; a larger first step keeps pictures apart.
+    return 2.0 if "patch_embed" in name else 1.3
+
+
+def _fan_in(parameter: torch.Tensor) -> int:
+    if parameter.ndim == 3:  # experts, [num_experts, out, in]
+        return parameter.shape[-1]
+    return parameter[0].numel()
+
+
+def _write_processor_configs(folder: Path, family: Family, config: PretrainedConfig) -> None:
+    """Fields and names as the released checkpoints of the family write them, with limits that keep pictures small."""
+    vision = config.vision_config
+    name = _PROCESSOR_NAMES[family]
+    shared: dict[str, Any] = {
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.spatial_merge_size,
+        "processor_class": f"{name}Processor",
+    }
+    if family == "qwen2_5_vl":
+        shared |= {
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+        }
+        image = {"min_pixels": _MIN_PIXELS, "max_pixels": _MAX_PIXELS, "image_processor_type": "Qwen2VLImageProcessor"}
+        video = {
+            "min_pixels": _MIN_PIXELS,
+            "max_pixels": 128 * 128,
+            "video_processor_type": "Qwen2VLVideoProcessor",
+        }
+    else:
+        shared |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+        image = {
+            "size": {"shortest_edge": _MIN_PIXELS, "longest_edge": _MAX_PIXELS},
+            "image_processor_type": "Qwen2VLImageProcessorFast",
+        }
+        video = {
+            # Over all frames together, unlike the picture's.
+            "size": {"shortest_edge": _MIN_PIXELS, "longest_edge": _MAX_VIDEO_PIXELS},
+            "video_processor_type": "Qwen3VLVideoProcessor",
+        }
+    _write_json(folder / "preprocessor_config.json", shared | image)
+    _write_json(folder / "video_preprocessor_config.json", shared | video)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

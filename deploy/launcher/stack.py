@@ -1,0 +1,100 @@
+"""One encoder and one LLM worker on this machine, as separate processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import aiohttp
+
+from deploy.launcher.process import Child
+
+_HOST = "127.0.0.1"
+_POLL_INTERVAL_S = 0.1
+_STOP_GRACE_S = 10.0
+
+T = TypeVar("T")
+
+
+class Stack:
+    """The running services. Make it with `running`."""
+
+    def __init__(self, base_url: str, children: list[Child]) -> None:
+        self.base_url = base_url
+        self._children = children
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def running(cls, model: str | Path, port: int | None = None) -> AsyncIterator[Stack]:
+        """Starts both services at once and stops them at the end, whatever happens in between.
+
+        Args:
+            model: checkpoint folder or hub id.
+            port: HTTP port of the LLM worker; None for a free one.
+        """
+        encoder_port, grpc_port, http_port = _free_ports(3)
+        http_port = port if port is not None else http_port
+        children: list[Child] = []
+        try:
+            encoder = ["encoder_service", "--model", str(model), "--port", str(encoder_port)]
+            children.append(await Child.start("encoder", encoder))
+            worker = ["llm_worker", "--model", str(model), "--encoders", f"{_HOST}:{encoder_port}"]
+            ports = ["--port", str(http_port), "--grpc-port", str(grpc_port)]
+            children.append(await Child.start("llm", worker + ports))
+            yield cls(f"http://{_HOST}:{http_port}", children)
+        finally:
+            # The worker first: it gives its leases back while the encoder still listens.
+            for child in reversed(children):
+                await child.stop(_STOP_GRACE_S)
+
+    async def wait_ready(self) -> None:
+        """Returns once the worker has loaded and is connected to the encoder.
+
+        There is no time limit: a large checkpoint may still be on its way from the hub.
+
+        Raises:
+            ChildFailed: a service ended instead.
+        """
+        await self.unless_failed(self._poll_ready())
+
+    async def unless_failed(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, given up as soon as a service ends by itself.
+
+        Raises:
+            ChildFailed: names the service that ended.
+        """
+        working = asyncio.create_task(work)
+        failures = [asyncio.create_task(child.failed()) for child in self._children]
+        try:
+            await asyncio.wait([working, *failures], return_when=asyncio.FIRST_COMPLETED)
+            for failure in failures:
+                # The death of a service explains an error of the work, not the other way round.
+                if failure.done():
+                    raise failure.result()
+            return await working
+        finally:
+            for task in (working, *failures):
+                task.cancel()
+            await asyncio.gather(working, *failures, return_exceptions=True)
+
+    async def _poll_ready(self) -> None:
+        async with aiohttp.ClientSession() as session:
+            while True:
+                with contextlib.suppress(aiohttp.ClientConnectionError):
+                    async with session.get(f"{self.base_url}/ready") as response:
+                        if response.status == 200:
+                            return
+                await asyncio.sleep(_POLL_INTERVAL_S)
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        # All open at once, so that no port is handed out twice.
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind((_HOST, 0))
+        return [int(one.getsockname()[1]) for one in sockets]

@@ -1,0 +1,328 @@
+"""The client of an encoder fleet: picks an encoder for a request, takes the rows in, goes on elsewhere if it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import time
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from embedding_transport.chunk_codec import ChunkView
+from embedding_transport.encoder_peer import Connection, EncoderPeer, TransportChoice
+from embedding_transport.encoder_rpc import encode_method
+from embedding_transport.errors import EncoderUnavailable, InternalError, error_from_code
+from embedding_transport.grpc_status import error_from_rpc
+from embedding_transport.received_rows import ChunkAssembly, HostBufferPool, LeasedRows
+from embedding_transport.types import (
+    DTYPES,
+    EncodeEvent,
+    Layout,
+    LayoutEvent,
+    MediaItem,
+    ModelIdentity,
+    RowsEvent,
+)
+from embedding_transport.wire import item_to_proto, layout_from_proto, timings_from_proto
+from protos.encoder.v1 import encoder_pb2
+
+# No encoder takes more than this multiple of the mean load (Mirrokni et al., "Consistent Hashing with Bounded Loads").
+_LOAD_BOUND = 1.25
+
+
+@dataclass(frozen=True)
+class EncoderStatus:
+    """One encoder as of now; `error` says why it is not ready."""
+
+    address: str
+    ready: bool
+    transport: str | None
+    in_flight: int
+    error: str | None
+
+
+@dataclass
+class ClientStats:
+    """Since the start: requests, retries on another encoder, connections fallen back to bytes, bytes by transport."""
+
+    requests: int
+    retries: int
+    fallbacks: int
+    received_nbytes: dict[str, int]
+
+
+class EncoderClient:
+    """Encodes media on one of several encoders. Make and use it on one event loop.
+
+    Args:
+        addresses: "host:port" of every encoder.
+        expected: what the encoders must serve; None takes any.
+        transport: "auto", or one transport and no other.
+        shm_folder: shared-memory folder, the same as the encoders'.
+        connect_timeout_s: for Describe and for the negotiation, each.
+        encode_timeout_s: for one request on one encoder.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        expected: ModelIdentity | None,
+        *,
+        transport: TransportChoice = "auto",
+        shm_folder: Path = Path("/dev/shm"),
+        connect_timeout_s: float = 5.0,
+        encode_timeout_s: float = 300.0,
+    ) -> None:
+        if not addresses:
+            raise ValueError("an EncoderClient needs at least one encoder address")
+        self._peers = [EncoderPeer(each, expected, transport, shm_folder, connect_timeout_s) for each in addresses]
+        self._encode_timeout_s = encode_timeout_s
+        self._buffers = HostBufferPool()
+        self._changed = asyncio.Event()
+        self._num_requests = 0
+        self._num_retries = 0
+        self._received_nbytes = {"shm": 0, "grpc": 0}
+
+    async def start(self) -> None:
+        """Begins to connect to every encoder and waits for the first attempt of each.
+
+        Raises:
+            EncoderMismatch, TransportUnavailable: an encoder that answers cannot be used.
+        """
+        for peer in self._peers:
+            peer.start(self._changed.set)
+        for peer in self._peers:
+            await peer.attempted.wait()
+        for peer in self._peers:
+            if peer.connection is None and type(peer.error) is not EncoderUnavailable:
+                raise peer.error
+
+    async def close(self) -> None:
+        """Gives back what is released and disconnects."""
+        await asyncio.gather(*(peer.close() for peer in self._peers))
+
+    @property
+    def ready(self) -> bool:
+        """Whether any encoder is connected."""
+        return any(peer.connection is not None for peer in self._peers)
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """
+        Raises:
+            EncoderUnavailable: no encoder got connected within `timeout_s` seconds.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not self.ready:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            raise self._unavailable() from None
+
+    def status(self) -> list[EncoderStatus]:
+        return [
+            EncoderStatus(
+                address=peer.address,
+                ready=peer.connection is not None,
+                transport=peer.connection.transport if peer.connection else None,
+                in_flight=peer.in_flight,
+                error=None if peer.connection else str(peer.error),
+            )
+            for peer in self._peers
+        ]
+
+    def stats(self) -> ClientStats:
+        fallbacks = sum(peer.num_fallbacks for peer in self._peers)
+        return ClientStats(self._num_requests, self._num_retries, fallbacks, dict(self._received_nbytes))
+
+    async def encode(self, items: Sequence[MediaItem], request_id: str) -> AsyncGenerator[EncodeEvent]:
+        """Encodes the items of one request; yields a LayoutEvent and a RowsEvent for each, as they get there.
+
+        The caller owns the rows it was given. Rows it was not given are released when the iteration ends or is closed.
+        If an encoder dies, what is missing is encoded on another one.
+
+        Raises:
+            EncoderUnavailable: no encoder is left.
+            VitrineError: the error of the first item that failed.
+        """
+        self._num_requests += 1
+        pending = dict(enumerate(items))
+        layouts: dict[int, Layout] = {}
+        tried: set[str] = set()
+        while pending:
+            peer = self._pick(pending.values(), tried)
+            if peer is None:
+                raise self._unavailable()
+            if tried:
+                self._num_retries += 1
+            tried.add(peer.address)
+            peer.in_flight += 1
+            try:
+                async with aclosing(self._encode_on(peer, pending, request_id)) as events:
+                    async for event in events:
+                        if isinstance(event, RowsEvent):
+                            del pending[event.item_index]
+                        elif _is_repeated(event, layouts):
+                            continue
+                        yield event
+            except _EncoderLost as lost:
+                peer.error = EncoderUnavailable(f"encoder {peer.address} was lost: {lost}")
+            finally:
+                peer.in_flight -= 1
+
+    def _pick(self, items: Iterable[MediaItem], tried: set[str]) -> EncoderPeer | None:
+        """The connected encoder with the highest rendezvous score for the items, among those with load to spare."""
+        usable = [peer for peer in self._peers if peer.connection is not None and peer.address not in tried]
+        if not usable:
+            return None
+        bound = math.ceil(_LOAD_BOUND * (sum(peer.in_flight for peer in usable) + 1) / len(usable))
+        with_room = [peer for peer in usable if peer.in_flight < bound]
+        key = _content_key(items)
+        return max(with_room, key=lambda peer: hashlib.sha256(key + peer.address.encode()).digest())
+
+    async def _encode_on(
+        self, peer: EncoderPeer, pending: dict[int, MediaItem], request_id: str
+    ) -> AsyncGenerator[EncodeEvent]:
+        connection = peer.connection
+        assert connection is not None
+        indices = sorted(pending)
+        request = encoder_pb2.EncodeRequest(
+            request_id=request_id,
+            session_id=connection.session_id,
+            items=[item_to_proto(pending[index]) for index in indices],
+        )
+        receiver = _Receiver(peer, connection, [pending[index] for index in indices], self._buffers)
+        call = encode_method(connection.channel)(request, timeout=self._encode_timeout_s)
+        try:
+            async for response in call:
+                for event in receiver.take(response):
+                    if isinstance(event, RowsEvent):
+                        self._received_nbytes[connection.transport] += event.rows.num_tokens * (
+                            connection.identity.row_nbytes
+                        )
+                        yield RowsEvent(indices[event.item_index], event.rows)
+                    else:
+                        yield LayoutEvent(indices[event.item_index], event.layout)
+            if receiver.num_missing:
+                raise _EncoderLost(f"it ended the stream with {receiver.num_missing} items missing")
+        except grpc.aio.AioRpcError as error:
+            named = error_from_rpc(error)
+            if named is not None:
+                raise named from error
+            raise _EncoderLost(f"{error.code().name} {error.details()}") from error
+        finally:
+            call.cancel()
+            receiver.close()
+
+    def _unavailable(self) -> EncoderUnavailable:
+        reasons = "; ".join(str(peer.error) for peer in self._peers if peer.connection is None)
+        return EncoderUnavailable(f"no encoder is left to encode on: {reasons}; start one or give it time")
+
+
+class _EncoderLost(Exception):
+    """The encoder, or the way to it, is gone; the request is not at fault."""
+
+
+class _Receiver:
+    """Turns the responses of one Encode call into events, checking each against the layout that came before."""
+
+    def __init__(
+        self, peer: EncoderPeer, connection: Connection, items: list[MediaItem], buffers: HostBufferPool
+    ) -> None:
+        self._peer = peer
+        self._connection = connection
+        self._items = items
+        self._buffers = buffers
+        self._layouts: dict[int, Layout] = {}
+        self._assemblies: dict[int, ChunkAssembly] = {}
+        self._first_chunk_at: dict[int, float] = {}
+        self._done: set[int] = set()
+
+    @property
+    def num_missing(self) -> int:
+        return len(self._items) - len(self._done)
+
+    def take(self, response: encoder_pb2.EncodeResponse | ChunkView) -> list[EncodeEvent]:
+        if isinstance(response, ChunkView):
+            return self._take_chunk(response)
+        kind = response.WhichOneof("event")
+        if kind == "layout":
+            return [self._take_layout(response.layout)]
+        if kind == "ready":
+            return [self._take_ready(response.ready)]
+        if kind == "failed":
+            raise error_from_code(response.failed.code, response.failed.message)
+        raise InternalError(f"encoder {self._peer.address} sent an event of kind {kind!r}")
+
+    def close(self) -> None:
+        for assembly in self._assemblies.values():
+            assembly.drop()
+
+    def _take_layout(self, message: encoder_pb2.Layout) -> LayoutEvent:
+        index = message.item_index
+        if index >= len(self._items) or index in self._layouts:
+            raise InternalError(f"encoder {self._peer.address} sent a layout of item {index} unasked for")
+        merge_size = self._connection.description.processor.merge_size
+        self._layouts[index] = layout_from_proto(message, self._items[index], merge_size)
+        return LayoutEvent(index, self._layouts[index])
+
+    def _take_ready(self, message: encoder_pb2.Ready) -> RowsEvent:
+        start = time.perf_counter()
+        layout = self._expected_layout(message.item_index)
+        lease, connection = message.lease, self._connection
+        shape = (layout.num_tokens, connection.identity.row_width)
+        if connection.mapping is None or lease.nbytes != layout.num_tokens * connection.identity.row_nbytes:
+            raise InternalError(
+                f"encoder {self._peer.address} leased {lease.nbytes} bytes for {shape[0]} rows of "
+                f"{connection.identity.row_nbytes} bytes over {connection.transport}"
+            )
+        rows_TW = connection.mapping.rows(lease.offset, shape, DTYPES[connection.identity.dtype])
+        self._done.add(message.item_index)
+        timings = timings_from_proto(message.timings, (time.perf_counter() - start) * 1000)
+        release = lambda lease_id: self._peer.release(connection.session_id, lease_id)  # noqa: E731
+        rows = LeasedRows(layout.num_tokens, timings, connection.mapping, lease, rows_TW, release)
+        return RowsEvent(message.item_index, rows)
+
+    def _take_chunk(self, chunk: ChunkView) -> list[EncodeEvent]:
+        index = chunk.item_index
+        layout = self._expected_layout(index)
+        if index not in self._assemblies:
+            self._assemblies[index] = ChunkAssembly(layout, self._connection.identity, self._buffers)
+            self._first_chunk_at[index] = time.perf_counter()
+        assembly = self._assemblies[index]
+        assembly.add(chunk)
+        if not assembly.complete:
+            return []
+        self._done.add(index)
+        ship_ms = (time.perf_counter() - self._first_chunk_at[index]) * 1000
+        timings = timings_from_proto(chunk.timings or encoder_pb2.ItemTimings(), ship_ms)
+        return [RowsEvent(index, assembly.rows(timings))]
+
+    def _expected_layout(self, index: int) -> Layout:
+        if index not in self._layouts or index in self._done:
+            raise InternalError(f"encoder {self._peer.address} sent rows of item {index} that nobody waits for")
+        return self._layouts[index]
+
+
+def _is_repeated(event: LayoutEvent, layouts: dict[int, Layout]) -> bool:
+    """Whether this layout was handed out before, by an encoder that then died.
+
+    Raises:
+        InternalError: it was another one then.
+    """
+    earlier = layouts.setdefault(event.item_index, event.layout)
+    if earlier != event.layout:
+        raise InternalError(f"item {event.item_index} has layout {event.layout} now and had {earlier} before")
+    return earlier is not event.layout
+
+
+def _content_key(items: Iterable[MediaItem]) -> bytes:
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(item.data if item.data is not None else (item.url or "").encode())
+    return digest.digest()

@@ -1,0 +1,210 @@
+"""One encoder as a client sees it: a connection that is kept up, and what goes over it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import grpc
+
+from embedding_transport.encoder_rpc import CHANNEL_OPTIONS
+from embedding_transport.errors import EncoderMismatch, EncoderUnavailable, TransportUnavailable, VitrineError
+from embedding_transport.grpc_status import error_from_rpc
+from embedding_transport.shm_pool import ShmMapping
+from embedding_transport.types import PROTOCOL_VERSION, ModelIdentity
+from embedding_transport.wire import describe_identity
+from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+
+TransportChoice = Literal["auto", "shm", "grpc"]
+_FIRST_BACKOFF_S = 0.1
+_MAX_BACKOFF_S = 2.0
+_FLUSH_TIMEOUT_S = 1.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A connected encoder: the negotiated session and, for shared memory, its mapped pool."""
+
+    channel: grpc.aio.Channel
+    description: encoder_pb2.DescribeResponse
+    identity: ModelIdentity
+    session_id: str
+    transport: str
+    mapping: ShmMapping | None
+
+
+class EncoderPeer:
+    """Keeps one encoder connected, and gives its leases back. Lives on one event loop.
+
+    Args:
+        expected: what the encoder must serve; None takes any.
+        transport: "auto" falls back from shared memory to bytes and counts it; the others accept nothing else.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        expected: ModelIdentity | None,
+        transport: TransportChoice,
+        shm_folder: Path,
+        connect_timeout_s: float,
+    ) -> None:
+        self.address = address
+        self.in_flight = 0
+        self.num_fallbacks = 0
+        self.connection: Connection | None = None
+        self.error: VitrineError = EncoderUnavailable(f"encoder {address} is not connected yet")
+        self.attempted = asyncio.Event()
+        self._expected = expected
+        self._choice = transport
+        self._shm_folder = shm_folder
+        self._connect_timeout_s = connect_timeout_s
+        self._on_change: Callable[[], None] = lambda: None
+        self._to_release: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self, on_change: Callable[[], None]) -> None:
+        """Begins to connect, and to connect again; `on_change` is called whenever readiness has changed."""
+        self._on_change = on_change
+        self._task = asyncio.create_task(self._keep_connected())
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def release(self, session_id: str, lease_id: int) -> None:
+        """Gives a lease back in the background."""
+        self._to_release.put_nowait((session_id, lease_id))
+
+    async def _keep_connected(self) -> None:
+        backoff_s = _FIRST_BACKOFF_S
+        while True:
+            async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+                try:
+                    await self._serve_connection(channel)
+                    self.error = EncoderUnavailable(f"encoder {self.address} is shutting down")
+                except VitrineError as error:
+                    self._report(error)
+                except grpc.aio.AioRpcError as error:
+                    named = error_from_rpc(error)
+                    self._report(named or EncoderUnavailable(f"encoder {self.address}: {error.details()}"))
+                except TimeoutError:
+                    self._report(EncoderUnavailable(f"encoder {self.address} did not answer in time"))
+                finally:
+                    if self.connection is not None:
+                        self.connection = None
+                        backoff_s = _FIRST_BACKOFF_S
+                    self.attempted.set()
+                    self._on_change()
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
+
+    def _report(self, error: VitrineError) -> None:
+        if str(error) != str(self.error):
+            _log.warning("%s", error)
+        self.error = error
+
+    async def _serve_connection(self, channel: grpc.aio.Channel) -> None:
+        """Connects and returns when the encoder ends the session or begins to drain."""
+        stub = encoder_pb2_grpc.EncoderStub(channel)
+        async with asyncio.timeout(self._connect_timeout_s):
+            description = await stub.Describe(encoder_pb2.DescribeRequest())
+        identity = describe_identity(description)
+        if self._expected is not None:
+            check_identity(self.address, identity, self._expected)
+        call = stub.Connect()
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                session, mapping = await self._negotiate(call)
+            self.connection = Connection(channel, description, identity, session.session_id, session.transport, mapping)
+            _log.info("connected to encoder %s, transport %s", self.address, session.transport)
+            self.attempted.set()
+            self._on_change()
+            releasing = asyncio.create_task(self._release_leases(stub))
+            try:
+                response = await call.read()
+                if isinstance(response, encoder_pb2.ConnectResponse) and response.WhichOneof("message") == "draining":
+                    self.connection = None
+                    self._on_change()
+                    await call.read()
+            finally:
+                releasing.cancel()
+                await asyncio.gather(releasing, return_exceptions=True)
+                await self._flush_releases(stub)
+        finally:
+            call.cancel()
+
+    async def _negotiate(
+        self, call: grpc.aio.StreamStreamCall[encoder_pb2.ConnectRequest, encoder_pb2.ConnectResponse]
+    ) -> tuple[encoder_pb2.Session, ShmMapping | None]:
+        transports = ["shm", "grpc"] if self._choice == "auto" else [self._choice]
+        hello = encoder_pb2.Hello(protocol_version=PROTOCOL_VERSION, transports=transports)
+        await call.write(encoder_pb2.ConnectRequest(hello=hello))
+        response = await _read(call)
+        mapping: ShmMapping | None = None
+        if response.WhichOneof("message") == "offer":
+            result = encoder_pb2.ProbeResult()
+            try:
+                mapping = ShmMapping(self._shm_folder, response.offer.shm.name, response.offer.shm.nbytes)
+                result.nonce = mapping.read(response.offer.shm.probe_offset, response.offer.shm.probe_nbytes)
+            except TransportUnavailable as error:
+                if self._choice == "shm":
+                    raise TransportUnavailable(f"encoder {self.address}: {error}") from error
+                result.error = str(error)
+            await call.write(encoder_pb2.ConnectRequest(probe_result=result))
+            response = await _read(call)
+        if response.WhichOneof("message") != "session":
+            raise TransportUnavailable(f"encoder {self.address} answered with {response.WhichOneof('message')}")
+        if self._choice == "auto" and response.session.transport != "shm":
+            self.num_fallbacks += 1
+            _log.warning("no shared memory with encoder %s: rows come as bytes", self.address)
+        return response.session, mapping if response.session.transport == "shm" else None
+
+    async def _release_leases(self, stub: encoder_pb2_grpc.EncoderAsyncStub) -> None:
+        while True:
+            first = await self._to_release.get()
+            self._to_release.put_nowait(first)
+            await self._flush_releases(stub)
+
+    async def _flush_releases(self, stub: encoder_pb2_grpc.EncoderAsyncStub) -> None:
+        by_session: dict[str, list[int]] = {}
+        while not self._to_release.empty():
+            session_id, lease_id = self._to_release.get_nowait()
+            by_session.setdefault(session_id, []).append(lease_id)
+        for session_id, lease_ids in by_session.items():
+            request = encoder_pb2.ReleaseRequest(session_id=session_id, lease_ids=lease_ids)
+            # Leases that are not released here are reclaimed with the session or expire.
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await stub.Release(request, timeout=_FLUSH_TIMEOUT_S)
+
+
+def check_identity(address: str, served: ModelIdentity, expected: ModelIdentity) -> None:
+    """
+    Raises:
+        EncoderMismatch: names the first field that differs, with both values.
+    """
+    for field in fields(ModelIdentity):
+        theirs, ours = getattr(served, field.name), getattr(expected, field.name)
+        if theirs != ours:
+            raise EncoderMismatch(
+                f"encoder {address} serves another {field.name}: {theirs!r}, this worker needs {ours!r}; "
+                "start both from the same checkpoint"
+            )
+
+
+async def _read(
+    call: grpc.aio.StreamStreamCall[encoder_pb2.ConnectRequest, encoder_pb2.ConnectResponse],
+) -> encoder_pb2.ConnectResponse:
+    response = await call.read()
+    if not isinstance(response, encoder_pb2.ConnectResponse):  # end of the stream
+        code, details = await call.code(), await call.details()
+        raise TransportUnavailable(f"the encoder ended the connection: {code.name} {details}")
+    return response

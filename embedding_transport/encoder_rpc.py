@@ -1,0 +1,57 @@
+"""The Encoder service's method handlers: as generated, but Encode's responses go through our own codec."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+
+from embedding_transport.chunk_codec import ChunkView, parse_response, serialize_response
+from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+
+SERVICE = encoder_pb2.DESCRIPTOR.services_by_name["Encoder"].full_name
+MAX_MESSAGE_BYTES = 512 * 1024 * 1024
+# Media travel inside EncodeRequest; gRPC's own limit is 4 MiB.
+CHANNEL_OPTIONS: list[tuple[str, int]] = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+]
+
+
+def encoder_handlers(servicer: encoder_pb2_grpc.EncoderServicer) -> grpc.GenericRpcHandler:
+    """Handlers of all four methods, for `server.add_generic_rpc_handlers`.
+
+    `servicer.Encode` yields EncodeResponse messages or chunks that `encode_chunk` serialized.
+    """
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "Describe": grpc.unary_unary_rpc_method_handler(
+            servicer.Describe,
+            encoder_pb2.DescribeRequest.FromString,
+            encoder_pb2.DescribeResponse.SerializeToString,
+        ),
+        "Connect": grpc.stream_stream_rpc_method_handler(
+            servicer.Connect,
+            encoder_pb2.ConnectRequest.FromString,
+            encoder_pb2.ConnectResponse.SerializeToString,
+        ),
+        "Encode": grpc.unary_stream_rpc_method_handler(
+            servicer.Encode, encoder_pb2.EncodeRequest.FromString, serialize_response
+        ),
+        "Release": grpc.unary_unary_rpc_method_handler(
+            servicer.Release,
+            encoder_pb2.ReleaseRequest.FromString,
+            encoder_pb2.ReleaseResponse.SerializeToString,
+        ),
+    }
+    return grpc.method_handlers_generic_handler(SERVICE, handlers)
+
+
+def encode_method(
+    channel: grpc.aio.Channel,
+) -> grpc.aio.UnaryStreamMultiCallable[encoder_pb2.EncodeRequest, encoder_pb2.EncodeResponse | ChunkView]:
+    """Encode on a channel; yields EncodeResponse or ChunkView."""
+    return channel.unary_stream(
+        f"/{SERVICE}/Encode",
+        request_serializer=encoder_pb2.EncodeRequest.SerializeToString,
+        response_deserializer=parse_response,
+    )

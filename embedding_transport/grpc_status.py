@@ -1,0 +1,59 @@
+"""Errors on gRPC: one table from error code to status, and the way back.
+
+The stable code travels in the trailing metadata, so that a caller need not guess it from the status.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import NoReturn
+
+import grpc
+
+from embedding_transport.errors import InternalError, VitrineError, error_from_code
+
+ERROR_CODE_KEY = "vitrine-error-code"
+RETRY_AFTER_S = 1
+
+_Status = grpc.StatusCode
+STATUS_BY_CODE: dict[str, grpc.StatusCode] = {
+    "invalid_request": _Status.INVALID_ARGUMENT,
+    "model_not_found": _Status.NOT_FOUND,
+    "too_many_items": _Status.INVALID_ARGUMENT,
+    "context_length_exceeded": _Status.INVALID_ARGUMENT,
+    "placeholder_mismatch": _Status.INVALID_ARGUMENT,
+    "invalid_media": _Status.INVALID_ARGUMENT,
+    "media_not_allowed": _Status.PERMISSION_DENIED,
+    "media_not_found": _Status.NOT_FOUND,
+    "media_unreachable": _Status.FAILED_PRECONDITION,
+    "media_timeout": _Status.DEADLINE_EXCEEDED,
+    "media_too_large": _Status.INVALID_ARGUMENT,
+    "not_an_image": _Status.INVALID_ARGUMENT,
+    "not_a_video": _Status.INVALID_ARGUMENT,
+    "media_truncated": _Status.INVALID_ARGUMENT,
+    "bad_aspect_ratio": _Status.INVALID_ARGUMENT,
+    "overloaded": _Status.RESOURCE_EXHAUSTED,
+    "encoder_unavailable": _Status.UNAVAILABLE,
+    "encoder_mismatch": _Status.FAILED_PRECONDITION,
+    "transport_unavailable": _Status.FAILED_PRECONDITION,
+    "lease_expired": _Status.ABORTED,
+    "internal_error": _Status.INTERNAL,
+}
+
+_log = logging.getLogger(__name__)
+
+
+async def abort(context: grpc.aio.ServicerContext[object, object], error: Exception) -> NoReturn:
+    """Ends the call with the error's status, message and code; other exceptions are logged and named no further."""
+    if not isinstance(error, VitrineError):
+        _log.error("internal error", exc_info=error)
+        error = InternalError("internal error: the service's log has more")
+    context.set_trailing_metadata(((ERROR_CODE_KEY, error.code),))
+    await context.abort(STATUS_BY_CODE[error.code], str(error))
+
+
+def error_from_rpc(error: grpc.aio.AioRpcError) -> VitrineError | None:
+    """The error a peer ended the call with, or None where the call failed below it (no connection, cancelled, ...)."""
+    metadata = error.trailing_metadata() or ()
+    code = next((value for key, value in metadata if key == ERROR_CODE_KEY), None)
+    return None if code is None else error_from_code(str(code), error.details() or "")

@@ -1,0 +1,98 @@
+"""Who may read which exported block, and until when. The same table serves shared memory and, later, CUDA IPC."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+BlockT = TypeVar("BlockT")
+
+
+@dataclass(frozen=True)
+class Lease(Generic[BlockT]):
+    """lease_id is never used twice in one process; expires_at is on the table's clock, in seconds."""
+
+    lease_id: int
+    session_id: str
+    block: BlockT
+    expires_at: float
+
+
+@dataclass
+class LeaseCounts:
+    """How many leases were granted and how they ended, since the start; unknown: releases of leases not held."""
+
+    granted: int = 0
+    released: int = 0
+    expired: int = 0
+    reclaimed: int = 0
+    unknown: int = 0
+
+
+class LeaseTable(Generic[BlockT]):
+    """Grants leases and gives each block back exactly once: on release, on expiry, or when its session ends.
+
+    Args:
+        ttl_s: life of a lease that nobody releases, seconds.
+        clock: seconds, monotonic.
+        give_back: called with the block of every lease that ends.
+    """
+
+    def __init__(self, ttl_s: float, clock: Callable[[], float], give_back: Callable[[BlockT], None]) -> None:
+        self.ttl_s = ttl_s
+        self.counts = LeaseCounts()
+        self._clock = clock
+        self._give_back = give_back
+        self._leases: dict[int, Lease[BlockT]] = {}
+        self._next_lease_id = 1
+
+    def __len__(self) -> int:
+        """Leases alive."""
+        return len(self._leases)
+
+    def reserve_id(self) -> int:
+        """A fresh lease id, to be written into the block's header before `grant`."""
+        lease_id = self._next_lease_id
+        self._next_lease_id += 1
+        return lease_id
+
+    def grant(self, lease_id: int, session_id: str, block: BlockT) -> Lease[BlockT]:
+        lease = Lease(lease_id, session_id, block, self._clock() + self.ttl_s)
+        self._leases[lease_id] = lease
+        self.counts.granted += 1
+        return lease
+
+    def release(self, session_id: str, lease_ids: Iterable[int]) -> tuple[int, int]:
+        """Ends leases of this session; returns how many, and how many were not its own to release."""
+        num_released = num_unknown = 0
+        for lease_id in lease_ids:
+            lease = self._leases.get(lease_id)
+            if lease is None or lease.session_id != session_id:
+                num_unknown += 1
+            else:
+                self._end(lease)
+                num_released += 1
+        self.counts.released += num_released
+        self.counts.unknown += num_unknown
+        return num_released, num_unknown
+
+    def reclaim(self, session_id: str) -> int:
+        """Ends all leases of a session whose peer is gone; returns how many."""
+        return self._end_all(lambda lease: lease.session_id == session_id, "reclaimed")
+
+    def expire(self) -> int:
+        """Ends all leases past their time; returns how many."""
+        now = self._clock()
+        return self._end_all(lambda lease: lease.expires_at <= now, "expired")
+
+    def _end_all(self, which: Callable[[Lease[BlockT]], bool], count: str) -> int:
+        ending = [lease for lease in self._leases.values() if which(lease)]
+        for lease in ending:
+            self._end(lease)
+        setattr(self.counts, count, getattr(self.counts, count) + len(ending))
+        return len(ending)
+
+    def _end(self, lease: Lease[BlockT]) -> None:
+        del self._leases[lease.lease_id]
+        self._give_back(lease.block)

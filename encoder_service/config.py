@@ -1,0 +1,79 @@
+"""Settings of an encoder process: flags win over the environment (VITRINE_ENCODER_*), which wins over defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from encoder_service.media.limits import MediaLimits
+
+MIB = 1024 * 1024
+
+
+class EncoderConfig(BaseSettings):
+    """Vitrine's encoder: images and videos in, embedding rows out, over gRPC."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="VITRINE_ENCODER_",
+        frozen=True,
+        extra="forbid",
+        cli_prog_name="python -m encoder_service",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        # Fields such as model_name are ours, not pydantic's.
+        protected_namespaces=(),
+    )
+
+    model: str = Field(description="checkpoint folder or hub id, such as Qwen/Qwen3-VL-2B-Instruct")
+    revision: str | None = Field(None, description="hub branch, tag or commit; not used for folders")
+    served_model_name: str | None = Field(None, description="name to serve under instead of hub id or folder name")
+
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
+    port: int = Field(50051, ge=0, le=65535, description="gRPC port; 0 takes a free one, see the LISTENING line")
+    metrics_port: int = Field(0, ge=0, le=65535, description="port for Prometheus metrics over HTTP; 0 is off")
+    drain_timeout_s: float = Field(30.0, ge=0, description="longest wait for running work and leases at shutdown, s")
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the tower runs; auto: a GPU if there is one")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of weights and rows; auto: the checkpoint's on a GPU, float32 on the CPU"
+    )
+
+    shm_folder: str = Field("/dev/shm", description="folder for the shared-memory pool; empty turns shared memory off")
+    pool_bytes: int = Field(256 * MIB, ge=MIB, description="size of the shared-memory pool, bytes")
+    lease_ttl_s: float = Field(60.0, gt=0, description="how long a peer may hold rows in the pool, s")
+
+    max_items: int = Field(64, ge=1, description="images and videos accepted in one request")
+    max_batch_patches: int = Field(16384, ge=1, description="patches in one batch; a larger item runs alone")
+    max_queued_patches: int = Field(262_144, ge=1, description="patches in work before requests are refused as overload")
+
+    allowed_media_folder: Path | None = Field(None, description="file: URLs may name files below it; default none")
+    allow_private_addresses: bool = Field(False, description="lets media URLs lead to private and loopback addresses")
+    max_media_bytes: int = Field(64 * MIB, ge=1, description="size of one encoded image or video, bytes")
+    max_image_pixels: int = Field(64 * MIB, ge=1, description="pixels in one image or video frame before resizing")
+    media_timeout_s: float = Field(30.0, gt=0, description="longest download of one item, s")
+
+    @classmethod
+    def from_command_line(cls, arguments: Sequence[str]) -> EncoderConfig:
+        """Reads flags and environment.
+
+        Raises:
+            SystemExit: --help, or an unknown or malformed flag.
+            pydantic.ValidationError: a value is missing or out of range.
+        """
+        return cls(_cli_parse_args=list(arguments))  # type: ignore[call-arg]
+
+    def media_limits(self) -> MediaLimits:
+        """Raises ValueError where `allowed_media_folder` is no folder."""
+        return MediaLimits(
+            max_bytes=self.max_media_bytes,
+            max_pixels=self.max_image_pixels,
+            timeout_s=self.media_timeout_s,
+            allowed_folder=self.allowed_media_folder,
+            allow_private_addresses=self.allow_private_addresses,
+        )

@@ -1,0 +1,222 @@
+"""Forms batches by patches and runs them through the tower, one at a time.
+
+    encode() -> waiting entries -> [former task: take, pack] -> channel of one batch -> [runner task: forward] -> rows
+
+The former owns the waiting entries; while one batch runs, the next is already packed. Nothing waits for company: when
+the tower is idle, whatever is there runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from embedding_transport.errors import EncoderUnavailable, InternalError, Overloaded, VitrineError
+from encoder_service.models import VisionTower
+from encoder_service.models.grids import GridTHW
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EncodedItem:
+    """Rows of one item, [num_tokens, row_width] on the CPU, a view into its batch's rows; times in milliseconds."""
+
+    rows_TW: torch.Tensor
+    queue_ms: float
+    forward_ms: float
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """One batch that ran, for metrics."""
+
+    num_items: int
+    num_patches: int
+    forward_s: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    patches_PX: torch.Tensor
+    grid_thw: GridTHW
+    result: asyncio.Future[EncodedItem]
+    queued_at: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    entries: list[_Entry]
+    patches_PX: torch.Tensor
+
+
+class Batcher:
+    """Runs items through a vision tower in batches. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        tower: VisionTower,
+        *,
+        max_batch_patches: int,
+        max_queued_patches: int,
+        on_batch: Callable[[BatchReport], None] = lambda report: None,
+    ) -> None:
+        """
+        Args:
+            tower: runs on a thread of its own, one batch at a time.
+            max_batch_patches: a batch takes items up to this many patches; a larger item runs alone.
+            max_queued_patches: patches admitted at once; a larger item is admitted when nothing else is.
+            on_batch: called on the event loop after each batch.
+        """
+        self._tower = tower
+        self._max_batch_patches = max_batch_patches
+        self._max_queued_patches = max_queued_patches
+        self._on_batch = on_batch
+        self._admitted_patches = 0
+        self._waiting: deque[_Entry] = deque()
+        self._unfinished: set[_Entry] = set()
+        self._arrived = asyncio.Event()
+        self._channel: asyncio.Queue[_Batch] = asyncio.Queue(maxsize=1)
+        self._channel_free = asyncio.Semaphore(1)
+        self._packing_thread = ThreadPoolExecutor(1, thread_name_prefix="encoder-pack")
+        self._forward_thread = ThreadPoolExecutor(1, thread_name_prefix="encoder-forward")
+        self._tasks: list[asyncio.Task[None]] = []
+        self._closed = False
+
+    def start(self) -> None:
+        """Begins to run batches. Must be called on the event loop that later calls `encode`."""
+        self._tasks = [asyncio.create_task(self._form_batches()), asyncio.create_task(self._run_batches())]
+
+    async def close(self) -> None:
+        """Stops. Items without rows fail with EncoderUnavailable; a batch that runs is waited for and dropped."""
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._fail(self._unfinished, _closed_error())
+        await asyncio.to_thread(self._packing_thread.shutdown)
+        await asyncio.to_thread(self._forward_thread.shutdown)
+
+    @property
+    def admitted_patches(self) -> int:
+        """Patches of all items between admission and the end of shipping."""
+        return self._admitted_patches
+
+    @property
+    def waiting_patches(self) -> int:
+        """Patches ready for the tower that are in no batch yet."""
+        return sum(len(entry.patches_PX) for entry in self._waiting)
+
+    @contextmanager
+    def admit(self, num_patches: int) -> Iterator[None]:
+        """Holds room for an item from before its pixels are decoded until its rows have been shipped.
+
+        Raises:
+            Overloaded: the encoder holds as much as it may.
+        """
+        if self._admitted_patches and self._admitted_patches + num_patches > self._max_queued_patches:
+            raise Overloaded(
+                f"{self._admitted_patches} patches are queued and {num_patches} more would pass the limit of "
+                f"{self._max_queued_patches}: retry later or add encoders"
+            )
+        self._admitted_patches += num_patches
+        try:
+            yield
+        finally:
+            self._admitted_patches -= num_patches
+
+    async def encode(self, patches_PX: torch.Tensor, grid_thw: GridTHW) -> EncodedItem:
+        """Rows of one item. Cancelling takes it out of the queue, or drops its rows if it is running.
+
+        Args:
+            patches_PX: [t * h * w, patch width], CPU; see `VisionTower.forward`.
+            grid_thw: patches along time, height and width.
+
+        Raises:
+            InternalError: the forward failed; the reason is in the log.
+            EncoderUnavailable: the batcher was closed.
+        """
+        if self._closed:
+            raise _closed_error()
+        entry = _Entry(patches_PX, grid_thw, asyncio.get_running_loop().create_future())
+        self._waiting.append(entry)
+        self._unfinished.add(entry)
+        self._arrived.set()
+        try:
+            return await entry.result
+        finally:
+            self._unfinished.discard(entry)
+
+    async def _form_batches(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._channel_free.acquire()
+            while not (entries := self._take()):
+                self._arrived.clear()
+                await self._arrived.wait()
+            packed_PX = await loop.run_in_executor(self._packing_thread, _pack, entries)
+            self._channel.put_nowait(_Batch(entries, packed_PX))
+
+    def _take(self) -> list[_Entry]:
+        """The next batch: waiting entries in order, less cancelled ones, while they fit."""
+        entries: list[_Entry] = []
+        num_patches = 0
+        while self._waiting:
+            entry = self._waiting[0]
+            if not entry.result.done():
+                num_patches += len(entry.patches_PX)
+                if entries and num_patches > self._max_batch_patches:
+                    break
+                entries.append(entry)
+            self._waiting.popleft()
+        return entries
+
+    async def _run_batches(self) -> None:
+        while True:
+            batch = await self._channel.get()
+            self._channel_free.release()
+            if not all(entry.result.done() for entry in batch.entries):
+                await self._run(batch)
+
+    async def _run(self, batch: _Batch) -> None:
+        loop = asyncio.get_running_loop()
+        started = time.monotonic()
+        try:
+            rows_TW = await loop.run_in_executor(self._forward_thread, self._forward, batch)
+        except Exception:
+            num_patches = len(batch.patches_PX)
+            _log.exception("the forward of %d items, %d patches failed", len(batch.entries), num_patches)
+            self._fail(batch.entries, InternalError("the vision tower failed; the encoder's log has the reason"))
+            return
+        forward_s = time.monotonic() - started
+        self._on_batch(BatchReport(len(batch.entries), len(batch.patches_PX), forward_s))
+        num_tokens = [len(entry.patches_PX) // self._tower.merge_unit for entry in batch.entries]
+        for entry, item_rows_TW in zip(batch.entries, rows_TW.split(num_tokens), strict=True):
+            if not entry.result.done():
+                queue_ms = (started - entry.queued_at) * 1e3
+                entry.result.set_result(EncodedItem(item_rows_TW, queue_ms, forward_s * 1e3))
+
+    def _forward(self, batch: _Batch) -> torch.Tensor:
+        return self._tower.forward(batch.patches_PX, [entry.grid_thw for entry in batch.entries]).cpu()
+
+    @staticmethod
+    def _fail(entries: Iterable[_Entry], error: VitrineError) -> None:
+        for entry in entries:
+            if not entry.result.done():
+                entry.result.set_exception(error)
+
+
+def _pack(entries: list[_Entry]) -> torch.Tensor:
+    return torch.cat([entry.patches_PX for entry in entries]) if len(entries) > 1 else entries[0].patches_PX
+
+
+def _closed_error() -> EncoderUnavailable:
+    return EncoderUnavailable("the encoder is shutting down: send the request to another one")

@@ -1,0 +1,100 @@
+"""Which network addresses media may come from.
+
+A URL is written by a stranger, and the encoder stands inside the cluster: without this check it would fetch what the
+stranger cannot reach. The check sits between resolving a name and connecting, so that the address checked is the one
+connected to, whatever the name resolves to the next time.
+"""
+
+from __future__ import annotations
+
+import socket
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+
+from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.resolver import ThreadedResolver
+from yarl import URL
+
+from embedding_transport.errors import MediaNotAllowed
+
+_NAT64 = IPv6Network("64:ff9b::/96")
+
+
+def check_address(address: str, allow_private: bool) -> None:
+    """Refuses addresses that media may not come from.
+
+    Multicast, link-local (cloud metadata), reserved and unspecified addresses are always refused, private and loopback
+    ones unless `allow_private`. An IPv6 address that carries an IPv4 address (mapped, 6to4, Teredo, NAT64) is judged by
+    that one, too.
+
+    Raises:
+        MediaNotAllowed: names the address and the reason.
+    """
+    try:
+        parsed = ip_address(address)
+    except ValueError as error:
+        raise MediaNotAllowed(f"{address!r} is no canonical IP address: write it in full or use a host name") from error
+    for candidate in (parsed, *_embedded_ipv4(parsed)):
+        reason = _refusal(candidate, allow_private)
+        if reason:
+            raise MediaNotAllowed(
+                f"address {address} is {reason}: use media on a public address, or send the file itself"
+            )
+
+
+def check_host(url: URL, allow_private: bool) -> None:
+    """Applies `check_address` to a URL that names an address instead of a host: no resolver is asked for those.
+
+    Raises:
+        MediaNotAllowed: the host is an address that media may not come from.
+    """
+    host = url.raw_host or ""
+    # Also catches the forms that only the C library would read as an address, such as 2130706433 or 127.1.
+    if ":" in host or host.replace(".", "").isdigit():
+        check_address(host, allow_private)
+
+
+class CheckedResolver(AbstractResolver):
+    """Resolves names by the system's resolver and hands on only names all of whose addresses are allowed."""
+
+    def __init__(self, allow_private: bool) -> None:
+        self._allow_private = allow_private
+        self._resolver = ThreadedResolver()
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        results = await self._resolver.resolve(host, port, family)
+        for result in results:
+            check_address(result["host"], self._allow_private)
+        return results
+
+    async def close(self) -> None:
+        await self._resolver.close()
+
+
+def _refusal(address: IPv4Address | IPv6Address, allow_private: bool) -> str:
+    """Why `address` is refused; empty where it is allowed."""
+    if address.is_unspecified:
+        return "unspecified"
+    if address.is_multicast:
+        return "a multicast address"
+    if address.is_link_local or (isinstance(address, IPv6Address) and address.is_site_local):
+        return "link-local"
+    if address.is_loopback:  # before "reserved": ::1 is in a reserved block
+        return "" if allow_private else "a loopback address"
+    if isinstance(address, IPv6Address) and (address.ipv4_mapped or address in _NAT64):
+        return ""  # judged by the IPv4 address inside
+    if address.is_reserved:
+        return "reserved"
+    if not address.is_global and not allow_private:
+        return "private"
+    return ""
+
+
+def _embedded_ipv4(address: IPv4Address | IPv6Address) -> list[IPv4Address]:
+    if isinstance(address, IPv4Address):
+        return []
+    embedded = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
+    if address in _NAT64:
+        embedded.append(IPv4Address(int(address) & 0xFFFFFFFF))
+    return [inner for inner in embedded if inner is not None]

@@ -1,0 +1,164 @@
+"""Gets the encoded bytes of a media item from wherever it is."""
+
+from __future__ import annotations
+
+import asyncio
+
+import aiohttp
+from yarl import URL
+
+from embedding_transport.errors import (
+    MediaError,
+    MediaNotAllowed,
+    MediaNotFound,
+    MediaTimeout,
+    MediaTooLarge,
+    MediaUnreachable,
+)
+from embedding_transport.types import MediaItem
+from encoder_service.media.address_policy import CheckedResolver, check_host
+from encoder_service.media.limits import MediaLimits
+from encoder_service.media.sources import decode_data_url, read_file_url
+
+_REDIRECTS = (301, 302, 303, 307, 308)
+_CHUNK_BYTES = 64 * 1024
+_MAX_URL_LENGTH = 8192
+_MAX_SHOWN = 100
+
+
+class MediaLoader:
+    """Loads media items under limits. One per process; any number of loads may run at once."""
+
+    def __init__(self, limits: MediaLimits) -> None:
+        self._limits = limits
+        self._session: aiohttp.ClientSession | None = None
+
+    async def load(self, item: MediaItem) -> bytes:
+        """The encoded file of `item`, at most `max_bytes` long. Its content is not looked at.
+
+        Raises:
+            MediaNotAllowed: scheme, address or folder is refused by this encoder.
+            MediaNotFound: no such file, or the server says there is none (404, 410).
+            MediaUnreachable: no such host, connection refused or broken, any other status, too many redirects.
+            MediaTimeout: connecting or the whole download took too long.
+            MediaTooLarge: more than `max_bytes` bytes.
+            MediaError: not a valid URL.
+        """
+        limits = self._limits
+        if item.data is not None:
+            if len(item.data) > limits.max_bytes:
+                raise MediaTooLarge(f"a {item.kind} of {len(item.data)} bytes: at most {limits.max_bytes} are accepted")
+            return item.data
+        url = item.url or ""
+        scheme = url.partition(":")[0].lower() if ":" in url[:16] else ""
+        if scheme == "data":
+            return await asyncio.to_thread(decode_data_url, url, limits.max_bytes)
+        if scheme == "file":
+            return await asyncio.to_thread(read_file_url, url, limits.allowed_folder, limits.max_bytes)
+        return await self._download(_parse(url))
+
+    async def close(self) -> None:
+        """Closes connections. Loads under way fail."""
+        if self._session is not None:
+            await self._session.close()
+
+    async def _download(self, url: URL) -> bytes:
+        try:
+            async with asyncio.timeout(self._limits.timeout_s):
+                return await self._follow(url)
+        except TimeoutError as error:
+            limit = f"{self._limits.timeout_s:g} s"
+            raise MediaTimeout(f"{_shown(url)} did not arrive within {limit}: use a faster server") from error
+
+    async def _follow(self, url: URL) -> bytes:
+        """Downloads `url`, following redirects itself so that every hop passes the same checks."""
+        for _ in range(self._limits.max_redirects + 1):
+            self._check(url)
+            try:
+                # Not followed by aiohttp, which would ask only the resolver about the next hop.
+                async with self._open_session().get(url, allow_redirects=False) as response:
+                    if response.status not in _REDIRECTS:
+                        return await self._read(url, response)
+                    location = response.headers.get("Location", "")
+            except aiohttp.ConnectionTimeoutError as error:
+                raise MediaTimeout(
+                    f"{_shown(url)} did not accept a connection within {self._limits.connect_timeout_s:g} s"
+                ) from error
+            except (aiohttp.ClientConnectorDNSError, UnicodeError) as error:
+                raise MediaUnreachable(f"{_shown(url)}: no such host {url.host!r}, check the URL") from error
+            except aiohttp.ClientPayloadError as error:
+                raise MediaUnreachable(f"{_shown(url)}: the connection broke during the download, try again") from error
+            except (aiohttp.ClientError, OSError) as error:
+                if isinstance(error, TimeoutError):
+                    raise
+                raise MediaUnreachable(f"{_shown(url)}: connection failed ({type(error).__name__})") from error
+            if not location:
+                raise MediaUnreachable(f"{_shown(url)} redirects to nowhere: give the final URL")
+            url = _parse(location, base=url)
+        raise MediaUnreachable(
+            f"{_shown(url)}: still redirected after {self._limits.max_redirects} redirects, give the final URL"
+        )
+
+    def _check(self, url: URL) -> None:
+        if url.scheme not in ("http", "https"):
+            raise MediaNotAllowed(f"{_shown(url)}: only https:, http:, data: and file: URLs are accepted")
+        try:
+            check_host(url, self._limits.allow_private_addresses)
+        except MediaNotAllowed as error:
+            raise MediaNotAllowed(f"{_shown(url)}: {error}") from error
+
+    async def _read(self, url: URL, response: aiohttp.ClientResponse) -> bytes:
+        if response.status in (404, 410):
+            raise MediaNotFound(f"{_shown(url)} does not exist (status {response.status}): check the URL")
+        if response.status != 200:
+            raise MediaUnreachable(f"{_shown(url)} answered with status {response.status}, expected 200")
+        # Unpacking would let a small download grow without bound; media is compressed already.
+        if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise MediaUnreachable(f"{_shown(url)} was sent compressed though not asked for: serve it as it is")
+        max_bytes = self._limits.max_bytes
+        too_large = MediaTooLarge(f"{_shown(url)} holds more than {max_bytes} bytes: send a smaller file")
+        if (response.content_length or 0) > max_bytes:
+            raise too_large
+        chunks: list[bytes] = []
+        nbytes = 0
+        async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
+            nbytes += len(chunk)
+            if nbytes > max_bytes:
+                raise too_large
+            chunks.append(chunk)
+        return b"".join(chunks)
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        # Made on first use: it belongs to the running event loop.
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(resolver=CheckedResolver(self._limits.allow_private_addresses)),
+                cookie_jar=aiohttp.DummyCookieJar(),  # one caller's cookies are not another's
+                headers={"User-Agent": "vitrine", "Accept-Encoding": "identity"},
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._limits.connect_timeout_s),
+                auto_decompress=False,
+                trust_env=False,  # a proxy would connect for us, past the address policy
+            )
+        return self._session
+
+
+def _parse(url: str, base: URL | None = None) -> URL:
+    if len(url) > _MAX_URL_LENGTH:
+        raise MediaError(f"a URL of {len(url)} characters: at most {_MAX_URL_LENGTH} are accepted")
+    try:
+        parsed = URL(url)
+        if base is not None:
+            parsed = base.join(parsed)
+    except ValueError as error:
+        raise MediaError(f"{url[:_MAX_SHOWN]!r} is not a valid URL") from error
+    if parsed.scheme in ("http", "https") and not parsed.raw_host:
+        raise MediaError(f"{url[:_MAX_SHOWN]!r} names no host")
+    return parsed
+
+
+def _shown(url: URL) -> str:
+    """The URL for messages: without credentials and query, which may be secrets, and not too long."""
+    if url.scheme not in ("http", "https"):
+        return f"a URL with scheme {url.scheme[:_MAX_SHOWN]!r}"
+    shown = f"{url.origin()}{url.raw_path}"
+    return f"{shown[:_MAX_SHOWN]}..." if url.raw_query_string or len(shown) > _MAX_SHOWN else shown

@@ -1,0 +1,97 @@
+"""Qwen2.5-VL's vision tower: most layers attend within windows, so tokens travel sorted by window.
+
+Shapes: P patches of all images, X pixel values a patch, C hidden size, T tokens, O out_hidden_size, which is also the
+row width.
+
+Source: transformers 5.23 `models/qwen2_5_vl/modeling_qwen2_5_vl.py`, Qwen2_5_VisionTransformerPretrainedModel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from encoder_service.models import grids
+from encoder_service.models.config import Qwen2_5VLVisionConfig
+from encoder_service.models.layers import Block, PatchEmbed, Rotary, Segments, activation, check_packed
+
+_NORM_EPS = 1e-6
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x_float = x.float()
+        scale = torch.rsqrt(x_float.pow(2).mean(-1, keepdim=True) + _NORM_EPS)
+        return self.weight * (x_float * scale).to(x.dtype)
+
+
+class GatedMlp(nn.Module):
+    def __init__(self, config: Qwen2_5VLVisionConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.act = activation(config.hidden_act)
+
+    def forward(self, x_PC: torch.Tensor) -> torch.Tensor:
+        out_PC: torch.Tensor = self.down_proj(self.act(self.gate_proj(x_PC)) * self.up_proj(x_PC))
+        return out_PC
+
+
+class Merger(nn.Module):
+    def __init__(self, config: Qwen2_5VLVisionConfig) -> None:
+        super().__init__()
+        self.merged_size = config.hidden_size * config.merge_unit
+        self.ln_q = RMSNorm(config.hidden_size)
+        self.mlp = nn.Sequential(
+            nn.Linear(self.merged_size, self.merged_size),
+            nn.GELU(),  # exact, whatever hidden_act says for the MLP
+            nn.Linear(self.merged_size, config.out_hidden_size),
+        )
+
+    def forward(self, x_PC: torch.Tensor) -> torch.Tensor:
+        out_TO: torch.Tensor = self.mlp(self.ln_q(x_PC).view(-1, self.merged_size))
+        return out_TO
+
+
+class Qwen2_5VLTower(nn.Module):
+    """A `VisionTower`; see the protocol in `encoder_service.models`."""
+
+    deepstack_visual_indexes: tuple[int, ...] = ()
+
+    def __init__(self, config: Qwen2_5VLVisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.out_hidden_size = config.out_hidden_size
+        self.row_width = config.out_hidden_size
+        self.merge_unit = config.merge_unit
+        self.patch_embed = PatchEmbed(config, bias=False)
+        self.blocks = nn.ModuleList(Block(config, RMSNorm, GatedMlp(config)) for _ in range(config.depth))
+        self.merger = Merger(config)
+
+    @torch.inference_mode()
+    def forward(self, patches_PX: torch.Tensor, grid_thw: list[tuple[int, int, int]]) -> torch.Tensor:
+        config = self.config
+        check_packed(patches_PX, grid_thw, config)
+        weight = self.patch_embed.proj.weight
+        order_T, window_bounds = grids.window_order(grid_thw, config.spatial_merge_size, config.window_tokens)
+        windows = Segments.from_bounds(window_bounds)
+        # Window order keeps a frame's tokens together, so frame bounds hold in it too.
+        frames = Segments.from_bounds(grids.frame_cu_seqlens(grid_thw))
+        positions_P2 = grids.patch_positions(grid_thw, config.spatial_merge_size)
+        rotary = Rotary.at(self._by_window(positions_P2, order_T).to(weight.device), config.head_dim, config.rope_theta)
+        order_T = order_T.to(weight.device)
+
+        x_PC = self._by_window(self.patch_embed(patches_PX.to(weight.device, weight.dtype)), order_T)
+        for layer, block in enumerate(self.blocks):
+            x_PC = block(x_PC, frames if layer in config.fullatt_block_indexes else windows, rotary)
+        rows_TO = torch.empty(len(order_T), self.row_width, dtype=weight.dtype, device=weight.device)
+        # Writing token by token to where it came from undoes the permutation.
+        return rows_TO.index_copy_(0, order_T, self.merger(x_PC))
+
+    def _by_window(self, x_P: torch.Tensor, order_T: torch.Tensor) -> torch.Tensor:
+        return x_P.unflatten(0, (-1, self.merge_unit))[order_T].flatten(0, 1)

@@ -1,0 +1,50 @@
+"""How long a file says it is: tells one that was cut short from one that is something else."""
+
+from __future__ import annotations
+
+_ISO_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")
+_EBML_ID, _SEGMENT_ID = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
+
+
+def is_cut_short(data: bytes) -> bool:
+    """Whether a file ends before its own headers say: RIFF (WebP, AVI), ISO media (MP4, MOV, AVIF), Matroska (WebM).
+
+    False for every other file.
+    """
+    # One byte of slack: some writers leave out the last padding byte.
+    return _declared_nbytes(data) > len(data) + 1
+
+
+def _declared_nbytes(data: bytes) -> int:
+    """Bytes that the file's outermost headers announce; 0 where they announce nothing."""
+    if data[:4] == b"RIFF" and len(data) >= 12:
+        return 8 + int.from_bytes(data[4:8], "little")
+    if data[4:8] in _ISO_BOXES:
+        return _end_of_iso_boxes(data)
+    if data[:4] == _EBML_ID:
+        segment = _end_of_ebml_element(data, 0)
+        return _end_of_ebml_element(data, segment) if data[segment : segment + 4] == _SEGMENT_ID else 0
+    return 0
+
+
+def _end_of_iso_boxes(data: bytes) -> int:
+    offset = 0
+    while len(data) - offset >= 16:
+        nbytes = int.from_bytes(data[offset : offset + 4], "big")
+        if nbytes == 1:  # a 64-bit size follows
+            nbytes = int.from_bytes(data[offset + 8 : offset + 16], "big")
+        if nbytes < 8:  # 0: the box runs to the end of the file; others are not valid
+            return 0
+        offset += nbytes
+    return offset
+
+
+def _end_of_ebml_element(data: bytes, start: int) -> int:
+    """End of the element at `start`, whose id takes 4 bytes; 0 where its size is not known."""
+    first = data[start + 4] if len(data) > start + 4 else 0
+    width = 9 - first.bit_length()  # leading zero bits of the first byte count the bytes of the size
+    if width > 8:
+        return 0
+    content = start + 4 + width
+    nbytes = int.from_bytes(data[start + 4 : content], "big") & ((1 << 7 * width) - 1)
+    return 0 if nbytes == (1 << 7 * width) - 1 else content + nbytes

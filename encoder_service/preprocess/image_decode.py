@@ -1,0 +1,113 @@
+"""Images by Pillow: the size from the header, the pixels later. The only file that knows Pillow."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from embedding_transport.errors import MediaTooLarge, MediaTruncated, NotAnImage
+from encoder_service.preprocess.file_length import is_cut_short
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+
+# Pillow's own guard is a process-wide constant, and half of it only warns: `max_pixels` below is checked instead.
+Image.MAX_IMAGE_PIXELS = None
+
+# What turns an image upright, by EXIF orientation.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class EncodedImage:
+    """An image whose header has been read.
+
+    Args:
+        data: the encoded file. Of an animation the first frame is taken.
+        max_pixels: largest accepted width x height.
+
+    Raises:
+        NotAnImage: no format of FORMATS, or a damaged header.
+        MediaTruncated: the file ends inside its header.
+        MediaTooLarge: more than `max_pixels` pixels.
+    """
+
+    def __init__(self, data: bytes, max_pixels: int) -> None:
+        self._data = data
+        try:
+            self._image = Image.open(io.BytesIO(data), formats=FORMATS)
+            width, height = self._image.size
+            self._orientation = _orientation(self._image, data)
+        except Exception as error:  # decoders raise anything from struct.error to SyntaxError on hostile files
+            raise self._refusal(error) from error
+        if width * height > max_pixels:
+            raise MediaTooLarge(
+                f"an image of {width}x{height} pixels: at most {max_pixels} are accepted, scale it down"
+            )
+        if width < 1 or height < 1:
+            raise NotAnImage(f"the image has {width}x{height} pixels")
+        turned = self._orientation >= 5
+        # Upright size, pixels.
+        self.height, self.width = (width, height) if turned else (height, width)
+
+    def decode(self) -> torch.Tensor:
+        """[3, height, width], uint8, channels-last strides: upright, 8 bits, RGB, transparency on white.
+
+        Raises:
+            MediaTruncated: the file ends before the pixels do.
+            NotAnImage: the pixels can't be decoded, or have no defined range (32-bit and floating-point ones).
+        """
+        try:
+            self._image.load()
+            image = _to_rgb(self._image)
+            if self._orientation in _UPRIGHT:
+                image = image.transpose(_UPRIGHT[self._orientation])
+        except NotAnImage:
+            raise
+        except Exception as error:
+            raise self._refusal(error) from error
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    def _refusal(self, error: Exception) -> MediaTruncated | NotAnImage:
+        if not self._data:
+            return NotAnImage("the image file is empty")
+        if "truncated" in str(error).lower() or isinstance(error, EOFError) or is_cut_short(self._data):
+            return MediaTruncated(f"the image file ends too early, after {len(self._data)} bytes: send the whole file")
+        if isinstance(error, UnidentifiedImageError):
+            return NotAnImage(f"{len(self._data)} bytes that are no valid image: send one of {', '.join(FORMATS)}")
+        return NotAnImage(f"the image file is damaged: {type(error).__name__} while decoding")
+
+
+def _orientation(image: Image.Image, data: bytes) -> int:
+    """EXIF orientation still to be applied, 1 (upright) to 8; decodes no pixels where that can be helped."""
+    if image.format == "TIFF":  # Pillow turns these itself
+        return 1
+    # PngImageFile.getexif decodes everything to look for EXIF behind the pixels: only where there may be some.
+    exif = image.getexif() if image.format != "PNG" or b"eXIf" in data else Image.Image.getexif(image)
+    orientation = exif.get(ExifTags.Base.Orientation, 1)
+    return orientation if orientation in _UPRIGHT else 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB. Transparency as in transformers 5.23, image_transforms.py `convert_to_rgb`: composited on white."""
+    if image.mode.startswith("I;16"):  # Pillow's own conversion to 8 bits clips instead of scaling
+        grey = np.asarray(image)
+        high_byte = (grey >> 8).astype(np.uint8)
+        if (key := image.info.get("transparency")) is not None:
+            high_byte[grey == key] = 255
+        return Image.fromarray(high_byte).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise NotAnImage(f"pixels of mode {image.mode} (32 bits) have no defined range: convert to 8 or 16 bits")
+    if "A" in image.getbands() or "a" in image.getbands() or image.info.get("transparency") is not None:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")

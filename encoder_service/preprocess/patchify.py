@@ -1,0 +1,46 @@
+"""From pixels to rows of patches, by torch alone.
+
+Source: transformers 5.23, `TorchvisionBackend.rescale_and_normalize` (image_processing_backends.py) and `patchify` of
+the Qwen2-VL image and Qwen3-VL video processors. torchvision's uint8 resize is `torch.nn.functional.interpolate`
+underneath, so results equal that backend's bit for bit, with or without torchvision.
+
+Shapes: F frames, C = 3 channels, H and W pixels, P patches, D = C * temporal_patch_size * patch_size ** 2.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from encoder_service.preprocess.settings import ProcessorSettings
+
+
+def resize(pixels_CHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Bicubic, antialiased, rounded to uint8. Any strides in; [C, height, width], uint8, out."""
+    if pixels_CHW.shape[-2:] == (height, width):
+        return pixels_CHW
+    return torch.nn.functional.interpolate(
+        pixels_CHW.unsqueeze(0), (height, width), mode="bicubic", antialias=True, align_corners=False
+    ).squeeze(0)
+
+
+def patchify(frames_FCHW: torch.Tensor, settings: ProcessorSettings) -> torch.Tensor:
+    """Normalizes and cuts into patches, in the order in which the tower merges them.
+
+    Args:
+        frames_FCHW: uint8; F a multiple of `temporal_patch_size`, H and W multiples of `settings.factor`. An image
+            comes as one frame expanded to `temporal_patch_size`.
+
+    Returns:
+        [P, D], float32: rows run over time, merge blocks top to bottom and left to right, then inside a block; a row
+        runs over channel, frame, y, x.
+    """
+    num_frames, num_channels, height, width = frames_FCHW.shape
+    patch, merge, group = settings.patch_size, settings.merge_size, settings.temporal_patch_size
+    rows, columns = height // settings.factor, width // settings.factor
+    blocks = frames_FCHW.reshape(num_frames // group, group, num_channels, rows, merge, patch, columns, merge, patch)
+    # Put in order as bytes, a quarter of the traffic of floats: [t, y block, x block, y, x, channel, frame, y, x].
+    patches = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).contiguous().to(torch.float32)
+    mean = torch.tensor(settings.image_mean).mul(255.0).view(-1, 1, 1, 1)
+    std = torch.tensor(settings.image_std).mul(255.0).view(-1, 1, 1, 1)
+    # Subtract, then divide by 255 * std, as the reference does: another order rounds differently.
+    return patches.sub_(mean).div_(std).view(-1, num_channels * group * patch * patch)

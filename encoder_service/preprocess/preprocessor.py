@@ -1,0 +1,122 @@
+"""From encoded media to patches: the layout first, the pixels when asked for."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+
+from embedding_transport.errors import MediaError, MediaTooLarge
+from embedding_transport.types import Layout, MediaKind
+from encoder_service.media.limits import MediaLimits
+from encoder_service.preprocess.frame_sampling import sample_frames, second_per_grid_t, timestamps_s
+from encoder_service.preprocess.image_decode import EncodedImage
+from encoder_service.preprocess.patchify import patchify, resize
+from encoder_service.preprocess.settings import ProcessorSettings
+from encoder_service.preprocess.smart_resize import resized_image_size, resized_video_size
+from encoder_service.preprocess.video_decode import EncodedVideo
+
+
+class OpenedMedia(Protocol):
+    """One media item whose size is known and whose pixels are not decoded yet."""
+
+    @property
+    def layout(self) -> Layout:
+        """Grid, tokens and video times; `content_hash` is left empty."""
+        ...
+
+    def patches(self) -> torch.Tensor:
+        """Decodes, resizes, normalizes and cuts. Blocking; call once, from any thread.
+
+        Returns:
+            [num_patches, 3 * temporal_patch_size * patch_size ** 2], float32, CPU: see `patchify` for the order.
+
+        Raises:
+            MediaTruncated, NotAnImage, NotAVideo: the pixels turn out to be damaged.
+        """
+        ...
+
+
+class Preprocessor:
+    """Prepares media for the vision tower. Thread-safe: several items may be opened and decoded at once."""
+
+    def __init__(self, settings: ProcessorSettings, limits: MediaLimits) -> None:
+        self.settings = settings
+        self._limits = limits
+
+    def open(self, kind: MediaKind, data: bytes, video_fps: float | None = None) -> OpenedMedia:
+        """Reads as much of `data` as the layout needs: an image's header; of a video the index and one frame.
+
+        Blocking. Size, shape and frame count are checked here, before any memory for pixels is taken.
+
+        Args:
+            data: the encoded file.
+            video_fps: video only: frames sampled per second instead of the checkpoint's rate.
+
+        Raises:
+            NotAnImage, NotAVideo, MediaTruncated, MediaTooLarge, BadAspectRatio: see docs/media.md.
+            MediaError: `video_fps` is no positive number.
+        """
+        if kind == "image":
+            return _OpenedImage(self.settings, EncodedImage(data, self._limits.max_pixels))
+        if video_fps is not None and not (math.isfinite(video_fps) and video_fps > 0):
+            raise MediaError(f"video_fps is {video_fps}: give a positive number, or none for the model's default")
+        return _OpenedVideo(self.settings, EncodedVideo(data, self._limits), self._limits.max_video_pixels, video_fps)
+
+
+class _OpenedImage:
+    def __init__(self, settings: ProcessorSettings, image: EncodedImage) -> None:
+        self._settings = settings
+        self._image = image
+        self._size = resized_image_size(settings, image.height, image.width)
+        grid_thw = _grid_thw(settings, 1, *self._size)
+        self.layout = Layout("image", grid_thw, _num_tokens(settings, grid_thw))
+
+    def patches(self) -> torch.Tensor:
+        pixels_CHW = resize(self._image.decode(), *self._size)
+        return patchify(pixels_CHW.expand(self._settings.temporal_patch_size, -1, -1, -1), self._settings)
+
+
+class _OpenedVideo:
+    def __init__(
+        self, settings: ProcessorSettings, video: EncodedVideo, max_video_pixels: int, video_fps: float | None
+    ) -> None:
+        group = settings.temporal_patch_size
+        self._settings = settings
+        self._video = video
+        self._indices = sample_frames(settings, video.num_frames, video.fps, video_fps)
+        # transformers refuses a Qwen3-VL video shorter than one temporal patch; here it counts as one.
+        num_frames = max(group, len(self._indices))
+        height, width = self._size = resized_video_size(settings, num_frames, video.height, video.width)
+        if num_frames * height * width > max_video_pixels:
+            raise MediaTooLarge(
+                f"{num_frames} sampled frames of {width}x{height} pixels: at most {max_video_pixels} pixels are "
+                "accepted in all, ask for a lower video_fps or send a shorter video"
+            )
+        grid_thw = _grid_thw(settings, math.ceil(num_frames / group), height, width)
+        self.layout = Layout(
+            "video",
+            grid_thw,
+            _num_tokens(settings, grid_thw),
+            timestamps_s(self._indices, video.fps, group),
+            second_per_grid_t(len(self._indices), video.num_frames, video.fps, group),
+        )
+
+    def patches(self) -> torch.Tensor:
+        # Each frame is resized as it leaves the decoder: full-size frames of a long video would not fit in memory.
+        num_padded = self.layout.grid_thw[0] * self._settings.temporal_patch_size
+        frames_FCHW = torch.empty((num_padded, 3, *self._size), dtype=torch.uint8)
+        for position, pixels_CHW in enumerate(self._video.frames(self._indices)):
+            frames_FCHW[position] = resize(pixels_CHW, *self._size)
+        # A partial patch repeats the last frame.
+        frames_FCHW[len(self._indices) :] = frames_FCHW[len(self._indices) - 1]
+        return patchify(frames_FCHW, self._settings)
+
+
+def _grid_thw(settings: ProcessorSettings, grid_t: int, height: int, width: int) -> tuple[int, int, int]:
+    return grid_t, height // settings.patch_size, width // settings.patch_size
+
+
+def _num_tokens(settings: ProcessorSettings, grid_thw: tuple[int, int, int]) -> int:
+    return math.prod(grid_thw) // settings.merge_size**2

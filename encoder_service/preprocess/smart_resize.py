@@ -1,0 +1,62 @@
+"""The size media is resized to: multiples of `factor`, inside the pixel bounds, near the aspect ratio.
+
+Source: transformers 5.23, `smart_resize` of models/qwen2_vl/image_processing_qwen2_vl.py (images, and each frame of a
+Qwen2.5-VL video) and models/qwen3_vl/video_processing_qwen3_vl.py (Qwen3-VL videos), without `cap_pixels_per_frame`.
+"""
+
+from __future__ import annotations
+
+import math
+
+from embedding_transport.errors import BadAspectRatio
+from encoder_service.preprocess.settings import ProcessorSettings
+
+MAX_ASPECT_RATIO = 200
+
+
+def resized_image_size(settings: ProcessorSettings, height: int, width: int) -> tuple[int, int]:
+    """(height, width) of an image after resizing, pixels.
+
+    Raises:
+        BadAspectRatio: one side is more than 200 times the other.
+    """
+    return _fit(1, height, width, settings.factor, settings.min_pixels, settings.max_pixels)
+
+
+def resized_video_size(settings: ProcessorSettings, num_frames: int, height: int, width: int) -> tuple[int, int]:
+    """(height, width) of every frame of a video with `num_frames` sampled frames after resizing, pixels.
+
+    Raises:
+        BadAspectRatio: one side is more than 200 times the other.
+    """
+    low, high, factor = settings.video_min_pixels, settings.video_max_pixels, settings.factor
+    if settings.model_type == "qwen2_5_vl":  # the bounds are for one frame
+        return _fit(1, height, width, factor, low, high)
+    if height < factor or width < factor:
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    return _fit(num_frames, height, width, factor, low, high, settings.temporal_patch_size)
+
+
+def _fit(
+    num_frames: int, height: int, width: int, factor: int, min_pixels: int, max_pixels: int, temporal_factor: int = 1
+) -> tuple[int, int]:
+    """Fits num_frames x height x width into the bounds. The volume that is compared has its sides rounded to multiples,
+    the volume that is scaled has not."""
+    ratio = max(height, width) / min(height, width)
+    if ratio > MAX_ASPECT_RATIO:
+        raise BadAspectRatio(
+            f"{width}x{height} pixels: the aspect ratio is {ratio:.1f}, at most {MAX_ASPECT_RATIO} is accepted, crop it"
+        )
+    resized_height = round(height / factor) * factor
+    resized_width = round(width / factor) * factor
+    volume = round(num_frames / temporal_factor) * temporal_factor * resized_height * resized_width
+    if volume > max_pixels:
+        shrink = math.sqrt((num_frames * height * width) / max_pixels)
+        resized_height = max(factor, math.floor(height / shrink / factor) * factor)
+        resized_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif volume < min_pixels:
+        grow = math.sqrt(min_pixels / (num_frames * height * width))
+        resized_height = math.ceil(height * grow / factor) * factor
+        resized_width = math.ceil(width * grow / factor) * factor
+    return resized_height, resized_width

@@ -1,0 +1,186 @@
+"""Encodes the items of a request: load -> open -> admit -> Layout -> decode -> batch -> ship, all items at once.
+
+Knows neither gRPC nor protobuf: how rows leave is the caller's `ship`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import math
+import os
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import torch
+
+from embedding_transport.errors import BadRequest, InternalError, TooManyItems, VitrineError
+from embedding_transport.types import ItemTimings, Layout, LayoutEvent, MediaItem
+from encoder_service.engine.batcher import Batcher
+from encoder_service.media.loader import MediaLoader
+from encoder_service.metrics import EncoderMetrics
+from encoder_service.preprocess.preprocessor import OpenedMedia, Preprocessor
+
+_log = logging.getLogger(__name__)
+
+# Events made ahead of a slow reader; a chunk of rows is the largest, about 1 MiB.
+_MAX_EVENTS_AHEAD = 4
+
+Shipped = TypeVar("Shipped")
+Result = TypeVar("Result")
+Ship = Callable[[int, torch.Tensor, ItemTimings], AsyncGenerator[Shipped, None]]
+"""(item_index, rows_TW [num_tokens, row_width] on the CPU, timings so far) -> what the peer is to get, in order."""
+
+
+@dataclass(frozen=True)
+class ItemFailed:
+    """Item `item_index` could not be encoded; the others go on."""
+
+    item_index: int
+    error: VitrineError
+
+
+class EncodeService:
+    """Turns media items into rows. Belongs to one event loop; any number of requests run at once."""
+
+    def __init__(
+        self,
+        loader: MediaLoader,
+        preprocessor: Preprocessor,
+        batcher: Batcher,
+        *,
+        revision: str,
+        max_items: int,
+        metrics: EncoderMetrics,
+    ) -> None:
+        """
+        Args:
+            revision: of the model; part of an item's content hash.
+            max_items: accepted in one request.
+        """
+        self._loader = loader
+        self._preprocessor = preprocessor
+        self._batcher = batcher
+        self._max_items = max_items
+        self._metrics = metrics
+        self._hash_seed = f"{preprocessor.settings.fingerprint()}:{revision}"
+        self._threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="encoder-preprocess")
+
+    def close(self) -> None:
+        """Drops decoding that has not begun and waits for the rest."""
+        self._threads.shutdown(cancel_futures=True)
+
+    async def encode(
+        self, items: Sequence[MediaItem], ship: Ship[Shipped]
+    ) -> AsyncGenerator[LayoutEvent | Shipped | ItemFailed, None]:
+        """Per item: its layout as soon as it is known, then whatever `ship` makes of its rows, or ItemFailed instead.
+
+        Items finish in any order. Close the iterator (or cancel its reader) to stop everything that is not yet running.
+
+        Raises:
+            BadRequest: no items; TooManyItems: more than this encoder takes in one request.
+        """
+        if not items:
+            raise BadRequest("the request has no media items: give at least one")
+        if len(items) > self._max_items:
+            raise TooManyItems(f"{len(items)} media items: at most {self._max_items} are accepted in one request")
+        events: asyncio.Queue[LayoutEvent | Shipped | ItemFailed | None] = asyncio.Queue(_MAX_EVENTS_AHEAD)
+        tasks = [
+            asyncio.create_task(self._run_item(index, item, ship, events.put)) for index, item in enumerate(items)
+        ]
+        try:
+            num_running = len(tasks)
+            while num_running:
+                event = await events.get()
+                if event is None:
+                    num_running -= 1
+                else:
+                    yield event
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run_item(
+        self,
+        index: int,
+        item: MediaItem,
+        ship: Ship[Shipped],
+        put: Callable[[LayoutEvent | Shipped | ItemFailed | None], Awaitable[None]],
+    ) -> None:
+        """One item from start to end; None is its last event."""
+        outcome = "cancelled"
+        try:
+            async with aclosing(self._encode_item(index, item, ship)) as events:
+                async for event in events:
+                    await put(event)
+            outcome = "ok"
+        except VitrineError as error:
+            outcome = error.code
+            await put(ItemFailed(index, error))
+        except Exception:
+            _log.exception("item %d failed for a reason that is a fault of ours", index)
+            error = InternalError("the encoder failed on this item; its log has the reason")
+            outcome = error.code
+            await put(ItemFailed(index, error))
+        finally:
+            self._metrics.items.labels(item.kind, outcome).inc()
+        await put(None)
+
+    async def _encode_item(
+        self, index: int, item: MediaItem, ship: Ship[Shipped]
+    ) -> AsyncGenerator[LayoutEvent | Shipped, None]:
+        with self._stage("load") as load:
+            data = await self._loader.load(item)
+        with self._stage("open") as opening:
+            opened, layout = await self._in_thread(self._open, item, data)
+        with self._batcher.admit(math.prod(layout.grid_thw)):
+            yield LayoutEvent(index, layout)
+            with self._stage("preprocess") as preprocess:
+                patches_PX = await self._in_thread(opened.patches)
+            encoded = await self._batcher.encode(patches_PX, layout.grid_thw)
+            # Shipping to a slow reader takes long: hold no more than the rows meanwhile.
+            del opened, data, patches_PX
+            self._metrics.stage_seconds.labels("queue").observe(encoded.queue_ms / 1e3)
+            timings = ItemTimings(
+                load_ms=load.elapsed_ms,
+                preprocess_ms=opening.elapsed_ms + preprocess.elapsed_ms,
+                queue_ms=encoded.queue_ms,
+                forward_ms=encoded.forward_ms,
+            )
+            with self._stage("ship"):
+                async with aclosing(ship(index, encoded.rows_TW, timings)) as shipped:
+                    async for part in shipped:
+                        yield part
+
+    def _open(self, item: MediaItem, data: bytes) -> tuple[OpenedMedia, Layout]:
+        opened = self._preprocessor.open(item.kind, data, item.video_fps)
+        return opened, replace(opened.layout, content_hash=self._content_hash(item, data))
+
+    def _content_hash(self, item: MediaItem, data: bytes) -> bytes:
+        """SHA-256 over everything that decides the rows; equal items have equal rows."""
+        digest = hashlib.sha256(f"{self._hash_seed}:{item.kind}:{item.video_fps}:".encode())
+        digest.update(data)
+        return digest.digest()
+
+    async def _in_thread(self, function: Callable[..., Result], *arguments: object) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[_Stopwatch]:
+        """Times one stage, for the item and for the metrics; stages that fail are not observed."""
+        stopwatch = _Stopwatch()
+        yield stopwatch
+        stopwatch.elapsed_ms = (time.monotonic() - stopwatch.started) * 1e3
+        self._metrics.stage_seconds.labels(name).observe(stopwatch.elapsed_ms / 1e3)
+
+
+@dataclass
+class _Stopwatch:
+    started: float = field(default_factory=time.monotonic)
+    elapsed_ms: float = 0.0

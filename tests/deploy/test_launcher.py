@@ -1,0 +1,82 @@
+"""The launcher as a newcomer runs it: real services, a random checkpoint, one question, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.deploy.proc import children_of, is_running
+
+TIMEOUT_S = 180.0
+STAGES = ("load", "preprocess", "encode", "ship", "land", "prefill", "decode")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def launch(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "deploy.launcher", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=ENVIRONMENT,
+    )
+
+
+def test_run_prints_answer_and_timings(qwen3_vl_folder: Path) -> None:
+    with launch("run", "--model", str(qwen3_vl_folder), "--max-tokens", "24") as process:
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, output
+    answer = re.search(r"^answer: (.+?)\n\nstage", output, re.MULTILINE | re.DOTALL)
+    assert answer is not None, output
+    assert len(answer[1]) == 24, "one character a token"
+    for stage in STAGES:
+        line = re.search(rf"^{stage} +([\d.]+) ", output, re.MULTILINE)
+        assert line is not None, f"no time for {stage}:\n{output}"
+    assert float(re.search(r"^encode +([\d.]+)", output, re.MULTILINE)[1]) > 0.0  # type: ignore[index]
+    assert "24 generated" in output
+    assert "[encoder]" in output
+    assert "[llm]" in output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL])
+def test_serve_answers_and_leaves_nothing_behind(qwen3_vl_folder: Path, signal_number: signal.Signals) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with launch("serve", "--model", str(qwen3_vl_folder), "--port", str(port)) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "OpenAI endpoint" in line:
+                break
+        else:
+            pytest.fail("the services did not get ready")
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=10) as response:
+            assert json.load(response)["data"][0]["id"] == qwen3_vl_folder.name
+        children = children_of(process.pid)
+        assert len(children) == 2
+        process.send_signal(signal_number)
+        process.stdout.read()
+    assert process.returncode == (0 if signal_number == signal.SIGINT else -signal.SIGKILL)
+    deadline = time.monotonic() + 15.0
+    while any(map(is_running, children)):
+        assert time.monotonic() < deadline, "a service outlived the launcher"
+        time.sleep(0.05)
+
+
+def test_unusable_model_is_a_clear_failure(tmp_path: Path) -> None:
+    with launch("run", "--model", str(tmp_path / "nothing-here")) as process:
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 1
+    assert "nothing-here" in output
+    assert re.search(r"vitrine: (encoder|llm) ended with exit code \d+", output), output

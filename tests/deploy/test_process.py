@@ -1,0 +1,74 @@
+"""Child processes of the launcher: prefixed output, clean stops, and no orphans."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from deploy.launcher.process import Child
+from tests.deploy.proc import is_running
+
+STUBBORN = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("up")
+time.sleep(60)
+"""
+FAILING = "print('no weights'); raise SystemExit(3)"
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose Python files can be started with -m."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return tmp_path
+
+
+async def test_output_is_prefixed_and_failure_named(module: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (module / "failing.py").write_text(FAILING)
+    child = await Child.start("encoder", ["failing"])
+    failure = await child.failed()
+    await child.stop(1.0)
+    assert "[encoder] no weights\n" in capsys.readouterr().out
+    assert "encoder ended with exit code 3" in str(failure)
+
+
+async def test_stubborn_child_is_killed(module: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (module / "stubborn.py").write_text(STUBBORN)
+    child = await Child.start("llm", ["stubborn"])
+    while "up" not in capsys.readouterr().out:
+        await asyncio.sleep(0.01)
+    await child.stop(0.2)
+    assert "killed by SIGKILL" in str(await child.failed())
+    assert "did not stop within 0.2 s" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of their parent's death")
+def test_no_orphans_when_the_parent_is_killed(module: Path) -> None:
+    (module / "sleeper.py").write_text("import time; time.sleep(60)")
+    (module / "parent.py").write_text(
+        "import asyncio\n"
+        "from deploy.launcher.process import Child\n"
+        "async def main():\n"
+        "    child = await Child.start('child', ['sleeper'])\n"
+        "    print(child._process.pid, flush=True)\n"
+        "    await asyncio.sleep(60)\n"
+        "asyncio.run(main())\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{module}{os.pathsep}{Path.cwd()}"}
+    with subprocess.Popen([sys.executable, "-m", "parent"], stdout=subprocess.PIPE, env=environment) as parent:
+        assert parent.stdout is not None
+        child_pid = int(parent.stdout.readline())
+        assert is_running(child_pid)
+        parent.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 5.0
+    while is_running(child_pid):
+        assert time.monotonic() < deadline, "the child outlived its parent"
+        time.sleep(0.02)

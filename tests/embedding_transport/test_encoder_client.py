@@ -1,0 +1,230 @@
+"""EncoderClient against a real server over loopback: rows equal to the bit, errors named, nothing leaked."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from embedding_transport.encoder_client import EncoderClient
+from embedding_transport.errors import (
+    EncoderMismatch,
+    EncoderUnavailable,
+    LeaseExpired,
+    NotAnImage,
+    TransportUnavailable,
+)
+from embedding_transport.types import DTYPES, LayoutEvent, MediaItem, ModelIdentity, RowsEvent
+from tests.embedding_transport.encoder_stub import IDENTITY, running_stub, synthetic_rows
+
+
+def item(text: str) -> MediaItem:
+    return MediaItem("image", data=text.encode())
+
+
+async def encode_all(client: EncoderClient, items: list[MediaItem]) -> dict[int, RowsEvent]:
+    rows = {}
+    async for event in client.encode(items, "request"):
+        if isinstance(event, RowsEvent):
+            rows[event.item_index] = event
+        else:
+            assert isinstance(event, LayoutEvent)
+            assert event.item_index not in rows
+    return rows
+
+
+def landed(event: RowsEvent, identity: ModelIdentity) -> torch.Tensor:
+    """All rows through copy_to in two parts, put side by side again: [num_tokens, row_width]."""
+    num_tokens, hidden, layers = event.rows.num_tokens, identity.out_hidden_size, len(identity.deepstack_visual_indexes)
+    main = torch.zeros(num_tokens, hidden, dtype=DTYPES[identity.dtype])
+    deepstack = torch.zeros(layers, num_tokens, hidden, dtype=DTYPES[identity.dtype])
+    split = num_tokens // 3
+    event.rows.copy_to(main[:split], deepstack[:, :split], 0)
+    event.rows.copy_to(main[split:], deepstack[:, split:], split)
+    return torch.cat([main, *deepstack], dim=1)
+
+
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+async def test_rows_arrive_bit_for_bit(tmp_path: Path, transport: str, dtype: str) -> None:
+    identity = replace(IDENTITY, dtype=dtype, out_hidden_size=512)
+    items = [item("a 7"), item("b 1200"), item("c 1")]  # 1200 rows are several chunks
+    async with running_stub(tmp_path, identity, pool_bytes=64 << 20) as (address, servicer, _):
+        client = EncoderClient([address], identity, transport=transport, shm_folder=tmp_path)
+        await client.start()
+        rows = await encode_all(client, items)
+        for index, expected in enumerate(items):
+            num_tokens = int(expected.data.split()[-1])
+            assert torch.equal(landed(rows[index], identity), synthetic_rows(expected.data, num_tokens, identity))
+            assert rows[index].rows.timings.forward_ms == 5
+            rows[index].rows.release()
+            rows[index].rows.release()
+        await client.close()
+        stats = servicer.exporter.stats()
+        assert stats.live_leases == 0
+        assert stats.shipped_nbytes[transport] == client.stats().received_nbytes[transport] > 0
+
+
+async def test_auto_prefers_shared_memory_and_falls_back_counted(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    async with running_stub(tmp_path) as (address, _, _):
+        for folder, transport, fallbacks in ((tmp_path, "shm", 0), (elsewhere, "grpc", 1)):
+            client = EncoderClient([address], IDENTITY, shm_folder=folder)
+            await client.start()
+            assert client.status()[0].transport == transport
+            assert client.stats().fallbacks == fallbacks
+            await client.close()
+
+
+async def test_strict_shared_memory_fails_loudly(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for server_folder in (tmp_path, None):
+        async with running_stub(server_folder) as (address, _, _):
+            client = EncoderClient([address], IDENTITY, transport="shm", shm_folder=elsewhere)
+            with pytest.raises(TransportUnavailable):
+                await client.start()
+            await client.close()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model", "other"),
+        ("revision", "other"),
+        ("model_type", "qwen2_5_vl"),
+        ("out_hidden_size", 9),
+        ("deepstack_visual_indexes", (1, 2)),
+        ("dtype", "bfloat16"),
+        ("protocol_version", 99),
+    ],
+)
+async def test_mismatch_names_the_field_and_both_values(tmp_path: Path, field: str, value: object) -> None:
+    async with running_stub(tmp_path) as (address, _, _):
+        client = EncoderClient([address], replace(IDENTITY, **{field: value}), shm_folder=tmp_path)
+        with pytest.raises(EncoderMismatch, match=field) as caught:
+            await client.start()
+        assert repr(value) in str(caught.value) and repr(getattr(IDENTITY, field)) in str(caught.value)
+        await client.close()
+
+
+async def test_a_failed_item_raises_its_error_and_rows_nobody_took_are_released(tmp_path: Path) -> None:
+    async with running_stub(tmp_path) as (address, servicer, _):
+        client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+        with pytest.raises(NotAnImage, match="no image: bad"):
+            async for event in client.encode([item("a 5"), item("bad 1")], "request"):
+                if isinstance(event, RowsEvent):
+                    event.rows.release()
+        await client.close()
+        assert servicer.exporter.stats().live_leases == 0
+
+
+async def test_no_encoder_is_an_error_with_the_address(tmp_path: Path) -> None:
+    client = EncoderClient(["127.0.0.1:9"], IDENTITY, shm_folder=tmp_path, connect_timeout_s=1)
+    await client.start()
+    assert not client.ready
+    with pytest.raises(EncoderUnavailable, match="127.0.0.1:9"):
+        await encode_all(client, [item("a 5")])
+    await client.close()
+
+
+async def test_a_lost_encoder_is_replaced_within_the_request_and_layouts_are_not_repeated(tmp_path: Path) -> None:
+    async with running_stub(tmp_path) as first, running_stub(tmp_path) as second:
+        client = EncoderClient([first[0], second[0]], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+        layouts: list[int] = []
+        rows: dict[int, RowsEvent] = {}
+        items = [item("a 3"), item("hang 4")]
+        async for event in client.encode(items, "request"):
+            if isinstance(event, RowsEvent):
+                rows[event.item_index] = event
+                continue
+            layouts.append(event.item_index)
+            if event.item_index == 1:
+                busy, idle = (first, second) if first[1].num_encodes else (second, first)
+                idle[1].go_on.set()
+                await busy[2].stop(None)
+        assert layouts == [0, 1]
+        assert torch.equal(landed(rows[1], IDENTITY), synthetic_rows(b"hang 4", 4, IDENTITY))
+        assert client.stats().retries == 1
+        await client.close()
+
+
+async def test_reconnects_to_an_encoder_that_comes_back(tmp_path: Path) -> None:
+    async with running_stub(tmp_path) as (address, _, _):
+        client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+    async with asyncio.timeout(5):
+        while client.ready:
+            await asyncio.sleep(0.01)
+    async with running_stub(tmp_path, port=int(address.rpartition(":")[2])):
+        await client.wait_ready(10)
+        assert await encode_all(client, [item("a 5")])
+    await client.close()
+
+
+async def test_leases_expire_and_the_reader_is_told(tmp_path: Path) -> None:
+    async with running_stub(tmp_path, lease_ttl_s=0.2) as (address, servicer, _):
+        client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+        rows = await encode_all(client, [item("a 5")])
+        landed(rows[0], IDENTITY)
+        async with asyncio.timeout(5):
+            while servicer.exporter.stats().live_leases:
+                await asyncio.sleep(0.01)
+        with pytest.raises(LeaseExpired):
+            landed(rows[0], IDENTITY)
+        assert servicer.exporter.stats().leases.expired == 1
+        await client.close()
+
+
+async def test_leases_are_reclaimed_when_the_client_is_gone(tmp_path: Path) -> None:
+    async with running_stub(tmp_path) as (address, servicer, _):
+        client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+        await encode_all(client, [item("a 5"), item("b 6")])
+        assert servicer.exporter.stats().live_leases == 2
+        await client.close()
+        async with asyncio.timeout(5):
+            while servicer.exporter.stats().live_leases:
+                await asyncio.sleep(0.01)
+        assert servicer.exporter.stats().leases.reclaimed == 2
+
+
+async def test_a_full_pool_waits_for_a_release(tmp_path: Path) -> None:
+    async with running_stub(tmp_path, pool_bytes=16 << 10) as (address, servicer, _):
+        client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+        held = await encode_all(client, [item("a 100")])  # 12800 of 16384 bytes
+        waiting = asyncio.create_task(encode_all(client, [item("b 100")]))
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
+        held[0].rows.release()
+        async with asyncio.timeout(5):
+            rows = await waiting
+        assert torch.equal(landed(rows[0], IDENTITY), synthetic_rows(b"b 100", 100, IDENTITY))
+        await client.close()
+
+
+async def test_load_is_bounded_and_equal_content_goes_to_the_same_encoder(tmp_path: Path) -> None:
+    async with running_stub(tmp_path) as first, running_stub(tmp_path) as second:
+        client = EncoderClient([first[0], second[0]], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+        for _ in range(4):
+            await encode_all(client, [item("same 5")])
+        assert sorted([first[1].num_encodes, second[1].num_encodes]) == [0, 4]
+
+        hanging = [asyncio.create_task(encode_all(client, [item("hang same 5")])) for _ in range(8)]
+        async with asyncio.timeout(5):
+            while first[1].num_encodes + second[1].num_encodes < 12:
+                await asyncio.sleep(0.01)
+        assert max(status.in_flight for status in client.status()) <= 5
+        for stub in (first, second):
+            stub[1].go_on.set()
+        await asyncio.gather(*hanging)
+        await client.close()

@@ -1,0 +1,121 @@
+"""Only visual tensors are read, all of them, and only from a checkpoint that matches its config."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from embedding_transport.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from encoder_service.models import build_tower
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder_copy(qwen2_5_vl_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(qwen2_5_vl_folder, tmp_path / "checkpoint"))
+
+
+def rewrite(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, folder / "model.safetensors")
+
+
+class WatchedCheckpoint(Checkpoint):
+    """Notes the name of every tensor that is read."""
+
+    names_read: list[str]
+
+    def read_tensors(self, names: list[str], device: str | torch.device = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in super().read_tensors(names, device):
+            self.__dict__.setdefault("names_read", []).append(name)
+            yield name, tensor
+
+
+def test_only_visual_tensors_are_read(checkpoint_folder: Path) -> None:
+    checkpoint = open_checkpoint(str(checkpoint_folder))
+    watched = WatchedCheckpoint(checkpoint.folder, checkpoint.model, checkpoint.revision)
+    progress: list[tuple[int, int]] = []
+    build_tower(watched, CPU, torch.float32, lambda done, total: progress.append((done, total)))
+    visual = {name for name in checkpoint.tensor_names() if "visual." in name}
+    assert set(watched.names_read) == visual
+    assert len(visual) < len(checkpoint.tensor_names()), "the checkpoint holds no language tensors to leave alone"
+    assert progress == [(done, len(visual)) for done in range(1, len(visual) + 1)]
+
+
+@pytest.mark.parametrize("prefix", ["visual.", "model.visual."])
+def test_both_released_prefixes_load(folder_copy: Path, prefix: str) -> None:
+    tensors = load_file(folder_copy / "model.safetensors")
+    rewrite(folder_copy, {prefix + n.split("visual.", 1)[1]: t for n, t in tensors.items() if "visual." in n})
+    assert build_tower(open_checkpoint(str(folder_copy)), CPU, torch.float32).row_width == 96
+
+
+def test_a_missing_tensor_is_named(folder_copy: Path) -> None:
+    tensors = load_file(folder_copy / "model.safetensors")
+    rewrite(folder_copy, {n: t for n, t in tensors.items() if not n.endswith("merger.ln_q.weight")})
+    with pytest.raises(CheckpointError, match=r"1 missing \['merger.ln_q.weight'\]"):
+        build_tower(open_checkpoint(str(folder_copy)), CPU, torch.float32)
+
+
+def test_a_tensor_left_over_is_named(folder_copy: Path) -> None:
+    tensors = load_file(folder_copy / "model.safetensors")
+    prefix = next(n for n in tensors if "visual." in n).split("visual.")[0]
+    rewrite(folder_copy, tensors | {f"{prefix}visual.extra": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match=r"1 unexpected \['extra'\]"):
+        build_tower(open_checkpoint(str(folder_copy)), CPU, torch.float32)
+
+
+def test_a_tensor_of_another_shape_is_named(folder_copy: Path) -> None:
+    tensors = load_file(folder_copy / "model.safetensors")
+    name = next(n for n in tensors if n.endswith("merger.ln_q.weight"))
+    rewrite(folder_copy, tensors | {name: torch.ones(63)})
+    with pytest.raises(CheckpointError, match=r"ln_q.weight has shape \(63,\).*\(64,\)"):
+        build_tower(open_checkpoint(str(folder_copy)), CPU, torch.float32)
+
+
+def edit_config(folder: Path, **vision: object) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["vision_config"] |= vision
+    config["vision_config"] = {name: value for name, value in config["vision_config"].items() if value is not None}
+    path.write_text(json.dumps(config))
+
+
+def test_the_released_spelling_of_the_channels_is_read(folder_copy: Path) -> None:
+    edit_config(folder_copy, in_channels=None, in_chans=3, rope_parameters=None)
+    build_tower(open_checkpoint(str(folder_copy)), CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("vision", "message"),
+    [
+        ({"depth": None}, "no depth"),
+        ({"depth": "four"}, "depth is 'four'"),
+        ({"hidden_act": "relu6"}, "hidden_act is 'relu6'"),
+        ({"num_heads": 7}, "does not split into 7 heads"),
+        ({"window_size": 8}, "window_size 8 is smaller"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused(folder_copy: Path, vision: dict[str, object], message: str) -> None:
+    edit_config(folder_copy, **vision)
+    with pytest.raises(CheckpointError, match=message):
+        build_tower(open_checkpoint(str(folder_copy)), CPU, torch.float32)
+
+
+def test_descending_deepstack_layers_are_refused(qwen3_vl_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(qwen3_vl_folder, tmp_path / "checkpoint"))
+    edit_config(folder, deepstack_visual_indexes=[3, 1, 2])
+    with pytest.raises(CheckpointError, match="ascending"):
+        build_tower(open_checkpoint(str(folder)), CPU, torch.float32)
+
+
+def test_another_model_type_is_refused(folder_copy: Path) -> None:
+    path = folder_copy / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "llava"}))
+    with pytest.raises(CheckpointError, match="'llava' has no vision tower"):
+        build_tower(open_checkpoint(str(folder_copy)), CPU, torch.float32)

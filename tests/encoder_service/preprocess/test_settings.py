@@ -1,0 +1,100 @@
+"""Settings against the attributes of transformers' processors built from the same files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedding_transport.checkpoint import Checkpoint, CheckpointError
+from encoder_service.preprocess.settings import ProcessorSettings
+from tests.encoder_service.preprocess import reference
+from tests.encoder_service.preprocess.samples import QWEN3_IMAGE, QWEN3_VIDEO, QWEN25_IMAGE, settings
+
+SIZE = {"shortest_edge": 5000, "longest_edge": 90_000}
+QWEN25_BARE = {name: value for name, value in QWEN25_IMAGE.items() if name not in ("min_pixels", "max_pixels")}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "image", "video"),
+    [
+        ("qwen3_vl", QWEN3_IMAGE, QWEN3_VIDEO),
+        ("qwen3_vl_moe", QWEN3_IMAGE, QWEN3_VIDEO),
+        ("qwen3_vl", QWEN3_IMAGE, None),
+        ("qwen3_vl", QWEN3_IMAGE, {"fps": 4, "min_frames": 8, "max_frames": 32}),
+        ("qwen3_vl", QWEN3_IMAGE, {"min_pixels": 4000, "max_pixels": 8000}),  # a spelling this class does not know
+        ("qwen2_5_vl", QWEN25_IMAGE, None),
+        ("qwen2_5_vl", QWEN25_IMAGE, {}),
+        ("qwen2_5_vl", QWEN25_BARE, {"size": SIZE}),
+        ("qwen2_5_vl", QWEN25_BARE | {"size": SIZE, "max_pixels": 70_000}, {"max_pixels": 800_000}),
+        ("qwen2_5_vl", {"do_resize": True}, None),
+    ],
+)
+def test_fields_and_defaults_equal_transformers(
+    tmp_path: Path, model_type: str, image: dict[str, Any], video: dict[str, Any] | None
+) -> None:
+    ours = settings(tmp_path, model_type, image, video)
+    images = reference.image_processor(image)
+    # Without a file for videos (an empty one counts as none), transformers reads the one for images.
+    videos = reference.video_processor(model_type, video or image)
+    for name in ("patch_size", "temporal_patch_size", "merge_size"):
+        assert getattr(ours, name) == getattr(images, name) == getattr(videos, name)
+    assert (ours.min_pixels, ours.max_pixels) == (images.size["shortest_edge"], images.size["longest_edge"])
+    assert (ours.video_min_pixels, ours.video_max_pixels) == (videos.size["shortest_edge"], videos.size["longest_edge"])
+    assert list(ours.image_mean) == list(images.image_mean) == list(videos.image_mean)
+    assert list(ours.image_std) == list(images.image_std) == list(videos.image_std)
+    assert (ours.video_min_frames, ours.video_max_frames) == (videos.min_frames, videos.max_frames)
+    assert ours.video_fps == (videos.fps or 2)
+
+
+def test_saved_by_transformers(tmp_path: Path) -> None:
+    """Files with every field spelt out, as save_pretrained writes them, mean the same."""
+    reference.image_processor(QWEN3_IMAGE).save_pretrained(tmp_path)
+    reference.video_processor("qwen3_vl", QWEN3_VIDEO).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
+    saved = ProcessorSettings.from_checkpoint(Checkpoint(tmp_path, "model", "revision"))
+    (tmp_path / "plain").mkdir()
+    assert saved == settings(tmp_path / "plain", "qwen3_vl", QWEN3_IMAGE, QWEN3_VIDEO)
+
+
+def test_nested_file_comes_first(tmp_path: Path) -> None:
+    nested = {"image_processor": QWEN3_IMAGE, "video_processor": QWEN3_VIDEO | {"fps": 1}}
+    (tmp_path / "processor_config.json").write_text(json.dumps(nested))
+    ours = settings(tmp_path, "qwen3_vl", QWEN25_IMAGE, QWEN25_IMAGE)
+    assert ours.patch_size == 16 and ours.video_fps == 1.0 and ours.video_max_pixels == 25165824
+
+
+def test_a_checkpoint_that_does_not_sample_gets_every_frame(tmp_path: Path) -> None:
+    assert settings(tmp_path, "qwen2_5_vl", QWEN25_IMAGE, QWEN25_IMAGE | {"do_sample_frames": False}).video_fps == 0
+
+
+@pytest.mark.parametrize(
+    ("image", "video", "message"),
+    [
+        (QWEN3_IMAGE | {"do_resize": False}, QWEN3_VIDEO, "do_resize is False"),
+        (QWEN3_IMAGE | {"resample": 2}, QWEN3_VIDEO, "resample is 2"),
+        (QWEN3_IMAGE, QWEN3_VIDEO | {"patch_size": 14}, "patch_size is 16 for images and 14 for videos"),
+        (QWEN3_IMAGE, QWEN3_VIDEO | {"num_frames": 8}, "num_frames"),
+        (QWEN3_IMAGE, QWEN3_VIDEO | {"cap_pixels_per_frame": True}, "cap_pixels_per_frame"),
+        (QWEN3_IMAGE | {"size": {"height": 3, "width": 3}}, QWEN3_VIDEO, "shortest_edge"),
+        (QWEN3_IMAGE | {"size": {"shortest_edge": 9, "longest_edge": 3}}, QWEN3_VIDEO, "larger than"),
+        ({}, {}, "no preprocessor_config.json"),
+    ],
+)
+def test_unusable_files_say_why(tmp_path: Path, image: dict[str, Any], video: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        settings(tmp_path, "qwen3_vl", image, video)
+
+
+def test_unknown_model_type(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="'llava' is not one of"):
+        settings(tmp_path, "llava", QWEN3_IMAGE)
+
+
+def test_fingerprint_tells_settings_apart(tmp_path: Path) -> None:
+    ours = settings(tmp_path, "qwen3_vl", QWEN3_IMAGE, QWEN3_VIDEO)
+    other = settings(tmp_path, "qwen3_vl", QWEN3_IMAGE, QWEN3_VIDEO | {"fps": 3})
+    assert ours.fingerprint() == settings(tmp_path, "qwen3_vl", QWEN3_IMAGE, QWEN3_VIDEO).fingerprint()
+    assert ours.fingerprint() != other.fingerprint()
