@@ -6,7 +6,7 @@ The stable code travels in the trailing metadata, so that a caller need not gues
 from __future__ import annotations
 
 import logging
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import grpc
 
@@ -43,7 +43,7 @@ STATUS_BY_CODE: dict[str, grpc.StatusCode] = {
 _log = logging.getLogger(__name__)
 
 
-async def abort(context: grpc.aio.ServicerContext[object, object], error: Exception) -> NoReturn:
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
     """Ends the call with the error's status, message and code; other exceptions are logged and named no further."""
     if not isinstance(error, VitrineError):
         _log.error("internal error", exc_info=error)

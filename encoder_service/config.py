@@ -39,7 +39,7 @@ class EncoderConfig(BaseSettings):
     metrics_port: int = Field(0, ge=0, le=65535, description="port for Prometheus metrics over HTTP; 0 is off")
     drain_timeout_s: float = Field(30.0, ge=0, description="longest wait for running work and leases at shutdown, s")
 
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the tower runs; auto: a GPU if there is one")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the tower runs; auto: a GPU if any")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of weights and rows; auto: the checkpoint's on a GPU, float32 on the CPU"
     )
@@ -50,7 +50,7 @@ class EncoderConfig(BaseSettings):
 
     max_items: int = Field(64, ge=1, description="images and videos accepted in one request")
     max_batch_patches: int = Field(16384, ge=1, description="patches in one batch; a larger item runs alone")
-    max_queued_patches: int = Field(262_144, ge=1, description="patches in work before requests are refused as overload")
+    max_queued_patches: int = Field(262_144, ge=1, description="patches in work before items are refused as overload")
 
     allowed_media_folder: Path | None = Field(None, description="file: URLs may name files below it; default none")
     allow_private_addresses: bool = Field(False, description="lets media URLs lead to private and loopback addresses")

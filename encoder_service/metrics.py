@@ -2,47 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
+from embedding_transport.exporter import ExporterStats
 from encoder_service.engine.batcher import BatchReport
 
-_NAMESPACE = "vitrine_encoder"
 _STAGE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _PATCH_BUCKETS = (16, 64, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 _ITEM_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class EncoderMetrics:
-    """One registry a process (or a test); counters are public and written where things happen."""
+    """One registry a process (or a test); what happens is counted where it happens."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
-            "requests", "Encode calls by outcome: ok, cancelled, or an error code.", ["outcome"], **self._where()
+            "vitrine_encoder_requests",
+            "Encode calls by outcome: ok, cancelled, or an error code.",
+            ["outcome"],
+            registry=self.registry,
         )
         self.items = Counter(
-            "items", "Items by kind and outcome: ok, cancelled, or an error code.", ["kind", "outcome"], **self._where()
+            "vitrine_encoder_items",
+            "Items by kind and outcome: ok, cancelled, or an error code.",
+            ["kind", "outcome"],
+            registry=self.registry,
         )
         self.stage_seconds = Histogram(
-            "stage_seconds",
+            "vitrine_encoder_stage_seconds",
             "Time of one item in a stage (load, open, preprocess, queue, ship), seconds; forward is a whole batch's.",
             ["stage"],
             buckets=_STAGE_BUCKETS,
-            **self._where(),
+            registry=self.registry,
         )
-        self.batch_patches = Histogram("batch_patches", "Patches in a batch.", buckets=_PATCH_BUCKETS, **self._where())
-        self.batch_items = Histogram("batch_items", "Items in a batch.", buckets=_ITEM_BUCKETS, **self._where())
+        self.batch_patches = Histogram(
+            "vitrine_encoder_batch_patches", "Patches in a batch.", buckets=_PATCH_BUCKETS, registry=self.registry
+        )
+        self.batch_items = Histogram(
+            "vitrine_encoder_batch_items", "Items in a batch.", buckets=_ITEM_BUCKETS, registry=self.registry
+        )
 
     def observe_batch(self, report: BatchReport) -> None:
         self.batch_patches.observe(report.num_patches)
         self.batch_items.observe(report.num_items)
         self.stage_seconds.labels("forward").observe(report.forward_s)
 
-    def gauge(self, name: str, help_text: str, read: Callable[[], float]) -> None:
-        """Adds a gauge that is read anew at each scrape."""
-        Gauge(name, help_text, **self._where()).set_function(read)
+    def watch_queue(self, admitted_patches: Callable[[], int], waiting_patches: Callable[[], int]) -> None:
+        """Reads the queue at each scrape."""
+        for name, help_text, read in (
+            ("admitted_patches", "Patches of items between admission and the end of shipping.", admitted_patches),
+            ("queue_patches", "Patches ready for the tower that are in no batch yet.", waiting_patches),
+        ):
+            Gauge(f"vitrine_encoder_{name}", help_text, registry=self.registry).set_function(read)
 
-    def _where(self) -> dict[str, object]:
-        return {"namespace": _NAMESPACE, "registry": self.registry}
+    def watch_exporter(self, stats: Callable[[], ExporterStats]) -> None:
+        """Reads leases, pool and shipped bytes at each scrape."""
+        self.registry.register(_ExporterCollector(stats))
+
+
+class _ExporterCollector(Collector):
+    def __init__(self, stats: Callable[[], ExporterStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._stats()
+        yield GaugeMetricFamily("vitrine_encoder_leases_live", "Leases that peers hold.", stats.live_leases)
+        yield GaugeMetricFamily("vitrine_encoder_sessions", "Connected peers.", stats.sessions)
+        yield GaugeMetricFamily("vitrine_encoder_pool_bytes", "Size of the exported pool.", stats.pool_nbytes)
+        yield GaugeMetricFamily("vitrine_encoder_pool_used_bytes", "Bytes of the pool in use.", stats.pool_used_nbytes)
+        leases = CounterMetricFamily(
+            "vitrine_encoder_leases",
+            "Leases granted and how they ended; unknown: releases of leases not held.",
+            labels=["event"],
+        )
+        for event, count in asdict(stats.leases).items():
+            leases.add_metric([event], count)
+        yield leases
+        shipped = CounterMetricFamily(
+            "vitrine_encoder_shipped_bytes", "Bytes of rows by transport.", labels=["transport"]
+        )
+        for transport, nbytes in stats.shipped_nbytes.items():
+            shipped.add_metric([transport], nbytes)
+        yield shipped

@@ -90,9 +90,7 @@ class EncodeService:
         if len(items) > self._max_items:
             raise TooManyItems(f"{len(items)} media items: at most {self._max_items} are accepted in one request")
         events: asyncio.Queue[LayoutEvent | Shipped | ItemFailed | None] = asyncio.Queue(_MAX_EVENTS_AHEAD)
-        tasks = [
-            asyncio.create_task(self._run_item(index, item, ship, events.put)) for index, item in enumerate(items)
-        ]
+        tasks = [asyncio.create_task(self._run_item(index, item, ship, events.put)) for index, item in enumerate(items)]
         try:
             num_running = len(tasks)
             while num_running:
@@ -125,9 +123,8 @@ class EncodeService:
             await put(ItemFailed(index, error))
         except Exception:
             _log.exception("item %d failed for a reason that is a fault of ours", index)
-            error = InternalError("the encoder failed on this item; its log has the reason")
-            outcome = error.code
-            await put(ItemFailed(index, error))
+            outcome = InternalError.code
+            await put(ItemFailed(index, InternalError("the encoder failed on this item; its log has the reason")))
         finally:
             self._metrics.items.labels(item.kind, outcome).inc()
         await put(None)

@@ -31,9 +31,7 @@ def load_visual_weights(
         CheckpointError: a tensor is missing, is left over, or has another shape.
     """
     expected = tower.state_dict()
-    names = {_without_prefix(name): name for name in checkpoint.tensor_names() if name.startswith(_PREFIXES)}
-    if not names:
-        raise CheckpointError(f"{checkpoint.folder} holds no tensors named {' or '.join(f'{p}*' for p in _PREFIXES)}")
+    names = {_without_prefix(name): name for name in _visual_names(checkpoint)}
     missing, unexpected = sorted(expected.keys() - names.keys()), sorted(names.keys() - expected.keys())
     if missing or unexpected:
         raise CheckpointError(
@@ -50,6 +48,22 @@ def load_visual_weights(
         loaded[name] = tensor.to(device, dtype)
         on_progress(len(loaded), len(expected))
     tower.load_state_dict(loaded, strict=True, assign=True)
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """Element type of the visual weights on disk, read from one tensor.
+
+    Raises:
+        CheckpointError: no visual tensors.
+    """
+    return next(checkpoint.read_tensors(_visual_names(checkpoint)[:1]))[1].dtype
+
+
+def _visual_names(checkpoint: Checkpoint) -> list[str]:
+    names = [name for name in checkpoint.tensor_names() if name.startswith(_PREFIXES)]
+    if not names:
+        raise CheckpointError(f"{checkpoint.folder} holds no tensors named {' or '.join(f'{p}*' for p in _PREFIXES)}")
+    return names
 
 
 def _without_prefix(name: str) -> str:

@@ -131,9 +131,7 @@ class Reference:
         metadata.frames_indices = np.asarray(indices)
         processor = self.video_processor
         pixels = torch.from_numpy(np.stack([frames[int(index)] for index in indices])).permute(0, 3, 1, 2).float() / 255
-        mean, std = (
-            torch.tensor(values).view(1, 3, 1, 1) for values in (processor.image_mean, processor.image_std)
-        )
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (processor.image_mean, processor.image_std))
         patches, *grid = processor.patchify(
             ((pixels - mean) / std)[None], processor.patch_size, processor.merge_size, processor.temporal_patch_size
         )
@@ -148,7 +146,12 @@ def _video_processor(folder: Path, config: Any) -> Any:
 
 def _qwen2_video_processor_class() -> Any:
     """Qwen2VLVideoProcessor, whose module imports torchvision at its top; what is used of it here needs none."""
-    names = ("torchvision", "torchvision.transforms", "torchvision.transforms.v2", "torchvision.transforms.v2.functional")
+    names = (
+        "torchvision",
+        "torchvision.transforms",
+        "torchvision.transforms.v2",
+        "torchvision.transforms.v2.functional",
+    )
     stand_ins = {name: types.ModuleType(name) for name in names if name not in sys.modules}
     for name, module in stand_ins.items():
         parent, _, child = name.rpartition(".")

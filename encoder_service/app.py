@@ -1,0 +1,199 @@
+"""Builds an encoder from its configuration and runs it until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from prometheus_client import start_http_server
+
+from embedding_transport.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from embedding_transport.exporter import RowExporter
+from embedding_transport.types import DTYPES, ModelIdentity
+from encoder_service.codec import describe_to_proto
+from encoder_service.config import EncoderConfig
+from encoder_service.engine.batcher import Batcher
+from encoder_service.media.loader import MediaLoader
+from encoder_service.metrics import EncoderMetrics
+from encoder_service.models import VisionTower, build_tower
+from encoder_service.models.weights import stored_dtype
+from encoder_service.preprocess.preprocessor import Preprocessor
+from encoder_service.preprocess.settings import ProcessorSettings
+from encoder_service.server import EncoderServer, EncoderServicer, Serving
+from encoder_service.service import EncodeService
+
+_log = logging.getLogger(__name__)
+_PROGRESS_INTERVAL_S = 0.5
+# Peers' Connect streams last until the server ends them: this only lets the last answers leave.
+_STOP_GRACE_S = 0.5
+
+
+class LoadingStopped(Exception):
+    """The encoder was told to stop while it loaded."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """The vision half of a checkpoint, ready to run."""
+
+    identity: ModelIdentity
+    settings: ProcessorSettings
+    tower: VisionTower
+
+
+def load_model(config: EncoderConfig, must_stop: Callable[[], bool]) -> LoadedModel:
+    """Finds the checkpoint and loads its tower, logging the progress. Blocking.
+
+    Args:
+        must_stop: once it says so, loading ends with LoadingStopped.
+
+    Raises:
+        CheckpointError: no such checkpoint, or one that this encoder cannot serve.
+    """
+    _log.info("opening checkpoint %s", config.model)
+    checkpoint = open_checkpoint(config.model, config.revision, config.served_model_name)
+    settings = ProcessorSettings.from_checkpoint(checkpoint)
+    device = _device(config)
+    dtype_name = _dtype_name(config, checkpoint, device)
+    tower = build_tower(checkpoint, device, DTYPES[dtype_name], _ProgressLog(must_stop))
+    identity = ModelIdentity(
+        model=checkpoint.model,
+        revision=checkpoint.revision,
+        model_type=str(checkpoint.config["model_type"]),
+        out_hidden_size=tower.out_hidden_size,
+        deepstack_visual_indexes=tower.deepstack_visual_indexes,
+        dtype=dtype_name,
+    )
+    _log.info("loaded %s, revision %s, %s on %s", identity.model, identity.revision[:12], dtype_name, device)
+    return LoadedModel(identity, settings, tower)
+
+
+async def serve(config: EncoderConfig) -> None:
+    """Listens, loads, serves until SIGTERM or SIGINT, then drains.
+
+    Raises:
+        CheckpointError: see `load_model`.
+        OSError: a port cannot be listened on.
+        TransportUnavailable: no room for the shared-memory pool.
+        ValueError: the media folder does not exist.
+    """
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    limits = config.media_limits()
+    metrics = EncoderMetrics()
+    servicer = EncoderServicer(metrics)
+    server = EncoderServer(servicer)
+    async with AsyncExitStack() as stack:
+        # The port answers (NOT_SERVING) before anything slow begins, so that probes see progress, not refusal.
+        addresses = f"grpc={await server.start(config.host, config.port)}"
+        stack.push_async_callback(server.stop, 0)
+        if config.metrics_port:
+            http_server, _ = start_http_server(config.metrics_port, config.host, metrics.registry)
+            stack.callback(http_server.shutdown)
+            addresses += f" metrics={config.host}:{config.metrics_port}"
+        _log.info("LISTENING %s", addresses)
+
+        try:
+            model = await asyncio.to_thread(load_model, config, stop.is_set)
+        except LoadingStopped:
+            _log.info("stopped while loading")
+            return
+
+        exporter = RowExporter(
+            model.identity,
+            shm_folder=Path(config.shm_folder) if config.shm_folder else None,
+            pool_bytes=config.pool_bytes,
+            lease_ttl_s=config.lease_ttl_s,
+        )
+        stack.push_async_callback(exporter.close)
+        exporter.start()
+        batcher = Batcher(
+            model.tower,
+            max_batch_patches=config.max_batch_patches,
+            max_queued_patches=config.max_queued_patches,
+            on_batch=metrics.observe_batch,
+        )
+        stack.push_async_callback(batcher.close)
+        batcher.start()
+        loader = MediaLoader(limits)
+        stack.push_async_callback(loader.close)
+        service = EncodeService(
+            loader,
+            Preprocessor(model.settings, limits),
+            batcher,
+            revision=model.identity.revision,
+            max_items=config.max_items,
+            metrics=metrics,
+        )
+        stack.callback(service.close)
+        metrics.watch_queue(lambda: batcher.admitted_patches, lambda: batcher.waiting_patches)
+        metrics.watch_exporter(exporter.stats)
+        description = describe_to_proto(model.identity, model.settings, exporter.transports, config.max_items)
+        servicer.open(Serving(description, service, exporter))
+        await server.set_serving()
+        _log.info("SERVING %s over %s", model.identity.model, ", ".join(exporter.transports))
+
+        await stop.wait()
+        await _drain(server, servicer, exporter, config.drain_timeout_s)
+    _log.info("stopped")
+
+
+async def _drain(server: EncoderServer, servicer: EncoderServicer, exporter: RowExporter, timeout_s: float) -> None:
+    """Takes nothing new, finishes what runs, waits for peers to release what they hold; all within `timeout_s`."""
+    _log.info("draining for at most %g s", timeout_s)
+    deadline = time.monotonic() + timeout_s
+    await server.set_not_serving()
+    servicer.start_draining()
+    exporter.start_draining()
+    try:
+        async with asyncio.timeout(timeout_s):
+            await servicer.idle()
+    except TimeoutError:
+        _log.warning("requests still ran after %g s and are cut off", timeout_s)
+    if not await exporter.drained(max(0.0, deadline - time.monotonic())):
+        _log.warning("%d leases were not released in time", exporter.stats().live_leases)
+    await server.stop(_STOP_GRACE_S)
+
+
+def _device(config: EncoderConfig) -> torch.device:
+    has_gpu = torch.cuda.is_available()
+    if config.device == "cuda" and not has_gpu:
+        raise CheckpointError("device is cuda, but torch sees no GPU: install the CUDA build of torch or use the CPU")
+    return torch.device("cuda" if has_gpu and config.device != "cpu" else "cpu")
+
+
+def _dtype_name(config: EncoderConfig, checkpoint: Checkpoint, device: torch.device) -> str:
+    """auto: the checkpoint's own on a GPU; float32 on the CPU, where half precision is slow."""
+    if config.dtype != "auto":
+        return config.dtype
+    if device.type == "cpu":
+        return "float32"
+    stored = stored_dtype(checkpoint)
+    for name, dtype in DTYPES.items():
+        if dtype == stored:
+            return name
+    raise CheckpointError(f"the visual weights are stored as {stored}: choose --dtype float32 or bfloat16")
+
+
+class _ProgressLog:
+    """Logs at most every half second, and the last tensor; ends the load when told to."""
+
+    def __init__(self, must_stop: Callable[[], bool]) -> None:
+        self._must_stop = must_stop
+        self._logged_at = float("-inf")
+
+    def __call__(self, num_loaded: int, num_tensors: int) -> None:
+        if self._must_stop():
+            raise LoadingStopped
+        now = time.monotonic()
+        if num_loaded == num_tensors or now - self._logged_at >= _PROGRESS_INTERVAL_S:
+            self._logged_at = now
+            _log.info("loading visual weights %d/%d", num_loaded, num_tensors)

@@ -1,0 +1,81 @@
+"""Between the encoder's protobuf messages and plain values; what peers send is checked here."""
+
+from __future__ import annotations
+
+from embedding_transport.errors import BadRequest
+from embedding_transport.types import LayoutEvent, MediaItem, MediaKind, ModelIdentity
+from encoder_service.preprocess.settings import ProcessorSettings
+from encoder_service.service import ItemFailed
+from protos.encoder.v1 import encoder_pb2
+
+_KINDS: dict[int, MediaKind] = {
+    encoder_pb2.MEDIA_KIND_IMAGE: "image",
+    encoder_pb2.MEDIA_KIND_VIDEO: "video",
+}
+
+
+def item_from_proto(index: int, message: encoder_pb2.MediaItem) -> MediaItem:
+    """
+    Raises:
+        BadRequest: no kind, or neither url nor data.
+    """
+    if message.kind not in _KINDS:
+        raise BadRequest(f"item {index} has kind {message.kind}: give MEDIA_KIND_IMAGE or MEDIA_KIND_VIDEO")
+    source = message.WhichOneof("source")
+    if source is None:
+        raise BadRequest(f"item {index} has neither url nor data: give one of them")
+    return MediaItem(
+        kind=_KINDS[message.kind],
+        url=message.url if source == "url" else None,
+        data=message.data if source == "data" else None,
+        video_fps=message.video_fps or None,
+    )
+
+
+def layout_to_proto(event: LayoutEvent) -> encoder_pb2.EncodeResponse:
+    layout = event.layout
+    return encoder_pb2.EncodeResponse(
+        layout=encoder_pb2.Layout(
+            item_index=event.item_index,
+            grid_thw=layout.grid_thw,
+            num_tokens=layout.num_tokens,
+            timestamps_s=layout.timestamps_s,
+            second_per_grid_t=layout.second_per_grid_t,
+            content_hash=layout.content_hash,
+        )
+    )
+
+
+def failed_to_proto(event: ItemFailed) -> encoder_pb2.EncodeResponse:
+    failed = encoder_pb2.Failed(item_index=event.item_index, code=event.error.code, message=str(event.error))
+    return encoder_pb2.EncodeResponse(failed=failed)
+
+
+def describe_to_proto(
+    identity: ModelIdentity, settings: ProcessorSettings, transports: tuple[str, ...], max_items: int
+) -> encoder_pb2.DescribeResponse:
+    return encoder_pb2.DescribeResponse(
+        protocol_version=identity.protocol_version,
+        model=identity.model,
+        revision=identity.revision,
+        model_type=identity.model_type,
+        out_hidden_size=identity.out_hidden_size,
+        deepstack_visual_indexes=identity.deepstack_visual_indexes,
+        dtype=identity.dtype,
+        processor=encoder_pb2.ProcessorSettings(
+            patch_size=settings.patch_size,
+            temporal_patch_size=settings.temporal_patch_size,
+            merge_size=settings.merge_size,
+            min_pixels=settings.min_pixels,
+            max_pixels=settings.max_pixels,
+            video_min_pixels=settings.video_min_pixels,
+            video_max_pixels=settings.video_max_pixels,
+            video_fps=settings.video_fps,
+            video_min_frames=settings.video_min_frames,
+            video_max_frames=settings.video_max_frames,
+            image_mean=settings.image_mean,
+            image_std=settings.image_std,
+        ),
+        transports=transports,
+        max_items=max_items,
+    )

@@ -1,0 +1,206 @@
+"""The encoder's gRPC face: a thin servicer over EncodeService and RowExporter, with health and reflection."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import grpc
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from embedding_transport.encoder_rpc import CHANNEL_OPTIONS, SERVICE, encoder_handlers
+from embedding_transport.errors import EncoderUnavailable, InternalError, VitrineError
+from embedding_transport.exporter import RowExporter
+from embedding_transport.grpc_status import abort
+from embedding_transport.types import ItemTimings, LayoutEvent
+from encoder_service.codec import failed_to_proto, item_from_proto, layout_to_proto
+from encoder_service.metrics import EncoderMetrics
+from encoder_service.service import EncodeService, ItemFailed
+from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+
+_log = logging.getLogger(__name__)
+_HEALTH_NAMES = ("", SERVICE)
+_SERVER_OPTIONS = [
+    *CHANNEL_OPTIONS,
+    # Without this two encoders on one port would both start and share its connections.
+    ("grpc.so_reuseport", 0),
+]
+
+Wire: TypeAlias = encoder_pb2.EncodeResponse | bytes
+EncodeContext: TypeAlias = grpc.aio.ServicerContext[encoder_pb2.EncodeRequest, Wire]
+ConnectContext: TypeAlias = grpc.aio.ServicerContext[encoder_pb2.ConnectRequest, encoder_pb2.ConnectResponse]
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What there is once the model is loaded."""
+
+    description: encoder_pb2.DescribeResponse
+    service: EncodeService
+    exporter: RowExporter
+
+
+class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
+    """Answers UNAVAILABLE until `open` is called and, for Encode, after `start_draining`."""
+
+    def __init__(self, metrics: EncoderMetrics) -> None:
+        self._metrics = metrics
+        self._serving: Serving | None = None
+        self._draining = False
+        self._num_encoding = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def open(self, serving: Serving) -> None:
+        self._serving = serving
+
+    def start_draining(self) -> None:
+        """Refuses new Encode calls; those under way go on."""
+        self._draining = True
+
+    async def idle(self) -> None:
+        """Returns when no Encode call is under way."""
+        await self._idle.wait()
+
+    # Connect and Encode are coroutines that write, not generators: when a peer goes away the cancellation is raised
+    # inside them, so that what they hold is given back at once and not when a generator is collected.
+
+    async def Describe(
+        self,
+        request: encoder_pb2.DescribeRequest,
+        context: grpc.aio.ServicerContext[encoder_pb2.DescribeRequest, encoder_pb2.DescribeResponse],
+    ) -> encoder_pb2.DescribeResponse:
+        try:
+            return self._loaded().description
+        except VitrineError as error:
+            await abort(context, error)
+
+    async def Connect(  # type: ignore[override]
+        self, requests: AsyncIterator[encoder_pb2.ConnectRequest], context: ConnectContext
+    ) -> None:
+        try:
+            async for response in self._loaded().exporter.connect(requests):
+                await context.write(response)
+        except Exception as error:
+            await abort(context, error)
+
+    async def Encode(  # type: ignore[override]
+        self, request: encoder_pb2.EncodeRequest, context: EncodeContext
+    ) -> None:
+        outcome = "cancelled"
+        try:
+            with self._count_encoding():
+                await self._encode(request, context)
+            outcome = "ok"
+        except Exception as error:
+            outcome = error.code if isinstance(error, VitrineError) else InternalError.code
+            await abort(context, error)
+        finally:
+            self._metrics.requests.labels(outcome).inc()
+
+    async def Release(
+        self,
+        request: encoder_pb2.ReleaseRequest,
+        context: grpc.aio.ServicerContext[encoder_pb2.ReleaseRequest, encoder_pb2.ReleaseResponse],
+    ) -> encoder_pb2.ReleaseResponse:
+        try:
+            num_released, num_unknown = self._loaded().exporter.release(request.session_id, request.lease_ids)
+        except VitrineError as error:
+            await abort(context, error)
+        return encoder_pb2.ReleaseResponse(num_released=num_released, num_unknown=num_unknown)
+
+    async def _encode(self, request: encoder_pb2.EncodeRequest, context: EncodeContext) -> None:
+        serving = self._loaded()
+        if self._draining:
+            raise EncoderUnavailable("the encoder is shutting down: send the request to another one")
+        items = [item_from_proto(index, message) for index, message in enumerate(request.items)]
+        undelivered: set[int] = set()
+
+        async def ship(item_index: int, rows_TW: torch.Tensor, timings: ItemTimings) -> AsyncGenerator[Wire, None]:
+            async for response in serving.exporter.export(request.session_id, item_index, rows_TW, timings):
+                if isinstance(response, encoder_pb2.EncodeResponse) and response.HasField("ready"):
+                    undelivered.add(response.ready.lease.lease_id)
+                yield response
+
+        try:
+            async with aclosing(serving.service.encode(items, ship)) as events:
+                async for event in events:
+                    if isinstance(event, LayoutEvent):
+                        await context.write(layout_to_proto(event))
+                    elif isinstance(event, ItemFailed):
+                        _log.info(
+                            "request %.64r item %d: %s: %s",
+                            request.request_id, event.item_index, event.error.code, event.error,
+                        )  # fmt: skip
+                        await context.write(failed_to_proto(event))
+                    else:
+                        await context.write(event)
+                        if isinstance(event, encoder_pb2.EncodeResponse):
+                            undelivered.discard(event.ready.lease.lease_id)
+        finally:
+            # The peer will never hear of these leases, so it cannot release them.
+            if undelivered:
+                serving.exporter.release(request.session_id, sorted(undelivered))
+
+    def _loaded(self) -> Serving:
+        if self._serving is None:
+            raise EncoderUnavailable("the encoder is still loading its model: try again when it is SERVING")
+        return self._serving
+
+    @contextmanager
+    def _count_encoding(self) -> Iterator[None]:
+        self._num_encoding += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._num_encoding -= 1
+            if not self._num_encoding:
+                self._idle.set()
+
+
+class EncoderServer:
+    """The listening port: the Encoder service, grpc.health.v1 and reflection. NOT_SERVING until told otherwise."""
+
+    def __init__(self, servicer: EncoderServicer) -> None:
+        self._server = grpc.aio.server(options=_SERVER_OPTIONS)
+        self._server.add_generic_rpc_handlers((encoder_handlers(servicer),))
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+
+    async def start(self, host: str, port: int) -> str:
+        """Listens, and returns "host:port" with the actual port.
+
+        Raises:
+            OSError: the address cannot be listened on.
+        """
+        shown_host = f"[{host}]" if ":" in host else host
+        try:
+            actual_port = self._server.add_insecure_port(f"{shown_host}:{port}")
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {shown_host}:{port}: is it in use?") from error
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._server.start()
+        return f"{shown_host}:{actual_port}"
+
+    async def set_serving(self) -> None:
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    async def set_not_serving(self) -> None:
+        """For good: health stays NOT_SERVING."""
+        await self._health.enter_graceful_shutdown()
+
+    async def stop(self, grace_s: float) -> None:
+        """Ends all calls, those under way after `grace_s` seconds."""
+        await self._server.stop(grace_s)
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:
+        for name in _HEALTH_NAMES:
+            await self._health.set(name, status)

@@ -1,0 +1,277 @@
+"""The step loop: takes requests from asyncio, schedules, lands, runs the decoder, samples, hands tokens back."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import torch
+
+from embedding_transport.errors import BadRequest, InternalError, Overloaded, VitrineError
+from embedding_transport.types import EmbeddingRows
+from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
+from llm_worker.engine.kv_cache import KvCache
+from llm_worker.engine.request import EngineTimings, ExpandedPrompt, SamplingParams, TokenOutput
+from llm_worker.engine.sampler import sample, token_logprobs
+from llm_worker.engine.scheduler import Chunk, Scheduler
+from llm_worker.engine.sequence import Sequence
+from llm_worker.models.decoder import TextDecoder
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Limits of the engine.
+
+    max_num_batched_tokens: tokens in one step, and so the longest prefill chunk; max_num_seqs: sequences in one step.
+    num_blocks blocks of block_size tokens are the KV cache; max_model_len: longest prompt plus answer, tokens.
+    max_waiting: requests that may wait beside max_num_seqs running ones.
+    """
+
+    max_num_batched_tokens: int = 2048
+    max_num_seqs: int = 64
+    block_size: int = 16
+    num_blocks: int = 2048
+    max_model_len: int = 32768
+    max_waiting: int = 512
+
+
+@dataclass
+class EngineStats:
+    """Requests and KV blocks now; steps and tokens since the start."""
+
+    running: int
+    waiting: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    num_steps: int
+    num_prefill_tokens: int
+    num_decode_tokens: int
+
+
+class RequestHandle:
+    """A request as the frontend holds it: iterate over its tokens. Belongs to the event loop that submitted it."""
+
+    def __init__(self, engine: Engine, request_id: str) -> None:
+        self.request_id = request_id
+        self.timings = EngineTimings()
+        self.sequence: Sequence
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._outputs: asyncio.Queue[TokenOutput | VitrineError] = asyncio.Queue()
+
+    def set_prompt(self, prompt: ExpandedPrompt) -> None:
+        """The whole prompt; it begins with the prefix that was submitted."""
+        self._engine.call(self._engine.on_prompt, self.sequence, prompt)
+
+    def set_rows(self, item_index: int, rows: EmbeddingRows) -> None:
+        """Hands rows over: the engine releases them once they have landed, or when the request ends."""
+        self._engine.call(self._engine.on_rows, self.sequence, item_index, rows)
+
+    def cancel(self) -> None:
+        """Ends the request and frees everything. Later calls, and calls after the last token, do nothing."""
+        self._engine.call(self._engine.on_cancel, self.sequence)
+
+    def fail(self, error: VitrineError) -> None:
+        """Ends the request; the iteration raises `error`."""
+        self._engine.call(self._engine.on_fail, self.sequence, error)
+
+    async def __aiter__(self) -> AsyncIterator[TokenOutput]:
+        """
+        Raises:
+            VitrineError: why the request ended early.
+        """
+        while True:
+            output = await self._outputs.get()
+            if isinstance(output, VitrineError):
+                raise output
+            yield output
+            if output.finish_reason is not None:
+                return
+
+    def deliver(self, output: TokenOutput | VitrineError, timings: EngineTimings) -> None:
+        """Called on the engine's thread."""
+
+        def put() -> None:
+            self.timings = timings
+            self._outputs.put_nowait(output)
+
+        try:
+            self._loop.call_soon_threadsafe(put)
+        except RuntimeError:
+            _log.debug("request %s: its event loop is closed", self.request_id)
+
+
+class Engine:
+    """Runs the decoder for many requests. Everything below `call` runs on the engine's own thread."""
+
+    def __init__(self, decoder: TextDecoder, config: EngineConfig) -> None:
+        self._decoder = decoder
+        self._config = config
+        self._kv_cache = KvCache(decoder.config, config.num_blocks, config.block_size, decoder.device, decoder.dtype)
+        self._buffer = InputEmbedBuffer(decoder, config.max_num_batched_tokens)
+        self._scheduler = Scheduler(
+            self._kv_cache, config.max_num_batched_tokens, config.max_num_seqs, config.max_model_len
+        )
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._arrivals = itertools.count()
+        self._num_live = 0
+        self._closing = False
+        self._num_steps = self._num_prefill_tokens = self._num_decode_tokens = 0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Fails what still runs, releases all rows and ends the thread."""
+        self.call(self._on_close)
+        self._thread.join()
+
+    def submit(self, request_id: str, prefix_token_ids: list[int], sampling: SamplingParams) -> RequestHandle:
+        """Takes a request in. Its prefix, the text in front of the first media item, is prefilled at once.
+
+        Raises:
+            Overloaded: too many requests are waiting.
+        """
+        limit = self._config.max_num_seqs + self._config.max_waiting
+        if self._num_live >= limit:
+            raise Overloaded(f"{self._num_live} requests are running or waiting, the limit is {limit}: try again later")
+        handle = RequestHandle(self, request_id)
+        sequence = Sequence(request_id, next(self._arrivals), list(prefix_token_ids), sampling, handle.deliver)
+        handle.sequence = sequence
+        self._num_live += 1
+        self.call(self._on_submit, sequence)
+        return handle
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting),
+            kv_blocks_used=self._kv_cache.num_blocks - self._kv_cache.num_free,
+            kv_blocks_total=self._kv_cache.num_blocks,
+            num_steps=self._num_steps,
+            num_prefill_tokens=self._num_prefill_tokens,
+            num_decode_tokens=self._num_decode_tokens,
+        )
+
+    def call(self, function: Callable[..., None], *arguments: object) -> None:
+        """Has the engine's thread call `function` before its next step."""
+        self._calls.put(lambda: function(*arguments))
+
+    def _run(self) -> None:
+        while not self._closing:
+            chunks = self._scheduler.schedule()
+            if chunks:
+                self._step(chunks)
+                while not self._calls.empty():
+                    self._calls.get()()
+            else:
+                self._calls.get()()
+
+    # Calls from the handles.
+
+    def _on_submit(self, sequence: Sequence) -> None:
+        self._scheduler.add(sequence)
+
+    def on_prompt(self, sequence: Sequence, prompt: ExpandedPrompt) -> None:
+        if sequence.finished:
+            return
+        try:
+            if not prompt.token_ids:
+                raise BadRequest("the prompt is empty")
+            sequence.set_prompt(prompt)
+            self._scheduler.check_length(sequence)
+        except VitrineError as error:
+            self.on_fail(sequence, error)
+
+    def on_rows(self, sequence: Sequence, item_index: int, rows: EmbeddingRows) -> None:
+        if sequence.finished:
+            rows.release()
+        else:
+            sequence.rows[item_index] = rows
+
+    def on_cancel(self, sequence: Sequence) -> None:
+        if not sequence.finished:
+            self._end(sequence)
+
+    def on_fail(self, sequence: Sequence, error: VitrineError) -> None:
+        if not sequence.finished:
+            self._end(sequence)
+            sequence.deliver(error, sequence.timings())
+
+    def _on_close(self) -> None:
+        for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
+            self.on_fail(sequence, InternalError("the worker is shutting down"))
+        self._closing = True
+
+    def _end(self, sequence: Sequence) -> None:
+        self._scheduler.remove(sequence)
+        self._num_live -= 1
+
+    # One step.
+
+    def _step(self, chunks: list[Chunk]) -> None:
+        start = time.perf_counter()
+        try:
+            with torch.inference_mode():
+                inputs, failed = self._buffer.write(chunks, self._kv_cache)
+                hidden_TC = self._decoder(inputs, self._kv_cache.layers)
+                for chunk, error in failed:
+                    self._fail_landing(chunk.sequence, error)
+                sampling = [
+                    (chunk, slice_.start + slice_.length - 1)
+                    for chunk, slice_ in zip(chunks, inputs.sequences, strict=True)
+                    if chunk.samples and not chunk.sequence.finished
+                ]
+                logits_BV = self._decoder.logits(hidden_TC[[row for _, row in sampling]]).cpu()
+        except Exception as error:
+            _log.exception("a step of %d sequences failed", len(chunks))
+            for chunk in chunks:
+                self.on_fail(chunk.sequence, InternalError(f"the step failed: {type(error).__name__}"))
+            return
+        self._account(chunks, time.perf_counter() - start)
+        for (chunk, _), logits_V in zip(sampling, logits_BV, strict=True):
+            self._emit_token(chunk.sequence, logits_V)
+
+    def _fail_landing(self, sequence: Sequence, error: Exception) -> None:
+        if not isinstance(error, VitrineError):
+            _log.error("landing the rows of %s failed", sequence.request_id, exc_info=error)
+            error = InternalError(f"landing the media rows failed: {type(error).__name__}")
+        self.on_fail(sequence, error)
+
+    def _account(self, chunks: list[Chunk], duration_s: float) -> None:
+        self._num_steps += 1
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if sequence.num_generated:
+                self._num_decode_tokens += chunk.length
+            else:
+                self._num_prefill_tokens += chunk.length
+                sequence.prefill_s += duration_s
+            sequence.num_computed = chunk.stop
+            if sequence.rows and sequence.prompt is not None:
+                sequence.release_landed_rows()
+
+    def _emit_token(self, sequence: Sequence, logits_V: torch.Tensor) -> None:
+        sampling = sequence.sampling
+        token_id = sample(logits_V, sampling, sequence.generator)
+        if sequence.first_token_at is None:
+            sequence.first_token_at = time.perf_counter()
+        sequence.token_ids.append(token_id)
+        finish_reason = None
+        if token_id in sampling.stop_token_ids:
+            finish_reason = "stop"
+        elif len(sequence.token_ids) >= sequence.max_total_tokens:
+            finish_reason = "length"
+        logprobs = None if sampling.logprobs is None else token_logprobs(logits_V, token_id, sampling.logprobs)
+        if finish_reason is not None:
+            self._end(sequence)
+        sequence.deliver(TokenOutput(token_id, logprobs, finish_reason), sequence.timings())

@@ -1,0 +1,148 @@
+"""The text decoder of all three families; they differ in what config.json switches on.
+
+It reads only the step's input buffers: text embeddings and image rows have been written there before.
+
+Shapes: T tokens of the step, C hidden size, N deepstack layers, H query heads, K key/value heads, D head dim, V vocabulary.
+
+Source: transformers 5.23 `models/qwen3_vl/modeling_qwen3_vl.py` (Qwen3VLTextModel), `models/qwen3_vl_moe`, `models/qwen2_5_vl`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llm_worker.models.config import TextConfig
+from llm_worker.models.moe import SparseMoe
+from llm_worker.models.paged_attention import SequenceSlice, paged_attention
+from llm_worker.models.rotary import Rotary, rotary_at
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """One step's slices of the static buffers.
+
+    embeds_TC, positions_3T, slot_mapping_T: the tokens, their M-RoPE positions, and the cache slots of their KV.
+    deepstack_NTC: added after the first N layers, zero at text positions; None where no token of the step has any.
+    """
+
+    embeds_TC: torch.Tensor
+    deepstack_NTC: torch.Tensor | None
+    positions_3T: torch.Tensor
+    slot_mapping_T: torch.Tensor
+    sequences: Sequence[SequenceSlice]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x_float = x.float()
+        scale = torch.rsqrt(x_float.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * (x_float * scale).to(x.dtype)
+
+
+class Mlp(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_TC)) * self.up_proj(x_TC))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        query_size = config.num_attention_heads * config.head_dim
+        key_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self, x_TC: torch.Tensor, rotary: Rotary, inputs: StepInputs, kv_cache_2SKD: torch.Tensor
+    ) -> torch.Tensor:
+        q_THD, k_TKD, v_TKD = (
+            projection(x_TC).unflatten(-1, (-1, self.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q_THD = rotary.turn(self.q_norm(q_THD))
+        k_cache_SKD, v_cache_SKD = kv_cache_2SKD
+        k_cache_SKD[inputs.slot_mapping_T] = rotary.turn(self.k_norm(k_TKD))
+        v_cache_SKD[inputs.slot_mapping_T] = v_TKD
+        out_THD = paged_attention(q_THD, k_cache_SKD, v_cache_SKD, inputs.sequences)
+        return self.o_proj(out_THD.flatten(1))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        sparse = config.moe is not None and layer in config.moe.sparse_layers
+        self.mlp = SparseMoe(config.hidden_size, config.moe) if sparse and config.moe else Mlp(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, x_TC: torch.Tensor, rotary: Rotary, inputs: StepInputs, kv_cache_2SKD: torch.Tensor
+    ) -> torch.Tensor:
+        x_TC = x_TC + self.self_attn(self.input_layernorm(x_TC), rotary, inputs, kv_cache_2SKD)
+        return x_TC + self.mlp(self.post_attention_layernorm(x_TC))
+
+
+class TextDecoder(nn.Module):
+    """Parameter names are those of the checkpoints, below their family's prefix."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.weight.dtype
+
+    def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
+        """Text embeddings, [T, C]."""
+        return self.embed_tokens(token_ids_T)
+
+    def forward(self, inputs: StepInputs, kv_caches_L2SKD: torch.Tensor) -> torch.Tensor:
+        """Runs one step; keys and values of its tokens are written into the cache of each layer.
+
+        Returns:
+            Hidden states after the last norm, [T, C].
+        """
+        rotary = rotary_at(inputs.positions_3T, self.config, self.dtype)
+        x_TC = inputs.embeds_TC
+        for layer, (block, kv_cache_2SKD) in enumerate(zip(self.layers, kv_caches_L2SKD, strict=True)):
+            x_TC = block(x_TC, rotary, inputs, kv_cache_2SKD)
+            if inputs.deepstack_NTC is not None and layer < len(inputs.deepstack_NTC):
+                x_TC = x_TC + inputs.deepstack_NTC[layer]
+        return self.norm(x_TC)
+
+    def logits(self, hidden_TC: torch.Tensor) -> torch.Tensor:
+        """[T, V] float32."""
+        return self.lm_head(hidden_TC).float()

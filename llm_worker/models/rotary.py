@@ -1,0 +1,48 @@
+"""Multimodal rotary embedding: each frequency turns with the time, row or column position.
+
+Shapes: T tokens, H heads, D head dim, F frequencies (D / 2).
+
+Source: Qwen2-VL paper (arXiv 2409.12191), section 2.1; transformers 5.23 `models/qwen3_vl/modeling_qwen3_vl.py`,
+Qwen3VLTextRotaryEmbedding (interleaved), and `models/qwen2_5_vl/modeling_qwen2_5_vl.py` (in blocks).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from llm_worker.models.config import TextConfig
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotation of every token of a step, in the model's dtype: [T, 1, D] each."""
+
+    cos_T1D: torch.Tensor
+    sin_T1D: torch.Tensor
+
+    def turn(self, x_THD: torch.Tensor) -> torch.Tensor:
+        left, right = x_THD.chunk(2, dim=-1)
+        return x_THD * self.cos_T1D + torch.cat([-right, left], dim=-1) * self.sin_T1D
+
+
+def axis_of_frequency(config: TextConfig) -> torch.Tensor:
+    """Which position (0 time, 1 row, 2 column) each frequency turns with, [F] int64."""
+    section = config.mrope_section
+    if not config.mrope_interleaved:
+        return torch.repeat_interleave(torch.arange(3), torch.tensor(section))
+    axis = torch.zeros(config.head_dim // 2, dtype=torch.int64)
+    for which in (1, 2):
+        axis[which : section[which] * 3 : 3] = which
+    return axis
+
+
+def rotary_at(positions_3T: torch.Tensor, config: TextConfig, dtype: torch.dtype) -> Rotary:
+    """Angles in float32, cos and sin in `dtype`."""
+    device = positions_3T.device
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    frequencies_F = 1.0 / config.rope_theta**exponents
+    positions_TF = positions_3T.float()[axis_of_frequency(config).to(device)].T
+    angles_T1D = (positions_TF * frequencies_F).repeat(1, 2)[:, None]
+    return Rotary(angles_T1D.cos().to(dtype), angles_T1D.sin().to(dtype))

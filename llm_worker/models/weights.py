@@ -1,0 +1,58 @@
+"""Loads the language half of a checkpoint, and nothing of the vision half."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from embedding_transport.checkpoint import Checkpoint, CheckpointError
+from llm_worker.models.decoder import TextDecoder
+
+# Where the decoder's tensors live, newest spelling first. Qwen2.5-VL's checkpoints have them right below "model.".
+_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
+
+
+def load_language_weights(
+    decoder: TextDecoder,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_progress: Callable[[int, int], None],
+) -> None:
+    """Fills the decoder, which was built on the meta device.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape, or the language half holds one we do not know.
+    """
+    names = checkpoint.tensor_names()
+    prefix = next((each for each in _PREFIXES if f"{each}embed_tokens.weight" in names), None)
+    if prefix is None:
+        raise CheckpointError(f"no embed_tokens.weight below any of {_PREFIXES} in {checkpoint.folder}")
+    parameters = dict(decoder.named_parameters())  # a tied lm_head appears once, as embed_tokens
+    stored_name = {name: name if name.startswith("lm_head.") else prefix + name for name in parameters}
+    unknown = [
+        name for name in names if name.startswith(prefix) and "visual." not in name and name not in stored_name.values()
+    ]
+    if unknown:
+        raise CheckpointError(f"{len(unknown)} tensors of the language model have no place here, first: {unknown[:3]}")
+    own_name = {stored: name for name, stored in stored_name.items()}
+    loaded: dict[str, torch.Tensor] = {}
+    for stored, tensor in checkpoint.read_tensors(list(own_name), device):
+        name = own_name[stored]
+        loaded[name] = _as_shaped(stored, tensor, parameters[name].shape).to(dtype)
+        on_progress(len(loaded), len(own_name))
+    if decoder.config.tie_word_embeddings:
+        loaded["lm_head.weight"] = loaded["embed_tokens.weight"]
+    decoder.load_state_dict(loaded, assign=True)
+    if decoder.config.tie_word_embeddings:
+        decoder.lm_head.weight = decoder.embed_tokens.weight
+
+
+def _as_shaped(name: str, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    if tensor.shape == shape:
+        return tensor
+    # Released MoE checkpoints store experts [num_experts, in, out]; transformers 5 writes [num_experts, out, in].
+    if ".experts." in name and tensor.transpose(1, 2).shape == shape:
+        return tensor.transpose(1, 2).contiguous()
+    raise CheckpointError(f"{name} has shape {tuple(tensor.shape)}, config.json asks for {tuple(shape)}")

@@ -1,0 +1,199 @@
+"""What runs together, what runs next, what does not run at all."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from embedding_transport.checkpoint import open_checkpoint
+from embedding_transport.errors import EncoderUnavailable, InternalError, Overloaded
+from encoder_service.engine.batcher import Batcher, BatchReport, EncodedItem
+from encoder_service.models import build_tower
+from encoder_service.models.grids import GridTHW
+from tests.encoder_service.models.reference import random_patches
+from tests.encoder_service.running import GatedTower
+
+PATCH_WIDTH = 3 * 2 * 16 * 16
+SMALL: GridTHW = (1, 4, 4)
+WIDE: GridTHW = (1, 4, 6)
+LARGE: GridTHW = (1, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def tower(qwen3_vl_folder: Path) -> GatedTower:
+    return GatedTower(build_tower(open_checkpoint(str(qwen3_vl_folder)), torch.device("cpu"), torch.float32))
+
+
+@asynccontextmanager
+async def batching(
+    tower: GatedTower, *, max_batch_patches: int = 64, max_queued_patches: int = 1000
+) -> AsyncIterator[tuple[Batcher, list[BatchReport]]]:
+    tower.batches.clear()
+    tower.entered.clear()
+    tower.gate.set()
+    tower.error = None
+    reports: list[BatchReport] = []
+    batcher = Batcher(
+        tower, max_batch_patches=max_batch_patches, max_queued_patches=max_queued_patches, on_batch=reports.append
+    )
+    batcher.start()
+    try:
+        yield batcher, reports
+    finally:
+        tower.gate.set()
+        await batcher.close()
+
+
+def submit(batcher: Batcher, grid: GridTHW, seed: int = 0) -> asyncio.Task[EncodedItem]:
+    return asyncio.create_task(batcher.encode(random_patches([grid], PATCH_WIDTH, seed), grid))
+
+
+async def block_tower(tower: GatedTower, batcher: Batcher) -> asyncio.Task[EncodedItem]:
+    """Occupies the tower with one item until the gate is opened."""
+    tower.gate.clear()
+    blocker = submit(batcher, SMALL)
+    assert await asyncio.to_thread(tower.entered.wait, 10)
+    return blocker
+
+
+async def settle(batcher: Batcher) -> None:
+    """Lets the former take and pack what waits."""
+    for _ in range(200):
+        await asyncio.sleep(0.005)
+        if batcher._channel.full():
+            return
+    raise AssertionError("no batch was packed")
+
+
+async def test_rows_are_those_of_the_item_alone(tower: GatedTower) -> None:
+    grids: list[GridTHW] = [SMALL, LARGE, WIDE, (2, 2, 4), SMALL]
+    async with batching(tower) as (batcher, reports):
+        tasks = [submit(batcher, grid, seed) for seed, grid in enumerate(grids)]
+        encoded = await asyncio.gather(*tasks)
+    for seed, (grid, item) in enumerate(zip(grids, encoded, strict=True)):
+        alone = tower._tower.forward(random_patches([grid], PATCH_WIDTH, seed), [grid])
+        assert item.rows_TW.shape == alone.shape
+        assert (item.rows_TW - alone).abs().max() < 1e-4
+        assert item.forward_ms > 0
+    assert sum(report.num_items for report in reports) == len(grids)
+    assert sum(report.num_patches for report in reports) == sum(math.prod(grid) for grid in grids)
+
+
+async def test_what_arrives_while_the_tower_is_busy_runs_together_up_to_the_limit(tower: GatedTower) -> None:
+    async with batching(tower, max_batch_patches=40) as (batcher, _):
+        blocker = await block_tower(tower, batcher)
+        waiting = [submit(batcher, grid) for grid in (SMALL, WIDE, SMALL, LARGE, SMALL)]
+        await settle(batcher)
+        tower.gate.set()
+        await asyncio.gather(blocker, *waiting)
+    # 16 + 24 patches fit into 40, another 16 do not; 64 run alone though they are more than 40.
+    assert tower.batches == [[SMALL], [SMALL, WIDE], [SMALL], [LARGE], [SMALL]]
+
+
+async def test_an_idle_tower_does_not_wait_for_company(tower: GatedTower) -> None:
+    async with batching(tower) as (batcher, _):
+        await asyncio.wait_for(submit(batcher, SMALL), 5)
+        await asyncio.wait_for(submit(batcher, SMALL), 5)
+    assert tower.batches == [[SMALL], [SMALL]]
+
+
+async def test_the_next_batch_is_packed_while_one_runs(tower: GatedTower) -> None:
+    async with batching(tower) as (batcher, _):
+        blocker = await block_tower(tower, batcher)
+        packed = submit(batcher, WIDE)
+        await settle(batcher)
+        assert batcher.waiting_patches == 0
+        later = submit(batcher, LARGE)
+        await asyncio.sleep(0.02)
+        assert batcher.waiting_patches == 64, "only one batch is made ahead"
+        tower.gate.set()
+        await asyncio.gather(blocker, packed, later)
+    assert tower.batches == [[SMALL], [WIDE], [LARGE]]
+
+
+async def test_cancelled_items_do_not_run(tower: GatedTower) -> None:
+    async with batching(tower) as (batcher, _):
+        blocker = await block_tower(tower, batcher)
+        packed = submit(batcher, WIDE)
+        await settle(batcher)
+        waiting, kept = submit(batcher, LARGE), submit(batcher, SMALL)
+        await asyncio.sleep(0)
+        packed.cancel()
+        waiting.cancel()
+        await asyncio.gather(packed, waiting, return_exceptions=True)
+        tower.gate.set()
+        await asyncio.gather(blocker, kept)
+    assert tower.batches == [[SMALL], [SMALL]]
+
+
+async def test_a_failing_forward_fails_its_batch_and_nothing_else(tower: GatedTower) -> None:
+    async with batching(tower) as (batcher, reports):
+        tower.error = RuntimeError("a secret of the machine")
+        with pytest.raises(InternalError) as failure:
+            await submit(batcher, SMALL)
+        assert "secret" not in str(failure.value)
+        tower.error = None
+        await submit(batcher, SMALL)
+    assert len(reports) == 1
+
+
+async def test_grids_that_do_not_fit_the_patches_fail_their_item(tower: GatedTower) -> None:
+    async with batching(tower) as (batcher, _):
+        with pytest.raises(InternalError):
+            await batcher.encode(torch.zeros(15, PATCH_WIDTH), SMALL)
+        await submit(batcher, SMALL)
+
+
+async def test_patches_of_another_width_fail_their_batch_and_nothing_else(tower: GatedTower) -> None:
+    async with batching(tower) as (batcher, _):
+        blocker = await block_tower(tower, batcher)
+        narrow = asyncio.create_task(batcher.encode(torch.zeros(16, 7), SMALL))
+        beside = submit(batcher, SMALL)
+        await asyncio.sleep(0.05)
+        tower.gate.set()
+        results = await asyncio.gather(blocker, narrow, beside, return_exceptions=True)
+        assert [type(result) for result in results] == [EncodedItem, InternalError, InternalError]
+        await asyncio.wait_for(submit(batcher, SMALL), 5)
+
+
+async def test_closing_fails_what_has_not_run(tower: GatedTower) -> None:
+    async with batching(tower) as (batcher, _):
+        blocker = await block_tower(tower, batcher)
+        packed = submit(batcher, SMALL)
+        await settle(batcher)
+        waiting = submit(batcher, SMALL)
+        await asyncio.sleep(0)
+        asyncio.get_running_loop().call_later(0.05, tower.gate.set)
+        await batcher.close()
+        for task in (blocker, packed, waiting):
+            with pytest.raises(EncoderUnavailable):
+                await task
+        with pytest.raises(EncoderUnavailable):
+            await submit(batcher, SMALL)
+
+
+async def test_admission_ends_at_the_limit(tower: GatedTower) -> None:
+    async with batching(tower, max_queued_patches=100) as (batcher, _):
+        with batcher.admit(60), batcher.admit(40):
+            assert batcher.admitted_patches == 100
+            with pytest.raises(Overloaded, match="100 patches are queued and 1 more"), batcher.admit(1):
+                pass
+        with batcher.admit(1000):  # nothing else is there, so it would never get in later either
+            assert batcher.admitted_patches == 1000
+        assert batcher.admitted_patches == 0
+
+
+async def test_two_hundred_at_once(tower: GatedTower) -> None:
+    async with batching(tower, max_batch_patches=320) as (batcher, reports):
+        encoded = await asyncio.gather(*(submit(batcher, SMALL, seed % 5) for seed in range(200)))
+    assert sum(report.num_items for report in reports) == 200
+    assert max(report.num_patches for report in reports) <= 320
+    assert len(reports) < 30
+    for seed, item in enumerate(encoded):
+        assert (item.rows_TW - encoded[seed % 5].rows_TW).abs().max() < 1e-4

@@ -1,0 +1,153 @@
+"""A whole encoder inside the test's process, and small pictures to give it."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import numpy as np
+import torch
+from PIL import Image
+
+from embedding_transport.checkpoint import open_checkpoint
+from embedding_transport.encoder_rpc import CHANNEL_OPTIONS
+from embedding_transport.exporter import RowExporter
+from embedding_transport.types import MediaItem, ModelIdentity
+from encoder_service.codec import describe_to_proto
+from encoder_service.engine.batcher import Batcher
+from encoder_service.media.limits import MediaLimits
+from encoder_service.media.loader import MediaLoader
+from encoder_service.metrics import EncoderMetrics
+from encoder_service.models import VisionTower, build_tower
+from encoder_service.models.grids import GridTHW
+from encoder_service.preprocess.preprocessor import Preprocessor
+from encoder_service.preprocess.settings import ProcessorSettings
+from encoder_service.server import EncoderServer, EncoderServicer, Serving
+from encoder_service.service import EncodeService
+from protos.encoder.v1 import encoder_pb2
+
+MAX_ITEMS = 8
+
+
+class GatedTower:
+    """A real tower that waits for `gate` before each forward and notes the grids of every batch."""
+
+    def __init__(self, tower: VisionTower) -> None:
+        self._tower = tower
+        self.out_hidden_size = tower.out_hidden_size
+        self.deepstack_visual_indexes = tower.deepstack_visual_indexes
+        self.row_width = tower.row_width
+        self.merge_unit = tower.merge_unit
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+        self.batches: list[list[GridTHW]] = []
+        self.error: Exception | None = None
+
+    def forward(self, patches_PX: torch.Tensor, grid_thw: list[GridTHW]) -> torch.Tensor:
+        self.batches.append(grid_thw)
+        self.entered.set()
+        assert self.gate.wait(20), "the test never opened the gate"
+        if self.error is not None:
+            raise self.error
+        return self._tower.forward(patches_PX, grid_thw)
+
+
+@dataclass
+class RunningEncoder:
+    """Parts of an encoder that serves on `address`; `channel` is connected to it."""
+
+    address: str
+    identity: ModelIdentity
+    tower: GatedTower
+    preprocessor: Preprocessor
+    batcher: Batcher
+    service: EncodeService
+    exporter: RowExporter
+    servicer: EncoderServicer
+    server: EncoderServer
+    metrics: EncoderMetrics
+    channel: grpc.aio.Channel = field(repr=False)
+
+    def rows_of(self, data: bytes) -> torch.Tensor:
+        """Rows of one image, made without batcher, service and transport."""
+        opened = self.preprocessor.open("image", data)
+        return self.tower._tower.forward(opened.patches(), [opened.layout.grid_thw])
+
+
+@asynccontextmanager
+async def run_encoder(
+    folder: Path,
+    shm_folder: Path,
+    *,
+    max_batch_patches: int = 4096,
+    max_queued_patches: int = 100_000,
+    lease_ttl_s: float = 30.0,
+    loaded: bool = True,
+) -> AsyncIterator[RunningEncoder]:
+    checkpoint = open_checkpoint(str(folder))
+    limits = MediaLimits(allow_private_addresses=True, timeout_s=20)
+    tower = GatedTower(build_tower(checkpoint, torch.device("cpu"), torch.float32))
+    identity = ModelIdentity(
+        checkpoint.model,
+        checkpoint.revision,
+        str(checkpoint.config["model_type"]),
+        tower.out_hidden_size,
+        tower.deepstack_visual_indexes,
+        "float32",
+    )
+    metrics = EncoderMetrics()
+    exporter = RowExporter(identity, shm_folder=shm_folder, pool_bytes=8 << 20, lease_ttl_s=lease_ttl_s)
+    exporter.start()
+    batcher = Batcher(
+        tower,
+        max_batch_patches=max_batch_patches,
+        max_queued_patches=max_queued_patches,
+        on_batch=metrics.observe_batch,
+    )
+    batcher.start()
+    loader = MediaLoader(limits)
+    preprocessor = Preprocessor(ProcessorSettings.from_checkpoint(checkpoint), limits)
+    service = EncodeService(
+        loader, preprocessor, batcher, revision=identity.revision, max_items=MAX_ITEMS, metrics=metrics
+    )
+    metrics.watch_queue(lambda: batcher.admitted_patches, lambda: batcher.waiting_patches)
+    metrics.watch_exporter(exporter.stats)
+    servicer = EncoderServicer(metrics)
+    server = EncoderServer(servicer)
+    address = await server.start("127.0.0.1", 0)
+    if loaded:
+        description = describe_to_proto(identity, preprocessor.settings, exporter.transports, MAX_ITEMS)
+        servicer.open(Serving(description, service, exporter))
+        await server.set_serving()
+    async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+        yield RunningEncoder(
+            address, identity, tower, preprocessor, batcher, service, exporter, servicer, server, metrics, channel
+        )
+    tower.gate.set()
+    await server.stop(0)
+    service.close()
+    await loader.close()
+    await batcher.close()
+    await exporter.close()
+
+
+def png(width: int, height: int, seed: int = 0) -> bytes:
+    """A picture of noise; sides that are multiples of a token's side are not resized."""
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "PNG")
+    return file.getvalue()
+
+
+def image(data: bytes) -> MediaItem:
+    return MediaItem("image", data=data)
+
+
+def image_message(data: bytes) -> encoder_pb2.MediaItem:
+    return encoder_pb2.MediaItem(kind=encoder_pb2.MEDIA_KIND_IMAGE, data=data)

@@ -1,0 +1,97 @@
+"""Feeds the engine what transformers' own processor, vision tower and position code make of a request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from embedding_transport.checkpoint import open_checkpoint
+from llm_worker.engine.engine import Engine, EngineConfig, RequestHandle
+from llm_worker.engine.request import ExpandedPrompt, MediaSpan, SamplingParams, TokenOutput
+from llm_worker.models import build_decoder
+from tests.integration.reference import Media, Reference
+from tests.llm_worker.engine.tensor_rows import TensorRows
+
+
+@dataclass
+class Request:
+    prompt: ExpandedPrompt
+    rows: list[TensorRows]
+    inputs: dict[str, torch.Tensor]
+
+    @property
+    def prefix(self) -> list[int]:
+        first = min((span.start for span in self.prompt.spans), default=len(self.prompt.token_ids))
+        return self.prompt.token_ids[:first]
+
+
+def request_for(reference: Reference, text: str, media: list[Media]) -> Request:
+    """What reaches the engine for this request; images come before videos among the items."""
+    inputs = reference.inputs(text, media)
+    ids = inputs["input_ids"][0].tolist()
+    model = reference.model.model
+    rows: list[TensorRows] = []
+    with torch.inference_mode():
+        for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            if pixels in inputs:
+                out = model.visual(inputs[pixels], grid_thw=inputs[f"{kind}_grid_thw"], return_dict=True)
+                packed = torch.cat([out.pooler_output, *(getattr(out, "deepstack_features", None) or [])], dim=1)
+                sizes = (inputs[f"{kind}_grid_thw"].prod(-1) // model.visual.spatial_merge_size**2).tolist()
+                rows.extend(TensorRows(part.clone()) for part in packed.split(sizes))
+        positions = torch.arange(len(ids)).expand(3, -1)
+        if media:
+            names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
+            known = {name: inputs[name] for name in names if name in inputs}
+            positions = model.get_rope_index(inputs["input_ids"], **known)[0][:, 0]
+    spans = _spans(inputs["mm_token_type_ids"][0].tolist(), rows)
+    prompt = ExpandedPrompt(ids, positions, int(positions.max()) + 1, tuple(spans))
+    return Request(prompt, rows, inputs)
+
+
+def _spans(kinds: list[int], rows: list[TensorRows]) -> Iterator[MediaSpan]:
+    item, first_row, start = 0, 0, 0
+    for kind, run in groupby(kinds):
+        length = len(list(run))
+        if kind:
+            yield MediaSpan(item, start, length, first_row)
+            first_row += length
+            if first_row == rows[item].num_tokens:
+                item, first_row = item + 1, 0
+        start += length
+
+
+@contextmanager
+def running_engine(folder: Path, **config: int) -> Iterator[Engine]:
+    decoder = build_decoder(open_checkpoint(str(folder)), torch.device("cpu"), torch.float32)
+    engine = Engine(decoder, EngineConfig(**{"num_blocks": 64, "block_size": 8, "max_model_len": 512, **config}))
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def submit(engine: Engine, request: Request, sampling: SamplingParams) -> RequestHandle:
+    """Prefix, prompt and rows all at once."""
+    handle = engine.submit("request", request.prefix, sampling)
+    handle.set_prompt(request.prompt)
+    for index, rows in enumerate(request.rows):
+        handle.set_rows(index, rows)
+    return handle
+
+
+def greedy(max_tokens: int, logprobs: int | None = None) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0, logprobs=logprobs)
+
+
+async def collect(handle: RequestHandle) -> list[TokenOutput]:
+    return [output async for output in handle]
+
+
+async def tokens(handle: RequestHandle) -> list[int]:
+    return [output.token_id for output in await collect(handle)]
