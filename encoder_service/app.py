@@ -11,11 +11,11 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from prometheus_client import start_http_server
 
-from embedding_transport.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from embedding_transport.checkpoint import open_checkpoint
 from embedding_transport.exporter import RowExporter
+from embedding_transport.loading import LoadingStopped, ProgressLog, choose_device, choose_dtype
 from embedding_transport.types import DTYPES, ModelIdentity
 from encoder_service.codec import describe_to_proto
 from encoder_service.config import EncoderConfig
@@ -30,13 +30,8 @@ from encoder_service.server import EncoderServer, EncoderServicer, Serving
 from encoder_service.service import EncodeService
 
 _log = logging.getLogger(__name__)
-_PROGRESS_INTERVAL_S = 0.5
 # Peers' Connect streams last until the server ends them: this only lets the last answers leave.
 _STOP_GRACE_S = 0.5
-
-
-class LoadingStopped(Exception):
-    """The encoder was told to stop while it loaded."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +55,9 @@ def load_model(config: EncoderConfig, must_stop: Callable[[], bool]) -> LoadedMo
     _log.info("opening checkpoint %s", config.model)
     checkpoint = open_checkpoint(config.model, config.revision, config.served_model_name)
     settings = ProcessorSettings.from_checkpoint(checkpoint)
-    device = _device(config)
-    dtype_name = _dtype_name(config, checkpoint, device)
-    tower = build_tower(checkpoint, device, DTYPES[dtype_name], _ProgressLog(must_stop))
+    device = choose_device(config.device)
+    dtype_name = choose_dtype(config.dtype, device, stored_dtype(checkpoint))
+    tower = build_tower(checkpoint, device, DTYPES[dtype_name], ProgressLog("visual weights", must_stop))
     identity = ModelIdentity(
         model=checkpoint.model,
         revision=checkpoint.revision,
@@ -161,39 +156,3 @@ async def _drain(server: EncoderServer, servicer: EncoderServicer, exporter: Row
     if not await exporter.drained(max(0.0, deadline - time.monotonic())):
         _log.warning("%d leases were not released in time", exporter.stats().live_leases)
     await server.stop(_STOP_GRACE_S)
-
-
-def _device(config: EncoderConfig) -> torch.device:
-    has_gpu = torch.cuda.is_available()
-    if config.device == "cuda" and not has_gpu:
-        raise CheckpointError("device is cuda, but torch sees no GPU: install the CUDA build of torch or use the CPU")
-    return torch.device("cuda" if has_gpu and config.device != "cpu" else "cpu")
-
-
-def _dtype_name(config: EncoderConfig, checkpoint: Checkpoint, device: torch.device) -> str:
-    """auto: the checkpoint's own on a GPU; float32 on the CPU, where half precision is slow."""
-    if config.dtype != "auto":
-        return config.dtype
-    if device.type == "cpu":
-        return "float32"
-    stored = stored_dtype(checkpoint)
-    for name, dtype in DTYPES.items():
-        if dtype == stored:
-            return name
-    raise CheckpointError(f"the visual weights are stored as {stored}: choose --dtype float32 or bfloat16")
-
-
-class _ProgressLog:
-    """Logs at most every half second, and the last tensor; ends the load when told to."""
-
-    def __init__(self, must_stop: Callable[[], bool]) -> None:
-        self._must_stop = must_stop
-        self._logged_at = float("-inf")
-
-    def __call__(self, num_loaded: int, num_tensors: int) -> None:
-        if self._must_stop():
-            raise LoadingStopped
-        now = time.monotonic()
-        if num_loaded == num_tensors or now - self._logged_at >= _PROGRESS_INTERVAL_S:
-            self._logged_at = now
-            _log.info("loading visual weights %d/%d", num_loaded, num_tensors)

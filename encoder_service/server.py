@@ -134,10 +134,8 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
                     if isinstance(event, LayoutEvent):
                         await context.write(layout_to_proto(event))
                     elif isinstance(event, ItemFailed):
-                        _log.info(
-                            "request %.64r item %d: %s: %s",
-                            request.request_id, event.item_index, event.error.code, event.error,
-                        )  # fmt: skip
+                        code, reason = event.error.code, event.error
+                        _log.info("request %.64r item %d: %s: %s", request.request_id, event.item_index, code, reason)
                         await context.write(failed_to_proto(event))
                     else:
                         await context.write(event)

@@ -162,7 +162,12 @@ class Batcher:
             while not (entries := self._take()):
                 self._arrived.clear()
                 await self._arrived.wait()
-            packed_PX = await loop.run_in_executor(self._packing_thread, _pack, entries)
+            try:
+                packed_PX = await loop.run_in_executor(self._packing_thread, _pack, entries)
+            except Exception:
+                self._fail_batch(entries)
+                self._channel_free.release()
+                continue
             self._channel.put_nowait(_Batch(entries, packed_PX))
 
     def _take(self) -> list[_Entry]:
@@ -192,9 +197,7 @@ class Batcher:
         try:
             rows_TW = await loop.run_in_executor(self._forward_thread, self._forward, batch)
         except Exception:
-            num_patches = len(batch.patches_PX)
-            _log.exception("the forward of %d items, %d patches failed", len(batch.entries), num_patches)
-            self._fail(batch.entries, InternalError("the vision tower failed; the encoder's log has the reason"))
+            self._fail_batch(batch.entries)
             return
         forward_s = time.monotonic() - started
         self._on_batch(BatchReport(len(batch.entries), len(batch.patches_PX), forward_s))
@@ -206,6 +209,10 @@ class Batcher:
 
     def _forward(self, batch: _Batch) -> torch.Tensor:
         return self._tower.forward(batch.patches_PX, [entry.grid_thw for entry in batch.entries]).cpu()
+
+    def _fail_batch(self, entries: list[_Entry]) -> None:
+        _log.exception("a batch failed, grids %s", [entry.grid_thw for entry in entries])
+        self._fail(entries, InternalError("the vision tower failed; the encoder's log has the reason"))
 
     @staticmethod
     def _fail(entries: Iterable[_Entry], error: VitrineError) -> None:

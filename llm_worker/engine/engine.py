@@ -127,6 +127,10 @@ class Engine:
         self._num_steps = self._num_prefill_tokens = self._num_decode_tokens = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
+    @property
+    def vocab_size(self) -> int:
+        return self._decoder.config.vocab_size
+
     def start(self) -> None:
         self._thread.start()
 

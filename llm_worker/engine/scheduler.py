@@ -4,8 +4,8 @@ Requests are taken in by arrival. Whoever is in decodes one token a step; what i
 prefill chunks. A sequence whose media rows are late takes part with what it has, or not at all: nobody waits for it.
 
 A sequence reserves KV for its prompt and everything it may generate before it computes its prompt, so nobody in the
-running set can be stuck for memory. Only the text in front of the first media item runs before that; its blocks are given
-up again if the reservation does not succeed.
+running set can be stuck for memory. Only the text in front of the first media item runs before that; its blocks are
+given up again if the reservation does not succeed.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class MoeConfig:
 class TextConfig:
     """Dims and features of one decoder.
 
-    mrope_section: frequencies that turn with the t, h and w position; mrope_interleaved: dealt out in turn, else in blocks.
+    mrope_section: frequencies that turn with the t, h and w position; mrope_interleaved: in turn, not in blocks.
     qk_norm: Qwen3-VL normalizes each query and key head; qkv_bias: Qwen2.5-VL's projections have one.
     num_deepstack: rows added to the hidden states after each of the first layers.
     """

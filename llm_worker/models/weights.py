@@ -49,6 +49,12 @@ def load_language_weights(
         decoder.lm_head.weight = decoder.embed_tokens.weight
 
 
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """Element type of the language weights on disk, read from one norm's weight."""
+    name = next(name for name in checkpoint.tensor_names() if name.endswith("layers.0.input_layernorm.weight"))
+    return next(checkpoint.read_tensors([name]))[1].dtype
+
+
 def _as_shaped(name: str, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     if tensor.shape == shape:
         return tensor

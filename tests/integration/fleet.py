@@ -32,6 +32,7 @@ class ServiceProcess:
         self.lines: list[str] = []
         self.addresses: dict[str, str] = {}
         self._listening = threading.Event()
+        self._serving = threading.Event()
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, *flags],
             stdout=subprocess.PIPE,
@@ -42,11 +43,20 @@ class ServiceProcess:
         threading.Thread(target=self._read, daemon=True).start()
 
     def wait_listening(self) -> dict[str, str]:
+        """Waits until the ports are open; the model may still be loading."""
+        self._wait(self._listening)
+        return self.addresses
+
+    def wait_serving(self) -> dict[str, str]:
+        """Waits until the model is loaded, and a worker has tried its encoders."""
+        self._wait(self._serving)
+        return self.addresses
+
+    def _wait(self, event: threading.Event) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not self._listening.wait(0.05):
+        while not event.wait(0.05):
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError("the service did not start:\n" + "\n".join(self.lines))
-        return self.addresses
 
     def stop(self, signal_number: int = signal.SIGTERM, timeout_s: float = 30.0) -> int:
         """Sends the signal and returns the exit status; kills after the time-out."""
@@ -65,6 +75,8 @@ class ServiceProcess:
             if "LISTENING" in line:
                 self.addresses.update(re.findall(r"(\w+)=(\S+:\d+)", line))
                 self._listening.set()
+            elif " SERVING " in line:
+                self._serving.set()
 
 
 @dataclass
@@ -141,7 +153,7 @@ def start_fleet(
     try:
         encoder = ServiceProcess("encoder_service", "--model", str(folder), "--port", "0", *encoder_flags)
         processes.append(encoder)
-        address = encoder.wait_listening()["grpc"]
+        address = encoder.wait_serving()["grpc"]
         workers = {}
         for transport in transports:
             flags = ["--model", str(folder), "--encoders", address, "--transport", transport, "--port", "0"]
@@ -149,7 +161,7 @@ def start_fleet(
             workers[transport] = ServiceProcess("llm_worker", *flags)
             processes.append(workers[transport])
         for worker in workers.values():
-            worker.wait_listening()
+            worker.wait_serving()
         vision = json.loads((folder / "config.json").read_text())["vision_config"]
         yield Fleet(folder, vision["patch_size"] * vision["spatial_merge_size"], encoder, workers)
     finally:

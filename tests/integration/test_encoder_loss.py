@@ -46,7 +46,7 @@ def encoder(start: Start, folder: Path, port: int = 0) -> ServiceProcess:
 def worker(start: Start, folder: Path, *addresses: str) -> ServiceProcess:
     flags = ["--model", str(folder), "--encoders", ",".join(addresses), "--port", "0", "--grpc-port", "0"]
     process = start("llm_worker", *flags)
-    process.wait_listening()
+    process.wait_serving()
     return process
 
 

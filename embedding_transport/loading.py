@@ -1,0 +1,68 @@
+"""What both services do alike while they load their half of a checkpoint: pick device and dtype, log, stop."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+from embedding_transport.checkpoint import CheckpointError
+from embedding_transport.types import DTYPES
+
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+DtypeChoice = Literal["auto", "float32", "bfloat16"]
+
+_log = logging.getLogger(__name__)
+_PROGRESS_INTERVAL_S = 0.5
+
+
+class LoadingStopped(Exception):
+    """The service was told to stop while it loaded."""
+
+
+class ProgressLog:
+    """Logs at most every half second, and the last tensor; raises LoadingStopped once `must_stop` says so."""
+
+    def __init__(self, what: str, must_stop: Callable[[], bool]) -> None:
+        self._what = what
+        self._must_stop = must_stop
+        self._logged_at = float("-inf")
+
+    def __call__(self, num_loaded: int, num_tensors: int) -> None:
+        if self._must_stop():
+            raise LoadingStopped
+        now = time.monotonic()
+        if num_loaded == num_tensors or now - self._logged_at >= _PROGRESS_INTERVAL_S:
+            self._logged_at = now
+            _log.info("loading %s %d/%d", self._what, num_loaded, num_tensors)
+
+
+def choose_device(choice: DeviceChoice) -> torch.device:
+    """auto: a GPU where torch sees one.
+
+    Raises:
+        CheckpointError: a GPU is asked for and there is none.
+    """
+    has_gpu = torch.cuda.is_available()
+    if choice == "cuda" and not has_gpu:
+        raise CheckpointError("device is cuda, but torch sees no GPU: install the CUDA build of torch or use the CPU")
+    return torch.device("cuda" if has_gpu and choice != "cpu" else "cpu")
+
+
+def choose_dtype(choice: DtypeChoice, device: torch.device, stored: torch.dtype) -> str:
+    """Name of the dtype; auto: the stored one on a GPU, float32 on the CPU, where half precision is slow.
+
+    Raises:
+        CheckpointError: the weights are stored in a dtype that is not served.
+    """
+    if choice != "auto":
+        return choice
+    if device.type == "cpu":
+        return "float32"
+    for name, dtype in DTYPES.items():
+        if dtype == stored:
+            return name
+    raise CheckpointError(f"the weights are stored as {stored}: choose --dtype float32 or bfloat16")

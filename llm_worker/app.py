@@ -1,0 +1,170 @@
+"""Builds an LLM worker from its configuration and runs it until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from embedding_transport.checkpoint import open_checkpoint
+from embedding_transport.encoder_client import EncoderClient
+from embedding_transport.errors import VitrineError
+from embedding_transport.loading import LoadingStopped, ProgressLog, choose_device, choose_dtype
+from embedding_transport.types import DTYPES, ModelIdentity
+from llm_worker.config import LlmConfig
+from llm_worker.engine.engine import Engine
+from llm_worker.frontend.generation import Generator
+from llm_worker.frontend.grpc_server import LlmServer, LlmServicer
+from llm_worker.frontend.openai_http import OpenAiHttp, ServedModel
+from llm_worker.frontend.sampling_defaults import SamplingDefaults
+from llm_worker.metrics import LlmMetrics
+from llm_worker.models import build_decoder
+from llm_worker.models.decoder import TextDecoder
+from llm_worker.models.weights import stored_dtype
+from llm_worker.prompt.config import PromptConfig
+from llm_worker.prompt.tokenizer import PromptTokenizer
+
+_log = logging.getLogger(__name__)
+_READY_POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """The language half of a checkpoint, ready to run."""
+
+    identity: ModelIdentity
+    decoder: TextDecoder
+    tokenizer: PromptTokenizer | None
+    prompt_config: PromptConfig
+    defaults: SamplingDefaults
+
+
+def load_model(config: LlmConfig, must_stop: Callable[[], bool]) -> LoadedModel:
+    """Finds the checkpoint and loads its decoder, logging the progress. Blocking.
+
+    Args:
+        must_stop: once it says so, loading ends with LoadingStopped.
+
+    Raises:
+        CheckpointError: no such checkpoint, or one that this worker cannot serve.
+    """
+    _log.info("opening checkpoint %s", config.model)
+    checkpoint = open_checkpoint(config.model, config.revision, config.served_model_name)
+    tokenizer = None if config.skip_tokenizer_init else PromptTokenizer(checkpoint)
+    device = choose_device(config.device)
+    dtype_name = choose_dtype(config.dtype, device, stored_dtype(checkpoint))
+    decoder = build_decoder(checkpoint, device, DTYPES[dtype_name], ProgressLog("language weights", must_stop))
+    vision = checkpoint.config["vision_config"]
+    identity = ModelIdentity(
+        model=checkpoint.model,
+        revision=checkpoint.revision,
+        model_type=decoder.config.model_type,
+        out_hidden_size=decoder.config.hidden_size,
+        deepstack_visual_indexes=tuple(vision.get("deepstack_visual_indexes") or ()),
+        dtype=dtype_name,
+    )
+    _log.info("loaded %s, revision %s, %s on %s", identity.model, identity.revision[:12], dtype_name, device)
+    return LoadedModel(
+        identity,
+        decoder,
+        tokenizer,
+        PromptConfig.from_checkpoint(checkpoint),
+        SamplingDefaults.from_checkpoint(checkpoint),
+    )
+
+
+class Readiness:
+    """Whether requests can be served, and why not: what /ready answers."""
+
+    def __init__(self) -> None:
+        self.encoders: EncoderClient | None = None
+
+    def __call__(self) -> tuple[bool, dict[str, Any]]:
+        if self.encoders is None:
+            return False, {"reason": "loading the model"}
+        encoders = [asdict(status) for status in self.encoders.status()]
+        return self.encoders.ready, {"encoders": encoders}
+
+
+async def serve(config: LlmConfig) -> None:
+    """Listens, loads, serves until SIGTERM or SIGINT, then drains.
+
+    Raises:
+        CheckpointError: see `load_model`.
+        OSError: a port cannot be listened on.
+    """
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    metrics = LlmMetrics()
+    readiness = Readiness()
+    http = OpenAiHttp(metrics, readiness)
+    servicer = LlmServicer(metrics)
+    server = LlmServer(servicer)
+    async with AsyncExitStack() as stack:
+        # The ports answer before anything slow begins, so that probes see progress, not refusal.
+        # handler_cancellation: a client that goes away ends its request everywhere.
+        runner = web.AppRunner(
+            http.application(), access_log=None, handler_cancellation=True, shutdown_timeout=config.drain_timeout_s
+        )
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        await web.TCPSite(runner, config.host, config.port).start()
+        grpc_address = await server.start(config.host, config.grpc_port)
+        stack.push_async_callback(server.stop, 0)
+        _log.info("LISTENING http=%s:%d grpc=%s", config.host, runner.addresses[0][1], grpc_address)
+
+        try:
+            model = await asyncio.to_thread(load_model, config, stop.is_set)
+        except LoadingStopped:
+            _log.info("stopped while loading")
+            return
+
+        engine = Engine(model.decoder, config.engine_config(model.decoder.config.max_position_embeddings))
+        engine.start()
+        stack.push_async_callback(asyncio.to_thread, engine.close)
+        encoders = EncoderClient(
+            config.encoder_addresses,
+            model.identity,
+            transport=config.transport,
+            shm_folder=Path(config.shm_folder),
+            connect_timeout_s=config.connect_timeout_s,
+            encode_timeout_s=config.encode_timeout_s,
+        )
+        stack.push_async_callback(encoders.close)
+        generator = Generator(engine, encoders, model.tokenizer, model.prompt_config, config.max_items)
+        metrics.watch_engine(engine.stats)
+        metrics.watch_encoders(encoders.stats)
+        served = ServedModel(model.identity.model, generator, model.defaults)
+        http.open(served)
+        servicer.open(served)
+        # An encoder that does not fit is no reason to end: another may come, and text needs none. /ready says why.
+        with suppress(VitrineError):
+            await encoders.start()
+        readiness.encoders = encoders
+        watching = asyncio.create_task(_keep_health(server, encoders))
+        stack.callback(watching.cancel)
+        _log.info("SERVING %s with encoders %s", model.identity.model, config.encoders)
+
+        await stop.wait()
+        watching.cancel()
+        _log.info("draining for at most %g s", config.drain_timeout_s)
+        await asyncio.gather(runner.cleanup(), server.stop(config.drain_timeout_s))
+    _log.info("stopped")
+
+
+async def _keep_health(server: LlmServer, encoders: EncoderClient) -> None:
+    """Keeps grpc.health.v1 saying what /ready says."""
+    shown: bool | None = None
+    while True:
+        if encoders.ready != shown:
+            shown = encoders.ready
+            await server.set_serving(shown)
+        await asyncio.sleep(_READY_POLL_S)

@@ -1,0 +1,94 @@
+"""Settings of an LLM worker: flags win over the environment (VITRINE_LLM_*), which wins over defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from llm_worker.engine.engine import EngineConfig
+
+_BLOCK_SIZE = 16
+
+
+class LlmConfig(BaseSettings):
+    """Vitrine's LLM worker: prompts and embedding rows in, tokens out, over OpenAI HTTP and gRPC."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="VITRINE_LLM_",
+        frozen=True,
+        extra="forbid",
+        cli_prog_name="python -m llm_worker",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        # Fields such as model_name are ours, not pydantic's.
+        protected_namespaces=(),
+    )
+
+    model: str = Field(description="checkpoint folder or hub id, the same as the encoders'")
+    revision: str | None = Field(None, description="hub branch, tag or commit; not used for folders")
+    served_model_name: str | None = Field(None, description="name to serve under instead of hub id or folder name")
+
+    encoders: str = Field(description="encoders to use, host:port separated by commas")
+    transport: Literal["auto", "shm", "grpc"] = Field(
+        "auto", description="how rows come: shm (same host) or grpc (bytes); auto: shm where it works, else grpc"
+    )
+    shm_folder: str = Field("/dev/shm", description="shared-memory folder, the same as the encoders'")
+    connect_timeout_s: float = Field(5.0, gt=0, description="for each step of connecting to an encoder, s")
+    encode_timeout_s: float = Field(300.0, gt=0, description="longest encoding of one request on one encoder, s")
+
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
+    port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 takes a free one, see the LISTENING line")
+    grpc_port: int = Field(50052, ge=0, le=65535, description="gRPC port; 0 takes a free one")
+    drain_timeout_s: float = Field(30.0, ge=0, description="longest wait for running requests at shutdown, s")
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the decoder runs; auto: a GPU if any")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of weights, KV cache and rows; auto: the checkpoint's on a GPU, float32 on the CPU"
+    )
+
+    max_model_len: int | None = Field(None, ge=1, description="longest prompt plus answer, tokens; default the model's")
+    max_num_batched_tokens: int = Field(2048, ge=1, description="tokens in one step: the longest prefill chunk")
+    max_num_seqs: int = Field(64, ge=1, description="requests in one step")
+    kv_cache_tokens: int = Field(32768, ge=_BLOCK_SIZE, description="tokens whose keys and values are kept")
+    max_waiting: int = Field(512, ge=0, description="requests that may wait before more are refused with 429")
+    max_items: int = Field(64, ge=0, description="images and videos accepted in one request")
+    skip_tokenizer_init: bool = Field(False, description="load no tokenizer: token ids in, token ids out")
+
+    @field_validator("encoders")
+    @classmethod
+    def _check_encoders(cls, encoders: str) -> str:
+        for address in encoders.split(","):
+            host, _, port = address.strip().rpartition(":")
+            if not host or not port.isdigit():
+                raise ValueError(f"{address!r} is not host:port")
+        return encoders
+
+    @classmethod
+    def from_command_line(cls, arguments: Sequence[str]) -> LlmConfig:
+        """Reads flags and environment.
+
+        Raises:
+            SystemExit: --help, or an unknown or malformed flag.
+            pydantic.ValidationError: a value is missing or out of range.
+        """
+        return cls(_cli_parse_args=list(arguments))  # type: ignore[call-arg]
+
+    @property
+    def encoder_addresses(self) -> list[str]:
+        return [address.strip() for address in self.encoders.split(",")]
+
+    def engine_config(self, max_position_embeddings: int) -> EngineConfig:
+        max_model_len = min(self.max_model_len or max_position_embeddings, max_position_embeddings)
+        return EngineConfig(
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_num_seqs=self.max_num_seqs,
+            block_size=_BLOCK_SIZE,
+            num_blocks=self.kv_cache_tokens // _BLOCK_SIZE,
+            max_model_len=max_model_len,
+            max_waiting=self.max_waiting,
+        )

@@ -1,0 +1,63 @@
+"""What a request is and what comes of it, the same for HTTP and gRPC."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from embedding_transport.types import MediaItem
+from llm_worker.engine.request import SamplingParams, TokenLogprobs
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """prompt: text with one placeholder a media item, or token ids. stop: strings that end the text before them."""
+
+    request_id: str
+    prompt: str | list[int]
+    media: tuple[MediaItem, ...]
+    sampling: SamplingParams
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StageTimings:
+    """Milliseconds by stage. Stages of different items overlap; each number is the slowest item's."""
+
+    load_ms: float = 0.0
+    preprocess_ms: float = 0.0
+    encode_ms: float = 0.0
+    ship_ms: float = 0.0
+    land_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+    ttft_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class Started:
+    """The whole prompt is known."""
+
+    num_prompt_tokens: int
+    num_media_tokens: int
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Tokens since the last delta, and the text that is certain by now."""
+
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """finish_reason: "stop" (end token, stop token or stop string) or "length"."""
+
+    finish_reason: str
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    timings: StageTimings
+
+
+GenerationEvent = Started | Delta | Finished

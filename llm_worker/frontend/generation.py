@@ -1,0 +1,197 @@
+"""One request from start to end: encode, prompt, prefill, tokens, text. HTTP and gRPC are thin skins over this."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from embedding_transport.encoder_client import EncoderClient
+from embedding_transport.errors import BadRequest, InternalError, TooManyItems, VitrineError
+from embedding_transport.types import ItemTimings, Layout, LayoutEvent, RowsEvent
+from llm_worker.engine.engine import Engine, RequestHandle
+from llm_worker.engine.request import ExpandedPrompt, TokenOutput
+from llm_worker.frontend.events import (
+    Delta,
+    Finished,
+    GenerationEvent,
+    GenerationRequest,
+    StageTimings,
+    Started,
+)
+from llm_worker.frontend.stop_strings import StopStrings
+from llm_worker.prompt.config import PromptConfig
+from llm_worker.prompt.expand import expand_prompt
+from llm_worker.prompt.placeholders import PlaceholderPlan, plan_placeholders
+from llm_worker.prompt.tokenizer import PromptTokenizer
+
+
+class Generator:
+    """Runs requests on the engine and the encoders.
+
+    Args:
+        tokenizer: None takes and returns token ids only.
+        max_items: media items accepted in one request.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        encoders: EncoderClient,
+        tokenizer: PromptTokenizer | None,
+        prompt_config: PromptConfig,
+        max_items: int,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._engine = engine
+        self._encoders = encoders
+        self._prompt_config = prompt_config
+        self._max_items = max_items
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
+        """Yields one Started, Deltas, one Finished. Closing the iteration cancels the request everywhere.
+
+        Raises:
+            VitrineError: why it could not be done.
+        """
+        if len(request.media) > self._max_items:
+            raise TooManyItems(
+                f"the request has {len(request.media)} images and videos: at most {self._max_items} are accepted"
+            )
+        media = _MediaFeed(self._encoders, request, self._prompt_config, self.tokenizer)
+        # Before anything else, the prompt's tokenization included: encoding is the long part.
+        feeding = asyncio.create_task(media.run())
+        handle: RequestHandle | None = None
+        try:
+            plan = self._plan(request)
+            handle = self._engine.submit(request.request_id, plan.token_ids[: plan.num_prefix_tokens], request.sampling)
+            media.begin(plan, handle)
+            prompt = await media.prompt
+            yield Started(len(prompt.token_ids), prompt.num_media_tokens)
+            async for event in self._stream(request, prompt, handle, media):
+                yield event
+        finally:
+            if handle is not None:
+                handle.cancel()
+            feeding.cancel()
+            await asyncio.gather(feeding, return_exceptions=True)
+            media.prompt.cancel()
+
+    def _plan(self, request: GenerationRequest) -> PlaceholderPlan:
+        if isinstance(request.prompt, str):
+            if self.tokenizer is None:
+                raise BadRequest("this worker runs without a tokenizer: send token ids instead of text")
+            token_ids = self.tokenizer.encode(request.prompt)
+        else:
+            token_ids = request.prompt
+        if not token_ids:
+            raise BadRequest("the prompt is empty: send some text or token ids")
+        vocab_size = self._engine.vocab_size
+        if max(token_ids) >= vocab_size or min(token_ids) < 0:
+            raise BadRequest(f"token ids must be in 0..{vocab_size - 1}, got {min(token_ids)}..{max(token_ids)}")
+        return plan_placeholders(token_ids, [item.kind for item in request.media], self._prompt_config)
+
+    async def _stream(
+        self, request: GenerationRequest, prompt: ExpandedPrompt, handle: RequestHandle, media: _MediaFeed
+    ) -> AsyncGenerator[GenerationEvent]:
+        detokenizer = self.tokenizer.detokenizer() if self.tokenizer is not None else None
+        stop = StopStrings(request.stop)
+        num_tokens = 0
+        async for output in handle:
+            num_tokens += 1
+            ended_by_token = output.finish_reason == "stop"
+            text = ""
+            if detokenizer is not None and not ended_by_token:
+                text = stop.push(detokenizer.push(output.token_id))
+            finish_reason = "stop" if stop.found else output.finish_reason
+            if finish_reason is not None:
+                text += stop.flush()
+            yield _delta(output, text)
+            if finish_reason is not None:
+                timings = media.timings(handle)
+                yield Finished(finish_reason, len(prompt.token_ids), num_tokens, timings)
+                return
+
+
+@dataclass
+class _MediaFeed:
+    """Takes in what the encoder sends for one request: layouts become the prompt, rows go to the engine."""
+
+    encoders: EncoderClient
+    request: GenerationRequest
+    config: PromptConfig
+    tokenizer: PromptTokenizer | None
+    item_timings: list[ItemTimings] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.prompt: asyncio.Future[ExpandedPrompt] = loop.create_future()
+        # Read even if the request has failed for another reason: asyncio reports errors that nobody looks at.
+        self.prompt.add_done_callback(lambda prompt: prompt.cancelled() or prompt.exception())
+        self._begun: asyncio.Future[tuple[PlaceholderPlan, RequestHandle]] = loop.create_future()
+        self._layouts: dict[int, Layout] = {}
+
+    def begin(self, plan: PlaceholderPlan, handle: RequestHandle) -> None:
+        """The prompt is tokenized and the engine has the request."""
+        self._begun.set_result((plan, handle))
+
+    async def run(self) -> None:
+        try:
+            if not self.request.media:
+                await self._set_prompt()
+                return
+            async with aclosing(self.encoders.encode(self.request.media, self.request.request_id)) as events:
+                async for event in events:
+                    if isinstance(event, LayoutEvent):
+                        self._layouts[event.item_index] = event.layout
+                        if len(self._layouts) == len(self.request.media):
+                            await self._set_prompt()
+                    else:
+                        await self._set_rows(event)
+        except VitrineError as error:
+            await self._fail(error)
+        except Exception as error:
+            await self._fail(InternalError(f"taking the media in failed: {type(error).__name__}"))
+            raise
+
+    def timings(self, handle: RequestHandle) -> StageTimings:
+        items, engine = self.item_timings, handle.timings
+        return StageTimings(
+            load_ms=max((item.load_ms for item in items), default=0.0),
+            preprocess_ms=max((item.preprocess_ms for item in items), default=0.0),
+            encode_ms=max((item.queue_ms + item.forward_ms for item in items), default=0.0),
+            ship_ms=max((item.export_ms + item.ship_ms for item in items), default=0.0),
+            land_ms=engine.land_ms,
+            prefill_ms=engine.prefill_ms,
+            decode_ms=engine.decode_ms,
+            ttft_ms=engine.ttft_ms,
+        )
+
+    async def _set_prompt(self) -> None:
+        plan, handle = await asyncio.shield(self._begun)
+        layouts = [self._layouts[index] for index in range(len(self.request.media))]
+        encode_text = self.tokenizer.encode if self.tokenizer is not None else None
+        prompt = expand_prompt(plan, layouts, self.config, encode_text)
+        handle.set_prompt(prompt)
+        self.prompt.set_result(prompt)
+
+    async def _set_rows(self, event: RowsEvent) -> None:
+        try:
+            _, handle = await asyncio.shield(self._begun)
+        except asyncio.CancelledError:
+            event.rows.release()
+            raise
+        self.item_timings.append(event.rows.timings)
+        handle.set_rows(event.item_index, event.rows)
+
+    async def _fail(self, error: VitrineError) -> None:
+        if not self.prompt.done():
+            self.prompt.set_exception(error)
+        else:
+            _, handle = await asyncio.shield(self._begun)
+            handle.fail(error)
+
+
+def _delta(output: TokenOutput, text: str) -> Delta:
+    return Delta([output.token_id], text, [output.logprobs] if output.logprobs is not None else [])

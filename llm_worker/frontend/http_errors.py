@@ -1,0 +1,78 @@
+"""Errors over HTTP, in OpenAI's form. One table from error code to status."""
+
+from __future__ import annotations
+
+import json
+import logging
+import uuid
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from embedding_transport.errors import BadRequest, InternalError, VitrineError
+
+STATUS_BY_CODE: dict[str, int] = {
+    "invalid_request": 400,
+    "model_not_found": 404,
+    "too_many_items": 400,
+    "context_length_exceeded": 400,
+    "placeholder_mismatch": 400,
+    # Whatever is wrong with the media: the request named them.
+    "invalid_media": 400,
+    "media_not_allowed": 400,
+    "media_not_found": 400,
+    "media_unreachable": 400,
+    "media_timeout": 400,
+    "media_too_large": 400,
+    "not_an_image": 400,
+    "not_a_video": 400,
+    "media_truncated": 400,
+    "bad_aspect_ratio": 400,
+    "overloaded": 429,
+    "encoder_unavailable": 503,
+    "encoder_mismatch": 503,
+    "transport_unavailable": 503,
+    "lease_expired": 503,
+    "internal_error": 500,
+}
+_RETRY_AFTER_S = 1
+_TYPE_BY_STATUS = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+
+_log = logging.getLogger(__name__)
+
+
+def error_body(error: VitrineError) -> dict[str, object]:
+    """OpenAI's error object."""
+    kind = _TYPE_BY_STATUS.get(STATUS_BY_CODE[error.code], "invalid_request_error")
+    return {"error": {"message": str(error), "type": kind, "param": getattr(error, "param", None), "code": error.code}}
+
+
+def error_response(error: VitrineError) -> web.Response:
+    status = STATUS_BY_CODE[error.code]
+    headers = {"Retry-After": str(_RETRY_AFTER_S)} if status in (429, 503) else None
+    return web.json_response(error_body(error), status=status, headers=headers)
+
+
+def as_vitrine_error(error: Exception) -> VitrineError:
+    """The error itself, or for a foreign one an InternalError whose number is in the log beside the details."""
+    if isinstance(error, VitrineError):
+        return error
+    number = uuid.uuid4().hex[:8]
+    _log.error("internal error %s", number, exc_info=error)
+    return InternalError(f"internal error {number}: the worker's log has more")
+
+
+@web.middleware
+async def errors_as_openai(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Turns every error of a handler, aiohttp's own included, into OpenAI's form."""
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        body = error_body(BadRequest(f"{request.method} {request.path}: {error.reason}"))
+        return web.Response(status=error.status, text=json.dumps(body), content_type="application/json")
+    except Exception as error:
+        return error_response(as_vitrine_error(error))

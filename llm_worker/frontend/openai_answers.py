@@ -1,0 +1,108 @@
+"""Answers of the OpenAI API: whole ones and streamed chunks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from llm_worker.engine.request import TokenLogprobs
+from llm_worker.frontend.events import Delta, Finished
+from llm_worker.prompt.tokenizer import PromptTokenizer
+
+AnswerKind = Literal["chat", "completion"]
+
+
+@dataclass
+class AnswerWriter:
+    """Writes one answer, at once or piece by piece. timings_ms and token_ids are our additions to OpenAI's fields."""
+
+    kind: AnswerKind
+    request_id: str
+    model: str
+    tokenizer: PromptTokenizer | None
+    return_token_ids: bool
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(self, deltas: list[Delta], finished: Finished) -> dict[str, Any]:
+        text = "".join(delta.text for delta in deltas)
+        choice: dict[str, Any] = {"index": 0, "finish_reason": finished.finish_reason}
+        if self.kind == "chat":
+            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+        else:
+            choice["text"] = text
+        choice["logprobs"] = self._logprobs([each for delta in deltas for each in delta.logprobs])
+        if self.return_token_ids:
+            choice["token_ids"] = [token_id for delta in deltas for token_id in delta.token_ids]
+        kind = "chat.completion" if self.kind == "chat" else "text_completion"
+        return self._body(kind, [choice]) | self.closing(finished)
+
+    def opening(self) -> dict[str, Any]:
+        """First chunk of a streamed chat: names the role."""
+        return self._chunk({"delta": {"role": "assistant", "content": ""}, "finish_reason": None})
+
+    def piece(self, delta: Delta, finish_reason: str | None) -> dict[str, Any]:
+        choice: dict[str, Any] = {"finish_reason": finish_reason}
+        if self.kind == "chat":
+            choice["delta"] = {"content": delta.text} if delta.text else {}
+        else:
+            choice["text"] = delta.text
+        choice["logprobs"] = self._logprobs(delta.logprobs)
+        if self.return_token_ids:
+            choice["token_ids"] = delta.token_ids
+        return self._chunk(choice)
+
+    def usage_chunk(self, finished: Finished) -> dict[str, Any]:
+        """Last chunk, where the request asked for usage."""
+        return self._body(self._chunk_kind, []) | self.closing(finished)
+
+    @staticmethod
+    def closing(finished: Finished) -> dict[str, Any]:
+        num_prompt, num_completion = finished.num_prompt_tokens, finished.num_completion_tokens
+        usage = {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_completion,
+            "total_tokens": num_prompt + num_completion,
+        }
+        timings = {name: round(value, 3) for name, value in asdict(finished.timings).items()}
+        return {"usage": usage, "timings": timings}
+
+    @property
+    def _chunk_kind(self) -> str:
+        return "chat.completion.chunk" if self.kind == "chat" else "text_completion"
+
+    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+        return self._body(self._chunk_kind, [{"index": 0, "logprobs": None} | choice])
+
+    def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.request_id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+    def _logprobs(self, logprobs: list[TokenLogprobs]) -> dict[str, Any] | None:
+        if not logprobs:
+            return None
+        if self.kind == "chat":
+            return {"content": [self._chat_logprob(each) for each in logprobs], "refusal": None}
+        return {
+            "tokens": [self._text(each.token_id) for each in logprobs],
+            "token_logprobs": [each.logprob for each in logprobs],
+            "top_logprobs": [{self._text(token_id): value for token_id, value in each.top} for each in logprobs],
+            "text_offset": [],
+        }
+
+    def _chat_logprob(self, logprobs: TokenLogprobs) -> dict[str, Any]:
+        top = [self._token(token_id, value) for token_id, value in logprobs.top]
+        return self._token(logprobs.token_id, logprobs.logprob) | {"top_logprobs": top}
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        text = self._text(token_id)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    def _text(self, token_id: int) -> str:
+        """Without a tokenizer the id stands for the text, so that no two tokens look alike."""
+        return self.tokenizer.text_of(token_id) if self.tokenizer is not None else f"token_id:{token_id}"

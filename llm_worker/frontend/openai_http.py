@@ -1,0 +1,151 @@
+"""The OpenAI-compatible HTTP front, and the probes and metrics beside it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from embedding_transport.errors import EncoderUnavailable, UnknownModel
+from llm_worker.frontend.events import Delta, Finished, GenerationEvent, GenerationRequest
+from llm_worker.frontend.generation import Generator
+from llm_worker.frontend.http_errors import as_vitrine_error, error_body, errors_as_openai
+from llm_worker.frontend.openai_answers import AnswerKind, AnswerWriter
+from llm_worker.frontend.openai_prompt import chat_to_generation, completion_to_generation
+from llm_worker.frontend.openai_types import ChatRequest, CompletionRequest, parse_request
+from llm_worker.frontend.sampling_defaults import SamplingDefaults
+from llm_worker.metrics import LlmMetrics
+
+MAX_BODY_BYTES = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What there is once the model is loaded."""
+
+    name: str
+    generator: Generator
+    defaults: SamplingDefaults
+
+
+class OpenAiHttp:
+    """Routes of the worker's HTTP port. `open` is called once the model is loaded; until then /ready says 503."""
+
+    def __init__(self, metrics: LlmMetrics, readiness: Callable[[], tuple[bool, dict[str, Any]]]) -> None:
+        self._metrics = metrics
+        self._readiness = readiness
+        self._served: ServedModel | None = None
+        self._created = int(time.time())
+
+    def open(self, served: ServedModel) -> None:
+        self._served = served
+
+    def application(self) -> web.Application:
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[errors_as_openai])
+        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post("/v1/completions", self._complete)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/ready", self._ready)
+        app.router.add_get("/metrics", self._prometheus)
+        return app
+
+    async def _chat(self, http: web.Request) -> web.StreamResponse:
+        request = parse_request(ChatRequest, await http.read())
+        served = self._model(request.model)
+        generation = chat_to_generation(request, served.generator.tokenizer, served.defaults)
+        return await self._answer(http, "chat", request, generation, served)
+
+    async def _complete(self, http: web.Request) -> web.StreamResponse:
+        request = parse_request(CompletionRequest, await http.read())
+        served = self._model(request.model)
+        generation = completion_to_generation(request, served.defaults)
+        return await self._answer(http, "completion", request, generation, served)
+
+    async def _models(self, http: web.Request) -> web.Response:
+        model = {"id": self._loaded().name, "object": "model", "created": self._created, "owned_by": "vitrine"}
+        return web.json_response({"object": "list", "data": [model]})
+
+    async def _health(self, http: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    async def _ready(self, http: web.Request) -> web.Response:
+        ready, details = self._readiness()
+        return web.json_response({"ready": ready, **details}, status=200 if ready else 503)
+
+    async def _prometheus(self, http: web.Request) -> web.Response:
+        body = generate_latest(self._metrics.registry)
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    def _loaded(self) -> ServedModel:
+        if self._served is None:
+            raise EncoderUnavailable("the worker is still loading its model: try again when /ready answers 200")
+        return self._served
+
+    def _model(self, name: str) -> ServedModel:
+        served = self._loaded()
+        if name != served.name:
+            raise UnknownModel(f"the model {name!r} is not served here, {served.name!r} is: /v1/models lists it")
+        return served
+
+    async def _answer(
+        self,
+        http: web.Request,
+        kind: AnswerKind,
+        request: ChatRequest | CompletionRequest,
+        generation: GenerationRequest,
+        served: ServedModel,
+    ) -> web.StreamResponse:
+        tokenizer = served.generator.tokenizer
+        return_token_ids = request.return_token_ids or tokenizer is None
+        writer = AnswerWriter(kind, generation.request_id, served.name, tokenizer, return_token_ids)
+        async with aclosing(self._metrics.watch(served.generator.generate(generation))) as events:
+            if request.stream:
+                return await _stream(http, events, writer, request.include_usage)
+            deltas: list[Delta] = []
+            async for event in events:
+                if isinstance(event, Delta):
+                    deltas.append(event)
+                elif isinstance(event, Finished):
+                    return web.json_response(writer.whole(deltas, event))
+        raise RuntimeError("the generation ended without Finished")
+
+
+async def _stream(
+    http: web.Request, events: AsyncGenerator[GenerationEvent], writer: AnswerWriter, include_usage: bool
+) -> web.StreamResponse:
+    """Server-sent events. Errors before the first token still get a status of their own; later ones an error event."""
+    first = await anext(events)
+    while not isinstance(first, Delta):
+        first = await anext(events)
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+    await response.prepare(http)
+    if writer.kind == "chat":
+        await _send(response, writer.opening())
+    try:
+        # A delta leaves when the next event is here: the last one carries the finish reason.
+        waiting = first
+        async for event in events:
+            if isinstance(event, Finished):
+                await _send(response, writer.piece(waiting, event.finish_reason))
+                if include_usage:
+                    await _send(response, writer.usage_chunk(event))
+            elif isinstance(event, Delta):
+                await _send(response, writer.piece(waiting, None))
+                waiting = event
+        await response.write(b"data: [DONE]\n\n")
+    except ConnectionError:
+        pass  # the client is gone; closing the events cancels the request
+    except Exception as error:
+        await _send(response, error_body(as_vitrine_error(error)))
+    return response
+
+
+async def _send(response: web.StreamResponse, body: dict[str, Any]) -> None:
+    await response.write(b"data: " + json.dumps(body, ensure_ascii=False).encode() + b"\n\n")

@@ -1,0 +1,134 @@
+"""Requests of the OpenAI API, as far as they mean something here. Fields we do not know are ignored, as OpenAI's do."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from embedding_transport.errors import BadRequest
+
+_MAX_TOP_LOGPROBS = 20
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class TextPart(_Part):
+    type: Literal["text"]
+    text: str
+
+
+class MediaUrl(_Part):
+    url: str
+
+
+class ImagePart(_Part):
+    type: Literal["image_url"]
+    image_url: MediaUrl
+
+
+class VideoUrl(MediaUrl):
+    """fps: frames sampled per second (ours; the checkpoint's own rate where left out)."""
+
+    fps: float | None = Field(None, gt=0)
+
+
+class VideoPart(_Part):
+    type: Literal["video_url"]
+    video_url: VideoUrl
+
+
+MediaPart = Annotated[ImagePart | VideoPart, Field(discriminator="type")]
+ContentPart = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    include_usage: bool = False
+
+
+class _Request(BaseModel):
+    """What chat and plain completions share. top_k and stop_token_ids are extensions of other servers, too."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    model: str
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1)
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    n: Literal[1] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool = False
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatRequest(_Request):
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=_MAX_TOP_LOGPROBS)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(_Request):
+    """prompt: text or token ids. media: images and videos of its placeholders, as in a chat message (ours)."""
+
+    prompt: str | list[int]
+    media: list[MediaPart] = []
+    logprobs: int | None = Field(None, ge=0, le=_MAX_TOP_LOGPROBS)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+RequestT = TypeVar("RequestT", ChatRequest, CompletionRequest)
+
+
+class InvalidField(BadRequest):
+    """`param` names the field, as OpenAI's errors do."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+def parse_request(kind: type[RequestT], body: bytes) -> RequestT:
+    """
+    Raises:
+        BadRequest: not JSON, or a field that is missing or out of range.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        param = ".".join(str(each) for each in first["loc"])
+        if not param:
+            raise BadRequest(f"the body is no JSON object: {first['msg']}") from None
+        raise InvalidField(f"{param}: {first['msg']}", param) from None

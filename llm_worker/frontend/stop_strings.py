@@ -1,0 +1,40 @@
+"""Finds stop strings in text that arrives in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StopStrings:
+    """Lets text through up to the first stop string, holding back an end that may yet become one."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = [each for each in stop if each]
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """Text that is certain by now; once a stop string is found, what came before it and then nothing."""
+        if self.found:
+            return ""
+        self._held += text
+        starts = [start for each in self._stop if (start := self._held.find(each)) >= 0]
+        if starts:
+            self.found = True
+            return self._held[: min(starts)]
+        certain = len(self._held) - self._longest_beginning()
+        text, self._held = self._held[:certain], self._held[certain:]
+        return text
+
+    def flush(self) -> str:
+        """What was held back, when nothing more comes."""
+        text, self._held = self._held, ""
+        return "" if self.found else text
+
+    def _longest_beginning(self) -> int:
+        """Length of the longest end of the held text with which a stop string begins."""
+        longest = max((len(each) for each in self._stop), default=1) - 1
+        for length in range(min(longest, len(self._held)), 0, -1):
+            if any(each.startswith(self._held[-length:]) for each in self._stop):
+                return length
+        return 0

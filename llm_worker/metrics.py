@@ -1,0 +1,122 @@
+"""Prometheus metrics of an LLM worker, all named vitrine_llm_*."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import aclosing
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from embedding_transport.encoder_client import ClientStats
+from embedding_transport.errors import InternalError, VitrineError
+from llm_worker.engine.engine import EngineStats
+from llm_worker.frontend.events import Delta, Finished, GenerationEvent, Started
+
+_TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_ITL_BUCKETS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+
+
+class LlmMetrics:
+    """One registry a process (or a test)."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "vitrine_llm_requests",
+            "Requests by outcome: ok, cancelled, or an error code.",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self._ttft = Histogram(
+            "vitrine_llm_ttft_seconds",
+            "From a request's arrival to its first token, seconds.",
+            buckets=_TTFT_BUCKETS,
+            registry=self.registry,
+        )
+        self._itl = Histogram(
+            "vitrine_llm_itl_seconds",
+            "Between the tokens of one request, seconds.",
+            buckets=_ITL_BUCKETS,
+            registry=self.registry,
+        )
+        self._tokens = Counter(
+            "vitrine_llm_tokens",
+            "Tokens of requests by kind: prompt, media (part of prompt), generated.",
+            ["kind"],
+            registry=self.registry,
+        )
+
+    async def watch(self, events: AsyncGenerator[GenerationEvent]) -> AsyncGenerator[GenerationEvent]:
+        """Passes a request's events on and measures them."""
+        outcome = "cancelled"
+        previous = time.perf_counter()
+        latency = self._ttft
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    if isinstance(event, Started):
+                        self._tokens.labels("prompt").inc(event.num_prompt_tokens)
+                        self._tokens.labels("media").inc(event.num_media_tokens)
+                    elif isinstance(event, Delta):
+                        now = time.perf_counter()
+                        latency.observe(now - previous)
+                        previous, latency = now, self._itl
+                        self._tokens.labels("generated").inc(len(event.token_ids))
+                    elif isinstance(event, Finished):
+                        outcome = "ok"
+                    yield event
+        except (asyncio.CancelledError, GeneratorExit):
+            raise
+        except Exception as error:
+            outcome = error.code if isinstance(error, VitrineError) else InternalError.code
+            raise
+        finally:
+            self._requests.labels(outcome).inc()
+
+    def watch_engine(self, stats: Callable[[], EngineStats]) -> None:
+        """Reads the engine at each scrape."""
+        self.registry.register(_EngineCollector(stats))
+
+    def watch_encoders(self, stats: Callable[[], ClientStats]) -> None:
+        """Reads the encoder client at each scrape."""
+        self.registry.register(_EncoderCollector(stats))
+
+
+class _EngineCollector(Collector):
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._stats()
+        yield GaugeMetricFamily("vitrine_llm_running", "Requests that hold KV blocks.", stats.running)
+        yield GaugeMetricFamily("vitrine_llm_waiting", "Requests that wait for room.", stats.waiting)
+        yield GaugeMetricFamily("vitrine_llm_kv_blocks_used", "KV blocks in use.", stats.kv_blocks_used)
+        yield GaugeMetricFamily("vitrine_llm_kv_blocks", "KV blocks in all.", stats.kv_blocks_total)
+        yield CounterMetricFamily("vitrine_llm_steps", "Steps of the engine.", stats.num_steps)
+        computed = CounterMetricFamily("vitrine_llm_computed_tokens", "Tokens run, by phase.", labels=["phase"])
+        computed.add_metric(["prefill"], stats.num_prefill_tokens)
+        computed.add_metric(["decode"], stats.num_decode_tokens)
+        yield computed
+
+
+class _EncoderCollector(Collector):
+    def __init__(self, stats: Callable[[], ClientStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._stats()
+        yield CounterMetricFamily("vitrine_llm_encode_requests", "Requests sent to encoders.", stats.requests)
+        yield CounterMetricFamily("vitrine_llm_encode_retries", "Retries on another encoder.", stats.retries)
+        yield CounterMetricFamily(
+            "vitrine_llm_transport_fallbacks",
+            "Connections that fell back to bytes.",
+            stats.fallbacks,
+        )
+        received = CounterMetricFamily("vitrine_llm_received_bytes", "Bytes of rows.", labels=["transport"])
+        for transport, nbytes in stats.received_nbytes.items():
+            received.add_metric([transport], nbytes)
+        yield received

@@ -1,0 +1,73 @@
+"""The checkpoint's tokenizer and chat template. The only file of the worker that knows transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+from transformers import AutoTokenizer
+
+from embedding_transport.checkpoint import Checkpoint, CheckpointError
+from embedding_transport.errors import BadRequest
+
+
+class PromptTokenizer:
+    """Text to ids, ids to text, messages to text.
+
+    Raises:
+        CheckpointError: the checkpoint has no tokenizer that can be loaded.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"no tokenizer in {checkpoint.folder}: {error}; add its files or start with --skip-tokenizer-init"
+            ) from error
+        # Older checkpoints keep the template in a file of its own.
+        self._chat_template: str | None = self._tokenizer.chat_template or checkpoint.json("chat_template.json").get(
+            "chat_template"
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` as it stands; special tokens written out in it are recognized."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def text_of(self, token_id: int) -> str:
+        """One token by itself, for log-probabilities; not always valid text."""
+        text: str = self._tokenizer.decode([token_id])
+        return text
+
+    def render_chat(self, messages: Sequence[dict[str, Any]]) -> str:
+        """The prompt text that asks for the assistant's next message.
+
+        Raises:
+            BadRequest: the checkpoint has no chat template, or it refuses the messages.
+        """
+        if self._chat_template is None:
+            raise BadRequest("this checkpoint has no chat template: send a prompt to /v1/completions instead")
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                list(messages), chat_template=self._chat_template, add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # templates raise whatever they like
+            raise BadRequest(f"the chat template refuses these messages: {error}") from error
+        return text
+
+    def detokenizer(self) -> Detokenizer:
+        return Detokenizer(self._tokenizer.backend_tokenizer)
+
+
+class Detokenizer:
+    """Text of one generation, piece by piece: only whole characters come out."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def push(self, token_id: int) -> str:
+        """Text that this token completes; empty in the middle of a character and for special tokens."""
+        return self._stream.step(self._tokenizer, token_id) or ""

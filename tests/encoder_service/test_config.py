@@ -1,0 +1,82 @@
+"""Flags win over the environment, which wins over defaults; what makes no sense is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from encoder_service.__main__ import main
+from encoder_service.config import EncoderConfig
+
+read = EncoderConfig.from_command_line
+
+
+def test_flags_win_over_the_environment_and_that_over_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VITRINE_ENCODER_PORT", "1234")
+    monkeypatch.setenv("VITRINE_ENCODER_MAX_ITEMS", "3")
+    config = read(["--model", "m", "--port", "4321"])
+    assert (config.port, config.max_items, config.host) == (4321, 3, "127.0.0.1")
+
+
+def test_the_environment_can_name_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VITRINE_ENCODER_MODEL", "Qwen/Qwen3-VL-2B-Instruct")
+    assert read([]).model == "Qwen/Qwen3-VL-2B-Instruct"
+
+
+@pytest.mark.parametrize("flags", [["--modell", "m"], ["--model", "m", "--max-item", "1"], ["--model", "m", "extra"]])
+def test_unknown_flags_are_refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        read(flags)
+    assert stopped.value.code == 2
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--port", "70000"],
+        ["--port", "http"],
+        ["--max-items", "0"],
+        ["--device", "tpu"],
+        ["--dtype", "float8"],
+        ["--lease-ttl-s", "0"],
+        ["--media-timeout-s", "-1"],
+    ],
+)
+def test_values_out_of_range_are_refused(flags: list[str]) -> None:
+    with pytest.raises((ValidationError, SystemExit)):
+        read(["--model", "m", *flags])
+
+
+def test_a_config_cannot_be_changed() -> None:
+    config = read(["--model", "m"])
+    with pytest.raises(ValidationError):
+        config.port = 1
+
+
+def test_help_describes_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        read(["--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    for name, field in EncoderConfig.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in shown
+        assert field.description and field.description.split()[0] in shown
+
+
+def test_media_limits_follow_the_flags(tmp_path: Path) -> None:
+    flags = ["--allowed-media-folder", str(tmp_path), "--allow-private-addresses", "--max-media-bytes", "10"]
+    limits = read(["--model", "m", *flags]).media_limits()
+    assert limits.allowed_folder == tmp_path
+    assert limits.allow_private_addresses
+    assert limits.max_bytes == 10
+
+
+def test_a_missing_model_is_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["encoder_service"])
+    assert main() == 2
+    assert capsys.readouterr().err == "--model: Field required; see --help\n"

@@ -1,0 +1,150 @@
+"""The pipeline of a request without gRPC: order of events, failures, cancellation, content hashes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from embedding_transport.errors import BadRequest, TooManyItems
+from embedding_transport.types import ItemTimings, LayoutEvent, MediaItem
+from encoder_service.service import ItemFailed
+from tests.encoder_service.running import MAX_ITEMS, RunningEncoder, image, png, run_encoder
+from tests.integration.media_server import serve_media
+
+
+@dataclass(frozen=True)
+class Rows:
+    item_index: int
+    rows_TW: torch.Tensor
+    timings: ItemTimings
+
+
+async def ship(item_index: int, rows_TW: torch.Tensor, timings: ItemTimings) -> AsyncGenerator[Rows, None]:
+    yield Rows(item_index, rows_TW, timings)
+
+
+@pytest.fixture
+async def encoder(qwen3_vl_folder: Path, tmp_path: Path) -> AsyncGenerator[RunningEncoder, None]:
+    async with run_encoder(qwen3_vl_folder, tmp_path, max_queued_patches=300) as running:
+        yield running
+
+
+async def encode(encoder: RunningEncoder, *items: MediaItem) -> list[LayoutEvent | Rows | ItemFailed]:
+    async with aclosing(encoder.service.encode(items, ship)) as events:
+        return [event async for event in events]
+
+
+def rows_by_item(events: list[LayoutEvent | Rows | ItemFailed]) -> dict[int, Rows]:
+    return {event.item_index: event for event in events if isinstance(event, Rows)}
+
+
+async def test_each_item_answers_with_its_layout_and_then_its_rows(encoder: RunningEncoder) -> None:
+    pictures = [png(96, 64, 1), png(64, 64, 2), png(96, 64, 1)]
+    events = await encode(encoder, *map(image, pictures))
+    for index, picture in enumerate(pictures):
+        first, second = (event for event in events if event.item_index == index)
+        assert isinstance(first, LayoutEvent)
+        assert isinstance(second, Rows)
+        assert first.layout.num_tokens == len(second.rows_TW)
+        assert (second.rows_TW - encoder.rows_of(picture)).abs().max() < 1e-4
+        assert second.timings.preprocess_ms > 0
+        assert second.timings.forward_ms > 0
+    assert encoder.batcher.admitted_patches == 0
+
+
+async def test_the_layout_does_not_wait_for_the_tower(encoder: RunningEncoder) -> None:
+    encoder.tower.gate.clear()
+    async with aclosing(encoder.service.encode([image(png(96, 64))], ship)) as events:
+        layout = await asyncio.wait_for(anext(events), 10)
+        assert isinstance(layout, LayoutEvent)
+        assert layout.layout.grid_thw == (1, 4, 6)
+        encoder.tower.gate.set()
+        assert isinstance(await anext(events), Rows)
+
+
+async def test_a_bad_item_fails_alone(encoder: RunningEncoder) -> None:
+    events = await encode(encoder, image(png(64, 64)), image(b"no picture"), image(png(64, 96)))
+    failed = [event for event in events if isinstance(event, ItemFailed)]
+    assert [(event.item_index, event.error.code) for event in failed] == [(1, "not_an_image")]
+    assert rows_by_item(events).keys() == {0, 2}
+
+
+async def test_items_beyond_the_queue_are_refused_as_overload(encoder: RunningEncoder) -> None:
+    encoder.tower.gate.clear()
+    busy = asyncio.create_task(encode(encoder, image(png(256, 256))))  # 256 of 300 patches
+    assert await asyncio.to_thread(encoder.tower.entered.wait, 10)
+    events = await encode(encoder, image(png(128, 128)))
+    assert [event.error.code for event in events if isinstance(event, ItemFailed)] == ["overloaded"]
+    encoder.tower.gate.set()
+    assert len(await busy) == 2
+    assert rows_by_item(await encode(encoder, image(png(128, 128)))).keys() == {0}
+
+
+async def test_a_request_needs_items_and_not_too_many(encoder: RunningEncoder) -> None:
+    with pytest.raises(BadRequest, match="no media items"):
+        await encode(encoder)
+    with pytest.raises(TooManyItems, match=f"{MAX_ITEMS + 1} media items: at most {MAX_ITEMS}"):
+        await encode(encoder, *[image(png(64, 64))] * (MAX_ITEMS + 1))
+
+
+async def test_items_load_at_the_same_time(encoder: RunningEncoder) -> None:
+    async with serve_media() as server:
+        server.files |= {"/hangs1": png(64, 64), "/hangs2": png(64, 96)}
+        urls = [MediaItem("image", url=server.url(path)) for path in ("/hangs1", "/hangs2")]
+        task = asyncio.create_task(encode(encoder, *urls))
+        for _ in urls:  # both wait at the server before either is answered
+            await asyncio.wait_for(server.num_waiting.acquire(), 10)
+        server.released.set()
+        assert rows_by_item(await task).keys() == {0, 1}
+
+
+async def test_closing_stops_what_has_not_run(encoder: RunningEncoder) -> None:
+    encoder.tower.gate.clear()
+    blocker = asyncio.create_task(encode(encoder, image(png(64, 64, 1))))
+    assert await asyncio.to_thread(encoder.tower.entered.wait, 10)
+    async with serve_media() as server:
+        slow = MediaItem("image", url=server.url("/hangs"))
+        async with aclosing(encoder.service.encode([slow, image(png(96, 64))], ship)) as events:
+            assert isinstance(await anext(events), LayoutEvent)
+            await server.num_waiting.acquire()
+        assert encoder.batcher.admitted_patches == 16, "only the blocker's patches are left"
+    encoder.tower.gate.set()
+    await blocker
+    await encode(encoder, image(png(64, 64, 2)))
+    assert encoder.tower.batches == [[(1, 4, 4)], [(1, 4, 4)]], "the closed request's image ran"
+    cancelled = encoder.metrics.registry.get_sample_value(
+        "vitrine_encoder_items_total", {"kind": "image", "outcome": "cancelled"}
+    )
+    assert cancelled == 2
+
+
+async def test_equal_items_have_equal_hashes_and_others_do_not(encoder: RunningEncoder) -> None:
+    async def hash_of(item: MediaItem) -> bytes:
+        (layout,) = (event for event in await encode(encoder, item) if isinstance(event, LayoutEvent))
+        assert len(layout.layout.content_hash) == 32
+        return layout.layout.content_hash
+
+    picture = png(64, 64, 1)
+    async with serve_media() as server:
+        server.files["/picture"] = picture
+        by_url = await hash_of(MediaItem("image", url=server.url("/picture")))
+    assert await hash_of(image(picture)) == by_url, "how the bytes arrive is no part of the content"
+    assert await hash_of(image(png(64, 64, 2))) != by_url
+
+
+async def test_a_fault_of_ours_is_not_told_in_detail(encoder: RunningEncoder, caplog: pytest.LogCaptureFixture) -> None:
+    async def broken_ship(item_index: int, rows_TW: torch.Tensor, timings: ItemTimings) -> AsyncGenerator[Rows, None]:
+        raise RuntimeError("a secret of the machine")
+        yield Rows(item_index, rows_TW, timings)
+
+    async with aclosing(encoder.service.encode([image(png(64, 64))], broken_ship)) as events:
+        failed = [event async for event in events if isinstance(event, ItemFailed)]
+    assert [event.error.code for event in failed] == ["internal_error"]
+    assert "secret" not in str(failed[0].error)
+    assert "a secret of the machine" in caplog.text
