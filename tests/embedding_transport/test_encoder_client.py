@@ -128,7 +128,7 @@ async def test_no_encoder_is_an_error_with_the_address(tmp_path: Path) -> None:
     client = EncoderClient(["127.0.0.1:9"], IDENTITY, shm_folder=tmp_path, connect_timeout_s=1)
     await client.start()
     assert not client.ready
-    with pytest.raises(EncoderUnavailable, match="127.0.0.1:9"):
+    with pytest.raises(EncoderUnavailable, match=r"127\.0\.0\.1:9"):
         await encode_all(client, [item("a 5")])
     await client.close()
 
@@ -197,7 +197,7 @@ async def test_leases_are_reclaimed_when_the_client_is_gone(tmp_path: Path) -> N
 
 
 async def test_a_full_pool_waits_for_a_release(tmp_path: Path) -> None:
-    async with running_stub(tmp_path, pool_bytes=16 << 10) as (address, servicer, _):
+    async with running_stub(tmp_path, pool_bytes=16 << 10) as (address, _, _):
         client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
         await client.start()
         held = await encode_all(client, [item("a 100")])  # 12800 of 16384 bytes

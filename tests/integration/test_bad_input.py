@@ -77,7 +77,7 @@ BAD_MEDIA = {
         lambda server: "file:///etc/passwd", 400, "media_not_allowed", grpc.StatusCode.PERMISSION_DENIED, "file"
     ),
     "not_an_image": BadMedia(lambda server: data_url(b"hello, I am text"), 400, "not_an_image", INVALID, "image"),
-    "truncated": BadMedia(lambda server: data_url(truncated_png()), 400, "media_truncated", INVALID, "truncated"),
+    "truncated": BadMedia(lambda server: data_url(truncated_png()), 400, "media_truncated", INVALID, "too early"),
     "bomb": BadMedia(lambda server: data_url(png_bomb()), 400, "media_too_large", INVALID, "60000"),
     "aspect_ratio": BadMedia(lambda server: data_url(too_wide_png()), 400, "bad_aspect_ratio", INVALID, "200"),
 }

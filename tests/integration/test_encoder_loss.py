@@ -51,9 +51,9 @@ def worker(start: Start, folder: Path, *addresses: str) -> ServiceProcess:
 
 
 async def get(process: ServiceProcess, path: str) -> tuple[int, str]:
-    async with aiohttp.ClientSession() as session:
-        async with session.get(f"http://{process.addresses['http']}{path}") as response:
-            return response.status, await response.text()
+    url = f"http://{process.addresses['http']}{path}"
+    async with aiohttp.ClientSession() as session, session.get(url) as response:
+        return response.status, await response.text()
 
 
 async def wait_ready(process: ServiceProcess, timeout_s: float = 60.0) -> None:
@@ -70,9 +70,9 @@ async def ask(process: ServiceProcess, folder: Path, url: str | None) -> tuple[i
         "temperature": 0,
         "messages": [{"role": "user", "content": [*image, {"type": "text", "text": "What?"}]}],
     }
-    async with aiohttp.ClientSession() as session:
-        async with session.post(f"http://{process.addresses['http']}/v1/chat/completions", json=body) as response:
-            return response.status, await response.json()
+    url = f"http://{process.addresses['http']}/v1/chat/completions"
+    async with aiohttp.ClientSession() as session, session.post(url, json=body) as response:
+        return response.status, await response.json()
 
 
 async def test_killed_encoder_fails_its_request_and_a_new_one_takes_over(
