@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -181,9 +180,14 @@ class EncoderPeer:
             by_session.setdefault(session_id, []).append(lease_id)
         for session_id, lease_ids in by_session.items():
             request = encoder_pb2.ReleaseRequest(session_id=session_id, lease_ids=lease_ids)
-            # Leases that are not released here are reclaimed with the session or expire.
-            with contextlib.suppress(grpc.aio.AioRpcError):
+            try:
                 await stub.Release(request, timeout=_FLUSH_TIMEOUT_S)
+            except grpc.aio.AioRpcError as error:
+                _log.debug("release failed, the leases are reclaimed with the session or expire: %s", error.details())
+            except asyncio.CancelledError:
+                for lease_id in lease_ids:  # for the last flush
+                    self.release(session_id, lease_id)
+                raise
 
 
 def check_identity(address: str, served: ModelIdentity, expected: ModelIdentity) -> None:

@@ -7,9 +7,10 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -213,7 +214,7 @@ class RowExporter:
             num_tokens, width = rows_TW.shape
             target_TW = self._pool.rows(block, (num_tokens, width), rows_TW.dtype)
             # Off the loop: 64 MiB take long enough to stall every other stream.
-            await asyncio.to_thread(target_TW.copy_, rows_TW)
+            await _uncancelled(asyncio.to_thread(target_TW.copy_, rows_TW))
             if session_id not in self._sessions:
                 raise BadRequest(f"session {session_id} has ended")
         except BaseException:
@@ -268,3 +269,13 @@ class RowExporter:
             num_expired = self._leases.expire()
             if num_expired:
                 _log.warning("%d leases expired: peers did not release them in time", num_expired)
+
+
+async def _uncancelled(work: Coroutine[Any, Any, object]) -> None:
+    """Waits for `work` to its end even when cancelled: a block must not be freed while a thread still writes to it."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise

@@ -92,14 +92,8 @@ class ShmPool:
         self.nonce = secrets.token_bytes(PROBE_NBYTES)
         self._path = folder / self.name
         try:
-            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            # Held for life: whoever can take this lock knows that the owner is dead.
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.posix_fallocate(self._fd, 0, self.file_nbytes)
-            self._memory = mmap.mmap(self._fd, self.file_nbytes)
+            self._fd, self._memory = self._make_file(folder)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                self._path.unlink()
             raise TransportUnavailable(
                 f"no pool of {nbytes} bytes in {folder}: {error.strerror}; make it smaller or the folder larger"
             ) from error
@@ -107,6 +101,25 @@ class ShmPool:
         self._free_list = FreeList(nbytes)
         self._generation = 0
         self.nbytes = nbytes
+
+    def _make_file(self, folder: Path) -> tuple[int, mmap.mmap]:
+        """Named only once it is locked and has its size: nobody ever sees a pool without its owner."""
+        fd = os.open(folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+        try:
+            # Held for life: whoever can take this lock knows that the owner is dead.
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.posix_fallocate(fd, 0, self.file_nbytes)
+            memory = mmap.mmap(fd, self.file_nbytes)
+            folder_fd = os.open(folder, os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                # With a folder descriptor Python calls linkat, which unlike link follows the one in /proc.
+                os.link(f"/proc/self/fd/{fd}", self.name, dst_dir_fd=folder_fd)
+            finally:
+                os.close(folder_fd)
+        except OSError:
+            os.close(fd)
+            raise
+        return fd, memory
 
     @property
     def used_nbytes(self) -> int:

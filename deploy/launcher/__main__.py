@@ -10,7 +10,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from deploy.launcher.ask import AskFailed, ask
+import aiohttp
+
+from deploy.launcher.ask import AskFailed, ask, served_model
 from deploy.launcher.default_model import default_model
 from deploy.launcher.picture import DRAWN_PICTURE, picture_url
 from deploy.launcher.process import ChildFailed
@@ -19,6 +21,13 @@ from deploy.launcher.stack import Stack
 
 _PROMPT = "What shapes and colors are in this picture?"
 _INTERRUPTED = 130
+_CURL_EXAMPLE = """
+  curl -sN {base_url}/v1/chat/completions -H 'content-type: application/json' -d '{{
+    "model": "{model}", "stream": true, "max_tokens": 64,
+    "messages": [{{"role": "user", "content": [
+      {{"type": "image_url", "image_url": {{"url": "https://example.com/your-picture.jpg"}}}},
+      {{"type": "text", "text": "What is in this picture?"}}]}}]}}'
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return asyncio.run(_interruptible(options))
-    except (ChildFailed, AskFailed, ValueError) as error:
+    except (ChildFailed, AskFailed, aiohttp.ClientError, ValueError) as error:
         print(f"vitrine: {error}", file=sys.stderr)
         return 1
 
@@ -75,18 +84,11 @@ async def _run(options: argparse.Namespace) -> None:
 async def _serve(options: argparse.Namespace) -> None:
     async with Stack.running(_model(options.model), options.port) as stack:
         await _wait_ready(stack)
-        _say(f"OpenAI endpoint: {stack.base_url}/v1   (Ctrl-C stops it)")
-        print(_CURL_EXAMPLE.format(base_url=stack.base_url), flush=True)
+        model = await served_model(stack.base_url)
+        print(_CURL_EXAMPLE.format(base_url=stack.base_url, model=model), flush=True)
+        _say(f"gRPC endpoint: {stack.grpc_address} (vitrine.llm.v1.Llm)")
+        _say(f"OpenAI endpoint: {stack.base_url}/v1 (Ctrl-C stops it)")
         await stack.unless_failed(asyncio.Event().wait())
-
-
-_CURL_EXAMPLE = """
-  curl -sN {base_url}/v1/chat/completions -H 'content-type: application/json' -d '{{
-    "stream": true, "max_tokens": 64,
-    "messages": [{{"role": "user", "content": [
-      {{"type": "image_url", "image_url": {{"url": "https://example.com/picture.jpg"}}}},
-      {{"type": "text", "text": "What is in this picture?"}}]}}]}}'
-"""
 
 
 def _model(model: str | None) -> str | Path:

@@ -21,15 +21,22 @@ class AskFailed(RuntimeError):
 class Answer:
     """How one streamed answer went.
 
+    finish_reason: "stop" or "length".
     timings_ms: the worker's own account by stage, in milliseconds; ttft_ms and total_ms are the client's clock.
     """
 
-    text: str
     finish_reason: str | None
     usage: dict[str, int]
     timings_ms: dict[str, float]
     ttft_ms: float
     total_ms: float
+
+
+async def served_model(base_url: str) -> str:
+    """The name under which the worker serves its model."""
+    async with aiohttp.ClientSession(timeout=_TIMEOUT) as session, session.get(f"{base_url}/v1/models") as response:
+        response.raise_for_status()
+        return str((await response.json())["data"][0]["id"])
 
 
 async def ask(base_url: str, picture_url: str, prompt: str, *, max_tokens: int, show: Callable[[str], None]) -> Answer:
@@ -40,17 +47,17 @@ async def ask(base_url: str, picture_url: str, prompt: str, *, max_tokens: int, 
     """
     content = [{"type": "image_url", "image_url": {"url": picture_url}}, {"type": "text", "text": prompt}]
     body = {
+        "model": await served_model(base_url),
         "messages": [{"role": "user", "content": content}],
         "max_tokens": max_tokens,
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    text, finish_reason, ttft_ms = "", None, 0.0
+    finish_reason, ttft_ms = None, 0.0
     usage: dict[str, int] = {}
     timings_ms: dict[str, float] = {}
     async with aiohttp.ClientSession(timeout=_TIMEOUT) as session:
-        body["model"] = await _served_model(session, base_url)
         start = time.perf_counter()
         async with session.post(f"{base_url}/v1/chat/completions", json=body) as response:
             if response.status != 200:
@@ -62,18 +69,11 @@ async def ask(base_url: str, picture_url: str, prompt: str, *, max_tokens: int, 
                     piece = choice.get("delta", {}).get("content") or ""
                     if piece:
                         ttft_ms = ttft_ms or _ms_since(start)
-                        text += piece
                         show(piece)
                     finish_reason = choice.get("finish_reason") or finish_reason
                 usage = chunk.get("usage") or usage
                 timings_ms = chunk.get("timings") or timings_ms
-        return Answer(text, finish_reason, usage, timings_ms, ttft_ms, _ms_since(start))
-
-
-async def _served_model(session: aiohttp.ClientSession, base_url: str) -> str:
-    async with session.get(f"{base_url}/v1/models") as response:
-        response.raise_for_status()
-        return str((await response.json())["data"][0]["id"])
+        return Answer(finish_reason, usage, timings_ms, ttft_ms, _ms_since(start))
 
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:

@@ -30,4 +30,4 @@ def stage_table(answer: Answer) -> str:
 def _tokens(answer: Answer) -> str:
     num_prompt = answer.usage.get("prompt_tokens", 0)
     num_completion = answer.usage.get("completion_tokens", 0)
-    return f"{num_prompt} prompt tokens, {num_completion} generated"
+    return f"{num_prompt} prompt tokens, {num_completion} generated ({answer.finish_reason})"

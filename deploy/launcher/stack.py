@@ -21,10 +21,14 @@ T = TypeVar("T")
 
 
 class Stack:
-    """The running services. Make it with `running`."""
+    """The running services. Make it with `running`.
 
-    def __init__(self, base_url: str, children: list[Child]) -> None:
+    base_url: the worker's HTTP endpoint, without /v1; grpc_address: its gRPC endpoint.
+    """
+
+    def __init__(self, base_url: str, grpc_address: str, children: list[Child]) -> None:
         self.base_url = base_url
+        self.grpc_address = grpc_address
         self._children = children
 
     @classmethod
@@ -45,7 +49,7 @@ class Stack:
             worker = ["llm_worker", "--model", str(model), "--encoders", f"{_HOST}:{encoder_port}"]
             ports = ["--port", str(http_port), "--grpc-port", str(grpc_port)]
             children.append(await Child.start("llm", worker + ports))
-            yield cls(f"http://{_HOST}:{http_port}", children)
+            yield cls(f"http://{_HOST}:{http_port}", f"{_HOST}:{grpc_port}", children)
         finally:
             # The worker first: it gives its leases back while the encoder still listens.
             for child in reversed(children):

@@ -43,7 +43,7 @@ def test_run_prints_answer_and_timings(qwen3_vl_folder: Path) -> None:
         line = re.search(rf"^{stage} +([\d.]+) ", output, re.MULTILINE)
         assert line is not None, f"no time for {stage}:\n{output}"
     assert float(re.search(r"^encode +([\d.]+)", output, re.MULTILINE)[1]) > 0.0  # type: ignore[index]
-    assert "24 generated" in output
+    assert "24 generated (length)" in output
     assert "[encoder]" in output
     assert "[llm]" in output
 

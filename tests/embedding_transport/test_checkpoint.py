@@ -1,0 +1,57 @@
+"""Finding, identifying and reading checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from deploy.launcher.random_checkpoint import save_random_checkpoint
+from embedding_transport.checkpoint import CheckpointError, open_checkpoint
+
+
+def test_a_sharded_checkpoint_reads_like_a_whole_one(tmp_path: Path, qwen3_vl_folder: Path) -> None:
+    sharded = open_checkpoint(str(save_random_checkpoint(tmp_path / "sharded", "qwen3_vl", max_shard_size="300KB")))
+    whole = open_checkpoint(str(qwen3_vl_folder))
+    assert len(set(sharded.tensor_names().values())) > 1
+    names = list(whole.tensor_names())
+    assert set(names) == set(sharded.tensor_names())
+    tensors = dict(sharded.read_tensors(names))
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in whole.read_tensors(names))
+
+
+def test_an_index_cannot_point_outside_the_folder(tmp_path: Path) -> None:
+    folder = save_random_checkpoint(tmp_path / "sharded", "qwen3_vl", max_shard_size="300KB")
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["lm_head.weight"] = "../elsewhere.safetensors"
+    index.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="elsewhere"):
+        open_checkpoint(str(folder)).tensor_names()
+
+
+def test_revision_tells_weights_apart_and_not_places(tmp_path: Path, qwen3_vl_folder: Path) -> None:
+    copy = tmp_path / qwen3_vl_folder.name
+    shutil.copytree(qwen3_vl_folder, copy)
+    other = save_random_checkpoint(tmp_path / "other", "qwen3_vl", seed=1)
+    first, same, different = (open_checkpoint(str(folder)) for folder in (qwen3_vl_folder, copy, other))
+    assert (first.model, first.revision) == (same.model, same.revision)
+    assert first.revision != different.revision
+    assert open_checkpoint(str(copy), served_model_name="mine").model == "mine"
+
+
+def test_what_is_missing_is_named(tmp_path: Path, qwen3_vl_folder: Path) -> None:
+    checkpoint = open_checkpoint(str(qwen3_vl_folder))
+    with pytest.raises(CheckpointError, match=r"no\.such\.tensor"):
+        list(checkpoint.read_tensors(["no.such.tensor"]))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        open_checkpoint(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="model_type"):
+        _ = open_checkpoint(str(tmp_path)).config
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
+    with pytest.raises(CheckpointError, match="safetensors"):
+        open_checkpoint(str(tmp_path)).tensor_names()

@@ -1,0 +1,147 @@
+"""The Connect protocol and the pool's limits, spoken to directly."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+
+from embedding_transport import exporter as exporter_module
+from embedding_transport.encoder_client import EncoderClient
+from embedding_transport.errors import BadRequest, Overloaded, TransportUnavailable, VitrineError
+from embedding_transport.exporter import RowExporter
+from embedding_transport.grpc_status import error_from_rpc
+from embedding_transport.types import ItemTimings, MediaItem, RowsEvent
+from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from tests.embedding_transport.encoder_stub import IDENTITY, running_stub
+
+PEER = """
+import asyncio, sys
+from pathlib import Path
+from embedding_transport.encoder_client import EncoderClient
+from embedding_transport.types import MediaItem
+
+async def main():
+    client = EncoderClient([sys.argv[1]], None, shm_folder=Path(sys.argv[2]))
+    await client.start()
+    async for event in client.encode([MediaItem("image", data=b"a 5")], "request"):
+        print(type(event).__name__, flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+def hello(*transports: str, version: int = 1) -> encoder_pb2.ConnectRequest:
+    return encoder_pb2.ConnectRequest(hello=encoder_pb2.Hello(protocol_version=version, transports=transports))
+
+
+def probe(nonce: bytes) -> encoder_pb2.ConnectRequest:
+    return encoder_pb2.ConnectRequest(probe_result=encoder_pb2.ProbeResult(nonce=nonce))
+
+
+async def connect(address: str, *requests: encoder_pb2.ConnectRequest) -> AsyncIterator[encoder_pb2.ConnectResponse]:
+    async with grpc.aio.insecure_channel(address) as channel:
+        call = encoder_pb2_grpc.EncoderStub(channel).Connect()
+        try:
+            for request in requests:
+                await call.write(request)
+                response = await call.read()
+                if response is grpc.aio.EOF:
+                    await call  # raises the status
+                yield response
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) or error from error
+        finally:
+            call.cancel()
+
+
+async def test_a_peer_that_cannot_read_the_nonce_gets_bytes_or_nothing(tmp_path: Path) -> None:
+    async with running_stub(tmp_path) as (address, _, _):
+        answers = [answer async for answer in connect(address, hello("shm", "grpc"), probe(b"wrong"))]
+        assert answers[0].offer.shm.name.startswith("vitrine-")
+        assert answers[1].session.transport == "grpc"
+        with pytest.raises(TransportUnavailable):
+            [answer async for answer in connect(address, hello("shm"), probe(b""))]
+
+
+@pytest.mark.parametrize(
+    ("requests", "error", "says"),
+    [
+        ([hello("shm", version=99)], BadRequest, "99"),
+        ([hello("carrier_pigeon")], TransportUnavailable, "carrier_pigeon"),
+        ([probe(b"")], BadRequest, "hello"),
+        ([hello("shm"), hello("shm")], BadRequest, "probe_result"),
+    ],
+)
+async def test_peers_that_do_not_follow_the_protocol(
+    tmp_path: Path, requests: list[encoder_pb2.ConnectRequest], error: type[VitrineError], says: str
+) -> None:
+    async with running_stub(tmp_path) as (address, _, _):
+        with pytest.raises(error, match=says):
+            [answer async for answer in connect(address, *requests)]
+
+
+async def export_all(exporter: RowExporter, session_id: str, rows: torch.Tensor) -> list[object]:
+    return [response async for response in exporter.export(session_id, 0, rows, ItemTimings())]
+
+
+async def test_an_unknown_session_is_told_to_connect_again(tmp_path: Path) -> None:
+    async with running_stub(tmp_path) as (_, servicer, _):
+        with pytest.raises(BadRequest, match="connect again"):
+            await export_all(servicer.exporter, "nobody", torch.zeros(1, IDENTITY.row_width))
+
+
+async def test_a_pool_that_stays_full_and_rows_that_never_fit_are_overload(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporter_module, "_POOL_WAIT_S", 0.1)
+    async with running_stub(tmp_path, pool_bytes=16 << 10) as (address, _, _):
+        client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+        [event async for event in client.encode([MediaItem("image", data=b"a 100")], "request")]
+        for data in (b"b 100", b"c 1000"):
+            with pytest.raises(Overloaded, match="pool"):
+                [event async for event in client.encode([MediaItem("image", data=data)], "request")]
+        await client.close()
+
+
+async def test_drained_waits_for_the_last_lease(tmp_path: Path) -> None:
+    async with running_stub(tmp_path) as (address, servicer, _):
+        client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+        events = [event async for event in client.encode([MediaItem("image", data=b"a 5")], "request")]
+        assert not await servicer.exporter.drained(0.05)
+        servicer.exporter.start_draining()
+        async with asyncio.timeout(5):
+            while client.ready:
+                await asyncio.sleep(0.01)
+        waiting = asyncio.create_task(servicer.exporter.drained(5))
+        rows = next(event.rows for event in events if isinstance(event, RowsEvent))
+        rows.copy_to(torch.zeros(5, 8), torch.zeros(3, 5, 8), 0)  # still readable
+        rows.release()
+        assert await waiting
+        await client.close()
+
+
+async def test_a_killed_peers_leases_are_reclaimed(tmp_path: Path) -> None:
+    async with running_stub(tmp_path) as (address, servicer, _):
+        peer = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", PEER, address, str(tmp_path), stdout=subprocess.PIPE
+        )
+        assert peer.stdout is not None
+        assert [(await peer.stdout.readline()).strip() for _ in range(2)] == [b"LayoutEvent", b"RowsEvent"]
+        assert servicer.exporter.stats().live_leases == 1
+        peer.send_signal(signal.SIGKILL)
+        await peer.wait()
+        async with asyncio.timeout(10):
+            while servicer.exporter.stats().live_leases:
+                await asyncio.sleep(0.01)
+        assert servicer.exporter.stats().leases.reclaimed == 1

@@ -1,0 +1,81 @@
+"""Every error keeps its code, message and status on its way over gRPC."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+
+from embedding_transport.errors import InternalError, VitrineError, error_from_code
+from embedding_transport.grpc_status import STATUS_BY_CODE, abort, error_from_rpc
+from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+
+
+def all_errors(base: type[VitrineError] = VitrineError) -> list[type[VitrineError]]:
+    return [base, *(leaf for child in base.__subclasses__() for leaf in all_errors(child))]
+
+
+ERRORS = [error for error in all_errors() if error.__module__ == "embedding_transport.errors"]
+
+
+class Failing(encoder_pb2_grpc.EncoderServicer):
+    def __init__(self) -> None:
+        self.error: Exception = InternalError("unset")
+
+    async def Describe(self, request, context):  # type: ignore[no-untyped-def, override]
+        await abort(context, self.error)
+
+
+@pytest.fixture
+async def failing() -> AsyncIterator[tuple[Failing, encoder_pb2_grpc.EncoderAsyncStub]]:
+    servicer, server = Failing(), grpc.aio.server()
+    encoder_pb2_grpc.add_EncoderServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield servicer, encoder_pb2_grpc.EncoderStub(channel)
+    await server.stop(None)
+
+
+def test_the_table_has_a_row_for_every_code_and_no_other() -> None:
+    assert set(STATUS_BY_CODE) == {error.code for error in ERRORS}
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
+async def test_round_trip(
+    failing: tuple[Failing, encoder_pb2_grpc.EncoderAsyncStub], error: type[VitrineError]
+) -> None:
+    servicer, stub = failing
+    servicer.error = error("what was wrong: 42")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Describe(encoder_pb2.DescribeRequest())
+    assert caught.value.code() is STATUS_BY_CODE[error.code]
+    again = error_from_rpc(caught.value)
+    assert again is not None
+    assert (again.code, str(again)) == (error.code, "what was wrong: 42")
+
+
+async def test_foreign_exceptions_keep_their_text_to_the_log(
+    failing: tuple[Failing, encoder_pb2_grpc.EncoderAsyncStub], caplog: pytest.LogCaptureFixture
+) -> None:
+    servicer, stub = failing
+    servicer.error = RuntimeError("the password is swordfish")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Describe(encoder_pb2.DescribeRequest())
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    assert "swordfish" not in (caught.value.details() or "")
+    assert "swordfish" in caplog.text
+
+
+async def test_a_lost_connection_is_no_error_of_the_peer() -> None:
+    async with grpc.aio.insecure_channel("127.0.0.1:9") as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await encoder_pb2_grpc.EncoderStub(channel).Describe(encoder_pb2.DescribeRequest())
+    assert error_from_rpc(caught.value) is None
+
+
+def test_unknown_codes_become_internal_errors_that_keep_them() -> None:
+    error = error_from_code("from_the_future", "hello")
+    assert isinstance(error, InternalError)
+    assert "from_the_future" in str(error)

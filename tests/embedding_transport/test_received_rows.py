@@ -1,0 +1,65 @@
+"""Rows assembled from chunks, and the buffers they lie in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from embedding_transport.chunk_codec import ChunkView
+from embedding_transport.errors import InternalError
+from embedding_transport.received_rows import ChunkAssembly, HostBufferPool
+from embedding_transport.types import ItemTimings, Layout
+from tests.embedding_transport.encoder_stub import IDENTITY
+
+LAYOUT = Layout("image", (1, 2, 8), 4)
+NBYTES = 4 * IDENTITY.row_nbytes
+
+
+def chunk(offset: int, data: bytes) -> ChunkView:
+    return ChunkView(0, offset, memoryview(data), None)
+
+
+def test_rows_are_the_chunks_put_together() -> None:
+    rows = torch.randn(4, IDENTITY.row_width)
+    data = rows.numpy().tobytes()
+    assembly = ChunkAssembly(LAYOUT, IDENTITY, HostBufferPool())
+    for start in range(0, NBYTES, 100):
+        assert not assembly.complete
+        assembly.add(chunk(start, data[start : start + 100]))
+    assert assembly.complete
+    main, deepstack = torch.zeros(2, 8), torch.zeros(3, 2, 8)
+    assembly.rows(ItemTimings()).copy_to(main, deepstack, 1)
+    assert torch.equal(torch.cat([main, *deepstack], dim=1), rows[1:3])
+
+
+@pytest.mark.parametrize("offsets", [[4], [0, 8], [0, 0], [0, 4, NBYTES]])
+def test_gaps_repeats_and_overruns_are_refused(offsets: list[int]) -> None:
+    assembly = ChunkAssembly(LAYOUT, IDENTITY, HostBufferPool())
+    with pytest.raises(InternalError):
+        for offset in offsets:
+            assembly.add(chunk(offset, b"1234"))
+
+
+def test_chunks_past_the_end_and_empty_ones_are_refused() -> None:
+    for data in (bytes(NBYTES + 1), b""):
+        with pytest.raises(InternalError):
+            ChunkAssembly(LAYOUT, IDENTITY, HostBufferPool()).add(chunk(0, data))
+
+
+def test_buffers_are_used_again() -> None:
+    pool = HostBufferPool()
+    first = pool.take(5000)
+    address = first.data_ptr()
+    pool.give_back(first)
+    assert pool.take(3000).data_ptr() == address
+    assert pool.take(3000).data_ptr() != address
+
+    assembly = ChunkAssembly(LAYOUT, IDENTITY, pool)
+    assembly.add(chunk(0, bytes(NBYTES)))
+    rows = assembly.rows(ItemTimings())
+    assembly.drop()  # the rows own the buffer now
+    address = rows.rows_TW.data_ptr()
+    rows.release()
+    rows.release()
+    assert pool.take(NBYTES).data_ptr() == address
+    assert pool.take(NBYTES).data_ptr() != address
