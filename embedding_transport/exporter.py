@@ -18,7 +18,7 @@ from embedding_transport.chunk_codec import encode_chunk
 from embedding_transport.errors import BadRequest, Overloaded, TransportUnavailable
 from embedding_transport.leases import LeaseCounts, LeaseTable
 from embedding_transport.shm_pool import PROBE_NBYTES, Block, ShmPool
-from embedding_transport.types import PROTOCOL_VERSION, ItemTimings, ModelIdentity
+from embedding_transport.types import PROTOCOL_VERSION, ItemTimings
 from embedding_transport.wire import timings_to_proto
 from protos.encoder.v1 import encoder_pb2
 
@@ -45,10 +45,10 @@ class RowExporter:
     """Ships rows by the transport that each peer has negotiated. One per encoder process; lives on one event loop.
 
     Args:
-        identity: what this encoder serves; fixes row width and dtype.
         shm_folder: shared-memory folder for the pool; None offers only "grpc".
         pool_bytes: size of the pool.
         lease_ttl_s: life of a lease that nobody releases, seconds.
+        chunk_nbytes: bytes of rows in one message of the "grpc" transport.
         clock: seconds, monotonic.
 
     Raises:
@@ -57,14 +57,14 @@ class RowExporter:
 
     def __init__(
         self,
-        identity: ModelIdentity,
         *,
         shm_folder: Path | None,
         pool_bytes: int,
         lease_ttl_s: float,
+        chunk_nbytes: int = CHUNK_NBYTES,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._identity = identity
+        self._chunk_nbytes = chunk_nbytes
         self._pool = ShmPool(shm_folder, pool_bytes) if shm_folder is not None else None
         self._leases: LeaseTable[Block] = LeaseTable(lease_ttl_s, clock, self._take_back)
         self._block_freed = asyncio.Event()
@@ -248,8 +248,8 @@ class RowExporter:
 
     def _chunks(self, item_index: int, rows_TW: torch.Tensor, timings: ItemTimings) -> Iterator[bytes]:
         data = memoryview(rows_TW.view(torch.uint8).flatten().numpy())  # type: ignore[arg-type]
-        for start in range(0, data.nbytes, CHUNK_NBYTES):
-            part = data[start : start + CHUNK_NBYTES]
+        for start in range(0, data.nbytes, self._chunk_nbytes):
+            part = data[start : start + self._chunk_nbytes]
             last = start + part.nbytes == data.nbytes
             yield encode_chunk(item_index, start, part, timings_to_proto(timings) if last else None)
             self._shipped_nbytes["grpc"] += part.nbytes

@@ -103,7 +103,6 @@ async def serve(config: EncoderConfig) -> None:
             return
 
         exporter = RowExporter(
-            model.identity,
             shm_folder=Path(config.shm_folder) if config.shm_folder else None,
             pool_bytes=config.pool_bytes,
             lease_ttl_s=config.lease_ttl_s,

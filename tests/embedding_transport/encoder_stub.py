@@ -90,7 +90,7 @@ async def running_stub(
     lease_ttl_s: float = 30.0,
     port: int = 0,
 ) -> AsyncIterator[tuple[str, StubServicer, grpc.aio.Server]]:
-    exporter = RowExporter(identity, shm_folder=shm_folder, pool_bytes=pool_bytes, lease_ttl_s=lease_ttl_s)
+    exporter = RowExporter(shm_folder=shm_folder, pool_bytes=pool_bytes, lease_ttl_s=lease_ttl_s)
     exporter.start()
     server = grpc.aio.server(options=CHANNEL_OPTIONS)
     servicer = StubServicer(exporter, identity)

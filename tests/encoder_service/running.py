@@ -102,7 +102,7 @@ async def run_encoder(
         "float32",
     )
     metrics = EncoderMetrics()
-    exporter = RowExporter(identity, shm_folder=shm_folder, pool_bytes=8 << 20, lease_ttl_s=lease_ttl_s)
+    exporter = RowExporter(shm_folder=shm_folder, pool_bytes=8 << 20, lease_ttl_s=lease_ttl_s)
     exporter.start()
     batcher = Batcher(
         tower,
