@@ -71,11 +71,11 @@ class RowServer(encoder_pb2_grpc.EncoderServicer):
             processor=encoder_pb2.ProcessorSettings(merge_size=2),
         )
 
-    async def Connect(self, request_iterator, context):  # type: ignore[no-untyped-def]
+    async def Connect(self, request_iterator, context):  # type: ignore[no-untyped-def, override]
         async for response in self._exporter.connect(request_iterator):
             await context.write(response)
 
-    async def Encode(self, request, context):  # type: ignore[no-untyped-def]
+    async def Encode(self, request, context):  # type: ignore[no-untyped-def, override]
         num_tokens = int(request.items[0].data)
         layout = encoder_pb2.Layout(grid_thw=[1, 2, 2 * num_tokens], num_tokens=num_tokens)
         await context.write(encoder_pb2.EncodeResponse(layout=layout))

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import math
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Container, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +122,7 @@ class EncoderClient:
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError:
-            raise self._unavailable() from None
+            raise self._unavailable({}) from None
 
     def status(self) -> list[EncoderStatus]:
         return [
@@ -153,14 +153,13 @@ class EncoderClient:
         self._num_requests += 1
         pending = dict(enumerate(items))
         layouts: dict[int, Layout] = {}
-        tried: set[str] = set()
+        lost: dict[str, str] = {}  # address of an encoder that died, and how
         while pending:
-            peer = self._pick(pending.values(), tried)
+            peer = self._pick(pending.values(), lost)
             if peer is None:
-                raise self._unavailable()
-            if tried:
+                raise self._unavailable(lost)
+            if lost:
                 self._num_retries += 1
-            tried.add(peer.address)
             peer.in_flight += 1
             try:
                 async with aclosing(self._encode_on(peer, pending, request_id)) as events:
@@ -170,14 +169,14 @@ class EncoderClient:
                         elif _is_repeated(event, layouts):
                             continue
                         yield event
-            except _EncoderLost as lost:
-                peer.error = EncoderUnavailable(f"encoder {peer.address} was lost: {lost}")
+            except _EncoderLost as error:
+                lost[peer.address] = f"encoder {peer.address} was lost: {error}"
             finally:
                 peer.in_flight -= 1
 
-    def _pick(self, items: Iterable[MediaItem], tried: set[str]) -> EncoderPeer | None:
+    def _pick(self, items: Iterable[MediaItem], lost: Container[str]) -> EncoderPeer | None:
         """The connected encoder with the highest rendezvous score for the items, among those with load to spare."""
-        usable = [peer for peer in self._peers if peer.connection is not None and peer.address not in tried]
+        usable = [peer for peer in self._peers if peer.connection is not None and peer.address not in lost]
         if not usable:
             return None
         bound = math.ceil(_LOAD_BOUND * (sum(peer.in_flight for peer in usable) + 1) / len(usable))
@@ -219,8 +218,8 @@ class EncoderClient:
             call.cancel()
             receiver.close()
 
-    def _unavailable(self) -> EncoderUnavailable:
-        reasons = "; ".join(str(peer.error) for peer in self._peers if peer.connection is None)
+    def _unavailable(self, lost: Mapping[str, str]) -> EncoderUnavailable:
+        reasons = "; ".join(lost.get(peer.address, str(peer.error)) for peer in self._peers)
         return EncoderUnavailable(f"no encoder is left to encode on: {reasons}; start one or give it time")
 
 

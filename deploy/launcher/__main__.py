@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return asyncio.run(_interruptible(options))
-    except (ChildFailed, AskFailed, aiohttp.ClientError, ValueError) as error:
+    except (ChildFailed, AskFailed, aiohttp.ClientError, BrokenPipeError, ValueError) as error:
         print(f"vitrine: {error}", file=sys.stderr)
         return 1
 

@@ -58,7 +58,8 @@ class Child:
                 print(f"vitrine: {self.name} did not stop within {grace_s:g} s, killing it", flush=True)
                 self._process.kill()
                 await self._process.wait()
-        await self._output
+        # Where our own output was closed it failed, which must not keep the other services from being stopped.
+        await asyncio.gather(self._output, return_exceptions=True)
 
     async def _print_output(self) -> None:
         assert self._process.stdout is not None

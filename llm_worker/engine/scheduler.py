@@ -78,6 +78,8 @@ class Scheduler:
         decoding = [each for each in self.running if each.num_generated > 0]
         prefilling = [each for each in self.running if each.num_generated == 0]
         for sequence in (*decoding, *prefilling):
+            if len(chunks) == self._max_num_seqs:
+                break
             start = sequence.num_computed
             stop = min(sequence.num_runnable, start + budget)
             if stop > start:
@@ -97,8 +99,6 @@ class Scheduler:
 
     def _admit(self) -> None:
         for sequence in list(self.waiting):
-            if len(self.running) >= self._max_num_seqs:
-                return
             if sequence.prompt is None:
                 if not sequence.token_ids or not self._kv_cache.grow(sequence.blocks, len(sequence.token_ids)):
                     continue  # nothing to run ahead on, or no room to: later ones may have their whole prompt

@@ -1,0 +1,258 @@
+"""The engine around its decoder: late rows, early text, memory, limits, errors and cancelling."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from embedding_transport.errors import (
+    InternalError,
+    LeaseExpired,
+    MediaNotFound,
+    Overloaded,
+    PromptTooLong,
+    VitrineError,
+)
+from llm_worker.engine.engine import Engine, RequestHandle
+from llm_worker.engine.request import ExpandedPrompt, SamplingParams
+from tests.integration.reference import Reference
+from tests.integration.test_parity import CASES
+from tests.llm_worker.engine.harness import Request, collect, greedy, request_for, running_engine, submit, tokens
+from tests.llm_worker.engine.tensor_rows import TensorRows
+
+FACTOR = 32  # pixels along a merged token of the small Qwen3-VL
+
+
+@pytest.fixture(scope="module")
+def reference(qwen3_vl_folder: Path) -> Reference:
+    return Reference(qwen3_vl_folder)
+
+
+@pytest.fixture
+def image(reference: Reference) -> Request:
+    return request_for(reference, CASES["one_image"].text, CASES["one_image"].media(FACTOR))
+
+
+@pytest.fixture
+def text(reference: Reference) -> Request:
+    return request_for(reference, CASES["text_only"].text, [])
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def is_idle(engine: Engine) -> bool:
+    stats = engine.stats()
+    return (stats.running, stats.waiting, stats.kv_blocks_used) == (0, 0, 0)
+
+
+async def test_late_rows_hold_up_nobody_and_the_request_goes_on_when_they_come(
+    qwen3_vl_folder: Path, reference: Reference, image: Request, text: Request
+) -> None:
+    with running_engine(qwen3_vl_folder) as engine:
+        late = engine.submit("late", image.prefix, greedy(8))
+        late.set_prompt(image.prompt)
+        assert await tokens(submit(engine, text, greedy(8))) == reference.greedy(text.inputs, 8)[0]
+        late.set_rows(0, image.rows[0])
+        assert await tokens(late) == reference.greedy(image.inputs, 8)[0]
+
+
+async def test_text_before_the_image_is_prefilled_before_anything_is_known_of_the_image(
+    qwen3_vl_folder: Path, reference: Reference, image: Request
+) -> None:
+    with running_engine(qwen3_vl_folder) as engine:
+        handle = engine.submit("early", image.prefix, greedy(8))
+        # One token of the prefix is kept back, in case nothing follows it.
+        await until(lambda: engine.stats().num_prefill_tokens == len(image.prefix) - 1)
+        handle.set_prompt(image.prompt)
+        handle.set_rows(0, image.rows[0])
+        assert await tokens(handle) == reference.greedy(image.inputs, 8)[0]
+        assert engine.stats().num_prefill_tokens == len(image.prompt.token_ids)
+
+
+async def test_rows_may_come_before_the_prompt_and_after_the_end(
+    qwen3_vl_folder: Path, reference: Reference, image: Request
+) -> None:
+    with running_engine(qwen3_vl_folder) as engine:
+        handle = engine.submit("rows first", image.prefix, greedy(4))
+        handle.set_rows(0, image.rows[0])
+        await asyncio.sleep(0.05)
+        handle.set_prompt(image.prompt)
+        assert await tokens(handle) == reference.greedy(image.inputs, 4)[0]
+        too_late = TensorRows(torch.zeros(1, 1))
+        handle.set_rows(0, too_late)
+        await until(lambda: too_late.num_releases == 1)
+
+
+async def test_a_prompt_that_is_all_prefix_is_still_sampled_from(
+    qwen3_vl_folder: Path, reference: Reference, text: Request
+) -> None:
+    with running_engine(qwen3_vl_folder) as engine:
+        handle = engine.submit("text", text.prefix, greedy(4))
+        await until(lambda: engine.stats().num_prefill_tokens == len(text.prefix) - 1)
+        handle.set_prompt(text.prompt)
+        assert await tokens(handle) == reference.greedy(text.inputs, 4)[0]
+
+
+@pytest.mark.parametrize("stage", ["before the prompt", "waiting for rows", "decoding"])
+async def test_cancel_frees_everything(qwen3_vl_folder: Path, image: Request, stage: str) -> None:
+    with running_engine(qwen3_vl_folder) as engine:
+        handle = engine.submit("cancelled", image.prefix, greedy(400))
+        rows = image.rows[0]
+        if stage == "before the prompt":
+            handle.set_rows(0, rows)
+        else:
+            handle.set_prompt(image.prompt)
+            if stage == "decoding":
+                handle.set_rows(0, rows)
+                await anext(aiter(handle))
+        await until(lambda: engine.stats().running == 1)
+        handle.cancel()
+        handle.cancel()
+        await until(lambda: is_idle(engine))
+        assert rows.num_releases == (0 if stage == "waiting for rows" else 1)
+
+
+async def test_fail_raises_where_the_tokens_are_awaited(qwen3_vl_folder: Path, image: Request) -> None:
+    with running_engine(qwen3_vl_folder) as engine:
+        handle = engine.submit("failed", image.prefix, greedy(4))
+        handle.set_prompt(image.prompt)
+        handle.fail(MediaNotFound("no such image"))
+        with pytest.raises(MediaNotFound, match="no such image"):
+            await collect(handle)
+        await until(lambda: is_idle(engine))
+
+
+async def test_more_requests_than_memory_all_finish(
+    qwen3_vl_folder: Path, reference: Reference, image: Request
+) -> None:
+    """Room for two requests at a time; ten come with their text prefilled ahead, which must not wedge them."""
+    expected = reference.greedy(image.inputs, 40)[0]
+    num_blocks = 2 * -(-(len(image.prompt.token_ids) + 40) // 8)
+    with running_engine(qwen3_vl_folder, num_blocks=num_blocks) as engine:
+        handles = [engine.submit(str(index), image.prefix, greedy(40)) for index in range(10)]
+        await until(lambda: engine.stats().num_prefill_tokens > len(image.prefix))
+        for handle in handles:
+            handle.set_prompt(image.prompt)
+            rows = image.rows[0]
+            handle.set_rows(0, TensorRows(rows._rows_TW))
+        assert await asyncio.gather(*map(tokens, handles)) == [expected] * 10
+        assert is_idle(engine)
+
+
+async def test_too_long_prompts_are_refused_and_long_answers_cut(
+    qwen3_vl_folder: Path, reference: Reference, text: Request
+) -> None:
+    num_prompt = len(text.prompt.token_ids)
+    for limit in ({"max_model_len": num_prompt}, {"num_blocks": num_prompt // 8}):
+        with running_engine(qwen3_vl_folder, **limit) as engine:
+            with pytest.raises(PromptTooLong, match=str(num_prompt)):
+                await collect(submit(engine, text, greedy(4)))
+            assert is_idle(engine)
+    with running_engine(qwen3_vl_folder, max_model_len=num_prompt + 3) as engine:
+        outputs = await collect(submit(engine, text, SamplingParams(temperature=0.0)))
+        assert [output.finish_reason for output in outputs] == [None, None, "length"]
+
+
+async def test_stop_tokens_end_a_generation(qwen3_vl_folder: Path, reference: Reference, text: Request) -> None:
+    expected = reference.greedy(text.inputs, 16)[0]
+    stop = expected[5]
+    with running_engine(qwen3_vl_folder) as engine:
+        sampling = replace(greedy(16), stop_token_ids=frozenset({stop}))
+        outputs = await collect(submit(engine, text, sampling))
+    assert [output.token_id for output in outputs] == expected[: expected.index(stop) + 1]
+    assert outputs[-1].finish_reason == "stop"
+
+
+async def test_too_many_requests_are_refused(qwen3_vl_folder: Path, image: Request, text: Request) -> None:
+    with running_engine(qwen3_vl_folder, max_num_seqs=2, max_waiting=1) as engine:
+        waiting = [engine.submit(str(index), image.prefix, greedy(4)) for index in range(3)]
+        with pytest.raises(Overloaded, match="3"):
+            engine.submit("one too many", image.prefix, greedy(4))
+        waiting[0].cancel()
+        await until(lambda: engine.stats().running + engine.stats().waiting == 2)
+        assert len(await tokens(submit(engine, text, greedy(4)))) == 4
+
+
+async def test_expired_rows_fail_their_request_and_no_other(
+    qwen3_vl_folder: Path, reference: Reference, image: Request
+) -> None:
+    with running_engine(qwen3_vl_folder) as engine:
+        expired = engine.submit("expired", image.prefix, greedy(8))
+        good = engine.submit("good", image.prefix, greedy(8))
+        lost_rows = TensorRows(torch.zeros(12, 1), error=LeaseExpired("lease 1 is over"))
+        for handle, rows in ((expired, lost_rows), (good, image.rows[0])):
+            handle.set_prompt(image.prompt)
+            handle.set_rows(0, rows)
+        with pytest.raises(LeaseExpired, match="lease 1"):
+            await collect(expired)
+        assert await tokens(good) == reference.greedy(image.inputs, 8)[0]
+        assert lost_rows.num_releases == 1
+
+
+async def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(
+    qwen3_vl_folder: Path, reference: Reference, text: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_engine(qwen3_vl_folder) as engine:
+        forward = engine._decoder.forward
+
+        def fail_once(*arguments: Any) -> torch.Tensor:
+            monkeypatch.setattr(engine._decoder, "forward", forward)
+            raise RuntimeError("secret detail")
+
+        monkeypatch.setattr(engine._decoder, "forward", fail_once)
+        with pytest.raises(InternalError) as caught:
+            await collect(submit(engine, text, greedy(4)))
+        assert "secret detail" not in str(caught.value)
+        assert await tokens(submit(engine, text, greedy(4))) == reference.greedy(text.inputs, 4)[0]
+
+
+async def test_a_prompt_that_does_not_begin_with_its_prefix_is_our_fault(qwen3_vl_folder: Path) -> None:
+    with running_engine(qwen3_vl_folder) as engine:
+        handle = engine.submit("wrong", [1, 2, 3], greedy(4))
+        handle.set_prompt(ExpandedPrompt([1, 9, 3], torch.arange(3).expand(3, -1), 3))
+        with pytest.raises(InternalError):
+            await collect(handle)
+
+
+async def test_close_fails_what_runs_and_releases_its_rows(qwen3_vl_folder: Path, image: Request) -> None:
+    with running_engine(qwen3_vl_folder) as engine:
+        handle = engine.submit("running", image.prefix, greedy(4))
+        handle.set_rows(0, image.rows[0])
+        await until(lambda: engine.stats().running == 1)
+    assert image.rows[0].num_releases == 1
+    with pytest.raises(VitrineError, match="shutting down"):
+        await collect(handle)
+
+
+async def test_an_idle_engine_does_nothing(qwen3_vl_folder: Path, image: Request) -> None:
+    with running_engine(qwen3_vl_folder) as engine:
+        handle = engine.submit("waits for its image", image.prefix, greedy(4))
+        await until(lambda: engine.stats().running == 1 and engine.stats().num_steps > 0)
+        await asyncio.sleep(0.05)
+        steps, cpu_s = engine.stats().num_steps, time.process_time()
+        await asyncio.sleep(0.5)
+        assert engine.stats().num_steps == steps
+        assert time.process_time() - cpu_s < 0.25
+        handle.cancel()
+
+
+async def test_seeded_sampling_does_not_depend_on_the_company(qwen3_vl_folder: Path, text: Request) -> None:
+    def ask(engine: Engine, seed: int) -> RequestHandle:
+        return submit(engine, text, SamplingParams(max_tokens=24, temperature=1.5, seed=seed))
+
+    with running_engine(qwen3_vl_folder) as engine:
+        alone = [await tokens(ask(engine, seed)) for seed in (1, 2)]
+        together = await asyncio.gather(*(tokens(ask(engine, seed)) for seed in (3, 1, 2, 4)))
+    assert alone[0] != alone[1]
+    assert together[1:3] == alone
