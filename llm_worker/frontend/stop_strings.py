@@ -18,10 +18,11 @@ class StopStrings:
         if self.found:
             return ""
         self._held += text
-        starts = [start for each in self._stop if (start := self._held.find(each)) >= 0]
-        if starts:
+        # The one that is complete first ends the text, however the text was cut; of several, the longest.
+        found = [(start + len(each), start) for each in self._stop if (start := self._held.find(each)) >= 0]
+        if found:
             self.found = True
-            return self._held[: min(starts)]
+            return self._held[: min(found)[1]]
         certain = len(self._held) - self._longest_beginning()
         text, self._held = self._held[:certain], self._held[certain:]
         return text

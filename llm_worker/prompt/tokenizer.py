@@ -11,6 +11,8 @@ from transformers import AutoTokenizer
 from embedding_transport.checkpoint import Checkpoint, CheckpointError
 from embedding_transport.errors import BadRequest
 
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+
 
 class PromptTokenizer:
     """Text to ids, ids to text, messages to text.
@@ -20,6 +22,12 @@ class PromptTokenizer:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
+        # transformers makes up an empty tokenizer where there is none.
+        if not any((checkpoint.folder / name).is_file() for name in _TOKENIZER_FILES):
+            raise CheckpointError(
+                f"none of {', '.join(_TOKENIZER_FILES)} in {checkpoint.folder}: add the tokenizer's files "
+                "or start with --skip-tokenizer-init"
+            )
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
         except (OSError, ValueError) as error:

@@ -89,11 +89,12 @@ async def running_stub(
     pool_bytes: int = 1 << 20,
     lease_ttl_s: float = 30.0,
     port: int = 0,
+    servicer_class: type[StubServicer] | None = None,
 ) -> AsyncIterator[tuple[str, StubServicer, grpc.aio.Server]]:
     exporter = RowExporter(shm_folder=shm_folder, pool_bytes=pool_bytes, lease_ttl_s=lease_ttl_s)
     exporter.start()
     server = grpc.aio.server(options=CHANNEL_OPTIONS)
-    servicer = StubServicer(exporter, identity)
+    servicer = (servicer_class or StubServicer)(exporter, identity)
     server.add_generic_rpc_handlers((encoder_handlers(servicer),))
     port = server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()

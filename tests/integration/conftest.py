@@ -30,7 +30,7 @@ async def fleet(fleet_processes: Fleet) -> AsyncIterator[Fleet]:
 
 
 @pytest.fixture(scope="session")
-def bad_input_fleet(qwen3_vl_folder: Path) -> Iterator[Fleet]:
+def small_fleet(qwen3_vl_folder: Path) -> Iterator[Fleet]:
     """One encoder that may fetch from loopback and gives up on media after a second, and one worker."""
     flags = ["--allow-private-addresses", "--media-timeout-s", "1"]
     with start_fleet(qwen3_vl_folder, transports=["shm"], encoder_flags=flags) as fleet:

@@ -147,7 +147,10 @@ class Fleet:
 
 @contextlib.contextmanager
 def start_fleet(
-    folder: Path, transports: Sequence[str] = ("shm", "grpc"), encoder_flags: Sequence[str] = ()
+    folder: Path,
+    transports: Sequence[str] = ("shm", "grpc"),
+    encoder_flags: Sequence[str] = (),
+    worker_flags: Sequence[str] = (),
 ) -> Iterator[Fleet]:
     processes: list[ServiceProcess] = []
     try:
@@ -157,7 +160,7 @@ def start_fleet(
         workers = {}
         for transport in transports:
             flags = ["--model", str(folder), "--encoders", address, "--transport", transport, "--port", "0"]
-            flags += ["--grpc-port", "0", "--max-num-batched-tokens", str(CHUNK_TOKENS)]
+            flags += ["--grpc-port", "0", "--max-num-batched-tokens", str(CHUNK_TOKENS), *worker_flags]
             workers[transport] = ServiceProcess("llm_worker", *flags)
             processes.append(workers[transport])
         for worker in workers.values():

@@ -120,70 +120,70 @@ def error_code(error: grpc.aio.AioRpcError) -> str:
 
 
 @pytest.mark.parametrize("name", list(BAD_MEDIA))
-async def test_bad_media(bad_input_fleet: Fleet, media_server: MediaServer, name: str) -> None:
+async def test_bad_media(small_fleet: Fleet, media_server: MediaServer, name: str) -> None:
     case = BAD_MEDIA[name]
     url = case.url(media_server)
 
-    status, body = await chat(bad_input_fleet, [image_part(url), {"type": "text", "text": "What?"}])
+    status, body = await chat(small_fleet, [image_part(url), {"type": "text", "text": "What?"}])
 
     assert (status, body["error"]["code"]) == (case.http_status, case.code), body
     assert case.says in body["error"]["message"]
     assert set(body["error"]) == {"message", "type", "param", "code"}
 
     media = [llm_pb2.MediaItem(kind=llm_pb2.MEDIA_KIND_IMAGE, url=url)]
-    error = await grpc_error(bad_input_fleet, llm_pb2.Prompt(text=PROMPT, media=media))
+    error = await grpc_error(small_fleet, llm_pb2.Prompt(text=PROMPT, media=media))
     assert (error.code(), error_code(error)) == (case.grpc_status, case.code)
     assert case.says in (error.details() or "")
 
-    await assert_still_serving(bad_input_fleet)
+    await assert_still_serving(small_fleet)
 
 
-async def test_one_bad_image_among_good_ones_fails_the_request_and_frees_the_others(bad_input_fleet: Fleet) -> None:
+async def test_one_bad_image_among_good_ones_fails_the_request_and_frees_the_others(small_fleet: Fleet) -> None:
     good = image_part(data_url(picture(2, 96, 64).data))
-    status, body = await chat(bad_input_fleet, [good, image_part(data_url(b"no image")), good])
+    status, body = await chat(small_fleet, [good, image_part(data_url(b"no image")), good])
     assert (status, body["error"]["code"]) == (400, "not_an_image"), body
-    await assert_still_serving(bad_input_fleet)
+    await assert_still_serving(small_fleet)
 
 
-async def test_unknown_model(bad_input_fleet: Fleet) -> None:
-    status, body = await chat(bad_input_fleet, [{"type": "text", "text": "Hi"}], model="no-such-model")
+async def test_unknown_model(small_fleet: Fleet) -> None:
+    status, body = await chat(small_fleet, [{"type": "text", "text": "Hi"}], model="no-such-model")
     assert (status, body["error"]["code"]) == (404, "model_not_found"), body
     assert "no-such-model" in body["error"]["message"]
 
 
-async def test_too_many_items(bad_input_fleet: Fleet) -> None:
+async def test_too_many_items(small_fleet: Fleet) -> None:
     part = image_part(data_url(picture(1, 64, 64).data))
-    status, body = await chat(bad_input_fleet, [part] * 200)
+    status, body = await chat(small_fleet, [part] * 200)
     assert (status, body["error"]["code"]) == (400, "too_many_items"), body
     assert "200" in body["error"]["message"]
     media = [llm_pb2.MediaItem(kind=llm_pb2.MEDIA_KIND_IMAGE, data=picture(1, 64, 64).data)] * 200
-    error = await grpc_error(bad_input_fleet, llm_pb2.Prompt(text=PROMPT * 200, media=media))
+    error = await grpc_error(small_fleet, llm_pb2.Prompt(text=PROMPT * 200, media=media))
     assert (error.code(), error_code(error)) == (INVALID, "too_many_items")
-    await assert_still_serving(bad_input_fleet)
+    await assert_still_serving(small_fleet)
 
 
-async def test_prompt_longer_than_the_context(bad_input_fleet: Fleet) -> None:
-    status, body = await chat(bad_input_fleet, [{"type": "text", "text": "x" * 20_000}])
+async def test_prompt_longer_than_the_context(small_fleet: Fleet) -> None:
+    status, body = await chat(small_fleet, [{"type": "text", "text": "x" * 20_000}])
     assert (status, body["error"]["code"]) == (400, "context_length_exceeded"), body
-    error = await grpc_error(bad_input_fleet, llm_pb2.Prompt(text="x" * 20_000))
+    error = await grpc_error(small_fleet, llm_pb2.Prompt(text="x" * 20_000))
     assert (error.code(), error_code(error)) == (INVALID, "context_length_exceeded")
-    await assert_still_serving(bad_input_fleet)
+    await assert_still_serving(small_fleet)
 
 
 @pytest.mark.parametrize("text", ["no placeholder at all", PROMPT * 3])
-async def test_placeholder_count_mismatch(bad_input_fleet: Fleet, text: str) -> None:
+async def test_placeholder_count_mismatch(small_fleet: Fleet, text: str) -> None:
     media = [llm_pb2.MediaItem(kind=llm_pb2.MEDIA_KIND_IMAGE, data=picture(1, 96, 64).data)]
-    error = await grpc_error(bad_input_fleet, llm_pb2.Prompt(text=text, media=media))
+    error = await grpc_error(small_fleet, llm_pb2.Prompt(text=text, media=media))
     assert (error.code(), error_code(error)) == (INVALID, "placeholder_mismatch")
     status, body = await chat(
-        bad_input_fleet, [image_part(data_url(picture(1, 96, 64).data)), {"type": "text", "text": PROMPT}]
+        small_fleet, [image_part(data_url(picture(1, 96, 64).data)), {"type": "text", "text": PROMPT}]
     )
     assert (status, body["error"]["code"]) == (400, "placeholder_mismatch"), body
-    await assert_still_serving(bad_input_fleet)
+    await assert_still_serving(small_fleet)
 
 
-async def test_invalid_json_and_unknown_route(bad_input_fleet: Fleet) -> None:
-    base = f"http://{bad_input_fleet.worker_processes['shm'].addresses['http']}"
+async def test_invalid_json_and_unknown_route(small_fleet: Fleet) -> None:
+    base = f"http://{small_fleet.worker_processes['shm'].addresses['http']}"
     async with aiohttp.ClientSession() as session:
         async with session.post(f"{base}/v1/chat/completions", data=b"{nope") as response:
             assert response.status == web.HTTPBadRequest.status_code

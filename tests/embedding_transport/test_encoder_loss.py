@@ -1,0 +1,222 @@
+"""Encoders that go away, refuse, lie or fall silent: the request goes on elsewhere or ends with a named error."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import pytest
+
+from embedding_transport import encoder_peer
+from embedding_transport.encoder_client import EncoderClient
+from embedding_transport.encoder_rpc import CHANNEL_OPTIONS
+from embedding_transport.errors import EncoderUnavailable, InternalError
+from embedding_transport.grpc_status import abort
+from embedding_transport.types import MediaItem, RowsEvent
+from protos.encoder.v1 import encoder_pb2
+from tests.embedding_transport.encoder_stub import IDENTITY, StubServicer, running_stub
+
+SERVER = """
+import asyncio, sys
+from pathlib import Path
+from tests.embedding_transport.encoder_stub import running_stub
+
+async def main():
+    async with running_stub(Path(sys.argv[1])) as (address, _, _):
+        print(address, flush=True)
+        await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+def item(text: str) -> MediaItem:
+    return MediaItem("image", data=text.encode())
+
+
+async def encode(client: EncoderClient, *texts: str) -> list[RowsEvent]:
+    events = client.encode([item(text) for text in texts], "request")
+    return [event async for event in events if isinstance(event, RowsEvent)]
+
+
+class CancelsEncode(StubServicer):
+    """Ends every Encode with CANCELLED, as a proxy or a stopping server does."""
+
+    async def Encode(self, request, context):  # type: ignore[no-untyped-def, override]
+        yield encoder_pb2.EncodeResponse(layout=encoder_pb2.Layout(grid_thw=[1, 2, 10], num_tokens=5))
+        await context.abort(grpc.StatusCode.CANCELLED, "stopping")
+
+
+class Drains(StubServicer):
+    """Refuses every Encode as an encoder does that shuts down."""
+
+    async def Encode(self, request, context):  # type: ignore[no-untyped-def, override]
+        await abort(context, EncoderUnavailable("the encoder is shutting down"))
+        yield
+
+
+class CancelsFirstConnect(StubServicer):
+    num_connects = 0
+
+    async def Connect(self, request_iterator, context):  # type: ignore[no-untyped-def, override]
+        self.num_connects += 1
+        if self.num_connects == 1:
+            await context.abort(grpc.StatusCode.CANCELLED, "not now")
+        async for response in super().Connect(request_iterator, context):
+            yield response
+
+
+class BreaksFirstConnect(StubServicer):
+    """Ends its first Connect before the peer has written anything."""
+
+    num_connects = 0
+
+    async def Connect(self, request_iterator, context):  # type: ignore[no-untyped-def, override]
+        self.num_connects += 1
+        if self.num_connects == 1:
+            return
+        async for response in super().Connect(request_iterator, context):
+            yield response
+
+
+class Boasts(StubServicer):
+    """Announces more rows than any memory holds, and starts to send them."""
+
+    async def Encode(self, request, context):  # type: ignore[no-untyped-def, override]
+        num_tokens = 1 << 30
+        yield encoder_pb2.EncodeResponse(layout=encoder_pb2.Layout(grid_thw=[1, 2, 2 << 30], num_tokens=num_tokens))
+        yield encoder_pb2.EncodeResponse(chunk=encoder_pb2.Chunk(data=b"1234"))
+
+
+@pytest.mark.parametrize("lost", [CancelsEncode, Drains])
+async def test_a_refused_request_goes_to_another_encoder(tmp_path: Path, lost: type[StubServicer]) -> None:
+    async with running_stub(tmp_path, servicer_class=lost) as first, running_stub(tmp_path) as second:
+        client = EncoderClient([first[0], second[0]], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+        for number in range(8):  # some of them are at home on the first
+            (event,) = await encode(client, f"{number} 5")
+            event.rows.release()
+        assert client.stats().retries > 0
+        await client.close()
+
+
+@pytest.mark.parametrize("lost", [CancelsEncode, Drains])
+async def test_without_another_encoder_it_is_unavailable(tmp_path: Path, lost: type[StubServicer]) -> None:
+    async with running_stub(tmp_path, servicer_class=lost) as (address, _, _):
+        client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+        with pytest.raises(EncoderUnavailable, match=address):
+            await encode(client, "a 5")
+        await client.close()
+
+
+async def test_a_caller_that_is_cancelled_is_cancelled(tmp_path: Path) -> None:
+    async with running_stub(tmp_path) as (address, servicer, _):
+        client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+        hanging = asyncio.create_task(encode(client, "hang 5"))
+        async with asyncio.timeout(5):
+            while not servicer.num_encodes:
+                await asyncio.sleep(0.01)
+        hanging.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await hanging
+        assert client.status()[0].in_flight == 0
+        await client.close()
+
+
+@pytest.mark.parametrize("servicer_class", [CancelsFirstConnect, BreaksFirstConnect])
+async def test_connects_again_however_the_connection_broke(tmp_path: Path, servicer_class: type[StubServicer]) -> None:
+    async with running_stub(tmp_path, servicer_class=servicer_class) as (address, _, _):
+        client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
+        with pytest.raises(Exception):  # noqa: B017
+            await client.start()
+        await client.wait_ready(5)
+        assert len(await encode(client, "a 5")) == 1
+        await client.close()
+
+
+async def test_a_session_the_encoder_no_longer_knows_is_a_lost_encoder(tmp_path: Path) -> None:
+    async with running_stub(tmp_path) as (address, servicer, _):
+        client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+        servicer.exporter._sessions.clear()
+        with pytest.raises(EncoderUnavailable, match="connect again"):
+            await encode(client, "a 5")
+        await client.close()
+
+
+async def test_more_rows_than_could_be_are_refused(tmp_path: Path) -> None:
+    async with running_stub(tmp_path, servicer_class=Boasts) as (address, _, _):
+        client = EncoderClient([address], IDENTITY, transport="grpc")
+        await client.start()
+        with pytest.raises(InternalError):
+            await encode(client, "a 5")
+        await client.close()
+
+
+async def test_an_encoder_that_falls_silent_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A stopped process keeps its sockets open and answers nothing, like a host that lost its network.
+    quick = {**dict(CHANNEL_OPTIONS), "grpc.keepalive_time_ms": 500, "grpc.keepalive_timeout_ms": 500}
+    monkeypatch.setattr(encoder_peer, "CHANNEL_OPTIONS", list(quick.items()))
+    server = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", SERVER, str(tmp_path), stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+    )
+    try:
+        assert server.stdout is not None
+        address = (await server.stdout.readline()).decode().strip()
+        client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+        hanging = asyncio.create_task(encode(client, "hang 5"))
+        await asyncio.sleep(0.1)
+        os.kill(server.pid, signal.SIGSTOP)
+        async with asyncio.timeout(10):
+            with pytest.raises(EncoderUnavailable, match=address):
+                await hanging
+            while client.ready:
+                await asyncio.sleep(0.01)
+        await client.close()
+    finally:
+        server.kill()
+        await server.wait()
+
+
+async def test_loopback_and_cluster_traffic_ignores_the_environments_proxy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    async with running_stub(tmp_path) as (address, _, _):
+        client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+        assert client.ready
+        await client.close()
+
+
+async def test_cancelling_at_any_moment_leaves_no_lease_behind(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    async with running_stub(tmp_path) as (address, servicer, _):
+        client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+
+        async def take_and_release(number: int) -> None:
+            async for event in client.encode([item(f"{number} {n}") for n in (1, 2, 3, 4)], "request"):
+                if isinstance(event, RowsEvent):
+                    event.rows.release()
+
+        for number in range(200):
+            task = asyncio.create_task(take_and_release(number))
+            await asyncio.sleep(rng.uniform(0, 0.012))
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        stats = servicer.exporter.stats()
+        assert stats.leases.granted > 100
+        async with asyncio.timeout(2):
+            while servicer.exporter.stats().live_leases:
+                await asyncio.sleep(0.01)
+        await client.close()

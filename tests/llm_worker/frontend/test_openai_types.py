@@ -1,0 +1,107 @@
+"""Parsing of OpenAI requests: what is refused names its field, what we do not know is ignored."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedding_transport.checkpoint import open_checkpoint
+from embedding_transport.errors import BadRequest
+from llm_worker.frontend.openai_prompt import chat_to_generation, completion_to_generation
+from llm_worker.frontend.openai_types import ChatRequest, CompletionRequest, InvalidField, parse_request
+from llm_worker.frontend.sampling_defaults import SamplingDefaults
+from llm_worker.prompt.tokenizer import PromptTokenizer
+
+DEFAULTS = SamplingDefaults(temperature=0.7, top_p=0.8, top_k=20, eos_token_ids=frozenset({258}))
+USER = {"role": "user", "content": "Hi"}
+
+
+def chat(**fields: Any) -> ChatRequest:
+    return parse_request(ChatRequest, json.dumps({"model": "m", "messages": [USER], **fields}).encode())
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"model": None}, "model"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "wizard", "content": ""}]}, "messages.0.role"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"n": 2}, "n"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
+    ],
+)
+def test_bad_fields_are_named(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidField) as caught:
+        chat(**fields)
+    assert caught.value.param.startswith(param)
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"text"', b"\xff"])
+def test_bodies_that_are_no_json_object(body: bytes) -> None:
+    with pytest.raises(BadRequest):
+        parse_request(ChatRequest, body)
+
+
+def test_unknown_fields_are_ignored_everywhere() -> None:
+    part = {"type": "image_url", "image_url": {"url": "http://a/b", "detail": "high"}, "modalities": "image"}
+    request = chat(messages=[{"role": "user", "content": [part], "name": "me"}], user="me", parallel_tool_calls=True)
+    assert request.messages[0].content is not None
+
+
+def test_chat_becomes_a_prompt_with_its_media_in_order(qwen3_vl_folder: Path) -> None:
+    tokenizer = PromptTokenizer(open_checkpoint(str(qwen3_vl_folder)))
+    data = base64.b64encode(b"bytes of a picture").decode()
+    content = [
+        {"type": "text", "text": "A"},
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}},
+        {"type": "video_url", "video_url": {"url": "http://a/v.mp4", "fps": 4}},
+        {"type": "text", "text": "B"},
+    ]
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": content}]
+    generation = chat_to_generation(chat(messages=messages, stop="x", max_completion_tokens=5), tokenizer, DEFAULTS)
+    assert isinstance(generation.prompt, str)
+    text = generation.prompt
+    assert (
+        text.index("S") < text.index("A") < text.index("<|image_pad|>") < text.index("<|video_pad|>") < text.index("B<")
+    )
+    image, video = generation.media
+    assert (image.kind, image.data, video.kind, video.url, video.video_fps) == (
+        "image",
+        b"bytes of a picture",
+        "video",
+        "http://a/v.mp4",
+        4,
+    )
+    assert generation.stop == ("x",)
+    assert generation.sampling.max_tokens == 5
+    with pytest.raises(BadRequest, match="without a tokenizer"):
+        chat_to_generation(chat(), None, DEFAULTS)
+
+
+def test_sampling_comes_from_the_request_or_else_from_the_checkpoint(qwen3_vl_folder: Path) -> None:
+    body = {"model": "m", "prompt": [1, 2]}
+    request = parse_request(CompletionRequest, json.dumps(body).encode())
+    sampling = completion_to_generation(request, DEFAULTS).sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.7, 0.8, 20)
+    assert sampling.stop_token_ids == {258}
+    fields = {"temperature": 0, "top_p": 0.5, "top_k": -1, "seed": 3, "stop_token_ids": [7], "ignore_eos": True}
+    request = parse_request(CompletionRequest, json.dumps(body | fields).encode())
+    sampling = completion_to_generation(request, DEFAULTS).sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed) == (0, 0.5, 0, 3)
+    assert sampling.stop_token_ids == {7}
+
+
+def test_broken_base64_is_refused(qwen3_vl_folder: Path) -> None:
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,@@@"}}
+    body = {"model": "m", "prompt": "p", "media": [part]}
+    with pytest.raises(BadRequest, match="base64"):
+        completion_to_generation(parse_request(CompletionRequest, json.dumps(body).encode()), DEFAULTS)

@@ -1,0 +1,61 @@
+"""Templates from wherever a checkpoint keeps them, and text that only comes out whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from embedding_transport.checkpoint import CheckpointError, open_checkpoint
+from embedding_transport.errors import BadRequest
+from llm_worker.prompt.tokenizer import PromptTokenizer
+
+MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+
+
+def tokenizer(folder: Path) -> PromptTokenizer:
+    return PromptTokenizer(open_checkpoint(str(folder)))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, qwen3_vl_folder: Path) -> Path:
+    return shutil.copytree(qwen3_vl_folder, tmp_path / "copy")
+
+
+def test_template_beside_the_tokenizer_or_in_a_file_of_its_own(folder: Path) -> None:
+    expected = tokenizer(folder).render_chat(MESSAGES)
+    assert "<|image_pad|>" in expected and expected.endswith("<|im_start|>assistant\n")
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(BadRequest, match="no chat template"):
+        tokenizer(folder).render_chat(MESSAGES)
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert tokenizer(folder).render_chat(MESSAGES) == expected
+
+
+def test_a_template_that_refuses_is_the_requests_fault(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('only one message, please') }}")
+    with pytest.raises(BadRequest, match="only one message"):
+        tokenizer(folder).render_chat(MESSAGES)
+
+
+def test_a_missing_tokenizer_is_named(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    with pytest.raises(CheckpointError, match="skip-tokenizer-init"):
+        tokenizer(folder)
+
+
+def test_characters_come_out_whole_and_special_tokens_not_at_all(qwen3_vl_folder: Path) -> None:
+    prompt = tokenizer(qwen3_vl_folder)
+    text = "naïve 猫 🐈 end"
+    ids = prompt.encode(text)
+    assert len(ids) == len(text.encode())
+    pieces = []
+    detokenizer = prompt.detokenizer()
+    for token_id in [*ids[:8], *prompt.encode("<|im_end|>"), *ids[8:]]:
+        pieces.append(detokenizer.push(token_id))
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
