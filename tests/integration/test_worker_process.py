@@ -82,10 +82,10 @@ async def test_probes(small_fleet: Fleet) -> None:
 
 async def test_a_client_that_goes_away_frees_everything(small_fleet: Fleet) -> None:
     worker = small_fleet.worker_processes["shm"]
-    async with aiohttp.ClientSession() as session:
-        async with session.post(f"{base_url(worker)}/v1/chat/completions", json=long_chat(small_fleet)) as response:
-            await response.content.readuntil(b"\n\n")
-            assert await metric(worker, "vitrine_llm_running") == 1
+    url = f"{base_url(worker)}/v1/chat/completions"
+    async with aiohttp.ClientSession() as session, session.post(url, json=long_chat(small_fleet)) as response:
+        await response.content.readuntil(b"\n\n")
+        assert await metric(worker, "vitrine_llm_running") == 1
     async with grpc.aio.insecure_channel(worker.addresses["grpc"]) as channel:
         sampling = llm_pb2.SamplingParams(max_tokens=3000, ignore_eos=True)
         request = llm_pb2.GenerateRequest(prompt=llm_pb2.Prompt(text="Hello"), sampling=sampling)
