@@ -28,6 +28,7 @@ from embedding_transport.encoder_peer import TransportChoice
 from embedding_transport.encoder_rpc import CHANNEL_OPTIONS, encoder_handlers
 from embedding_transport.exporter import RowExporter
 from embedding_transport.types import DTYPES, ItemTimings, MediaItem, ModelIdentity, RowsEvent
+from embedding_transport.wire import describe
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 
 MIB = 1024 * 1024
@@ -60,14 +61,8 @@ class RowServer(encoder_pb2_grpc.EncoderServicer):
         )
 
     async def Describe(self, request, context):  # type: ignore[no-untyped-def]
-        return encoder_pb2.DescribeResponse(
-            protocol_version=IDENTITY.protocol_version,
-            model=IDENTITY.model,
-            revision=IDENTITY.revision,
-            model_type=IDENTITY.model_type,
-            out_hidden_size=IDENTITY.out_hidden_size,
-            deepstack_visual_indexes=IDENTITY.deepstack_visual_indexes,
-            dtype=IDENTITY.dtype,
+        return describe(
+            IDENTITY,
             processor=encoder_pb2.ProcessorSettings(merge_size=2),
         )
 

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import math
 import time
-from collections.abc import AsyncGenerator, Container, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Container, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,8 +154,10 @@ class EncoderClient:
         pending = dict(enumerate(items))
         layouts: dict[int, Layout] = {}
         lost: dict[str, str] = {}  # address of an encoder that died, and how
+        # Off the loop: a long video takes a while. One encoder needs no choice.
+        key = await asyncio.to_thread(_content_key, items) if len(self._peers) > 1 else b""
         while pending:
-            peer = self._pick(pending.values(), lost)
+            peer = self._pick(key, lost)
             if peer is None:
                 raise self._unavailable(lost)
             if lost:
@@ -174,14 +176,13 @@ class EncoderClient:
             finally:
                 peer.in_flight -= 1
 
-    def _pick(self, items: Iterable[MediaItem], lost: Container[str]) -> EncoderPeer | None:
-        """The connected encoder with the highest rendezvous score for the items, among those with load to spare."""
+    def _pick(self, key: bytes, lost: Container[str]) -> EncoderPeer | None:
+        """The connected encoder with the highest rendezvous score for the key, among those with load to spare."""
         usable = [peer for peer in self._peers if peer.connection is not None and peer.address not in lost]
         if not usable:
             return None
         bound = math.ceil(_LOAD_BOUND * (sum(peer.in_flight for peer in usable) + 1) / len(usable))
         with_room = [peer for peer in usable if peer.in_flight < bound]
-        key = _content_key(items)
         return max(with_room, key=lambda peer: hashlib.sha256(key + peer.address.encode()).digest())
 
     async def _encode_on(
@@ -211,9 +212,11 @@ class EncoderClient:
                 raise _EncoderLost(f"it ended the stream with {receiver.num_missing} items missing")
         except grpc.aio.AioRpcError as error:
             named = error_from_rpc(error)
-            if named is not None:
+            if named is not None and not isinstance(named, EncoderUnavailable):
                 raise named from error
-            raise _EncoderLost(f"{error.code().name} {error.details()}") from error
+            raise _EncoderLost(str(named or f"{error.code().name} {error.details()}")) from error
+        except EncoderUnavailable as error:  # of an item: the encoder is shutting down, or knows our session no more
+            raise _EncoderLost(str(error)) from error
         finally:
             call.cancel()
             receiver.close()
@@ -320,7 +323,8 @@ def _is_repeated(event: LayoutEvent, layouts: dict[int, Layout]) -> bool:
     return earlier is not event.layout
 
 
-def _content_key(items: Iterable[MediaItem]) -> bytes:
+def _content_key(items: Sequence[MediaItem]) -> bytes:
+    """SHA-256 over the items' bytes and addresses."""
     digest = hashlib.sha256()
     for item in items:
         digest.update(item.data if item.data is not None else (item.url or "").encode())

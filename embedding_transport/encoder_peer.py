@@ -97,6 +97,14 @@ class EncoderPeer:
                     self._report(named or EncoderUnavailable(f"encoder {self.address}: {error.details()}"))
                 except TimeoutError:
                     self._report(EncoderUnavailable(f"encoder {self.address} did not answer in time"))
+                except asyncio.InvalidStateError:  # grpc's answer to writing on a call that has ended
+                    self._report(EncoderUnavailable(f"encoder {self.address} ended the connection"))
+                except asyncio.CancelledError:
+                    task = asyncio.current_task()
+                    if task is None or task.cancelling():
+                        raise
+                    # grpc raises it also where the other side cancelled the call.
+                    self._report(EncoderUnavailable(f"encoder {self.address} cancelled the connection"))
                 finally:
                     if self.connection is not None:
                         self.connection = None

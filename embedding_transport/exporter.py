@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from embedding_transport.chunk_codec import encode_chunk
-from embedding_transport.errors import BadRequest, Overloaded, TransportUnavailable
+from embedding_transport.errors import BadRequest, EncoderUnavailable, Overloaded, TransportUnavailable
 from embedding_transport.leases import LeaseCounts, LeaseTable
 from embedding_transport.shm_pool import PROBE_NBYTES, Block, ShmPool
 from embedding_transport.types import PROTOCOL_VERSION, ItemTimings
@@ -137,11 +137,11 @@ class RowExporter:
             rows_TW: [num_tokens, row_width] in the identity's dtype, contiguous.
 
         Raises:
-            BadRequest: the session is not known (its Connect stream has ended).
+            EncoderUnavailable: the session is not known (its Connect stream has ended).
             Overloaded: the pool stayed full.
         """
         if session_id and session_id not in self._sessions:
-            raise BadRequest(f"session {session_id} is not open: connect again")
+            raise EncoderUnavailable(f"session {session_id} is not open: connect again")
         rows_TW = rows_TW.cpu().contiguous()
         if self._sessions.get(session_id) == "shm":
             yield await self._export_lease(session_id, item_index, rows_TW, timings)
@@ -216,7 +216,7 @@ class RowExporter:
             # Off the loop: 64 MiB take long enough to stall every other stream.
             await _uncancelled(asyncio.to_thread(target_TW.copy_, rows_TW))
             if session_id not in self._sessions:
-                raise BadRequest(f"session {session_id} has ended")
+                raise EncoderUnavailable(f"session {session_id} has ended: connect again")
         except BaseException:
             self._take_back(block)
             raise

@@ -14,6 +14,8 @@ from embedding_transport.types import DTYPES, ItemTimings, Layout, ModelIdentity
 from protos.encoder.v1 import encoder_pb2
 
 _MAX_KEPT_NBYTES = 512 * 1024 * 1024
+# Far above any real item (the longest video of Qwen3-VL-8B is 400 MB): a length that is a lie must not take all memory.
+_MAX_ITEM_NBYTES = 4 * 1024**3
 
 
 def copy_rows(rows_TW: torch.Tensor, main_TD: torch.Tensor, deepstack_NTD: torch.Tensor | None, first_row: int) -> None:
@@ -94,10 +96,19 @@ class HostRows:
 
 
 class ChunkAssembly:
-    """Fills one item's host buffer from its chunks, which come in order and without gaps."""
+    """Fills one item's host buffer from its chunks, which come in order and without gaps.
+
+    Raises:
+        InternalError: a layout of more rows than any item has.
+    """
 
     def __init__(self, layout: Layout, identity: ModelIdentity, pool: HostBufferPool) -> None:
         self.nbytes = layout.num_tokens * identity.row_nbytes
+        if self.nbytes > _MAX_ITEM_NBYTES:
+            raise InternalError(
+                f"an item of {layout.num_tokens} rows of {identity.row_nbytes} bytes: at most {_MAX_ITEM_NBYTES} bytes "
+                "are taken in for one item"
+            )
         self._shape = (layout.num_tokens, identity.row_width)
         self._dtype = DTYPES[identity.dtype]
         self._pool = pool

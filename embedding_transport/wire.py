@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from embedding_transport.errors import InternalError
 from embedding_transport.types import DTYPES, ItemTimings, Layout, MediaItem, MediaKind, ModelIdentity
 from protos.encoder.v1 import encoder_pb2
@@ -36,6 +38,20 @@ def describe_identity(description: encoder_pb2.DescribeResponse) -> ModelIdentit
         deepstack_visual_indexes=tuple(description.deepstack_visual_indexes),
         dtype=description.dtype,
         protocol_version=description.protocol_version,
+    )
+
+
+def describe(identity: ModelIdentity, **fields: Any) -> encoder_pb2.DescribeResponse:
+    """The inverse of `describe_identity`; `fields` are the others of the message."""
+    return encoder_pb2.DescribeResponse(
+        protocol_version=identity.protocol_version,
+        model=identity.model,
+        revision=identity.revision,
+        model_type=identity.model_type,
+        out_hidden_size=identity.out_hidden_size,
+        deepstack_visual_indexes=identity.deepstack_visual_indexes,
+        dtype=identity.dtype,
+        **fields,
     )
 
 

@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import sys
 
-from pydantic import ValidationError
-
-from embedding_transport.checkpoint import CheckpointError
-from embedding_transport.errors import VitrineError
+from embedding_transport.service_settings import run_service
 from encoder_service.app import serve
 from encoder_service.config import EncoderConfig
 
 
 def main() -> int:
-    """Runs an encoder; 0 after an orderly stop, 1 where it could not start, 2 for bad settings."""
-    try:
-        config = EncoderConfig.from_command_line(sys.argv[1:])
-    except ValidationError as error:
-        for problem in error.errors():
-            flag = "--" + "-".join(str(part) for part in problem["loc"]).replace("_", "-")
-            print(f"{flag}: {problem['msg']}; see --help", file=sys.stderr)
-        return 2
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    try:
-        asyncio.run(serve(config))
-    except (CheckpointError, OSError, ValueError, VitrineError) as error:
-        logging.getLogger("encoder_service").error("cannot start: %s", error)
-        return 1
-    return 0
+    """Runs an encoder; see run_service for the exit code."""
+    return run_service(EncoderConfig, serve)
 
 
 if __name__ == "__main__":

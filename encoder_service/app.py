@@ -132,7 +132,7 @@ async def serve(config: EncoderConfig) -> None:
         metrics.watch_exporter(exporter.stats)
         description = describe_to_proto(model.identity, model.settings, exporter.transports, config.max_items)
         servicer.open(Serving(description, service, exporter))
-        await server.set_serving()
+        await server.set_serving(True)
         _log.info("SERVING %s over %s", model.identity.model, ", ".join(exporter.transports))
 
         await stop.wait()
@@ -144,7 +144,7 @@ async def _drain(server: EncoderServer, servicer: EncoderServicer, exporter: Row
     """Takes nothing new, finishes what runs, waits for peers to release what they hold; all within `timeout_s`."""
     _log.info("draining for at most %g s", timeout_s)
     deadline = time.monotonic() + timeout_s
-    await server.set_not_serving()
+    await server.set_not_serving_for_good()
     servicer.start_draining()
     exporter.start_draining()
     try:

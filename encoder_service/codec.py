@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from embedding_transport.errors import BadRequest
 from embedding_transport.types import LayoutEvent, MediaItem, MediaKind, ModelIdentity
+from embedding_transport.wire import describe
 from encoder_service.preprocess.settings import ProcessorSettings
 from encoder_service.service import ItemFailed
 from protos.encoder.v1 import encoder_pb2
@@ -54,14 +55,8 @@ def failed_to_proto(event: ItemFailed) -> encoder_pb2.EncodeResponse:
 def describe_to_proto(
     identity: ModelIdentity, settings: ProcessorSettings, transports: tuple[str, ...], max_items: int
 ) -> encoder_pb2.DescribeResponse:
-    return encoder_pb2.DescribeResponse(
-        protocol_version=identity.protocol_version,
-        model=identity.model,
-        revision=identity.revision,
-        model_type=identity.model_type,
-        out_hidden_size=identity.out_hidden_size,
-        deepstack_visual_indexes=identity.deepstack_visual_indexes,
-        dtype=identity.dtype,
+    return describe(
+        identity,
         processor=encoder_pb2.ProcessorSettings(
             patch_size=settings.patch_size,
             temporal_patch_size=settings.temporal_patch_size,

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
+from embedding_transport.service_settings import ServiceSettings
 from encoder_service.media.limits import MediaLimits
 
 MIB = 1024 * 1024
 
 
-class EncoderConfig(BaseSettings):
+class EncoderConfig(ServiceSettings):
     """Vitrine's encoder: images and videos in, embedding rows out, over gRPC."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="VITRINE_ENCODER_",
-        frozen=True,
-        extra="forbid",
-        cli_prog_name="python -m encoder_service",
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_hide_none_type=True,
-        cli_avoid_json=True,
-        # Fields such as model_name are ours, not pydantic's.
-        protected_namespaces=(),
-    )
+    model_config = SettingsConfigDict(env_prefix="VITRINE_ENCODER_", cli_prog_name="python -m encoder_service")
 
     model: str = Field(description="checkpoint folder or hub id, such as Qwen/Qwen3-VL-2B-Instruct")
     revision: str | None = Field(None, description="hub branch, tag or commit; not used for folders")
@@ -57,16 +46,6 @@ class EncoderConfig(BaseSettings):
     max_media_bytes: int = Field(64 * MIB, ge=1, description="size of one encoded image or video, bytes")
     max_image_pixels: int = Field(64 * MIB, ge=1, description="pixels in one image or video frame before resizing")
     media_timeout_s: float = Field(30.0, gt=0, description="longest download of one item, s")
-
-    @classmethod
-    def from_command_line(cls, arguments: Sequence[str]) -> EncoderConfig:
-        """Reads flags and environment.
-
-        Raises:
-            SystemExit: --help, or an unknown or malformed flag.
-            pydantic.ValidationError: a value is missing or out of range.
-        """
-        return cls(_cli_parse_args=list(arguments))  # type: ignore[call-arg]
 
     def media_limits(self) -> MediaLimits:
         """Raises ValueError where `allowed_media_folder` is no folder."""

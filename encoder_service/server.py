@@ -1,4 +1,4 @@
-"""The encoder's gRPC face: a thin servicer over EncodeService and RowExporter, with health and reflection."""
+"""The encoder's gRPC face: a thin servicer over EncodeService and RowExporter."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from typing import TypeAlias
 
 import grpc
 import torch
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
-from embedding_transport.encoder_rpc import CHANNEL_OPTIONS, SERVICE, encoder_handlers
+from embedding_transport.encoder_rpc import SERVICE, encoder_handlers
 from embedding_transport.errors import EncoderUnavailable, InternalError, VitrineError
 from embedding_transport.exporter import RowExporter
 from embedding_transport.grpc_status import abort
+from embedding_transport.service_server import ServiceServer
 from embedding_transport.types import ItemTimings, LayoutEvent
 from encoder_service.codec import failed_to_proto, item_from_proto, layout_to_proto
 from encoder_service.metrics import EncoderMetrics
@@ -25,12 +24,6 @@ from encoder_service.service import EncodeService, ItemFailed
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 
 _log = logging.getLogger(__name__)
-_HEALTH_NAMES = ("", SERVICE)
-_SERVER_OPTIONS = [
-    *CHANNEL_OPTIONS,
-    # Without this two encoders on one port would both start and share its connections.
-    ("grpc.so_reuseport", 0),
-]
 
 Wire: TypeAlias = encoder_pb2.EncodeResponse | bytes
 EncodeContext: TypeAlias = grpc.aio.ServicerContext[encoder_pb2.EncodeRequest, Wire]
@@ -163,42 +156,9 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
                 self._idle.set()
 
 
-class EncoderServer:
-    """The listening port: the Encoder service, grpc.health.v1 and reflection. NOT_SERVING until told otherwise."""
+class EncoderServer(ServiceServer):
+    """The encoder's listening port."""
 
     def __init__(self, servicer: EncoderServicer) -> None:
-        self._server = grpc.aio.server(options=_SERVER_OPTIONS)
-        self._server.add_generic_rpc_handlers((encoder_handlers(servicer),))
-        self._health = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
-
-    async def start(self, host: str, port: int) -> str:
-        """Listens, and returns "host:port" with the actual port.
-
-        Raises:
-            OSError: the address cannot be listened on.
-        """
-        shown_host = f"[{host}]" if ":" in host else host
-        try:
-            actual_port = self._server.add_insecure_port(f"{shown_host}:{port}")
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {shown_host}:{port}: is it in use?") from error
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        await self._server.start()
-        return f"{shown_host}:{actual_port}"
-
-    async def set_serving(self) -> None:
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
-
-    async def set_not_serving(self) -> None:
-        """For good: health stays NOT_SERVING."""
-        await self._health.enter_graceful_shutdown()
-
-    async def stop(self, grace_s: float) -> None:
-        """Ends all calls, those under way after `grace_s` seconds."""
-        await self._server.stop(grace_s)
-
-    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:
-        for name in _HEALTH_NAMES:
-            await self._health.set(name, status)
+        super().__init__(SERVICE)
+        self.grpc.add_generic_rpc_handlers((encoder_handlers(servicer),))

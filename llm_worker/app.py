@@ -156,6 +156,7 @@ async def serve(config: LlmConfig) -> None:
         await stop.wait()
         watching.cancel()
         _log.info("draining for at most %g s", config.drain_timeout_s)
+        await server.set_not_serving_for_good()
         await asyncio.gather(runner.cleanup(), server.stop(config.drain_timeout_s))
     _log.info("stopped")
 

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
+from embedding_transport.service_settings import ServiceSettings
 from llm_worker.engine.engine import EngineConfig
 
 _BLOCK_SIZE = 16
 
 
-class LlmConfig(BaseSettings):
+class LlmConfig(ServiceSettings):
     """Vitrine's LLM worker: prompts and embedding rows in, tokens out, over OpenAI HTTP and gRPC."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="VITRINE_LLM_",
-        frozen=True,
-        extra="forbid",
-        cli_prog_name="python -m llm_worker",
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_hide_none_type=True,
-        cli_avoid_json=True,
-        # Fields such as model_name are ours, not pydantic's.
-        protected_namespaces=(),
-    )
+    model_config = SettingsConfigDict(env_prefix="VITRINE_LLM_", cli_prog_name="python -m llm_worker")
 
     model: str = Field(description="checkpoint folder or hub id, the same as the encoders'")
     revision: str | None = Field(None, description="hub branch, tag or commit; not used for folders")
@@ -67,16 +56,6 @@ class LlmConfig(BaseSettings):
             if not host or not port.isdigit():
                 raise ValueError(f"{address!r} is not host:port")
         return encoders
-
-    @classmethod
-    def from_command_line(cls, arguments: Sequence[str]) -> LlmConfig:
-        """Reads flags and environment.
-
-        Raises:
-            SystemExit: --help, or an unknown or malformed flag.
-            pydantic.ValidationError: a value is missing or out of range.
-        """
-        return cls(_cli_parse_args=list(arguments))  # type: ignore[call-arg]
 
     @property
     def encoder_addresses(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""The worker's gRPC face: a thin servicer over Generator, with health and reflection."""
+"""The worker's gRPC face: a thin servicer over Generator."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from dataclasses import asdict
 from typing import TypeAlias
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
-from embedding_transport.encoder_rpc import CHANNEL_OPTIONS
 from embedding_transport.errors import BadRequest, EncoderUnavailable
 from embedding_transport.grpc_status import abort
+from embedding_transport.service_server import ServiceServer
 from embedding_transport.types import MediaItem, MediaKind
 from llm_worker.engine.request import SamplingParams, TokenLogprobs
 from llm_worker.frontend.events import Delta, Finished, GenerationRequest, StageTimings, Started
@@ -23,7 +21,6 @@ from llm_worker.metrics import LlmMetrics
 from protos.llm.v1 import llm_pb2, llm_pb2_grpc
 
 SERVICE = llm_pb2.DESCRIPTOR.services_by_name["Llm"].full_name
-_HEALTH_NAMES = ("", SERVICE)
 _MAX_TOP_LOGPROBS = 20
 _KINDS: dict[int, MediaKind] = {llm_pb2.MEDIA_KIND_IMAGE: "image", llm_pb2.MEDIA_KIND_VIDEO: "video"}
 
@@ -81,42 +78,12 @@ class LlmServicer(llm_pb2_grpc.LlmServicer):
         return self._served
 
 
-class LlmServer:
-    """The listening port: the Llm service, grpc.health.v1 and reflection. NOT_SERVING until told otherwise."""
+class LlmServer(ServiceServer):
+    """The worker's gRPC port."""
 
     def __init__(self, servicer: LlmServicer) -> None:
-        self._server = grpc.aio.server(options=[*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)])
-        llm_pb2_grpc.add_LlmServicer_to_server(servicer, self._server)
-        self._health = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
-
-    async def start(self, host: str, port: int) -> str:
-        """Listens, and returns "host:port" with the actual port.
-
-        Raises:
-            OSError: the address cannot be listened on.
-        """
-        try:
-            actual_port = self._server.add_insecure_port(f"{host}:{port}")
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {host}:{port}: is it in use?") from error
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        await self._server.start()
-        return f"{host}:{actual_port}"
-
-    async def set_serving(self, serving: bool) -> None:
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        await self._set_health(status)
-
-    async def stop(self, grace_s: float) -> None:
-        """Takes no new calls and ends those under way after `grace_s` seconds."""
-        await self._health.enter_graceful_shutdown()
-        await self._server.stop(grace_s)
-
-    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:
-        for name in _HEALTH_NAMES:
-            await self._health.set(name, status)
+        super().__init__(SERVICE)
+        llm_pb2_grpc.add_LlmServicer_to_server(servicer, self.grpc)
 
 
 async def _first_token(events: AsyncGenerator[Started | Delta | Finished]) -> tuple[Delta, Finished]:

@@ -15,6 +15,7 @@ from embedding_transport.encoder_rpc import CHANNEL_OPTIONS, encoder_handlers
 from embedding_transport.exporter import RowExporter
 from embedding_transport.grpc_status import abort
 from embedding_transport.types import DTYPES, ItemTimings, ModelIdentity
+from embedding_transport.wire import describe
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 
 MERGE_SIZE = 2
@@ -39,14 +40,8 @@ class StubServicer(encoder_pb2_grpc.EncoderServicer):
 
     async def Describe(self, request, context):  # type: ignore[no-untyped-def, override]
         identity = self.identity
-        return encoder_pb2.DescribeResponse(
-            protocol_version=identity.protocol_version,
-            model=identity.model,
-            revision=identity.revision,
-            model_type=identity.model_type,
-            out_hidden_size=identity.out_hidden_size,
-            deepstack_visual_indexes=identity.deepstack_visual_indexes,
-            dtype=identity.dtype,
+        return describe(
+            identity,
             processor=encoder_pb2.ProcessorSettings(merge_size=MERGE_SIZE),
             transports=self.exporter.transports,
         )

@@ -15,7 +15,7 @@ import torch
 
 from embedding_transport import exporter as exporter_module
 from embedding_transport.encoder_client import EncoderClient
-from embedding_transport.errors import BadRequest, Overloaded, TransportUnavailable, VitrineError
+from embedding_transport.errors import BadRequest, EncoderUnavailable, Overloaded, TransportUnavailable, VitrineError
 from embedding_transport.exporter import RowExporter
 from embedding_transport.grpc_status import error_from_rpc
 from embedding_transport.types import ItemTimings, MediaItem, RowsEvent
@@ -95,7 +95,7 @@ async def export_all(exporter: RowExporter, session_id: str, rows: torch.Tensor)
 
 async def test_an_unknown_session_is_told_to_connect_again(tmp_path: Path) -> None:
     async with running_stub(tmp_path) as (_, servicer, _):
-        with pytest.raises(BadRequest, match="connect again"):
+        with pytest.raises(EncoderUnavailable, match="connect again"):
             await export_all(servicer.exporter, "nobody", torch.zeros(1, IDENTITY.row_width))
 
 

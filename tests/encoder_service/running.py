@@ -124,7 +124,7 @@ async def run_encoder(
     if loaded:
         description = describe_to_proto(identity, preprocessor.settings, exporter.transports, MAX_ITEMS)
         servicer.open(Serving(description, service, exporter))
-        await server.set_serving()
+        await server.set_serving(True)
     async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
         yield RunningEncoder(
             address, identity, tower, preprocessor, batcher, service, exporter, servicer, server, metrics, channel

@@ -149,7 +149,7 @@ async def test_malformed_requests_are_refused(
 async def test_an_unknown_session_fails_its_item(encoder: RunningEncoder) -> None:
     request = encoder_pb2.EncodeRequest(session_id="gone", items=[image_message(png(64, 64))])
     responses = await encode(encoder, request)
-    assert [r.failed.code for r in responses if r.WhichOneof("event") == "failed"] == ["invalid_request"]
+    assert [r.failed.code for r in responses if r.WhichOneof("event") == "failed"] == ["encoder_unavailable"]
 
 
 async def test_until_the_model_is_loaded_everything_is_unavailable(qwen3_vl_folder: Path, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ async def test_draining_refuses_new_requests_and_finishes_running_ones(encoder: 
     request = encoder_pb2.EncodeRequest(items=[image_message(png(64, 64))])
     running = asyncio.create_task(encode(encoder, request))
     assert await asyncio.to_thread(encoder.tower.entered.wait, 10)
-    await encoder.server.set_not_serving()
+    await encoder.server.set_not_serving_for_good()
     encoder.servicer.start_draining()
     assert await health_of(encoder.channel, "") == health_pb2.HealthCheckResponse.NOT_SERVING
     status, code, _ = await refused(encode(encoder, request))

@@ -1,0 +1,58 @@
+"""The listening port of a service: its methods, grpc.health.v1 and reflection. NOT_SERVING until told otherwise."""
+
+from __future__ import annotations
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from embedding_transport.encoder_rpc import CHANNEL_OPTIONS
+
+_OPTIONS = [
+    *CHANNEL_OPTIONS,
+    # Without this two services on one port would both start and share its connections.
+    ("grpc.so_reuseport", 0),
+]
+
+
+class ServiceServer:
+    """Add the service's handlers to `grpc` before `start`.
+
+    Args:
+        service: full name of the service, e.g. "vitrine.encoder.v1.Encoder".
+    """
+
+    def __init__(self, service: str) -> None:
+        self.grpc = grpc.aio.server(options=_OPTIONS)
+        self._health_names = ("", service)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
+        reflection.enable_server_reflection((service, health.SERVICE_NAME, reflection.SERVICE_NAME), self.grpc)
+
+    async def start(self, host: str, port: int) -> str:
+        """Listens, and returns "host:port" with the actual port.
+
+        Raises:
+            OSError: the address cannot be listened on.
+        """
+        shown_host = f"[{host}]" if ":" in host else host
+        try:
+            actual_port = self.grpc.add_insecure_port(f"{shown_host}:{port}")
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {shown_host}:{port}: is it in use?") from error
+        await self.set_serving(False)
+        await self.grpc.start()
+        return f"{shown_host}:{actual_port}"
+
+    async def set_serving(self, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in self._health_names:
+            await self._health.set(name, status)
+
+    async def set_not_serving_for_good(self) -> None:
+        """Later calls of `set_serving` change nothing."""
+        await self._health.enter_graceful_shutdown()
+
+    async def stop(self, grace_s: float) -> None:
+        """Takes no new calls and ends those under way after `grace_s` seconds."""
+        await self.grpc.stop(grace_s)
