@@ -52,6 +52,13 @@ def choose_device(choice: DeviceChoice) -> torch.device:
     return torch.device("cuda" if has_gpu and choice != "cpu" else "cpu")
 
 
+def gpu_uuids(device: torch.device) -> tuple[str, ...]:
+    """UUID of the GPU ("GPU-..."), by which another process finds the same one; empty on the CPU."""
+    if device.type == "cpu":
+        return ()
+    return (f"GPU-{torch.cuda.get_device_properties(device).uuid}",)
+
+
 def choose_dtype(choice: DtypeChoice, device: torch.device, stored: torch.dtype) -> str:
     """Name of the dtype; auto: the stored one on a GPU, float32 on the CPU, where half precision is slow.
 

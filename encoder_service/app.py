@@ -15,7 +15,7 @@ from prometheus_client import start_http_server
 
 from embedding_transport.checkpoint import open_checkpoint
 from embedding_transport.exporter import RowExporter
-from embedding_transport.loading import LoadingStopped, ProgressLog, choose_device, choose_dtype
+from embedding_transport.loading import LoadingStopped, ProgressLog, choose_device, choose_dtype, gpu_uuids
 from embedding_transport.types import DTYPES, ModelIdentity
 from encoder_service.codec import describe_to_proto
 from encoder_service.config import EncoderConfig
@@ -41,6 +41,7 @@ class LoadedModel:
     identity: ModelIdentity
     settings: ProcessorSettings
     tower: VisionTower
+    gpu_uuids: tuple[str, ...]
 
 
 def load_model(config: EncoderConfig, must_stop: Callable[[], bool]) -> LoadedModel:
@@ -67,7 +68,7 @@ def load_model(config: EncoderConfig, must_stop: Callable[[], bool]) -> LoadedMo
         dtype=dtype_name,
     )
     _log.info("loaded %s, revision %s, %s on %s", identity.model, identity.revision[:12], dtype_name, device)
-    return LoadedModel(identity, settings, tower)
+    return LoadedModel(identity, settings, tower, gpu_uuids(device))
 
 
 async def serve(config: EncoderConfig) -> None:
@@ -130,7 +131,9 @@ async def serve(config: EncoderConfig) -> None:
         stack.callback(service.close)
         metrics.watch_queue(lambda: batcher.admitted_patches, lambda: batcher.waiting_patches)
         metrics.watch_exporter(exporter.stats)
-        description = describe_to_proto(model.identity, model.settings, exporter.transports, config.max_items)
+        description = describe_to_proto(
+            model.identity, model.settings, exporter.transports, config.max_items, model.gpu_uuids
+        )
         servicer.open(Serving(description, service, exporter))
         await server.set_serving(True)
         _log.info("SERVING %s over %s", model.identity.model, ", ".join(exporter.transports))

@@ -53,7 +53,11 @@ def failed_to_proto(event: ItemFailed) -> encoder_pb2.EncodeResponse:
 
 
 def describe_to_proto(
-    identity: ModelIdentity, settings: ProcessorSettings, transports: tuple[str, ...], max_items: int
+    identity: ModelIdentity,
+    settings: ProcessorSettings,
+    transports: tuple[str, ...],
+    max_items: int,
+    gpu_uuids: tuple[str, ...] = (),
 ) -> encoder_pb2.DescribeResponse:
     return describe(
         identity,
@@ -73,4 +77,5 @@ def describe_to_proto(
         ),
         transports=transports,
         max_items=max_items,
+        gpu_uuids=gpu_uuids,
     )

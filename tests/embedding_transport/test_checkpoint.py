@@ -55,3 +55,21 @@ def test_what_is_missing_is_named(tmp_path: Path, qwen3_vl_folder: Path) -> None
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
     with pytest.raises(CheckpointError, match="safetensors"):
         open_checkpoint(str(tmp_path)).tensor_names()
+
+
+def test_a_hub_id_is_found_in_the_hubs_cache(
+    tmp_path: Path, qwen3_vl_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache as the hub client lays it out after a download; the revision is the commit."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--acme--eyes"
+    shutil.copytree(qwen3_vl_folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    checkpoint = open_checkpoint("acme/eyes")
+    assert (checkpoint.model, checkpoint.revision) == ("acme/eyes", commit)
+    assert checkpoint.config["model_type"] == "qwen3_vl"
+    with pytest.raises(CheckpointError, match="acme/ears"):
+        open_checkpoint("acme/ears")

@@ -245,7 +245,7 @@ async def test_a_lease_of_another_generation_is_not_read(tmp_path: Path) -> None
             event.rows.copy_to(torch.zeros(5, 8), torch.zeros(3, 5, 8), 0)
         event.rows.release()
         await client.close()
-        assert servicer.exporter.stats().leases.unknown == 1
+        assert servicer.exporter.stats().leases.unknown >= 1  # a release that close interrupts is sent again
 
 
 async def test_more_rows_than_could_be_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,45 @@
+"""Logits of every prompt position equal transformers', for every kind of prompt (fp32, small dims)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from embedding_transport.checkpoint import open_checkpoint
+from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
+from llm_worker.engine.kv_cache import KvCache
+from llm_worker.engine.scheduler import Chunk
+from llm_worker.engine.sequence import Sequence
+from llm_worker.models import build_decoder
+from tests.integration.reference import Reference
+from tests.integration.test_parity import CASES
+from tests.llm_worker.engine.harness import greedy, request_for
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("chunk_size", [23, 1000])
+@torch.inference_mode()
+def test_logits_equal_transformers(checkpoint_folder: Path, chunk_size: int) -> None:
+    reference = Reference(checkpoint_folder)
+    decoder = build_decoder(open_checkpoint(str(checkpoint_folder)), CPU, torch.float32)
+    vision = reference.config.vision_config
+    for case in CASES.values():
+        request = request_for(reference, case.text, case.media(vision.patch_size * vision.spatial_merge_size))
+        expected_TV = reference.model(**request.inputs).logits[0]
+
+        num_tokens = len(request.prompt.token_ids)
+        kv_cache = KvCache(decoder.config, 64, 16, CPU, torch.float32)
+        buffer = InputEmbedBuffer(decoder, chunk_size)
+        sequence = Sequence("request", 0, [], greedy(1), deliver=lambda output, timings: None)
+        sequence.set_prompt(request.prompt)
+        sequence.rows = dict(enumerate(request.rows))
+        kv_cache.grow(sequence.blocks, num_tokens)
+        for start in range(0, num_tokens, chunk_size):
+            stop = min(start + chunk_size, num_tokens)
+            inputs, failed = buffer.write([Chunk(sequence, start, stop, samples=False)], kv_cache)
+            assert not failed
+            logits_TV = decoder.logits(decoder(inputs, kv_cache.layers))
+            assert (logits_TV - expected_TV[start:stop]).abs().max() <= 1e-3
