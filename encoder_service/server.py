@@ -113,11 +113,13 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
         if self._draining:
             raise EncoderUnavailable("the encoder is shutting down: send the request to another one")
         items = [item_from_proto(index, message) for index, message in enumerate(request.items)]
+        leases: set[int] = set()
         undelivered: set[int] = set()
 
         async def ship(item_index: int, rows_TW: torch.Tensor, timings: ItemTimings) -> AsyncGenerator[Wire, None]:
             async for response in serving.exporter.export(request.session_id, item_index, rows_TW, timings):
                 if isinstance(response, encoder_pb2.EncodeResponse) and response.HasField("ready"):
+                    leases.add(response.ready.lease.lease_id)
                     undelivered.add(response.ready.lease.lease_id)
                 yield response
 
@@ -134,6 +136,10 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
                         await context.write(event)
                         if isinstance(event, encoder_pb2.EncodeResponse):
                             undelivered.discard(event.ready.lease.lease_id)
+        except asyncio.CancelledError:
+            # The peer has given the request up. Some of its leases may still be on their way, where nobody takes them.
+            undelivered |= leases
+            raise
         finally:
             # The peer will never hear of these leases, so it cannot release them.
             if undelivered:

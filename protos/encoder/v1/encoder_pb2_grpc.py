@@ -79,6 +79,7 @@ class EncoderServicer(object):
         """Encodes the items of one request. Per item: one Layout as soon as its size is known, then either one
         Ready (rows lie in shared memory under a lease) or Chunks (rows as bytes), or one Failed instead.
         Items answer in the order in which they finish, so events of different items interleave.
+        Cancelling the call before its end gives back all its leases.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

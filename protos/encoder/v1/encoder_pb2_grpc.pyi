@@ -48,6 +48,7 @@ class EncoderStub:
     """Encodes the items of one request. Per item: one Layout as soon as its size is known, then either one
     Ready (rows lie in shared memory under a lease) or Chunks (rows as bytes), or one Failed instead.
     Items answer in the order in which they finish, so events of different items interleave.
+    Cancelling the call before its end gives back all its leases.
     """
     Release: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.ReleaseRequest, _encoder_pb2.ReleaseResponse]
     """Gives leases back. Unknown, expired and already released leases are counted, not errors."""
@@ -66,6 +67,7 @@ class EncoderAsyncStub(EncoderStub):
     """Encodes the items of one request. Per item: one Layout as soon as its size is known, then either one
     Ready (rows lie in shared memory under a lease) or Chunks (rows as bytes), or one Failed instead.
     Items answer in the order in which they finish, so events of different items interleave.
+    Cancelling the call before its end gives back all its leases.
     """
     Release: _aio.UnaryUnaryMultiCallable[_encoder_pb2.ReleaseRequest, _encoder_pb2.ReleaseResponse]  # type: ignore[assignment]
     """Gives leases back. Unknown, expired and already released leases are counted, not errors."""
@@ -99,6 +101,7 @@ class EncoderServicer(metaclass=_abc_1.ABCMeta):
         """Encodes the items of one request. Per item: one Layout as soon as its size is known, then either one
         Ready (rows lie in shared memory under a lease) or Chunks (rows as bytes), or one Failed instead.
         Items answer in the order in which they finish, so events of different items interleave.
+        Cancelling the call before its end gives back all its leases.
         """
 
     @_abc_1.abstractmethod
