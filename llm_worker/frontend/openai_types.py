@@ -127,8 +127,10 @@ def parse_request(kind: type[RequestT], body: bytes) -> RequestT:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        param = ".".join(str(each) for each in first["loc"])
+        # Where a field may be one of several types each of them complains: the one that got furthest knows why.
+        first = max(error.errors(include_url=False, include_input=False), key=lambda each: len(each["loc"]))
+        # pydantic puts the names of such types between the fields'.
+        param = ".".join(str(each) for each in first["loc"] if "[" not in str(each) and each != "str")
         if not param:
             raise BadRequest(f"the body is no JSON object: {first['msg']}") from None
         raise InvalidField(f"{param}: {first['msg']}", param) from None

@@ -35,8 +35,11 @@ def chat(**fields: Any) -> ChatRequest:
         ({"n": 2}, "n"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"top_logprobs": 21}, "top_logprobs"),
-        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages.0.content.0"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages.0.content.0.image_url.image_url.url",
+        ),
     ],
 )
 def test_bad_fields_are_named(fields: dict[str, Any], param: str) -> None:
