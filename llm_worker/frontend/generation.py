@@ -60,11 +60,11 @@ class Generator:
                 f"the request has {len(request.media)} images and videos: at most {self._max_items} are accepted"
             )
         media = _MediaFeed(self._encoders, request, self._prompt_config, self.tokenizer)
-        # Before anything else, the prompt's tokenization included: encoding is the long part.
+        # Before anything else: encoding is the long part, and goes on its way while the prompt is tokenized.
         feeding = asyncio.create_task(media.run())
         handle: RequestHandle | None = None
         try:
-            plan = self._plan(request)
+            plan = await asyncio.to_thread(self._plan, request)
             handle = self._engine.submit(request.request_id, plan.token_ids[: plan.num_prefix_tokens], request.sampling)
             media.begin(plan, handle)
             prompt = await media.prompt

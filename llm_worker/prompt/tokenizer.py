@@ -40,8 +40,9 @@ class PromptTokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` as it stands; special tokens written out in it are recognized."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        """Ids of `text` as it stands; special tokens written out in it are recognized. From any thread."""
+        # Not transformers' own encode: it sets truncation on the shared tokenizer, which another thread may be using.
+        ids: list[int] = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def text_of(self, token_id: int) -> str:
