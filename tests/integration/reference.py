@@ -66,6 +66,7 @@ class Reference:
     """transformers' model and processor parts over one checkpoint folder, fp32 on the CPU."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.config = AutoConfig.from_pretrained(folder)
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
