@@ -30,8 +30,19 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class _Session:
+    """What a peer has negotiated; `takes_bytes`: rows that do not fit the pool may come as bytes instead."""
+
+    transport: str
+    takes_bytes: bool
+
+
+@dataclass(frozen=True)
 class ExporterStats:
-    """Snapshot for metrics: lease ends since the start, leases alive, pool use, bytes shipped by transport."""
+    """Snapshot for metrics: lease ends since the start, leases alive, pool use, bytes shipped by transport.
+
+    oversize_items: sent as bytes over a shared-memory session, because they were larger than the whole pool.
+    """
 
     leases: LeaseCounts
     live_leases: int
@@ -39,6 +50,7 @@ class ExporterStats:
     pool_nbytes: int
     pool_used_nbytes: int
     shipped_nbytes: dict[str, int]
+    oversize_items: int
 
 
 class RowExporter:
@@ -68,7 +80,10 @@ class RowExporter:
         self._pool = ShmPool(shm_folder, pool_bytes) if shm_folder is not None else None
         self._leases: LeaseTable[Block] = LeaseTable(lease_ttl_s, clock, self._take_back)
         self._block_freed = asyncio.Event()
-        self._sessions: dict[str, str] = {}  # session id -> transport
+        # Whoever waits for room is served in turn: small items must not starve a large one.
+        self._turn = asyncio.Lock()
+        self._sessions: dict[str, _Session] = {}
+        self._num_oversize_items = 0
         self._draining = asyncio.Event()
         self._shipped_nbytes = {"shm": 0, "grpc": 0}
         self._expiry: asyncio.Task[None] | None = None
@@ -115,7 +130,7 @@ class RowExporter:
             )
         transport = "shm" if "shm" in wanted else "grpc"
         session_id = secrets.token_hex(16)
-        self._sessions[session_id] = transport
+        self._sessions[session_id] = _Session(transport, takes_bytes="grpc" in wanted)
         try:
             yield encoder_pb2.ConnectResponse(
                 session=encoder_pb2.Session(session_id=session_id, transport=transport, lease_ttl_s=self._leases.ttl_s)
@@ -139,11 +154,13 @@ class RowExporter:
         Raises:
             EncoderUnavailable: the session is not known (its Connect stream has ended).
             Overloaded: the pool stayed full.
+            TransportUnavailable: the rows are larger than the pool and the peer takes nothing but leases.
         """
         if session_id and session_id not in self._sessions:
             raise EncoderUnavailable(f"session {session_id} is not open: connect again")
         rows_TW = rows_TW.cpu().contiguous()
-        if self._sessions.get(session_id) == "shm":
+        session = self._sessions.get(session_id)
+        if session is not None and session.transport == "shm" and self._fits(rows_TW.nbytes, session):
             yield await self._export_lease(session_id, item_index, rows_TW, timings)
         else:
             for chunk in self._chunks(item_index, rows_TW, timings):
@@ -175,6 +192,7 @@ class RowExporter:
             pool_nbytes=self._pool.nbytes if self._pool else 0,
             pool_used_nbytes=self._pool.used_nbytes if self._pool else 0,
             shipped_nbytes=dict(self._shipped_nbytes),
+            oversize_items=self._num_oversize_items,
         )
 
     def _shm_offer(self) -> encoder_pb2.Offer:
@@ -202,6 +220,19 @@ class RowExporter:
         finally:
             peer_gone.cancel()
             draining.cancel()
+
+    def _fits(self, nbytes: int, session: _Session) -> bool:
+        """Whether rows go by lease; larger ones than the pool could ever hold go as bytes, and are counted."""
+        assert self._pool is not None
+        if self._pool.could_hold(nbytes):
+            return True
+        if not session.takes_bytes:
+            raise TransportUnavailable(
+                f"{nbytes} bytes of rows do not fit the pool of {self._pool.nbytes}, and the peer takes nothing but "
+                "shared memory: set --pool-bytes higher or let the worker use --transport auto"
+            )
+        self._num_oversize_items += 1
+        return False
 
     async def _export_lease(
         self, session_id: str, item_index: int, rows_TW: torch.Tensor, timings: ItemTimings
@@ -233,10 +264,8 @@ class RowExporter:
     async def _allocate(self, nbytes: int, lease_id: int) -> Block:
         pool = self._pool
         assert pool is not None
-        if nbytes > pool.nbytes:
-            raise Overloaded(f"{nbytes} bytes of rows never fit the pool of {pool.nbytes}: set --pool-bytes higher")
         try:
-            async with asyncio.timeout(_POOL_WAIT_S):
+            async with asyncio.timeout(_POOL_WAIT_S), self._turn:
                 while (block := pool.allocate(nbytes, lease_id)) is None:
                     await self._next_free()
         except TimeoutError as error:

@@ -125,6 +125,10 @@ class ShmPool:
     def used_nbytes(self) -> int:
         return self.nbytes - self._free_list.free_nbytes
 
+    def could_hold(self, nbytes: int) -> bool:
+        """Whether a block of that many bytes would fit if the pool were empty."""
+        return HEADER_NBYTES + _aligned(nbytes) <= self.nbytes
+
     def allocate(self, nbytes: int, lease_id: int) -> Block | None:
         """A block whose header names `lease_id`, or None while there is no room."""
         start = self._free_list.take(HEADER_NBYTES + nbytes)

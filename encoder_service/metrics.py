@@ -84,6 +84,9 @@ class _ExporterCollector(Collector):
         for event, count in asdict(stats.leases).items():
             leases.add_metric([event], count)
         yield leases
+        yield CounterMetricFamily(
+            "vitrine_encoder_oversize_items", "Items sent as bytes, larger than the whole pool.", stats.oversize_items
+        )
         shipped = CounterMetricFamily(
             "vitrine_encoder_shipped_bytes", "Bytes of rows by transport.", labels=["transport"]
         )

@@ -20,7 +20,7 @@ from embedding_transport.exporter import RowExporter
 from embedding_transport.grpc_status import error_from_rpc
 from embedding_transport.types import ItemTimings, MediaItem, RowsEvent
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
-from tests.embedding_transport.encoder_stub import IDENTITY, running_stub
+from tests.embedding_transport.encoder_stub import IDENTITY, running_stub, synthetic_rows
 
 PEER = """
 import asyncio, sys
@@ -99,17 +99,59 @@ async def test_an_unknown_session_is_told_to_connect_again(tmp_path: Path) -> No
             await export_all(servicer.exporter, "nobody", torch.zeros(1, IDENTITY.row_width))
 
 
-async def test_a_pool_that_stays_full_and_rows_that_never_fit_are_overload(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_pool_that_stays_full_is_overload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporter_module, "_POOL_WAIT_S", 0.1)
     async with running_stub(tmp_path, pool_bytes=16 << 10) as (address, _, _):
         client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
         await client.start()
         [event async for event in client.encode([MediaItem("image", data=b"a 100")], "request")]
-        for data in (b"b 100", b"c 1000"):
-            with pytest.raises(Overloaded, match="pool"):
-                [event async for event in client.encode([MediaItem("image", data=data)], "request")]
+        with pytest.raises(Overloaded, match="pool"):
+            [event async for event in client.encode([MediaItem("image", data=b"b 100")], "request")]
+        await client.close()
+
+
+async def test_rows_larger_than_the_pool_come_as_bytes_where_that_is_allowed(tmp_path: Path) -> None:
+    item = MediaItem("image", data=b"large 1000")
+    async with running_stub(tmp_path, pool_bytes=16 << 10) as (address, servicer, _):
+        client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+        assert client.status()[0].transport == "shm"
+        events = [event async for event in client.encode([item], "request")]
+        rows = next(event.rows for event in events if isinstance(event, RowsEvent))
+        main, deepstack = torch.zeros(1000, 8), torch.zeros(3, 1000, 8)
+        rows.copy_to(main, deepstack, 0)
+        assert torch.equal(torch.cat([main, *deepstack], dim=1), synthetic_rows(item.data or b"", 1000, IDENTITY))
+        assert client.stats().received_nbytes["shm"] == 0 < client.stats().received_nbytes["grpc"]
+        assert servicer.exporter.stats().oversize_items == 1
+        await client.close()
+
+        strict = EncoderClient([address], IDENTITY, transport="shm", shm_folder=tmp_path)
+        await strict.start()
+        with pytest.raises(TransportUnavailable, match="pool-bytes"):
+            [event async for event in strict.encode([item], "request")]
+        await strict.close()
+
+
+async def test_waiting_for_room_is_first_come_first_served(tmp_path: Path) -> None:
+    async with running_stub(tmp_path, pool_bytes=16 << 10) as (address, _, _):
+        client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+        order: list[str] = []
+
+        async def take(name: str, num_tokens: int) -> RowsEvent:
+            events = client.encode([MediaItem("image", data=f"{name} {num_tokens}".encode())], name)
+            rows = [event async for event in events if isinstance(event, RowsEvent)]
+            order.append(name)
+            return rows[0]
+
+        held = await take("holds", 60)  # 7680 of 16384 bytes
+        large = asyncio.create_task(take("large", 100))
+        await asyncio.sleep(0.1)
+        small = asyncio.create_task(take("small", 10))  # would fit, but came later
+        await asyncio.sleep(0.1)
+        assert order == ["holds"]
+        held.rows.release()
+        await asyncio.gather(large, small)
         await client.close()
 
 
