@@ -122,8 +122,10 @@ class Engine:
         )
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._arrivals = itertools.count()
+        self._lock = threading.RLock()  # over _num_live and _thread_ended
         self._num_live = 0
         self._closing = False
+        self._thread_ended = False
         self._num_steps = self._num_prefill_tokens = self._num_decode_tokens = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -146,12 +148,15 @@ class Engine:
             Overloaded: too many requests are waiting.
         """
         limit = self._config.max_num_seqs + self._config.max_waiting
-        if self._num_live >= limit:
-            raise Overloaded(f"{self._num_live} requests are running or waiting, the limit is {limit}: try again later")
         handle = RequestHandle(self, request_id)
         sequence = Sequence(request_id, next(self._arrivals), list(prefix_token_ids), sampling, handle.deliver)
         handle.sequence = sequence
-        self._num_live += 1
+        with self._lock:
+            if self._num_live >= limit:
+                raise Overloaded(
+                    f"{self._num_live} requests are running or waiting, the limit is {limit}: try again later"
+                )
+            self._num_live += 1
         self.call(self._on_submit, sequence)
         return handle
 
@@ -167,23 +172,38 @@ class Engine:
         )
 
     def call(self, function: Callable[..., None], *arguments: object) -> None:
-        """Has the engine's thread call `function` before its next step."""
-        self._calls.put(lambda: function(*arguments))
+        """Has the engine's thread call `function` before its next step; after its end, calls it here."""
+        with self._lock:
+            if not self._thread_ended:
+                self._calls.put(lambda: function(*arguments))
+            else:
+                function(*arguments)
 
     def _run(self) -> None:
-        while not self._closing:
-            chunks = self._scheduler.schedule()
-            if chunks:
-                self._step(chunks)
-                while not self._calls.empty():
+        try:
+            while not self._closing:
+                chunks = self._scheduler.schedule()
+                if chunks:
+                    self._step(chunks)
+                    self._run_calls()
+                else:
                     self._calls.get()()
-            else:
-                self._calls.get()()
+        finally:  # whatever ended the loop: nobody may wait for a thread that is gone
+            with self._lock:
+                self._thread_ended = True
+                self._on_close()
+                self._run_calls()
+
+    def _run_calls(self) -> None:
+        while not self._calls.empty():
+            self._calls.get()()
 
     # Calls from the handles.
 
     def _on_submit(self, sequence: Sequence) -> None:
         self._scheduler.add(sequence)
+        if self._closing:
+            self._on_close()
 
     def on_prompt(self, sequence: Sequence, prompt: ExpandedPrompt) -> None:
         if sequence.finished:
@@ -197,7 +217,7 @@ class Engine:
             self.on_fail(sequence, error)
 
     def on_rows(self, sequence: Sequence, item_index: int, rows: EmbeddingRows) -> None:
-        if sequence.finished:
+        if sequence.finished or item_index in sequence.rows:
             rows.release()
         else:
             sequence.rows[item_index] = rows
@@ -212,13 +232,14 @@ class Engine:
             sequence.deliver(error, sequence.timings())
 
     def _on_close(self) -> None:
+        self._closing = True
         for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
             self.on_fail(sequence, InternalError("the worker is shutting down"))
-        self._closing = True
 
     def _end(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)
-        self._num_live -= 1
+        with self._lock:
+            self._num_live -= 1
 
     # One step.
 
@@ -226,7 +247,7 @@ class Engine:
         start = time.perf_counter()
         try:
             with torch.inference_mode():
-                inputs, failed = self._buffer.write(chunks, self._kv_cache)
+                inputs, failed = self._buffer.write(chunks)
                 hidden_TC = self._decoder(inputs, self._kv_cache.layers)
                 for chunk, error in failed:
                     self._fail_landing(chunk.sequence, error)
@@ -243,7 +264,12 @@ class Engine:
             return
         self._account(chunks, time.perf_counter() - start)
         for (chunk, _), logits_V in zip(sampling, logits_BV, strict=True):
-            self._emit_token(chunk.sequence, logits_V)
+            try:
+                self._emit_token(chunk.sequence, logits_V)
+            except Exception as error:  # there is no drawing from NaN, say
+                _log.exception("choosing the next token of %s failed", chunk.sequence.request_id)
+                message = f"choosing the next token failed: {type(error).__name__}"
+                self.on_fail(chunk.sequence, InternalError(message))
 
     def _fail_landing(self, sequence: Sequence, error: Exception) -> None:
         if not isinstance(error, VitrineError):

@@ -5,9 +5,22 @@ Shapes: L layers, S slots (num_blocks * block_size), K key/value heads, D head d
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 
 from llm_worker.models.config import TextConfig
+
+
+@dataclass(eq=False)
+class BlockTable:
+    """The blocks one sequence holds.
+
+    slots: cache slot of each token they have room for, in order, [len(blocks) * block_size] int64, where the cache is.
+    """
+
+    blocks: list[int] = field(default_factory=list)
+    slots: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
 class KvCache:
@@ -30,22 +43,22 @@ class KvCache:
         """Blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
-    def grow(self, blocks: list[int], num_tokens: int) -> bool:
+    def grow(self, table: BlockTable, num_tokens: int) -> bool:
         """Extends a sequence's blocks to hold `num_tokens`; takes none and returns False where they do not suffice."""
-        needed = self.blocks_for(num_tokens) - len(blocks)
+        needed = self.blocks_for(num_tokens) - len(table.blocks)
         if needed > len(self._free):
             return False
-        for _ in range(needed):
-            blocks.append(self._free.pop())
+        if needed > 0:
+            table.blocks.extend(self._free.pop() for _ in range(needed))
+            self._set_slots(table)
         return True
 
-    def free(self, blocks: list[int]) -> None:
-        """Takes all of a sequence's blocks back and empties its list."""
-        self._free.extend(blocks)
-        blocks.clear()
+    def free(self, table: BlockTable) -> None:
+        """Takes all of a sequence's blocks back and empties its table."""
+        self._free.extend(table.blocks)
+        table.blocks.clear()
+        self._set_slots(table)
 
-    def slots(self, blocks: list[int], num_tokens: int) -> torch.Tensor:
-        """Cache slot of each of a sequence's first tokens, [num_tokens] int64, on the cache's device."""
-        offsets = torch.arange(self.block_size)
-        slots = (torch.tensor(blocks)[:, None] * self.block_size + offsets).flatten()[:num_tokens]
-        return slots.to(self.layers.device)
+    def _set_slots(self, table: BlockTable) -> None:
+        first_slots = torch.tensor(table.blocks, dtype=torch.int64)[:, None] * self.block_size
+        table.slots = (first_slots + torch.arange(self.block_size)).flatten().to(self.layers.device)

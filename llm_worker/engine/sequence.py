@@ -10,6 +10,7 @@ import torch
 
 from embedding_transport.errors import InternalError, VitrineError
 from embedding_transport.types import EmbeddingRows
+from llm_worker.engine.kv_cache import BlockTable
 from llm_worker.engine.request import EngineTimings, ExpandedPrompt, MediaSpan, SamplingParams, TokenOutput
 
 Deliver = Callable[[TokenOutput | VitrineError, EngineTimings], None]
@@ -30,7 +31,7 @@ class Sequence:
     deliver: Deliver
     prompt: ExpandedPrompt | None = None
     rows: dict[int, EmbeddingRows] = field(default_factory=dict)
-    blocks: list[int] = field(default_factory=list)
+    blocks: BlockTable = field(default_factory=BlockTable)
     num_computed: int = 0
     max_total_tokens: int = 0
     reserved: bool = False
@@ -44,7 +45,7 @@ class Sequence:
         seed = self.sampling.seed
         self.generator = torch.Generator()
         if seed is not None:
-            self.generator.manual_seed(seed)
+            self.generator.manual_seed(seed % 2**64)  # torch takes 64 bits, JSON has no limit
         else:
             self.generator.seed()
 
@@ -62,6 +63,8 @@ class Sequence:
         if self.prompt is None:
             # One is kept back: should nothing follow, the last token has yet to run to be sampled from.
             return max(len(self.token_ids) - 1, 0)
+        if self.num_computed >= self.num_prompt_tokens:
+            return len(self.token_ids)
         late = (
             span.start
             for span in self.prompt.spans
@@ -77,17 +80,20 @@ class Sequence:
 
     def spans_in(self, start: int, stop: int) -> list[MediaSpan]:
         """Media spans that overlap prompt positions [start, stop)."""
-        spans = self.prompt.spans if self.prompt is not None else ()
-        return [span for span in spans if span.start < stop and span.start + span.length > start]
+        if self.prompt is None or start >= self.num_prompt_tokens:
+            return []
+        return [span for span in self.prompt.spans if span.start < stop and span.start + span.length > start]
 
     def positions(self, start: int, stop: int) -> torch.Tensor:
         """M-RoPE positions of tokens [start, stop), [3, stop - start] int64."""
         if self.prompt is None:
             return torch.arange(start, stop).expand(3, -1)
         num_prompt = self.num_prompt_tokens
-        of_prompt = self.prompt.positions_3N[:, start : min(stop, num_prompt)]
-        generated = torch.arange(max(start, num_prompt), max(stop, num_prompt)) - num_prompt + self.prompt.next_position
-        return torch.cat([of_prompt, generated.expand(3, -1)], dim=1)
+        if stop <= num_prompt:
+            return self.prompt.positions_3N[:, start:stop]
+        assert start >= num_prompt, "a chunk ends with the prompt: what follows is not known before"
+        offset = self.prompt.next_position - num_prompt
+        return torch.arange(start + offset, stop + offset).expand(3, -1)
 
     def release_landed_rows(self) -> None:
         """Releases the rows of every item whose last row is in the cache."""

@@ -132,7 +132,8 @@ def _sampling(sampling: llm_pb2.SamplingParams, served: ServedModel) -> Sampling
     defaults = served.defaults
     temperature = sampling.temperature if sampling.HasField("temperature") else defaults.temperature
     top_p = sampling.top_p if sampling.HasField("top_p") else defaults.top_p
-    if temperature < 0 or not 0 < top_p <= 1 or sampling.logprobs > _MAX_TOP_LOGPROBS:
+    # Written so that NaN fails, too.
+    if not temperature >= 0 or not 0 < top_p <= 1 or sampling.logprobs > _MAX_TOP_LOGPROBS:
         raise BadRequest(
             f"temperature {temperature} must be at least 0, top_p {top_p} in (0, 1] and "
             f"logprobs {sampling.logprobs} at most {_MAX_TOP_LOGPROBS}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from typing import Any, Literal
 
 from llm_worker.engine.request import TokenLogprobs
@@ -15,7 +16,7 @@ AnswerKind = Literal["chat", "completion"]
 
 @dataclass
 class AnswerWriter:
-    """Writes one answer, at once or piece by piece. timings_ms and token_ids are our additions to OpenAI's fields."""
+    """Writes one answer, at once or piece by piece. timings and token_ids are our additions to OpenAI's fields."""
 
     kind: AnswerKind
     request_id: str
@@ -23,6 +24,7 @@ class AnswerWriter:
     tokenizer: PromptTokenizer | None
     return_token_ids: bool
     created: int = field(default_factory=lambda: int(time.time()))
+    _text_offset: int = field(default=0, init=False)
 
     def whole(self, deltas: list[Delta], finished: Finished) -> dict[str, Any]:
         text = "".join(delta.text for delta in deltas)
@@ -88,11 +90,13 @@ class AnswerWriter:
             return None
         if self.kind == "chat":
             return {"content": [self._chat_logprob(each) for each in logprobs], "refusal": None}
+        tokens = [self._text(each.token_id) for each in logprobs]
+        *offsets, self._text_offset = accumulate(map(len, tokens), initial=self._text_offset)
         return {
-            "tokens": [self._text(each.token_id) for each in logprobs],
+            "tokens": tokens,
             "token_logprobs": [each.logprob for each in logprobs],
             "top_logprobs": [{self._text(token_id): value for token_id, value in each.top} for each in logprobs],
-            "text_offset": [],
+            "text_offset": offsets,
         }
 
     def _chat_logprob(self, logprobs: TokenLogprobs) -> dict[str, Any]:
@@ -100,8 +104,9 @@ class AnswerWriter:
         return self._token(logprobs.token_id, logprobs.logprob) | {"top_logprobs": top}
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text = self._text(token_id)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        # A token may be part of a character: its text is not valid then, its bytes are.
+        data = None if self.tokenizer is None else list(self.tokenizer.bytes_of(token_id))
+        return {"token": self._text(token_id), "logprob": logprob, "bytes": data}
 
     def _text(self, token_id: int) -> str:
         """Without a tokenizer the id stands for the text, so that no two tokens look alike."""

@@ -12,7 +12,7 @@ from typing import Any
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from embedding_transport.errors import EncoderUnavailable, UnknownModel
+from embedding_transport.errors import BadRequest, EncoderUnavailable, UnknownModel
 from llm_worker.frontend.events import Delta, Finished, GenerationEvent, GenerationRequest
 from llm_worker.frontend.generation import Generator
 from llm_worker.frontend.http_errors import as_vitrine_error, error_body, errors_as_openai
@@ -57,13 +57,13 @@ class OpenAiHttp:
         return app
 
     async def _chat(self, http: web.Request) -> web.StreamResponse:
-        request = parse_request(ChatRequest, await http.read())
+        request = parse_request(ChatRequest, await _json_body(http))
         served = self._model(request.model)
         generation = chat_to_generation(request, served.generator.tokenizer, served.defaults)
         return await self._answer(http, "chat", request, generation, served)
 
     async def _complete(self, http: web.Request) -> web.StreamResponse:
-        request = parse_request(CompletionRequest, await http.read())
+        request = parse_request(CompletionRequest, await _json_body(http))
         served = self._model(request.model)
         generation = completion_to_generation(request, served.defaults)
         return await self._answer(http, "completion", request, generation, served)
@@ -115,6 +115,17 @@ class OpenAiHttp:
                 elif isinstance(event, Finished):
                     return web.json_response(writer.whole(deltas, event))
         raise RuntimeError("the generation ended without Finished")
+
+
+async def _json_body(http: web.Request) -> bytes:
+    """
+    Raises:
+        BadRequest: the body is not declared to be JSON.
+    """
+    # A web page of another origin cannot send this type without asking first: it keeps browsers from being used.
+    if http.content_type != "application/json":
+        raise BadRequest(f"the content type is {http.content_type}: send JSON as content-type: application/json")
+    return await http.read()
 
 
 async def _stream(

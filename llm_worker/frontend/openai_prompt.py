@@ -71,13 +71,15 @@ def _sampling(
 
 def _template_message(message: Message) -> dict[str, Any]:
     """A message as chat templates expect it; media carry no address there, only their kind."""
+    # OpenAI's newer name for the same role: Qwen's templates would leave such a message out without a word.
+    role = "system" if message.role == "developer" else message.role
     if not isinstance(message.content, list):
-        return {"role": message.role, "content": message.content or ""}
+        return {"role": role, "content": message.content or ""}
     content = [
         {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": part.type.removesuffix("_url")}
         for part in message.content
     ]
-    return {"role": message.role, "content": content}
+    return {"role": role, "content": content}
 
 
 def _media_item(part: ImagePart | VideoPart) -> MediaItem:

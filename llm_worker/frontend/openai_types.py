@@ -72,7 +72,7 @@ class _Request(BaseModel):
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
     n: Literal[1] | None = None
-    stream: bool = False
+    stream: bool | None = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
 

@@ -82,7 +82,8 @@ def text_config(checkpoint: Checkpoint) -> TextConfig:
             mrope_interleaved=qwen3,
             qk_norm=qwen3,
             qkv_bias=not qwen3 or bool(text.get("attention_bias")),
-            tie_word_embeddings=bool(text.get("tie_word_embeddings") or config.get("tie_word_embeddings")),
+            # The whole model's word counts, as in transformers; the text model's where there is no other.
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
             max_position_embeddings=text["max_position_embeddings"],
             num_deepstack=len(config["vision_config"].get("deepstack_visual_indexes") or ()),
             moe=_moe_config(text) if model_type == "qwen3_vl_moe" else None,

@@ -20,7 +20,7 @@ from torch import nn
 
 from llm_worker.models.config import TextConfig
 from llm_worker.models.moe import SparseMoe
-from llm_worker.models.paged_attention import SequenceSlice, paged_attention
+from llm_worker.models.paged_attention import AttentionPlan, SequenceSlice, paged_attention, plan_attention
 from llm_worker.models.rotary import Rotary, rotary_at
 
 
@@ -37,6 +37,15 @@ class StepInputs:
     positions_3T: torch.Tensor
     slot_mapping_T: torch.Tensor
     sequences: Sequence[SequenceSlice]
+
+
+@dataclass(frozen=True)
+class StepShared:
+    """What is computed once a step and read by all layers."""
+
+    rotary: Rotary
+    attention: AttentionPlan
+    slot_mapping_T: torch.Tensor
 
 
 class RMSNorm(nn.Module):
@@ -75,18 +84,16 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(
-        self, x_TC: torch.Tensor, rotary: Rotary, inputs: StepInputs, kv_cache_2SKD: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, x_TC: torch.Tensor, shared: StepShared, kv_cache_2SKD: torch.Tensor) -> torch.Tensor:
         q_THD, k_TKD, v_TKD = (
             projection(x_TC).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q_THD = rotary.turn(self.q_norm(q_THD))
+        q_THD = shared.rotary.turn(self.q_norm(q_THD))
         k_cache_SKD, v_cache_SKD = kv_cache_2SKD
-        k_cache_SKD[inputs.slot_mapping_T] = rotary.turn(self.k_norm(k_TKD))
-        v_cache_SKD[inputs.slot_mapping_T] = v_TKD
-        out_THD = paged_attention(q_THD, k_cache_SKD, v_cache_SKD, inputs.sequences)
+        k_cache_SKD[shared.slot_mapping_T] = shared.rotary.turn(self.k_norm(k_TKD))
+        v_cache_SKD[shared.slot_mapping_T] = v_TKD
+        out_THD = paged_attention(q_THD, k_cache_SKD, v_cache_SKD, shared.attention)
         return self.o_proj(out_THD.flatten(1))
 
 
@@ -99,10 +106,8 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, x_TC: torch.Tensor, rotary: Rotary, inputs: StepInputs, kv_cache_2SKD: torch.Tensor
-    ) -> torch.Tensor:
-        x_TC = x_TC + self.self_attn(self.input_layernorm(x_TC), rotary, inputs, kv_cache_2SKD)
+    def forward(self, x_TC: torch.Tensor, shared: StepShared, kv_cache_2SKD: torch.Tensor) -> torch.Tensor:
+        x_TC = x_TC + self.self_attn(self.input_layernorm(x_TC), shared, kv_cache_2SKD)
         return x_TC + self.mlp(self.post_attention_layernorm(x_TC))
 
 
@@ -137,10 +142,14 @@ class TextDecoder(nn.Module):
         Returns:
             Hidden states after the last norm, [T, C].
         """
-        rotary = rotary_at(inputs.positions_3T, self.config, self.dtype)
+        shared = StepShared(
+            rotary_at(inputs.positions_3T, self.config, self.dtype),
+            plan_attention(inputs.sequences, self.device),
+            inputs.slot_mapping_T,
+        )
         x_TC = inputs.embeds_TC
         for layer, (block, kv_cache_2SKD) in enumerate(zip(self.layers, kv_caches_L2SKD, strict=True)):
-            x_TC = block(x_TC, rotary, inputs, kv_cache_2SKD)
+            x_TC = block(x_TC, shared, kv_cache_2SKD)
             if inputs.deepstack_NTC is not None and layer < len(inputs.deepstack_NTC):
                 x_TC = x_TC + inputs.deepstack_NTC[layer]
         return self.norm(x_TC)

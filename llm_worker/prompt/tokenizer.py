@@ -7,11 +7,14 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from embedding_transport.checkpoint import Checkpoint, CheckpointError
 from embedding_transport.errors import BadRequest
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+# Byte-level tokenizers write every byte as one printable character.
+_BYTE_OF: dict[str, int] = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 class PromptTokenizer:
@@ -34,6 +37,7 @@ class PromptTokenizer:
             raise CheckpointError(
                 f"no tokenizer in {checkpoint.folder}: {error}; add its files or start with --skip-tokenizer-init"
             ) from error
+        self._added_token_ids = frozenset(self._tokenizer.added_tokens_decoder)
         # Older checkpoints keep the template in a file of its own.
         self._chat_template: str | None = self._tokenizer.chat_template or checkpoint.json("chat_template.json").get(
             "chat_template"
@@ -49,6 +53,13 @@ class PromptTokenizer:
         """One token by itself, for log-probabilities; not always valid text."""
         text: str = self._tokenizer.decode([token_id])
         return text
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """The token's part of the UTF-8 text; those of several tokens put together are valid text."""
+        token: str | None = self._tokenizer.convert_ids_to_tokens(token_id)
+        if token is None or token_id in self._added_token_ids:
+            return (token or "").encode()
+        return bytes(_BYTE_OF[character] for character in token)
 
     def render_chat(self, messages: Sequence[dict[str, Any]]) -> str:
         """The prompt text that asks for the assistant's next message.

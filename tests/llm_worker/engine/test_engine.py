@@ -235,6 +235,73 @@ async def test_close_fails_what_runs_and_releases_its_rows(qwen3_vl_folder: Path
         await collect(handle)
 
 
+async def test_a_closed_engine_refuses_and_releases(qwen3_vl_folder: Path, image: Request) -> None:
+    with running_engine(qwen3_vl_folder) as engine:
+        before = engine.submit("before", image.prefix, greedy(4))
+    handle = submit(engine, image, greedy(4))
+    assert image.rows[0].num_releases == 1
+    for each in (before, handle):
+        with pytest.raises(InternalError, match="shutting down"):
+            await collect(each)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_nobody_waits_for_an_engine_that_broke(
+    qwen3_vl_folder: Path, image: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("a bug of ours")
+
+    with running_engine(qwen3_vl_folder) as engine:
+        running = engine.submit("running", image.prefix, greedy(4))
+        running.set_rows(0, image.rows[0])
+        await until(lambda: engine.stats().running == 1)
+        monkeypatch.setattr(engine._scheduler, "schedule", fail)
+        running.set_prompt(image.prompt)
+        for handle in (running, engine.submit("later", image.prefix, greedy(4))):
+            with pytest.raises(InternalError):
+                await asyncio.wait_for(collect(handle), 10)
+        assert image.rows[0].num_releases == 1
+
+
+async def test_what_cannot_be_sampled_fails_alone(
+    qwen3_vl_folder: Path, reference: Reference, image: Request, text: Request
+) -> None:
+    """Rows of NaN end in logits of NaN. They share steps, a padded batch and the whole cache with a sound request."""
+    num_blocks = -(-(len(text.prompt.token_ids) + 40) // 8) + -(-(len(image.prompt.token_ids) + 8) // 8)
+    with running_engine(qwen3_vl_folder, num_blocks=num_blocks) as engine:
+        sound = submit(engine, text, greedy(40))
+        await anext(aiter(sound))
+        broken = replace(image, rows=[TensorRows(torch.full_like(image.rows[0]._rows_TW, torch.nan))])
+        greedily = submit(engine, broken, greedy(8))
+        expected = reference.greedy(text.inputs, 40)[0]
+        assert len(await tokens(greedily)) == 8
+        broken = replace(image, rows=[TensorRows(torch.full_like(image.rows[0]._rows_TW, torch.nan))])
+        with pytest.raises(InternalError, match="token"):
+            await collect(submit(engine, broken, SamplingParams(max_tokens=8)))
+        assert await tokens(sound) == expected[1:]
+        # What NaN was left in the cache does not reach those who come next.
+        assert await tokens(submit(engine, text, greedy(40))) == expected
+
+
+async def test_rows_nobody_asked_for_are_released(qwen3_vl_folder: Path, reference: Reference, image: Request) -> None:
+    with running_engine(qwen3_vl_folder) as engine:
+        without_span, twice = TensorRows(torch.zeros(1, 1)), TensorRows(torch.zeros(1, 1))
+        handle = engine.submit("more rows than spans", image.prefix, greedy(4))
+        handle.set_rows(0, image.rows[0])
+        handle.set_rows(0, twice)
+        handle.set_rows(7, without_span)
+        handle.set_prompt(image.prompt)
+        assert await tokens(handle) == reference.greedy(image.inputs, 4)[0]
+        assert [each.num_releases for each in (image.rows[0], twice, without_span)] == [1, 1, 1]
+
+
+async def test_a_seed_may_be_any_integer(qwen3_vl_folder: Path, text: Request) -> None:
+    with running_engine(qwen3_vl_folder) as engine:
+        for seed in (-1, 2**64, 2**200, -(2**200)):
+            assert len(await tokens(submit(engine, text, SamplingParams(max_tokens=2, seed=seed)))) == 2
+
+
 async def test_an_idle_engine_does_nothing(qwen3_vl_folder: Path, image: Request) -> None:
     with running_engine(qwen3_vl_folder) as engine:
         handle = engine.submit("waits for its image", image.prefix, greedy(4))

@@ -45,6 +45,23 @@ def test_frequencies_are_the_probabilities(sampling: SamplingParams, expected: t
     assert torch.allclose(frequencies, expected, atol=0.015)
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [SamplingParams(temperature=1e-45), SamplingParams(temperature=1e-320), SamplingParams(top_p=1e-46)],
+    ids=["denormal float32", "denormal float64", "top_p"],
+)
+def test_the_smallest_values_a_request_may_hold_are_greedy(sampling: SamplingParams) -> None:
+    assert {sample(100 * LOGITS, sampling, torch.Generator()) for _ in range(20)} == {0}
+
+
+def test_equal_seeds_draw_equally() -> None:
+    def draws(seed: int) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        return [sample(LOGITS, SamplingParams(top_p=0.95), generator) for _ in range(50)]
+
+    assert draws(1) == draws(1) != draws(2)
+
+
 def test_temperature_zero_is_greedy_whatever_else_is_asked() -> None:
     sampling = SamplingParams(temperature=0.0, top_k=3, top_p=0.5)
     assert {sample(LOGITS, sampling, torch.Generator()) for _ in range(20)} == {0}
@@ -57,3 +74,4 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
     assert [token_id for token_id, _ in logprobs.top] == [0, 1]
     assert [value for _, value in logprobs.top] == pytest.approx(expected[:2].tolist())
     assert token_logprobs(LOGITS, 3, 0).top == ()
+    assert len(token_logprobs(LOGITS, 3, 20).top) == len(LOGITS)

@@ -90,6 +90,18 @@ def test_chat_becomes_a_prompt_with_its_media_in_order(qwen3_vl_folder: Path) ->
         chat_to_generation(chat(), None, DEFAULTS)
 
 
+def test_developer_is_system_to_the_template(qwen3_vl_folder: Path) -> None:
+    """Qwen's templates leave out messages of roles that they do not know."""
+    tokenizer = PromptTokenizer(open_checkpoint(str(qwen3_vl_folder)))
+    for content in ("Be brief", [{"type": "text", "text": "Be brief"}]):
+        texts = [
+            chat_to_generation(chat(messages=[{"role": role, "content": content}, USER]), tokenizer, DEFAULTS).prompt
+            for role in ("developer", "system")
+        ]
+        assert texts[0] == texts[1]
+        assert "<|im_start|>system\nBe brief<|im_end|>" in texts[0]
+
+
 def test_sampling_comes_from_the_request_or_else_from_the_checkpoint(qwen3_vl_folder: Path) -> None:
     body = {"model": "m", "prompt": [1, 2]}
     request = parse_request(CompletionRequest, json.dumps(body).encode())

@@ -39,7 +39,7 @@ def test_logits_equal_transformers(checkpoint_folder: Path, chunk_size: int) -> 
         kv_cache.grow(sequence.blocks, num_tokens)
         for start in range(0, num_tokens, chunk_size):
             stop = min(start + chunk_size, num_tokens)
-            inputs, failed = buffer.write([Chunk(sequence, start, stop, samples=False)], kv_cache)
+            inputs, failed = buffer.write([Chunk(sequence, start, stop, samples=False)])
             assert not failed
             logits_TV = decoder.logits(decoder(inputs, kv_cache.layers))
             assert (logits_TV - expected_TV[start:stop]).abs().max() <= 1e-3

@@ -90,8 +90,10 @@ def test_layer_at_true_dims(name: str) -> None:
     for parameter in theirs.parameters():
         if parameter.ndim > 1:
             parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    decoder = TextDecoder(ours(dims, model_type, rope, num_deepstack)).eval()
-    decoder.load_state_dict(theirs.state_dict() | {"lm_head.weight": decoder.lm_head.weight})
+    with torch.device("meta"):
+        decoder = TextDecoder(ours(dims, model_type, rope, num_deepstack)).eval()
+    lm_head = {"lm_head.weight": torch.empty(decoder.lm_head.weight.shape)}  # not part of their text model
+    decoder.load_state_dict(theirs.state_dict() | lm_head, assign=True)
 
     embeds_TC = torch.randn(NUM_TOKENS, dims["hidden_size"])
     # Text, a 4 x 5 picture, text: all three axes differ.

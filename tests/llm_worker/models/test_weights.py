@@ -68,13 +68,29 @@ def test_tied_embeddings_share_one_tensor(tmp_path: Path) -> None:
     assert decoder.lm_head.weight.data_ptr() == decoder.embed_tokens.weight.data_ptr()
 
 
+def test_the_whole_models_word_on_tying_counts(tmp_path: Path) -> None:
+    config = small_config("qwen3_vl")
+    config.text_config.tie_word_embeddings = True
+    folder = save_random_checkpoint(tmp_path, "qwen3_vl", config=config)
+    stored = load_file(folder / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(load(folder).lm_head.weight, stored)
+
+
+def test_shards_hold_the_same_weights(tmp_path: Path, qwen3_vl_folder: Path) -> None:
+    folder = save_random_checkpoint(tmp_path, "qwen3_vl", max_shard_size="200KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    expected = load(qwen3_vl_folder).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in load(folder).state_dict().items())
+
+
 def test_wrong_checkpoints_are_named(tmp_path: Path) -> None:
     name = "model.language_model.layers.1.mlp.up_proj.weight"
-    for change, says in (
+    changes: list[tuple[dict[str, torch.Tensor | None], str]] = [
         ({name: None}, name),
-        ({name: torch.zeros(3, 3)}, r"\(3, 3\)"),
+        ({name: torch.zeros(3, 3)}, rf"{name} has shape \(3, 3\)"),
         ({"model.language_model.layers.1.mlp.extra.weight": torch.zeros(1)}, "extra"),
-    ):
+    ]
+    for change, says in changes:
         folder = save_random_checkpoint(tmp_path, "qwen3_vl")
         rewrite(folder, change)
         with pytest.raises(CheckpointError, match=says):

@@ -59,3 +59,11 @@ def test_characters_come_out_whole_and_special_tokens_not_at_all(qwen3_vl_folder
         pieces.append(detokenizer.push(token_id))
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_the_bytes_of_tokens_put_together_are_the_text(qwen3_vl_folder: Path) -> None:
+    prompt = tokenizer(qwen3_vl_folder)
+    text = "naïve 猫 🐈<|im_end|> \n\x00end"
+    ids = prompt.encode(text)
+    assert b"".join(prompt.bytes_of(token_id) for token_id in ids) == text.encode()
+    assert prompt.bytes_of(10**6) == b""  # models have more logits than their tokenizer has tokens

@@ -1,0 +1,121 @@
+"""What the decoder reads: text embeddings, media rows at their places, and nothing left from the step before."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from embedding_transport.checkpoint import open_checkpoint
+from embedding_transport.errors import LeaseExpired
+from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
+from llm_worker.engine.kv_cache import KvCache
+from llm_worker.engine.request import ExpandedPrompt, MediaSpan
+from llm_worker.engine.scheduler import Chunk
+from llm_worker.engine.sequence import Sequence
+from llm_worker.models import build_decoder
+from llm_worker.models.decoder import StepInputs, TextDecoder
+from tests.llm_worker.engine.harness import greedy
+from tests.llm_worker.engine.tensor_rows import TensorRows
+
+CPU = torch.device("cpu")
+NUM_TOKENS = 12
+SPANS = (MediaSpan(0, 3, 4, 0), MediaSpan(1, 8, 2, 0), MediaSpan(0, 10, 1, 4))
+
+
+@pytest.fixture(scope="module")
+def decoder(qwen3_vl_folder: Path) -> TextDecoder:
+    return build_decoder(open_checkpoint(str(qwen3_vl_folder)), CPU, torch.float32)
+
+
+@pytest.fixture
+def cache(decoder: TextDecoder) -> KvCache:
+    return KvCache(decoder.config, 16, 4, CPU, torch.float32)
+
+
+def sequence(decoder: TextDecoder, cache: KvCache, spans: tuple[MediaSpan, ...] = SPANS) -> Sequence:
+    sequence = Sequence("request", 0, [], greedy(1), deliver=lambda output, timings: None)
+    sequence.set_prompt(
+        ExpandedPrompt(list(range(40, 40 + NUM_TOKENS)), torch.arange(NUM_TOKENS).expand(3, -1) * 2, 50, spans)
+    )
+    width = decoder.config.hidden_size * (1 + decoder.config.num_deepstack)
+    for item_index, num_rows in ((0, 5), (1, 2)):
+        sequence.rows[item_index] = TensorRows(torch.randn(num_rows, width))
+    cache.grow(sequence.blocks, NUM_TOKENS + 4)
+    return sequence
+
+
+def expected(decoder: TextDecoder, sequence: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings [tokens, C] and deepstack [N, tokens, C] of the whole prompt, row by row."""
+    embeds = decoder.embed(torch.tensor(sequence.token_ids)).clone()
+    hidden = embeds.shape[1]
+    deepstack = torch.zeros(decoder.config.num_deepstack, *embeds.shape)
+    for span in sequence.prompt.spans if sequence.prompt else ():
+        rows = sequence.rows[span.item_index]
+        assert isinstance(rows, TensorRows)
+        for offset in range(span.length):
+            row = rows._rows_TW[span.first_row + offset].split(hidden)
+            embeds[span.start + offset] = row[0]
+            deepstack[:, span.start + offset] = torch.stack(row[1:])
+    return embeds, deepstack
+
+
+def write(buffer: InputEmbedBuffer, sequence: Sequence, start: int, stop: int) -> StepInputs:
+    inputs, failed = buffer.write([Chunk(sequence, start, stop, samples=False)])
+    assert not failed
+    return inputs
+
+
+@pytest.mark.parametrize("cuts", [[0, 12], [0, 5, 9, 12], list(range(13))])
+@torch.inference_mode()
+def test_rows_land_at_their_places_wherever_chunks_are_cut(
+    decoder: TextDecoder, cache: KvCache, cuts: list[int]
+) -> None:
+    buffer, one = InputEmbedBuffer(decoder, 16), sequence(decoder, cache)
+    embeds, deepstack = expected(decoder, one)
+    for start, stop in pairwise(cuts):
+        inputs = write(buffer, one, start, stop)
+        assert torch.equal(inputs.embeds_TC, embeds[start:stop])
+        if inputs.deepstack_NTC is None:
+            assert not deepstack[:, start:stop].any()
+        else:
+            assert torch.equal(inputs.deepstack_NTC, deepstack[:, start:stop])
+        assert torch.equal(inputs.positions_3T, torch.arange(start, stop).expand(3, -1) * 2)
+        assert torch.equal(inputs.slot_mapping_T, one.blocks.slots[start:stop])
+
+
+@torch.inference_mode()
+def test_text_alone_brings_no_deepstack_and_media_leave_none_behind(decoder: TextDecoder, cache: KvCache) -> None:
+    buffer, one, text = InputEmbedBuffer(decoder, 32), sequence(decoder, cache), sequence(decoder, cache, spans=())
+    assert write(buffer, one, 3, 7).deepstack_NTC is not None
+    assert write(buffer, text, 0, 4).deepstack_NTC is None
+    # Beside another's media, the text lies where media rows lay before.
+    inputs, _ = buffer.write([Chunk(text, 0, 6, samples=False), Chunk(one, 8, 10, samples=False)])
+    assert inputs.deepstack_NTC is not None
+    assert not inputs.deepstack_NTC[:, :6].any() and inputs.deepstack_NTC[:, 6:].any()
+
+
+@torch.inference_mode()
+def test_generated_tokens_go_on_from_the_prompts_next_position(decoder: TextDecoder, cache: KvCache) -> None:
+    one = sequence(decoder, cache)
+    one.token_ids += [7, 8, 9]
+    inputs = write(InputEmbedBuffer(decoder, 16), one, NUM_TOKENS + 1, NUM_TOKENS + 2)
+    assert inputs.positions_3T.tolist() == [[51]] * 3
+    assert torch.equal(inputs.embeds_TC, decoder.embed(torch.tensor([8])))
+
+
+@torch.inference_mode()
+def test_rows_that_cannot_be_read_are_reported_and_the_others_land(decoder: TextDecoder, cache: KvCache) -> None:
+    good, bad, short = (sequence(decoder, cache) for _ in range(3))
+    bad.rows[0] = TensorRows(torch.zeros(5, 1), error=LeaseExpired("lease 1 is over"))
+    short.rows[0] = TensorRows(torch.zeros(1, 384))
+    buffer = InputEmbedBuffer(decoder, 64)
+    inputs, failed = buffer.write([Chunk(each, 0, NUM_TOKENS, samples=False) for each in (bad, good, short)])
+    assert [chunk.sequence for chunk, _ in failed] == [bad, short]
+    assert isinstance(failed[0][1], LeaseExpired)
+    embeds, deepstack = expected(decoder, good)
+    share = slice(NUM_TOKENS, 2 * NUM_TOKENS)
+    assert torch.equal(inputs.embeds_TC[share], embeds)
+    assert inputs.deepstack_NTC is not None and torch.equal(inputs.deepstack_NTC[:, share], deepstack)

@@ -1,0 +1,147 @@
+"""Who runs in a step, how far, and who has to wait for memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from embedding_transport.checkpoint import open_checkpoint
+from embedding_transport.errors import PromptTooLong
+from llm_worker.engine.kv_cache import KvCache
+from llm_worker.engine.request import ExpandedPrompt, MediaSpan, SamplingParams
+from llm_worker.engine.scheduler import Chunk, Scheduler
+from llm_worker.engine.sequence import Sequence
+from llm_worker.models.config import text_config
+from tests.llm_worker.engine.tensor_rows import TensorRows
+
+BLOCK_SIZE = 4
+
+
+class Bench:
+    """A scheduler and its cache, and sequences that come in order."""
+
+    def __init__(self, folder: Path, num_blocks: int = 64, budget: int = 16, max_num_seqs: int = 8) -> None:
+        config = text_config(open_checkpoint(str(folder)))
+        self.cache = KvCache(config, num_blocks, BLOCK_SIZE, torch.device("cpu"), torch.float32)
+        self.scheduler = Scheduler(self.cache, budget, max_num_seqs, max_model_len=200)
+        self.num_sequences = 0
+
+    def add(self, num_prefix: int) -> Sequence:
+        index = self.num_sequences
+        self.num_sequences += 1
+        tokens = SamplingParams(max_tokens=4)
+        sequence = Sequence(str(index), index, list(range(num_prefix)), tokens, lambda output, timings: None)
+        self.scheduler.add(sequence)
+        return sequence
+
+    def prompt(self, sequence: Sequence, num_tokens: int, *spans: MediaSpan) -> None:
+        positions = torch.arange(num_tokens).expand(3, -1)
+        sequence.set_prompt(ExpandedPrompt(list(range(num_tokens)), positions, num_tokens, spans))
+        self.scheduler.check_length(sequence)
+
+    def add_whole(self, num_tokens: int, *spans: MediaSpan) -> Sequence:
+        sequence = self.add(min((span.start for span in spans), default=num_tokens))
+        self.prompt(sequence, num_tokens, *spans)
+        return sequence
+
+    def step(self) -> list[Chunk]:
+        """Schedules, and does to the sequences what running the step does."""
+        chunks = self.scheduler.schedule()
+        for chunk in chunks:
+            chunk.sequence.num_computed = chunk.stop
+            if chunk.samples:
+                chunk.sequence.token_ids.append(0)
+        return chunks
+
+
+def plain(chunks: list[Chunk]) -> list[tuple[str, int, int, bool]]:
+    return [(chunk.sequence.request_id, chunk.start, chunk.stop, chunk.samples) for chunk in chunks]
+
+
+@pytest.fixture
+def folder(qwen3_vl_folder: Path) -> Path:
+    return qwen3_vl_folder
+
+
+def test_decoding_comes_first_and_prefill_takes_what_is_left(folder: Path) -> None:
+    bench = Bench(folder)
+    bench.add_whole(10)
+    assert plain(bench.step()) == [("0", 0, 10, True)]
+    bench.add_whole(20)
+    bench.add_whole(20)
+    assert plain(bench.step()) == [("0", 10, 11, True), ("1", 0, 15, False)]
+    assert plain(bench.step()) == [("0", 11, 12, True), ("1", 15, 20, True), ("2", 0, 10, False)]
+
+
+def test_a_step_holds_no_more_sequences_than_it_may(folder: Path) -> None:
+    bench = Bench(folder, max_num_seqs=2)
+    for _ in range(3):
+        bench.add_whole(3)
+    assert [chunk.sequence.request_id for chunk in bench.step()] == ["0", "1"]
+
+
+def test_prefill_goes_as_far_as_the_rows_have_come(folder: Path) -> None:
+    bench = Bench(folder, budget=100)
+    sequence = bench.add_whole(20, MediaSpan(0, 4, 3, 0), MediaSpan(1, 10, 3, 0), MediaSpan(0, 15, 2, 3))
+    rows = TensorRows(torch.zeros(5, 1))
+    assert plain(bench.step()) == [("0", 0, 4, False)]
+    assert bench.step() == []
+    sequence.rows[0] = rows
+    assert plain(bench.step()) == [("0", 4, 10, False)]
+    sequence.release_landed_rows()
+    assert not rows.num_releases  # its second span is still to come
+    sequence.rows[1] = TensorRows(torch.zeros(3, 1))
+    assert plain(bench.step()) == [("0", 10, 20, True)]
+    sequence.release_landed_rows()
+    assert (rows.num_releases, sequence.rows) == (1, {})
+
+
+def test_memory_is_given_by_arrival(folder: Path) -> None:
+    bench = Bench(folder, num_blocks=8)
+    first, large, small = bench.add_whole(16), bench.add_whole(20), bench.add_whole(4)
+    assert [chunk.sequence for chunk in bench.step()] == [first]
+    # The small one would fit, but would let the large one wait for ever.
+    assert bench.scheduler.waiting == [large, small]
+    bench.scheduler.remove(first)
+    assert [chunk.sequence for chunk in bench.step()] == [large]
+    bench.scheduler.remove(large)
+    assert [chunk.sequence for chunk in bench.step()] == [small]
+    bench.scheduler.remove(small)
+    assert bench.cache.num_free == 8
+
+
+def test_text_that_ran_ahead_gives_its_memory_up_rather_than_wedge(folder: Path) -> None:
+    bench = Bench(folder, num_blocks=8)
+    one, other = bench.add(9), bench.add(9)
+    assert plain(bench.step()) == [("0", 0, 8, False), ("1", 0, 8, False)]
+    bench.prompt(one, 20)
+    bench.prompt(other, 20)
+    # Each holds 3 blocks and needs 6 of 8: neither could go on beside the other.
+    assert plain(bench.step()) == [("1", 8, 20, True)]
+    assert (bench.scheduler.waiting, one.num_computed, one.blocks.blocks) == ([one], 0, [])
+    # Who has given up is next: those who come later do not run ahead in the meantime.
+    latest = bench.add(4)
+    assert [chunk.sequence for chunk in bench.step()] == [other]
+    bench.scheduler.remove(other)
+    assert plain(bench.step()) == [("0", 0, 16, False)]
+    assert latest in bench.scheduler.running
+
+
+def test_text_that_has_no_room_to_run_ahead_lets_others_pass(folder: Path) -> None:
+    bench = Bench(folder, num_blocks=4)
+    early = bench.add(40)
+    ready = bench.add_whole(8)
+    assert [chunk.sequence for chunk in bench.step()] == [ready]
+    assert bench.scheduler.waiting == [early]
+
+
+def test_longest_answer(folder: Path) -> None:
+    bench = Bench(folder)
+    assert bench.add_whole(10).max_total_tokens == 14
+    assert bench.add_whole(198).max_total_tokens == 200
+    with pytest.raises(PromptTooLong, match="200 tokens, the context holds 200"):
+        bench.add_whole(200)
+    with pytest.raises(PromptTooLong, match="the context holds 16"):
+        Bench(folder, num_blocks=4).add_whole(16)

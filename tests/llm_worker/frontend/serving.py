@@ -1,0 +1,76 @@
+"""A small checkpoint's worker without its process: real engine and tokenizer, encoder client to wherever the test says."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from embedding_transport.checkpoint import open_checkpoint
+from embedding_transport.encoder_client import EncoderClient
+from embedding_transport.types import ModelIdentity
+from llm_worker.engine.engine import Engine, EngineConfig
+from llm_worker.frontend.generation import Generator
+from llm_worker.frontend.openai_http import ServedModel
+from llm_worker.frontend.sampling_defaults import SamplingDefaults
+from llm_worker.models import build_decoder
+from llm_worker.prompt.config import PromptConfig
+from llm_worker.prompt.tokenizer import PromptTokenizer
+
+MAX_ITEMS = 4
+NO_ENCODER = "127.0.0.1:9"
+
+
+@dataclass(frozen=True)
+class Serving:
+    served: ServedModel
+    engine: Engine
+    prompt_config: PromptConfig
+
+    @property
+    def generator(self) -> Generator:
+        return self.served.generator
+
+    async def until_idle(self) -> None:
+        """Waits until no request holds anything in the engine."""
+        async with asyncio.timeout(10):
+            while (stats := self.engine.stats()).running or stats.waiting or stats.kv_blocks_used:
+                await asyncio.sleep(0.01)
+
+
+def identity(folder: Path) -> ModelIdentity:
+    """What an encoder of this checkpoint must say of itself."""
+    checkpoint = open_checkpoint(str(folder))
+    config = checkpoint.config
+    layers = tuple(config["vision_config"].get("deepstack_visual_indexes") or ())
+    hidden_size = (config.get("text_config") or config)["hidden_size"]
+    return ModelIdentity(checkpoint.model, checkpoint.revision, config["model_type"], hidden_size, layers, "float32")
+
+
+@asynccontextmanager
+async def serving(folder: Path, encoder: str = NO_ENCODER, with_tokenizer: bool = True) -> AsyncIterator[Serving]:
+    """
+    Args:
+        encoder: its address; the client is not even started for NO_ENCODER.
+    """
+    checkpoint = open_checkpoint(str(folder))
+    decoder = build_decoder(checkpoint, torch.device("cpu"), torch.float32)
+    engine = Engine(decoder, EngineConfig(num_blocks=64, max_model_len=512))
+    engine.start()
+    encoders = EncoderClient([encoder], identity(folder), transport="grpc", shm_folder=folder)
+    if encoder != NO_ENCODER:
+        await encoders.start()
+    tokenizer = PromptTokenizer(checkpoint) if with_tokenizer else None
+    config = PromptConfig.from_checkpoint(checkpoint)
+    generator = Generator(engine, encoders, tokenizer, config, MAX_ITEMS)
+    try:
+        yield Serving(
+            ServedModel(checkpoint.model, generator, SamplingDefaults.from_checkpoint(checkpoint)), engine, config
+        )
+    finally:
+        await encoders.close()
+        await asyncio.to_thread(engine.close)

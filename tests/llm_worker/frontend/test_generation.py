@@ -1,0 +1,162 @@
+"""One request from start to end on a real engine; media rows come from a real encoder server without a tower."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+
+from embedding_transport.errors import (
+    BadRequest,
+    EncoderUnavailable,
+    NotAnImage,
+    PlaceholderMismatch,
+    TooManyItems,
+    VitrineError,
+)
+from embedding_transport.types import MediaItem
+from llm_worker.engine.request import SamplingParams
+from llm_worker.frontend.events import Delta, Finished, GenerationEvent, GenerationRequest, Started
+from llm_worker.frontend.generation import Generator
+from tests.embedding_transport.encoder_stub import StubServicer, running_stub
+from tests.llm_worker.frontend.serving import MAX_ITEMS, Serving, identity, serving
+
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+@pytest.fixture
+async def stub(checkpoint_folder: Path) -> AsyncIterator[tuple[str, StubServicer]]:
+    async with running_stub(None, identity(checkpoint_folder)) as (address, servicer, _):
+        yield address, servicer
+
+
+@pytest.fixture
+async def worker(checkpoint_folder: Path, stub: tuple[str, StubServicer]) -> AsyncIterator[Serving]:
+    async with serving(checkpoint_folder, stub[0]) as worker:
+        yield worker
+
+
+def request(
+    prompt: str | list[int], media: tuple[str, ...] = (), stop: tuple[str, ...] = (), max_tokens: int = 12
+) -> GenerationRequest:
+    items = tuple(MediaItem("image", data=each.encode()) for each in media)
+    return GenerationRequest("request", prompt, items, SamplingParams(max_tokens, temperature=0.0), stop)
+
+
+async def run(generator: Generator, asked: GenerationRequest) -> tuple[Started, list[Delta], Finished]:
+    async with aclosing(generator.generate(asked)) as events:
+        started, *deltas, finished = [event async for event in events]
+    assert isinstance(started, Started) and isinstance(finished, Finished)
+    assert all(isinstance(delta, Delta) for delta in deltas)
+    return started, [delta for delta in deltas if isinstance(delta, Delta)], finished
+
+
+def text_of(deltas: list[Delta]) -> str:
+    return "".join(delta.text for delta in deltas)
+
+
+async def test_text_needs_no_encoder(qwen3_vl_folder: Path) -> None:
+    async with serving(qwen3_vl_folder) as worker:
+        started, deltas, finished = await run(worker.generator, request("Hello"))
+        assert (started.num_prompt_tokens, started.num_media_tokens) == (5, 0)
+        assert (finished.finish_reason, finished.num_completion_tokens, len(deltas)) == ("length", 12, 12)
+        assert finished.timings.ttft_ms >= finished.timings.prefill_ms > 0 == finished.timings.encode_ms
+        with pytest.raises(EncoderUnavailable):
+            await run(worker.generator, request(IMAGE, ("picture 6",)))
+        await worker.until_idle()
+
+
+async def test_rows_reach_the_decoder_and_stages_are_timed(worker: Serving, stub: tuple[str, StubServicer]) -> None:
+    started, deltas, finished = await run(worker.generator, request(f"a{IMAGE}b{IMAGE}c", ("one 6", "two 3")))
+    assert (started.num_prompt_tokens, started.num_media_tokens) == (3 + 4 + 9, 9)
+    assert finished.timings.encode_ms == 5
+    assert finished.timings.land_ms > 0
+    _, others, _ = await run(worker.generator, request(f"a{IMAGE}b{IMAGE}c", ("three 6", "two 3")))
+    assert [delta.token_ids for delta in deltas] != [delta.token_ids for delta in others]
+    await worker.until_idle()
+
+
+@pytest.mark.parametrize(
+    ("asked", "error"),
+    [
+        (request(f"{IMAGE}{IMAGE}", ("one 6", "bad 3")), NotAnImage),
+        (request("no placeholder", ("one 6",)), PlaceholderMismatch),
+        (request([262] * 5, ("one 6",)), PlaceholderMismatch),
+        (request(""), BadRequest),
+        (request([-1]), BadRequest),
+        (request([10**30]), BadRequest),
+    ],
+    ids=["bad item", "no placeholder", "wrong run", "empty", "negative id", "huge id"],
+)
+async def test_what_fails_leaves_nothing_behind(
+    worker: Serving, asked: GenerationRequest, error: type[VitrineError]
+) -> None:
+    if asked.prompt == [262] * 5:
+        assert worker.prompt_config.image_token_id == 262
+    with pytest.raises(error):
+        await run(worker.generator, asked)
+    await worker.until_idle()
+    assert (await run(worker.generator, request(IMAGE, ("one 6",))))[2].num_completion_tokens == 12
+
+
+async def test_too_many_items_are_not_even_sent(worker: Serving, stub: tuple[str, StubServicer]) -> None:
+    media = ("one 6",) * (MAX_ITEMS + 1)
+    with pytest.raises(TooManyItems, match=str(len(media))):
+        await run(worker.generator, request(IMAGE * len(media), media))
+    assert stub[1].num_encodes == 0
+
+
+async def test_leaving_while_an_image_is_on_its_way_ends_the_request_everywhere(
+    worker: Serving, stub: tuple[str, StubServicer]
+) -> None:
+    events: list[GenerationEvent] = []
+
+    async def ask() -> None:
+        async with aclosing(worker.generator.generate(request(f"before {IMAGE}", ("hang 6",)))) as generation:
+            async for event in generation:
+                events.append(event)
+
+    asking = asyncio.create_task(ask())
+    async with asyncio.timeout(10):
+        # The prompt is known from the layout, and its text is computed although no row has come.
+        while not events or not worker.engine.stats().num_prefill_tokens:
+            await asyncio.sleep(0.01)
+    assert [type(event) for event in events] == [Started]
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    await worker.until_idle()
+    # The stub writes no rows unless this is set: those of a stream that still ran would be counted.
+    stub[1].go_on.set()
+    assert (await run(worker.generator, request(IMAGE, ("one 6",))))[1]
+    assert stub[1].exporter.stats().shipped_nbytes["grpc"] == 6 * identity_nbytes(worker, stub)
+
+
+def identity_nbytes(worker: Serving, stub: tuple[str, StubServicer]) -> int:
+    return stub[1].identity.row_nbytes
+
+
+async def test_stop_strings_end_the_text_before_them_and_the_engines_work(worker: Serving) -> None:
+    _, deltas, _ = await run(worker.generator, request("Hello", max_tokens=40))
+    full = text_of(deltas)
+    stop = full[len(full) // 2 :][:3]
+    _, deltas, finished = await run(worker.generator, request("Hello", stop=(stop,), max_tokens=40))
+    assert text_of(deltas) == full[: full.index(stop)]
+    assert finished.finish_reason == "stop"
+    assert finished.num_completion_tokens < 40
+    await worker.until_idle()
+
+
+async def test_without_a_tokenizer_ids_go_in_and_come_out(qwen3_vl_folder: Path) -> None:
+    async with serving(qwen3_vl_folder) as worker, serving(qwen3_vl_folder, with_tokenizer=False) as bare:
+        assert worker.generator.tokenizer is not None
+        ids = worker.generator.tokenizer.encode("Hello")
+        _, expected, _ = await run(worker.generator, request("Hello"))
+        _, deltas, _ = await run(bare.generator, request(ids))
+        assert [delta.token_ids for delta in deltas] == [delta.token_ids for delta in expected]
+        assert text_of(deltas) == ""
+        with pytest.raises(BadRequest, match="without a tokenizer"):
+            await run(bare.generator, request("Hello"))

@@ -1,0 +1,62 @@
+"""What the gRPC front refuses by itself, on the real server."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from llm_worker.frontend.grpc_server import LlmServer, LlmServicer
+from llm_worker.metrics import LlmMetrics
+from protos.llm.v1 import llm_pb2, llm_pb2_grpc
+from tests.llm_worker.frontend.serving import serving
+
+
+@pytest.fixture
+async def stub(qwen3_vl_folder: Path) -> AsyncIterator[llm_pb2_grpc.LlmAsyncStub]:
+    servicer = LlmServicer(LlmMetrics())
+    server = LlmServer(servicer)
+    address = await server.start("127.0.0.1", 0)
+    try:
+        async with serving(qwen3_vl_folder) as worker, grpc.aio.insecure_channel(address) as channel:
+            servicer.open(worker.served)
+            yield llm_pb2_grpc.LlmStub(channel)
+    finally:
+        await server.stop(0)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": float("nan")}, {"logprobs": 21}],
+    ids=str,
+)
+async def test_sampling_out_of_range(stub: llm_pb2_grpc.LlmAsyncStub, sampling: dict[str, float]) -> None:
+    request = llm_pb2.PrefillRequest(
+        prompt=llm_pb2.Prompt(text="Hello"),
+        sampling=llm_pb2.SamplingParams(**sampling),  # type: ignore[arg-type]
+    )
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Prefill(request)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert str(next(iter(sampling.values()))) in (caught.value.details() or "")
+
+
+async def test_unset_sampling_is_the_checkpoints(stub: llm_pb2_grpc.LlmAsyncStub) -> None:
+    first = await stub.Prefill(llm_pb2.PrefillRequest(prompt=llm_pb2.Prompt(text="Hello")))
+    assert first.num_prompt_tokens == 5
+    assert first.first_token.sampled.logprob < 0
+
+
+async def test_until_the_model_is_loaded_it_is_unavailable() -> None:
+    server = LlmServer(LlmServicer(LlmMetrics()))
+    address = await server.start("127.0.0.1", 0)
+    try:
+        async with grpc.aio.insecure_channel(address) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await llm_pb2_grpc.LlmStub(channel).Prefill(llm_pb2.PrefillRequest(prompt=llm_pb2.Prompt(text="Hello")))
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "loading" in (caught.value.details() or "")
+    finally:
+        await server.stop(0)

@@ -1,0 +1,151 @@
+"""The HTTP port in this process: before and after the model is loaded, what it refuses, and what its answers carry."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+
+from llm_worker.frontend import openai_http
+from llm_worker.frontend.openai_http import OpenAiHttp, ServedModel
+from llm_worker.metrics import LlmMetrics
+from tests.llm_worker.frontend.serving import Serving, serving
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+Client = TestClient[Any, Any]
+
+
+@asynccontextmanager
+async def client_of(served: ServedModel | None) -> AsyncIterator[Client]:
+    http = OpenAiHttp(LlmMetrics(), lambda: (False, {"reason": "loading the model"}))
+    if served is not None:
+        http.open(served)
+    server = TestServer(http.application())
+    await server.start_server(handler_cancellation=True)
+    async with TestClient(server) as client:
+        yield client
+
+
+@pytest.fixture
+async def worker(qwen3_vl_folder: Path) -> AsyncIterator[Serving]:
+    async with serving(qwen3_vl_folder) as worker:
+        yield worker
+
+
+@pytest.fixture
+async def client(worker: Serving) -> AsyncIterator[Client]:
+    async with client_of(worker.served) as client:
+        yield client
+
+
+def body(worker: Serving, **fields: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": "Hello"}]
+    return {"model": worker.served.name, "messages": messages, "max_tokens": 8, "temperature": 0, **fields}
+
+
+async def events(response: Any) -> list[dict[str, Any]]:
+    lines = (await response.text()).split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+
+
+async def test_the_port_answers_while_the_model_loads() -> None:
+    async with client_of(None) as client:
+        assert (await client.get("/health")).status == 200
+        ready = await client.get("/ready")
+        assert (ready.status, await ready.json()) == (503, {"ready": False, "reason": "loading the model"})
+        asked = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
+        for response in (await client.get("/v1/models"), await client.post(CHAT, json=asked)):
+            assert response.status == 503
+            assert (await response.json())["error"]["code"] == "encoder_unavailable"
+            assert "loading" in (await response.json())["error"]["message"]
+            assert int(response.headers["Retry-After"]) > 0
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
+async def test_only_json_is_taken(client: Client, worker: Serving, path: str, content_type: str) -> None:
+    data = json.dumps(body(worker)).encode()
+    response = await client.post(path, data=data, headers={"Content-Type": content_type})
+    error = (await response.json())["error"]
+    assert (response.status, error["code"], error["type"]) == (400, "invalid_request", "invalid_request_error")
+    assert content_type in error["message"] and "application/json" in error["message"]
+
+
+async def test_json_may_name_its_charset(client: Client, worker: Serving) -> None:
+    headers = {"Content-Type": "application/json; charset=utf-8"}
+    assert (await client.post(CHAT, data=json.dumps(body(worker)), headers=headers)).status == 200
+
+
+async def test_what_is_no_request_at_all(client: Client, worker: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    headers = {"Content-Type": "application/json"}
+    monkeypatch.setattr(openai_http, "MAX_BODY_BYTES", 1000)
+    async with client_of(worker.served) as limited:
+        for response, status in (
+            (await client.post(CHAT, data=b"{nope", headers=headers), 400),
+            (await client.get("/v1/nothing"), 404),
+            (await client.get(CHAT), 405),
+            (await limited.post(CHAT, json=body(worker, user="x" * 2000)), 413),
+        ):
+            assert response.status == status
+            assert (await response.json())["error"]["code"] == "invalid_request"
+
+
+async def test_null_stands_for_left_out(client: Client, worker: Serving) -> None:
+    nulls = ["stream", "stream_options", "n", "stop", "seed", "top_p", "logprobs", "top_logprobs"]
+    response = await client.post(CHAT, json=body(worker, **dict.fromkeys(nulls)))
+    assert response.status == 200, await response.text()
+
+
+async def test_streamed_and_whole_answers_agree_down_to_their_logprobs(client: Client, worker: Serving) -> None:
+    asked = {"model": worker.served.name, "prompt": "naïve 猫", "max_tokens": 16, "temperature": 0, "logprobs": 2}
+    answer = await (await client.post(COMPLETIONS, json=asked)).json()
+    streamed = {**asked, "stream": True, "stream_options": {"include_usage": True}}
+    chunks = await events(await client.post(COMPLETIONS, json=streamed))
+    choice, pieces = answer["choices"][0], [chunk["choices"][0] for chunk in chunks if chunk["choices"]]
+    assert "".join(piece["text"] for piece in pieces) == choice["text"]
+    for name in ("tokens", "token_logprobs", "text_offset"):
+        assert sum((piece["logprobs"][name] for piece in pieces), []) == choice["logprobs"][name]
+    tokens, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+    assert offsets == [len("".join(tokens[:index])) for index in range(16)]
+    assert [chunk["usage"] for chunk in chunks if "usage" in chunk] == [answer["usage"]]
+    assert set(chunks[-1]["timings"]) == set(answer["timings"]) >= {"load_ms", "land_ms", "ttft_ms"}
+    reasons = [piece["finish_reason"] for piece in pieces]
+    assert reasons == [None] * (len(reasons) - 1) + ["length"]
+
+
+async def test_logprobs_of_chat_carry_the_bytes_of_each_token(client: Client, worker: Serving) -> None:
+    tokenizer = worker.generator.tokenizer
+    assert tokenizer is not None
+    asked = body(worker, logprobs=True, top_logprobs=20, return_token_ids=True)
+    choice = (await (await client.post(CHAT, json=asked)).json())["choices"][0]
+    content = choice["logprobs"]["content"]
+    assert [bytes(each["bytes"]) for each in content] == [tokenizer.bytes_of(each) for each in choice["token_ids"]]
+    # The small tokenizer has a token a byte, and many of them are no text by themselves.
+    partial = [each for token in content for each in token["top_logprobs"] if "\ufffd" in each["token"]]
+    assert partial and all(len(each["bytes"]) == 1 and each["bytes"][0] >= 0x80 for each in partial)
+
+
+async def test_a_client_that_goes_away_ends_its_request(client: Client, worker: Serving) -> None:
+    response = await client.post(CHAT, json=body(worker, stream=True, max_tokens=400, ignore_eos=True))
+    await response.content.readuntil(b"\n\n")
+    response.close()
+    await worker.until_idle()
+    assert 'vitrine_llm_requests_total{outcome="cancelled"} 1.0' in await (await client.get("/metrics")).text()
+
+
+async def test_metrics_count_outcomes_and_tokens(client: Client, worker: Serving) -> None:
+    assert (await client.post(CHAT, json=body(worker))).status == 200
+    assert (await client.post(CHAT, json=body(worker, messages=[{"role": "user", "content": "x" * 600}]))).status == 400
+    shown = await (await client.get("/metrics")).text()
+    values = dict(re.findall(r"^(vitrine_llm_\S+) (\S+)$", shown, re.MULTILINE))
+    assert values['vitrine_llm_requests_total{outcome="ok"}'] == "1.0"
+    assert values['vitrine_llm_requests_total{outcome="context_length_exceeded"}'] == "1.0"
+    assert values['vitrine_llm_tokens_total{kind="generated"}'] == "8.0"
+    assert (values["vitrine_llm_ttft_seconds_count"], values["vitrine_llm_itl_seconds_count"]) == ("1.0", "7.0")

@@ -1,0 +1,87 @@
+"""Flags win over the environment, which wins over defaults; what makes no sense is refused."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from llm_worker.__main__ import main
+from llm_worker.config import LlmConfig
+
+read = LlmConfig.from_command_line
+NEEDED = ["--model", "m", "--encoders", "a:1"]
+
+
+def test_flags_win_over_the_environment_and_that_over_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VITRINE_LLM_PORT", "1234")
+    monkeypatch.setenv("VITRINE_LLM_MAX_ITEMS", "3")
+    config = read([*NEEDED, "--port", "4321"])
+    assert (config.port, config.max_items, config.host, config.transport) == (4321, 3, "127.0.0.1", "auto")
+
+
+@pytest.mark.parametrize("flags", [["--modell", "m"], ["--max-item", "1"], ["extra"]])
+def test_unknown_flags_are_refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        read([*NEEDED, *flags])
+    assert stopped.value.code == 2
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--port", "70000"],
+        ["--grpc-port", "http"],
+        ["--transport", "rdma"],
+        ["--dtype", "float8"],
+        ["--max-num-seqs", "0"],
+        ["--kv-cache-tokens", "15"],
+        ["--encode-timeout-s", "0"],
+        ["--encoders", ""],
+        ["--encoders", "host"],
+        ["--encoders", "a:1,b"],
+        ["--encoders", "a:1,,b:2"],
+    ],
+)
+def test_values_out_of_range_are_refused(flags: list[str]) -> None:
+    with pytest.raises((ValidationError, SystemExit)):
+        read([*NEEDED, *flags])
+
+
+def test_encoders_are_a_list_of_addresses() -> None:
+    assert read(["--model", "m", "--encoders", "a:1, b:22"]).encoder_addresses == ["a:1", "b:22"]
+
+
+@pytest.mark.parametrize(("asked", "actual"), [(None, 4096), (100, 100), (9999, 4096)])
+def test_the_context_is_never_longer_than_the_models(asked: int | None, actual: int) -> None:
+    flags = [] if asked is None else ["--max-model-len", str(asked)]
+    assert read([*NEEDED, *flags]).engine_config(max_position_embeddings=4096).max_model_len == actual
+
+
+def test_the_kv_cache_is_counted_in_tokens() -> None:
+    config = read([*NEEDED, "--kv-cache-tokens", "1000"]).engine_config(4096)
+    assert 1000 - config.block_size < config.num_blocks * config.block_size <= 1000
+
+
+def test_a_config_cannot_be_changed() -> None:
+    config = read(NEEDED)
+    with pytest.raises(ValidationError):
+        config.port = 1
+
+
+def test_help_describes_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        read(["--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    for name, field in LlmConfig.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in shown
+        assert field.description and field.description.split()[0] in shown
+
+
+def test_missing_flags_are_said_a_line_each(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["llm_worker"])
+    assert main() == 2
+    assert capsys.readouterr().err == "--model: Field required; see --help\n--encoders: Field required; see --help\n"
