@@ -65,7 +65,10 @@ class Generator:
         handle: RequestHandle | None = None
         try:
             plan = await asyncio.to_thread(self._plan, request)
-            handle = self._engine.submit(request.request_id, plan.token_ids[: plan.num_prefix_tokens], request.sampling)
+            # Without media the whole prompt follows at once: a head start would only race with it, and how the prompt
+            # is cut into chunks shows in the last bits of the logits.
+            prefix = plan.token_ids[: plan.num_prefix_tokens] if request.media else []
+            handle = self._engine.submit(request.request_id, prefix, request.sampling)
             media.begin(plan, handle)
             prompt = await media.prompt
             yield Started(len(prompt.token_ids), prompt.num_media_tokens)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator, model_validator
 
 from embedding_transport.errors import BadRequest
 
@@ -76,6 +76,14 @@ class _Request(BaseModel):
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_left_out(cls, fields: Any) -> Any:
+        """Clients write fields that were not set as null."""
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None}
+
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -99,9 +107,20 @@ class ChatRequest(_Request):
 class CompletionRequest(_Request):
     """prompt: text or token ids. media: images and videos of its placeholders, as in a chat message (ours)."""
 
-    prompt: str | list[int]
+    # Strict: "1" is a text, not the token 1.
+    prompt: str | list[StrictInt]
     media: list[MediaPart] = []
     logprobs: int | None = Field(None, ge=0, le=_MAX_TOP_LOGPROBS)
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _one_of_a_batch(cls, prompt: Any) -> Any:
+        """OpenAI takes a list of prompts, and some clients always send one."""
+        if not isinstance(prompt, list) or not any(isinstance(each, str | list) for each in prompt):
+            return prompt
+        if len(prompt) > 1:
+            raise ValueError(f"{len(prompt)} prompts in one request: send each in a request of its own")
+        return prompt[0]
 
     @property
     def num_logprobs(self) -> int | None:

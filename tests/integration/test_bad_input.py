@@ -185,7 +185,8 @@ async def test_placeholder_count_mismatch(small_fleet: Fleet, text: str) -> None
 async def test_invalid_json_and_unknown_route(small_fleet: Fleet) -> None:
     base = f"http://{small_fleet.worker_processes['shm'].addresses['http']}"
     async with aiohttp.ClientSession() as session:
-        async with session.post(f"{base}/v1/chat/completions", data=b"{nope") as response:
+        json_type = {"Content-Type": "application/json"}
+        async with session.post(f"{base}/v1/chat/completions", data=b"{nope", headers=json_type) as response:
             assert response.status == web.HTTPBadRequest.status_code
             assert (await response.json())["error"]["code"] == "invalid_request"
         async with session.get(f"{base}/v1/nothing") as response:

@@ -1,4 +1,4 @@
-"""A small checkpoint's worker without its process: real engine and tokenizer, encoder client to wherever the test says."""
+"""A small checkpoint's worker without its process: real engine and tokenizer, and a client to the test's encoder."""
 
 from __future__ import annotations
 

@@ -69,6 +69,15 @@ async def test_text_needs_no_encoder(qwen3_vl_folder: Path) -> None:
         await worker.until_idle()
 
 
+async def test_the_same_text_gives_the_same_numbers_to_the_bit(qwen3_vl_folder: Path) -> None:
+    """Not if a race decided how the prompt is cut into chunks."""
+    async with serving(qwen3_vl_folder) as worker:
+        sampling = SamplingParams(4, temperature=0.0, logprobs=0)
+        asked = GenerationRequest("request", "naïve text", (), sampling)
+        first, *others = [(await run(worker.generator, asked))[1] for _ in range(20)]
+        assert all(deltas == first for deltas in others)
+
+
 async def test_rows_reach_the_decoder_and_stages_are_timed(worker: Serving, stub: tuple[str, StubServicer]) -> None:
     started, deltas, finished = await run(worker.generator, request(f"a{IMAGE}b{IMAGE}c", ("one 6", "two 3")))
     assert (started.num_prompt_tokens, started.num_media_tokens) == (3 + 4 + 9, 9)
@@ -132,11 +141,7 @@ async def test_leaving_while_an_image_is_on_its_way_ends_the_request_everywhere(
     # The stub writes no rows unless this is set: those of a stream that still ran would be counted.
     stub[1].go_on.set()
     assert (await run(worker.generator, request(IMAGE, ("one 6",))))[1]
-    assert stub[1].exporter.stats().shipped_nbytes["grpc"] == 6 * identity_nbytes(worker, stub)
-
-
-def identity_nbytes(worker: Serving, stub: tuple[str, StubServicer]) -> int:
-    return stub[1].identity.row_nbytes
+    assert stub[1].exporter.stats().shipped_nbytes["grpc"] == 6 * stub[1].identity.row_nbytes
 
 
 async def test_stop_strings_end_the_text_before_them_and_the_engines_work(worker: Serving) -> None:

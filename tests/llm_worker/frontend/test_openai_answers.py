@@ -1,0 +1,33 @@
+"""What answers say of tokens that are no text by themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from embedding_transport.checkpoint import open_checkpoint
+from llm_worker.engine.request import TokenLogprobs
+from llm_worker.frontend.events import Delta, Finished, StageTimings
+from llm_worker.frontend.openai_answers import AnswerWriter
+from llm_worker.prompt.tokenizer import PromptTokenizer
+
+FINISHED = Finished("stop", 1, 4, StageTimings())
+
+
+def test_chat_logprobs_carry_bytes_that_make_up_the_text(qwen3_vl_folder: Path) -> None:
+    tokenizer = PromptTokenizer(open_checkpoint(str(qwen3_vl_folder)))
+    ids = tokenizer.encode("🐈")
+    assert len(ids) == 4  # a token a byte
+    deltas = [Delta([each], "", [TokenLogprobs(each, -1.0, ((each, -1.0), (ids[0], -2.0)))]) for each in ids]
+    content = AnswerWriter("chat", "id", "m", tokenizer, False).whole(deltas, FINISHED)["choices"][0]["logprobs"]
+    tokens = content["content"]
+    assert bytes(byte for token in tokens for byte in token["bytes"]).decode() == "🐈"
+    assert [token["top_logprobs"][1]["bytes"] for token in tokens] == [[0xF0]] * 4
+
+
+def test_without_a_tokenizer_ids_stand_for_text_and_bytes_are_unknown() -> None:
+    deltas = [Delta([7], "", [TokenLogprobs(7, -1.0)])]
+    choice = AnswerWriter("chat", "id", "m", None, True).whole(deltas, FINISHED)["choices"][0]
+    assert choice["logprobs"]["content"] == [
+        {"token": "token_id:7", "logprob": -1.0, "bytes": None, "top_logprobs": []}
+    ]
+    assert choice["token_ids"] == [7]
