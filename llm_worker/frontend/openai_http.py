@@ -140,16 +140,15 @@ async def _stream(
     if writer.kind == "chat":
         await _send(response, writer.opening())
     try:
-        # A delta leaves when the next event is here: the last one carries the finish reason.
-        waiting = first
+        await _send(response, writer.piece(first, None))
         async for event in events:
-            if isinstance(event, Finished):
-                await _send(response, writer.piece(waiting, event.finish_reason))
+            if isinstance(event, Delta):
+                await _send(response, writer.piece(event, None))
+            elif isinstance(event, Finished):
+                # A chunk of its own, as OpenAI's: a token that waited for it would come a whole step late.
+                await _send(response, writer.piece(Delta(), event.finish_reason))
                 if include_usage:
                     await _send(response, writer.usage_chunk(event))
-            elif isinstance(event, Delta):
-                await _send(response, writer.piece(waiting, None))
-                waiting = event
         await response.write(b"data: [DONE]\n\n")
     except ConnectionError:
         pass  # the client is gone; closing the events cancels the request

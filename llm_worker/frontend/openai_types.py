@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator, model_validator
 
 from embedding_transport.errors import BadRequest
 
 _MAX_TOP_LOGPROBS = 20
+_PART_TYPES = ("text", "image_url", "video_url")
 
 
 class _Part(BaseModel):
@@ -148,8 +149,17 @@ def parse_request(kind: type[RequestT], body: bytes) -> RequestT:
     except ValidationError as error:
         # Where a field may be one of several types each of them complains: the one that got furthest knows why.
         first = max(error.errors(include_url=False, include_input=False), key=lambda each: len(each["loc"]))
-        # pydantic puts the names of such types between the fields'.
-        param = ".".join(str(each) for each in first["loc"] if "[" not in str(each) and each != "str")
+        param, message = _field_path(first["loc"]), first["msg"].removeprefix("Value error, ")
         if not param:
-            raise BadRequest(f"the body is no JSON object: {first['msg']}") from None
-        raise InvalidField(f"{param}: {first['msg']}", param) from None
+            raise BadRequest(f"the body is no JSON object: {message}") from None
+        raise InvalidField(f"{param}: {message}", param) from None
+
+
+def _field_path(loc: tuple[int | str, ...]) -> str:
+    """The field as it stands in the body: pydantic puts the types it tried between the names."""
+    names: list[str] = []
+    for previous, each in zip((None, *loc), loc, strict=False):
+        is_part_type = isinstance(previous, int) and each in _PART_TYPES
+        if not is_part_type and each != "str" and "[" not in str(each):
+            names.append(str(each))
+    return ".".join(names)

@@ -38,14 +38,17 @@ def chat(**fields: Any) -> ChatRequest:
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages.0.content.0"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-            "messages.0.content.0.image_url.image_url.url",
+            "messages.0.content.0.image_url.url",
         ),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
     ],
 )
 def test_bad_fields_are_named(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidField) as caught:
         chat(**fields)
-    assert caught.value.param.startswith(param)
+    assert caught.value.param == param
+    assert str(caught.value).startswith(f"{param}: ")
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"text"', b"\xff"])
@@ -113,6 +116,29 @@ def test_sampling_comes_from_the_request_or_else_from_the_checkpoint(qwen3_vl_fo
     sampling = completion_to_generation(request, DEFAULTS).sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed) == (0, 0.5, 0, 3)
     assert sampling.stop_token_ids == {7}
+
+
+def completion(prompt: Any, **fields: Any) -> CompletionRequest:
+    return parse_request(CompletionRequest, json.dumps({"model": "m", "prompt": prompt, **fields}).encode())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "taken"), [("12", "12"), (["12"], "12"), ([12], [12]), ([[1, 2]], [1, 2]), ([1, 2], [1, 2])]
+)
+def test_a_batch_of_one_prompt_is_that_prompt(prompt: Any, taken: str | list[int]) -> None:
+    assert completion(prompt).prompt == taken
+
+
+@pytest.mark.parametrize("prompt", [["a", "b"], [[1], [2]], ["a", 1], [1.5], [True], {"text": "a"}, None])
+def test_other_prompts_are_refused(prompt: Any) -> None:
+    with pytest.raises(InvalidField) as caught:
+        completion(prompt)
+    assert caught.value.param.split(".")[0] == "prompt"
+
+
+def test_null_is_left_out() -> None:
+    names = set(CompletionRequest.model_fields) - {"model", "prompt"}
+    assert completion("a", **dict.fromkeys(names)) == completion("a")
 
 
 def test_broken_base64_is_refused(qwen3_vl_folder: Path) -> None:

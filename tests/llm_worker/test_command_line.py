@@ -1,0 +1,84 @@
+"""`python -m llm_worker` as a process: what keeps it from starting is said, and it stops when told to."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.integration.fleet import ServiceProcess
+
+NO_ENCODER = ["--encoders", "127.0.0.1:9"]
+
+
+def run(*flags: str) -> subprocess.CompletedProcess[str]:
+    ports = ["--port", "0", "--grpc-port", "0"]
+    command = [sys.executable, "-m", "llm_worker", *ports, *NO_ENCODER, *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def broken_folder(qwen3_vl_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose tokenizer and vision_config are missing."""
+    folder = Path(shutil.copytree(qwen3_vl_folder, tmp_path_factory.mktemp("broken") / "checkpoint"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    config = json.loads((folder / "config.json").read_text())
+    del config["video_token_id"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_what_keeps_it_from_starting_is_said_in_one_line(broken_folder: Path, tmp_path: Path) -> None:
+    for flags, says in (
+        (["--model", str(tmp_path)], str(tmp_path)),
+        (["--model", str(broken_folder)], "--skip-tokenizer-init"),
+        (["--model", str(broken_folder), "--skip-tokenizer-init"], "video_token_id"),
+    ):
+        finished = run(*flags)
+        assert finished.returncode == 1
+        last = finished.stderr.splitlines()[-1]
+        assert "cannot start" in last and says in last
+        assert "Traceback" not in finished.stderr
+
+
+def test_a_port_in_use_is_said(qwen3_vl_folder: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for flag in ("--port", "--grpc-port"):
+            finished = run("--model", str(qwen3_vl_folder), flag, port)
+            assert finished.returncode == 1
+            assert port in finished.stderr.splitlines()[-1]
+            assert "Traceback" not in finished.stderr
+
+
+def test_without_any_encoder_text_is_served_and_ready_says_why_not(qwen3_vl_folder: Path) -> None:
+    flags = ["--model", str(qwen3_vl_folder), "--port", "0", "--grpc-port", "0", *NO_ENCODER]
+    worker = ServiceProcess("llm_worker", *flags, "--served-model-name", "mine", "--connect-timeout-s", "1")
+    try:
+        base = f"http://{worker.wait_serving()['http']}"
+        with pytest.raises(urllib.error.HTTPError) as not_ready:
+            urllib.request.urlopen(f"{base}/ready", timeout=10)
+        assert not_ready.value.code == 503
+        [encoder] = json.load(not_ready.value)["encoders"]
+        assert (encoder["address"], encoder["ready"]) == ("127.0.0.1:9", False)
+        assert encoder["error"]
+
+        body = json.dumps({"model": "mine", "prompt": "Hello", "max_tokens": 2}).encode()
+        request = urllib.request.Request(f"{base}/v1/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=20) as response:
+            answer = json.load(response)
+        assert (answer["model"], answer["usage"]["completion_tokens"]) == ("mine", 2)
+    finally:
+        status = worker.stop()
+    assert status == 0, "\n".join(worker.lines)
+    assert any("loading language weights" in line for line in worker.lines)

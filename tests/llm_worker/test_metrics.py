@@ -1,0 +1,99 @@
+"""What /metrics says of requests, the engine and the encoders."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+import pytest
+
+from embedding_transport.encoder_client import ClientStats
+from embedding_transport.errors import NotAnImage
+from llm_worker.engine.engine import EngineStats
+from llm_worker.frontend.events import Delta, Finished, GenerationEvent, StageTimings, Started
+from llm_worker.metrics import LlmMetrics
+
+FINISHED = Finished("stop", 10, 3, StageTimings())
+
+
+async def events(*given: GenerationEvent | Exception, gap_s: float = 0.0) -> AsyncGenerator[GenerationEvent]:
+    for each in given:
+        await asyncio.sleep(gap_s)
+        if isinstance(each, Exception):
+            raise each
+        yield each
+
+
+async def run(metrics: LlmMetrics, given: AsyncGenerator[GenerationEvent]) -> list[GenerationEvent]:
+    async with aclosing(metrics.watch(given)) as watched:
+        return [event async for event in watched]
+
+
+def value(metrics: LlmMetrics, name: str, **labels: str) -> float | None:
+    return metrics.registry.get_sample_value(f"vitrine_llm_{name}", labels)
+
+
+async def test_events_pass_unchanged_and_are_counted() -> None:
+    metrics = LlmMetrics()
+    given = [Started(10, 4), Delta([1], "a"), Delta([2, 3], "b"), FINISHED]
+    assert await run(metrics, events(*given)) == given
+    assert value(metrics, "requests_total", outcome="ok") == 1
+    assert [value(metrics, "tokens_total", kind=kind) for kind in ("prompt", "media", "generated")] == [10, 4, 3]
+
+
+async def test_time_to_the_first_token_and_between_tokens_are_apart() -> None:
+    metrics = LlmMetrics()
+    await run(metrics, events(Started(1, 0), Delta([1]), Delta([2]), Delta([3]), FINISHED, gap_s=0.03))
+    assert (value(metrics, "ttft_seconds_count"), value(metrics, "itl_seconds_count")) == (1, 2)
+    assert (value(metrics, "ttft_seconds_sum") or 0) >= 0.055  # two gaps: Started and the first token
+    assert (value(metrics, "itl_seconds_sum") or 0) >= 0.055  # two gaps between three tokens
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"), [(NotAnImage("no image"), "not_an_image"), (ValueError("a bug"), "internal_error")]
+)
+async def test_a_failure_is_counted_by_its_code(error: Exception, outcome: str) -> None:
+    metrics = LlmMetrics()
+    with pytest.raises(type(error)):
+        await run(metrics, events(Started(1, 0), error))
+    assert value(metrics, "requests_total", outcome=outcome) == 1
+
+
+async def test_leaving_is_cancelled_before_the_end_and_ok_after_it() -> None:
+    metrics = LlmMetrics()
+    for leave_at in (Delta, Finished):
+        async with aclosing(metrics.watch(events(Started(1, 0), Delta([1]), FINISHED))) as watched:
+            async for event in watched:
+                if isinstance(event, leave_at):
+                    break
+    assert value(metrics, "requests_total", outcome="cancelled") == 1
+    assert value(metrics, "requests_total", outcome="ok") == 1
+
+
+def test_engine_and_encoders_are_read_at_each_scrape() -> None:
+    engine_stats = EngineStats(
+        running=1,
+        waiting=2,
+        kv_blocks_used=3,
+        kv_blocks_total=4,
+        num_steps=5,
+        num_prefill_tokens=6,
+        num_decode_tokens=7,
+    )
+    client_stats = ClientStats(requests=8, retries=9, fallbacks=10, received_nbytes={"shm": 11, "grpc": 12})
+    metrics = LlmMetrics()
+    metrics.watch_engine(lambda: engine_stats)
+    metrics.watch_encoders(lambda: client_stats)
+    assert value(metrics, "running") == engine_stats.running
+    assert value(metrics, "waiting") == engine_stats.waiting
+    assert value(metrics, "kv_blocks_used") == engine_stats.kv_blocks_used
+    assert value(metrics, "kv_blocks") == engine_stats.kv_blocks_total
+    assert value(metrics, "steps_total") == engine_stats.num_steps
+    assert value(metrics, "computed_tokens_total", phase="prefill") == engine_stats.num_prefill_tokens
+    assert value(metrics, "computed_tokens_total", phase="decode") == engine_stats.num_decode_tokens
+    assert value(metrics, "encode_requests_total") == client_stats.requests
+    assert value(metrics, "encode_retries_total") == client_stats.retries
+    assert value(metrics, "transport_fallbacks_total") == client_stats.fallbacks
+    for transport, nbytes in client_stats.received_nbytes.items():
+        assert value(metrics, "received_bytes_total", transport=transport) == nbytes
