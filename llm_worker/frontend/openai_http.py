@@ -137,9 +137,9 @@ async def _stream(
         first = await anext(events)
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
     await response.prepare(http)
-    if writer.kind == "chat":
-        await _send(response, writer.opening())
     try:
+        if writer.kind == "chat":
+            await _send(response, writer.opening())
         await _send(response, writer.piece(first, None))
         async for event in events:
             if isinstance(event, Delta):

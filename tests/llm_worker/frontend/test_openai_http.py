@@ -110,9 +110,8 @@ async def test_streamed_and_whole_answers_agree_down_to_their_logprobs(client: C
     choice, pieces = answer["choices"][0], [chunk["choices"][0] for chunk in chunks if chunk["choices"]]
     assert "".join(piece["text"] for piece in pieces) == choice["text"]
     for name in ("tokens", "token_logprobs", "text_offset"):
-        assert [each for piece in pieces if piece["logprobs"] for each in piece["logprobs"][name]] == choice[
-            "logprobs"
-        ][name]
+        streamed_values = [each for piece in pieces if piece["logprobs"] for each in piece["logprobs"][name]]
+        assert streamed_values == choice["logprobs"][name]
     tokens, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
     assert offsets == [len("".join(tokens[:index])) for index in range(16)]
     assert [chunk["usage"] for chunk in chunks if "usage" in chunk] == [answer["usage"]]

@@ -61,8 +61,8 @@ async def streaming(worker: Serving, held: HeldGenerator, path: str) -> AsyncIte
     body = {"model": worker.served.name, **prompt, "max_tokens": 4, "temperature": 0, "ignore_eos": True}
     body |= {"stream": True, "return_token_ids": True}
     async with (
-        TestClient(TestServer(http.application())) as client,
         asyncio.timeout(20),
+        TestClient(TestServer(http.application())) as client,
         client.post(path, json=body) as response,
     ):
         yield response
