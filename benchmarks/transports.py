@@ -142,7 +142,7 @@ async def measure_all() -> None:
     print("| transport | size | GB/s, median (10th-90th percentile) | CPU s/GB, worker | CPU s/GB, encoder |")
     print("|---|---|---|---|---|")
     configurations: list[tuple[str, TransportChoice, int]] = [("shm", "shm", MIB)]
-    configurations += [(f"grpc, {kib} KiB chunks", "grpc", kib * 1024) for kib in CHUNKS_KIB]
+    configurations += [(f"grpc, {_size(kib)} chunks", "grpc", kib * 1024) for kib in CHUNKS_KIB]
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         for name, transport, chunk_nbytes in configurations:
             async with running_server(Path(folder), chunk_nbytes) as (address, pid):
@@ -157,6 +157,10 @@ async def measure_all() -> None:
                         flush=True,
                     )
                 await client.close()
+
+
+def _size(kib: int) -> str:
+    return f"{kib} KiB" if kib < 1024 else f"{kib // 1024} MiB"
 
 
 def _own_cpu_s() -> float:

@@ -58,11 +58,13 @@ class Checkpoint:
     def tensor_names(self) -> dict[str, Path]:
         """Every tensor's name and the safetensors file that holds it."""
         if (self.folder / _INDEX).is_file():
-            weight_map: dict[str, str] = self.json(_INDEX)["weight_map"]
-            for file in set(weight_map.values()):
+            weight_map = self.json(_INDEX).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise CheckpointError(f"{self.folder / _INDEX} has no weight_map from tensor names to file names")
+            for file in weight_map.values():
                 # The index comes with the checkpoint: it may not point outside the folder.
-                if Path(file).name != file:
-                    raise CheckpointError(f"{_INDEX} names {file!r}, which is not a plain file name")
+                if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+                    raise CheckpointError(f"{_INDEX} names {file!r}, which is no plain name of a safetensors file")
             return {name: self.folder / file for name, file in weight_map.items()}
         path = self.folder / _SINGLE
         if not path.is_file():

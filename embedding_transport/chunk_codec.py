@@ -57,7 +57,7 @@ def serialize_response(response: encoder_pb2.EncodeResponse | bytes) -> bytes:
 
 
 def parse_response(raw: bytes) -> encoder_pb2.EncodeResponse | ChunkView:
-    """Deserializer of Encode's responses.
+    """The inverse of `serialize_response`.
 
     Raises:
         InternalError: the bytes are no EncodeResponse.

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import grpc
 
+from embedding_transport.chunk_codec import parse_response
 from embedding_transport.encode_receiver import EncodeReceiver
 from embedding_transport.encoder_peer import EncoderPeer, TransportChoice
 from embedding_transport.encoder_rpc import encode_method
@@ -197,8 +198,8 @@ class EncoderClient:
         receiver = EncodeReceiver(peer, connection, [pending[index] for index in indices], self._buffers)
         call = encode_method(connection.channel)(request, timeout=self._encode_timeout_s)
         try:
-            async for response in call:
-                for event in receiver.take(response):
+            async for raw in call:
+                for event in receiver.take(parse_response(raw)):
                     if isinstance(event, RowsEvent):
                         # An item larger than the pool comes as bytes although its session has shared memory.
                         transport = "shm" if isinstance(event.rows, LeasedRows) else "grpc"

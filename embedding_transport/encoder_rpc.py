@@ -6,7 +6,7 @@ from typing import Any
 
 import grpc
 
-from embedding_transport.chunk_codec import ChunkView, parse_response, serialize_response
+from embedding_transport.chunk_codec import serialize_response
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 
 SERVICE = encoder_pb2.DESCRIPTOR.services_by_name["Encoder"].full_name
@@ -60,10 +60,11 @@ def encoder_handlers(servicer: encoder_pb2_grpc.EncoderServicer) -> grpc.Generic
 
 def encode_method(
     channel: grpc.aio.Channel,
-) -> grpc.aio.UnaryStreamMultiCallable[encoder_pb2.EncodeRequest, encoder_pb2.EncodeResponse | ChunkView]:
-    """Encode on a channel; yields EncodeResponse or ChunkView."""
+) -> grpc.aio.UnaryStreamMultiCallable[encoder_pb2.EncodeRequest, bytes]:
+    """Encode on a channel; yields serialized responses, for `parse_response`."""
     return channel.unary_stream(
         f"/{SERVICE}/Encode",
         request_serializer=encoder_pb2.EncodeRequest.SerializeToString,
-        response_deserializer=parse_response,
+        # grpc logs what a deserializer raises and hands out None instead: bytes that are no response must be an error.
+        response_deserializer=None,
     )

@@ -303,8 +303,11 @@ class RowExporter:
 async def _uncancelled(work: Coroutine[Any, Any, object]) -> None:
     """Waits for `work` to its end even when cancelled: a block must not be freed while a thread still writes to it."""
     task = asyncio.ensure_future(work)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await task
-        raise
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:  # again and again, where several scopes give up
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled

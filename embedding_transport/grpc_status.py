@@ -14,6 +14,8 @@ from embedding_transport.errors import InternalError, VitrineError, error_from_c
 
 ERROR_CODE_KEY = "vitrine-error-code"
 RETRY_AFTER_S = 1
+# The message travels in the trailers, percent-encoded (up to three bytes for one), and trailers are refused from 8 KiB.
+_MAX_MESSAGE_NBYTES = 2048
 
 _Status = grpc.StatusCode
 STATUS_BY_CODE: dict[str, grpc.StatusCode] = {
@@ -44,12 +46,23 @@ _log = logging.getLogger(__name__)
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
-    """Ends the call with the error's status, message and code; other exceptions are logged and named no further."""
+    """Ends the call with the error's status, message and code; other exceptions are logged and named no further.
+
+    Long messages are cut: with trailers past gRPC's limit the peer would get neither message nor code.
+    """
     if not isinstance(error, VitrineError):
         _log.error("internal error", exc_info=error)
         error = InternalError("internal error: the service's log has more")
     context.set_trailing_metadata(((ERROR_CODE_KEY, error.code),))
-    await context.abort(STATUS_BY_CODE[error.code], str(error))
+    await context.abort(STATUS_BY_CODE[error.code], _sendable(str(error)))
+
+
+def _sendable(message: str) -> str:
+    """Valid UTF-8 (JSON can bring lone surrogates into a message) of at most _MAX_MESSAGE_NBYTES."""
+    encoded = message.encode(errors="replace")
+    if len(encoded) <= _MAX_MESSAGE_NBYTES:
+        return encoded.decode()
+    return encoded[: _MAX_MESSAGE_NBYTES - 3].decode(errors="ignore") + "..."
 
 
 def error_from_rpc(error: grpc.aio.AioRpcError) -> VitrineError | None:

@@ -167,7 +167,8 @@ class ShmMapping:
         if not _NAME.fullmatch(name):
             raise TransportUnavailable(f"{name!r} is no name of a shared-memory pool")
         try:
-            fd = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            # O_NONBLOCK: opening a pipe by that name would wait for its writer.
+            fd = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise TransportUnavailable(
                 f"pool {name} is not in {folder}: {error.strerror}; encoder and worker need the same host and folder"
@@ -218,6 +219,8 @@ def _aligned(nbytes: int) -> int:
 def _remove_stale_files(folder: Path) -> None:
     """Removes pools whose owner was killed: nobody holds their lock."""
     for path in folder.glob(_PREFIX + "*"):
+        if not _NAME.fullmatch(path.name):
+            continue  # somebody else's
         with contextlib.suppress(OSError):
             fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -23,14 +24,25 @@ def test_a_sharded_checkpoint_reads_like_a_whole_one(tmp_path: Path, qwen3_vl_fo
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in whole.read_tensors(names))
 
 
-def test_an_index_cannot_point_outside_the_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "elsewhere", ["../elsewhere.safetensors", "/elsewhere.safetensors", "..", "", "config.json", 5, None]
+)
+def test_an_index_cannot_point_outside_the_folder(tmp_path: Path, elsewhere: object) -> None:
     folder = save_random_checkpoint(tmp_path / "sharded", "qwen3_vl", max_shard_size="300KB")
     index = folder / "model.safetensors.index.json"
     content = json.loads(index.read_text())
-    content["weight_map"]["lm_head.weight"] = "../elsewhere.safetensors"
+    content["weight_map"]["lm_head.weight"] = elsewhere
     index.write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match="elsewhere"):
+    with pytest.raises(CheckpointError, match=re.escape(repr(elsewhere))):
         open_checkpoint(str(folder)).tensor_names()
+
+
+@pytest.mark.parametrize("content", ['{"metadata": {}}', '{"weight_map": ["a.safetensors"]}', "[]", "{"])
+def test_an_index_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError):
+        open_checkpoint(str(tmp_path)).tensor_names()
 
 
 def test_revision_tells_weights_apart_and_not_places(tmp_path: Path, qwen3_vl_folder: Path) -> None:

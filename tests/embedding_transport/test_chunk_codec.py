@@ -7,8 +7,11 @@ import random
 import pytest
 
 from embedding_transport.chunk_codec import ChunkView, encode_chunk, parse_response, serialize_response
+from embedding_transport.encoder_client import EncoderClient
 from embedding_transport.errors import InternalError
+from embedding_transport.types import MediaItem
 from protos.encoder.v1 import encoder_pb2
+from tests.embedding_transport.encoder_stub import IDENTITY, StubServicer, running_stub
 
 CASES = [
     (0, 0, b"", None),
@@ -62,3 +65,28 @@ def test_damaged_bytes_are_refused_or_read_but_never_more() -> None:
         else:
             assert not isinstance(parsed, ChunkView) or parsed.data.nbytes <= len(raw)
     assert num_refused > 1000
+
+
+def test_lengths_that_are_lies_are_refused() -> None:
+    whole = encode_chunk(1, 2, memoryview(b"1234"))
+    assert whole[-5:] == b"\x041234"
+    longer_data = whole[:-5] + b"\x051234"
+    more_behind = whole + whole[2:4]  # the chunk's first field once more, outside its length
+    for raw in (longer_data, more_behind):
+        with pytest.raises(InternalError, match="bytes"):
+            parse_response(raw)
+
+
+class Damaged(StubServicer):
+    async def Encode(self, request, context):  # type: ignore[no-untyped-def, override]
+        yield request.items[0].data
+
+
+@pytest.mark.parametrize("raw", [b"\xff\xff\xff", encode_chunk(0, 0, memoryview(b"1234"))[:-1], b""])
+async def test_damaged_bytes_on_the_wire_are_an_error_of_the_call(raw: bytes) -> None:
+    async with running_stub(None, servicer_class=Damaged) as (address, _, _):
+        client = EncoderClient([address], IDENTITY, transport="grpc")
+        await client.start()
+        with pytest.raises(InternalError):
+            [event async for event in client.encode([MediaItem("image", data=raw)], "request")]
+        await client.close()

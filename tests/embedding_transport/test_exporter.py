@@ -6,6 +6,8 @@ import asyncio
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -153,6 +155,22 @@ async def test_waiting_for_room_is_first_come_first_served(tmp_path: Path) -> No
         held.rows.release()
         await asyncio.gather(large, small)
         await client.close()
+
+
+async def test_a_block_is_written_to_its_end_however_often_its_export_is_cancelled() -> None:
+    written = threading.Event()
+
+    def write() -> None:
+        time.sleep(0.2)
+        written.set()
+
+    export = asyncio.create_task(exporter_module._uncancelled(asyncio.to_thread(write)))
+    for _ in range(3):
+        await asyncio.sleep(0.01)
+        export.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await export
+    assert written.is_set()
 
 
 async def test_drained_waits_for_the_last_lease(tmp_path: Path) -> None:

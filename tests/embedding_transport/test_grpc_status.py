@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import grpc
 import pytest
 
-from embedding_transport.errors import InternalError, VitrineError, error_from_code
+from embedding_transport.errors import InternalError, MediaNotFound, VitrineError, error_from_code
 from embedding_transport.grpc_status import STATUS_BY_CODE, abort, error_from_rpc
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 
@@ -54,6 +54,22 @@ async def test_round_trip(
     again = error_from_rpc(caught.value)
     assert again is not None
     assert (again.code, str(again)) == (error.code, "what was wrong: 42")
+
+
+@pytest.mark.parametrize("message", ["x" * 100_000, "é" * 9000, "\0" * 5000, "a lone \udcff", "two\nlines, 100 %"])
+async def test_every_message_leaves_room_for_its_code(
+    failing: tuple[Failing, encoder_pb2_grpc.EncoderAsyncStub], message: str
+) -> None:
+    servicer, stub = failing
+    servicer.error = MediaNotFound(message)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Describe(encoder_pb2.DescribeRequest(), timeout=5)
+    again = error_from_rpc(caught.value)
+    assert isinstance(again, MediaNotFound)
+    if len(message) < 100:
+        assert str(again) == message.replace("\udcff", "?")
+    else:
+        assert str(again).endswith("...") and message.startswith(str(again)[:600])
 
 
 async def test_foreign_exceptions_keep_their_text_to_the_log(

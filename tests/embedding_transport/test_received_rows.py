@@ -7,7 +7,7 @@ import torch
 
 from embedding_transport.chunk_codec import ChunkView
 from embedding_transport.errors import InternalError
-from embedding_transport.received_rows import ChunkAssembly, HostBufferPool
+from embedding_transport.received_rows import ChunkAssembly, HostBufferPool, copy_rows
 from embedding_transport.types import ItemTimings, Layout
 from tests.embedding_transport.encoder_stub import IDENTITY
 
@@ -44,6 +44,30 @@ def test_chunks_past_the_end_and_empty_ones_are_refused() -> None:
     for data in (bytes(NBYTES + 1), b""):
         with pytest.raises(InternalError):
             ChunkAssembly(LAYOUT, IDENTITY, HostBufferPool()).add(chunk(0, data))
+
+
+def test_rows_past_the_end_are_not_made_up() -> None:
+    rows = torch.randn(4, IDENTITY.row_width)
+    with pytest.raises(AssertionError):  # one row would be broadcast to both
+        copy_rows(rows, torch.zeros(2, 8), torch.zeros(3, 2, 8), 3)
+
+
+def test_rows_are_not_handed_out_before_they_are_complete() -> None:
+    assembly = ChunkAssembly(LAYOUT, IDENTITY, HostBufferPool())
+    assembly.add(chunk(0, bytes(NBYTES - 1)))
+    with pytest.raises(AssertionError):
+        assembly.rows(ItemTimings())
+
+
+def test_a_second_release_does_not_free_what_others_use() -> None:
+    pool = HostBufferPool()
+    assembly = ChunkAssembly(LAYOUT, IDENTITY, pool)
+    assembly.add(chunk(0, bytes(NBYTES)))
+    rows = assembly.rows(ItemTimings())
+    rows.release()
+    in_use = pool.take(NBYTES)
+    rows.release()
+    assert pool.take(NBYTES).data_ptr() != in_use.data_ptr()
 
 
 def test_buffers_are_used_again() -> None:

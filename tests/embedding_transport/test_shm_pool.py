@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,9 @@ def test_readers_refuse_names_that_are_no_pools(tmp_path: Path) -> None:
     for name in (f"../{pool.name}", str(tmp_path / pool.name), "vitrine-1", "passwd", "", f"vitrine-{'0' * 32}"):
         with pytest.raises(TransportUnavailable):
             ShmMapping(inner, name, 4096)
+    os.mkfifo(inner / f"vitrine-{'1' * 32}")
+    with pytest.raises(TransportUnavailable, match="its file has 0"):  # and does not wait for a writer
+        ShmMapping(inner, f"vitrine-{'1' * 32}", 4096)
     with pytest.raises(TransportUnavailable, match="its file has"):
         ShmMapping(tmp_path, pool.name, pool.file_nbytes + 1)
     pool.close()
@@ -131,3 +136,20 @@ def test_a_killed_owners_file_is_removed_by_the_next_and_a_live_ones_is_not(tmp_
     owners[1].kill()
     owners[1].wait()
     pool.close()
+
+
+def test_files_that_are_no_pools_are_left_alone(tmp_path: Path) -> None:
+    names = {"vitrine-notes.txt", "vitrine-", f"vitrine-{'0' * 33}"}
+    for name in names:
+        (tmp_path / name).touch()
+    ShmPool(tmp_path, POOL_NBYTES).close()
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_starters_never_remove_each_others_files(tmp_path: Path) -> None:
+    """Many pools at once, each looking for stale files while others are being made."""
+    with ThreadPoolExecutor(8) as threads:
+        pools = list(threads.map(lambda _: ShmPool(tmp_path, 4096), range(400)))
+    assert {path.name for path in tmp_path.iterdir()} == {pool.name for pool in pools}
+    for pool in pools:
+        pool.close()
