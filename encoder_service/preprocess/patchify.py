@@ -24,23 +24,37 @@ def resize(pixels_CHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def patchify(frames_FCHW: torch.Tensor, settings: ProcessorSettings) -> torch.Tensor:
-    """Normalizes and cuts into patches, in the order in which the tower merges them.
+    """Cuts into patches and normalizes.
 
     Args:
         frames_FCHW: uint8; F a multiple of `temporal_patch_size`, H and W multiples of `settings.factor`. An image
             comes as one frame expanded to `temporal_patch_size`.
 
     Returns:
-        [P, D], float32: rows run over time, merge blocks top to bottom and left to right, then inside a block; a row
-        runs over channel, frame, y, x.
+        [P, D], float32, in the order of `cut_patches`.
+    """
+    return normalize(cut_patches(frames_FCHW, settings), settings)
+
+
+def cut_patches(frames_FCHW: torch.Tensor, settings: ProcessorSettings) -> torch.Tensor:
+    """[P, D], uint8, in the order in which the tower merges them.
+
+    Rows run over time, merge blocks top to bottom and left to right, then inside a block; a row runs over channel,
+    frame, y, x. Any number of frames F that is a multiple of `temporal_patch_size`.
     """
     num_frames, num_channels, height, width = frames_FCHW.shape
     patch, merge, group = settings.patch_size, settings.merge_size, settings.temporal_patch_size
     rows, columns = height // settings.factor, width // settings.factor
     blocks = frames_FCHW.reshape(num_frames // group, group, num_channels, rows, merge, patch, columns, merge, patch)
-    # Put in order as bytes, a quarter of the traffic of floats: [t, y block, x block, y, x, channel, frame, y, x].
-    patches = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).contiguous().to(torch.float32)
-    mean = torch.tensor(settings.image_mean).mul(255.0).view(-1, 1, 1, 1)
-    std = torch.tensor(settings.image_std).mul(255.0).view(-1, 1, 1, 1)
+    # [t, y block, x block, y, x, channel, frame, y, x]
+    patches = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    return patches.reshape(-1, num_channels * group * patch * patch)
+
+
+def normalize(patches: torch.Tensor, settings: ProcessorSettings) -> torch.Tensor:
+    """uint8 patches [P, D] as float32, each channel with the checkpoint's mean and standard deviation taken out."""
+    by_channel = patches.to(torch.float32).view(len(patches), len(settings.image_mean), -1)
+    mean = torch.tensor(settings.image_mean, device=patches.device).mul(255.0).view(-1, 1)
+    std = torch.tensor(settings.image_std, device=patches.device).mul(255.0).view(-1, 1)
     # Subtract, then divide by 255 * std, as the reference does: another order rounds differently.
-    return patches.sub_(mean).div_(std).view(-1, num_channels * group * patch * patch)
+    return by_channel.sub_(mean).div_(std).view(len(patches), -1)
