@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.launcher.random_checkpoint import save_random_checkpoint
+from deploy.random_checkpoint import save_random_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -9,19 +9,19 @@ import tempfile
 from pathlib import Path
 
 _CACHE_FOLDER = Path(".cache")
-_RECIPE = ("random_checkpoint.py", "byte_tokenizer.py")
+_RECIPE = ("checkpoint.py", "byte_tokenizer.py")
 
 
 def default_model() -> Path:
     """The checkpoint's folder, made on the first call in seconds and again whenever its recipe has changed."""
-    recipe = b"".join((Path(__file__).parent / name).read_bytes() for name in _RECIPE)
+    recipe = b"".join((Path(__file__).parents[1] / "random_checkpoint" / name).read_bytes() for name in _RECIPE)
     folder = _CACHE_FOLDER / f"random-qwen3-vl-{hashlib.sha256(recipe).hexdigest()[:8]}"
     if folder.exists():
         return folder
     # Importing transformers' models takes seconds: only where they are needed.
     from transformers.utils import logging
 
-    from deploy.launcher.random_checkpoint import save_random_checkpoint
+    from deploy.random_checkpoint import save_random_checkpoint
 
     logging.disable_progress_bar()
     _CACHE_FOLDER.mkdir(exist_ok=True)

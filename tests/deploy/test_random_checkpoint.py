@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from deploy.launcher.random_checkpoint import save_random_checkpoint
+from deploy.random_checkpoint import save_random_checkpoint
 
 NUM_TOKENS = 8
 

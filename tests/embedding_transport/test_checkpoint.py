@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deploy.launcher.random_checkpoint import save_random_checkpoint
+from deploy.random_checkpoint import save_random_checkpoint
 from embedding_transport.checkpoint import CheckpointError, open_checkpoint
 
 

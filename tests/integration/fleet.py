@@ -17,8 +17,8 @@ from pathlib import Path
 
 import grpc
 
+from deploy.reference import Media
 from protos.llm.v1 import llm_pb2, llm_pb2_grpc
-from tests.integration.reference import Media
 
 START_TIMEOUT_S = 120.0
 CHUNK_TOKENS = 48

@@ -18,8 +18,8 @@ from PIL import Image
 
 from protos.llm.v1 import llm_pb2, llm_pb2_grpc
 from tests.integration.fleet import Fleet
+from tests.integration.media import picture
 from tests.integration.media_server import MediaServer, serve_media
-from tests.integration.reference import picture
 
 PROMPT = "<|vision_start|><|image_pad|><|vision_end|>What?"
 

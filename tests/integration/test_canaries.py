@@ -12,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+from deploy.reference import Media, Reference
 from embedding_transport.checkpoint import open_checkpoint
 from encoder_service.media.limits import MediaLimits
 from encoder_service.preprocess.preprocessor import Preprocessor
 from encoder_service.preprocess.settings import ProcessorSettings
 from tests.integration.fleet import Fleet
-from tests.integration.reference import Media, Reference, clip, picture
+from tests.integration.media import clip, picture
 
 NUM_TOKENS = 12
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"

@@ -11,10 +11,10 @@ from typing import Any
 import aiohttp
 import pytest
 
-from deploy.launcher.random_checkpoint import save_random_checkpoint
+from deploy.random_checkpoint import save_random_checkpoint
 from tests.integration.fleet import ServiceProcess
+from tests.integration.media import picture
 from tests.integration.media_server import MediaServer, serve_media
-from tests.integration.reference import picture
 
 Start = Callable[..., ServiceProcess]
 

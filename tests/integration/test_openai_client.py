@@ -9,8 +9,9 @@ from typing import Any
 import openai
 import pytest
 
+from deploy.reference import Media, Reference
 from tests.integration.fleet import Fleet
-from tests.integration.reference import Media, Reference, clip, picture
+from tests.integration.media import clip, picture
 
 
 @pytest.fixture

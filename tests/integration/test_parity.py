@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import pytest
 
+from deploy.reference import Media, Reference
 from tests.integration.fleet import Fleet
-from tests.integration.reference import Media, Reference, clip, picture
+from tests.integration.media import clip, picture
 
 NUM_TOKENS = 64
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
+from deploy.reference import Media, Reference
 from embedding_transport.checkpoint import open_checkpoint
 from llm_worker.engine.engine import Engine, EngineConfig, RequestHandle
 from llm_worker.engine.request import ExpandedPrompt, MediaSpan, SamplingParams, TokenOutput
 from llm_worker.models import build_decoder
-from tests.integration.reference import Media, Reference
 from tests.llm_worker.engine.tensor_rows import TensorRows
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from deploy.reference import Reference
 from embedding_transport.errors import (
     InternalError,
     LeaseExpired,
@@ -22,7 +23,6 @@ from embedding_transport.errors import (
 )
 from llm_worker.engine.engine import Engine, RequestHandle
 from llm_worker.engine.request import ExpandedPrompt, SamplingParams
-from tests.integration.reference import Reference
 from tests.integration.test_parity import CASES
 from tests.llm_worker.engine.harness import Request, collect, greedy, request_for, running_engine, submit, tokens
 from tests.llm_worker.engine.tensor_rows import TensorRows

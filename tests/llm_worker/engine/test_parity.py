@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.reference import Reference
+from deploy.reference import Reference
 from tests.integration.test_parity import CASES
 from tests.llm_worker.engine.harness import collect, greedy, request_for, running_engine, submit, tokens
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deploy.launcher.random_checkpoint import save_random_checkpoint, small_config
+from deploy.random_checkpoint import save_random_checkpoint, small_config
 from embedding_transport.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from llm_worker.models import build_decoder
 from llm_worker.models.config import text_config

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from deploy.reference import Media, Reference
 from embedding_transport.checkpoint import open_checkpoint
 from embedding_transport.errors import BadRequest, PlaceholderMismatch
 from embedding_transport.types import Layout
@@ -14,7 +15,7 @@ from llm_worker.prompt.config import PromptConfig
 from llm_worker.prompt.expand import expand_prompt
 from llm_worker.prompt.placeholders import plan_placeholders
 from llm_worker.prompt.tokenizer import PromptTokenizer
-from tests.integration.reference import Media, Reference, clip, picture
+from tests.integration.media import clip, picture
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"

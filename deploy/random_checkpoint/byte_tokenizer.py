@@ -20,7 +20,7 @@ _SPECIAL_TOKENS = (
 )
 SPECIAL_TOKEN_IDS = {token: _NUM_BYTES + index for index, token in enumerate(_SPECIAL_TOKENS)}
 
-_CHAT_TEMPLATE = """\
+CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{- '<|im_start|>' + message.role + '\\n' -}}
 {%- if message.content is string -%}
@@ -67,7 +67,7 @@ def save_byte_tokenizer(folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(_CHAT_TEMPLATE, encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
 def _byte_vocab() -> dict[str, int]:

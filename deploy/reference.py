@@ -1,8 +1,9 @@
-"""The same checkpoint in one process by transformers: what every number of the split has to equal.
+"""The same checkpoint in one process by transformers: what every number of the split is compared with.
 
 transformers' processor classes cannot be built without torchvision, so the processor is put together from the
-parts that can: the Pillow image processor, the video processor's own `sample_frames` and `patchify`, and the
-processor's own placeholder replacement. Media here need no resizing, where all backends agree to the bit.
+parts that can: the Pillow image processor, the video processor's own `sample_frames`, `smart_resize` and `patchify`,
+and the processor's own placeholder replacement. Backends agree to the bit only on media that need no resizing;
+frames for Qwen2.5-VL have to be such.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
-from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor, smart_resize
 from transformers.video_utils import VideoMetadata
 
 VIDEO_FPS = 2.0
@@ -35,31 +36,6 @@ class Media:
 
     kind: str
     data: bytes
-
-
-def picture(seed: int, width: int, height: int) -> Media:
-    """A PNG of smooth random colours, different for every seed."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return Media("image", file.getvalue())
-
-
-def clip(seed: int, width: int, height: int, num_frames: int, fps: int = 8) -> Media:
-    """An MP4 of smooth random colours that change from frame to frame."""
-    rng = np.random.default_rng(seed)
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=fps)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for _ in range(num_frames):
-            coarse = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
-            image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-            container.mux(stream.encode(av.VideoFrame.from_image(image)))
-        container.mux(stream.encode())
-    return Media("video", file.getvalue())
 
 
 class Reference:
@@ -123,20 +99,51 @@ class Reference:
         # min_new_tokens suppresses the end token; the raw argmax must agree for the comparison to be fair.
         return logits.argmax(-1).tolist(), logits.log_softmax(-1)
 
+    def answer(self, question: str, media: list[Media], max_tokens: int) -> str:
+        """The greedy answer to a question about `media`, which stand in front of it."""
+        content = [*({"type": item.kind} for item in media), {"type": "text", "text": question}]
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        inputs = self.inputs(text, media)
+        with torch.inference_mode():
+            ids = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
+        answer: str = self.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return answer
+
     def _video(self, data: bytes) -> tuple[torch.Tensor, list[int], VideoMetadata]:
-        with av.open(io.BytesIO(data)) as container:
-            rate = float(container.streams.video[0].average_rate)
+        with av.open(io.BytesIO(data), "r") as container:
+            rate = float(container.streams.video[0].average_rate or VIDEO_FPS)
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         metadata = VideoMetadata(total_num_frames=len(frames), fps=rate, duration=len(frames) / rate)
         indices = self.video_processor.sample_frames(metadata, fps=VIDEO_FPS)
         metadata.frames_indices = np.asarray(indices)
         processor = self.video_processor
-        pixels = torch.from_numpy(np.stack([frames[int(index)] for index in indices])).permute(0, 3, 1, 2).float() / 255
+        pixels = torch.from_numpy(np.stack([frames[int(index)] for index in indices])).permute(0, 3, 1, 2)
+        pixels = self._resized(pixels).float() / 255
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (processor.image_mean, processor.image_std))
         patches, *grid = processor.patchify(
             ((pixels - mean) / std)[None], processor.patch_size, processor.merge_size, processor.temporal_patch_size
         )
         return patches[0], grid, metadata
+
+    def _resized(self, frames: torch.Tensor) -> torch.Tensor:
+        """uint8 [num_frames, 3, height, width] at the size the video processor chooses."""
+        processor = self.video_processor
+        if self.config.model_type == "qwen2_5_vl":
+            return frames
+        num_frames, _, height, width = frames.shape
+        size = smart_resize(
+            num_frames,
+            height,
+            width,
+            temporal_factor=processor.temporal_patch_size,
+            factor=processor.patch_size * processor.merge_size,
+            min_pixels=processor.size["shortest_edge"],
+            max_pixels=processor.size["longest_edge"],
+        )
+        # As torchvision resizes uint8 frames.
+        return torch.nn.functional.interpolate(frames, size, mode="bicubic", antialias=True)
 
 
 def _video_processor(folder: Path, config: Any) -> Any:

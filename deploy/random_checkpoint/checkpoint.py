@@ -23,7 +23,7 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
-from deploy.launcher.byte_tokenizer import SPECIAL_TOKEN_IDS, printable_token_ids, save_byte_tokenizer
+from deploy.random_checkpoint.byte_tokenizer import SPECIAL_TOKEN_IDS, printable_token_ids, save_byte_tokenizer
 
 Family = Literal["qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl"]
 
