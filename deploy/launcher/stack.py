@@ -1,11 +1,11 @@
-"""One encoder and one LLM worker on this machine, as separate processes."""
+"""Encoders and one LLM worker on this machine, as separate processes."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,25 +33,31 @@ class Stack:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def running(cls, model: str | Path, port: int | None = None) -> AsyncIterator[Stack]:
-        """Starts both services at once and stops them at the end, whatever happens in between.
+    async def running(
+        cls, model: str | Path, port: int | None = None, num_encoders: int = 1, worker_flags: Sequence[str] = ()
+    ) -> AsyncIterator[Stack]:
+        """Starts all services at once and stops them at the end, whatever happens in between.
 
         Args:
             model: checkpoint folder or hub id.
             port: HTTP port of the LLM worker; None for a free one.
+            worker_flags: more flags for the LLM worker.
         """
-        encoder_port, grpc_port, http_port = _free_ports(3)
+        http_port, grpc_port, *encoder_ports = _free_ports(2 + num_encoders)
         http_port = port if port is not None else http_port
         children: list[Child] = []
         try:
-            encoder = ["encoder_service", "--model", str(model), "--port", str(encoder_port)]
-            children.append(await Child.start("encoder", encoder))
-            worker = ["llm_worker", "--model", str(model), "--encoders", f"{_HOST}:{encoder_port}"]
+            for index, encoder_port in enumerate(encoder_ports):
+                name = "encoder" if num_encoders == 1 else f"encoder {index}"
+                encoder = ["encoder_service", "--model", str(model), "--port", str(encoder_port)]
+                children.append(await Child.start(name, encoder))
+            encoders = ",".join(f"{_HOST}:{encoder_port}" for encoder_port in encoder_ports)
+            worker = ["llm_worker", "--model", str(model), "--encoders", encoders]
             ports = ["--port", str(http_port), "--grpc-port", str(grpc_port)]
-            children.append(await Child.start("llm", worker + ports))
+            children.append(await Child.start("llm", [*worker, *ports, *worker_flags]))
             yield cls(f"http://{_HOST}:{http_port}", f"{_HOST}:{grpc_port}", children)
         finally:
-            # The worker first: it gives its leases back while the encoder still listens.
+            # The worker first: it gives its leases back while the encoders still listen.
             for child in reversed(children):
                 await child.stop(_STOP_GRACE_S)
 
