@@ -2,8 +2,8 @@
 
 transformers' processor classes cannot be built without torchvision, so the processor is put together from the
 parts that can: the Pillow image processor, the video processor's own `sample_frames`, `smart_resize` and `patchify`,
-and the processor's own placeholder replacement. Backends agree to the bit only on media that need no resizing;
-frames for Qwen2.5-VL have to be such.
+and the processor's own placeholder replacement. Resizing is torchvision's, the backend transformers prefers, which is
+torch's own underneath; videos for Qwen2.5-VL must need none.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as smart_resize_image
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
-from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor, smart_resize
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as smart_resize_video
 from transformers.video_utils import VideoMetadata
 
 VIDEO_FPS = 2.0
@@ -60,7 +62,7 @@ class Reference:
     def inputs(self, text: str, media: list[Media]) -> dict[str, torch.Tensor]:
         """Model inputs of `text`, which holds one placeholder a media item, as the processor would make them."""
         inputs: dict[str, Any] = {}
-        images = [Image.open(io.BytesIO(item.data)).convert("RGB") for item in media if item.kind == "image"]
+        images = [self._image(item.data) for item in media if item.kind == "image"]
         image_texts, video_texts = [], []
         if images:
             inputs.update(self.image_processor(images, return_tensors="pt"))
@@ -111,6 +113,13 @@ class Reference:
         answer: str = self.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return answer
 
+    def _image(self, data: bytes) -> Image.Image:
+        """At its final size, so that the processor, whose Pillow resizes slightly differently, finds nothing to do."""
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        size = smart_resize_image(image.height, image.width, **_limits(self.image_processor))
+        return Image.fromarray(_resize(pixels[None], size)[0].permute(1, 2, 0).numpy())
+
     def _video(self, data: bytes) -> tuple[torch.Tensor, list[int], VideoMetadata]:
         with av.open(io.BytesIO(data), "r") as container:
             rate = float(container.streams.video[0].average_rate or VIDEO_FPS)
@@ -120,30 +129,31 @@ class Reference:
         metadata.frames_indices = np.asarray(indices)
         processor = self.video_processor
         pixels = torch.from_numpy(np.stack([frames[int(index)] for index in indices])).permute(0, 3, 1, 2)
-        pixels = self._resized(pixels).float() / 255
+        if self.config.model_type != "qwen2_5_vl":
+            num_frames, _, height, width = pixels.shape
+            size = smart_resize_video(num_frames, height, width, processor.temporal_patch_size, **_limits(processor))
+            pixels = _resize(pixels, size)
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (processor.image_mean, processor.image_std))
         patches, *grid = processor.patchify(
-            ((pixels - mean) / std)[None], processor.patch_size, processor.merge_size, processor.temporal_patch_size
+            ((pixels.float() / 255 - mean) / std)[None],
+            processor.patch_size,
+            processor.merge_size,
+            processor.temporal_patch_size,
         )
         return patches[0], grid, metadata
 
-    def _resized(self, frames: torch.Tensor) -> torch.Tensor:
-        """uint8 [num_frames, 3, height, width] at the size the video processor chooses."""
-        processor = self.video_processor
-        if self.config.model_type == "qwen2_5_vl":
-            return frames
-        num_frames, _, height, width = frames.shape
-        size = smart_resize(
-            num_frames,
-            height,
-            width,
-            temporal_factor=processor.temporal_patch_size,
-            factor=processor.patch_size * processor.merge_size,
-            min_pixels=processor.size["shortest_edge"],
-            max_pixels=processor.size["longest_edge"],
-        )
-        # As torchvision resizes uint8 frames.
-        return torch.nn.functional.interpolate(frames, size, mode="bicubic", antialias=True)
+
+def _limits(processor: Any) -> dict[str, int]:
+    return {
+        "factor": processor.patch_size * processor.merge_size,
+        "min_pixels": processor.size["shortest_edge"],
+        "max_pixels": processor.size["longest_edge"],
+    }
+
+
+def _resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """uint8 [items, 3, height, width] at another (height, width)."""
+    return torch.nn.functional.interpolate(pixels, size, mode="bicubic", antialias=True)
 
 
 def _video_processor(folder: Path, config: Any) -> Any:

@@ -1,0 +1,86 @@
+"""Asks held-out questions through the whole split and prints accuracy by kind: `make eval`.
+
+Every way of answering has to come out at the same accuracy, but for the last: it has no deepstack rows and must lose.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import functools
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from deploy.tiny_vlm import MODEL_FOLDER
+from deploy.tiny_vlm.evaluation.ablation import without_deepstack
+from deploy.tiny_vlm.evaluation.accuracy import accuracy, table_header, table_row
+from deploy.tiny_vlm.evaluation.answering import answers_of_split, answers_of_transformers
+from deploy.tiny_vlm.evaluation.questions import AskedQuestion, held_out_questions
+
+Answer = Callable[[Path, Sequence[AskedQuestion]], list[str]]
+ABLATION = "shm, deepstack rows zeroed"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    questions = held_out_questions(options.questions)
+    print(table_header(), flush=True)
+    expected: list[str] | None = None
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, answer in ways().items():
+            if options.only and name not in options.only:
+                continue
+            folder = without_deepstack(options.model, Path(scratch) / "model") if name == ABLATION else options.model
+            start = time.perf_counter()
+            # The services' log lines would tear the table apart.
+            with contextlib.redirect_stdout(sys.stderr):
+                answers = answer(folder, questions)
+            seconds = time.perf_counter() - start
+            if name == "transformers":
+                expected = answers
+            same = sum(map(str.__eq__, answers, expected)) / len(answers) if expected is not None else None
+            print(table_row(name, accuracy(questions, answers), same, seconds), flush=True)
+            if options.show_wrong:
+                _print_wrong(questions, answers)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=MODEL_FOLDER, help="checkpoint folder; default: the shipped one")
+    parser.add_argument("--questions", type=int, default=500, help="how many; default: %(default)s")
+    parser.add_argument("--only", nargs="+", choices=list(ways()), help="some of the ways to answer")
+    parser.add_argument("--show-wrong", action="store_true", help="print every wrong answer, too")
+    return parser
+
+
+def ways() -> dict[str, Answer]:
+    """All ways to answer, by name."""
+    return {
+        "transformers": answers_of_transformers,
+        "shm": _split("--transport", "shm"),
+        "grpc": _split("--transport", "grpc"),
+        "shm, chunks of 40 tokens": _split("--transport", "shm", "--max-num-batched-tokens", "40"),
+        "grpc, chunks of 40 tokens": _split("--transport", "grpc", "--max-num-batched-tokens", "40"),
+        "shm, three encoders": _split("--transport", "shm", num_encoders=3),
+        ABLATION: _split("--transport", "shm"),
+    }
+
+
+def _split(*worker_flags: str, num_encoders: int = 1) -> Answer:
+    ask = functools.partial(answers_of_split, num_encoders=num_encoders, worker_flags=worker_flags)
+    return lambda folder, questions: asyncio.run(ask(folder, questions))
+
+
+def _print_wrong(questions: Sequence[AskedQuestion], answers: Sequence[str]) -> None:
+    for index, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+        if answer.strip() != question.answer:
+            print(f"  {index}: {question.text} {question.answer!r}, answered {answer!r}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
