@@ -1,7 +1,7 @@
 # Every target does its own set-up into .venv; nothing is installed outside this folder.
 # The machine needs make and Python 3.11 or newer with venv (Debian: apt-get install make python3 python3-venv).
 #
-#   MODEL=folder or hub id         checkpoint for run and serve; default: a small random one made on the spot
+#   MODEL=folder or hub id         checkpoint for run, serve and eval; default: the tiny one shipped along
 #   IMAGE=file  PROMPT=text        what run asks; default: a picture drawn on the spot
 #   PORT=8000                      HTTP port of serve
 #   PYTHON=python3.12              interpreter to make .venv with
@@ -24,7 +24,7 @@ PACKAGES := protos embedding_transport encoder_service llm_worker deploy benchma
 UNSAFE := '^[^\#]*((import|from) +(c?[Pp]ickle|dill|cloudpickle|shelve|marshal)\b|torch\.load\(|allow_pickle *= *True)'
 
 .DEFAULT_GOAL := help
-.PHONY: help run serve test lint format protos protos-check clean
+.PHONY: help run serve test eval lint format protos protos-check clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -38,6 +38,9 @@ serve: $(VENV)/.run-ready  ## The same services, staying up with an OpenAI endpo
 
 test: $(VENV)/.dev-ready  ## Run all tests (TESTS=path for some of them)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
+
+eval: $(VENV)/.dev-ready  ## Ask 500 held-out questions through the whole split in every way, print accuracy by kind
+	@$(BIN)/python -m deploy.tiny_vlm.evaluation $(if $(MODEL),--model "$(MODEL)")
 
 lint: $(VENV)/.dev-ready protos-check  ## Style, types, import contracts, stubs up to date
 	$(BIN)/ruff check .

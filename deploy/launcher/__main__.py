@@ -13,11 +13,11 @@ from pathlib import Path
 import aiohttp
 
 from deploy.launcher.ask import AskFailed, ask, served_model
-from deploy.launcher.default_model import default_model
 from deploy.launcher.picture import DRAWN_PICTURE, picture_url
 from deploy.launcher.process import ChildFailed
 from deploy.launcher.report import stage_table
 from deploy.launcher.stack import Stack
+from deploy.tiny_vlm import MODEL_FOLDER
 
 _PROMPT = "What shapes and colors are in this picture?"
 _INTERRUPTED = 130
@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="ask one question about a picture, print answer and timings, stop")
     serve = commands.add_parser("serve", help="stay up with an OpenAI endpoint until Ctrl-C")
     for command in (run, serve):
-        command.add_argument("--model", help="checkpoint folder or hub id; default: a small one with random weights")
+        command.add_argument("--model", help="checkpoint folder or hub id; default: the small one shipped along")
     run.add_argument("--image", help="file or http(s) address; default: a picture drawn on the spot")
     run.add_argument("--prompt", default=_PROMPT, help="question about the picture; default: %(default)s")
     run.add_argument("--max-tokens", type=int, default=64, help="longest answer, in tokens; default: %(default)s")
@@ -94,11 +94,8 @@ async def _serve(options: argparse.Namespace) -> None:
 def _model(model: str | None) -> str | Path:
     if model:
         return model
-    start = time.perf_counter()
-    folder = default_model()
-    _say(f"no MODEL given: using a small one with random weights, {folder} ({time.perf_counter() - start:.1f} s)")
-    _say("the path is the real one, but random weights have learnt nothing: the answer is noise")
-    return folder
+    _say("no MODEL given: using the tiny one shipped along, which knows shapes, printed words, digits and moving balls")
+    return MODEL_FOLDER
 
 
 async def _wait_ready(stack: Stack) -> None:

@@ -1,4 +1,4 @@
-"""The launcher as a newcomer runs it: real services, a random checkpoint, one question, nothing left behind."""
+"""The launcher as a newcomer runs it: real services, one question, nothing left behind."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageDraw
 
 from tests.deploy.proc import children_of, is_running
 
@@ -46,6 +47,22 @@ def test_run_prints_answer_and_timings(qwen3_vl_folder: Path) -> None:
     assert "24 generated (length)" in output
     assert "[encoder]" in output
     assert "[llm]" in output
+
+
+def test_run_without_a_model_answers_right() -> None:
+    with launch("run") as process:
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, output
+    assert "\nanswer: A red circle, a blue square and a green triangle.\n" in output
+
+
+def test_run_asks_about_the_picture_and_with_the_prompt_that_are_given(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (160, 160), "white")
+    ImageDraw.Draw(picture).ellipse((40, 40, 120, 120), fill="blue")
+    picture.save(tmp_path / "ball.png")
+    with launch("run", "--image", str(tmp_path / "ball.png"), "--prompt", "What color is the circle?") as process:
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert "\nanswer: blue\n" in output, output
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

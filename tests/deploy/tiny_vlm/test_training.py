@@ -1,0 +1,73 @@
+"""Training computes what the services will compute, and learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3VLForConditionalGeneration
+
+from deploy.reference import Media, Reference
+from deploy.tiny_vlm import MODEL_FOLDER
+from deploy.tiny_vlm.data.generator import KINDS
+from deploy.tiny_vlm.evaluation.questions import held_out_questions
+from deploy.tiny_vlm.training import __main__ as training
+from deploy.tiny_vlm.training.architecture import tiny_config
+from deploy.tiny_vlm.training.examples import BatchMaker
+from deploy.tiny_vlm.training.forward import answer_logits
+from deploy.tiny_vlm.training.packed_attention import use_packed_attention
+
+# One question of every kind but video: its file is lossy, and a packed batch has the frames as they were drawn.
+INDICES = [index for index, kind in enumerate(KINDS) if kind != "video"]
+STEPS = 20
+
+
+def packed_model(folder: Path) -> Qwen3VLForConditionalGeneration:
+    model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    use_packed_attention(model)
+    return model
+
+
+@pytest.mark.parametrize("index", INDICES)
+def test_one_packed_pass_equals_transformers_one_by_one(index: int, logits: list[torch.Tensor]) -> None:
+    """A batch of all kinds at once against transformers' own model and processor over a single question."""
+    question = held_out_questions(len(KINDS))[index]
+    reference = Reference(MODEL_FOLDER)
+    expected = _answer_logits(reference, list(question.media), question.text, question.answer)
+    torch.testing.assert_close(logits[INDICES.index(index)], expected, atol=2e-4, rtol=2e-4)
+
+
+@pytest.fixture(scope="module")
+def logits() -> list[torch.Tensor]:
+    """[answer tokens, vocab] of every question, out of one packed pass."""
+    batch = BatchMaker(MODEL_FOLDER).heldout_batch(INDICES)
+    with torch.inference_mode():
+        rows, targets = answer_logits(packed_model(MODEL_FOLDER), batch)
+    ends = (targets == tiny_config().text_config.eos_token_id).nonzero().flatten() + 1
+    return list(rows.tensor_split(ends[:-1].tolist()))
+
+
+def _answer_logits(reference: Reference, media: list[Media], question: str, answer: str) -> torch.Tensor:
+    content = [*({"type": item.kind} for item in media), {"type": "text", "text": question}]
+    prompt = reference.tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    inputs = reference.inputs(f"{prompt}{answer}<|im_end|>", media)
+    num_answer = len(reference.tokenizer.encode(f"{answer}<|im_end|>"))
+    with torch.inference_mode():
+        return reference.model(**inputs).logits[0, -num_answer - 1 : -1]
+
+
+def test_a_few_steps_on_the_cpu_lower_the_loss_and_write_a_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "trained"
+    training.main([str(folder), "--steps", str(STEPS), "--samples", "4", "--workers", "0", "--questions", "11"])
+    torch.manual_seed(0)
+    untrained = Qwen3VLForConditionalGeneration._from_config(tiny_config(), dtype=torch.float32)
+    use_packed_attention(untrained)
+    batch = BatchMaker(folder).heldout_batch(INDICES)
+    losses = []
+    for model in (untrained, packed_model(folder)):
+        with torch.inference_mode():
+            losses.append(torch.nn.functional.cross_entropy(*answer_logits(model, batch)).item())
+    assert losses[1] < losses[0] - 0.5
