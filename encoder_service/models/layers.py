@@ -126,12 +126,18 @@ def linear_into(linear: nn.Linear, x: torch.Tensor, out: torch.Tensor) -> None:
     torch.addmm(linear.bias, x, linear.weight.t(), out=out)
 
 
-def check_packed(patches_PC: torch.Tensor, grid_thw: list[tuple[int, int, int]], config: VisionConfig) -> None:
+def check_packed(patches_PX: torch.Tensor, grid_thw: list[tuple[int, int, int]], config: VisionConfig) -> None:
     """Raises ValueError where patches and grids do not belong together or to this tower."""
-    merge = config.spatial_merge_size
+    check_packed_shapes(patches_PX, grid_thw, config.spatial_merge_size, config.patch_width)
+
+
+def check_packed_shapes(
+    patches_PX: torch.Tensor, grid_thw: list[tuple[int, int, int]], merge: int, patch_width: int
+) -> None:
+    """Raises ValueError where patches and grids do not belong together, to this merge size or patch width."""
     for t, h, w in grid_thw:
         if min(t, h, w) < 1 or h % merge or w % merge:
             raise ValueError(f"grid {(t, h, w)} is empty or does not split into {merge} x {merge} patches a token")
-    expected = (sum(t * h * w for t, h, w in grid_thw), config.patch_width)
-    if not grid_thw or tuple(patches_PC.shape) != expected:
-        raise ValueError(f"patches have shape {tuple(patches_PC.shape)}, the grids {grid_thw} need {expected}")
+    expected = (sum(t * h * w for t, h, w in grid_thw), patch_width)
+    if not grid_thw or tuple(patches_PX.shape) != expected:
+        raise ValueError(f"patches have shape {tuple(patches_PX.shape)}, the grids {grid_thw} need {expected}")

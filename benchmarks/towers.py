@@ -1,0 +1,79 @@
+"""Vision towers of published dims with random weights: ours and transformers' with the same ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, Qwen3VLConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+
+from encoder_service.models.config import qwen3_vl_config
+from encoder_service.models.grids import GridTHW
+from encoder_service.models.qwen3_vl import Qwen3VLTower
+
+# vision_config of Qwen/Qwen3-VL-8B-Instruct.
+QWEN3_VL_8B: dict[str, Any] = {
+    "depth": 27,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_heads": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+    "in_channels": 3,
+    "patch_size": 16,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "out_hidden_size": 4096,
+    "num_position_embeddings": 2304,
+    "deepstack_visual_indexes": [8, 16, 24],
+}
+
+
+@dataclass(frozen=True)
+class Towers:
+    """The plain tower and transformers', bfloat16 on the GPU, same weights."""
+
+    plain: Qwen3VLTower
+    transformers: PreTrainedModel
+
+
+def qwen3_vl_8b(device: torch.device) -> Towers:
+    """Weights at scales that keep the residual stream lively; seeded."""
+    torch.manual_seed(0)
+    with device:
+        reference = Qwen3VLVisionModel._from_config(
+            Qwen3VLConfig(vision_config=QWEN3_VL_8B).vision_config, dtype=torch.bfloat16, attn_implementation="sdpa"
+        ).eval()
+        plain = Qwen3VLTower(qwen3_vl_config({"vision_config": QWEN3_VL_8B})).to(torch.bfloat16).eval()
+    _draw(reference)
+    plain.load_state_dict(reference.state_dict())
+    return Towers(plain, reference)
+
+
+@torch.no_grad()
+def _draw(model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(False)
+        if name.endswith("bias"):
+            parameter.normal_(std=0.1)
+        elif parameter.ndim == 1:
+            parameter.uniform_(0.8, 1.2)
+        elif "pos_embed" in name:
+            parameter.normal_(std=0.5)
+        else:
+            parameter.normal_(std=1.2 / parameter[0].numel() ** 0.5)
+
+
+def operations(vision: dict[str, Any], grid_thw: list[GridTHW]) -> float:
+    """Multiplications and additions of matrix products and attention of a Qwen3-VL tower, nothing else."""
+    hidden, wide, out = vision["hidden_size"], vision["intermediate_size"], vision["out_hidden_size"]
+    num_patches = sum(t * h * w for t, h, w in grid_thw)
+    pairs = sum(t * (h * w) ** 2 for t, h, w in grid_thw)
+    merged = hidden * vision["spatial_merge_size"] ** 2
+    patch = vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2
+    layers = vision["depth"] * (2 * num_patches * (4 * hidden**2 + 2 * hidden * wide) + 4 * pairs * hidden)
+    num_tokens = num_patches // vision["spatial_merge_size"] ** 2
+    num_mergers = 1 + len(vision["deepstack_visual_indexes"])
+    mergers = num_mergers * 2 * num_tokens * (merged**2 + merged * out)
+    return float(layers + mergers + 2 * num_patches * patch * hidden)

@@ -1,0 +1,163 @@
+"""CUDA graphs of a tower over a ladder of batch sizes.
+
+A graph is captured for each bucket; a batch replays the smallest one it fits into. All graphs share one memory pool and
+one set of input and output buffers, so only one may run at a time.
+
+Shapes: P patches, X pixel values a patch, T tokens, W row width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from encoder_service.gpu.batch_tables import BatchTables, Layouts, TableShape
+from encoder_service.gpu.layers import FusedTower
+from encoder_service.models.grids import GridTHW
+from encoder_service.models.layers import check_packed_shapes
+
+_SMALLEST_PATCHES = 256
+_MULTIPLE = 64
+# A batch pays for so many more patches than it has at worst, half of it on average. Large ones are worth more graphs.
+_STEP, _LARGE_STEP, _LARGE = 1.1, 1.02, 4096
+# Attention's launch may grow with the longest segment allowed: pictures of up to 2 megapixels get buckets of their own.
+_USUAL_LENGTH = 8192
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Batches of at most so many patches whose tables fit into `shape`."""
+
+    num_patches: int
+    shape: TableShape
+
+    def holds(self, layouts: Layouts) -> bool:
+        return layouts.num_patches <= self.num_patches and layouts.fits(self.shape)
+
+
+def ladder(max_patches: int) -> list[Bucket]:
+    """Buckets in ascending order up to `max_patches`; empty for 0.
+
+    Empty segments cost attention launches that find nothing to do, so a size comes several times: for pictures, for a
+    few large ones, and for many small ones or the frames of videos.
+    """
+    sizes: list[int] = []
+    size = float(min(_SMALLEST_PATCHES, max_patches))
+    while max_patches and (not sizes or sizes[-1] < max_patches):
+        rounded = min(-(-int(size) // _MULTIPLE) * _MULTIPLE, max_patches)
+        if not sizes or rounded > sizes[-1]:
+            sizes.append(rounded)
+        size *= _STEP if size < _LARGE else _LARGE_STEP
+    buckets = []
+    for size in sizes:
+        usual = min(size, _USUAL_LENGTH)
+        rooms = [(size // 512 + 8, usual), (8, size), (size // 32 + 8, usual)]
+        if usual == size:
+            rooms.remove((8, size))
+        buckets += [Bucket(size, TableShape(frames, size // 32 + frames, longest)) for frames, longest in rooms]
+    return buckets
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """num_graphs, num_bytes: what was captured, with its memory pool, input and output buffers; seconds: it took."""
+
+    num_graphs: int
+    num_bytes: int
+    seconds: float
+
+
+class GpuTower:
+    """A `VisionTower` that replays graphs. Not thread-safe: one forward at a time.
+
+    num_replayed, num_eager: batches so far that ran as a graph, and that were too large for any.
+    """
+
+    def __init__(
+        self,
+        tower: FusedTower,
+        max_graph_patches: int,
+        on_progress: Callable[[int, int], None] = lambda num_captured, num_graphs: None,
+    ) -> None:
+        """Captures the whole ladder, which takes seconds.
+
+        Args:
+            max_graph_patches: larger batches run without a graph; 0 for no graphs at all.
+            on_progress: called with (graphs captured, graphs in all) after each.
+        """
+        self._tower = tower
+        self.out_hidden_size = tower.out_hidden_size
+        self.deepstack_visual_indexes = tower.deepstack_visual_indexes
+        self.row_width = tower.row_width
+        self.merge_unit = tower.merge_unit
+        self.num_replayed = self.num_eager = 0
+        self._buckets = ladder(max_graph_patches)
+        self._graphs: dict[Bucket, torch.cuda.CUDAGraph] = {}
+        started, free_before = time.monotonic(), _free_bytes(tower.device)
+        like: dict[str, Any] = {"device": tower.device}
+        self._patches_PX = torch.zeros((max_graph_patches, tower.patch_width), dtype=tower.dtype, **like)
+        self._rows_TW = torch.zeros((max_graph_patches // tower.merge_unit, tower.row_width), dtype=tower.dtype, **like)
+        largest_table = max((bucket.shape.size for bucket in self._buckets), default=0)
+        self._table = torch.zeros(largest_table, dtype=torch.int32, **like)
+        stream, pool = torch.cuda.Stream(tower.device), torch.cuda.graph_pool_handle()
+        # Largest first: the smaller ones then live in the memory of the largest.
+        for bucket in reversed(self._buckets):
+            self._graphs[bucket] = self._capture(bucket, stream, pool)
+            on_progress(len(self._graphs), len(self._buckets))
+        num_bytes = free_before - _free_bytes(tower.device)
+        self.report = GraphReport(len(self._graphs), num_bytes, time.monotonic() - started)
+
+    @torch.inference_mode()
+    def forward(self, patches_PX: torch.Tensor, grid_thw: list[GridTHW]) -> torch.Tensor:
+        """See `VisionTower.forward`."""
+        tower = self._tower
+        check_packed_shapes(patches_PX, grid_thw, tower.merge_size, tower.patch_width)
+        layouts = Layouts(grid_thw, tower.merge_size, tower.window_tokens)
+        bucket = self._bucket(layouts)
+        if bucket is None:
+            return self._run_eagerly(patches_PX, layouts)
+        self.num_replayed += 1
+        self._patches_PX[: len(patches_PX)].copy_(patches_PX, non_blocking=True)
+        self._table[: bucket.shape.size].copy_(layouts.table(bucket.shape), non_blocking=True)
+        self._graphs[bucket].replay()
+        # A copy: the next batch overwrites the static rows.
+        return self._rows_TW[: len(patches_PX) // self.merge_unit].clone()
+
+    def bucket_of(self, grid_thw: list[GridTHW]) -> Bucket | None:
+        """The bucket such a batch runs in, None if it runs without a graph."""
+        return self._bucket(Layouts(grid_thw, self._tower.merge_size, self._tower.window_tokens))
+
+    def _bucket(self, layouts: Layouts) -> Bucket | None:
+        return next((bucket for bucket in self._buckets if bucket.holds(layouts)), None)
+
+    def _run_eagerly(self, patches_PX: torch.Tensor, layouts: Layouts) -> torch.Tensor:
+        self.num_eager += 1
+        tower = self._tower
+        num_tokens = layouts.num_patches // self.merge_unit
+        rows_TW = torch.empty((num_tokens, self.row_width), dtype=tower.dtype, device=tower.device)
+        table = layouts.table(layouts.shape).to(tower.device, non_blocking=True)
+        tower.run(patches_PX.to(tower.device, tower.dtype), BatchTables.of(table, layouts.shape), rows_TW)
+        return rows_TW
+
+    def _capture(self, bucket: Bucket, stream: torch.cuda.Stream, pool: Any) -> torch.cuda.CUDAGraph:
+        patches_PX = self._patches_PX[: bucket.num_patches]
+        rows_TW = self._rows_TW[: bucket.num_patches // self.merge_unit]
+        tables = BatchTables.of(self._table, bucket.shape)
+        with torch.cuda.stream(stream):
+            # Compiles and loads kernels, which a capture must not.
+            self._tower.run(patches_PX, tables, rows_TW)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            self._tower.run(patches_PX, tables, rows_TW)
+        return graph
+
+
+def _free_bytes(device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]

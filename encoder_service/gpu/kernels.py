@@ -1,0 +1,364 @@
+"""Triton kernels for what lies between two matrix products.
+
+Every kernel takes packed rows, one a patch, of which only the first `cu_seqlens[-1]` belong to an image: the rest is
+padding up to the size a graph was captured at. Nothing here reads anything on the host, so all of it can be captured.
+
+Shapes: P patches with padding, S attention segments (frames), C hidden size, H heads, D head dim, E padded head dim.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+# Columns of `places`: row, column, rows and columns of the frame, the patch's number in merge-block order.
+PLACE_WIDTH, SOURCE_COLUMN = 5, 4
+
+_PATCHES_A_PROGRAM = 64
+_CHUNKS_A_PROGRAM = 1024
+
+
+def place_patches(
+    cu_seqlens: torch.Tensor, frame_hw: torch.Tensor, merge_size: int, window_tokens: int, places: torch.Tensor
+) -> None:
+    """Where every patch lies in its frame, from the grids alone.
+
+    Args:
+        cu_seqlens: [S + 1] int32, frame bounds in patches; empty frames at the end are allowed.
+        frame_hw: [S, 2] int32, rows and columns of patches of each frame.
+        window_tokens: side of an attention window in tokens, if patches are to be sorted by window; else 0.
+        places: [P, 5] int32, filled with row, column, number of rows, number of columns, and the patch's number in
+            merge-block order (its own number unless sorted by window). Padding: zeros, sizes of 1, its own number.
+    """
+    num_segments = len(frame_hw)
+    grid = (triton.cdiv(len(places), _PATCHES_A_PROGRAM),)
+    _place[grid](
+        cu_seqlens, frame_hw, places, len(places), num_segments, num_segments.bit_length(), merge_size, window_tokens,
+        BLOCK=_PATCHES_A_PROGRAM,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_patches", "num_segments", "num_halvings"])
+def _place(
+    cu_seqlens, frame_hw, places, num_patches, num_segments, num_halvings, merge, window,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    patch = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    real = patch < tl.load(cu_seqlens + num_segments)
+    # The last segment that begins at or before the patch.
+    low = tl.zeros([BLOCK], tl.int32)
+    high = low + num_segments
+    for _ in range(num_halvings):
+        middle = (low + high) // 2
+        before = tl.load(cu_seqlens + middle) <= patch
+        low = tl.where(before & (high - low > 1), middle, low)
+        high = tl.where(before | (high - low <= 1), high, middle)
+    first = tl.load(cu_seqlens + low)
+    h = tl.where(real, tl.load(frame_hw + 2 * low), merge)
+    w = tl.where(real, tl.load(frame_hw + 2 * low + 1), merge)
+    local = tl.where(real, patch - first, 0)
+    token, part = local // (merge * merge), local % (merge * merge)
+    rows, columns = h // merge, w // merge
+    token_row, token_column = token // columns, token % columns
+    if window > 0:
+        # Whole bands of windows come first, then whole windows of this band, then rows of this window.
+        band = token // (window * columns)
+        height = tl.minimum(window, rows - band * window)
+        in_band = token - band * window * columns
+        across = in_band // (height * window)
+        width = tl.minimum(window, columns - across * window)
+        in_window = in_band - across * height * window
+        token_row = band * window + in_window // width
+        token_column = across * window + in_window % width
+    row, column = token_row * merge + part // merge, token_column * merge + part % merge
+    source = (token_row * columns + token_column) * merge * merge + part
+    stored = patch < num_patches
+    at = places + patch * 5
+    tl.store(at, tl.where(real, row, 0), mask=stored)
+    tl.store(at + 1, tl.where(real, column, 0), mask=stored)
+    tl.store(at + 2, tl.where(real, h, 1), mask=stored)
+    tl.store(at + 3, tl.where(real, w, 1), mask=stored)
+    tl.store(at + 4, tl.where(real, first + source, patch), mask=stored)
+
+
+def rotary_table(places: torch.Tensor, inverse_frequencies: torch.Tensor, cos_sin: torch.Tensor) -> None:
+    """Cosine and sine of every patch's angles, rows first, then columns.
+
+    Args:
+        places: of `place_patches`.
+        inverse_frequencies: [D / 4] float32.
+        cos_sin: [P, 2, D / 2] float32, filled.
+    """
+    num_frequencies = len(inverse_frequencies)
+    _rotary_table[(len(places),)](
+        places, inverse_frequencies, cos_sin, num_frequencies, BLOCK=triton.next_power_of_2(2 * num_frequencies)
+    )
+
+
+@triton.jit
+def _rotary_table(places, inverse_frequencies, cos_sin, num_frequencies, BLOCK: tl.constexpr):
+    patch = tl.program_id(0).to(tl.int64)
+    index = tl.arange(0, BLOCK)
+    kept = index < 2 * num_frequencies
+    position = tl.load(places + patch * 5 + index // num_frequencies, mask=kept, other=0)
+    frequency = tl.load(inverse_frequencies + index % num_frequencies, mask=kept, other=0.0)
+    angle = position.to(tl.float32) * frequency
+    at = cos_sin + patch * 4 * num_frequencies + index
+    tl.store(at, tl.cos(angle), mask=kept)
+    tl.store(at + 2 * num_frequencies, tl.sin(angle), mask=kept)
+
+
+def add_position_embeddings(x_PC: torch.Tensor, table: torch.Tensor, places: torch.Tensor, side: int) -> None:
+    """Adds the learned table, sampled bilinearly with aligned corners at every patch, to `x_PC` in place.
+
+    Args:
+        table: [side * side, C].
+
+    Source: transformers 5.23 `vision_utils.get_vision_interpolation_indices_and_weights`.
+    """
+    num_channels = x_PC.shape[1]
+    _add_positions[(len(x_PC),)](
+        x_PC, table, places, num_channels, side, BLOCK=triton.next_power_of_2(num_channels), num_warps=4
+    )
+
+
+@triton.jit
+def _add_positions(x, table, places, num_channels, side, BLOCK: tl.constexpr):
+    patch = tl.program_id(0).to(tl.int64)
+    at = places + patch * 5
+    row_low, row_high, row_weight = _taps(tl.load(at), tl.load(at + 2), side)
+    column_low, column_high, column_weight = _taps(tl.load(at + 1), tl.load(at + 3), side)
+    channel = tl.arange(0, BLOCK)
+    kept = channel < num_channels
+    top = _entry(table, row_low * side + column_low, num_channels, channel, kept) * (1 - column_weight)
+    top += _entry(table, row_low * side + column_high, num_channels, channel, kept) * column_weight
+    bottom = _entry(table, row_high * side + column_low, num_channels, channel, kept) * (1 - column_weight)
+    bottom += _entry(table, row_high * side + column_high, num_channels, channel, kept) * column_weight
+    sampled = top * (1 - row_weight) + bottom * row_weight
+    at_x = x + patch * num_channels + channel
+    # Rounded before the sum, as the reference does.
+    sampled = sampled.to(x.dtype.element_ty).to(tl.float32)
+    tl.store(at_x, (tl.load(at_x, mask=kept).to(tl.float32) + sampled).to(x.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def _taps(index, size, side):
+    source = tl.div_rn((index * (side - 1)).to(tl.float32), tl.maximum(size - 1, 1).to(tl.float32))
+    low = tl.floor(source)
+    return low.to(tl.int32), tl.minimum(low.to(tl.int32) + 1, side - 1), source - low
+
+
+@triton.jit
+def _entry(table, entry, num_channels, channel, kept):
+    return tl.load(table + entry * num_channels + channel, mask=kept, other=0.0).to(tl.float32)
+
+
+def layer_norm(
+    x: torch.Tensor,
+    shift_C: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    cu_seqlens: torch.Tensor,
+) -> torch.Tensor:
+    """Layer norm of `x + shift`, new memory. Rows of padding become zero, whatever they were: see `place_patches`.
+
+    Attention kernels load whole tiles, and a NaN in a row that is masked away would still spoil the sum. Attention
+    leaves rows of padding unwritten; each norm ends what may have come of that.
+
+    Args:
+        x: [P / n, n * C], contiguous.
+        shift_C: [C] float32, repeated n times along a row: the biases that `x` still lacks.
+        weight, bias: [n * C].
+        cu_seqlens: [S + 1] int32; its last entry is the number of patches.
+    """
+    out = torch.empty_like(x)
+    num_rows, width = x.shape
+    shape = _norm_shape(width)
+    _layer_norm[(triton.cdiv(num_rows, shape["ROWS"]),)](
+        x, shift_C, weight, bias, out, num_rows, cu_seqlens, len(cu_seqlens) - 1, eps,
+        WIDTH=width, SHIFT_WIDTH=len(shift_C), **shape,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_segments"])
+def _layer_norm(
+    x, shift, weight, bias, out, num_rows, cu_seqlens, num_segments, eps,
+    WIDTH: tl.constexpr, SHIFT_WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    index = tl.arange(0, BLOCK)[None, :]
+    inside = index < WIDTH
+    real = row < tl.load(cu_seqlens + num_segments) // (WIDTH // SHIFT_WIDTH)
+    at = row.to(tl.int64) * WIDTH + index
+    value = tl.load(x + at, mask=inside & real, other=0.0).to(tl.float32)
+    value += tl.load(shift + index % SHIFT_WIDTH, mask=inside, other=0.0)
+    mean = tl.sum(value, 1)[:, None] / WIDTH
+    centred = tl.where(inside, value - mean, 0.0)
+    scale = tl.rsqrt(tl.sum(centred * centred, 1)[:, None] / WIDTH + eps)
+    normed = centred * scale * tl.load(weight + index, mask=inside, other=0.0).to(tl.float32)
+    normed += tl.load(bias + index, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, tl.where(real, normed, 0.0).to(out.dtype.element_ty), mask=inside & (row < num_rows))
+
+
+def rms_norm(
+    x_PC: torch.Tensor, shift_C: torch.Tensor, weight_C: torch.Tensor, eps: float, cu_seqlens: torch.Tensor
+) -> torch.Tensor:
+    """RMS norm of `x + shift`, new memory; otherwise as `layer_norm`."""
+    out = torch.empty_like(x_PC)
+    num_rows, width = x_PC.shape
+    shape = _norm_shape(width)
+    _rms_norm[(triton.cdiv(num_rows, shape["ROWS"]),)](
+        x_PC, shift_C, weight_C, out, num_rows, cu_seqlens, len(cu_seqlens) - 1, eps, WIDTH=width, **shape
+    )
+    return out
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_segments"])
+def _rms_norm(
+    x, shift, weight, out, num_rows, cu_seqlens, num_segments, eps,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    index = tl.arange(0, BLOCK)[None, :]
+    inside = index < WIDTH
+    real = row < tl.load(cu_seqlens + num_segments)
+    at = row.to(tl.int64) * WIDTH + index
+    value = tl.load(x + at, mask=inside & real, other=0.0).to(tl.float32)
+    value += tl.load(shift + index, mask=inside, other=0.0)
+    scale = tl.rsqrt(tl.sum(value * value, 1)[:, None] / WIDTH + eps)
+    # Rounded before the gain, as the reference does.
+    normed = (value * scale).to(out.dtype.element_ty).to(tl.float32)
+    normed *= tl.load(weight + index, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, tl.where(real, normed, 0.0).to(out.dtype.element_ty), mask=inside & (row < num_rows))
+
+
+def _norm_shape(width: int) -> dict[str, int]:
+    """One warp for two rows of up to 2048 measured fastest: no exchange between warps, gains read once for both."""
+    block = triton.next_power_of_2(width)
+    return {"BLOCK": block, "ROWS": 2 if block <= 2048 else 1, "num_warps": max(1, block // 2048)}
+
+
+def turn(
+    qkv_PX: torch.Tensor, cos_sin: torch.Tensor, num_heads: int, padded_head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rotated queries and keys, each head padded with zeros, and the values.
+
+    Args:
+        qkv_PX: [P, 3 * H * D].
+        cos_sin: of `rotary_table`.
+
+    Returns:
+        q, k: [P, H, E], new memory; v: [P, H, D], a view of `qkv_PX`.
+    """
+    num_patches, width = qkv_PX.shape
+    half = width // (3 * num_heads) // 2
+    chunk = math.gcd(half, 4)
+    q, k = qkv_PX.new_empty((2, num_patches, num_heads, padded_head_dim)).unbind()
+    num_chunks = num_patches * num_heads * (half // chunk)
+    _turn[(triton.cdiv(num_chunks, _CHUNKS_A_PROGRAM), 2)](
+        qkv_PX, cos_sin, q, q.numel(), num_chunks,
+        HEADS=num_heads, HALF=half, PADDED=padded_head_dim, CHUNK=chunk, BLOCK=_CHUNKS_A_PROGRAM,
+    )  # fmt: skip
+    return q, k, qkv_PX.view(num_patches, 3, num_heads, 2 * half)[:, 2]
+
+
+@triton.jit(do_not_specialize=["num_chunks"])
+def _turn(
+    qkv, cos_sin, out, out_stride, num_chunks,
+    HEADS: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # A lane takes CHUNK neighbours of the left half of a head and their partners of the right half.
+    PER_HEAD: tl.constexpr = HALF // CHUNK
+    lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    which = tl.program_id(1)
+    patch = (lane // (HEADS * PER_HEAD)).to(tl.int64)
+    head = lane // PER_HEAD % HEADS
+    index = lane % PER_HEAD * CHUNK + tl.arange(0, CHUNK)[None, :]
+    stored = lane < num_chunks
+    at = qkv + (patch * 3 + which) * (HEADS * 2 * HALF) + head * (2 * HALF) + index
+    left = tl.load(at, mask=stored, other=0.0).to(tl.float32)
+    right = tl.load(at + HALF, mask=stored, other=0.0).to(tl.float32)
+    at_angle = cos_sin + patch * (2 * HALF) + index
+    cos = tl.load(at_angle, mask=stored, other=0.0)
+    sin = tl.load(at_angle + HALF, mask=stored, other=0.0)
+    to = out + which * out_stride + (patch * HEADS + head) * PADDED + index
+    tl.store(to, (left * cos - right * sin).to(qkv.dtype.element_ty), mask=stored)
+    tl.store(to + HALF, (right * cos + left * sin).to(qkv.dtype.element_ty), mask=stored)
+    zeros = tl.zeros([BLOCK, CHUNK], qkv.dtype.element_ty)
+    for pad in tl.static_range(2 * HALF, PADDED, HALF):
+        tl.store(to + pad, zeros, mask=stored & (index + pad < PADDED))
+
+
+def gated_silu(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of rows [P, 2 * I] that hold gate and up side by side; [P, I], new memory."""
+    num_rows, width = gate_up.shape
+    out = gate_up.new_empty((num_rows, width // 2))
+    block = 1024
+    _gated_silu[(num_rows, triton.cdiv(width // 2, block))](gate_up, out, width // 2, BLOCK=block)
+    return out
+
+
+@triton.jit
+def _gated_silu(gate_up, out, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    kept = index < width
+    gate = tl.load(gate_up + row * 2 * width + index, mask=kept, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * width + width + index, mask=kept, other=0.0).to(tl.float32)
+    # Rounded in between, as the reference does.
+    active = (gate * tl.sigmoid(gate)).to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + row * width + index, (active * up).to(out.dtype.element_ty), mask=kept)
+
+
+def window_attention(
+    q_PHE: torch.Tensor, k_PHE: torch.Tensor, v_PHD: torch.Tensor, bounds: torch.Tensor, max_length: int, scale: float
+) -> torch.Tensor:
+    """Softmax attention within windows that fit into one tile.
+
+    Args:
+        bounds: [W + 1] int32, windows' bounds in patches; empty windows at the end are allowed.
+        max_length: no window has more patches.
+
+    Returns:
+        [P, H, D]; rows that belong to no window are not written.
+    """
+    num_patches, num_heads, head_dim = v_PHD.shape
+    out = torch.empty((num_patches, num_heads, head_dim), dtype=v_PHD.dtype, device=v_PHD.device)
+    _window_attention[(len(bounds) - 1, num_heads)](
+        q_PHE, k_PHE, v_PHD, out, bounds, scale,
+        q_PHE.stride(0), v_PHD.stride(0),
+        HEAD_DIM=head_dim, PADDED=q_PHE.shape[-1], BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        LENGTH=max(16, triton.next_power_of_2(max_length)),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _window_attention(
+    q, k, v, out, bounds, scale, stride_q, stride_v,
+    HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_D: tl.constexpr, LENGTH: tl.constexpr,
+):  # fmt: skip
+    window, head = tl.program_id(0), tl.program_id(1)
+    first = tl.load(bounds + window)
+    length = tl.load(bounds + window + 1) - first
+    if length > 0:
+        row = tl.arange(0, LENGTH)
+        column = tl.arange(0, BLOCK_D)
+        patch = (first + row).to(tl.int64)
+        inside = (row < length)[:, None] & (column < HEAD_DIM)[None, :]
+        at = patch[:, None] * stride_q + head * PADDED + column[None, :]
+        queries = tl.load(q + at, mask=inside, other=0.0)
+        keys = tl.load(k + at, mask=inside, other=0.0)
+        values = tl.load(v + patch[:, None] * stride_v + head * HEAD_DIM + column[None, :], mask=inside, other=0.0)
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+        scores = tl.where((row < length)[None, :], scores, float("-inf"))
+        weights = tl.exp(scores - tl.max(scores, 1)[:, None])
+        weights /= tl.sum(weights, 1)[:, None]
+        attended = tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        at_out = (patch[:, None] * tl.num_programs(1) + head) * HEAD_DIM + column[None, :]
+        tl.store(out + at_out, attended.to(out.dtype.element_ty), mask=inside)

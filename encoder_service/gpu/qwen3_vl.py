@@ -1,0 +1,117 @@
+"""Qwen3-VL's vision tower as fused kernels; `models/qwen3_vl.py` is the plain twin.
+
+Shapes: P patches with padding, X pixel values a patch, C hidden size, T tokens, W row width.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from encoder_service.gpu import kernels
+from encoder_service.gpu.attention import PackedAttention
+from encoder_service.gpu.batch_tables import BatchTables
+from encoder_service.gpu.layers import EPS, AttentionBranch, inverse_frequencies
+from encoder_service.gpu.linear import Linear
+from encoder_service.models.layers import Block
+from encoder_service.models.qwen3_vl import Merger, Mlp, Qwen3VLTower
+
+
+class FusedQwen3VL:
+    """A `FusedTower`; see the protocol in `encoder_service.gpu.layers`."""
+
+    window_tokens = 0
+
+    def __init__(self, tower: Qwen3VLTower, attention: PackedAttention) -> None:
+        """
+        Args:
+            tower: on the GPU, bfloat16; its weights are shared, not copied.
+
+        Raises:
+            ValueError: an activation that has no fused form.
+        """
+        config = tower.config
+        if config.hidden_act != "gelu_pytorch_tanh":
+            raise ValueError(f"vision_config.hidden_act is {config.hidden_act!r}: only gelu_pytorch_tanh is fused")
+        self._config = config
+        self.out_hidden_size = tower.out_hidden_size
+        self.deepstack_visual_indexes = tower.deepstack_visual_indexes
+        self.row_width = tower.row_width
+        self.merge_unit = tower.merge_unit
+        self.merge_size = config.spatial_merge_size
+        self.patch_width = config.patch_width
+        self._position_table = tower.pos_embed.weight
+        self.device, self.dtype = self._position_table.device, self._position_table.dtype
+        self._inverse_frequencies = inverse_frequencies(config.head_dim, config.rope_theta).to(self.device)
+        patch = tower.patch_embed.proj
+        self._patch_embed = Linear(patch.weight.flatten(1), patch.bias)
+        self._layers: list[_Layer] = []
+        shift = torch.zeros(config.hidden_size, device=self.device)
+        for block in tower.blocks:
+            assert isinstance(block, Block)
+            self._layers.append(_Layer(block, attention, shift))
+            shift = self._layers[-1].shift_after
+        self._deepstack: dict[int, _Merger] = {}
+        for index, merger in zip(tower.deepstack_visual_indexes, tower.deepstack_merger_list, strict=True):
+            assert isinstance(merger, Merger)
+            self._deepstack[index] = _Merger(merger, self._layers[index].shift_after)
+        self._merger = _Merger(tower.merger, shift)
+
+    @torch.inference_mode()
+    def run(self, patches_PX: torch.Tensor, tables: BatchTables, rows_TW: torch.Tensor) -> None:
+        num_patches = len(patches_PX)
+        places = torch.empty((num_patches, kernels.PLACE_WIDTH), dtype=torch.int32, device=self.device)
+        kernels.place_patches(tables.cu_seqlens, tables.frame_hw, self.merge_size, self.window_tokens, places)
+        cos_sin = torch.empty((num_patches, 2, self._config.head_dim // 2), dtype=torch.float32, device=self.device)
+        kernels.rotary_table(places, self._inverse_frequencies, cos_sin)
+
+        x_PC = self._patch_embed(patches_PX)
+        kernels.add_position_embeddings(x_PC, self._position_table, places, self._config.positions_per_side)
+        # Main block first, then one block a deepstack layer, written in place side by side.
+        main_TO, *deepstack_TO = rows_TW.split(self.out_hidden_size, dim=1)
+        for index, layer in enumerate(self._layers):
+            layer.run(x_PC, cos_sin, tables)
+            if index in self._deepstack:
+                place = self.deepstack_visual_indexes.index(index)
+                self._deepstack[index].run(x_PC, tables, deepstack_TO[place])
+        self._merger.run(x_PC, tables, main_TO)
+
+
+class _Layer:
+    def __init__(self, block: Block, attention: PackedAttention, shift: torch.Tensor) -> None:
+        """`shift`: the biases the residual stream lacks before this block, [C]; `shift_after`: behind it."""
+        assert isinstance(block.mlp, Mlp)
+        self._norm1, self._norm2 = block.norm1, block.norm2
+        self._attend = AttentionBranch(block.attn, attention)
+        self._proj = Linear(block.attn.proj.weight, None)
+        self._fc1 = Linear(block.mlp.linear_fc1.weight, block.mlp.linear_fc1.bias)
+        self._fc2 = Linear(block.mlp.linear_fc2.weight, None)
+        self._shift_before = shift
+        self._shift_between = shift + block.attn.proj.bias.float()
+        self.shift_after = self._shift_between + block.mlp.linear_fc2.bias.float()
+
+    def run(self, x_PC: torch.Tensor, cos_sin: torch.Tensor, tables: BatchTables) -> None:
+        """Adds the block's two branches to the residual stream, without their biases."""
+        normed_PC = _layer_norm(x_PC, self._shift_before, self._norm1, tables)
+        self._proj.add_to(x_PC, self._attend.over_frames(normed_PC, cos_sin, tables))
+        normed_PC = _layer_norm(x_PC, self._shift_between, self._norm2, tables)
+        self._fc2.add_to(x_PC, self._fc1.gelu_tanh(normed_PC))
+
+
+class _Merger:
+    def __init__(self, merger: Merger, shift: torch.Tensor) -> None:
+        self._norm = merger.norm
+        self._norm_merged = merger.norm_merged
+        self._merged_size = merger.merged_size
+        self._shift = shift
+        self._fc1 = Linear(merger.linear_fc1.weight, merger.linear_fc1.bias)
+        self._fc2 = Linear(merger.linear_fc2.weight, merger.linear_fc2.bias)
+
+    def run(self, x_PC: torch.Tensor, tables: BatchTables, out_TO: torch.Tensor) -> None:
+        x = x_PC.view(-1, self._merged_size) if self._norm_merged else x_PC
+        normed = _layer_norm(x, self._shift, self._norm, tables)
+        self._fc2.into(out_TO, self._fc1.gelu(normed.view(-1, self._merged_size)))
+
+
+def _layer_norm(x: torch.Tensor, shift: torch.Tensor, norm: torch.nn.Module, tables: BatchTables) -> torch.Tensor:
+    assert isinstance(norm, torch.nn.LayerNorm)
+    return kernels.layer_norm(x, shift, norm.weight, norm.bias, EPS, tables.cu_seqlens)

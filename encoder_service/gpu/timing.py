@@ -1,0 +1,19 @@
+"""Time on the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+def median_ms(work: Callable[[], object], repeats: int) -> float:
+    """Median of `repeats` runs of `work` on the current stream, by events; warm it up first."""
+    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for start, end in marks:
+        start.record()
+        work()
+        end.record()
+    torch.cuda.synchronize()
+    times: list[float] = sorted(start.elapsed_time(end) for start, end in marks)
+    return times[repeats // 2]

@@ -1,0 +1,164 @@
+"""The GPU path against the plain tower in fp32, with true widths and few layers: accuracy, then the traps of graphs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from encoder_service.models.config import qwen2_5_vl_config, qwen3_vl_config
+from encoder_service.models.qwen2_5_vl import Qwen2_5VLTower
+from encoder_service.models.qwen3_vl import Qwen3VLTower
+
+pytestmark = pytest.mark.gpu
+
+SHARED = {"depth": 4, "num_heads": 16, "in_channels": 3, "temporal_patch_size": 2, "spatial_merge_size": 2}
+QWEN3_VL = SHARED | {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "hidden_act": "gelu_pytorch_tanh",
+    "patch_size": 16,
+    "out_hidden_size": 4096,
+    "num_position_embeddings": 2304,
+    "deepstack_visual_indexes": [0, 1, 3],
+}
+QWEN2_5_VL = SHARED | {
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "hidden_act": "silu",
+    "patch_size": 14,
+    "out_hidden_size": 3584,
+    "window_size": 112,
+    "fullatt_block_indexes": [1, 3],
+}
+MIXED = [(1, 36, 36), (1, 20, 48), (3, 10, 12), (1, 44, 80), (1, 2, 2), (1, 8, 8), (1, 64, 40)]
+MIN_COSINE = 0.9995
+MAX_GRAPH_PATCHES = 12288
+
+
+@dataclass(frozen=True)
+class Case:
+    plain: Any
+    fused: Any
+    graphed: Any
+    patch_width: int
+
+    def patches(self, grids: list[tuple[int, int, int]], seed: int = 0) -> torch.Tensor:
+        generator = torch.Generator("cuda").manual_seed(seed)
+        num_patches = sum(t * h * w for t, h, w in grids)
+        return torch.randn((num_patches, self.patch_width), device="cuda", generator=generator).clamp(-2, 2)
+
+    def check(self, grids: list[tuple[int, int, int]], seed: int = 0) -> torch.Tensor:
+        """Rows of the graphed tower, after each of them was found close to the plain one's."""
+        patches_PX = self.patches(grids, seed)
+        rows_TW = self.graphed.forward(patches_PX, grids)
+        assert cosine(rows_TW, self.plain.forward(patches_PX, grids), self.plain.out_hidden_size).min() >= MIN_COSINE
+        return rows_TW
+
+
+def cosine(rows_TW: torch.Tensor, expected_TW: torch.Tensor, width: int) -> torch.Tensor:
+    """Of every block of every row; NaN anywhere fails any comparison."""
+    blocks = (each.float().unflatten(1, (-1, width)) for each in (rows_TW, expected_TW))
+    return F.cosine_similarity(*blocks, dim=-1)
+
+
+@pytest.fixture(scope="module", params=["qwen3_vl", "qwen2_5_vl"])
+def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+    from encoder_service.gpu.attention import fastest_attention
+    from encoder_service.gpu.graphs import GpuTower
+    from encoder_service.gpu.qwen2_5_vl import FusedQwen2_5VL
+    from encoder_service.gpu.qwen3_vl import FusedQwen3VL
+
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        if request.param == "qwen3_vl":
+            plain: Any = Qwen3VLTower(qwen3_vl_config({"vision_config": QWEN3_VL}))
+        else:
+            plain = Qwen2_5VLTower(qwen2_5_vl_config({"vision_config": QWEN2_5_VL}))
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_(False)
+        if name.endswith("bias"):
+            parameter.normal_(std=0.1)
+        elif parameter.ndim == 1:
+            parameter.uniform_(0.8, 1.2)
+        else:
+            parameter.normal_(std=0.5 if "pos_embed" in name else 1.2 / parameter[0].numel() ** 0.5)
+    plain = plain.eval()
+    low = copy.deepcopy(plain).to(torch.bfloat16)
+    config = plain.config
+    attention = fastest_attention(config.num_heads, config.head_dim, torch.device("cuda"), torch.bfloat16)
+    fused: Any = (FusedQwen3VL if request.param == "qwen3_vl" else FusedQwen2_5VL)(low, attention)
+    yield Case(plain, fused, GpuTower(fused, MAX_GRAPH_PATCHES), config.patch_width)
+
+
+def test_every_row_is_close_to_fp32(case: Case) -> None:
+    case.check(MIXED)
+    assert case.graphed.num_replayed > 0
+
+
+def test_without_graphs_it_is_the_same(case: Case) -> None:
+    from encoder_service.gpu.graphs import GpuTower
+
+    patches_PX = case.patches(MIXED)
+    eager = GpuTower(case.fused, 0)
+    assert cosine(eager.forward(patches_PX, MIXED), case.graphed.forward(patches_PX, MIXED), 512).min() > 0.9999
+    assert (eager.num_eager, eager.num_replayed) == (1, 0)
+
+
+def test_too_large_a_batch_runs_without_a_graph_and_is_counted(case: Case) -> None:
+    before = case.graphed.num_eager
+    case.check([(1, 64, 64)] * 4)
+    assert case.graphed.num_eager == before + 1
+
+
+def test_small_large_small(case: Case) -> None:
+    first = case.check([(1, 2, 2)])
+    case.check([(1, 80, 80)], seed=1)
+    assert torch.equal(case.check([(1, 2, 2)]), first)
+
+
+def test_same_shape_a_b_a_and_no_aliasing(case: Case) -> None:
+    grids = [(1, 36, 36)]
+    first = case.check(grids, seed=1)
+    kept = first.clone()
+    second = case.check(grids, seed=2)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, kept), "a later batch overwrote rows that were handed out"
+    assert torch.equal(case.check(grids, seed=1), kept)
+
+
+def test_equal_patch_total_with_different_segments(case: Case) -> None:
+    case.check([(1, 32, 32)])
+    case.check([(1, 16, 32), (1, 16, 32)])
+    case.check([(4, 16, 16)])
+    case.check([(1, 4, 256)])
+
+
+def test_garbage_in_padding_never_reaches_rows(case: Case) -> None:
+    case.check([(1, 40, 40)])
+    case.graphed._patches_PX.fill_(1e4)
+    case.graphed._rows_TW.fill_(float("nan"))
+    case.check([(1, 38, 40)])
+    case.check([(1, 2, 2)])
+
+
+def test_many_tiny_images_and_a_video(case: Case) -> None:
+    case.check([(1, 4, 4)] * 200)
+    case.check([(50, 8, 8)])
+
+
+def test_equal_image_twice(case: Case) -> None:
+    one = case.patches([(1, 36, 36)])
+    rows_TW = case.graphed.forward(torch.cat([one, one]), [(1, 36, 36)] * 2)
+    first, second = rows_TW.chunk(2)
+    assert cosine(first, second, 512).min() > 0.9999
+
+
+def test_wrong_shapes_are_refused(case: Case) -> None:
+    with pytest.raises(ValueError, match="patches have shape"):
+        case.graphed.forward(case.patches([(1, 4, 4)]), [(1, 4, 6)])
