@@ -49,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = towers.plain.config
     attention = fastest_attention(config.num_heads, config.head_dim, device, torch.bfloat16)
     graphed = GpuTower(FusedQwen3VL(towers.plain, attention), _MAX_BATCH_PATCHES)
-    report = graphed.report
-    print(f"\n{report.num_graphs} graphs, {report.num_bytes / 2**30:.2f} GiB, captured in {report.seconds:.1f} s\n")
+    stats = graphed.stats()
+    print(f"\n{stats.num_graphs} graphs, {stats.graph_nbytes / 2**30:.2f} GiB, captured in {graphed.capture_s:.1f} s\n")
     print("| figure | ours, ms | img/s | of the floor | transformers, ms | times faster |\n|---|---|---|---|---|---|")
     for case in _cases():
         if not options.only or case.name in options.only:

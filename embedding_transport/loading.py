@@ -24,20 +24,20 @@ class LoadingStopped(Exception):
 
 
 class ProgressLog:
-    """Logs at most every half second, and the last tensor; raises LoadingStopped once `must_stop` says so."""
+    """Logs at most every half second, and the end; raises LoadingStopped once `must_stop` says so."""
 
     def __init__(self, what: str, must_stop: Callable[[], bool]) -> None:
         self._what = what
         self._must_stop = must_stop
         self._logged_at = float("-inf")
 
-    def __call__(self, num_loaded: int, num_tensors: int) -> None:
+    def __call__(self, num_done: int, num_all: int) -> None:
         if self._must_stop():
             raise LoadingStopped
         now = time.monotonic()
-        if num_loaded == num_tensors or now - self._logged_at >= _PROGRESS_INTERVAL_S:
+        if num_done == num_all or now - self._logged_at >= _PROGRESS_INTERVAL_S:
             self._logged_at = now
-            _log.info("loading %s %d/%d", self._what, num_loaded, num_tensors)
+            _log.info("%s %d/%d", self._what, num_done, num_all)
 
 
 def choose_device(choice: DeviceChoice) -> torch.device:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prometheus_client import start_http_server
 
@@ -21,13 +22,18 @@ from encoder_service.codec import describe_to_proto
 from encoder_service.config import EncoderConfig
 from encoder_service.engine.batcher import Batcher
 from encoder_service.media.loader import MediaLoader
-from encoder_service.metrics import EncoderMetrics
+from encoder_service.metrics import EncoderMetrics, GpuStats
 from encoder_service.models import VisionTower, build_tower
+from encoder_service.models.qwen2_5_vl import Qwen2_5VLTower
+from encoder_service.models.qwen3_vl import Qwen3VLTower
 from encoder_service.models.weights import stored_dtype
 from encoder_service.preprocess.preprocessor import Preprocessor
 from encoder_service.preprocess.settings import ProcessorSettings
 from encoder_service.server import EncoderServer, EncoderServicer, Serving
 from encoder_service.service import EncodeService
+
+if TYPE_CHECKING:
+    from encoder_service.gpu.graphs import GpuTower
 
 _log = logging.getLogger(__name__)
 # Peers' Connect streams last until the server ends them: this only lets the last answers leave.
@@ -41,6 +47,7 @@ class LoadedModel:
     identity: ModelIdentity
     settings: ProcessorSettings
     tower: VisionTower
+    gpu_stats: Callable[[], GpuStats] | None
     gpu_uuids: tuple[str, ...]
 
 
@@ -58,17 +65,27 @@ def load_model(config: EncoderConfig, must_stop: Callable[[], bool]) -> LoadedMo
     settings = ProcessorSettings.from_checkpoint(checkpoint)
     device = choose_device(config.device)
     dtype_name = choose_dtype(config.dtype, device, stored_dtype(checkpoint))
-    tower = build_tower(checkpoint, device, DTYPES[dtype_name], ProgressLog("visual weights", must_stop))
+    plain = build_tower(checkpoint, device, DTYPES[dtype_name], ProgressLog("loading visual weights", must_stop))
+    fast = _accelerated(plain, config, must_stop) if device.type == "cuda" and dtype_name == "bfloat16" else None
     identity = ModelIdentity(
         model=checkpoint.model,
         revision=checkpoint.revision,
         model_type=str(checkpoint.config["model_type"]),
-        out_hidden_size=tower.out_hidden_size,
-        deepstack_visual_indexes=tower.deepstack_visual_indexes,
+        out_hidden_size=plain.out_hidden_size,
+        deepstack_visual_indexes=plain.deepstack_visual_indexes,
         dtype=dtype_name,
     )
     _log.info("loaded %s, revision %s, %s on %s", identity.model, identity.revision[:12], dtype_name, device)
-    return LoadedModel(identity, settings, tower, gpu_uuids(device))
+    return LoadedModel(identity, settings, fast or plain, fast.stats if fast else None, gpu_uuids(device))
+
+
+def _accelerated(
+    plain: Qwen3VLTower | Qwen2_5VLTower, config: EncoderConfig, must_stop: Callable[[], bool]
+) -> GpuTower:
+    from encoder_service.gpu.tower import gpu_tower  # needs Triton, which comes with torch's CUDA builds only
+
+    max_graph_patches = config.max_batch_patches if config.cuda_graphs else 0
+    return gpu_tower(plain, max_graph_patches, ProgressLog("capturing CUDA graphs", must_stop))
 
 
 async def serve(config: EncoderConfig) -> None:
@@ -131,6 +148,8 @@ async def serve(config: EncoderConfig) -> None:
         stack.callback(service.close)
         metrics.watch_queue(lambda: batcher.admitted_patches, lambda: batcher.waiting_patches)
         metrics.watch_exporter(exporter.stats)
+        if model.gpu_stats is not None:
+            metrics.watch_gpu(model.gpu_stats)
         description = describe_to_proto(
             model.identity, model.settings, exporter.transports, config.max_items, model.gpu_uuids
         )

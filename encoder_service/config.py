@@ -33,12 +33,14 @@ class EncoderConfig(ServiceSettings):
         "auto", description="of weights and rows; auto: the checkpoint's on a GPU, float32 on the CPU"
     )
 
+    cuda_graphs: bool = Field(True, description="capture CUDA graphs at start-up (bfloat16 on a GPU only)")
+
     shm_folder: str = Field("/dev/shm", description="folder for the shared-memory pool; empty turns shared memory off")
     pool_bytes: int = Field(256 * MIB, ge=MIB, description="size of the shared-memory pool, bytes")
     lease_ttl_s: float = Field(60.0, gt=0, description="how long a peer may hold rows in the pool, s")
 
     max_items: int = Field(64, ge=1, description="images and videos accepted in one request")
-    max_batch_patches: int = Field(16384, ge=1, description="patches in one batch; a larger item runs alone")
+    max_batch_patches: int = Field(45056, ge=1, description="patches in one batch; a larger item runs alone")
     max_queued_patches: int = Field(262_144, ge=1, description="patches in work before items are refused as overload")
 
     allowed_media_folder: Path | None = Field(None, description="file: URLs may name files below it; default none")

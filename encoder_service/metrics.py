@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -15,6 +15,17 @@ from encoder_service.engine.batcher import BatchReport
 _STAGE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _PATCH_BUCKETS = (16, 64, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 _ITEM_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class GpuStats:
+    """num_graphs, graph_nbytes: captured, with pool and buffers; the rest counts since the start."""
+
+    num_graphs: int
+    graph_nbytes: int
+    num_replayed: int
+    num_eager: int
+    num_padding_patches: int
 
 
 class EncoderMetrics:
@@ -61,9 +72,34 @@ class EncoderMetrics:
         ):
             Gauge(f"vitrine_encoder_{name}", help_text, registry=self.registry).set_function(read)
 
+    def watch_gpu(self, stats: Callable[[], GpuStats]) -> None:
+        """Reads what the CUDA graphs did at each scrape."""
+        self.registry.register(_GpuCollector(stats))
+
     def watch_exporter(self, stats: Callable[[], ExporterStats]) -> None:
         """Reads leases, pool and shipped bytes at each scrape."""
         self.registry.register(_ExporterCollector(stats))
+
+
+class _GpuCollector(Collector):
+    def __init__(self, stats: Callable[[], GpuStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._stats()
+        yield GaugeMetricFamily("vitrine_encoder_cuda_graphs", "CUDA graphs captured.", stats.num_graphs)
+        yield GaugeMetricFamily(
+            "vitrine_encoder_cuda_graph_bytes", "Memory of graphs and their buffers.", stats.graph_nbytes
+        )
+        forwards = CounterMetricFamily(
+            "vitrine_encoder_gpu_batches", "Batches by how they ran: graph, or eager where too large.", labels=["how"]
+        )
+        forwards.add_metric(["graph"], stats.num_replayed)
+        forwards.add_metric(["eager"], stats.num_eager)
+        yield forwards
+        yield CounterMetricFamily(
+            "vitrine_encoder_padding_patches", "Patches computed to fill graphs up.", stats.num_padding_patches
+        )
 
 
 class _ExporterCollector(Collector):

@@ -60,7 +60,7 @@ def load_model(config: LlmConfig, must_stop: Callable[[], bool]) -> LoadedModel:
     tokenizer = None if config.skip_tokenizer_init else PromptTokenizer(checkpoint)
     device = choose_device(config.device)
     dtype_name = choose_dtype(config.dtype, device, stored_dtype(checkpoint))
-    decoder = build_decoder(checkpoint, device, DTYPES[dtype_name], ProgressLog("language weights", must_stop))
+    decoder = build_decoder(checkpoint, device, DTYPES[dtype_name], ProgressLog("loading language weights", must_stop))
     vision = checkpoint.config["vision_config"]
     identity = ModelIdentity(
         model=checkpoint.model,

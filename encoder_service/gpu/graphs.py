@@ -17,6 +17,7 @@ import torch
 
 from encoder_service.gpu.batch_tables import BatchTables, Layouts, TableShape
 from encoder_service.gpu.layers import FusedTower
+from encoder_service.metrics import GpuStats
 from encoder_service.models.grids import GridTHW
 from encoder_service.models.layers import check_packed_shapes
 
@@ -62,19 +63,10 @@ def ladder(max_patches: int) -> list[Bucket]:
     return buckets
 
 
-@dataclass(frozen=True)
-class GraphReport:
-    """num_graphs, num_bytes: what was captured, with its memory pool, input and output buffers; seconds: it took."""
-
-    num_graphs: int
-    num_bytes: int
-    seconds: float
-
-
 class GpuTower:
     """A `VisionTower` that replays graphs. Not thread-safe: one forward at a time.
 
-    num_replayed, num_eager: batches so far that ran as a graph, and that were too large for any.
+    capture_s: time the graphs took to capture, seconds.
     """
 
     def __init__(
@@ -94,7 +86,7 @@ class GpuTower:
         self.deepstack_visual_indexes = tower.deepstack_visual_indexes
         self.row_width = tower.row_width
         self.merge_unit = tower.merge_unit
-        self.num_replayed = self.num_eager = 0
+        self._num_replayed = self._num_eager = self._num_padding_patches = 0
         self._buckets = ladder(max_graph_patches)
         self._graphs: dict[Bucket, torch.cuda.CUDAGraph] = {}
         started, free_before = time.monotonic(), _free_bytes(tower.device)
@@ -108,8 +100,17 @@ class GpuTower:
         for bucket in reversed(self._buckets):
             self._graphs[bucket] = self._capture(bucket, stream, pool)
             on_progress(len(self._graphs), len(self._buckets))
-        num_bytes = free_before - _free_bytes(tower.device)
-        self.report = GraphReport(len(self._graphs), num_bytes, time.monotonic() - started)
+        self._graph_nbytes = free_before - _free_bytes(tower.device)
+        self.capture_s = time.monotonic() - started
+
+    def stats(self) -> GpuStats:
+        return GpuStats(
+            num_graphs=len(self._graphs),
+            graph_nbytes=self._graph_nbytes,
+            num_replayed=self._num_replayed,
+            num_eager=self._num_eager,
+            num_padding_patches=self._num_padding_patches,
+        )
 
     @torch.inference_mode()
     def forward(self, patches_PX: torch.Tensor, grid_thw: list[GridTHW]) -> torch.Tensor:
@@ -120,7 +121,8 @@ class GpuTower:
         bucket = self._bucket(layouts)
         if bucket is None:
             return self._run_eagerly(patches_PX, layouts)
-        self.num_replayed += 1
+        self._num_replayed += 1
+        self._num_padding_patches += bucket.num_patches - len(patches_PX)
         self._patches_PX[: len(patches_PX)].copy_(patches_PX, non_blocking=True)
         self._table[: bucket.shape.size].copy_(layouts.table(bucket.shape), non_blocking=True)
         self._graphs[bucket].replay()
@@ -135,7 +137,7 @@ class GpuTower:
         return next((bucket for bucket in self._buckets if bucket.holds(layouts)), None)
 
     def _run_eagerly(self, patches_PX: torch.Tensor, layouts: Layouts) -> torch.Tensor:
-        self.num_eager += 1
+        self._num_eager += 1
         tower = self._tower
         num_tokens = layouts.num_patches // self.merge_unit
         rows_TW = torch.empty((num_tokens, self.row_width), dtype=tower.dtype, device=tower.device)

@@ -48,8 +48,8 @@ def build_tower(
     device: torch.device,
     dtype: torch.dtype,
     on_progress: Callable[[int, int], None] = lambda num_loaded, num_tensors: None,
-) -> VisionTower:
-    """The checkpoint's vision tower with its weights; the language model's tensors are not read.
+) -> Qwen3VLTower | Qwen2_5VLTower:
+    """The checkpoint's vision tower with its weights, a `VisionTower`; the language model's tensors are not read.
 
     Raises:
         CheckpointError: a model type we have no tower for, or weights that do not match config.json.
