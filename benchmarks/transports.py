@@ -27,6 +27,7 @@ from embedding_transport.encoder_client import EncoderClient
 from embedding_transport.encoder_peer import TransportChoice
 from embedding_transport.encoder_rpc import CHANNEL_OPTIONS, encoder_handlers
 from embedding_transport.exporter import RowExporter
+from embedding_transport.shm_pool import ShmPool
 from embedding_transport.types import DTYPES, ItemTimings, MediaItem, ModelIdentity, RowsEvent
 from embedding_transport.wire import describe
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
@@ -85,9 +86,8 @@ class RowServer(encoder_pb2_grpc.EncoderServicer):
 
 async def serve(shm_folder: Path, chunk_nbytes: int) -> None:
     """Runs the server until killed; prints its address."""
-    exporter = RowExporter(
-        shm_folder=shm_folder, pool_bytes=4 * SIZES_MIB[-1] * MIB, lease_ttl_s=60, chunk_nbytes=chunk_nbytes
-    )
+    pool = ShmPool(shm_folder, 4 * SIZES_MIB[-1] * MIB)
+    exporter = RowExporter([pool], lease_ttl_s=60, chunk_nbytes=chunk_nbytes)
     exporter.start()
     server = grpc.aio.server(options=CHANNEL_OPTIONS)
     server.add_generic_rpc_handlers((encoder_handlers(RowServer(exporter)),))

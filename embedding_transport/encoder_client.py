@@ -65,6 +65,7 @@ class EncoderClient:
         shm_folder: shared-memory folder, the same as the encoders'.
         connect_timeout_s: for Describe and for the negotiation, each.
         encode_timeout_s: for one request on one encoder.
+        takes_gpu_rows: rows are landed on a GPU, so that "auto" tries CUDA IPC first.
     """
 
     def __init__(
@@ -76,16 +77,19 @@ class EncoderClient:
         shm_folder: Path = Path("/dev/shm"),
         connect_timeout_s: float = 5.0,
         encode_timeout_s: float = 300.0,
+        takes_gpu_rows: bool = False,
     ) -> None:
         if not addresses:
             raise ValueError("an EncoderClient needs at least one encoder address")
-        self._peers = [EncoderPeer(each, expected, transport, shm_folder, connect_timeout_s) for each in addresses]
+        self._peers = [
+            EncoderPeer(each, expected, transport, shm_folder, connect_timeout_s, takes_gpu_rows) for each in addresses
+        ]
         self._encode_timeout_s = encode_timeout_s
         self._buffers = HostBufferPool()
         self._changed = asyncio.Event()
         self._num_requests = 0
         self._num_retries = 0
-        self._received_nbytes = {"shm": 0, "grpc": 0}
+        self._received_nbytes = {"cuda_ipc": 0, "shm": 0, "grpc": 0}
 
     async def start(self) -> None:
         """Begins to connect to every encoder and waits for the first attempt of each.
@@ -201,8 +205,8 @@ class EncoderClient:
             async for raw in call:
                 for event in receiver.take(parse_response(raw)):
                     if isinstance(event, RowsEvent):
-                        # An item larger than the pool comes as bytes although its session has shared memory.
-                        transport = "shm" if isinstance(event.rows, LeasedRows) else "grpc"
+                        # An item larger than the pool comes as bytes although its session has one.
+                        transport = connection.transport if isinstance(event.rows, LeasedRows) else "grpc"
                         self._received_nbytes[transport] += event.rows.num_tokens * connection.identity.row_nbytes
                         yield RowsEvent(indices[event.item_index], event.rows)
                     else:

@@ -11,15 +11,17 @@ from typing import Literal
 
 import grpc
 
+from embedding_transport.cuda_ipc_pool import CudaIpcMapping
 from embedding_transport.encoder_rpc import CHANNEL_OPTIONS
 from embedding_transport.errors import EncoderMismatch, EncoderUnavailable, TransportUnavailable, VitrineError
 from embedding_transport.grpc_status import error_from_rpc
+from embedding_transport.pool import PoolMapping
 from embedding_transport.shm_pool import ShmMapping
 from embedding_transport.types import PROTOCOL_VERSION, ModelIdentity
 from embedding_transport.wire import describe_identity
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 
-TransportChoice = Literal["auto", "shm", "grpc"]
+TransportChoice = Literal["auto", "cuda_ipc", "shm", "grpc"]
 _FIRST_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 2.0
 _FLUSH_TIMEOUT_S = 1.0
@@ -29,14 +31,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Connection:
-    """A connected encoder: the negotiated session and, for shared memory, its mapped pool."""
+    """A connected encoder: the negotiated session and its mapped pool, if rows lie in one."""
 
     channel: grpc.aio.Channel
     description: encoder_pb2.DescribeResponse
     identity: ModelIdentity
     session_id: str
     transport: str
-    mapping: ShmMapping | None
+    mapping: PoolMapping | None
 
 
 class EncoderPeer:
@@ -44,7 +46,9 @@ class EncoderPeer:
 
     Args:
         expected: what the encoder must serve; None takes any.
-        transport: "auto" falls back from shared memory to bytes and counts it; the others accept nothing else.
+        transport: "auto" takes the best that works, and counts where it comes down to bytes; the others accept nothing
+            else.
+        takes_gpu_rows: rows are landed on a GPU; without one "auto" leaves CUDA IPC out.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class EncoderPeer:
         transport: TransportChoice,
         shm_folder: Path,
         connect_timeout_s: float,
+        takes_gpu_rows: bool,
     ) -> None:
         self.address = address
         self.in_flight = 0
@@ -63,6 +68,9 @@ class EncoderPeer:
         self.attempted = asyncio.Event()
         self._expected = expected
         self._choice = transport
+        on_host = ["shm", "grpc"]
+        wanted = ["cuda_ipc", *on_host] if takes_gpu_rows else on_host
+        self._transports = wanted if transport == "auto" else [transport]
         self._shm_folder = shm_folder
         self._connect_timeout_s = connect_timeout_s
         self._on_change: Callable[[], None] = lambda: None
@@ -151,29 +159,43 @@ class EncoderPeer:
 
     async def _negotiate(
         self, call: grpc.aio.StreamStreamCall[encoder_pb2.ConnectRequest, encoder_pb2.ConnectResponse]
-    ) -> tuple[encoder_pb2.Session, ShmMapping | None]:
-        transports = ["shm", "grpc"] if self._choice == "auto" else [self._choice]
-        hello = encoder_pb2.Hello(protocol_version=PROTOCOL_VERSION, transports=transports)
+    ) -> tuple[encoder_pb2.Session, PoolMapping | None]:
+        hello = encoder_pb2.Hello(protocol_version=PROTOCOL_VERSION, transports=self._transports)
         await call.write(encoder_pb2.ConnectRequest(hello=hello))
         response = await _read(call)
-        mapping: ShmMapping | None = None
-        if response.WhichOneof("message") == "offer":
-            result = encoder_pb2.ProbeResult()
-            try:
-                mapping = ShmMapping(self._shm_folder, response.offer.shm.name, response.offer.shm.nbytes)
-                result.nonce = mapping.read(response.offer.shm.probe_offset, response.offer.shm.probe_nbytes)
-            except TransportUnavailable as error:
-                if self._choice == "shm":
-                    raise TransportUnavailable(f"encoder {self.address}: {error}") from error
-                result.error = str(error)
+        mapping: PoolMapping | None = None
+        while response.WhichOneof("message") == "offer":
+            mapping, result = await asyncio.to_thread(self._probe, response.offer)
             await call.write(encoder_pb2.ConnectRequest(probe_result=result))
             response = await _read(call)
         if response.WhichOneof("message") != "session":
             raise TransportUnavailable(f"encoder {self.address} answered with {response.WhichOneof('message')}")
-        if self._choice == "auto" and response.session.transport != "shm":
+        if response.session.transport != self._transports[0]:
             self.num_fallbacks += 1
-            _log.warning("no shared memory with encoder %s: rows come as bytes", self.address)
-        return response.session, mapping if response.session.transport == "shm" else None
+            _log.warning(
+                "no %s with encoder %s: rows come by %s", self._transports[0], self.address, response.session.transport
+            )
+        return response.session, mapping if response.session.transport != "grpc" else None
+
+    def _probe(self, offer: encoder_pb2.Offer) -> tuple[PoolMapping | None, encoder_pb2.ProbeResult]:
+        """Maps the offered pool and reads its nonce; blocking.
+
+        Raises:
+            TransportUnavailable: it cannot be reached, and nothing else is accepted.
+        """
+        try:
+            mapping, pool = self._map(offer)
+            return mapping, encoder_pb2.ProbeResult(nonce=mapping.read(pool.probe_offset, pool.probe_nbytes))
+        except TransportUnavailable as error:
+            if len(self._transports) == 1:
+                raise TransportUnavailable(f"encoder {self.address}: {error}") from error
+            return None, encoder_pb2.ProbeResult(error=str(error))
+
+    def _map(self, offer: encoder_pb2.Offer) -> tuple[PoolMapping, encoder_pb2.ShmPool | encoder_pb2.CudaIpcPool]:
+        if offer.WhichOneof("pool") == "cuda_ipc":
+            pool = offer.cuda_ipc
+            return CudaIpcMapping(pool.handle, pool.nbytes, pool.gpu_uuid), pool
+        return ShmMapping(self._shm_folder, offer.shm.name, offer.shm.nbytes), offer.shm
 
     async def _release_leases(self, stub: encoder_pb2_grpc.EncoderAsyncStub) -> None:
         while True:

@@ -1,4 +1,4 @@
-"""The encoder's side of the transports: sessions, the exported pool with its leases, and rows as chunks."""
+"""The encoder's side of the transports: sessions, the exported pools with their leases, and rows as chunks."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from embedding_transport.chunk_codec import encode_chunk
 from embedding_transport.errors import BadRequest, EncoderUnavailable, Overloaded, TransportUnavailable
+from embedding_transport.host_copy import host_rows
 from embedding_transport.leases import LeaseCounts, LeaseTable
-from embedding_transport.shm_pool import PROBE_NBYTES, Block, ShmPool
+from embedding_transport.pool import Block, ExportPool
 from embedding_transport.types import PROTOCOL_VERSION, ItemTimings
-from embedding_transport.wire import timings_to_proto
+from embedding_transport.wire import offer_to_proto, timings_to_proto
 from protos.encoder.v1 import encoder_pb2
 
 CHUNK_NBYTES = 1024 * 1024
@@ -31,24 +31,33 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Session:
-    """What a peer has negotiated; `takes_bytes`: rows that do not fit the pool may come as bytes instead."""
+    """What a peer has negotiated. pool: None where rows go as bytes; takes_bytes: those that do not fit it may, too."""
 
-    transport: str
+    pool: ExportPool | None
     takes_bytes: bool
 
 
 @dataclass(frozen=True)
-class ExporterStats:
-    """Snapshot for metrics: lease ends since the start, leases alive, pool use, bytes shipped by transport.
+class _Held:
+    """A leased block and the pool it is of."""
 
-    oversize_items: sent as bytes over a shared-memory session, because they were larger than the whole pool.
+    pool: ExportPool
+    block: Block
+
+
+@dataclass(frozen=True)
+class ExporterStats:
+    """Snapshot for metrics: lease ends since the start, leases alive, bytes of the pools and in use, bytes shipped.
+
+    pool_nbytes, pool_used_nbytes, shipped_nbytes: by transport.
+    oversize_items: sent as bytes to a peer that has a pool, because they were larger than the whole pool.
     """
 
     leases: LeaseCounts
     live_leases: int
     sessions: int
-    pool_nbytes: int
-    pool_used_nbytes: int
+    pool_nbytes: dict[str, int]
+    pool_used_nbytes: dict[str, int]
     shipped_nbytes: dict[str, int]
     oversize_items: int
 
@@ -57,37 +66,32 @@ class RowExporter:
     """Ships rows by the transport that each peer has negotiated. One per encoder process; lives on one event loop.
 
     Args:
-        shm_folder: shared-memory folder for the pool; None offers only "grpc".
-        pool_bytes: size of the pool.
+        pools: what is offered, best first; without any, rows go as bytes ("grpc").
         lease_ttl_s: life of a lease that nobody releases, seconds.
         chunk_nbytes: bytes of rows in one message of the "grpc" transport.
         clock: seconds, monotonic.
-
-    Raises:
-        TransportUnavailable: the pool cannot be made.
     """
 
     def __init__(
         self,
+        pools: Sequence[ExportPool],
         *,
-        shm_folder: Path | None,
-        pool_bytes: int,
         lease_ttl_s: float,
         chunk_nbytes: int = CHUNK_NBYTES,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._chunk_nbytes = chunk_nbytes
-        self._pool = ShmPool(shm_folder, pool_bytes) if shm_folder is not None else None
-        self._leases: LeaseTable[Block] = LeaseTable(lease_ttl_s, clock, self._take_back)
+        self._pools = list(pools)
+        self._leases: LeaseTable[_Held] = LeaseTable(lease_ttl_s, clock, self._take_back)
         self._block_freed = asyncio.Event()
         # Whoever waits for room is served in turn: small items must not starve a large one.
         self._turn = asyncio.Lock()
         self._sessions: dict[str, _Session] = {}
         self._num_oversize_items = 0
         self._draining = asyncio.Event()
-        self._shipped_nbytes = {"shm": 0, "grpc": 0}
         self._expiry: asyncio.Task[None] | None = None
-        self.transports: tuple[str, ...] = ("shm", "grpc") if self._pool is not None else ("grpc",)
+        self.transports: tuple[str, ...] = (*(pool.transport for pool in pools), "grpc")
+        self._shipped_nbytes = dict.fromkeys(self.transports, 0)
 
     def start(self) -> None:
         """Begins to expire leases; needs a running event loop."""
@@ -98,8 +102,8 @@ class RowExporter:
             self._expiry.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._expiry
-        if self._pool is not None:
-            self._pool.close()
+        for pool in self._pools:
+            pool.close()
 
     async def connect(
         self, requests: AsyncIterator[encoder_pb2.ConnectRequest]
@@ -115,22 +119,26 @@ class RowExporter:
             raise BadRequest("Connect begins with hello")
         if hello.hello.protocol_version != PROTOCOL_VERSION:
             raise BadRequest(f"protocol version {hello.hello.protocol_version}: this encoder speaks {PROTOCOL_VERSION}")
-        wanted = [name for name in hello.hello.transports if name in self.transports]
-        if "shm" in wanted:
-            yield encoder_pb2.ConnectResponse(offer=self._shm_offer())
-            answer = await anext(requests, None)
-            if answer is None or answer.WhichOneof("message") != "probe_result":
-                raise BadRequest("an offer is answered with probe_result")
-            if not self._probe_succeeded(answer.probe_result):
-                _log.warning("shared memory does not reach a peer: %s", answer.probe_result.error or "wrong nonce")
-                wanted.remove("shm")
-        if not wanted:
+        pool: ExportPool | None = None
+        for offered in self._pools:
+            if offered.transport in hello.hello.transports:
+                yield encoder_pb2.ConnectResponse(offer=offer_to_proto(offered))
+                answer = await anext(requests, None)
+                if answer is None or answer.WhichOneof("message") != "probe_result":
+                    raise BadRequest("an offer is answered with probe_result")
+                if secrets.compare_digest(answer.probe_result.nonce, offered.nonce):
+                    pool = offered
+                    break
+                reason = answer.probe_result.error or "wrong nonce"
+                _log.warning("%s does not reach a peer: %s", offered.transport, reason)
+        takes_bytes = "grpc" in hello.hello.transports
+        if pool is None and not takes_bytes:
             raise TransportUnavailable(
                 f"none of {list(hello.hello.transports)} reaches this encoder, which offers {list(self.transports)}"
             )
-        transport = "shm" if "shm" in wanted else "grpc"
+        transport = pool.transport if pool is not None else "grpc"
         session_id = secrets.token_hex(16)
-        self._sessions[session_id] = _Session(transport, takes_bytes="grpc" in wanted)
+        self._sessions[session_id] = _Session(pool, takes_bytes)
         try:
             yield encoder_pb2.ConnectResponse(
                 session=encoder_pb2.Session(session_id=session_id, transport=transport, lease_ttl_s=self._leases.ttl_s)
@@ -149,7 +157,7 @@ class RowExporter:
         """Ships one item's rows: yields one Ready, or serialized chunks.
 
         Args:
-            rows_TW: [num_tokens, row_width] in the identity's dtype, contiguous.
+            rows_TW: [num_tokens, row_width] in the identity's dtype, on any device, complete.
 
         Raises:
             EncoderUnavailable: the session is not known (its Connect stream has ended).
@@ -158,11 +166,12 @@ class RowExporter:
         """
         if session_id and session_id not in self._sessions:
             raise EncoderUnavailable(f"session {session_id} is not open: connect again")
-        rows_TW = rows_TW.cpu().contiguous()
         session = self._sessions.get(session_id)
-        if session is not None and session.transport == "shm" and self._fits(rows_TW.nbytes, session):
-            yield await self._export_lease(session_id, item_index, rows_TW, timings)
+        pool = session.pool if session is not None else None
+        if session is not None and pool is not None and self._fits(rows_TW.nbytes, pool, session.takes_bytes):
+            yield await self._export_lease(session_id, pool, item_index, rows_TW, timings)
         else:
+            rows_TW = await asyncio.to_thread(host_rows, rows_TW)
             for chunk in self._chunks(item_index, rows_TW, timings):
                 yield chunk
 
@@ -189,22 +198,11 @@ class RowExporter:
             leases=replace(self._leases.counts),
             live_leases=len(self._leases),
             sessions=len(self._sessions),
-            pool_nbytes=self._pool.nbytes if self._pool else 0,
-            pool_used_nbytes=self._pool.used_nbytes if self._pool else 0,
+            pool_nbytes={pool.transport: pool.nbytes for pool in self._pools},
+            pool_used_nbytes={pool.transport: pool.used_nbytes for pool in self._pools},
             shipped_nbytes=dict(self._shipped_nbytes),
             oversize_items=self._num_oversize_items,
         )
-
-    def _shm_offer(self) -> encoder_pb2.Offer:
-        assert self._pool is not None
-        shm = encoder_pb2.ShmPool(
-            name=self._pool.name, nbytes=self._pool.file_nbytes, probe_offset=0, probe_nbytes=PROBE_NBYTES
-        )
-        return encoder_pb2.Offer(transport="shm", shm=shm)
-
-    def _probe_succeeded(self, result: encoder_pb2.ProbeResult) -> bool:
-        assert self._pool is not None
-        return secrets.compare_digest(result.nonce, self._pool.nonce)
 
     async def _hold(
         self, requests: AsyncIterator[encoder_pb2.ConnectRequest]
@@ -221,38 +219,35 @@ class RowExporter:
             peer_gone.cancel()
             draining.cancel()
 
-    def _fits(self, nbytes: int, session: _Session) -> bool:
+    def _fits(self, nbytes: int, pool: ExportPool, takes_bytes: bool) -> bool:
         """Whether rows go by lease; larger ones than the pool could ever hold go as bytes, and are counted."""
-        assert self._pool is not None
-        if self._pool.could_hold(nbytes):
+        if pool.could_hold(nbytes):
             return True
-        if not session.takes_bytes:
+        if not takes_bytes:
             raise TransportUnavailable(
-                f"{nbytes} bytes of rows do not fit the pool of {self._pool.nbytes}, and the peer takes nothing but "
-                "shared memory: set --pool-bytes higher or let the worker use --transport auto"
+                f"{nbytes} bytes of rows do not fit the {pool.transport} pool of {pool.nbytes}, and the peer takes "
+                "nothing else: set --pool-bytes or --cuda-ipc-pool-bytes higher or let the worker use --transport auto"
             )
         self._num_oversize_items += 1
         return False
 
     async def _export_lease(
-        self, session_id: str, item_index: int, rows_TW: torch.Tensor, timings: ItemTimings
+        self, session_id: str, pool: ExportPool, item_index: int, rows_TW: torch.Tensor, timings: ItemTimings
     ) -> encoder_pb2.EncodeResponse:
-        assert self._pool is not None
         start = time.perf_counter()
         lease_id = self._leases.reserve_id()
-        block = await self._allocate(rows_TW.nbytes, lease_id)
+        held = _Held(pool, await self._allocate(pool, rows_TW.nbytes, lease_id))
+        block = held.block
         try:
-            num_tokens, width = rows_TW.shape
-            target_TW = self._pool.rows(block, (num_tokens, width), rows_TW.dtype)
             # Off the loop: 64 MiB take long enough to stall every other stream.
-            await _uncancelled(asyncio.to_thread(target_TW.copy_, rows_TW))
+            await _uncancelled(asyncio.to_thread(pool.write, block, rows_TW))
             if session_id not in self._sessions:
                 raise EncoderUnavailable(f"session {session_id} has ended: connect again")
         except BaseException:
-            self._take_back(block)
+            self._take_back(held)
             raise
-        self._leases.grant(lease_id, session_id, block)
-        self._shipped_nbytes["shm"] += block.nbytes
+        self._leases.grant(lease_id, session_id, held)
+        self._shipped_nbytes[pool.transport] += block.nbytes
         timings = replace(timings, export_ms=(time.perf_counter() - start) * 1000)
         lease = encoder_pb2.Lease(
             lease_id=lease_id, generation=block.generation, offset=block.offset, nbytes=block.nbytes
@@ -261,17 +256,15 @@ class RowExporter:
             ready=encoder_pb2.Ready(item_index=item_index, lease=lease, timings=timings_to_proto(timings))
         )
 
-    async def _allocate(self, nbytes: int, lease_id: int) -> Block:
-        pool = self._pool
-        assert pool is not None
+    async def _allocate(self, pool: ExportPool, nbytes: int, lease_id: int) -> Block:
         try:
             async with asyncio.timeout(_POOL_WAIT_S), self._turn:
                 while (block := pool.allocate(nbytes, lease_id)) is None:
                     await self._next_free()
         except TimeoutError as error:
             raise Overloaded(
-                f"no room for {nbytes} bytes of rows in the pool within {_POOL_WAIT_S:g} s: "
-                f"{pool.used_nbytes} of {pool.nbytes} bytes are leased; release faster or set --pool-bytes higher"
+                f"no room for {nbytes} bytes of rows in the {pool.transport} pool within {_POOL_WAIT_S:g} s: "
+                f"{pool.used_nbytes} of {pool.nbytes} bytes are leased; release faster or make the pool larger"
             ) from error
         return block
 
@@ -287,9 +280,8 @@ class RowExporter:
         self._block_freed.clear()
         await self._block_freed.wait()
 
-    def _take_back(self, block: Block) -> None:
-        assert self._pool is not None
-        self._pool.free(block)
+    def _take_back(self, held: _Held) -> None:
+        held.pool.free(held.block)
         self._block_freed.set()
 
     async def _expire_leases(self) -> None:

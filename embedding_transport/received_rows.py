@@ -9,7 +9,7 @@ import torch
 
 from embedding_transport.chunk_codec import ChunkView
 from embedding_transport.errors import InternalError
-from embedding_transport.shm_pool import ShmMapping
+from embedding_transport.pool import PoolMapping
 from embedding_transport.types import DTYPES, ItemTimings, Layout, ModelIdentity
 from protos.encoder.v1 import encoder_pb2
 
@@ -30,11 +30,11 @@ def copy_rows(rows_TW: torch.Tensor, main_TD: torch.Tensor, deepstack_NTD: torch
 
 @dataclass
 class LeasedRows:
-    """Rows in the encoder's shared memory; `on_release` gives the lease back."""
+    """Rows in the encoder's memory; `on_release` gives the lease back."""
 
     num_tokens: int
     timings: ItemTimings
-    mapping: ShmMapping
+    mapping: PoolMapping
     lease: encoder_pb2.Lease
     rows_TW: torch.Tensor
     on_release: Callable[[int], None]

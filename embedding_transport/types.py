@@ -10,7 +10,7 @@ import torch
 PROTOCOL_VERSION = 1
 
 MediaKind = Literal["image", "video"]
-TransportName = Literal["shm", "grpc"]
+TransportName = Literal["cuda_ipc", "shm", "grpc"]
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from embedding_transport.cuda_ipc_pool import CudaIpcPool
 from embedding_transport.errors import InternalError
+from embedding_transport.pool import PROBE_NBYTES, ExportPool
+from embedding_transport.shm_pool import ShmPool
 from embedding_transport.types import DTYPES, ItemTimings, Layout, MediaItem, MediaKind, ModelIdentity
 from protos.encoder.v1 import encoder_pb2
 
@@ -97,3 +100,13 @@ def timings_to_proto(timings: ItemTimings) -> encoder_pb2.ItemTimings:
         forward_ms=timings.forward_ms,
         export_ms=timings.export_ms,
     )
+
+
+def offer_to_proto(pool: ExportPool) -> encoder_pb2.Offer:
+    """What a peer needs to map the pool."""
+    probe = {"nbytes": pool.mapped_nbytes, "probe_offset": 0, "probe_nbytes": PROBE_NBYTES}
+    if isinstance(pool, CudaIpcPool):
+        cuda_ipc = encoder_pb2.CudaIpcPool(handle=pool.handle, gpu_uuid=pool.gpu_uuid, **probe)
+        return encoder_pb2.Offer(transport=pool.transport, cuda_ipc=cuda_ipc)
+    assert isinstance(pool, ShmPool)
+    return encoder_pb2.Offer(transport=pool.transport, shm=encoder_pb2.ShmPool(name=pool.name, **probe))

@@ -12,11 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from prometheus_client import start_http_server
 
 from embedding_transport.checkpoint import open_checkpoint
+from embedding_transport.cuda_ipc_pool import CudaIpcPool
 from embedding_transport.exporter import RowExporter
 from embedding_transport.loading import LoadingStopped, ProgressLog, choose_device, choose_dtype, gpu_uuids
+from embedding_transport.pool import ExportPool
+from embedding_transport.shm_pool import ShmPool
 from embedding_transport.types import DTYPES, ModelIdentity
 from encoder_service.codec import describe_to_proto
 from encoder_service.config import EncoderConfig
@@ -48,6 +52,7 @@ class LoadedModel:
     settings: ProcessorSettings
     tower: VisionTower
     gpu_stats: Callable[[], GpuStats] | None
+    device: torch.device
     gpu_uuids: tuple[str, ...]
 
 
@@ -76,7 +81,7 @@ def load_model(config: EncoderConfig, must_stop: Callable[[], bool]) -> LoadedMo
         dtype=dtype_name,
     )
     _log.info("loaded %s, revision %s, %s on %s", identity.model, identity.revision[:12], dtype_name, device)
-    return LoadedModel(identity, settings, fast or plain, fast.stats if fast else None, gpu_uuids(device))
+    return LoadedModel(identity, settings, fast or plain, fast.stats if fast else None, device, gpu_uuids(device))
 
 
 def _accelerated(
@@ -88,13 +93,27 @@ def _accelerated(
     return gpu_tower(plain, max_graph_patches, ProgressLog("capturing CUDA graphs", must_stop))
 
 
+def _pools(config: EncoderConfig, device: torch.device) -> list[ExportPool]:
+    """What peers on this host can map, best first.
+
+    Raises:
+        TransportUnavailable: no room for one of them.
+    """
+    pools: list[ExportPool] = []
+    if device.type == "cuda" and config.cuda_ipc_pool_bytes:
+        pools.append(CudaIpcPool(device, config.cuda_ipc_pool_bytes))
+    if config.shm_folder:
+        pools.append(ShmPool(Path(config.shm_folder), config.pool_bytes))
+    return pools
+
+
 async def serve(config: EncoderConfig) -> None:
     """Listens, loads, serves until SIGTERM or SIGINT, then drains.
 
     Raises:
         CheckpointError: see `load_model`.
         OSError: a port cannot be listened on.
-        TransportUnavailable: no room for the shared-memory pool.
+        TransportUnavailable: no room for a pool.
         ValueError: the media folder does not exist.
     """
     stop = asyncio.Event()
@@ -120,11 +139,7 @@ async def serve(config: EncoderConfig) -> None:
             _log.info("stopped while loading")
             return
 
-        exporter = RowExporter(
-            shm_folder=Path(config.shm_folder) if config.shm_folder else None,
-            pool_bytes=config.pool_bytes,
-            lease_ttl_s=config.lease_ttl_s,
-        )
+        exporter = RowExporter(_pools(config, model.device), lease_ttl_s=config.lease_ttl_s)
         stack.push_async_callback(exporter.close)
         exporter.start()
         batcher = Batcher(

@@ -37,6 +37,9 @@ class EncoderConfig(ServiceSettings):
 
     shm_folder: str = Field("/dev/shm", description="folder for the shared-memory pool; empty turns shared memory off")
     pool_bytes: int = Field(256 * MIB, ge=MIB, description="size of the shared-memory pool, bytes")
+    cuda_ipc_pool_bytes: int = Field(
+        1024 * MIB, ge=0, description="GPU memory that workers on this host map through CUDA IPC, bytes; 0 is off"
+    )
     lease_ttl_s: float = Field(60.0, gt=0, description="how long a peer may hold rows in the pool, s")
 
     max_items: int = Field(64, ge=1, description="images and videos accepted in one request")

@@ -110,8 +110,14 @@ class _ExporterCollector(Collector):
         stats = self._stats()
         yield GaugeMetricFamily("vitrine_encoder_leases_live", "Leases that peers hold.", stats.live_leases)
         yield GaugeMetricFamily("vitrine_encoder_sessions", "Connected peers.", stats.sessions)
-        yield GaugeMetricFamily("vitrine_encoder_pool_bytes", "Size of the exported pool.", stats.pool_nbytes)
-        yield GaugeMetricFamily("vitrine_encoder_pool_used_bytes", "Bytes of the pool in use.", stats.pool_used_nbytes)
+        for name, help_text, nbytes in (
+            ("vitrine_encoder_pool_bytes", "Size of an exported pool.", stats.pool_nbytes),
+            ("vitrine_encoder_pool_used_bytes", "Bytes of an exported pool in use.", stats.pool_used_nbytes),
+        ):
+            pools = GaugeMetricFamily(name, help_text, labels=["transport"])
+            for transport, value in nbytes.items():
+                pools.add_metric([transport], value)
+            yield pools
         leases = CounterMetricFamily(
             "vitrine_encoder_leases",
             "Leases granted and how they ended; unknown: releases of leases not held.",
@@ -126,6 +132,6 @@ class _ExporterCollector(Collector):
         shipped = CounterMetricFamily(
             "vitrine_encoder_shipped_bytes", "Bytes of rows by transport.", labels=["transport"]
         )
-        for transport, nbytes in stats.shipped_nbytes.items():
-            shipped.add_metric([transport], nbytes)
+        for transport, value in stats.shipped_nbytes.items():
+            shipped.add_metric([transport], value)
         yield shipped

@@ -34,7 +34,7 @@ _MAX_EVENTS_AHEAD = 4
 Shipped = TypeVar("Shipped")
 Result = TypeVar("Result")
 Ship = Callable[[int, torch.Tensor, ItemTimings], AsyncGenerator[Shipped, None]]
-"""(item_index, rows_TW [num_tokens, row_width] on the CPU, timings so far) -> what the peer is to get, in order."""
+"""(item_index, rows_TW [num_tokens, row_width], complete and on any device, timings so far) -> what the peer gets."""
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,7 @@ async def serve(config: LlmConfig) -> None:
             shm_folder=Path(config.shm_folder),
             connect_timeout_s=config.connect_timeout_s,
             encode_timeout_s=config.encode_timeout_s,
+            takes_gpu_rows=model.decoder.device.type == "cuda",
         )
         stack.push_async_callback(encoders.close)
         generator = Generator(engine, encoders, model.tokenizer, model.prompt_config, config.max_items)

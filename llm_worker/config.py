@@ -23,8 +23,8 @@ class LlmConfig(ServiceSettings):
     served_model_name: str | None = Field(None, description="name to serve under instead of hub id or folder name")
 
     encoders: str = Field(description="encoders to use, host:port separated by commas")
-    transport: Literal["auto", "shm", "grpc"] = Field(
-        "auto", description="how rows come: shm (same host) or grpc (bytes); auto: shm where it works, else grpc"
+    transport: Literal["auto", "cuda_ipc", "shm", "grpc"] = Field(
+        "auto", description="how rows come: cuda_ipc or shm (same host), or grpc (bytes); auto: the first that works"
     )
     shm_folder: str = Field("/dev/shm", description="shared-memory folder, the same as the encoders'")
     connect_timeout_s: float = Field(5.0, gt=0, description="for each step of connecting to an encoder, s")

@@ -34,14 +34,19 @@ class Stack:
     @classmethod
     @contextlib.asynccontextmanager
     async def running(
-        cls, model: str | Path, port: int | None = None, num_encoders: int = 1, worker_flags: Sequence[str] = ()
+        cls,
+        model: str | Path,
+        port: int | None = None,
+        num_encoders: int = 1,
+        encoder_flags: Sequence[str] = (),
+        worker_flags: Sequence[str] = (),
     ) -> AsyncIterator[Stack]:
         """Starts all services at once and stops them at the end, whatever happens in between.
 
         Args:
             model: checkpoint folder or hub id.
             port: HTTP port of the LLM worker; None for a free one.
-            worker_flags: more flags for the LLM worker.
+            encoder_flags, worker_flags: more flags for every encoder and for the LLM worker.
         """
         http_port, grpc_port, *encoder_ports = _free_ports(2 + num_encoders)
         http_port = port if port is not None else http_port
@@ -49,7 +54,7 @@ class Stack:
         try:
             for index, encoder_port in enumerate(encoder_ports):
                 name = "encoder" if num_encoders == 1 else f"encoder {index}"
-                encoder = ["encoder_service", "--model", str(model), "--port", str(encoder_port)]
+                encoder = ["encoder_service", "--model", str(model), "--port", str(encoder_port), *encoder_flags]
                 children.append(await Child.start(name, encoder))
             encoders = ",".join(f"{_HOST}:{encoder_port}" for encoder_port in encoder_ports)
             worker = ["llm_worker", "--model", str(model), "--encoders", encoders]

@@ -28,7 +28,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EncodedItem:
-    """Rows of one item, [num_tokens, row_width] on the CPU, a view into its batch's rows; times in milliseconds."""
+    """Rows of one item, [num_tokens, row_width], complete, on the tower's device, a view into its batch's rows.
+
+    queue_ms, forward_ms: milliseconds.
+    """
 
     rows_TW: torch.Tensor
     queue_ms: float
@@ -208,7 +211,11 @@ class Batcher:
                 entry.result.set_result(EncodedItem(item_rows_TW, queue_ms, forward_s * 1e3))
 
     def _forward(self, batch: _Batch) -> torch.Tensor:
-        return self._tower.forward(batch.patches_PX, [entry.grid_thw for entry in batch.entries]).cpu()
+        rows_TW = self._tower.forward(batch.patches_PX, [entry.grid_thw for entry in batch.entries])
+        if rows_TW.is_cuda:
+            # Whoever ships them does so on a stream of its own, which would not wait for this one.
+            torch.cuda.current_stream(rows_TW.device).synchronize()
+        return rows_TW
 
     def _fail_batch(self, entries: list[_Entry]) -> None:
         _log.exception("a batch failed, grids %s", [entry.grid_thw for entry in entries])

@@ -6,6 +6,7 @@ Shapes: P patches with padding, H heads, D head dim, E padded head dim.
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import Protocol
 
 import torch
@@ -52,6 +53,8 @@ class FlashAttention4:
 
     def __init__(self, head_dim: int) -> None:
         """Raises ImportError where it is not installed."""
+        # Its compiler warns about flash-attn's own arguments.
+        warnings.filterwarnings("ignore", message="Argument aux_data", category=UserWarning)
         from flash_attn.cute import flash_attn_varlen_func
 
         self._attend = flash_attn_varlen_func

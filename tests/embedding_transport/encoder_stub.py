@@ -14,6 +14,7 @@ import torch
 from embedding_transport.encoder_rpc import CHANNEL_OPTIONS, encoder_handlers
 from embedding_transport.exporter import RowExporter
 from embedding_transport.grpc_status import abort
+from embedding_transport.shm_pool import ShmPool
 from embedding_transport.types import DTYPES, ItemTimings, ModelIdentity
 from embedding_transport.wire import describe
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
@@ -86,7 +87,7 @@ async def running_stub(
     port: int = 0,
     servicer_class: type[StubServicer] | None = None,
 ) -> AsyncIterator[tuple[str, StubServicer, grpc.aio.Server]]:
-    exporter = RowExporter(shm_folder=shm_folder, pool_bytes=pool_bytes, lease_ttl_s=lease_ttl_s)
+    exporter = RowExporter([ShmPool(shm_folder, pool_bytes)] if shm_folder else [], lease_ttl_s=lease_ttl_s)
     exporter.start()
     server = grpc.aio.server(options=CHANNEL_OPTIONS)
     servicer = (servicer_class or StubServicer)(exporter, identity)

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from embedding_transport.errors import LeaseExpired, TransportUnavailable
-from embedding_transport.shm_pool import HEADER_NBYTES, PROBE_NBYTES, FreeList, ShmMapping, ShmPool
+from embedding_transport.pool import HEADER_NBYTES, PROBE_NBYTES, FreeList
+from embedding_transport.shm_pool import ShmMapping, ShmPool
 
 POOL_NBYTES = 64 * 1024
 OWNER = """
@@ -54,7 +55,7 @@ def test_free_list_never_overlaps_and_joins_what_comes_back() -> None:
 
 def test_rows_are_read_as_written_until_the_block_is_freed(tmp_path: Path) -> None:
     pool = ShmPool(tmp_path, POOL_NBYTES)
-    mapping = ShmMapping(tmp_path, pool.name, pool.file_nbytes)
+    mapping = ShmMapping(tmp_path, pool.name, pool.mapped_nbytes)
     assert mapping.read(0, PROBE_NBYTES) == pool.nonce
     block = pool.allocate(5 * 8 * 4, lease_id=7)
     assert block is not None
@@ -83,18 +84,18 @@ def test_a_reader_cannot_change_the_owners_memory(tmp_path: Path) -> None:
     assert block is not None
     own = pool.rows(block, (4, 4), torch.float32)
     own.fill_(1)
-    ShmMapping(tmp_path, pool.name, pool.file_nbytes).rows(block.offset, (4, 4), torch.float32).fill_(2)
+    ShmMapping(tmp_path, pool.name, pool.mapped_nbytes).rows(block.offset, (4, 4), torch.float32).fill_(2)
     assert torch.equal(own, torch.ones(4, 4))
     pool.close()
 
 
 def test_readers_refuse_what_does_not_lie_in_the_pool(tmp_path: Path) -> None:
     pool = ShmPool(tmp_path, POOL_NBYTES)
-    mapping = ShmMapping(tmp_path, pool.name, pool.file_nbytes)
-    for offset in (0, 64, pool.file_nbytes - 64, 4096 + HEADER_NBYTES + 1, 1 << 60):
+    mapping = ShmMapping(tmp_path, pool.name, pool.mapped_nbytes)
+    for offset in (0, 64, pool.mapped_nbytes - 64, 4096 + HEADER_NBYTES + 1, 1 << 60):
         with pytest.raises(TransportUnavailable):
             mapping.rows(offset, (4, 8), torch.float32)
-    for offset, nbytes in ((-1, 4), (0, -1), (pool.file_nbytes, 1)):
+    for offset, nbytes in ((-1, 4), (0, -1), (pool.mapped_nbytes, 1)):
         with pytest.raises(TransportUnavailable):
             mapping.read(offset, nbytes)
     pool.close()
@@ -112,7 +113,7 @@ def test_readers_refuse_names_that_are_no_pools(tmp_path: Path) -> None:
     with pytest.raises(TransportUnavailable, match="its file has 0"):  # and does not wait for a writer
         ShmMapping(inner, f"vitrine-{'1' * 32}", 4096)
     with pytest.raises(TransportUnavailable, match="its file has"):
-        ShmMapping(tmp_path, pool.name, pool.file_nbytes + 1)
+        ShmMapping(tmp_path, pool.name, pool.mapped_nbytes + 1)
     pool.close()
     assert not list(tmp_path.glob("vitrine-*"))
 

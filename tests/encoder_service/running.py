@@ -17,6 +17,7 @@ from PIL import Image
 from embedding_transport.checkpoint import open_checkpoint
 from embedding_transport.encoder_rpc import CHANNEL_OPTIONS
 from embedding_transport.exporter import RowExporter
+from embedding_transport.shm_pool import ShmPool
 from embedding_transport.types import MediaItem, ModelIdentity
 from encoder_service.codec import describe_to_proto
 from encoder_service.engine.batcher import Batcher
@@ -102,7 +103,7 @@ async def run_encoder(
         "float32",
     )
     metrics = EncoderMetrics()
-    exporter = RowExporter(shm_folder=shm_folder, pool_bytes=8 << 20, lease_ttl_s=lease_ttl_s)
+    exporter = RowExporter([ShmPool(shm_folder, 8 << 20)] if shm_folder else [], lease_ttl_s=lease_ttl_s)
     exporter.start()
     batcher = Batcher(
         tower,

@@ -201,8 +201,7 @@ async def connect(encoder: RunningEncoder) -> tuple[str, object]:
     await call.write(encoder_pb2.ConnectRequest(hello=encoder_pb2.Hello(protocol_version=1, transports=["shm"])))
     offer = await call.read()
     assert offer.WhichOneof("message") == "offer"
-    assert encoder.exporter._pool is not None
-    result = encoder_pb2.ProbeResult(nonce=encoder.exporter._pool.nonce)
+    result = encoder_pb2.ProbeResult(nonce=encoder.exporter._pools[0].nonce)
     await call.write(encoder_pb2.ConnectRequest(probe_result=result))
     return (await call.read()).session.session_id, call
 

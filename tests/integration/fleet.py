@@ -16,12 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
+import pytest
+import torch
 
 from deploy.reference import Media
 from protos.llm.v1 import llm_pb2, llm_pb2_grpc
 
 START_TIMEOUT_S = 120.0
 CHUNK_TOKENS = 48
+# For tests that run over each.
+TRANSPORTS = ("shm", "grpc", pytest.param("cuda_ipc", marks=pytest.mark.gpu))
 _KINDS = {"image": llm_pb2.MEDIA_KIND_IMAGE, "video": llm_pb2.MEDIA_KIND_VIDEO}
 
 
@@ -148,7 +152,7 @@ class Fleet:
 @contextlib.contextmanager
 def start_fleet(
     folder: Path,
-    transports: Sequence[str] = ("shm", "grpc"),
+    transports: Sequence[str] = ("shm", "grpc", "cuda_ipc") if torch.cuda.is_available() else ("shm", "grpc"),
     encoder_flags: Sequence[str] = (),
     worker_flags: Sequence[str] = (),
 ) -> Iterator[Fleet]:

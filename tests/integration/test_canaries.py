@@ -17,7 +17,7 @@ from embedding_transport.checkpoint import open_checkpoint
 from encoder_service.media.limits import MediaLimits
 from encoder_service.preprocess.preprocessor import Preprocessor
 from encoder_service.preprocess.settings import ProcessorSettings
-from tests.integration.fleet import Fleet
+from tests.integration.fleet import TRANSPORTS, Fleet
 from tests.integration.media import clip, picture
 
 NUM_TOKENS = 12
@@ -61,7 +61,7 @@ async def ask(fleet: Fleet, transport: str, text: str, media: Sequence[Media]) -
     return (await fleet.worker(transport).generate(text, media, NUM_TOKENS)).token_ids
 
 
-@pytest.mark.parametrize("transport", ["shm", "grpc"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 async def test_one_after_another(fleet: Fleet, expected: Expected, transport: str) -> None:
     side = fleet.factor
     small, large = picture(1, 3 * side, 3 * side), picture(2, 14 * side, 14 * side)
@@ -81,7 +81,7 @@ async def test_one_after_another(fleet: Fleet, expected: Expected, transport: st
     assert await ask(fleet, transport, text, twice) == expected(text, twice)
 
 
-@pytest.mark.parametrize("transport", ["shm", "grpc"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 async def test_two_hundred_at_once(fleet: Fleet, expected: Expected, transport: str) -> None:
     side = fleet.factor
     pictures = [picture(seed, (2 + seed % 4) * side, (3 + seed % 3) * side) for seed in range(8)]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 
 from deploy.reference import Media, Reference
-from tests.integration.fleet import Fleet
+from tests.integration.fleet import TRANSPORTS, Fleet
 from tests.integration.media import clip, picture
 
 NUM_TOKENS = 64
@@ -51,7 +51,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("transport", ["shm", "grpc"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("name", list(CASES))
 async def test_greedy_tokens_equal_transformers(fleet: Fleet, reference: Reference, name: str, transport: str) -> None:
     case = CASES[name]

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from deploy.tiny_vlm import MODEL_FOLDER
 from deploy.tiny_vlm.evaluation.ablation import without_deepstack
 from deploy.tiny_vlm.evaluation.accuracy import accuracy, table_header, table_row
@@ -59,20 +61,32 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def ways() -> dict[str, Answer]:
-    """All ways to answer, by name."""
-    return {
+    """All ways to answer that this machine has, by name."""
+    small_chunks = ("--max-num-batched-tokens", "40")
+    found = {
         "transformers": answers_of_transformers,
-        "shm": _split("--transport", "shm"),
-        "grpc": _split("--transport", "grpc"),
-        "shm, chunks of 40 tokens": _split("--transport", "shm", "--max-num-batched-tokens", "40"),
-        "grpc, chunks of 40 tokens": _split("--transport", "grpc", "--max-num-batched-tokens", "40"),
-        "shm, three encoders": _split("--transport", "shm", num_encoders=3),
-        ABLATION: _split("--transport", "shm"),
+        "shm": _split("shm"),
+        "grpc": _split("grpc"),
+        "shm, chunks of 40 tokens": _split("shm", *small_chunks),
+        "grpc, chunks of 40 tokens": _split("grpc", *small_chunks),
+        "shm, three encoders": _split("shm", num_encoders=3),
     }
+    if torch.cuda.is_available():
+        found |= {
+            "cuda_ipc": _split("cuda_ipc"),
+            "cuda_ipc, chunks of 40 tokens": _split("cuda_ipc", *small_chunks),
+            "cuda_ipc, no CUDA graphs": _split("cuda_ipc", encoder_flags=("--no-cuda-graphs",)),
+        }
+    return found | {ABLATION: _split("shm")}
 
 
-def _split(*worker_flags: str, num_encoders: int = 1) -> Answer:
-    ask = functools.partial(answers_of_split, num_encoders=num_encoders, worker_flags=worker_flags)
+def _split(transport: str, *worker_flags: str, num_encoders: int = 1, encoder_flags: Sequence[str] = ()) -> Answer:
+    ask = functools.partial(
+        answers_of_split,
+        num_encoders=num_encoders,
+        encoder_flags=encoder_flags,
+        worker_flags=("--transport", transport, *worker_flags),
+    )
     return lambda folder, questions: asyncio.run(ask(folder, questions))
 
 

@@ -27,7 +27,11 @@ def answers_of_transformers(folder: Path, questions: Sequence[AskedQuestion]) ->
 
 
 async def answers_of_split(
-    folder: Path, questions: Sequence[AskedQuestion], num_encoders: int = 1, worker_flags: Sequence[str] = ()
+    folder: Path,
+    questions: Sequence[AskedQuestion],
+    num_encoders: int = 1,
+    encoder_flags: Sequence[str] = (),
+    worker_flags: Sequence[str] = (),
 ) -> list[str]:
     """Greedy answers of real services, several questions in flight.
 
@@ -35,7 +39,8 @@ async def answers_of_split(
         AskFailed: the worker refused a question.
         ChildFailed: a service ended.
     """
-    async with Stack.running(folder, num_encoders=num_encoders, worker_flags=worker_flags) as stack:
+    running = Stack.running(folder, num_encoders=num_encoders, encoder_flags=encoder_flags, worker_flags=worker_flags)
+    async with running as stack:
         await stack.wait_ready()
         return await stack.unless_failed(_ask_all(stack.base_url, questions))
 

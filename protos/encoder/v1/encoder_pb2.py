@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/encoder/v1/encoder.proto\x12\x12vitrine.encoder.v1\"\x11\n\x0f\x44\x65scribeRequest\"\x9f\x02\n\x10\x44\x65scribeResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x12\n\nmodel_type\x18\x04 \x01(\t\x12\x17\n\x0fout_hidden_size\x18\x05 \x01(\r\x12 \n\x18\x64\x65\x65pstack_visual_indexes\x18\x06 \x03(\r\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x38\n\tprocessor\x18\x08 \x01(\x0b\x32%.vitrine.encoder.v1.ProcessorSettings\x12\x12\n\ntransports\x18\t \x03(\t\x12\x11\n\tgpu_uuids\x18\n \x03(\t\x12\x11\n\tmax_items\x18\x0b \x01(\r\"\xa2\x02\n\x11ProcessorSettings\x12\x12\n\npatch_size\x18\x01 \x01(\r\x12\x1b\n\x13temporal_patch_size\x18\x02 \x01(\r\x12\x12\n\nmerge_size\x18\x03 \x01(\r\x12\x12\n\nmin_pixels\x18\x04 \x01(\x04\x12\x12\n\nmax_pixels\x18\x05 \x01(\x04\x12\x18\n\x10video_min_pixels\x18\x06 \x01(\x04\x12\x18\n\x10video_max_pixels\x18\x07 \x01(\x04\x12\x11\n\tvideo_fps\x18\x08 \x01(\x01\x12\x18\n\x10video_min_frames\x18\t \x01(\r\x12\x18\n\x10video_max_frames\x18\n \x01(\r\x12\x12\n\nimage_mean\x18\x0b \x03(\x02\x12\x11\n\timage_std\x18\x0c \x03(\x02\"\x80\x01\n\x0e\x43onnectRequest\x12*\n\x05hello\x18\x01 \x01(\x0b\x32\x19.vitrine.encoder.v1.HelloH\x00\x12\x37\n\x0cprobe_result\x18\x02 \x01(\x0b\x32\x1f.vitrine.encoder.v1.ProbeResultH\x00\x42\t\n\x07message\"5\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\ntransports\x18\x02 \x03(\t\"+\n\x0bProbeResult\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\r\n\x05\x65rror\x18\x02 \x01(\t\"\xaa\x01\n\x0f\x43onnectResponse\x12*\n\x05offer\x18\x01 \x01(\x0b\x32\x19.vitrine.encoder.v1.OfferH\x00\x12.\n\x07session\x18\x02 \x01(\x0b\x32\x1b.vitrine.encoder.v1.SessionH\x00\x12\x30\n\x08\x64raining\x18\x03 \x01(\x0b\x32\x1c.vitrine.encoder.v1.DrainingH\x00\x42\t\n\x07message\"D\n\x05Offer\x12\x11\n\ttransport\x18\x01 \x01(\t\x12(\n\x03shm\x18\x02 \x01(\x0b\x32\x1b.vitrine.encoder.v1.ShmPool\"S\n\x07ShmPool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06nbytes\x18\x02 \x01(\x04\x12\x14\n\x0cprobe_offset\x18\x03 \x01(\x04\x12\x14\n\x0cprobe_nbytes\x18\x04 \x01(\r\"E\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x13\n\x0blease_ttl_s\x18\x03 \x01(\x01\"\n\n\x08\x44raining\"t\n\tMediaItem\x12+\n\x04kind\x18\x01 \x01(\x0e\x32\x1d.vitrine.encoder.v1.MediaKind\x12\r\n\x03url\x18\x02 \x01(\tH\x00\x12\x0e\n\x04\x64\x61ta\x18\x03 \x01(\x0cH\x00\x12\x11\n\tvideo_fps\x18\x04 \x01(\x01\x42\x08\n\x06source\"e\n\rEncodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12,\n\x05items\x18\x03 \x03(\x0b\x32\x1d.vitrine.encoder.v1.MediaItem\"\xcd\x01\n\x0e\x45ncodeResponse\x12,\n\x06layout\x18\x01 \x01(\x0b\x32\x1a.vitrine.encoder.v1.LayoutH\x00\x12*\n\x05ready\x18\x02 \x01(\x0b\x32\x19.vitrine.encoder.v1.ReadyH\x00\x12*\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x19.vitrine.encoder.v1.ChunkH\x00\x12,\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x1a.vitrine.encoder.v1.FailedH\x00\x42\x07\n\x05\x65vent\"\x89\x01\n\x06Layout\x12\x12\n\nitem_index\x18\x01 \x01(\r\x12\x10\n\x08grid_thw\x18\x02 \x03(\r\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x14\n\x0ctimestamps_s\x18\x04 \x03(\x01\x12\x19\n\x11second_per_grid_t\x18\x05 \x01(\x01\x12\x14\n\x0c\x63ontent_hash\x18\x06 \x01(\x0c\"w\n\x05Ready\x12\x12\n\nitem_index\x18\x01 \x01(\r\x12(\n\x05lease\x18\x02 \x01(\x0b\x32\x19.vitrine.encoder.v1.Lease\x12\x30\n\x07timings\x18\x03 \x01(\x0b\x32\x1f.vitrine.encoder.v1.ItemTimings\"M\n\x05Lease\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0e\n\x06nbytes\x18\x04 \x01(\x04\"k\n\x05\x43hunk\x12\x12\n\nitem_index\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x30\n\x07timings\x18\x04 \x01(\x0b\x32\x1f.vitrine.encoder.v1.ItemTimings\";\n\x06\x46\x61iled\x12\x12\n\nitem_index\x18\x01 \x01(\r\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"n\n\x0bItemTimings\x12\x0f\n\x07load_ms\x18\x01 \x01(\x01\x12\x15\n\rpreprocess_ms\x18\x02 \x01(\x01\x12\x10\n\x08queue_ms\x18\x03 \x01(\x01\x12\x12\n\nforward_ms\x18\x04 \x01(\x01\x12\x11\n\texport_ms\x18\x05 \x01(\x01\"7\n\x0eReleaseRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x11\n\tlease_ids\x18\x02 \x03(\x04\"<\n\x0fReleaseResponse\x12\x14\n\x0cnum_released\x18\x01 \x01(\r\x12\x13\n\x0bnum_unknown\x18\x02 \x01(\r*S\n\tMediaKind\x12\x1a\n\x16MEDIA_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10MEDIA_KIND_IMAGE\x10\x01\x12\x14\n\x10MEDIA_KIND_VIDEO\x10\x02\x32\xdf\x02\n\x07\x45ncoder\x12U\n\x08\x44\x65scribe\x12#.vitrine.encoder.v1.DescribeRequest\x1a$.vitrine.encoder.v1.DescribeResponse\x12V\n\x07\x43onnect\x12\".vitrine.encoder.v1.ConnectRequest\x1a#.vitrine.encoder.v1.ConnectResponse(\x01\x30\x01\x12Q\n\x06\x45ncode\x12!.vitrine.encoder.v1.EncodeRequest\x1a\".vitrine.encoder.v1.EncodeResponse0\x01\x12R\n\x07Release\x12\".vitrine.encoder.v1.ReleaseRequest\x1a#.vitrine.encoder.v1.ReleaseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/encoder/v1/encoder.proto\x12\x12vitrine.encoder.v1\"\x11\n\x0f\x44\x65scribeRequest\"\x9f\x02\n\x10\x44\x65scribeResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x12\n\nmodel_type\x18\x04 \x01(\t\x12\x17\n\x0fout_hidden_size\x18\x05 \x01(\r\x12 \n\x18\x64\x65\x65pstack_visual_indexes\x18\x06 \x03(\r\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x38\n\tprocessor\x18\x08 \x01(\x0b\x32%.vitrine.encoder.v1.ProcessorSettings\x12\x12\n\ntransports\x18\t \x03(\t\x12\x11\n\tgpu_uuids\x18\n \x03(\t\x12\x11\n\tmax_items\x18\x0b \x01(\r\"\xa2\x02\n\x11ProcessorSettings\x12\x12\n\npatch_size\x18\x01 \x01(\r\x12\x1b\n\x13temporal_patch_size\x18\x02 \x01(\r\x12\x12\n\nmerge_size\x18\x03 \x01(\r\x12\x12\n\nmin_pixels\x18\x04 \x01(\x04\x12\x12\n\nmax_pixels\x18\x05 \x01(\x04\x12\x18\n\x10video_min_pixels\x18\x06 \x01(\x04\x12\x18\n\x10video_max_pixels\x18\x07 \x01(\x04\x12\x11\n\tvideo_fps\x18\x08 \x01(\x01\x12\x18\n\x10video_min_frames\x18\t \x01(\r\x12\x18\n\x10video_max_frames\x18\n \x01(\r\x12\x12\n\nimage_mean\x18\x0b \x03(\x02\x12\x11\n\timage_std\x18\x0c \x03(\x02\"\x80\x01\n\x0e\x43onnectRequest\x12*\n\x05hello\x18\x01 \x01(\x0b\x32\x19.vitrine.encoder.v1.HelloH\x00\x12\x37\n\x0cprobe_result\x18\x02 \x01(\x0b\x32\x1f.vitrine.encoder.v1.ProbeResultH\x00\x42\t\n\x07message\"5\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\ntransports\x18\x02 \x03(\t\"+\n\x0bProbeResult\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\r\n\x05\x65rror\x18\x02 \x01(\t\"\xaa\x01\n\x0f\x43onnectResponse\x12*\n\x05offer\x18\x01 \x01(\x0b\x32\x19.vitrine.encoder.v1.OfferH\x00\x12.\n\x07session\x18\x02 \x01(\x0b\x32\x1b.vitrine.encoder.v1.SessionH\x00\x12\x30\n\x08\x64raining\x18\x03 \x01(\x0b\x32\x1c.vitrine.encoder.v1.DrainingH\x00\x42\t\n\x07message\"\x83\x01\n\x05Offer\x12\x11\n\ttransport\x18\x01 \x01(\t\x12*\n\x03shm\x18\x02 \x01(\x0b\x32\x1b.vitrine.encoder.v1.ShmPoolH\x00\x12\x33\n\x08\x63uda_ipc\x18\x03 \x01(\x0b\x32\x1f.vitrine.encoder.v1.CudaIpcPoolH\x00\x42\x06\n\x04pool\"S\n\x07ShmPool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06nbytes\x18\x02 \x01(\x04\x12\x14\n\x0cprobe_offset\x18\x03 \x01(\x04\x12\x14\n\x0cprobe_nbytes\x18\x04 \x01(\r\"k\n\x0b\x43udaIpcPool\x12\x0e\n\x06handle\x18\x01 \x01(\x0c\x12\x0e\n\x06nbytes\x18\x02 \x01(\x04\x12\x14\n\x0cprobe_offset\x18\x03 \x01(\x04\x12\x14\n\x0cprobe_nbytes\x18\x04 \x01(\r\x12\x10\n\x08gpu_uuid\x18\x05 \x01(\t\"E\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x13\n\x0blease_ttl_s\x18\x03 \x01(\x01\"\n\n\x08\x44raining\"t\n\tMediaItem\x12+\n\x04kind\x18\x01 \x01(\x0e\x32\x1d.vitrine.encoder.v1.MediaKind\x12\r\n\x03url\x18\x02 \x01(\tH\x00\x12\x0e\n\x04\x64\x61ta\x18\x03 \x01(\x0cH\x00\x12\x11\n\tvideo_fps\x18\x04 \x01(\x01\x42\x08\n\x06source\"e\n\rEncodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12,\n\x05items\x18\x03 \x03(\x0b\x32\x1d.vitrine.encoder.v1.MediaItem\"\xcd\x01\n\x0e\x45ncodeResponse\x12,\n\x06layout\x18\x01 \x01(\x0b\x32\x1a.vitrine.encoder.v1.LayoutH\x00\x12*\n\x05ready\x18\x02 \x01(\x0b\x32\x19.vitrine.encoder.v1.ReadyH\x00\x12*\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x19.vitrine.encoder.v1.ChunkH\x00\x12,\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x1a.vitrine.encoder.v1.FailedH\x00\x42\x07\n\x05\x65vent\"\x89\x01\n\x06Layout\x12\x12\n\nitem_index\x18\x01 \x01(\r\x12\x10\n\x08grid_thw\x18\x02 \x03(\r\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x14\n\x0ctimestamps_s\x18\x04 \x03(\x01\x12\x19\n\x11second_per_grid_t\x18\x05 \x01(\x01\x12\x14\n\x0c\x63ontent_hash\x18\x06 \x01(\x0c\"w\n\x05Ready\x12\x12\n\nitem_index\x18\x01 \x01(\r\x12(\n\x05lease\x18\x02 \x01(\x0b\x32\x19.vitrine.encoder.v1.Lease\x12\x30\n\x07timings\x18\x03 \x01(\x0b\x32\x1f.vitrine.encoder.v1.ItemTimings\"M\n\x05Lease\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0e\n\x06nbytes\x18\x04 \x01(\x04\"k\n\x05\x43hunk\x12\x12\n\nitem_index\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x30\n\x07timings\x18\x04 \x01(\x0b\x32\x1f.vitrine.encoder.v1.ItemTimings\";\n\x06\x46\x61iled\x12\x12\n\nitem_index\x18\x01 \x01(\r\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"n\n\x0bItemTimings\x12\x0f\n\x07load_ms\x18\x01 \x01(\x01\x12\x15\n\rpreprocess_ms\x18\x02 \x01(\x01\x12\x10\n\x08queue_ms\x18\x03 \x01(\x01\x12\x12\n\nforward_ms\x18\x04 \x01(\x01\x12\x11\n\texport_ms\x18\x05 \x01(\x01\"7\n\x0eReleaseRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x11\n\tlease_ids\x18\x02 \x03(\x04\"<\n\x0fReleaseResponse\x12\x14\n\x0cnum_released\x18\x01 \x01(\r\x12\x13\n\x0bnum_unknown\x18\x02 \x01(\r*S\n\tMediaKind\x12\x1a\n\x16MEDIA_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10MEDIA_KIND_IMAGE\x10\x01\x12\x14\n\x10MEDIA_KIND_VIDEO\x10\x02\x32\xdf\x02\n\x07\x45ncoder\x12U\n\x08\x44\x65scribe\x12#.vitrine.encoder.v1.DescribeRequest\x1a$.vitrine.encoder.v1.DescribeResponse\x12V\n\x07\x43onnect\x12\".vitrine.encoder.v1.ConnectRequest\x1a#.vitrine.encoder.v1.ConnectResponse(\x01\x30\x01\x12Q\n\x06\x45ncode\x12!.vitrine.encoder.v1.EncodeRequest\x1a\".vitrine.encoder.v1.EncodeResponse0\x01\x12R\n\x07Release\x12\".vitrine.encoder.v1.ReleaseRequest\x1a#.vitrine.encoder.v1.ReleaseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.encoder.v1.encoder_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MEDIAKIND']._serialized_start=2469
-  _globals['_MEDIAKIND']._serialized_end=2552
+  _globals['_MEDIAKIND']._serialized_start=2642
+  _globals['_MEDIAKIND']._serialized_end=2725
   _globals['_DESCRIBEREQUEST']._serialized_start=55
   _globals['_DESCRIBEREQUEST']._serialized_end=72
   _globals['_DESCRIBERESPONSE']._serialized_start=75
@@ -47,36 +47,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROBERESULT']._serialized_end=886
   _globals['_CONNECTRESPONSE']._serialized_start=889
   _globals['_CONNECTRESPONSE']._serialized_end=1059
-  _globals['_OFFER']._serialized_start=1061
-  _globals['_OFFER']._serialized_end=1129
-  _globals['_SHMPOOL']._serialized_start=1131
-  _globals['_SHMPOOL']._serialized_end=1214
-  _globals['_SESSION']._serialized_start=1216
-  _globals['_SESSION']._serialized_end=1285
-  _globals['_DRAINING']._serialized_start=1287
-  _globals['_DRAINING']._serialized_end=1297
-  _globals['_MEDIAITEM']._serialized_start=1299
-  _globals['_MEDIAITEM']._serialized_end=1415
-  _globals['_ENCODEREQUEST']._serialized_start=1417
-  _globals['_ENCODEREQUEST']._serialized_end=1518
-  _globals['_ENCODERESPONSE']._serialized_start=1521
-  _globals['_ENCODERESPONSE']._serialized_end=1726
-  _globals['_LAYOUT']._serialized_start=1729
-  _globals['_LAYOUT']._serialized_end=1866
-  _globals['_READY']._serialized_start=1868
-  _globals['_READY']._serialized_end=1987
-  _globals['_LEASE']._serialized_start=1989
-  _globals['_LEASE']._serialized_end=2066
-  _globals['_CHUNK']._serialized_start=2068
-  _globals['_CHUNK']._serialized_end=2175
-  _globals['_FAILED']._serialized_start=2177
-  _globals['_FAILED']._serialized_end=2236
-  _globals['_ITEMTIMINGS']._serialized_start=2238
-  _globals['_ITEMTIMINGS']._serialized_end=2348
-  _globals['_RELEASEREQUEST']._serialized_start=2350
-  _globals['_RELEASEREQUEST']._serialized_end=2405
-  _globals['_RELEASERESPONSE']._serialized_start=2407
-  _globals['_RELEASERESPONSE']._serialized_end=2467
-  _globals['_ENCODER']._serialized_start=2555
-  _globals['_ENCODER']._serialized_end=2906
+  _globals['_OFFER']._serialized_start=1062
+  _globals['_OFFER']._serialized_end=1193
+  _globals['_SHMPOOL']._serialized_start=1195
+  _globals['_SHMPOOL']._serialized_end=1278
+  _globals['_CUDAIPCPOOL']._serialized_start=1280
+  _globals['_CUDAIPCPOOL']._serialized_end=1387
+  _globals['_SESSION']._serialized_start=1389
+  _globals['_SESSION']._serialized_end=1458
+  _globals['_DRAINING']._serialized_start=1460
+  _globals['_DRAINING']._serialized_end=1470
+  _globals['_MEDIAITEM']._serialized_start=1472
+  _globals['_MEDIAITEM']._serialized_end=1588
+  _globals['_ENCODEREQUEST']._serialized_start=1590
+  _globals['_ENCODEREQUEST']._serialized_end=1691
+  _globals['_ENCODERESPONSE']._serialized_start=1694
+  _globals['_ENCODERESPONSE']._serialized_end=1899
+  _globals['_LAYOUT']._serialized_start=1902
+  _globals['_LAYOUT']._serialized_end=2039
+  _globals['_READY']._serialized_start=2041
+  _globals['_READY']._serialized_end=2160
+  _globals['_LEASE']._serialized_start=2162
+  _globals['_LEASE']._serialized_end=2239
+  _globals['_CHUNK']._serialized_start=2241
+  _globals['_CHUNK']._serialized_end=2348
+  _globals['_FAILED']._serialized_start=2350
+  _globals['_FAILED']._serialized_end=2409
+  _globals['_ITEMTIMINGS']._serialized_start=2411
+  _globals['_ITEMTIMINGS']._serialized_end=2521
+  _globals['_RELEASEREQUEST']._serialized_start=2523
+  _globals['_RELEASEREQUEST']._serialized_end=2578
+  _globals['_RELEASERESPONSE']._serialized_start=2580
+  _globals['_RELEASERESPONSE']._serialized_end=2640
+  _globals['_ENCODER']._serialized_start=2728
+  _globals['_ENCODER']._serialized_end=3079
 # @@protoc_insertion_point(module_scope)

@@ -225,7 +225,7 @@ class Hello(_message.Message):
     protocol_version: _builtins.int
     @_builtins.property
     def transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Transports the peer can land rows from, best first. The encoder picks the first it offers too."""
+        """Transports the peer can land rows from. The encoder takes the best that both have and that passes its probe."""
 
     def __init__(
         self,
@@ -243,7 +243,7 @@ Global___Hello: _TypeAlias = Hello  # noqa: Y015
 
 @_typing.final
 class ProbeResult(_message.Message):
-    """Second message of the peer, once, after an Offer of a transport that needs a probe."""
+    """The peer's answer to an Offer. After a failed probe the encoder may offer the next transport."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -305,20 +305,26 @@ class Offer(_message.Message):
 
     TRANSPORT_FIELD_NUMBER: _builtins.int
     SHM_FIELD_NUMBER: _builtins.int
+    CUDA_IPC_FIELD_NUMBER: _builtins.int
     transport: _builtins.str
     @_builtins.property
     def shm(self) -> Global___ShmPool: ...
+    @_builtins.property
+    def cuda_ipc(self) -> Global___CudaIpcPool: ...
     def __init__(
         self,
         *,
         transport: _builtins.str = ...,
         shm: Global___ShmPool | None = ...,
+        cuda_ipc: Global___CudaIpcPool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["shm", b"shm"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cuda_ipc", b"cuda_ipc", "pool", b"pool", "shm", b"shm"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["shm", b"shm", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cuda_ipc", b"cuda_ipc", "pool", b"pool", "shm", b"shm", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType_pool: _TypeAlias = _typing.Literal["shm", "cuda_ipc"]  # noqa: Y015
+    _WhichOneofArgType_pool: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_pool) -> _WhichOneofReturnType_pool | None: ...
 
 Global___Offer: _TypeAlias = Offer  # noqa: Y015
 
@@ -357,6 +363,44 @@ class ShmPool(_message.Message):
 Global___ShmPool: _TypeAlias = ShmPool  # noqa: Y015
 
 @_typing.final
+class CudaIpcPool(_message.Message):
+    """A pool in the memory of one GPU of the encoder, opened through CUDA IPC."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLE_FIELD_NUMBER: _builtins.int
+    NBYTES_FIELD_NUMBER: _builtins.int
+    PROBE_OFFSET_FIELD_NUMBER: _builtins.int
+    PROBE_NBYTES_FIELD_NUMBER: _builtins.int
+    GPU_UUID_FIELD_NUMBER: _builtins.int
+    handle: _builtins.bytes
+    """cudaIpcMemHandle_t: 64 bytes."""
+    nbytes: _builtins.int
+    """Bytes in the pool; the peer checks them against the mapped allocation."""
+    probe_offset: _builtins.int
+    """Where the probe nonce lies, in bytes from the start of the pool."""
+    probe_nbytes: _builtins.int
+    """Length of the nonce, in bytes."""
+    gpu_uuid: _builtins.str
+    """The GPU that holds the pool ("GPU-..."): the peer has to see it, under whatever number."""
+    def __init__(
+        self,
+        *,
+        handle: _builtins.bytes = ...,
+        nbytes: _builtins.int = ...,
+        probe_offset: _builtins.int = ...,
+        probe_nbytes: _builtins.int = ...,
+        gpu_uuid: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_uuid", b"gpu_uuid", "handle", b"handle", "nbytes", b"nbytes", "probe_nbytes", b"probe_nbytes", "probe_offset", b"probe_offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CudaIpcPool: _TypeAlias = CudaIpcPool  # noqa: Y015
+
+@_typing.final
 class Session(_message.Message):
     """The negotiated outcome."""
 
@@ -368,7 +412,7 @@ class Session(_message.Message):
     session_id: _builtins.str
     """Names this connection in EncodeRequest and ReleaseRequest."""
     transport: _builtins.str
-    """"shm" or "grpc"."""
+    """"cuda_ipc", "shm" or "grpc"."""
     lease_ttl_s: _builtins.float
     """Time a lease lives without being released, in seconds."""
     def __init__(

@@ -46,7 +46,7 @@ class EncoderStub:
     """
     Encode: _grpc.UnaryStreamMultiCallable[_encoder_pb2.EncodeRequest, _encoder_pb2.EncodeResponse]
     """Encodes the items of one request. Per item: one Layout as soon as its size is known, then either one
-    Ready (rows lie in shared memory under a lease) or Chunks (rows as bytes), or one Failed instead.
+    Ready (rows lie in the encoder's memory under a lease) or Chunks (rows as bytes), or one Failed instead.
     Items answer in the order in which they finish, so events of different items interleave.
     Cancelling the call before its end gives back all its leases.
     """
@@ -65,7 +65,7 @@ class EncoderAsyncStub(EncoderStub):
     """
     Encode: _aio.UnaryStreamMultiCallable[_encoder_pb2.EncodeRequest, _encoder_pb2.EncodeResponse]  # type: ignore[assignment]
     """Encodes the items of one request. Per item: one Layout as soon as its size is known, then either one
-    Ready (rows lie in shared memory under a lease) or Chunks (rows as bytes), or one Failed instead.
+    Ready (rows lie in the encoder's memory under a lease) or Chunks (rows as bytes), or one Failed instead.
     Items answer in the order in which they finish, so events of different items interleave.
     Cancelling the call before its end gives back all its leases.
     """
@@ -99,7 +99,7 @@ class EncoderServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_encoder_pb2.EncodeResponse], _abc.AsyncIterator[_encoder_pb2.EncodeResponse]]:
         """Encodes the items of one request. Per item: one Layout as soon as its size is known, then either one
-        Ready (rows lie in shared memory under a lease) or Chunks (rows as bytes), or one Failed instead.
+        Ready (rows lie in the encoder's memory under a lease) or Chunks (rows as bytes), or one Failed instead.
         Items answer in the order in which they finish, so events of different items interleave.
         Cancelling the call before its end gives back all its leases.
         """

@@ -1,0 +1,158 @@
+"""The exported pool in GPU memory, mapped by other processes of the host through CUDA IPC: no host copy on the way.
+
+The pool is one plain cudaMalloc allocation that lives as long as its process; memory of virtual-memory allocations
+cannot be exported. The raw handle works across PID, IPC, network and mount namespaces, as long as the two processes
+have different PIDs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from embedding_transport.errors import TransportUnavailable
+from embedding_transport.pool import Block, ExportPool, PoolMapping
+
+_HANDLE_NBYTES = 64
+
+
+class CudaIpcPool(ExportPool):
+    """The owner's side, on one GPU. handle: cudaIpcMemHandle_t, 64 bytes.
+
+    Raises:
+        TransportUnavailable: cuda-bindings is not installed, or the GPU has no room.
+    """
+
+    transport = "cuda_ipc"
+
+    def __init__(self, device: torch.device, nbytes: int) -> None:
+        super().__init__(nbytes)
+        self.gpu_uuid = gpu_uuid(device.index or 0)
+        with torch.cuda.device(device):
+            runtime = _runtime()
+            pointer = _checked(runtime.cudaMalloc(self.mapped_nbytes), f"a pool of {nbytes} bytes")
+            self.handle = bytes(_checked(runtime.cudaIpcGetMemHandle(pointer), "exporting it").reserved)
+            self._memory = _as_tensor(_DeviceMemory(int(pointer), self.mapped_nbytes), device)
+            # Of its own: nothing here may wait for the tower's work on the default stream.
+            self._stream = torch.cuda.Stream()
+        self._write_header(0, self.nonce)
+        self._stream.synchronize()
+
+    def write(self, block: Block, rows_TW: torch.Tensor) -> None:
+        """`rows_TW` must be complete: this does not wait for the stream that makes them."""
+        assert rows_TW.nbytes == block.nbytes, "rows do not fill their block"
+        target = self._memory[block.offset : block.offset + block.nbytes]
+        with torch.cuda.stream(self._stream):
+            target.view(rows_TW.dtype).view(rows_TW.shape).copy_(rows_TW, non_blocking=True)
+            done = self._stream.record_event()
+        done.synchronize()
+
+    def close(self) -> None:
+        """Nothing: the memory goes with the process, and a peer may still read it."""
+
+    def _write_header(self, offset: int, header: bytes) -> None:
+        # Pinned and kept by torch until the copy is through; later writes to the block are on the same stream.
+        staged = torch.frombuffer(bytearray(header), dtype=torch.uint8).pin_memory()
+        with torch.cuda.stream(self._stream):
+            self._memory[offset : offset + len(header)].copy_(staged, non_blocking=True)
+
+
+class CudaIpcMapping(PoolMapping):
+    """The readers' side. Unmapped once neither it nor a view of its rows is left.
+
+    Args:
+        handle: of the pool; nbytes: said to be in it.
+        uuid: of the GPU that holds it.
+
+    Raises:
+        TransportUnavailable: this process does not see the exporter's GPU, has the same PID as the exporter, or the
+            handle is no good.
+    """
+
+    def __init__(self, handle: bytes, nbytes: int, uuid: str) -> None:
+        super().__init__(nbytes)
+        if len(handle) != _HANDLE_NBYTES:
+            raise TransportUnavailable(f"a CUDA IPC handle of {len(handle)} bytes, expected {_HANDLE_NBYTES}")
+        index = _index_of(uuid)
+        runtime = _runtime()
+        raw = runtime.cudaIpcMemHandle_t()
+        raw.reserved = handle
+        with torch.cuda.device(index):
+            torch.cuda.current_stream()  # makes the context
+            opened = runtime.cudaIpcOpenMemHandle(raw, runtime.cudaIpcMemLazyEnablePeerAccess)
+            pointer = int(_checked(opened, f"opening the pool of GPU {uuid}"))
+            mapped = _MappedMemory(pointer, nbytes)
+            size = _checked(_driver().cuMemGetAddressRange(pointer), "measuring the pool")
+            if int(size) < nbytes:
+                raise TransportUnavailable(f"a pool said to have {nbytes} bytes has {int(size)}")
+            self._memory = _as_tensor(mapped, torch.device("cuda", index))
+
+    def _bytes(self, offset: int, nbytes: int) -> bytes:
+        # On the current stream, so behind every copy of rows that was launched before.
+        return self._memory[offset : offset + nbytes].cpu().numpy().tobytes()
+
+    def _view(self, offset: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        nbytes = shape[0] * shape[1] * dtype.itemsize
+        return self._memory[offset : offset + nbytes].view(dtype).view(shape)
+
+
+class _DeviceMemory:
+    """Bytes on a GPU for torch to wrap; torch keeps this object as long as any view lives."""
+
+    def __init__(self, pointer: int, nbytes: int) -> None:
+        self.pointer = pointer
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (pointer, False),
+            "version": 3,
+        }
+
+
+class _MappedMemory(_DeviceMemory):
+    def __del__(self) -> None:
+        # An unclosed mapping would pin the exporter's memory even after its end.
+        _runtime().cudaIpcCloseMemHandle(self.pointer)
+
+
+def gpu_uuid(index: int) -> str:
+    """By which another process finds the same GPU, whatever its number there: "GPU-..."."""
+    return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+
+
+def _index_of(uuid: str) -> int:
+    visible = [gpu_uuid(index) for index in range(torch.cuda.device_count())]
+    if uuid not in visible:
+        raise TransportUnavailable(f"the encoder's GPU {uuid} is not visible here; visible are {visible}")
+    return visible.index(uuid)
+
+
+def _as_tensor(memory: _DeviceMemory, device: torch.device) -> torch.Tensor:
+    return torch.as_tensor(memory, device=device)
+
+
+def _runtime() -> Any:
+    try:
+        from cuda.bindings import runtime
+    except ImportError as error:
+        raise TransportUnavailable(f"CUDA IPC needs the package cuda-bindings: {error}") from error
+    return runtime
+
+
+def _driver() -> Any:
+    from cuda.bindings import driver
+
+    return driver
+
+
+def _checked(result: tuple[Any, ...], what: str) -> Any:
+    """The last value of a CUDA call's result.
+
+    Raises:
+        TransportUnavailable: CUDA says no.
+    """
+    error, *values = result
+    if int(error) != 0:
+        raise TransportUnavailable(f"{what} failed: {error.name} ({int(error)})")
+    return values[-1]
