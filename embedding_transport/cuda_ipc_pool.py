@@ -7,6 +7,7 @@ have different PIDs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class CudaIpcMapping(PoolMapping):
             torch.cuda.current_stream()  # makes the context
             opened = runtime.cudaIpcOpenMemHandle(raw, runtime.cudaIpcMemLazyEnablePeerAccess)
             pointer = int(_checked(opened, f"opening the pool of GPU {uuid}"))
-            mapped = _MappedMemory(pointer, nbytes)
+            mapped = _MappedMemory(pointer, nbytes, runtime.cudaIpcCloseMemHandle)
             size = _checked(_driver().cuMemGetAddressRange(pointer), "measuring the pool")
             if int(size) < nbytes:
                 raise TransportUnavailable(f"a pool said to have {nbytes} bytes has {int(size)}")
@@ -111,9 +112,13 @@ class _DeviceMemory:
 
 
 class _MappedMemory(_DeviceMemory):
+    def __init__(self, pointer: int, nbytes: int, close: Callable[[int], object]) -> None:
+        super().__init__(pointer, nbytes)
+        self._close = close
+
     def __del__(self) -> None:
         # An unclosed mapping would pin the exporter's memory even after its end.
-        _runtime().cudaIpcCloseMemHandle(self.pointer)
+        self._close(self.pointer)
 
 
 def gpu_uuid(index: int) -> str:

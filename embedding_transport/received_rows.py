@@ -41,18 +41,14 @@ class LeasedRows:
     _released: bool = False
 
     def copy_to(self, main_TD: torch.Tensor, deepstack_NTD: torch.Tensor | None, first_row: int) -> None:
-        self._check()
         copy_rows(self.rows_TW, main_TD, deepstack_NTD, first_row)
-        # Again: the block may have been taken back, and used anew, while it was copied.
-        self._check()
+        # Afterwards: the block may have been taken back, and used anew, before or while it was copied.
+        self.mapping.check(self.lease.offset, self.lease.lease_id, self.lease.generation, self.lease.nbytes)
 
     def release(self) -> None:
         if not self._released:
             self._released = True
             self.on_release(self.lease.lease_id)
-
-    def _check(self) -> None:
-        self.mapping.check(self.lease.offset, self.lease.lease_id, self.lease.generation, self.lease.nbytes)
 
 
 class HostBufferPool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -42,6 +44,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 # Peers' Connect streams last until the server ends them: this only lets the last answers leave.
 _STOP_GRACE_S = 0.5
+# Where the GPU does the work, more threads only contend for the interpreter.
+_GPU_PREPROCESS_THREADS = 8
+# The event loop gets the interpreter back from threads after so long, seconds; Python's default of 5 ms adds up.
+_SWITCH_INTERVAL_S = 0.0005
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,7 @@ async def serve(config: EncoderConfig) -> None:
         TransportUnavailable: no room for a pool.
         ValueError: the media folder does not exist.
     """
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -146,18 +153,22 @@ async def serve(config: EncoderConfig) -> None:
             model.tower,
             max_batch_patches=config.max_batch_patches,
             max_queued_patches=config.max_queued_patches,
+            device=model.device,
             on_batch=metrics.observe_batch,
         )
         stack.push_async_callback(batcher.close)
         batcher.start()
         loader = MediaLoader(limits)
         stack.push_async_callback(loader.close)
+        preprocess_device = model.device if config.gpu_preprocess else torch.device("cpu")
+        num_cpus = os.cpu_count() or 1
         service = EncodeService(
             loader,
-            Preprocessor(model.settings, limits),
+            Preprocessor(model.settings, limits, preprocess_device),
             batcher,
             revision=model.identity.revision,
             max_items=config.max_items,
+            num_threads=num_cpus if preprocess_device.type == "cpu" else min(num_cpus, _GPU_PREPROCESS_THREADS),
             metrics=metrics,
         )
         stack.callback(service.close)

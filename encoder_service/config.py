@@ -34,6 +34,10 @@ class EncoderConfig(ServiceSettings):
     )
 
     cuda_graphs: bool = Field(True, description="capture CUDA graphs at start-up (bfloat16 on a GPU only)")
+    gpu_preprocess: bool = Field(
+        True,
+        description="decode JPEGs and make patches on the GPU if there is one; pixels differ by a grey level or two",
+    )
 
     shm_folder: str = Field("/dev/shm", description="folder for the shared-memory pool; empty turns shared memory off")
     pool_bytes: int = Field(256 * MIB, ge=MIB, description="size of the shared-memory pool, bytes")

@@ -9,7 +9,6 @@ import asyncio
 import hashlib
 import logging
 import math
-import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -56,12 +55,14 @@ class EncodeService:
         *,
         revision: str,
         max_items: int,
+        num_threads: int,
         metrics: EncoderMetrics,
     ) -> None:
         """
         Args:
             revision: of the model; part of an item's content hash.
             max_items: accepted in one request.
+            num_threads: items decoded and preprocessed at once.
         """
         self._loader = loader
         self._preprocessor = preprocessor
@@ -69,7 +70,7 @@ class EncodeService:
         self._max_items = max_items
         self._metrics = metrics
         self._hash_seed = f"{preprocessor.settings.fingerprint()}:{revision}"
-        self._threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="encoder-preprocess")
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="encoder-preprocess")
 
     def close(self) -> None:
         """Drops decoding that has not begun and waits for the rest."""

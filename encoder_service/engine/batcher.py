@@ -1,9 +1,11 @@
-"""Forms batches by patches and runs them through the tower, one at a time.
+"""Forms batches by patches and runs them through the tower, one behind the other.
 
-    encode() -> waiting entries -> [former task: take, pack] -> channel of one batch -> [runner task: forward] -> rows
+    encode() -> waiting entries -> [former task: take, pack] -> channel of one batch -> [runner task: launch]
+             -> [a task a batch: wait for the GPU] -> rows
 
-The former owns the waiting entries; while one batch runs, the next is already packed. Nothing waits for company: when
-the tower is idle, whatever is there runs.
+The former owns the waiting entries; while one batch runs, the next is already packed. On a GPU the next is launched
+before the one in front has ended, so that the GPU never waits for Python. Nothing waits for company: when the tower is
+idle, whatever is there runs.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from encoder_service.models import VisionTower
 from encoder_service.models.grids import GridTHW
 
 _log = logging.getLogger(__name__)
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,24 @@ class _Batch:
     patches_PX: torch.Tensor
 
 
+@dataclass(frozen=True)
+class _Launched:
+    """Rows of a batch, on a GPU complete only when `end` has passed; seconds by the monotonic clock."""
+
+    rows_TW: torch.Tensor
+    started: float
+    stopped: float
+    start: torch.cuda.Event | None = None
+    end: torch.cuda.Event | None = None
+
+    def wait(self) -> float:
+        """Waits for the rows; returns how long the forward took, seconds."""
+        if self.start is None or self.end is None:
+            return self.stopped - self.started
+        self.end.synchronize()
+        return float(self.start.elapsed_time(self.end)) / 1e3
+
+
 class Batcher:
     """Runs items through a vision tower in batches. Belongs to one event loop."""
 
@@ -70,6 +91,7 @@ class Batcher:
         *,
         max_batch_patches: int,
         max_queued_patches: int,
+        device: torch.device = _CPU,
         on_batch: Callable[[BatchReport], None] = lambda report: None,
     ) -> None:
         """
@@ -77,6 +99,7 @@ class Batcher:
             tower: runs on a thread of its own, one batch at a time.
             max_batch_patches: a batch takes items up to this many patches; a larger item runs alone.
             max_queued_patches: patches admitted at once; a larger item is admitted when nothing else is.
+            device: the tower's; on a GPU two batches are under way at once.
             on_batch: called on the event loop after each batch.
         """
         self._tower = tower
@@ -89,24 +112,29 @@ class Batcher:
         self._arrived = asyncio.Event()
         self._channel: asyncio.Queue[_Batch] = asyncio.Queue(maxsize=1)
         self._channel_free = asyncio.Semaphore(1)
+        self._device = device
+        self._may_launch = asyncio.Semaphore(1 if device.type == "cpu" else 2)
         self._packing_thread = ThreadPoolExecutor(1, thread_name_prefix="encoder-pack")
         self._forward_thread = ThreadPoolExecutor(1, thread_name_prefix="encoder-forward")
-        self._tasks: list[asyncio.Task[None]] = []
+        self._waiting_thread = ThreadPoolExecutor(1, thread_name_prefix="encoder-wait")
+        self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
     def start(self) -> None:
         """Begins to run batches. Must be called on the event loop that later calls `encode`."""
-        self._tasks = [asyncio.create_task(self._form_batches()), asyncio.create_task(self._run_batches())]
+        self._tasks = {asyncio.create_task(self._form_batches()), asyncio.create_task(self._run_batches())}
 
     async def close(self) -> None:
         """Stops. Items without rows fail with EncoderUnavailable; a batch that runs is waited for and dropped."""
         self._closed = True
-        for task in self._tasks:
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._fail(self._unfinished, _closed_error())
         await asyncio.to_thread(self._packing_thread.shutdown)
         await asyncio.to_thread(self._forward_thread.shutdown)
+        await asyncio.to_thread(self._waiting_thread.shutdown)
 
     @property
     def admitted_patches(self) -> int:
@@ -140,7 +168,7 @@ class Batcher:
         """Rows of one item. Cancelling takes it out of the queue, or drops its rows if it is running.
 
         Args:
-            patches_PX: [t * h * w, patch width], CPU; see `VisionTower.forward`.
+            patches_PX: [t * h * w, patch width], complete, on any device; see `VisionTower.forward`.
             grid_thw: patches along time, height and width.
 
         Raises:
@@ -188,34 +216,50 @@ class Batcher:
         return entries
 
     async def _run_batches(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
+            await self._may_launch.acquire()
             batch = await self._channel.get()
             self._channel_free.release()
-            if not all(entry.result.done() for entry in batch.entries):
-                await self._run(batch)
+            if all(entry.result.done() for entry in batch.entries):
+                self._may_launch.release()
+                continue
+            try:
+                launched = await loop.run_in_executor(self._forward_thread, self._launch, batch)
+            except Exception:
+                self._fail_batch(batch.entries)
+                self._may_launch.release()
+                continue
+            task = asyncio.create_task(self._finish(batch, launched))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
-    async def _run(self, batch: _Batch) -> None:
-        loop = asyncio.get_running_loop()
+    def _launch(self, batch: _Batch) -> _Launched:
+        grid_thw = [entry.grid_thw for entry in batch.entries]
         started = time.monotonic()
+        if self._device.type == "cpu":
+            rows_TW = self._tower.forward(batch.patches_PX, grid_thw)
+            return _Launched(rows_TW, started, time.monotonic())
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        rows_TW = self._tower.forward(batch.patches_PX, grid_thw)
+        end.record()
+        return _Launched(rows_TW, started, time.monotonic(), start, end)
+
+    async def _finish(self, batch: _Batch, launched: _Launched) -> None:
         try:
-            rows_TW = await loop.run_in_executor(self._forward_thread, self._forward, batch)
+            forward_s = await asyncio.get_running_loop().run_in_executor(self._waiting_thread, launched.wait)
         except Exception:
             self._fail_batch(batch.entries)
             return
-        forward_s = time.monotonic() - started
+        finally:
+            self._may_launch.release()
         self._on_batch(BatchReport(len(batch.entries), len(batch.patches_PX), forward_s))
         num_tokens = [len(entry.patches_PX) // self._tower.merge_unit for entry in batch.entries]
-        for entry, item_rows_TW in zip(batch.entries, rows_TW.split(num_tokens), strict=True):
+        for entry, rows_TW in zip(batch.entries, launched.rows_TW.split(num_tokens), strict=True):
             if not entry.result.done():
-                queue_ms = (started - entry.queued_at) * 1e3
-                entry.result.set_result(EncodedItem(item_rows_TW, queue_ms, forward_s * 1e3))
-
-    def _forward(self, batch: _Batch) -> torch.Tensor:
-        rows_TW = self._tower.forward(batch.patches_PX, [entry.grid_thw for entry in batch.entries])
-        if rows_TW.is_cuda:
-            # Whoever ships them does so on a stream of its own, which would not wait for this one.
-            torch.cuda.current_stream(rows_TW.device).synchronize()
-        return rows_TW
+                queue_ms = (launched.started - entry.queued_at) * 1e3
+                entry.result.set_result(EncodedItem(rows_TW, queue_ms, forward_s * 1e3))
 
     def _fail_batch(self, entries: list[_Entry]) -> None:
         _log.exception("a batch failed, grids %s", [entry.grid_thw for entry in entries])
@@ -229,6 +273,11 @@ class Batcher:
 
 
 def _pack(entries: list[_Entry]) -> torch.Tensor:
+    for entry in entries:
+        if entry.patches_PX.is_cuda:
+            # Made on another stream: the memory must not be used again before what this thread launches has read it.
+            entry.patches_PX.record_stream(torch.cuda.current_stream(entry.patches_PX.device))
+    # Of different dtypes where images and videos come together on a GPU.
     return torch.cat([entry.patches_PX for entry in entries]) if len(entries) > 1 else entries[0].patches_PX
 
 

@@ -21,6 +21,53 @@ _PATCHES_A_PROGRAM = 64
 _CHUNKS_A_PROGRAM = 1024
 
 
+def image_patches(
+    pixels_CHW: torch.Tensor, mean_C: torch.Tensor, std_C: torch.Tensor, patch_size: int, merge_size: int, repeats: int
+) -> torch.Tensor:
+    """Patch rows of one image in merge-block order: rounded to 8 bits, normalized, cut.
+
+    Args:
+        pixels_CHW: float32 or uint8, 0 to 255, any strides; sides are multiples of patch_size * merge_size.
+        mean_C, std_C: float32, of pixels from 0 to 255.
+        repeats: how often a row holds the image, as its frames.
+
+    Returns:
+        [P, C * repeats * patch_size ** 2], bfloat16; a row runs over channel, frame, y, x.
+    """
+    channels, height, width = pixels_CHW.shape
+    rows, columns = height // patch_size, width // patch_size
+    row_width = channels * repeats * patch_size**2
+    out = torch.empty((rows * columns, row_width), dtype=torch.bfloat16, device=pixels_CHW.device)
+    _image_patches[(len(out),)](
+        pixels_CHW, mean_C, std_C, out, *pixels_CHW.stride(), columns,
+        PATCH=patch_size, MERGE=merge_size, REPEATS=repeats, WIDTH=row_width, BLOCK=triton.next_power_of_2(row_width),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["stride_c", "stride_h", "stride_w", "columns"])
+def _image_patches(
+    pixels, mean, std, out, stride_c, stride_h, stride_w, columns,
+    PATCH: tl.constexpr, MERGE: tl.constexpr, REPEATS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    patch = tl.program_id(0)
+    token, part = patch // (MERGE * MERGE), patch % (MERGE * MERGE)
+    token_columns = columns // MERGE
+    row = token // token_columns * MERGE + part // MERGE
+    column = token % token_columns * MERGE + part % MERGE
+    index = tl.arange(0, BLOCK)
+    kept = index < WIDTH
+    channel = index // (REPEATS * PATCH * PATCH)
+    y, x = row * PATCH + index // PATCH % PATCH, column * PATCH + index % PATCH
+    at = pixels + channel.to(tl.int64) * stride_c + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
+    value = tl.load(at, mask=kept, other=0.0).to(tl.float32)
+    # To the nearest grey level, halves up: a GPU's rounding of halves to even would need a call of its own.
+    value = tl.minimum(tl.maximum(tl.floor(value + 0.5), 0.0), 255.0)
+    value -= tl.load(mean + channel, mask=kept, other=0.0)
+    value /= tl.load(std + channel, mask=kept, other=1.0)
+    tl.store(out + patch.to(tl.int64) * WIDTH + index, value.to(out.dtype.element_ty), mask=kept)
+
+
 def place_patches(
     cu_seqlens: torch.Tensor, frame_hw: torch.Tensor, merge_size: int, window_tokens: int, places: torch.Tensor
 ) -> None:

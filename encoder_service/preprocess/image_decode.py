@@ -9,6 +9,7 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from embedding_transport.errors import MediaTooLarge, MediaTruncated, NotAnImage
+from encoder_service.preprocess import nvjpeg
 from encoder_service.preprocess.file_length import is_cut_short
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -59,13 +60,20 @@ class EncodedImage:
         # Upright size, pixels.
         self.height, self.width = (width, height) if turned else (height, width)
 
-    def decode(self) -> torch.Tensor:
-        """[3, height, width], uint8, channels-last strides: upright, 8 bits, RGB, transparency on white.
+    def decode(self, device: torch.device) -> torch.Tensor:
+        """[3, height, width], uint8, any strides, on `device`: upright, 8 bits, RGB, transparency on white.
+
+        A JPEG is decoded on a GPU if `device` is one and the installation can; everything else by Pillow.
 
         Raises:
             MediaTruncated: the file ends before the pixels do.
             NotAnImage: the pixels can't be decoded, or have no defined range (32-bit and floating-point ones).
         """
+        if device.type == "cuda" and self._suits_nvjpeg():
+            try:
+                return _upright(nvjpeg.decode(self._data, device), self._orientation)
+            except RuntimeError:
+                pass  # Pillow decodes it, or knows what is wrong with it
         try:
             self._image.load()
             image = _to_rgb(self._image)
@@ -75,7 +83,16 @@ class EncodedImage:
             raise
         except Exception as error:
             raise self._refusal(error) from error
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(device)
+
+    def _suits_nvjpeg(self) -> bool:
+        """A complete JPEG of three colours or grey; CMYK has conversions of its own."""
+        return (
+            self._image.format == "JPEG"
+            and self._image.mode in ("RGB", "L")
+            and nvjpeg.has_nvjpeg()
+            and not is_cut_short(self._data)
+        )
 
     def _refusal(self, error: Exception) -> MediaTruncated | NotAnImage:
         if not self._data:
@@ -95,6 +112,14 @@ def _orientation(image: Image.Image, data: bytes) -> int:
     exif = image.getexif() if image.format != "PNG" or b"eXIf" in data else Image.Image.getexif(image)
     orientation = exif.get(ExifTags.Base.Orientation, 1)
     return orientation if orientation in _UPRIGHT else 1
+
+
+def _upright(pixels_CHW: torch.Tensor, orientation: int) -> torch.Tensor:
+    """What `_UPRIGHT` does to a picture, done to a tensor."""
+    if orientation in (5, 6, 7, 8):
+        pixels_CHW = pixels_CHW.transpose(1, 2)
+    flipped = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation, ())
+    return pixels_CHW.flip(flipped) if flipped else pixels_CHW
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -15,12 +15,21 @@ from encoder_service.preprocess.settings import ProcessorSettings
 
 
 def resize(pixels_CHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Bicubic, antialiased, rounded to uint8. Any strides in; [C, height, width], uint8, out."""
+    """Bicubic, antialiased, rounded to uint8. Any strides in; [C, height, width], uint8, out, on the same device.
+
+    On a GPU, where torch resizes floats only, weights are not rounded as on the CPU: pixels differ by one grey level.
+    """
     if pixels_CHW.shape[-2:] == (height, width):
         return pixels_CHW
-    return torch.nn.functional.interpolate(
-        pixels_CHW.unsqueeze(0), (height, width), mode="bicubic", antialias=True, align_corners=False
+    on_gpu = pixels_CHW.is_cuda
+    resized = torch.nn.functional.interpolate(
+        pixels_CHW.unsqueeze(0).float() if on_gpu else pixels_CHW.unsqueeze(0),
+        (height, width),
+        mode="bicubic",
+        antialias=True,
+        align_corners=False,
     ).squeeze(0)
+    return resized.round_().clamp_(0, 255).to(torch.uint8) if on_gpu else resized
 
 
 def patchify(frames_FCHW: torch.Tensor, settings: ProcessorSettings) -> torch.Tensor:

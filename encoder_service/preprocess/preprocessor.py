@@ -11,11 +11,14 @@ from embedding_transport.errors import MediaError, MediaTooLarge
 from embedding_transport.types import Layout, MediaKind
 from encoder_service.media.limits import MediaLimits
 from encoder_service.preprocess.frame_sampling import sample_frames, second_per_grid_t, timestamps_s
+from encoder_service.preprocess.gpu_work import GpuWork
 from encoder_service.preprocess.image_decode import EncodedImage
 from encoder_service.preprocess.patchify import patchify, resize
 from encoder_service.preprocess.settings import ProcessorSettings
 from encoder_service.preprocess.smart_resize import resized_image_size, resized_video_size
 from encoder_service.preprocess.video_decode import EncodedVideo
+
+_CPU = torch.device("cpu")
 
 
 class OpenedMedia(Protocol):
@@ -30,7 +33,8 @@ class OpenedMedia(Protocol):
         """Decodes, resizes, normalizes and cuts. Blocking; call once, from any thread.
 
         Returns:
-            [num_patches, 3 * temporal_patch_size * patch_size ** 2], float32, CPU: see `patchify` for the order.
+            [num_patches, 3 * temporal_patch_size * patch_size ** 2], float32 (of an image on a GPU bfloat16), complete,
+            on the preprocessor's device: see `patchify` for the order.
 
         Raises:
             MediaTruncated, NotAnImage, NotAVideo: the pixels turn out to be damaged.
@@ -41,9 +45,14 @@ class OpenedMedia(Protocol):
 class Preprocessor:
     """Prepares media for the vision tower. Thread-safe: several items may be opened and decoded at once."""
 
-    def __init__(self, settings: ProcessorSettings, limits: MediaLimits) -> None:
+    def __init__(self, settings: ProcessorSettings, limits: MediaLimits, device: torch.device = _CPU) -> None:
+        """
+        Args:
+            device: where pixels become patches; on a GPU, JPEGs are decoded there, too, if the installation can.
+        """
         self.settings = settings
         self._limits = limits
+        self._work = GpuWork(device, settings)
 
     def open(self, kind: MediaKind, data: bytes, video_fps: float | None = None) -> OpenedMedia:
         """Reads as much of `data` as the layout needs: an image's header; of a video the index and one frame.
@@ -59,32 +68,44 @@ class Preprocessor:
             MediaError: `video_fps` is no positive number.
         """
         if kind == "image":
-            return _OpenedImage(self.settings, EncodedImage(data, self._limits.max_pixels))
+            return _OpenedImage(self.settings, EncodedImage(data, self._limits.max_pixels), self._work)
         if video_fps is not None and not (math.isfinite(video_fps) and video_fps > 0):
             raise MediaError(f"video_fps is {video_fps}: give a positive number, or none for the model's default")
-        return _OpenedVideo(self.settings, EncodedVideo(data, self._limits), self._limits.max_video_pixels, video_fps)
+        video = EncodedVideo(data, self._limits)
+        return _OpenedVideo(self.settings, video, self._limits.max_video_pixels, video_fps, self._work)
 
 
 class _OpenedImage:
-    def __init__(self, settings: ProcessorSettings, image: EncodedImage) -> None:
+    def __init__(self, settings: ProcessorSettings, image: EncodedImage, work: GpuWork) -> None:
         self._settings = settings
+        self._work = work
         self._image = image
         self._size = resized_image_size(settings, image.height, image.width)
         grid_thw = _grid_thw(settings, 1, *self._size)
         self.layout = Layout("image", grid_thw, _num_tokens(settings, grid_thw))
 
     def patches(self) -> torch.Tensor:
-        pixels_CHW = resize(self._image.decode(), *self._size)
-        return patchify(pixels_CHW.expand(self._settings.temporal_patch_size, -1, -1, -1), self._settings)
+        with self._work():
+            decoded_CHW = self._image.decode(self._work.device)
+            if decoded_CHW.is_cuda:
+                return self._work.image_patches(decoded_CHW, *self._size)
+            pixels_CHW = resize(decoded_CHW, *self._size)
+            return patchify(pixels_CHW.expand(self._settings.temporal_patch_size, -1, -1, -1), self._settings)
 
 
 class _OpenedVideo:
     def __init__(
-        self, settings: ProcessorSettings, video: EncodedVideo, max_video_pixels: int, video_fps: float | None
+        self,
+        settings: ProcessorSettings,
+        video: EncodedVideo,
+        max_video_pixels: int,
+        video_fps: float | None,
+        work: GpuWork,
     ) -> None:
         group = settings.temporal_patch_size
         self._settings = settings
         self._video = video
+        self._work = work
         self._indices = sample_frames(settings, video.num_frames, video.fps, video_fps)
         # transformers refuses a Qwen3-VL video shorter than one temporal patch; here it counts as one.
         num_frames = max(group, len(self._indices))
@@ -106,12 +127,13 @@ class _OpenedVideo:
     def patches(self) -> torch.Tensor:
         # Each frame is resized as it leaves the decoder: full-size frames of a long video would not fit in memory.
         num_padded = self.layout.grid_thw[0] * self._settings.temporal_patch_size
-        frames_FCHW = torch.empty((num_padded, 3, *self._size), dtype=torch.uint8)
-        for position, pixels_CHW in enumerate(self._video.frames(self._indices)):
-            frames_FCHW[position] = resize(pixels_CHW, *self._size)
-        # A partial patch repeats the last frame.
-        frames_FCHW[len(self._indices) :] = frames_FCHW[len(self._indices) - 1]
-        return patchify(frames_FCHW, self._settings)
+        with self._work():
+            frames_FCHW = torch.empty((num_padded, 3, *self._size), dtype=torch.uint8, device=self._work.device)
+            for position, pixels_CHW in enumerate(self._video.frames(self._indices)):
+                frames_FCHW[position] = resize(pixels_CHW.to(self._work.device), *self._size)
+            # A partial patch repeats the last frame.
+            frames_FCHW[len(self._indices) :] = frames_FCHW[len(self._indices) - 1]
+            return patchify(frames_FCHW, self._settings)
 
 
 def _grid_thw(settings: ProcessorSettings, grid_t: int, height: int, width: int) -> tuple[int, int, int]:

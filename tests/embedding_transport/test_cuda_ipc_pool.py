@@ -59,7 +59,9 @@ def ask(process: subprocess.Popen[str], block: object, lease_id: int) -> str:
 
 
 def rows(value: float) -> torch.Tensor:
-    return torch.full(SHAPE, value, dtype=torch.bfloat16, device="cuda")
+    made = torch.full(SHAPE, value, dtype=torch.bfloat16, device="cuda")
+    torch.cuda.synchronize()  # a pool wants rows that are complete
+    return made
 
 
 @pytest.fixture

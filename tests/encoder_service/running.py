@@ -115,7 +115,7 @@ async def run_encoder(
     loader = MediaLoader(limits)
     preprocessor = Preprocessor(ProcessorSettings.from_checkpoint(checkpoint), limits)
     service = EncodeService(
-        loader, preprocessor, batcher, revision=identity.revision, max_items=MAX_ITEMS, metrics=metrics
+        loader, preprocessor, batcher, revision=identity.revision, max_items=MAX_ITEMS, num_threads=2, metrics=metrics
     )
     metrics.watch_queue(lambda: batcher.admitted_patches, lambda: batcher.waiting_patches)
     metrics.watch_exporter(exporter.stats)

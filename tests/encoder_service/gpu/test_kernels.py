@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from encoder_service.models import grids
 from encoder_service.models.layers import Rotary
+from encoder_service.preprocess.patchify import patchify
+from tests.encoder_service.preprocess.samples import QWEN3_IMAGE, settings
 
 pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -139,3 +143,20 @@ def test_window_attention(tables: BatchTables) -> None:
             heads_first = (each[start:stop].transpose(0, 1)[None] for each in (q[..., :HEAD_DIM], k[..., :HEAD_DIM], v))
             expected = F.scaled_dot_product_attention(*heads_first)[0].transpose(0, 1)
             torch.testing.assert_close(out[start:stop], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_image_patches(tmp_path: Path, dtype: torch.dtype, channels_last: bool) -> None:
+    found = settings(tmp_path, "qwen3_vl", QWEN3_IMAGE | {"patch_size": 4, "temporal_patch_size": 3})
+    pixels = torch.randint(0, 256, (3, 16, 24), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    expected = patchify(pixels.expand(3, -1, -1, -1), found)
+    given = pixels.to(DEVICE, dtype)
+    if dtype.is_floating_point:
+        given = given + torch.tensor([0.4, -0.4, 0.0], device=DEVICE).view(3, 1, 1) + 0.0
+        given = torch.where(pixels.to(DEVICE) == 255, 290.0, given)
+    if channels_last:
+        given = given.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    mean, std = (torch.tensor(values, device=DEVICE) * 255.0 for values in (found.image_mean, found.image_std))
+    patches = kernels.image_patches(given, mean, std, found.patch_size, found.merge_size, found.temporal_patch_size)
+    torch.testing.assert_close(patches.cpu(), expected.to(torch.bfloat16), atol=0.01, rtol=0)

@@ -1,0 +1,202 @@
+"""What a whole encoder delivers: JPEG bytes in over gRPC, rows landed in another process's buffers.
+
+`python -m benchmarks.encoder_service` starts a real encoder with random weights of Qwen3-VL-8B's tower and asks it with
+many requests in flight; this process plays the worker. It prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import io
+import json
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import Qwen3VLConfig
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.towers import QWEN3_VL_8B
+from deploy.random_checkpoint import save_random_checkpoint, small_config
+from embedding_transport.encoder_client import EncoderClient
+from embedding_transport.encoder_peer import TransportChoice
+from embedding_transport.types import MediaItem, RowsEvent
+
+_SIZES = ((560, 560), (1920, 1080))
+_WARM_UP = 64
+_NUM_PICTURES = 16  # different ones, asked in turn
+_NUM_DEEPSTACK, _HIDDEN = 3, 4096
+_POOL_NBYTES = 6 << 30
+_MAX_PIXELS = 16777216
+_MAX_QUEUED_PATCHES = 1 << 20
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=512, help="of each size; default: %(default)s")
+    parser.add_argument("--in-flight", nargs="+", type=int, default=[1, 64], help="requests; default: %(default)s")
+    parser.add_argument("--transports", nargs="+", default=["cuda_ipc", "grpc"], help="default: %(default)s")
+    parser.add_argument("--encoder-flags", nargs="*", default=[], help="more flags for the encoder, without dashes")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(_measure(_checkpoint(Path(folder)), options))
+    return 0
+
+
+async def _measure(checkpoint: Path, options: argparse.Namespace) -> None:
+    print("| size | transport | in flight | img/s | MB/s | delivery, ms, p50 / p99 | preprocess, queue, forward, ms |")
+    print("|---|---|---|---|---|---|---|")
+    async with _encoder(checkpoint, [f"--{flag}" for flag in options.encoder_flags]) as address:
+        for transport in options.transports:
+            client = EncoderClient([address], None, transport=transport, takes_gpu_rows=True)
+            await client.start()
+            await client.wait_ready(60)
+            for size in _SIZES:
+                for in_flight in options.in_flight:
+                    num_requests = options.requests if in_flight > 1 else options.requests // 8
+                    print(await _row(client, transport, size, num_requests, in_flight), flush=True)
+            await client.close()
+
+
+async def _row(
+    client: EncoderClient, transport: TransportChoice, size: tuple[int, int], num_requests: int, in_flight: int
+) -> str:
+    pictures = [_jpeg(seed, size) for seed in range(_NUM_PICTURES)]
+    landing = _Landing()
+    await _ask_all(client, pictures, landing, _WARM_UP, in_flight)
+    landing.clear()
+    start = time.perf_counter()
+    await _ask_all(client, pictures, landing, num_requests, in_flight)
+    seconds = time.perf_counter() - start
+    delivery = sorted(landing.delivery_ms)
+    p50, p99 = statistics.median(delivery), delivery[int(0.99 * len(delivery))]
+    stages = ", ".join(f"{statistics.median(times):.1f}" for times in zip(*landing.stages_ms, strict=True))
+    rate, mb_per_s = num_requests / seconds, landing.nbytes / seconds / 1e6
+    figures = f"{rate:.1f} | {mb_per_s:.0f} | {p50:.2f} / {p99:.2f} | {stages}"
+    return f"| {size[0]}x{size[1]} | {transport} | {in_flight} | {figures} |"
+
+
+async def _ask_all(
+    client: EncoderClient, pictures: list[bytes], landing: _Landing, num_requests: int, in_flight: int
+) -> None:
+    room = asyncio.Semaphore(in_flight)
+
+    async def ask(index: int) -> None:
+        async with room:
+            item = MediaItem("image", data=pictures[index % len(pictures)])
+            async with aclosing(client.encode([item], str(index))) as events:
+                async for event in events:
+                    if isinstance(event, RowsEvent):
+                        landing.land(event)
+
+    await asyncio.gather(*(ask(index) for index in range(num_requests)))
+
+
+class _Landing:
+    """A worker's input buffers, and what was measured on the way into them."""
+
+    def __init__(self) -> None:
+        # Where there are two GPUs, the worker has one of its own.
+        device = f"cuda:{torch.cuda.device_count() - 1}" if torch.cuda.is_available() else "cpu"
+        self._main = torch.empty((8192, _HIDDEN), dtype=torch.bfloat16, device=device)
+        self._deepstack = torch.empty((_NUM_DEEPSTACK, 8192, _HIDDEN), dtype=torch.bfloat16, device=device)
+        self.clear()
+
+    def clear(self) -> None:
+        self.delivery_ms: list[float] = []
+        self.stages_ms: list[tuple[float, float, float]] = []
+        self.nbytes = 0
+
+    def land(self, event: RowsEvent) -> None:
+        rows, timings = event.rows, event.rows.timings
+        start = time.perf_counter()
+        rows.copy_to(self._main[: rows.num_tokens], self._deepstack[:, : rows.num_tokens], 0)
+        rows.release()
+        land_ms = (time.perf_counter() - start) * 1000
+        self.delivery_ms.append(timings.export_ms + timings.ship_ms + land_ms)
+        self.stages_ms.append((timings.preprocess_ms, timings.queue_ms, timings.forward_ms))
+        self.nbytes += rows.num_tokens * (1 + _NUM_DEEPSTACK) * _HIDDEN * 2
+
+
+@asynccontextmanager
+async def _encoder(checkpoint: Path, flags: list[str]) -> AsyncIterator[str]:
+    """A real encoder process; its address."""
+    command = [
+        sys.executable,
+        "-m",
+        "encoder_service",
+        "--model",
+        str(checkpoint),
+        "--port",
+        "0",
+        "--dtype",
+        "bfloat16",
+    ]
+    command += ["--cuda-ipc-pool-bytes", str(_POOL_NBYTES)]
+    command += ["--max-queued-patches", str(_MAX_QUEUED_PATCHES), *flags]
+    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.STDOUT, stdout=-1)
+    assert process.stdout is not None
+    address = ""
+    async for raw in process.stdout:
+        line = raw.decode()
+        if match := re.search(r"grpc=(\S+:\d+)", line):
+            address = match[1]
+        if "CUDA graphs," in line or "attention over" in line or "JPEG" in line:
+            print(line.strip(), file=sys.stderr)
+        if " SERVING " in line:
+            break
+    else:
+        raise RuntimeError("the encoder ended at its start")
+    drain = asyncio.create_task(_drain(process.stdout))
+    try:
+        yield address
+    finally:
+        process.terminate()
+        await process.wait()
+        drain.cancel()
+
+
+async def _drain(stream: asyncio.StreamReader) -> None:
+    async for raw in stream:
+        print(raw.decode().rstrip(), file=sys.stderr)
+
+
+def _checkpoint(folder: Path) -> Path:
+    """The 8B tower with one small text layer, which an encoder does not read."""
+    transformers_logging.disable_progress_bar()
+    small = small_config("qwen3_vl")
+    text = small.text_config.to_dict() | {"hidden_size": _HIDDEN, "num_hidden_layers": 1}
+    text.pop("model_type")
+    ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    config = Qwen3VLConfig(text_config=text, vision_config=QWEN3_VL_8B, **{name: getattr(small, name) for name in ids})
+    save_random_checkpoint(folder, "qwen3_vl", config=config, max_shard_size="2GB")
+    path = folder / "preprocessor_config.json"
+    settings = json.loads(path.read_text())
+    settings["size"]["longest_edge"] = _MAX_PIXELS
+    path.write_text(json.dumps(settings))
+    return folder
+
+
+def _jpeg(seed: int, size: tuple[int, int]) -> bytes:
+    """A picture with detail at every scale, so that it compresses about as a photograph does."""
+    rng = np.random.default_rng(seed)
+    image = np.zeros((size[1], size[0], 3), dtype=np.float32)
+    for cells in (4, 16, 64, 256):
+        coarse = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+        image += np.asarray(coarse.resize(size, Image.Resampling.BICUBIC), dtype=np.float32) / cells**0.5
+    file = io.BytesIO()
+    Image.fromarray((image * (255 / image.max())).astype(np.uint8)).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

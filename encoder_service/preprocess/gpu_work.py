@@ -1,0 +1,62 @@
+"""Preprocessing on a GPU: each thread works on a stream of its own, so that none waits for the tower or for another."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from encoder_service.preprocess.settings import ProcessorSettings
+
+
+class GpuWork:
+    """Streams and constants of preprocessing on one device. On the CPU there is nothing to arrange."""
+
+    def __init__(self, device: torch.device, settings: ProcessorSettings) -> None:
+        self.device = device
+        self._settings = settings
+        self._of_thread = threading.local()
+        if device.type == "cuda":
+            self._mean, self._std = (
+                torch.tensor(values, device=device) * 255.0 for values in (settings.image_mean, settings.image_std)
+            )
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """What is launched inside is complete at the end."""
+        if self.device.type == "cpu":
+            yield
+            return
+        if not hasattr(self._of_thread, "stream"):
+            # Of high priority: small kernels that a whole batch will wait for, beside the tower's large ones.
+            self._of_thread.stream = torch.cuda.Stream(self.device, priority=-1)
+        with torch.cuda.stream(self._of_thread.stream):
+            yield
+        self._of_thread.stream.synchronize()
+
+    def image_patches(self, pixels_CHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Resizes, rounds, normalizes and cuts an image on the GPU, in two launches; see `patchify` for the order.
+
+        Args:
+            pixels_CHW: uint8, on the GPU.
+
+        Returns:
+            [P, D], bfloat16. Pixels differ from the CPU's by one grey level: weights are not rounded here.
+        """
+        from encoder_service.gpu.kernels import image_patches  # needs Triton, which comes with torch's CUDA builds only
+
+        if pixels_CHW.shape[-2:] != (height, width):
+            pixels_CHW = torch.nn.functional.interpolate(
+                pixels_CHW.unsqueeze(0).float(), (height, width), mode="bicubic", antialias=True, align_corners=False
+            ).squeeze(0)
+        settings = self._settings
+        return image_patches(
+            pixels_CHW,
+            self._mean,
+            self._std,
+            settings.patch_size,
+            settings.merge_size,
+            settings.temporal_patch_size,
+        )

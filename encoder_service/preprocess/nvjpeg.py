@@ -1,0 +1,40 @@
+"""JPEG decoding on the GPU, by torchvision, where it is installed with CUDA."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+
+import torch
+
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def has_nvjpeg() -> bool:
+    """Whether torchvision can decode on the GPU here; the reason it cannot is logged once."""
+    try:
+        from torchvision.io import decode_jpeg, encode_jpeg
+
+        grey = torch.full((3, 16, 16), 128, dtype=torch.uint8)
+        decode_jpeg(encode_jpeg(grey), device="cuda")
+    except (ImportError, RuntimeError) as error:
+        _log.info("no JPEG decoding on the GPU, Pillow decodes: %s", error)
+        return False
+    return True
+
+
+def decode(data: bytes, device: torch.device) -> torch.Tensor:
+    """[3, height, width], uint8, on the GPU, not turned upright.
+
+    Raises:
+        RuntimeError: the file is one nvJPEG cannot decode.
+    """
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        encoded = torch.frombuffer(data, dtype=torch.uint8)
+    pixels: torch.Tensor = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
+    return pixels

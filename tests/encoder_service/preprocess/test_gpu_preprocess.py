@@ -1,0 +1,64 @@
+"""Preprocessing on a GPU gives what the CPU gives, to a grey level or two; turning a tensor upright is Pillow's."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from encoder_service.media.limits import MediaLimits
+from encoder_service.preprocess.image_decode import _UPRIGHT, _upright
+from encoder_service.preprocess.preprocessor import Preprocessor
+from tests.encoder_service.preprocess.samples import QWEN3_IMAGE, QWEN3_VIDEO, settings
+from tests.integration.media import clip
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tensor_is_turned_as_pillow_turns_a_picture(orientation: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    expected = image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+    turned = _upright(torch.from_numpy(pixels).permute(2, 0, 1), orientation)
+    assert np.array_equal(turned.permute(1, 2, 0).numpy(), np.asarray(expected))
+
+
+def photograph(mode: str, orientation: int = 1) -> bytes:
+    """A JPEG of smooth colours, with an EXIF orientation."""
+    coarse = np.random.default_rng(1).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((403, 301), Image.Resampling.BICUBIC).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=95, exif=exif)
+    return file.getvalue()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("orientation", [1, 6, 7])
+def test_jpegs_become_the_same_patches(tmp_path: Path, mode: str, orientation: int) -> None:
+    compare(tmp_path, "image", photograph(mode, orientation))
+
+
+@pytest.mark.gpu
+def test_videos_become_the_same_patches(tmp_path: Path) -> None:
+    compare(tmp_path, "video", clip(3, 200, 120, 20).data)
+
+
+def compare(tmp_path: Path, kind: str, data: bytes) -> None:
+    found = settings(tmp_path, "qwen3_vl", QWEN3_IMAGE, QWEN3_VIDEO)
+    on_cpu, on_gpu = (
+        Preprocessor(found, MediaLimits(), torch.device(device)).open(kind, data)  # type: ignore[arg-type]
+        for device in ("cpu", "cuda")
+    )
+    assert on_gpu.layout == on_cpu.layout
+    expected, patches = on_cpu.patches(), on_gpu.patches()
+    assert patches.is_cuda
+    # Of pixels scaled to -1..1, where a grey level is 1 / 127.5.
+    difference = (patches.cpu() - expected).abs() * 127.5
+    assert difference.mean() < 1.0
+    assert difference.quantile(0.999) < 8.0
