@@ -143,11 +143,16 @@ class EncoderClient:
         fallbacks = sum(peer.num_fallbacks for peer in self._peers)
         return ClientStats(self._num_requests, self._num_retries, fallbacks, dict(self._received_nbytes))
 
-    async def encode(self, items: Sequence[MediaItem], request_id: str) -> AsyncGenerator[EncodeEvent]:
+    async def encode(
+        self, items: Sequence[MediaItem], request_id: str, tenant: str = ""
+    ) -> AsyncGenerator[EncodeEvent]:
         """Encodes the items of one request; yields a LayoutEvent and a RowsEvent for each, as they get there.
 
         The caller owns the rows it was given. Rows it was not given are released when the iteration ends or is closed.
         If an encoder dies, what is missing is encoded on another one.
+
+        Args:
+            tenant: encoders use cached rows again within one tenant only.
 
         Raises:
             EncoderUnavailable: no encoder is left.
@@ -167,7 +172,7 @@ class EncoderClient:
                 self._num_retries += 1
             peer.in_flight += 1
             try:
-                async with aclosing(self._encode_on(peer, pending, request_id)) as events:
+                async with aclosing(self._encode_on(peer, pending, request_id, tenant)) as events:
                     async for event in events:
                         if isinstance(event, RowsEvent):
                             del pending[event.item_index]
@@ -189,7 +194,7 @@ class EncoderClient:
         return max(with_room, key=lambda peer: hashlib.sha256(key + peer.address.encode()).digest())
 
     async def _encode_on(
-        self, peer: EncoderPeer, pending: dict[int, MediaItem], request_id: str
+        self, peer: EncoderPeer, pending: dict[int, MediaItem], request_id: str, tenant: str
     ) -> AsyncGenerator[EncodeEvent]:
         connection = peer.connection
         assert connection is not None
@@ -197,6 +202,7 @@ class EncoderClient:
         request = encoder_pb2.EncodeRequest(
             request_id=request_id,
             session_id=connection.session_id,
+            tenant=tenant,
             items=[item_to_proto(pending[index]) for index in indices],
         )
         receiver = EncodeReceiver(peer, connection, [pending[index] for index in indices], self._buffers)

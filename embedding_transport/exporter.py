@@ -15,9 +15,9 @@ import torch
 
 from embedding_transport.chunk_codec import encode_chunk
 from embedding_transport.errors import BadRequest, EncoderUnavailable, Overloaded, TransportUnavailable
-from embedding_transport.host_copy import host_rows
 from embedding_transport.leases import LeaseCounts, LeaseTable
 from embedding_transport.pool import Block, ExportPool
+from embedding_transport.row_copies import host_rows
 from embedding_transport.types import PROTOCOL_VERSION, ItemTimings
 from embedding_transport.wire import offer_to_proto, timings_to_proto
 from protos.encoder.v1 import encoder_pb2

@@ -27,6 +27,7 @@ from embedding_transport.types import DTYPES, ModelIdentity
 from encoder_service.codec import describe_to_proto
 from encoder_service.config import EncoderConfig
 from encoder_service.engine.batcher import Batcher
+from encoder_service.engine.cache import EmbeddingCache
 from encoder_service.media.loader import MediaLoader
 from encoder_service.metrics import EncoderMetrics, GpuStats
 from encoder_service.models import VisionTower, build_tower
@@ -160,12 +161,15 @@ async def serve(config: EncoderConfig) -> None:
         batcher.start()
         loader = MediaLoader(limits)
         stack.push_async_callback(loader.close)
+        cache = EmbeddingCache(gpu_nbytes=config.cache_gpu_bytes, host_nbytes=config.cache_host_bytes)
+        metrics.watch_cache(cache.stats)
         preprocess_device = model.device if config.gpu_preprocess else torch.device("cpu")
         num_cpus = os.cpu_count() or 1
         service = EncodeService(
             loader,
             Preprocessor(model.settings, limits, preprocess_device),
             batcher,
+            cache,
             revision=model.identity.revision,
             max_items=config.max_items,
             num_threads=num_cpus if preprocess_device.type == "cpu" else min(num_cpus, _GPU_PREPROCESS_THREADS),

@@ -46,6 +46,9 @@ class EncoderConfig(ServiceSettings):
     )
     lease_ttl_s: float = Field(60.0, gt=0, description="how long a peer may hold rows in the pool, s")
 
+    cache_gpu_bytes: int = Field(2048 * MIB, ge=0, description="rows kept on the GPU for equal items, bytes; 0 is off")
+    cache_host_bytes: int = Field(512 * MIB, ge=0, description="rows kept in host memory, bytes; 0 is off")
+
     max_items: int = Field(64, ge=1, description="images and videos accepted in one request")
     max_batch_patches: int = Field(45056, ge=1, description="patches in one batch; a larger item runs alone")
     max_queued_patches: int = Field(262_144, ge=1, description="patches in work before items are refused as overload")

@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 
 from embedding_transport.exporter import ExporterStats
 from encoder_service.engine.batcher import BatchReport
+from encoder_service.engine.cache import CacheStats
 
 _STAGE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _PATCH_BUCKETS = (16, 64, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
@@ -72,6 +73,10 @@ class EncoderMetrics:
         ):
             Gauge(f"vitrine_encoder_{name}", help_text, registry=self.registry).set_function(read)
 
+    def watch_cache(self, stats: Callable[[], CacheStats]) -> None:
+        """Reads the embedding cache at each scrape."""
+        self.registry.register(_CacheCollector(stats))
+
     def watch_gpu(self, stats: Callable[[], GpuStats]) -> None:
         """Reads what the CUDA graphs did at each scrape."""
         self.registry.register(_GpuCollector(stats))
@@ -79,6 +84,27 @@ class EncoderMetrics:
     def watch_exporter(self, stats: Callable[[], ExporterStats]) -> None:
         """Reads leases, pool and shipped bytes at each scrape."""
         self.registry.register(_ExporterCollector(stats))
+
+
+class _CacheCollector(Collector):
+    def __init__(self, stats: Callable[[], CacheStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._stats()
+        lookups = CounterMetricFamily(
+            "vitrine_encoder_cache_lookups",
+            "Items by where their rows came from: hit (kept), joined (of an equal item in flight), miss.",
+            labels=["result"],
+        )
+        for result, count in (("hit", stats.hits), ("joined", stats.joined), ("miss", stats.misses)):
+            lookups.add_metric([result], count)
+        yield lookups
+        yield CounterMetricFamily("vitrine_encoder_cache_evictions", "Rows that left the cache.", stats.evictions)
+        kept = GaugeMetricFamily("vitrine_encoder_cache_bytes", "Bytes of kept rows by tier.", labels=["tier"])
+        for tier, nbytes in stats.nbytes.items():
+            kept.add_metric([tier], nbytes)
+        yield kept
 
 
 class _GpuCollector(Collector):

@@ -124,7 +124,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
                 yield response
 
         try:
-            async with aclosing(serving.service.encode(items, ship)) as events:
+            async with aclosing(serving.service.encode(items, ship, request.tenant)) as events:
                 async for event in events:
                     if isinstance(event, LayoutEvent):
                         await context.write(layout_to_proto(event))

@@ -21,6 +21,7 @@ from embedding_transport.shm_pool import ShmPool
 from embedding_transport.types import MediaItem, ModelIdentity
 from encoder_service.codec import describe_to_proto
 from encoder_service.engine.batcher import Batcher
+from encoder_service.engine.cache import EmbeddingCache
 from encoder_service.media.limits import MediaLimits
 from encoder_service.media.loader import MediaLoader
 from encoder_service.metrics import EncoderMetrics
@@ -89,6 +90,7 @@ async def run_encoder(
     max_batch_patches: int = 4096,
     max_queued_patches: int = 100_000,
     lease_ttl_s: float = 30.0,
+    cache_bytes: int = 0,
     loaded: bool = True,
 ) -> AsyncIterator[RunningEncoder]:
     checkpoint = open_checkpoint(str(folder))
@@ -114,9 +116,18 @@ async def run_encoder(
     batcher.start()
     loader = MediaLoader(limits)
     preprocessor = Preprocessor(ProcessorSettings.from_checkpoint(checkpoint), limits)
+    cache = EmbeddingCache(gpu_nbytes=0, host_nbytes=cache_bytes)
     service = EncodeService(
-        loader, preprocessor, batcher, revision=identity.revision, max_items=MAX_ITEMS, num_threads=2, metrics=metrics
+        loader,
+        preprocessor,
+        batcher,
+        cache,
+        revision=identity.revision,
+        max_items=MAX_ITEMS,
+        num_threads=2,
+        metrics=metrics,
     )
+    metrics.watch_cache(cache.stats)
     metrics.watch_queue(lambda: batcher.admitted_patches, lambda: batcher.waiting_patches)
     metrics.watch_exporter(exporter.stats)
     servicer = EncoderServicer(metrics)

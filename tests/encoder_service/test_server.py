@@ -262,7 +262,7 @@ async def test_overload_reaches_the_client_as_overload(qwen3_vl_folder: Path, tm
         first = asyncio.create_task(ask(image(png(64, 64))))
         assert await asyncio.to_thread(encoder.tower.entered.wait, 10)
         with pytest.raises(Overloaded, match="16 patches are queued and 16 more"):
-            await ask(image(png(64, 64)))
+            await ask(image(png(64, 64, 2)))
         encoder.tower.gate.set()
         await first
         await client.close()

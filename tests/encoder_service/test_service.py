@@ -148,3 +148,41 @@ async def test_a_fault_of_ours_is_not_told_in_detail(encoder: RunningEncoder, ca
     assert [event.error.code for event in failed] == ["internal_error"]
     assert "secret" not in str(failed[0].error)
     assert "a secret of the machine" in caplog.text
+
+
+def num_encoded(encoder: RunningEncoder) -> int:
+    return sum(map(len, encoder.tower.batches))
+
+
+async def test_equal_items_are_encoded_once_within_a_request_and_later(qwen3_vl_folder: Path, tmp_path: Path) -> None:
+    async with run_encoder(qwen3_vl_folder, tmp_path, cache_bytes=1 << 20) as encoder:
+        picture, other = png(96, 64, 1), png(96, 64, 2)
+        first = rows_by_item(await encode(encoder, image(picture), image(picture), image(other)))
+        assert torch.equal(first[0].rows_TW, first[1].rows_TW)
+        assert not torch.equal(first[0].rows_TW, first[2].rows_TW)
+        assert (first[0].rows_TW - encoder.rows_of(picture)).abs().max() < 1e-4
+        assert num_encoded(encoder) == 2
+        again = rows_by_item(await encode(encoder, image(picture)))
+        assert torch.equal(again[0].rows_TW, first[0].rows_TW)
+        assert again[0].timings.forward_ms == 0
+        assert num_encoded(encoder) == 2
+
+
+async def test_tenants_share_no_rows(qwen3_vl_folder: Path, tmp_path: Path) -> None:
+    async with run_encoder(qwen3_vl_folder, tmp_path, cache_bytes=1 << 20) as encoder:
+        for expected, tenant in ((1, "one"), (1, "one"), (2, "another"), (3, "")):
+            async with aclosing(encoder.service.encode([image(png(96, 64))], ship, tenant)) as events:
+                assert [type(event) async for event in events] == [LayoutEvent, Rows]
+            assert num_encoded(encoder) == expected
+
+
+async def test_kept_rows_are_served_where_the_queue_is_full(qwen3_vl_folder: Path, tmp_path: Path) -> None:
+    async with run_encoder(qwen3_vl_folder, tmp_path, max_queued_patches=300, cache_bytes=1 << 20) as encoder:
+        await encode(encoder, image(png(96, 64)))
+        encoder.tower.gate.clear()
+        busy = asyncio.create_task(encode(encoder, image(png(256, 256, 3))))
+        while not encoder.batcher.admitted_patches:
+            await asyncio.sleep(0.01)
+        assert rows_by_item(await encode(encoder, image(png(96, 64)))).keys() == {0}
+        encoder.tower.gate.set()
+        await busy

@@ -32,8 +32,12 @@ async def answers_of_split(
     num_encoders: int = 1,
     encoder_flags: Sequence[str] = (),
     worker_flags: Sequence[str] = (),
+    rounds: int = 1,
 ) -> list[str]:
     """Greedy answers of real services, several questions in flight.
+
+    Args:
+        rounds: how often everything is asked; the last answers count.
 
     Raises:
         AskFailed: the worker refused a question.
@@ -42,7 +46,9 @@ async def answers_of_split(
     running = Stack.running(folder, num_encoders=num_encoders, encoder_flags=encoder_flags, worker_flags=worker_flags)
     async with running as stack:
         await stack.wait_ready()
-        return await stack.unless_failed(_ask_all(stack.base_url, questions))
+        for _ in range(rounds):
+            answers = await stack.unless_failed(_ask_all(stack.base_url, questions))
+        return answers
 
 
 async def _ask_all(base_url: str, questions: Sequence[AskedQuestion]) -> list[str]:

@@ -487,10 +487,13 @@ class EncodeRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
     ITEMS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """For logs and traces; chosen by the caller."""
     session_id: _builtins.str
     """From Connect; empty for rows as bytes."""
+    tenant: _builtins.str
+    """Cached rows are used again within one tenant only; chosen by the caller, may be empty."""
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___MediaItem]:
         """Media in the order of their placeholders in the prompt."""
@@ -501,10 +504,11 @@ class EncodeRequest(_message.Message):
         request_id: _builtins.str = ...,
         session_id: _builtins.str = ...,
         items: _abc.Iterable[Global___MediaItem] | None = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items", "request_id", b"request_id", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items", "request_id", b"request_id", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

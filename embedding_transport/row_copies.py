@@ -1,4 +1,4 @@
-"""Rows on their way from a GPU to the host."""
+"""Copies of rows that are complete when they are handed out, and that wait for nothing but themselves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def host_rows(rows_TW: torch.Tensor) -> torch.Tensor:
-    """The rows in host memory, contiguous; themselves if they are there already. Blocking, but for these rows only.
+    """The rows in host memory, contiguous; themselves if they are there already. Blocking.
 
     Args:
         rows_TW: complete: this does not wait for the stream that makes them.
@@ -22,6 +22,17 @@ def host_rows(rows_TW: torch.Tensor) -> torch.Tensor:
         done = torch.cuda.current_stream().record_event()
     done.synchronize()
     return host
+
+
+def own_rows(rows_TW: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy on the same device, in memory of its own. Blocking; `rows_TW` as of `host_rows`."""
+    if rows_TW.device.type == "cpu":
+        return rows_TW.clone(memory_format=torch.contiguous_format)
+    with torch.cuda.stream(_copy_stream(rows_TW.device)):
+        own = rows_TW.clone(memory_format=torch.contiguous_format)
+        done = torch.cuda.current_stream().record_event()
+    done.synchronize()
+    return own
 
 
 @functools.cache
