@@ -41,7 +41,8 @@ class EncodeReceiver:
         if kind == "ready":
             return [self._take_ready(response.ready)]
         if kind == "failed":
-            raise error_from_code(response.failed.code, response.failed.message)
+            failed = response.failed
+            raise error_from_code(failed.code, failed.message, failed.retry_after_s)
         raise InternalError(f"encoder {self._peer.address} sent an event of kind {kind!r}")
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from embedding_transport.chunk_codec import parse_response
 from embedding_transport.encode_receiver import EncodeReceiver
 from embedding_transport.encoder_peer import EncoderPeer, TransportChoice
 from embedding_transport.encoder_rpc import encode_method
-from embedding_transport.errors import EncoderUnavailable, InternalError
+from embedding_transport.errors import EncoderUnavailable, InternalError, Overloaded
 from embedding_transport.grpc_status import error_from_rpc
 from embedding_transport.received_rows import HostBufferPool, LeasedRows
 from embedding_transport.types import (
@@ -149,25 +149,27 @@ class EncoderClient:
         """Encodes the items of one request; yields a LayoutEvent and a RowsEvent for each, as they get there.
 
         The caller owns the rows it was given. Rows it was not given are released when the iteration ends or is closed.
-        If an encoder dies, what is missing is encoded on another one.
+        If an encoder dies or is overloaded, what is missing is encoded on another one.
 
         Args:
             tenant: encoders use cached rows again within one tenant only.
 
         Raises:
             EncoderUnavailable: no encoder is left.
+            Overloaded: those that are left are overloaded.
             VitrineError: the error of the first item that failed.
         """
         self._num_requests += 1
         pending = dict(enumerate(items))
         layouts: dict[int, Layout] = {}
-        lost: dict[str, str] = {}  # address of an encoder that died, and how
+        lost: dict[str, str] = {}  # address of an encoder that died or is overloaded, and how
+        overloaded: list[Overloaded] = []
         # Off the loop: a long video takes a while. One encoder needs no choice.
         key = await asyncio.to_thread(_content_key, items) if len(self._peers) > 1 else b""
         while pending:
             peer = self._pick(key, lost)
             if peer is None:
-                raise self._unavailable(lost)
+                raise min(overloaded, key=lambda error: error.retry_after_s) if overloaded else self._unavailable(lost)
             if lost:
                 self._num_retries += 1
             peer.in_flight += 1
@@ -181,6 +183,9 @@ class EncoderClient:
                         yield event
             except _EncoderLost as error:
                 lost[peer.address] = f"encoder {peer.address} was lost: {error}"
+            except Overloaded as error:
+                lost[peer.address] = f"encoder {peer.address} is overloaded: {error}"
+                overloaded.append(error)
             finally:
                 peer.in_flight -= 1
 

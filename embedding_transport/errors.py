@@ -94,7 +94,13 @@ class BadAspectRatio(MediaError):
 
 
 class Overloaded(VitrineError):
+    """retry_after_s: when it is worth trying again, seconds; 0 where that is not known."""
+
     code = "overloaded"
+
+    def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class EncoderUnavailable(VitrineError):
@@ -124,7 +130,9 @@ def _subclasses(base: type[VitrineError]) -> list[type[VitrineError]]:
 _BY_CODE = {error.code: error for error in _subclasses(VitrineError)}
 
 
-def error_from_code(code: str, message: str) -> VitrineError:
+def error_from_code(code: str, message: str, retry_after_s: float = 0.0) -> VitrineError:
     """The error a peer named by `code`; an unknown code becomes InternalError and is kept in the message."""
+    if code == Overloaded.code:
+        return Overloaded(message, retry_after_s)
     error = _BY_CODE.get(code)
     return error(message) if error else InternalError(f"{code}: {message}")

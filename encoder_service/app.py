@@ -28,6 +28,7 @@ from encoder_service.codec import describe_to_proto
 from encoder_service.config import EncoderConfig
 from encoder_service.engine.batcher import Batcher
 from encoder_service.engine.cache import EmbeddingCache
+from encoder_service.engine.cost_model import CostModel, measured_cost
 from encoder_service.media.loader import MediaLoader
 from encoder_service.metrics import EncoderMetrics, GpuStats
 from encoder_service.models import VisionTower, build_tower
@@ -58,6 +59,7 @@ class LoadedModel:
     identity: ModelIdentity
     settings: ProcessorSettings
     tower: VisionTower
+    cost: CostModel
     gpu_stats: Callable[[], GpuStats] | None
     device: torch.device
     gpu_uuids: tuple[str, ...]
@@ -88,7 +90,9 @@ def load_model(config: EncoderConfig, must_stop: Callable[[], bool]) -> LoadedMo
         dtype=dtype_name,
     )
     _log.info("loaded %s, revision %s, %s on %s", identity.model, identity.revision[:12], dtype_name, device)
-    return LoadedModel(identity, settings, fast or plain, fast.stats if fast else None, device, gpu_uuids(device))
+    tower = fast or plain
+    cost = measured_cost(tower, plain.config.patch_width, device)
+    return LoadedModel(identity, settings, tower, cost, fast.stats if fast else None, device, gpu_uuids(device))
 
 
 def _accelerated(
@@ -154,6 +158,8 @@ async def serve(config: EncoderConfig) -> None:
             model.tower,
             max_batch_patches=config.max_batch_patches,
             max_queued_patches=config.max_queued_patches,
+            max_queued_s=config.max_queued_s,
+            cost=model.cost,
             device=model.device,
             on_batch=metrics.observe_batch,
         )
@@ -176,7 +182,9 @@ async def serve(config: EncoderConfig) -> None:
             metrics=metrics,
         )
         stack.callback(service.close)
-        metrics.watch_queue(lambda: batcher.admitted_patches, lambda: batcher.waiting_patches)
+        metrics.watch_queue(
+            lambda: batcher.admitted_patches, lambda: batcher.waiting_patches, lambda: batcher.admitted_s
+        )
         metrics.watch_exporter(exporter.stats)
         if model.gpu_stats is not None:
             metrics.watch_gpu(model.gpu_stats)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from embedding_transport.errors import BadRequest
+from embedding_transport.errors import BadRequest, Overloaded
 from embedding_transport.types import LayoutEvent, MediaItem, MediaKind, ModelIdentity
 from embedding_transport.wire import describe
 from encoder_service.preprocess.settings import ProcessorSettings
@@ -48,7 +48,10 @@ def layout_to_proto(event: LayoutEvent) -> encoder_pb2.EncodeResponse:
 
 
 def failed_to_proto(event: ItemFailed) -> encoder_pb2.EncodeResponse:
-    failed = encoder_pb2.Failed(item_index=event.item_index, code=event.error.code, message=str(event.error))
+    retry_after_s = event.error.retry_after_s if isinstance(event.error, Overloaded) else 0.0
+    failed = encoder_pb2.Failed(
+        item_index=event.item_index, code=event.error.code, message=str(event.error), retry_after_s=retry_after_s
+    )
     return encoder_pb2.EncodeResponse(failed=failed)
 
 

@@ -65,9 +65,15 @@ class EncoderMetrics:
         self.batch_items.observe(report.num_items)
         self.stage_seconds.labels("forward").observe(report.forward_s)
 
-    def watch_queue(self, admitted_patches: Callable[[], int], waiting_patches: Callable[[], int]) -> None:
+    def watch_queue(
+        self,
+        admitted_patches: Callable[[], int],
+        waiting_patches: Callable[[], int],
+        admitted_s: Callable[[], float],
+    ) -> None:
         """Reads the queue at each scrape."""
         for name, help_text, read in (
+            ("queue_seconds", "Work between admission and the end of shipping, by the cost model.", admitted_s),
             ("admitted_patches", "Patches of items between admission and the end of shipping.", admitted_patches),
             ("queue_patches", "Patches ready for the tower that are in no batch yet.", waiting_patches),
         ):

@@ -9,7 +9,6 @@ import asyncio
 import functools
 import hashlib
 import logging
-import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -147,8 +146,7 @@ class EncodeService:
         with self._stage("open") as opening:
             opened, layout = await self._in_thread(self._open, item, data)
         key = self._cache_key(tenant, layout)
-        num_patches = math.prod(layout.grid_thw)
-        with nullcontext() if self._cache.knows(key) else self._batcher.admit(num_patches):
+        with nullcontext() if self._cache.knows(key) else self._batcher.admit(layout.grid_thw):
             yield LayoutEvent(index, layout)
             made = await self._cache.rows(key, functools.partial(self._make, opened, layout))
             # Shipping to a slow reader takes long: hold no more than the rows meanwhile.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 import torch
 
 from embedding_transport.errors import EncoderUnavailable, InternalError, Overloaded, VitrineError
+from encoder_service.engine.cost_model import CostModel
 from encoder_service.models import VisionTower
 from encoder_service.models.grids import GridTHW
 
@@ -91,6 +93,8 @@ class Batcher:
         *,
         max_batch_patches: int,
         max_queued_patches: int,
+        max_queued_s: float = math.inf,
+        cost: CostModel | None = None,
         device: torch.device = _CPU,
         on_batch: Callable[[BatchReport], None] = lambda report: None,
     ) -> None:
@@ -98,7 +102,9 @@ class Batcher:
         Args:
             tower: runs on a thread of its own, one batch at a time.
             max_batch_patches: a batch takes items up to this many patches; a larger item runs alone.
-            max_queued_patches: patches admitted at once; a larger item is admitted when nothing else is.
+            max_queued_patches: patches admitted at once, which bounds memory.
+            max_queued_s: seconds of work, by `cost`, admitted at once, which bounds waiting. An item that alone is more
+                than a bound is admitted when nothing else is.
             device: the tower's; on a GPU two batches are under way at once.
             on_batch: called on the event loop after each batch.
         """
@@ -106,7 +112,10 @@ class Batcher:
         self._max_batch_patches = max_batch_patches
         self._max_queued_patches = max_queued_patches
         self._on_batch = on_batch
+        self._max_queued_s = max_queued_s
+        self._cost = cost if cost is not None else CostModel(0.0, 0.0, 0.0)
         self._admitted_patches = 0
+        self._admitted_s = 0.0
         self._waiting: deque[_Entry] = deque()
         self._unfinished: set[_Entry] = set()
         self._arrived = asyncio.Event()
@@ -142,27 +151,48 @@ class Batcher:
         return self._admitted_patches
 
     @property
+    def admitted_s(self) -> float:
+        """Seconds of the tower's work that these items are."""
+        return self._admitted_s
+
+    @property
     def waiting_patches(self) -> int:
         """Patches ready for the tower that are in no batch yet."""
         return sum(len(entry.patches_PX) for entry in self._waiting)
 
     @contextmanager
-    def admit(self, num_patches: int) -> Iterator[None]:
+    def admit(self, grid_thw: GridTHW) -> Iterator[None]:
         """Holds room for an item from before its pixels are decoded until its rows have been shipped.
 
         Raises:
             Overloaded: the encoder holds as much as it may.
         """
-        if self._admitted_patches and self._admitted_patches + num_patches > self._max_queued_patches:
-            raise Overloaded(
-                f"{self._admitted_patches} patches are queued and {num_patches} more would pass the limit of "
-                f"{self._max_queued_patches}: retry later or add encoders"
-            )
+        num_patches, seconds = math.prod(grid_thw), self._cost.seconds(grid_thw)
+        if self._admitted_patches:
+            self._check_room(num_patches, seconds)
         self._admitted_patches += num_patches
+        self._admitted_s += seconds
         try:
             yield
         finally:
             self._admitted_patches -= num_patches
+            # Sums of floats taken apart again leave dust.
+            self._admitted_s = max(0.0, self._admitted_s - seconds) if self._admitted_patches else 0.0
+
+    def _check_room(self, num_patches: int, seconds: float) -> None:
+        if self._admitted_patches + num_patches > self._max_queued_patches:
+            raise Overloaded(
+                f"{self._admitted_patches} patches are queued and {num_patches} more would pass the limit of "
+                f"{self._max_queued_patches}: retry later or add encoders",
+                retry_after_s=seconds,
+            )
+        too_much_s = self._admitted_s + seconds - self._max_queued_s
+        if too_much_s > 0:
+            raise Overloaded(
+                f"{self._admitted_s:.1f} s of work are queued and {seconds:.2g} s more would pass the limit of "
+                f"{self._max_queued_s:g} s: retry in {too_much_s:.1f} s or add encoders",
+                retry_after_s=too_much_s,
+            )
 
     async def encode(self, patches_PX: torch.Tensor, grid_thw: GridTHW) -> EncodedItem:
         """Rows of one item. Cancelling takes it out of the queue, or drops its rows if it is running.
@@ -254,6 +284,7 @@ class Batcher:
             return
         finally:
             self._may_launch.release()
+        self._cost.observe([entry.grid_thw for entry in batch.entries], forward_s)
         self._on_batch(BatchReport(len(batch.entries), len(batch.patches_PX), forward_s))
         num_tokens = [len(entry.patches_PX) // self._tower.merge_unit for entry in batch.entries]
         for entry, rows_TW in zip(batch.entries, launched.rows_TW.split(num_tokens), strict=True):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import uuid
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from embedding_transport.errors import BadRequest, InternalError, VitrineError
+from embedding_transport.errors import BadRequest, InternalError, Overloaded, VitrineError
 
 STATUS_BY_CODE: dict[str, int] = {
     "invalid_request": 400,
@@ -49,7 +50,9 @@ def error_body(error: VitrineError) -> dict[str, object]:
 
 def error_response(error: VitrineError) -> web.Response:
     status = STATUS_BY_CODE[error.code]
-    headers = {"Retry-After": str(_RETRY_AFTER_S)} if status in (429, 503) else None
+    retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else 0.0
+    # Whole seconds, as HTTP has it.
+    headers = {"Retry-After": str(max(_RETRY_AFTER_S, math.ceil(retry_after_s)))} if status in (429, 503) else None
     return web.json_response(error_body(error), status=status, headers=headers)
 
 

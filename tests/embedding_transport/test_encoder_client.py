@@ -15,10 +15,12 @@ from embedding_transport.errors import (
     EncoderUnavailable,
     LeaseExpired,
     NotAnImage,
+    Overloaded,
     TransportUnavailable,
 )
 from embedding_transport.types import DTYPES, LayoutEvent, MediaItem, ModelIdentity, RowsEvent
-from tests.embedding_transport.encoder_stub import IDENTITY, running_stub, synthetic_rows
+from protos.encoder.v1 import encoder_pb2
+from tests.embedding_transport.encoder_stub import IDENTITY, StubServicer, running_stub, synthetic_rows
 
 
 def item(text: str) -> MediaItem:
@@ -227,4 +229,38 @@ async def test_load_is_bounded_and_equal_content_goes_to_the_same_encoder(tmp_pa
         for stub in (first, second):
             stub[1].go_on.set()
         await asyncio.gather(*hanging)
+        await client.close()
+
+
+def busy_servicer(retry_after_s: float) -> type[StubServicer]:
+    class BusyServicer(StubServicer):
+        async def Encode(self, request, context):  # type: ignore[no-untyped-def, override]
+            self.num_encodes += 1
+            failed = encoder_pb2.Failed(item_index=0, code="overloaded", message="full", retry_after_s=retry_after_s)
+            yield encoder_pb2.EncodeResponse(failed=failed)
+
+    return BusyServicer
+
+
+async def test_an_overloaded_encoder_is_passed_over(tmp_path: Path) -> None:
+    async with running_stub(tmp_path, servicer_class=busy_servicer(3.0)) as busy, running_stub(tmp_path) as idle:
+        client = EncoderClient([busy[0], idle[0]], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+        await client.wait_ready(10)
+        for name in "abcdefgh":  # some of them would go to the busy one
+            rows = await encode_all(client, [item(f"{name} 5")])
+            assert torch.equal(landed(rows[0], IDENTITY), synthetic_rows(f"{name} 5".encode(), 5, IDENTITY))
+        assert busy[1].num_encodes == client.stats().retries > 0
+        await client.close()
+
+
+async def test_where_all_are_overloaded_the_soonest_says_when_to_come_again(tmp_path: Path) -> None:
+    slow, soon = busy_servicer(9.0), busy_servicer(2.0)
+    async with running_stub(tmp_path, servicer_class=slow) as one, running_stub(tmp_path, servicer_class=soon) as other:
+        client = EncoderClient([one[0], other[0]], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+        await client.wait_ready(10)
+        with pytest.raises(Overloaded) as refused:
+            await encode_all(client, [item("a 5")])
+        assert refused.value.retry_after_s == 2.0
         await client.close()

@@ -128,7 +128,7 @@ async def run_encoder(
         metrics=metrics,
     )
     metrics.watch_cache(cache.stats)
-    metrics.watch_queue(lambda: batcher.admitted_patches, lambda: batcher.waiting_patches)
+    metrics.watch_queue(lambda: batcher.admitted_patches, lambda: batcher.waiting_patches, lambda: batcher.admitted_s)
     metrics.watch_exporter(exporter.stats)
     servicer = EncoderServicer(metrics)
     server = EncoderServer(servicer)

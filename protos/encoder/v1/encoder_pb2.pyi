@@ -699,21 +699,25 @@ class Failed(_message.Message):
     ITEM_INDEX_FIELD_NUMBER: _builtins.int
     CODE_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    RETRY_AFTER_S_FIELD_NUMBER: _builtins.int
     item_index: _builtins.int
     code: _builtins.str
     """A stable code, e.g. "not_an_image"; docs/errors.md lists them."""
     message: _builtins.str
     """What was wrong, with the values, and what to do."""
+    retry_after_s: _builtins.float
+    """"overloaded" only: when to try again, in seconds; 0 where that is not known."""
     def __init__(
         self,
         *,
         item_index: _builtins.int = ...,
         code: _builtins.str = ...,
         message: _builtins.str = ...,
+        retry_after_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "item_index", b"item_index", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "item_index", b"item_index", "message", b"message", "retry_after_s", b"retry_after_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -180,11 +180,11 @@ async def test_closing_fails_what_has_not_run(tower: GatedTower) -> None:
 
 async def test_admission_ends_at_the_limit(tower: GatedTower) -> None:
     async with batching(tower, max_queued_patches=100) as (batcher, _):
-        with batcher.admit(60), batcher.admit(40):
+        with batcher.admit((1, 6, 10)), batcher.admit((1, 4, 10)):
             assert batcher.admitted_patches == 100
-            with pytest.raises(Overloaded, match="100 patches are queued and 1 more"), batcher.admit(1):
+            with pytest.raises(Overloaded, match="100 patches are queued and 1 more"), batcher.admit((1, 1, 1)):
                 pass
-        with batcher.admit(1000):  # nothing else is there, so it would never get in later either
+        with batcher.admit((1, 20, 50)):  # nothing else is there, so it would never get in later either
             assert batcher.admitted_patches == 1000
         assert batcher.admitted_patches == 0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from embedding_transport.errors import VitrineError
+from embedding_transport.errors import Overloaded, VitrineError
 from embedding_transport.grpc_status import STATUS_BY_CODE as GRPC_STATUS_BY_CODE
 from llm_worker.frontend.http_errors import STATUS_BY_CODE, as_vitrine_error, error_response
 from tests.embedding_transport.test_grpc_status import ERRORS
@@ -40,3 +40,8 @@ def test_foreign_exceptions_keep_their_text_to_the_log(caplog: pytest.LogCapture
 def test_the_docs_list_every_code_with_its_statuses() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \|.*\| (\d+, \w+) \|", DOCS.read_text(), re.MULTILINE))
     assert rows == {code: f"{status}, {GRPC_STATUS_BY_CODE[code].name}" for code, status in STATUS_BY_CODE.items()}
+
+
+def test_an_overload_says_when_to_come_again_in_whole_seconds() -> None:
+    assert error_response(Overloaded("full", retry_after_s=2.3)).headers["Retry-After"] == "3"
+    assert error_response(Overloaded("full")).headers["Retry-After"] == "1"

@@ -1,0 +1,82 @@
+"""The cost model finds known costs again, follows drift, and admission counts in its seconds."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from embedding_transport.checkpoint import open_checkpoint
+from embedding_transport.errors import Overloaded
+from encoder_service.engine.batcher import Batcher
+from encoder_service.engine.cost_model import CostModel, Measured, measured_cost
+from encoder_service.models import VisionTower, build_tower
+
+FIXED_S, PER_PATCH_S, PER_PAIR_S = 0.002, 2e-6, 1e-10
+
+
+def truth(grids: list[tuple[int, int, int]]) -> float:
+    patches = sum(math.prod(grid) for grid in grids)
+    pairs = sum(t * (h * w) ** 2 for t, h, w in grids)
+    return FIXED_S + PER_PATCH_S * patches + PER_PAIR_S * pairs
+
+
+BATCHES = [[(1, 8, 8)], [(1, 16, 16)] * 8, [(1, 64, 64)], [(1, 64, 64)] * 4, [(2, 128, 128)]]
+
+
+def test_known_costs_are_found_again() -> None:
+    rng = random.Random(0)
+    noisy = [Measured(tuple(grids), truth(grids) * rng.uniform(0.99, 1.01)) for grids in BATCHES * 3]
+    cost = CostModel.fitted(noisy)
+    assert cost.fixed_s == pytest.approx(FIXED_S, rel=0.1)
+    assert cost.per_patch_s == pytest.approx(PER_PATCH_S, rel=0.1)
+    assert cost.per_pair_s == pytest.approx(PER_PAIR_S, rel=0.1)
+    assert cost.seconds((1, 36, 36)) == pytest.approx(truth([(1, 36, 36)]) - FIXED_S, rel=0.1)
+
+
+def test_no_term_is_negative() -> None:
+    shrinking = [
+        Measured((grid,), seconds) for grid, seconds in (((1, 4, 4), 1.0), ((1, 16, 16), 0.9), ((1, 64, 64), 0.8))
+    ]
+    cost = CostModel.fitted(shrinking)
+    assert min(cost.fixed_s, cost.per_patch_s, cost.per_pair_s) >= 0
+    assert CostModel.fitted([Measured(((1, 4, 4),), 0.016)]).seconds((1, 8, 8)) == pytest.approx(0.064)
+    with pytest.raises(ValueError, match="at least one"):
+        CostModel.fitted([])
+
+
+def test_it_follows_a_tower_that_has_become_slower() -> None:
+    cost = CostModel(FIXED_S, PER_PATCH_S, PER_PAIR_S)
+    before = cost.seconds((1, 64, 64))
+    for _ in range(200):
+        cost.observe([(1, 64, 64)], 2 * truth([(1, 64, 64)]))
+    assert cost.seconds((1, 64, 64)) == pytest.approx(2.25 * before, rel=0.2)
+
+
+@pytest.fixture
+def tower(qwen3_vl_folder: Path) -> VisionTower:
+    return build_tower(open_checkpoint(str(qwen3_vl_folder)), torch.device("cpu"), torch.float32)
+
+
+def test_a_real_tower_is_measured(tower: VisionTower) -> None:
+    cost = measured_cost(tower, 3 * 2 * 16 * 16, torch.device("cpu"))
+    assert 0 < cost.seconds((1, 16, 16)) < cost.seconds((1, 64, 64)) < 60
+
+
+async def test_admission_counts_seconds_and_says_when_to_come_again(tower: VisionTower) -> None:
+    cost = CostModel(0.0, 0.01, 0.0)
+    batcher = Batcher(tower, max_batch_patches=64, max_queued_patches=10_000, max_queued_s=5.0, cost=cost)
+    with batcher.admit((1, 20, 20)):  # 4 s
+        assert batcher.admitted_s == pytest.approx(4.0)
+        with pytest.raises(Overloaded, match=r"4\.0 s of work are queued") as refused, batcher.admit((1, 20, 10)):
+            pass
+        assert refused.value.retry_after_s == pytest.approx(1.0)
+        with batcher.admit((1, 10, 10)):
+            assert batcher.admitted_s == pytest.approx(5.0)
+    assert batcher.admitted_s == 0.0
+    with batcher.admit((1, 100, 100)):  # alone it may be larger than any bound
+        assert batcher.admitted_s == pytest.approx(100.0)
+    await batcher.close()
