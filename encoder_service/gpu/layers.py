@@ -15,6 +15,7 @@ from encoder_service.gpu import kernels
 from encoder_service.gpu.attention import PackedAttention
 from encoder_service.gpu.batch_tables import BatchTables
 from encoder_service.gpu.linear import Linear
+from encoder_service.models.config import VisionConfig
 from encoder_service.models.layers import Attention
 
 EPS = 1e-6
@@ -66,6 +67,22 @@ class AttentionBranch:
         return kernels.window_attention(q, k, v, tables.window_cu_seqlens, max_length, scale).flatten(1)
 
 
-def inverse_frequencies(head_dim: int, theta: float) -> torch.Tensor:
-    """Of the rotary embedding along one axis, [head_dim / 4] float32."""
-    return 1.0 / theta ** (torch.arange(0, head_dim // 2, 2, dtype=torch.float32) / (head_dim // 2))
+class Positions:
+    """Where the patches of a batch lie, and the angles that follow from it."""
+
+    def __init__(self, config: VisionConfig, window_tokens: int, device: torch.device) -> None:
+        self._merge_size = config.spatial_merge_size
+        self._window_tokens = window_tokens
+        self._half_head = config.head_dim // 2
+        # Of the rotary embedding along one axis, [head_dim / 4].
+        steps = torch.arange(0, self._half_head, 2, dtype=torch.float32, device=device)
+        self._inverse_frequencies = 1.0 / config.rope_theta ** (steps / self._half_head)
+
+    def __call__(self, num_patches: int, tables: BatchTables) -> tuple[torch.Tensor, torch.Tensor]:
+        """`places` and `cos_sin`, see `kernels.place_patches` and `kernels.rotary_table`; padding included."""
+        device = self._inverse_frequencies.device
+        places = torch.empty((num_patches, kernels.PLACE_WIDTH), dtype=torch.int32, device=device)
+        kernels.place_patches(tables.cu_seqlens, tables.frame_hw, self._merge_size, self._window_tokens, places)
+        cos_sin = torch.empty((num_patches, 2, self._half_head), dtype=torch.float32, device=device)
+        kernels.rotary_table(places, self._inverse_frequencies, cos_sin)
+        return places, cos_sin

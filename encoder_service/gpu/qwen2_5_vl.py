@@ -14,7 +14,7 @@ from torch import nn
 from encoder_service.gpu import kernels
 from encoder_service.gpu.attention import PackedAttention
 from encoder_service.gpu.batch_tables import BatchTables
-from encoder_service.gpu.layers import EPS, AttentionBranch, inverse_frequencies
+from encoder_service.gpu.layers import EPS, AttentionBranch, Positions
 from encoder_service.gpu.linear import Linear
 from encoder_service.models.layers import Block
 from encoder_service.models.qwen2_5_vl import GatedMlp, Qwen2_5VLTower, RMSNorm
@@ -48,7 +48,7 @@ class FusedQwen2_5VL:
         self.window_tokens = config.window_tokens
         patch = tower.patch_embed.proj
         self.device, self.dtype = patch.weight.device, patch.weight.dtype
-        self._inverse_frequencies = inverse_frequencies(config.head_dim, config.rope_theta).to(self.device)
+        self._positions = Positions(config, self.window_tokens, self.device)
         self._patch_embed = Linear(patch.weight.flatten(1), patch.bias)
         self._layers: list[_Layer] = []
         shift = torch.zeros(config.hidden_size, device=self.device)
@@ -68,12 +68,7 @@ class FusedQwen2_5VL:
 
     @torch.inference_mode()
     def run(self, patches_PX: torch.Tensor, tables: BatchTables, rows_TW: torch.Tensor) -> None:
-        num_patches = len(patches_PX)
-        places = torch.empty((num_patches, kernels.PLACE_WIDTH), dtype=torch.int32, device=self.device)
-        kernels.place_patches(tables.cu_seqlens, tables.frame_hw, self.merge_size, self.window_tokens, places)
-        cos_sin = torch.empty((num_patches, 2, self._config.head_dim // 2), dtype=torch.float32, device=self.device)
-        kernels.rotary_table(places, self._inverse_frequencies, cos_sin)
-
+        places, cos_sin = self._positions(len(patches_PX), tables)
         source_P = places[:, kernels.SOURCE_COLUMN].long()
         x_PC = self._patch_embed(patches_PX.index_select(0, source_P))
         for layer in self._layers:

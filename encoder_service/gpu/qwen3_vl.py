@@ -10,7 +10,7 @@ import torch
 from encoder_service.gpu import kernels
 from encoder_service.gpu.attention import PackedAttention
 from encoder_service.gpu.batch_tables import BatchTables
-from encoder_service.gpu.layers import EPS, AttentionBranch, inverse_frequencies
+from encoder_service.gpu.layers import EPS, AttentionBranch, Positions
 from encoder_service.gpu.linear import Linear
 from encoder_service.models.layers import Block
 from encoder_service.models.qwen3_vl import Merger, Mlp, Qwen3VLTower
@@ -41,7 +41,7 @@ class FusedQwen3VL:
         self.patch_width = config.patch_width
         self._position_table = tower.pos_embed.weight
         self.device, self.dtype = self._position_table.device, self._position_table.dtype
-        self._inverse_frequencies = inverse_frequencies(config.head_dim, config.rope_theta).to(self.device)
+        self._positions = Positions(config, self.window_tokens, self.device)
         patch = tower.patch_embed.proj
         self._patch_embed = Linear(patch.weight.flatten(1), patch.bias)
         self._layers: list[_Layer] = []
@@ -58,12 +58,7 @@ class FusedQwen3VL:
 
     @torch.inference_mode()
     def run(self, patches_PX: torch.Tensor, tables: BatchTables, rows_TW: torch.Tensor) -> None:
-        num_patches = len(patches_PX)
-        places = torch.empty((num_patches, kernels.PLACE_WIDTH), dtype=torch.int32, device=self.device)
-        kernels.place_patches(tables.cu_seqlens, tables.frame_hw, self.merge_size, self.window_tokens, places)
-        cos_sin = torch.empty((num_patches, 2, self._config.head_dim // 2), dtype=torch.float32, device=self.device)
-        kernels.rotary_table(places, self._inverse_frequencies, cos_sin)
-
+        places, cos_sin = self._positions(len(patches_PX), tables)
         x_PC = self._patch_embed(patches_PX)
         kernels.add_position_embeddings(x_PC, self._position_table, places, self._config.positions_per_side)
         # Main block first, then one block a deepstack layer, written in place side by side.

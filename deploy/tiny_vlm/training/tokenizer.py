@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from deploy.random_checkpoint.byte_tokenizer import CHAT_TEMPLATE
+from deploy.random_checkpoint.byte_tokenizer import write_tokenizer
 from deploy.tiny_vlm.data.generator import KINDS, draw_question
 
 VOCAB_SIZE = 480
@@ -61,16 +60,7 @@ def save_tokenizer(folder: Path) -> None:
             f"the questions gave too few merges: special tokens are at {ids}, expected {SPECIAL_TOKEN_IDS}"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-        "model_max_length": 8192,
-        "clean_up_tokenization_spaces": False,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    write_tokenizer(tokenizer, folder)
 
 
 def _corpus() -> Iterator[str]:
