@@ -1,13 +1,13 @@
-"""The client of an encoder fleet: picks an encoder for a request, takes the rows in, goes on elsewhere if it dies."""
+"""The client of an encoder fleet: picks an encoder for each item, takes the rows in, goes on elsewhere if it dies."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import math
-from collections.abc import AsyncGenerator, Container, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -18,6 +18,7 @@ from embedding_transport.encoder_peer import EncoderPeer, TransportChoice
 from embedding_transport.encoder_rpc import encode_method
 from embedding_transport.errors import EncoderUnavailable, InternalError, Overloaded
 from embedding_transport.grpc_status import error_from_rpc
+from embedding_transport.merge import merged
 from embedding_transport.received_rows import HostBufferPool, LeasedRows
 from embedding_transport.types import (
     EncodeEvent,
@@ -149,7 +150,8 @@ class EncoderClient:
         """Encodes the items of one request; yields a LayoutEvent and a RowsEvent for each, as they get there.
 
         The caller owns the rows it was given. Rows it was not given are released when the iteration ends or is closed.
-        If an encoder dies or is overloaded, what is missing is encoded on another one.
+        Items go to encoders one by one, by their content. If an encoder dies or is overloaded, what is missing is
+        encoded on another one.
 
         Args:
             tenant: encoders use cached rows again within one tenant only.
@@ -160,58 +162,88 @@ class EncoderClient:
             VitrineError: the error of the first item that failed.
         """
         self._num_requests += 1
-        pending = dict(enumerate(items))
-        layouts: dict[int, Layout] = {}
-        lost: dict[str, str] = {}  # address of an encoder that died or is overloaded, and how
-        overloaded: list[Overloaded] = []
         # Off the loop: a long video takes a while. One encoder needs no choice.
-        key = await asyncio.to_thread(_content_key, items) if len(self._peers) > 1 else b""
-        while pending:
-            peer = self._pick(key, lost)
-            if peer is None:
-                raise min(overloaded, key=lambda error: error.retry_after_s) if overloaded else self._unavailable(lost)
-            if lost:
-                self._num_retries += 1
-            peer.in_flight += 1
-            try:
-                async with aclosing(self._encode_on(peer, pending, request_id, tenant)) as events:
-                    async for event in events:
-                        if isinstance(event, RowsEvent):
-                            del pending[event.item_index]
-                        elif _is_repeated(event, layouts):
-                            continue
-                        yield event
-            except _EncoderLost as error:
-                lost[peer.address] = f"encoder {peer.address} was lost: {error}"
-            except Overloaded as error:
-                lost[peer.address] = f"encoder {peer.address} is overloaded: {error}"
-                overloaded.append(error)
-            finally:
-                peer.in_flight -= 1
+        several = len(self._peers) > 1
+        keys = await asyncio.to_thread(_content_keys, items) if several else [b""] * len(items)
+        request = _Request(items, keys, request_id, tenant)
+        async with aclosing(self._encode_all(request, range(len(items)))) as events:
+            async for event in events:
+                yield event
 
-    def _pick(self, key: bytes, lost: Container[str]) -> EncoderPeer | None:
-        """The connected encoder with the highest rendezvous score for the key, among those with load to spare."""
-        usable = [peer for peer in self._peers if peer.connection is not None and peer.address not in lost]
+    async def _encode_all(self, request: _Request, indices: Sequence[int]) -> AsyncGenerator[EncodeEvent]:
+        """These items of the request, on as many encoders as they belong to."""
+        groups = self._spread(request, indices)
+        streams = [self._encode_group(request, peer, group) for peer, group in groups.items()]
+        async with aclosing(merged(streams, _release)) as events:
+            async for event in events:
+                yield event
+
+    async def _encode_group(
+        self, request: _Request, peer: EncoderPeer, indices: Sequence[int]
+    ) -> AsyncGenerator[EncodeEvent]:
+        """On one encoder, and what is missing of it on others if it is lost or overloaded."""
+        pending = {index: request.items[index] for index in indices}
+        peer.in_flight += len(pending)
+        try:
+            async with aclosing(self._encode_on(peer, pending, request)) as events:
+                async for event in events:
+                    if isinstance(event, RowsEvent):
+                        del pending[event.item_index]
+                        peer.in_flight -= 1
+                    elif _is_repeated(event, request.layouts):
+                        continue
+                    yield event
+        except _EncoderLost as error:
+            request.lost[peer.address] = f"encoder {peer.address} was lost: {error}"
+        except Overloaded as error:
+            request.lost[peer.address] = f"encoder {peer.address} is overloaded: {error}"
+            request.overloaded.append(error)
+        finally:
+            peer.in_flight -= len(pending)
+        if pending:
+            async with aclosing(self._encode_all(request, list(pending))) as events:
+                async for event in events:
+                    yield event
+
+    def _spread(self, request: _Request, indices: Sequence[int]) -> dict[EncoderPeer, list[int]]:
+        """Each item to the connected encoder with the highest rendezvous score, among those with load to spare.
+
+        Raises:
+            EncoderUnavailable, Overloaded: no encoder is left.
+        """
+        usable = [peer for peer in self._peers if peer.connection is not None and peer.address not in request.lost]
         if not usable:
-            return None
-        bound = math.ceil(_LOAD_BOUND * (sum(peer.in_flight for peer in usable) + 1) / len(usable))
-        with_room = [peer for peer in usable if peer.in_flight < bound]
-        return max(with_room, key=lambda peer: hashlib.sha256(key + peer.address.encode()).digest())
+            if request.overloaded:
+                raise min(request.overloaded, key=lambda error: error.retry_after_s)
+            raise self._unavailable(request.lost)
+        if request.lost:
+            self._num_retries += 1
+        load = {peer: peer.in_flight for peer in usable}
+        groups: dict[EncoderPeer, list[int]] = {}
+        # The largest choose first, as far as that can be told from outside.
+        for index in sorted(indices, key=lambda index: -len(request.items[index].data or b"")):
+            bound = math.ceil(_LOAD_BOUND * (sum(load.values()) + 1) / len(usable))
+            key = request.keys[index]
+            with_room = [peer for peer in usable if load[peer] < bound]
+            best = max(with_room, key=lambda peer: hashlib.sha256(key + peer.address.encode()).digest())
+            load[best] += 1
+            groups.setdefault(best, []).append(index)
+        return groups
 
     async def _encode_on(
-        self, peer: EncoderPeer, pending: dict[int, MediaItem], request_id: str, tenant: str
+        self, peer: EncoderPeer, pending: dict[int, MediaItem], request: _Request
     ) -> AsyncGenerator[EncodeEvent]:
         connection = peer.connection
         assert connection is not None
         indices = sorted(pending)
-        request = encoder_pb2.EncodeRequest(
-            request_id=request_id,
+        message = encoder_pb2.EncodeRequest(
+            request_id=request.request_id,
             session_id=connection.session_id,
-            tenant=tenant,
+            tenant=request.tenant,
             items=[item_to_proto(pending[index]) for index in indices],
         )
         receiver = EncodeReceiver(peer, connection, [pending[index] for index in indices], self._buffers)
-        call = encode_method(connection.channel)(request, timeout=self._encode_timeout_s)
+        call = encode_method(connection.channel)(message, timeout=self._encode_timeout_s)
         try:
             async for raw in call:
                 for event in receiver.take(parse_response(raw)):
@@ -240,6 +272,19 @@ class EncoderClient:
         return EncoderUnavailable(f"no encoder is left to encode on: {reasons}; start one or give it time")
 
 
+@dataclass
+class _Request:
+    """keys: of the items, by which they are routed; lost: encoders that failed this request, by address, and how."""
+
+    items: Sequence[MediaItem]
+    keys: Sequence[bytes]
+    request_id: str
+    tenant: str
+    layouts: dict[int, Layout] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
+    overloaded: list[Overloaded] = field(default_factory=list)
+
+
 class _EncoderLost(Exception):
     """The encoder, or the way to it, is gone; the request is not at fault."""
 
@@ -256,9 +301,13 @@ def _is_repeated(event: LayoutEvent, layouts: dict[int, Layout]) -> bool:
     return earlier is not event.layout
 
 
-def _content_key(items: Sequence[MediaItem]) -> bytes:
-    """SHA-256 over the items' bytes and addresses."""
-    digest = hashlib.sha256()
-    for item in items:
-        digest.update(item.data if item.data is not None else (item.url or "").encode())
-    return digest.digest()
+def _release(event: EncodeEvent) -> None:
+    if isinstance(event, RowsEvent):
+        event.rows.release()
+
+
+def _content_keys(items: Sequence[MediaItem]) -> list[bytes]:
+    """SHA-256 over each item's bytes or address: equal items go where they are cached."""
+    return [
+        hashlib.sha256(item.data if item.data is not None else (item.url or "").encode()).digest() for item in items
+    ]

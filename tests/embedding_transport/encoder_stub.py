@@ -38,6 +38,8 @@ class StubServicer(encoder_pb2_grpc.EncoderServicer):
         self.identity = identity
         self.go_on = asyncio.Event()
         self.num_encodes = 0
+        self.num_items = 0
+        self.hangs = False
 
     async def Describe(self, request, context):  # type: ignore[no-untyped-def, override]
         identity = self.identity
@@ -56,6 +58,8 @@ class StubServicer(encoder_pb2_grpc.EncoderServicer):
 
     async def Encode(self, request, context):  # type: ignore[no-untyped-def, override]
         self.num_encodes += 1
+        self.num_items += len(request.items)
+        self.hangs = any(item.data.startswith(b"hang") for item in request.items)
         try:
             for index, item in enumerate(request.items):
                 if item.data.startswith(b"bad"):

@@ -148,10 +148,10 @@ async def test_a_lost_encoder_is_replaced_within_the_request_and_layouts_are_not
                 continue
             layouts.append(event.item_index)
             if event.item_index == 1:
-                busy, idle = (first, second) if first[1].num_encodes else (second, first)
+                busy, idle = (first, second) if first[1].hangs else (second, first)
                 idle[1].go_on.set()
                 await busy[2].stop(None)
-        assert layouts == [0, 1]
+        assert sorted(layouts) == [0, 1]
         assert torch.equal(landed(rows[1], IDENTITY), synthetic_rows(b"hang 4", 4, IDENTITY))
         assert client.stats().retries == 1
         await client.close()
@@ -263,4 +263,29 @@ async def test_where_all_are_overloaded_the_soonest_says_when_to_come_again(tmp_
         with pytest.raises(Overloaded) as refused:
             await encode_all(client, [item("a 5")])
         assert refused.value.retry_after_s == 2.0
+        await client.close()
+
+
+async def test_items_of_a_request_are_spread_and_each_goes_where_it_went_before(tmp_path: Path) -> None:
+    async with running_stub(tmp_path) as first, running_stub(tmp_path) as second:
+        client = EncoderClient([first[0], second[0]], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+        await client.wait_ready(10)
+        items = [item(f"{name} {length}") for length, name in enumerate("abcdefgh", start=1)]
+        rows = await encode_all(client, items)
+        for index, each in enumerate(items):
+            assert each.data is not None
+            assert torch.equal(landed(rows[index], IDENTITY), synthetic_rows(each.data, index + 1, IDENTITY))
+        assert min(first[1].num_items, second[1].num_items) >= 2
+        assert (first[1].num_encodes, second[1].num_encodes) == (1, 1)
+        for each in items:  # alone, load never stands in the way of the one that has it cached
+            await encode_all(client, [each])
+        before = first[1].num_items
+        for each in items:
+            await encode_all(client, [each])
+        again = first[1].num_items - before
+        for each in items:
+            await encode_all(client, [each])
+        assert first[1].num_items - before == 2 * again
+        assert [status.in_flight for status in client.status()] == [0, 0]
         await client.close()
