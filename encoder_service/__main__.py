@@ -7,11 +7,12 @@ import sys
 from embedding_transport.service_settings import run_service
 from encoder_service.app import serve
 from encoder_service.config import EncoderConfig
+from encoder_service.ranks import serve_ranks
 
 
 def main() -> int:
-    """Runs an encoder; see run_service for the exit code."""
-    return run_service(EncoderConfig, serve)
+    """Runs an encoder, or several with --dp; see run_service for the exit code."""
+    return run_service(EncoderConfig, lambda config: serve(config) if config.dp == 1 else serve_ranks(config))
 
 
 if __name__ == "__main__":

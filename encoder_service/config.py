@@ -28,6 +28,12 @@ class EncoderConfig(ServiceSettings):
     metrics_port: int = Field(0, ge=0, le=65535, description="port for Prometheus metrics over HTTP; 0 is off")
     drain_timeout_s: float = Field(30.0, ge=0, description="longest wait for running work and leases at shutdown, s")
 
+    dp: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="encoder processes, one a GPU, on port, port + 1, ... (metrics likewise)",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the tower runs; auto: a GPU if any")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of weights and rows; auto: the checkpoint's on a GPU, float32 on the CPU"

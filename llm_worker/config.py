@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -11,6 +12,7 @@ from embedding_transport.service_settings import ServiceSettings
 from llm_worker.engine.engine import EngineConfig
 
 _BLOCK_SIZE = 16
+_MAX_PORT_RANGE = 64
 
 
 class LlmConfig(ServiceSettings):
@@ -22,7 +24,7 @@ class LlmConfig(ServiceSettings):
     revision: str | None = Field(None, description="hub branch, tag or commit; not used for folders")
     served_model_name: str | None = Field(None, description="name to serve under instead of hub id or folder name")
 
-    encoders: str = Field(description="encoders to use, host:port separated by commas")
+    encoders: str = Field(description="encoders to use, host:port or host:first-last (of --dp), separated by commas")
     transport: Literal["auto", "cuda_ipc", "shm", "grpc"] = Field(
         "auto", description="how rows come: cuda_ipc or shm (same host), or grpc (bytes); auto: the first that works"
     )
@@ -52,14 +54,12 @@ class LlmConfig(ServiceSettings):
     @classmethod
     def _check_encoders(cls, encoders: str) -> str:
         for address in encoders.split(","):
-            host, _, port = address.strip().rpartition(":")
-            if not host or not port.isdigit():
-                raise ValueError(f"{address!r} is not host:port")
+            _expanded(address)
         return encoders
 
     @property
     def encoder_addresses(self) -> list[str]:
-        return [address.strip() for address in self.encoders.split(",")]
+        return [each for address in self.encoders.split(",") for each in _expanded(address)]
 
     def engine_config(self, max_position_embeddings: int) -> EngineConfig:
         max_model_len = min(self.max_model_len or max_position_embeddings, max_position_embeddings)
@@ -71,3 +71,18 @@ class LlmConfig(ServiceSettings):
             max_model_len=max_model_len,
             max_waiting=self.max_waiting,
         )
+
+
+def _expanded(address: str) -> list[str]:
+    """host:port, or one for each port of host:first-last.
+
+    Raises:
+        ValueError: neither of the two.
+    """
+    match = re.fullmatch(r"(?P<host>.+):(?P<first>\d+)(-(?P<last>\d+))?", address.strip())
+    if match is None:
+        raise ValueError(f"{address!r} is neither host:port nor host:first-last")
+    first, last = int(match["first"]), int(match["last"] or match["first"])
+    if not first <= last < first + _MAX_PORT_RANGE:
+        raise ValueError(f"{address!r}: the last port is before the first, or {_MAX_PORT_RANGE} and more behind it")
+    return [f"{match['host']}:{port}" for port in range(first, last + 1)]

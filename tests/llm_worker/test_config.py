@@ -41,6 +41,8 @@ def test_unknown_flags_are_refused(flags: list[str], capsys: pytest.CaptureFixtu
         ["--encoders", "host"],
         ["--encoders", "a:1,b"],
         ["--encoders", "a:1,,b:2"],
+        ["--encoders", "a:9-5"],
+        ["--encoders", "a:1-99"],
     ],
 )
 def test_values_out_of_range_are_refused(flags: list[str]) -> None:
@@ -50,6 +52,7 @@ def test_values_out_of_range_are_refused(flags: list[str]) -> None:
 
 def test_encoders_are_a_list_of_addresses() -> None:
     assert read(["--model", "m", "--encoders", "a:1, b:22"]).encoder_addresses == ["a:1", "b:22"]
+    assert read(["--model", "m", "--encoders", "a:8-10,b:22"]).encoder_addresses == ["a:8", "a:9", "a:10", "b:22"]
 
 
 @pytest.mark.parametrize(("asked", "actual"), [(None, 4096), (100, 100), (9999, 4096)])

@@ -7,7 +7,7 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 _PR_SET_PDEATHSIG = 1
 _LINE_LIMIT_BYTES = 1024 * 1024
@@ -20,14 +20,26 @@ class ChildFailed(RuntimeError):
 class Child:
     """One running service. Make it with `start`; always `stop` it."""
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, name: str, process: asyncio.subprocess.Process, on_line: Callable[[str], None]) -> None:
         self.name = name
         self._process = process
+        self._on_line = on_line
         self._output = asyncio.create_task(self._print_output())
 
     @classmethod
-    async def start(cls, name: str, arguments: Sequence[str]) -> Child:
-        """Starts `python -m arguments...` in our process group, with the interpreter we run in."""
+    async def start(
+        cls,
+        name: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        on_line: Callable[[str], None] = lambda line: None,
+    ) -> Child:
+        """Starts `python -m arguments...` in our process group, with the interpreter we run in.
+
+        Args:
+            environment: added to ours.
+            on_line: called with every line of its output.
+        """
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -36,10 +48,10 @@ class Child:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             limit=_LINE_LIMIT_BYTES,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(environment or {}),
             preexec_fn=_die_with_parent(),
         )
-        return cls(name, process)
+        return cls(name, process, on_line)
 
     async def failed(self) -> ChildFailed:
         """Waits until the service ends by itself and says so."""
@@ -55,7 +67,7 @@ class Child:
             try:
                 await asyncio.wait_for(self._process.wait(), grace_s)
             except TimeoutError:
-                print(f"vitrine: {self.name} did not stop within {grace_s:g} s, killing it", flush=True)
+                print(f"[{self.name}] did not stop within {grace_s:g} s and is killed", flush=True)
                 self._process.kill()
                 await self._process.wait()
         # Where our own output was closed it failed, which must not keep the other services from being stopped.
@@ -64,7 +76,9 @@ class Child:
     async def _print_output(self) -> None:
         assert self._process.stdout is not None
         async for line in self._process.stdout:
-            print(f"[{self.name}] {line.decode(errors='replace').rstrip()}", flush=True)
+            text = line.decode(errors="replace").rstrip()
+            print(f"[{self.name}] {text}", flush=True)
+            self._on_line(text)
 
 
 def _die_with_parent() -> Callable[[], None] | None:

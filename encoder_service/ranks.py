@@ -1,0 +1,97 @@
+"""Data parallel: one encoder process a GPU, each with a port of its own, kept alive by this one.
+
+The ranks know nothing of each other. A client that is given all their addresses spreads the items of a request over
+them, takes every item's rows from the rank that made them, and goes on elsewhere while one is down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Mapping
+from typing import Any
+
+from embedding_transport.child_process import Child
+from embedding_transport.errors import EncoderUnavailable
+from encoder_service.config import EncoderConfig
+
+_log = logging.getLogger(__name__)
+_FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.5, 30.0
+# On top of the time the ranks may take to drain.
+_STOP_MARGIN_S = 10.0
+
+
+async def serve_ranks(config: EncoderConfig) -> None:
+    """Runs `config.dp` encoders until SIGTERM or SIGINT, then stops them all.
+
+    Raises:
+        EncoderUnavailable: a rank ended before it ever served; there is no sense in starting it again.
+    """
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    ranks = [_Rank(config, rank) for rank in range(config.dp)]
+    stopping: asyncio.Task[Any] = asyncio.create_task(stop.wait())
+    living = [asyncio.create_task(rank.keep_alive()) for rank in ranks]
+    try:
+        await asyncio.wait([stopping, *living], return_when=asyncio.FIRST_COMPLETED)
+        for task in living:
+            if task.done():
+                raise EncoderUnavailable(f"{task.exception()}") from task.exception()
+    finally:
+        for task in (stopping, *living):
+            task.cancel()
+        await asyncio.gather(stopping, *living, return_exceptions=True)
+        await asyncio.gather(*(rank.stop(config.drain_timeout_s + _STOP_MARGIN_S) for rank in ranks))
+
+
+class _Rank:
+    def __init__(self, config: EncoderConfig, rank: int) -> None:
+        self._name = f"rank {rank}"
+        self._environment = rank_environment(config, rank, os.environ)
+        self._has_served = self._has_served_now = False
+        self._child: Child | None = None
+
+    async def keep_alive(self) -> None:
+        """Starts the process, again and again.
+
+        Raises:
+            ChildFailed: it never served.
+        """
+        backoff_s = _FIRST_BACKOFF_S
+        while True:
+            self._has_served_now = False
+            self._child = await Child.start(self._name, ["encoder_service"], self._environment, self._note_serving)
+            failure = await self._child.failed()
+            if not self._has_served:
+                raise failure
+            backoff_s = _FIRST_BACKOFF_S if self._has_served_now else min(2 * backoff_s, _MAX_BACKOFF_S)
+            _log.error("%s; starting it again in %g s", failure, backoff_s)
+            await asyncio.sleep(backoff_s)
+
+    async def stop(self, grace_s: float) -> None:
+        if self._child is not None:
+            await self._child.stop(grace_s)
+
+    def _note_serving(self, line: str) -> None:
+        if " SERVING " in line:
+            self._has_served = self._has_served_now = True
+
+
+def rank_environment(config: EncoderConfig, rank: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """The settings of one rank as environment variables: ports that follow each other, one GPU of those visible.
+
+    Args:
+        environment: ours, which may restrict the visible GPUs already.
+    """
+    own = config.model_dump(mode="json", exclude_defaults=True)
+    own["dp"] = 1
+    for port in ("port", "metrics_port"):
+        if number := getattr(config, port):
+            own[port] = number + rank
+    prefix = config.model_config.get("env_prefix", "")
+    settings = {f"{prefix}{name}".upper(): str(value) for name, value in own.items()}
+    visible = [each for each in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
+    return settings | {"CUDA_VISIBLE_DEVICES": visible[rank] if rank < len(visible) else str(rank)}
