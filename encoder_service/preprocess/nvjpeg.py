@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import warnings
 
 import torch
 
@@ -33,8 +32,6 @@ def decode(data: bytes, device: torch.device) -> torch.Tensor:
     """
     from torchvision.io import ImageReadMode, decode_jpeg
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        encoded = torch.frombuffer(data, dtype=torch.uint8)
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a copy, for torch wants it writable
     pixels: torch.Tensor = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
     return pixels
