@@ -54,6 +54,9 @@ def test_it_follows_a_tower_that_has_become_slower() -> None:
     for _ in range(200):
         cost.observe([(1, 64, 64)], 2 * truth([(1, 64, 64)]))
     assert cost.seconds((1, 64, 64)) == pytest.approx(2.25 * before, rel=0.2)
+    for _ in range(200):
+        cost.observe([(1, 64, 64)], 0.1 * truth([(1, 64, 64)]))
+    assert cost.seconds((1, 64, 64)) < 0.2 * before
 
 
 @pytest.fixture
