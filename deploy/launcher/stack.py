@@ -38,6 +38,7 @@ class Stack:
         model: str | Path,
         port: int | None = None,
         num_encoders: int = 1,
+        dp: int = 1,
         encoder_flags: Sequence[str] = (),
         worker_flags: Sequence[str] = (),
     ) -> AsyncIterator[Stack]:
@@ -46,17 +47,20 @@ class Stack:
         Args:
             model: checkpoint folder or hub id.
             port: HTTP port of the LLM worker; None for a free one.
+            dp: ranks of each encoder.
             encoder_flags, worker_flags: more flags for every encoder and for the LLM worker.
         """
-        http_port, grpc_port, *encoder_ports = _free_ports(2 + num_encoders)
+        http_port, grpc_port = _free_ports(2)
+        encoder_ports = [_free_ports(dp, in_a_row=True)[0] for _ in range(num_encoders)]
         http_port = port if port is not None else http_port
         children: list[Child] = []
         try:
             for index, encoder_port in enumerate(encoder_ports):
                 name = "encoder" if num_encoders == 1 else f"encoder {index}"
-                encoder = ["encoder_service", "--model", str(model), "--port", str(encoder_port), *encoder_flags]
+                encoder = ["encoder_service", "--model", str(model), "--port", str(encoder_port), "--dp", str(dp)]
+                encoder += encoder_flags
                 children.append(await Child.start(name, encoder))
-            encoders = ",".join(f"{_HOST}:{encoder_port}" for encoder_port in encoder_ports)
+            encoders = ",".join(f"{_HOST}:{first}-{first + dp - 1}" for first in encoder_ports)
             worker = ["llm_worker", "--model", str(model), "--encoders", encoders]
             ports = ["--port", str(http_port), "--grpc-port", str(grpc_port)]
             children.append(await Child.start("llm", [*worker, *ports, *worker_flags]))
@@ -106,10 +110,16 @@ class Stack:
                 await asyncio.sleep(_POLL_INTERVAL_S)
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        # All open at once, so that no port is handed out twice.
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind((_HOST, 0))
-        return [int(one.getsockname()[1]) for one in sockets]
+def _free_ports(count: int, *, in_a_row: bool = False) -> list[int]:
+    while True:
+        with contextlib.ExitStack() as stack:
+            # All open at once, so that no port is handed out twice.
+            sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+            sockets[0].bind((_HOST, 0))
+            first = int(sockets[0].getsockname()[1])
+            try:
+                for offset, one in enumerate(sockets[1:], start=1):
+                    one.bind((_HOST, first + offset if in_a_row else 0))
+            except (OSError, OverflowError):  # taken, or beyond the last port: another first one may do
+                continue
+            return [int(one.getsockname()[1]) for one in sockets]

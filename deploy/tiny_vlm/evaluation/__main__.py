@@ -70,6 +70,7 @@ def ways() -> dict[str, Answer]:
         "shm, chunks of 40 tokens": _split("shm", *small_chunks),
         "grpc, chunks of 40 tokens": _split("grpc", *small_chunks),
         "shm, three encoders": _split("shm", num_encoders=3),
+        "shm, --dp 2": _split("shm", dp=2),
         "shm, no embedding cache": _split("shm", encoder_flags=("--cache-gpu-bytes", "0", "--cache-host-bytes", "0")),
         "shm, asked again, from the cache": _split("shm", rounds=2),
     }
@@ -83,11 +84,17 @@ def ways() -> dict[str, Answer]:
 
 
 def _split(
-    transport: str, *worker_flags: str, num_encoders: int = 1, encoder_flags: Sequence[str] = (), rounds: int = 1
+    transport: str,
+    *worker_flags: str,
+    num_encoders: int = 1,
+    dp: int = 1,
+    encoder_flags: Sequence[str] = (),
+    rounds: int = 1,
 ) -> Answer:
     ask = functools.partial(
         answers_of_split,
         num_encoders=num_encoders,
+        dp=dp,
         encoder_flags=encoder_flags,
         worker_flags=("--transport", transport, *worker_flags),
         rounds=rounds,

@@ -30,6 +30,7 @@ async def answers_of_split(
     folder: Path,
     questions: Sequence[AskedQuestion],
     num_encoders: int = 1,
+    dp: int = 1,
     encoder_flags: Sequence[str] = (),
     worker_flags: Sequence[str] = (),
     rounds: int = 1,
@@ -43,7 +44,9 @@ async def answers_of_split(
         AskFailed: the worker refused a question.
         ChildFailed: a service ended.
     """
-    running = Stack.running(folder, num_encoders=num_encoders, encoder_flags=encoder_flags, worker_flags=worker_flags)
+    running = Stack.running(
+        folder, num_encoders=num_encoders, dp=dp, encoder_flags=encoder_flags, worker_flags=worker_flags
+    )
     async with running as stack:
         await stack.wait_ready()
         for _ in range(rounds):
