@@ -63,18 +63,14 @@ class Layouts:
             for t, h, w in grid_thw:
                 self.window_lengths += t * _window_lengths(h // merge_size, w // merge_size, merge_size, window_tokens)
         self.num_patches = sum(self.frame_lengths)
-
-    @property
-    def shape(self) -> TableShape:
-        """The room this batch needs, no more."""
-        return TableShape(len(self.frames), len(self.window_lengths), max(self.frame_lengths))
+        # The room this batch needs, no more.
+        self.shape = TableShape(len(self.frames), len(self.window_lengths), max(self.frame_lengths))
 
     def fits(self, shape: TableShape) -> bool:
-        needed = self.shape
         return (
-            needed.num_segments <= shape.num_segments
-            and needed.num_windows <= shape.num_windows
-            and needed.max_seqlen <= shape.max_seqlen
+            self.shape.num_segments <= shape.num_segments
+            and self.shape.num_windows <= shape.num_windows
+            and self.shape.max_seqlen <= shape.max_seqlen
         )
 
     def values(self, shape: TableShape) -> list[int]:

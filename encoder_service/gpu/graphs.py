@@ -90,11 +90,13 @@ class GpuTower:
         self._buckets = ladder(max_graph_patches)
         self._graphs: dict[Bucket, torch.cuda.CUDAGraph] = {}
         started, free_before = time.monotonic(), _free_bytes(tower.device)
-        like: dict[str, Any] = {"device": tower.device}
-        self._patches_PX = torch.zeros((max_graph_patches, tower.patch_width), dtype=tower.dtype, **like)
-        self._rows_TW = torch.zeros((max_graph_patches // tower.merge_unit, tower.row_width), dtype=tower.dtype, **like)
+        device, dtype = tower.device, tower.dtype
+        self._patches_PX = torch.zeros((max_graph_patches, tower.patch_width), dtype=dtype, device=device)
+        self._rows_TW = torch.zeros(
+            (max_graph_patches // tower.merge_unit, tower.row_width), dtype=dtype, device=device
+        )
         largest_table = max((bucket.shape.size for bucket in self._buckets), default=0)
-        self._table = torch.zeros(largest_table, dtype=torch.int32, **like)
+        self._table = torch.zeros(largest_table, dtype=torch.int32, device=device)
         stream, pool = torch.cuda.Stream(tower.device), torch.cuda.graph_pool_handle()
         # Largest first: the smaller ones then live in the memory of the largest.
         for bucket in reversed(self._buckets):

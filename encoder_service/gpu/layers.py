@@ -7,7 +7,7 @@ biases out. So the stream lacks the sum of all biases so far, one constant vecto
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 import torch
 
@@ -17,23 +17,62 @@ from encoder_service.gpu.batch_tables import BatchTables
 from encoder_service.gpu.linear import Linear
 from encoder_service.models.config import VisionConfig
 from encoder_service.models.layers import Attention
+from encoder_service.models.qwen2_5_vl import Qwen2_5VLTower
+from encoder_service.models.qwen3_vl import Qwen3VLTower
 
 EPS = 1e-6
 
 
-class FusedTower(Protocol):
+class Positions:
+    """Where the patches of a batch lie, and the angles that follow from it."""
+
+    def __init__(self, config: VisionConfig, window_tokens: int, device: torch.device) -> None:
+        self._merge_size = config.spatial_merge_size
+        self._window_tokens = window_tokens
+        self._half_head = config.head_dim // 2
+        # Of the rotary embedding along one axis, [head_dim / 4].
+        steps = torch.arange(0, self._half_head, 2, dtype=torch.float32, device=device)
+        self._inverse_frequencies = 1.0 / config.rope_theta ** (steps / self._half_head)
+
+    def __call__(self, num_patches: int, tables: BatchTables) -> tuple[torch.Tensor, torch.Tensor]:
+        """`places` and `cos_sin`, see `kernels.place_patches` and `kernels.rotary_table`; padding included."""
+        device = self._inverse_frequencies.device
+        places = torch.empty((num_patches, kernels.PLACE_WIDTH), dtype=torch.int32, device=device)
+        kernels.place_patches(tables.cu_seqlens, tables.frame_hw, self._merge_size, self._window_tokens, places)
+        cos_sin = torch.empty((num_patches, 2, self._half_head), dtype=torch.float32, device=device)
+        kernels.rotary_table(places, self._inverse_frequencies, cos_sin)
+        return places, cos_sin
+
+
+class FusedTower(ABC):
     """A whole tower as kernel launches that read nothing back, so that they can be captured as a CUDA graph."""
 
-    out_hidden_size: int
-    deepstack_visual_indexes: tuple[int, ...]
-    row_width: int
-    merge_unit: int
-    merge_size: int
-    patch_width: int
-    window_tokens: int
-    device: torch.device
-    dtype: torch.dtype
+    def __init__(self, tower: Qwen3VLTower | Qwen2_5VLTower, fused_act: str, window_tokens: int) -> None:
+        """
+        Args:
+            tower: the plain twin, on the GPU, bfloat16; weights are shared where their layout allows it.
+            fused_act: the one activation that has a fused form here.
+            window_tokens: side of an attention window in tokens; 0 for a tower without windows.
 
+        Raises:
+            ValueError: the tower has another activation.
+        """
+        config = tower.config
+        if config.hidden_act != fused_act:
+            raise ValueError(f"vision_config.hidden_act is {config.hidden_act!r}: only {fused_act} is fused")
+        self.out_hidden_size = tower.out_hidden_size
+        self.deepstack_visual_indexes = tower.deepstack_visual_indexes
+        self.row_width = tower.row_width
+        self.merge_unit = tower.merge_unit
+        self.merge_size = config.spatial_merge_size
+        self.patch_width = config.patch_width
+        self.window_tokens = window_tokens
+        patch = tower.patch_embed.proj
+        self.device, self.dtype = patch.weight.device, patch.weight.dtype
+        self._positions = Positions(config, window_tokens, self.device)
+        self._patch_embed = Linear(patch.weight.flatten(1), patch.bias)
+
+    @abstractmethod
     def run(self, patches_PX: torch.Tensor, tables: BatchTables, rows_TW: torch.Tensor) -> None:
         """Encodes a batch.
 
@@ -41,7 +80,6 @@ class FusedTower(Protocol):
             patches_PX: this tower's dtype; rows behind the last patch may hold anything finite.
             rows_TW: filled, [P / merge_unit, row_width]; rows of padding get garbage.
         """
-        ...
 
 
 class AttentionBranch:
@@ -65,24 +103,3 @@ class AttentionBranch:
         q, k, v = kernels.turn(self._qkv(normed_PC), cos_sin, self._num_heads, self._head_dim)
         scale = self._head_dim**-0.5
         return kernels.window_attention(q, k, v, tables.window_cu_seqlens, max_length, scale).flatten(1)
-
-
-class Positions:
-    """Where the patches of a batch lie, and the angles that follow from it."""
-
-    def __init__(self, config: VisionConfig, window_tokens: int, device: torch.device) -> None:
-        self._merge_size = config.spatial_merge_size
-        self._window_tokens = window_tokens
-        self._half_head = config.head_dim // 2
-        # Of the rotary embedding along one axis, [head_dim / 4].
-        steps = torch.arange(0, self._half_head, 2, dtype=torch.float32, device=device)
-        self._inverse_frequencies = 1.0 / config.rope_theta ** (steps / self._half_head)
-
-    def __call__(self, num_patches: int, tables: BatchTables) -> tuple[torch.Tensor, torch.Tensor]:
-        """`places` and `cos_sin`, see `kernels.place_patches` and `kernels.rotary_table`; padding included."""
-        device = self._inverse_frequencies.device
-        places = torch.empty((num_patches, kernels.PLACE_WIDTH), dtype=torch.int32, device=device)
-        kernels.place_patches(tables.cu_seqlens, tables.frame_hw, self._merge_size, self._window_tokens, places)
-        cos_sin = torch.empty((num_patches, 2, self._half_head), dtype=torch.float32, device=device)
-        kernels.rotary_table(places, self._inverse_frequencies, cos_sin)
-        return places, cos_sin

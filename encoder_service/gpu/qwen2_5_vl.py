@@ -14,7 +14,7 @@ from torch import nn
 from encoder_service.gpu import kernels
 from encoder_service.gpu.attention import PackedAttention
 from encoder_service.gpu.batch_tables import BatchTables
-from encoder_service.gpu.layers import EPS, AttentionBranch, Positions
+from encoder_service.gpu.layers import EPS, AttentionBranch, FusedTower
 from encoder_service.gpu.linear import Linear
 from encoder_service.models.layers import Block
 from encoder_service.models.qwen2_5_vl import GatedMlp, Qwen2_5VLTower, RMSNorm
@@ -23,33 +23,11 @@ from encoder_service.models.qwen2_5_vl import GatedMlp, Qwen2_5VLTower, RMSNorm
 _WIDTH_MULTIPLE = 8
 
 
-class FusedQwen2_5VL:
-    """A `FusedTower`; see the protocol in `encoder_service.gpu.layers`."""
-
-    deepstack_visual_indexes: tuple[int, ...] = ()
-
+class FusedQwen2_5VL(FusedTower):
     def __init__(self, tower: Qwen2_5VLTower, attention: PackedAttention) -> None:
-        """
-        Args:
-            tower: on the GPU, bfloat16; its weights are shared, but for the MLPs', which are laid out anew.
-
-        Raises:
-            ValueError: an activation that has no fused form.
-        """
+        """Raises ValueError for an activation that has no fused form."""
         config = tower.config
-        if config.hidden_act != "silu":
-            raise ValueError(f"vision_config.hidden_act is {config.hidden_act!r}: only silu is fused")
-        self._config = config
-        self.out_hidden_size = tower.out_hidden_size
-        self.row_width = tower.row_width
-        self.merge_unit = tower.merge_unit
-        self.merge_size = config.spatial_merge_size
-        self.patch_width = config.patch_width
-        self.window_tokens = config.window_tokens
-        patch = tower.patch_embed.proj
-        self.device, self.dtype = patch.weight.device, patch.weight.dtype
-        self._positions = Positions(config, self.window_tokens, self.device)
-        self._patch_embed = Linear(patch.weight.flatten(1), patch.bias)
+        super().__init__(tower, "silu", config.window_tokens)
         self._layers: list[_Layer] = []
         shift = torch.zeros(config.hidden_size, device=self.device)
         max_window = config.window_tokens**2 * config.merge_unit

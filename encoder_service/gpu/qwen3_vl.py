@@ -10,40 +10,19 @@ import torch
 from encoder_service.gpu import kernels
 from encoder_service.gpu.attention import PackedAttention
 from encoder_service.gpu.batch_tables import BatchTables
-from encoder_service.gpu.layers import EPS, AttentionBranch, Positions
+from encoder_service.gpu.layers import EPS, AttentionBranch, FusedTower
 from encoder_service.gpu.linear import Linear
 from encoder_service.models.layers import Block
 from encoder_service.models.qwen3_vl import Merger, Mlp, Qwen3VLTower
 
 
-class FusedQwen3VL:
-    """A `FusedTower`; see the protocol in `encoder_service.gpu.layers`."""
-
-    window_tokens = 0
-
+class FusedQwen3VL(FusedTower):
     def __init__(self, tower: Qwen3VLTower, attention: PackedAttention) -> None:
-        """
-        Args:
-            tower: on the GPU, bfloat16; its weights are shared, not copied.
-
-        Raises:
-            ValueError: an activation that has no fused form.
-        """
+        """Raises ValueError for an activation that has no fused form."""
+        super().__init__(tower, "gelu_pytorch_tanh", window_tokens=0)
         config = tower.config
-        if config.hidden_act != "gelu_pytorch_tanh":
-            raise ValueError(f"vision_config.hidden_act is {config.hidden_act!r}: only gelu_pytorch_tanh is fused")
-        self._config = config
-        self.out_hidden_size = tower.out_hidden_size
-        self.deepstack_visual_indexes = tower.deepstack_visual_indexes
-        self.row_width = tower.row_width
-        self.merge_unit = tower.merge_unit
-        self.merge_size = config.spatial_merge_size
-        self.patch_width = config.patch_width
+        self._positions_per_side = config.positions_per_side
         self._position_table = tower.pos_embed.weight
-        self.device, self.dtype = self._position_table.device, self._position_table.dtype
-        self._positions = Positions(config, self.window_tokens, self.device)
-        patch = tower.patch_embed.proj
-        self._patch_embed = Linear(patch.weight.flatten(1), patch.bias)
         self._layers: list[_Layer] = []
         shift = torch.zeros(config.hidden_size, device=self.device)
         for block in tower.blocks:
@@ -60,7 +39,7 @@ class FusedQwen3VL:
     def run(self, patches_PX: torch.Tensor, tables: BatchTables, rows_TW: torch.Tensor) -> None:
         places, cos_sin = self._positions(len(patches_PX), tables)
         x_PC = self._patch_embed(patches_PX)
-        kernels.add_position_embeddings(x_PC, self._position_table, places, self._config.positions_per_side)
+        kernels.add_position_embeddings(x_PC, self._position_table, places, self._positions_per_side)
         # Main block first, then one block a deepstack layer, written in place side by side.
         main_TO, *deepstack_TO = rows_TW.split(self.out_hidden_size, dim=1)
         for index, layer in enumerate(self._layers):
