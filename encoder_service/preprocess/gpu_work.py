@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from encoder_service.preprocess.patchify import interpolate
 from encoder_service.preprocess.settings import ProcessorSettings
 
 
@@ -48,9 +49,7 @@ class GpuWork:
         from encoder_service.gpu.kernels import image_patches  # needs Triton, which comes with torch's CUDA builds only
 
         if pixels_CHW.shape[-2:] != (height, width):
-            pixels_CHW = torch.nn.functional.interpolate(
-                pixels_CHW.unsqueeze(0).float(), (height, width), mode="bicubic", antialias=True, align_corners=False
-            ).squeeze(0)
+            pixels_CHW = interpolate(pixels_CHW.float(), height, width)
         settings = self._settings
         return image_patches(
             pixels_CHW,

@@ -21,15 +21,16 @@ def resize(pixels_CHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """
     if pixels_CHW.shape[-2:] == (height, width):
         return pixels_CHW
-    on_gpu = pixels_CHW.is_cuda
-    resized = torch.nn.functional.interpolate(
-        pixels_CHW.unsqueeze(0).float() if on_gpu else pixels_CHW.unsqueeze(0),
-        (height, width),
-        mode="bicubic",
-        antialias=True,
-        align_corners=False,
+    if pixels_CHW.is_cuda:
+        return interpolate(pixels_CHW.float(), height, width).round_().clamp_(0, 255).to(torch.uint8)
+    return interpolate(pixels_CHW, height, width)
+
+
+def interpolate(pixels_CHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Bicubic, antialiased, in the dtype that comes in: floats may leave the range of pixels."""
+    return torch.nn.functional.interpolate(
+        pixels_CHW.unsqueeze(0), (height, width), mode="bicubic", antialias=True, align_corners=False
     ).squeeze(0)
-    return resized.round_().clamp_(0, 255).to(torch.uint8) if on_gpu else resized
 
 
 def patchify(frames_FCHW: torch.Tensor, settings: ProcessorSettings) -> torch.Tensor:
