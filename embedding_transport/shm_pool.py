@@ -14,6 +14,7 @@ import torch
 
 from embedding_transport.errors import TransportUnavailable
 from embedding_transport.pool import PAGE_NBYTES, PROBE_NBYTES, Block, ExportPool, PoolMapping
+from embedding_transport.row_copies import host_rows
 
 _PREFIX = "vitrine-"
 _NAME = re.compile(r"vitrine-[0-9a-f]{32}")
@@ -72,7 +73,8 @@ class ShmPool(ExportPool):
 
     def write(self, block: Block, rows_TW: torch.Tensor) -> None:
         num_tokens, width = rows_TW.shape
-        self.rows(block, (num_tokens, width), rows_TW.dtype).copy_(rows_TW)
+        # From a GPU by way of the host copy, which does not wait for the tower's next batch.
+        self.rows(block, (num_tokens, width), rows_TW.dtype).copy_(host_rows(rows_TW))
 
     def close(self) -> None:
         """Removes the file. Peers that mapped it keep what they mapped."""
