@@ -29,7 +29,7 @@ class CudaIpcPool(ExportPool):
 
     def __init__(self, device: torch.device, nbytes: int) -> None:
         super().__init__(nbytes)
-        self.gpu_uuid = gpu_uuid(device.index or 0)
+        self.gpu_uuid = gpu_uuid(device)
         with torch.cuda.device(device):
             runtime = _runtime()
             pointer = _checked(runtime.cudaMalloc(self.mapped_nbytes), f"a pool of {nbytes} bytes")
@@ -121,9 +121,9 @@ class _MappedMemory(_DeviceMemory):
         self._close(self.pointer)
 
 
-def gpu_uuid(index: int) -> str:
+def gpu_uuid(device: torch.device | int) -> str:
     """By which another process finds the same GPU, whatever its number there: "GPU-..."."""
-    return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
 def _index_of(uuid: str) -> int:

@@ -67,7 +67,6 @@ class EncoderPeer:
         self.error: VitrineError = EncoderUnavailable(f"encoder {address} is not connected yet")
         self.attempted = asyncio.Event()
         self._expected = expected
-        self._choice = transport
         on_host = ["shm", "grpc"]
         wanted = ["cuda_ipc", *on_host] if takes_gpu_rows else on_host
         self._transports = wanted if transport == "auto" else [transport]

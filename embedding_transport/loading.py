@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from embedding_transport.checkpoint import CheckpointError
+from embedding_transport.cuda_ipc_pool import gpu_uuid
 from embedding_transport.types import DTYPES
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
@@ -56,7 +57,7 @@ def gpu_uuids(device: torch.device) -> tuple[str, ...]:
     """UUID of the GPU ("GPU-..."), by which another process finds the same one; empty on the CPU."""
     if device.type == "cpu":
         return ()
-    return (f"GPU-{torch.cuda.get_device_properties(device).uuid}",)
+    return (gpu_uuid(device),)
 
 
 def choose_dtype(choice: DtypeChoice, device: torch.device, stored: torch.dtype) -> str:
