@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, Qwen3VLConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
@@ -46,13 +47,14 @@ def qwen3_vl_8b(device: torch.device) -> Towers:
             Qwen3VLConfig(vision_config=QWEN3_VL_8B).vision_config, dtype=torch.bfloat16, attn_implementation="sdpa"
         ).eval()
         plain = Qwen3VLTower(qwen3_vl_config({"vision_config": QWEN3_VL_8B})).to(torch.bfloat16).eval()
-    _draw(reference)
+    draw_weights(reference)
     plain.load_state_dict(reference.state_dict())
     return Towers(plain, reference)
 
 
 @torch.no_grad()
-def _draw(model: PreTrainedModel) -> None:
+def draw_weights(model: nn.Module) -> None:
+    """Scales that keep the residual stream lively, from torch's generator; nothing needs a gradient any more."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
         if name.endswith("bias"):

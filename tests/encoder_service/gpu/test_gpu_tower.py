@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.towers import draw_weights
 from encoder_service.models.config import qwen2_5_vl_config, qwen3_vl_config
 from encoder_service.models.qwen2_5_vl import Qwen2_5VLTower
 from encoder_service.models.qwen3_vl import Qwen3VLTower
@@ -80,14 +81,7 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
             plain: Any = Qwen3VLTower(qwen3_vl_config({"vision_config": QWEN3_VL}))
         else:
             plain = Qwen2_5VLTower(qwen2_5_vl_config({"vision_config": QWEN2_5_VL}))
-    for name, parameter in plain.named_parameters():
-        parameter.requires_grad_(False)
-        if name.endswith("bias"):
-            parameter.normal_(std=0.1)
-        elif parameter.ndim == 1:
-            parameter.uniform_(0.8, 1.2)
-        else:
-            parameter.normal_(std=0.5 if "pos_embed" in name else 1.2 / parameter[0].numel() ** 0.5)
+    draw_weights(plain)
     plain = plain.eval()
     low = copy.deepcopy(plain).to(torch.bfloat16)
     config = plain.config
