@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1
+# Not a `preexec_fn`: with one, Python forks instead of using vfork, and gRPC's handlers for fork() restart its
+# threads in the child, which abort when their file descriptors are closed before the exec.
+_BOUND_TO_PARENT = Path(__file__).with_name("bound_to_parent.py")
 _LINE_LIMIT_BYTES = 1024 * 1024
 
 
@@ -42,6 +44,10 @@ class Child:
         """
         process = await asyncio.create_subprocess_exec(
             sys.executable,
+            "-IS",  # only the standard library is needed until it becomes the service
+            str(_BOUND_TO_PARENT),
+            str(os.getpid()),
+            sys.executable,
             "-m",
             *arguments,
             stdin=asyncio.subprocess.DEVNULL,
@@ -49,7 +55,6 @@ class Child:
             stderr=asyncio.subprocess.STDOUT,
             limit=_LINE_LIMIT_BYTES,
             env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(environment or {}),
-            preexec_fn=_die_with_parent(),
         )
         return cls(name, process, on_line)
 
@@ -79,19 +84,3 @@ class Child:
             text = line.decode(errors="replace").rstrip()
             print(f"[{self.name}] {text}", flush=True)
             self._on_line(text)
-
-
-def _die_with_parent() -> Callable[[], None] | None:
-    """What the child runs between fork and exec, so that it gets SIGTERM even when we are killed with SIGKILL."""
-    if sys.platform != "linux":
-        return None
-    # Loaded here, in the parent: between fork and exec only the call itself is safe.
-    prctl = ctypes.CDLL(None).prctl
-    parent = os.getpid()
-
-    def bind_to_parent() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # the parent died in between and the signal will never come
-            os._exit(1)
-
-    return bind_to_parent
