@@ -173,17 +173,23 @@ class EncoderClient:
     async def _encode_all(self, request: _Request, indices: Sequence[int]) -> AsyncGenerator[EncodeEvent]:
         """These items of the request, on as many encoders as they belong to."""
         groups = self._spread(request, indices)
-        streams = [self._encode_group(request, peer, group) for peer, group in groups.items()]
-        async with aclosing(merged(streams, _release)) as events:
-            async for event in events:
-                yield event
+        streams = [self._encode_group(request, peer, pending) for peer, pending in groups.items()]
+        try:
+            async with aclosing(merged(streams, _release)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            for peer, pending in groups.items():
+                peer.in_flight -= len(pending)
 
     async def _encode_group(
-        self, request: _Request, peer: EncoderPeer, indices: Sequence[int]
+        self, request: _Request, peer: EncoderPeer, pending: dict[int, MediaItem]
     ) -> AsyncGenerator[EncodeEvent]:
-        """On one encoder, and what is missing of it on others if it is lost or overloaded."""
-        pending = {index: request.items[index] for index in indices}
-        peer.in_flight += len(pending)
+        """On one encoder, and what is missing of it on others if it is lost or overloaded.
+
+        Args:
+            pending: items counted as in flight there; one that is not any more is taken out.
+        """
         try:
             async with aclosing(self._encode_on(peer, pending, request)) as events:
                 async for event in events:
@@ -198,15 +204,18 @@ class EncoderClient:
         except Overloaded as error:
             request.lost[peer.address] = f"encoder {peer.address} is overloaded: {error}"
             request.overloaded.append(error)
-        finally:
-            peer.in_flight -= len(pending)
-        if pending:
-            async with aclosing(self._encode_all(request, list(pending))) as events:
+        missing = list(pending)
+        peer.in_flight -= len(missing)
+        pending.clear()
+        if missing:
+            async with aclosing(self._encode_all(request, missing)) as events:
                 async for event in events:
                     yield event
 
-    def _spread(self, request: _Request, indices: Sequence[int]) -> dict[EncoderPeer, list[int]]:
+    def _spread(self, request: _Request, indices: Sequence[int]) -> dict[EncoderPeer, dict[int, MediaItem]]:
         """Each item to the connected encoder with the highest rendezvous score, among those with load to spare.
+
+        They count as in flight there from now on, so that a request beside this one sees them.
 
         Raises:
             EncoderUnavailable, Overloaded: no encoder is left.
@@ -218,16 +227,15 @@ class EncoderClient:
             raise self._unavailable(request.lost)
         if request.lost:
             self._num_retries += 1
-        load = {peer: peer.in_flight for peer in usable}
-        groups: dict[EncoderPeer, list[int]] = {}
+        groups: dict[EncoderPeer, dict[int, MediaItem]] = {}
         # The largest choose first, as far as that can be told from outside.
         for index in sorted(indices, key=lambda index: -len(request.items[index].data or b"")):
-            bound = math.ceil(_LOAD_BOUND * (sum(load.values()) + 1) / len(usable))
+            bound = math.ceil(_LOAD_BOUND * (sum(peer.in_flight for peer in usable) + 1) / len(usable))
             key = request.keys[index]
-            with_room = [peer for peer in usable if load[peer] < bound]
+            with_room = [peer for peer in usable if peer.in_flight < bound]
             best = max(with_room, key=lambda peer: hashlib.sha256(key + peer.address.encode()).digest())
-            load[best] += 1
-            groups.setdefault(best, []).append(index)
+            best.in_flight += 1
+            groups.setdefault(best, {})[index] = request.items[index]
         return groups
 
     async def _encode_on(

@@ -232,6 +232,26 @@ async def test_load_is_bounded_and_equal_content_goes_to_the_same_encoder(tmp_pa
         await client.close()
 
 
+async def test_cancelled_requests_leave_no_load_behind(tmp_path: Path) -> None:
+    async with running_stub(tmp_path) as first, running_stub(tmp_path) as second:
+        client = EncoderClient([first[0], second[0]], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+        await client.wait_ready(10)
+        hanging = [asyncio.create_task(encode_all(client, [item("hang same 5")] * 3)) for _ in range(4)]
+        async with asyncio.timeout(5):
+            while first[1].num_items + second[1].num_items < 12:
+                await asyncio.sleep(0.01)
+        assert sum(status.in_flight for status in client.status()) == 12
+        assert max(status.in_flight for status in client.status()) <= 8
+        for each in hanging:
+            each.cancel()
+        await asyncio.gather(*hanging, return_exceptions=True)
+        assert [status.in_flight for status in client.status()] == [0, 0]
+        for stub in (first, second):
+            stub[1].go_on.set()
+        await client.close()
+
+
 def busy_servicer(retry_after_s: float) -> type[StubServicer]:
     class BusyServicer(StubServicer):
         async def Encode(self, request, context):  # type: ignore[no-untyped-def, override]
