@@ -73,14 +73,18 @@ def load_model(config: EncoderConfig, must_stop: Callable[[], bool]) -> LoadedMo
 
     Raises:
         CheckpointError: no such checkpoint, or one that this encoder cannot serve.
+        ValueError: the GPU, or the lack of one, does not allow what was asked for.
     """
     _log.info("opening checkpoint %s", config.model)
     checkpoint = open_checkpoint(config.model, config.revision, config.served_model_name)
     settings = ProcessorSettings.from_checkpoint(checkpoint)
     device = choose_device(config.device)
     dtype_name = choose_dtype(config.dtype, device, stored_dtype(checkpoint))
+    has_fast_form = device.type == "cuda" and dtype_name == "bfloat16"
+    if config.quantization == "fp8" and not has_fast_form:
+        raise ValueError(f"--quantization fp8 needs bfloat16 on a GPU: this is {dtype_name} on {device.type}")
     plain = build_tower(checkpoint, device, DTYPES[dtype_name], ProgressLog("loading visual weights", must_stop))
-    fast = _accelerated(plain, config, must_stop) if device.type == "cuda" and dtype_name == "bfloat16" else None
+    fast = _accelerated(plain, config, must_stop) if has_fast_form else None
     identity = ModelIdentity(
         model=checkpoint.model,
         revision=checkpoint.revision,
@@ -101,7 +105,8 @@ def _accelerated(
     from encoder_service.gpu.tower import gpu_tower  # needs Triton, which comes with torch's CUDA builds only
 
     max_graph_patches = config.max_batch_patches if config.cuda_graphs else 0
-    return gpu_tower(plain, max_graph_patches, ProgressLog("capturing CUDA graphs", must_stop))
+    progress = ProgressLog("capturing CUDA graphs", must_stop)
+    return gpu_tower(plain, max_graph_patches, progress, fp8=config.quantization == "fp8")
 
 
 def _pools(config: EncoderConfig, device: torch.device) -> list[ExportPool]:

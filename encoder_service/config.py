@@ -39,6 +39,9 @@ class EncoderConfig(ServiceSettings):
         "auto", description="of weights and rows; auto: the checkpoint's on a GPU, float32 on the CPU"
     )
 
+    quantization: Literal["none", "fp8"] = Field(
+        "none", description="fp8: the blocks' matrix products in e4m3 (bfloat16 on a Hopper GPU or newer only)"
+    )
     cuda_graphs: bool = Field(True, description="capture CUDA graphs at start-up (bfloat16 on a GPU only)")
     gpu_preprocess: bool = Field(
         True,

@@ -1,26 +1,21 @@
-"""What the fused towers have in common.
-
-Residual biases: the two products of a block that end in the residual stream add to it in place and leave their
-biases out. So the stream lacks the sum of all biases so far, one constant vector for each place where it is read
-(`shift`), and the norms add it as they read. That saves reading and writing the stream twice a block.
-"""
+"""What the fused towers have in common."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 
 from encoder_service.gpu import kernels
 from encoder_service.gpu.attention import PackedAttention
 from encoder_service.gpu.batch_tables import BatchTables
-from encoder_service.gpu.linear import Linear
+from encoder_service.gpu.fp8 import Rows
+from encoder_service.gpu.linear import Linear, block_linear
 from encoder_service.models.config import VisionConfig
 from encoder_service.models.layers import Attention
 from encoder_service.models.qwen2_5_vl import Qwen2_5VLTower
 from encoder_service.models.qwen3_vl import Qwen3VLTower
-
-EPS = 1e-6
 
 
 class Positions:
@@ -73,31 +68,38 @@ class FusedTower(ABC):
         self._patch_embed = Linear(patch.weight.flatten(1), patch.bias)
 
     @abstractmethod
-    def run(self, patches_PX: torch.Tensor, tables: BatchTables, rows_TW: torch.Tensor) -> None:
+    def run(
+        self,
+        patches_PX: torch.Tensor,
+        tables: BatchTables,
+        rows_TW: torch.Tensor,
+        watch: Callable[[torch.Tensor], None] | None = None,
+    ) -> None:
         """Encodes a batch.
 
         Args:
             patches_PX: this tower's dtype; rows behind the last patch may hold anything finite.
             rows_TW: filled, [P / merge_unit, row_width]; rows of padding get garbage.
+            watch: called with the residual stream behind every block, [P, C] float32.
         """
 
 
 class AttentionBranch:
     """From normed rows to what attention makes of them; the projection back is left to the caller."""
 
-    def __init__(self, module: Attention, attention: PackedAttention) -> None:
-        self._qkv = Linear(module.qkv.weight, module.qkv.bias)
+    def __init__(self, module: Attention, attention: PackedAttention, *, fp8: bool) -> None:
+        self._qkv = block_linear(module.qkv.weight, module.qkv.bias, fp8=fp8)
         self._attention = attention
         self._num_heads = module.num_heads
         self._head_dim = module.proj.in_features // module.num_heads
 
-    def over_frames(self, normed_PC: torch.Tensor, cos_sin: torch.Tensor, tables: BatchTables) -> torch.Tensor:
+    def over_frames(self, normed_PC: Rows, cos_sin: torch.Tensor, tables: BatchTables) -> torch.Tensor:
         """[P, C]; every patch sees its frame."""
         q, k, v = kernels.turn(self._qkv(normed_PC), cos_sin, self._num_heads, self._attention.padded_head_dim)
         return self._attention(q, k, v, tables.cu_seqlens, tables.max_seqlen, self._head_dim**-0.5).flatten(1)
 
     def over_windows(
-        self, normed_PC: torch.Tensor, cos_sin: torch.Tensor, tables: BatchTables, max_length: int
+        self, normed_PC: Rows, cos_sin: torch.Tensor, tables: BatchTables, max_length: int
     ) -> torch.Tensor:
         """[P, C]; every patch sees its window, which has at most `max_length` patches."""
         q, k, v = kernels.turn(self._qkv(normed_PC), cos_sin, self._num_heads, self._head_dim)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from encoder_service.gpu.accuracy import measured_accuracy
 from encoder_service.gpu.attention import fastest_attention
 from encoder_service.gpu.graphs import GpuTower
 from encoder_service.gpu.layers import FusedTower
@@ -16,10 +17,16 @@ from encoder_service.models.qwen2_5_vl import Qwen2_5VLTower
 from encoder_service.models.qwen3_vl import Qwen3VLTower
 
 _log = logging.getLogger(__name__)
+# Scales of single rows need Hopper.
+_FIRST_WITH_FP8 = (9, 0)
 
 
 def gpu_tower(
-    plain: Qwen3VLTower | Qwen2_5VLTower, max_graph_patches: int, on_progress: Callable[[int, int], None]
+    plain: Qwen3VLTower | Qwen2_5VLTower,
+    max_graph_patches: int,
+    on_progress: Callable[[int, int], None],
+    *,
+    fp8: bool = False,
 ) -> GpuTower:
     """The same tower by fused kernels and CUDA graphs; seconds.
 
@@ -27,15 +34,23 @@ def gpu_tower(
         plain: bfloat16, on a GPU.
         max_graph_patches: the largest batch that gets a graph; 0 for none.
         on_progress: called with (graphs captured, graphs in all) after each.
+        fp8: the products of the blocks in e4m3; how far that is from float32 is logged.
 
     Raises:
-        ValueError: an activation that has no fused form.
+        ValueError: an activation that has no fused form, or a GPU without e4m3.
     """
     config = plain.config
     device = plain.patch_embed.proj.weight.device
+    if fp8 and torch.cuda.get_device_capability(device) < _FIRST_WITH_FP8:
+        raise ValueError(f"{torch.cuda.get_device_name(device)} has no FP8 products: serve without --quantization fp8")
     attention = fastest_attention(config.num_heads, config.head_dim, device, torch.bfloat16)
     fused: FusedTower
-    fused = FusedQwen3VL(plain, attention) if isinstance(plain, Qwen3VLTower) else FusedQwen2_5VL(plain, attention)
+    if isinstance(plain, Qwen3VLTower):
+        fused = FusedQwen3VL(plain, attention, fp8=fp8)
+    else:
+        fused = FusedQwen2_5VL(plain, attention, fp8=fp8)
+    if fp8:
+        _log.info("FP8, %s", measured_accuracy(plain, fused))
     tower = GpuTower(fused, max_graph_patches, on_progress)
     stats = tower.stats()
     _log.info("%d CUDA graphs, %.2f GiB, %.1f s", stats.num_graphs, stats.graph_nbytes / 2**30, tower.capture_s)

@@ -116,6 +116,7 @@ async def test_a_stopping_process_waits_for_the_rows_it_lent(qwen3_vl_folder: Pa
     [
         (["--model", "/nonexistent"], 1, "has no config.json"),
         (["--model", "{folder}", "--allowed-media-folder", "/nonexistent"], 1, "is not a folder"),
+        (["--model", "{folder}", "--quantization", "fp8", "--device", "cpu"], 1, "needs bfloat16 on a GPU"),
         (["--model", "{folder}", "--pool-bytes", str(1 << 60), "--shm-folder", "{tmp}"], 1, "cannot start: no pool"),
     ],
 )

@@ -15,8 +15,9 @@ from tests.encoder_service.preprocess.samples import QWEN3_IMAGE, settings
 
 pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-from encoder_service.gpu import kernels  # noqa: E402
+from encoder_service.gpu import fp8, kernels, norms  # noqa: E402
 from encoder_service.gpu.batch_tables import BatchTables, Layouts, TableShape  # noqa: E402
+from encoder_service.gpu.residual import ResidualStream  # noqa: E402
 
 GRIDS = [(1, 4, 6), (2, 2, 10), (1, 8, 8), (1, 14, 10)]
 NUM_PATCHES = sum(t * h * w for t, h, w in GRIDS)
@@ -109,7 +110,7 @@ def test_layer_norm_adds_what_is_missing_and_ends_garbage(tables: BatchTables, p
     x = random((NUM_PATCHES + PADDING) // patches_a_row, channels * patches_a_row)
     real = NUM_PATCHES // patches_a_row
     x[real:] = NAN
-    out = kernels.layer_norm(x, shift, weight, bias, 1e-6, tables.cu_seqlens)
+    out = norms.layer_norm(ResidualStream(x), shift, weight, bias, tables.cu_seqlens)
     expected = F.layer_norm(x[:real] + shift.repeat(patches_a_row), weight.shape, weight, bias, 1e-6)
     torch.testing.assert_close(out[:real], expected, atol=1e-5, rtol=1e-5)
     assert (out[real:] == 0).all()
@@ -120,10 +121,54 @@ def test_rms_norm_adds_what_is_missing_and_ends_garbage(tables: BatchTables) -> 
     shift, weight = random(2, channels)
     x = random(NUM_PATCHES + PADDING, channels)
     x[NUM_PATCHES:] = NAN
-    out = kernels.rms_norm(x, shift, weight, 1e-6, tables.cu_seqlens)
+    out = norms.rms_norm(ResidualStream(x), shift, weight, tables.cu_seqlens)
     expected = F.rms_norm(x[:NUM_PATCHES] + shift, (channels,), weight, 1e-6)
     torch.testing.assert_close(out[:NUM_PATCHES], expected, atol=1e-5, rtol=1e-5)
     assert (out[NUM_PATCHES:] == 0).all()
+
+
+@pytest.mark.parametrize("patches_a_row", [1, 4])
+def test_a_norm_settles_what_the_stream_is_owed(tables: BatchTables, patches_a_row: int) -> None:
+    channels = 40
+    shift, (weight, bias) = random(channels), random(2, channels * patches_a_row)
+    x, owed = random(2, NUM_PATCHES + PADDING, channels).unbind()
+    settled = x + owed
+    plain = norms.layer_norm(ResidualStream(settled.clone()), shift, weight, bias, tables.cu_seqlens)
+    stream = ResidualStream(x)
+    stream.owe(owed)
+    assert torch.equal(norms.layer_norm(stream, shift, weight, bias, tables.cu_seqlens), plain)
+    assert torch.equal(x[:NUM_PATCHES], settled[:NUM_PATCHES])
+    assert stream.settle() is None
+
+
+def assert_close_in_fp8(rows: fp8.Rows, expected: torch.Tensor) -> None:
+    """Each row's scale makes its largest magnitude 448, and every value is the nearest of e4m3's."""
+    assert isinstance(rows, fp8.Fp8Rows)
+    scale = expected.abs().amax(1, keepdim=True).clamp_min(1e-12) / 448
+    torch.testing.assert_close(rows.scale, scale, atol=0, rtol=1e-4)
+    right = (rows.to_float() - expected).abs() <= (expected.abs() / 16).clamp_min(scale / 512) * 1.01
+    # Triton's interpreter halves the few values that should round up to a power of two.
+    assert right.float().mean() > (0.999 if DEVICE == "cuda" else 0.97)
+
+
+def test_rows_are_quantized() -> None:
+    x = random(6, 72) * torch.tensor([[1e-3], [1.0], [1e3], [0.0], [1.0], [5.0]], device=DEVICE)
+    assert_close_in_fp8(fp8.quantized(x), x)
+    assert_close_in_fp8(fp8.quantized_weight(x), x)
+    assert_close_in_fp8(fp8.quantized_gelu_tanh(x), F.gelu(x, approximate="tanh"))
+    gate_up = random(5, 2 * 77)
+    assert_close_in_fp8(fp8.quantized_gated_silu(gate_up), F.silu(gate_up[:, :77]) * gate_up[:, 77:])
+
+
+def test_norms_into_fp8(tables: BatchTables) -> None:
+    channels = 40
+    shift, weight, bias = random(3, channels)
+    x = random(NUM_PATCHES + PADDING, channels)
+    x[NUM_PATCHES:] = NAN
+    for norm, arguments in ((norms.layer_norm, (weight, bias)), (norms.rms_norm, (weight,))):
+        plain = norm(ResidualStream(x), shift, *arguments, tables.cu_seqlens)
+        assert isinstance(plain, torch.Tensor)
+        assert_close_in_fp8(norm(ResidualStream(x), shift, *arguments, tables.cu_seqlens, fp8=True), plain)
 
 
 def test_gated_silu() -> None:
