@@ -15,18 +15,16 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.towers import QWEN3_VL_8B, Towers, operations, qwen3_vl_8b
-from encoder_service.gpu.attention import fastest_attention
+from benchmarks.towers import QWEN3_VL_8B, Towers, operations, qwen2_5_vl_7b, qwen3_vl_8b
 from encoder_service.gpu.graphs import GpuTower
-from encoder_service.gpu.qwen3_vl import FusedQwen3VL
 from encoder_service.gpu.timing import median_ms
+from encoder_service.gpu.tower import gpu_tower
 from encoder_service.models.grids import GridTHW
 
 _CEILING_FLOP_PER_S = 790e12
 _MAX_BATCH_PATCHES = 45056
 _WARM_UPS, _REPEATS = 3, 20
 _SLOW_REPEATS = 5
-_FACTOR = 32
 _NUM_MIXED, _SMALLEST_SIDE, _LARGEST_SIDE = 512, 224, 1440
 
 
@@ -36,59 +34,90 @@ class Case:
     grids: tuple[GridTHW, ...]
 
 
+def _grid(width: int, height: int, patch_size: int = 16) -> GridTHW:
+    factor = 2 * patch_size
+    return 1, 2 * round(height / factor), 2 * round(width / factor)
+
+
+_MANY = Case("560x560x32", (_grid(560, 560),) * 32)
+_CASES = [
+    Case("560x560x1", (_grid(560, 560),)),
+    _MANY,
+    Case("1280x720x1", (_grid(1280, 720),)),
+    Case("1280x720x8", (_grid(1280, 720),) * 8),
+    Case("1920x1080x4", (_grid(1920, 1080),) * 4),
+]
+_MIXED, _FP8, _QWEN2_5 = "mixed", "560x560x32-fp8", "qwen2.5-560x560x32"
+_NAMES = [*(case.name for case in _CASES), _MIXED, _FP8, _QWEN2_5]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", help="names of rows, such as 560x560x32")
+    parser.add_argument("--only", nargs="+", help=f"rows of these names: {', '.join(_NAMES)}")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("this benchmark needs an NVIDIA GPU", file=sys.stderr)
         return 1
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     device = torch.device("cuda")
     towers = qwen3_vl_8b(device)
-    config = towers.plain.config
-    attention = fastest_attention(config.num_heads, config.head_dim, device, torch.bfloat16)
-    graphed = GpuTower(FusedQwen3VL(towers.plain, attention), _MAX_BATCH_PATCHES)
-    stats = graphed.stats()
-    print(f"\n{stats.num_graphs} graphs, {stats.graph_nbytes / 2**30:.2f} GiB, captured in {graphed.capture_s:.1f} s\n")
-    print("| figure | ours, ms | img/s | of the floor | transformers, ms | times faster |\n|---|---|---|---|---|---|")
-    for case in _cases():
-        if not options.only or case.name in options.only:
-            print(_row(case, graphed, towers), flush=True)
-    if not options.only or "mixed" in options.only:
-        print(_mixed_row(graphed), flush=True)
+    graphed = _graphed(towers, fp8=False)
+    names = options.only or _NAMES
+    rows = [_row(case, graphed, towers) for case in _CASES if case.name in names]
+    if _MIXED in names:
+        rows.append(_mixed_row(graphed))
+    if _FP8 in names:
+        rows.append(_fp8_row(graphed, _graphed(towers, fp8=True)))
+    if _QWEN2_5 in names:
+        del graphed, towers
+        rows.append(_qwen2_5_row(qwen2_5_vl_7b(device)))
+    print("\n| figure | ours, ms | img/s | of the floor | compared with | its ms | times faster |")
+    print("\n".join(["|---|---|---|---|---|---|---|", *rows]))
     return 0
 
 
-def _cases() -> list[Case]:
-    small, wide, large = _grid(560, 560), _grid(1280, 720), _grid(1920, 1080)
-    return [
-        Case("560x560x1", (small,)),
-        Case("560x560x32", (small,) * 32),
-        Case("1280x720x1", (wide,)),
-        Case("1280x720x8", (wide,) * 8),
-        Case("1920x1080x4", (large,) * 4),
-    ]
-
-
-def _grid(width: int, height: int) -> GridTHW:
-    return 1, 2 * round(height / _FACTOR), 2 * round(width / _FACTOR)
+def _graphed(towers: Towers, *, fp8: bool) -> GpuTower:
+    return gpu_tower(towers.plain, _MAX_BATCH_PATCHES, lambda num_captured, num_graphs: None, fp8=fp8)
 
 
 def _row(case: Case, graphed: GpuTower, towers: Towers) -> str:
     grids = list(case.grids)
     patches_PX = _patches(grids)
+    ms = _median_ms(lambda: graphed.forward(patches_PX, grids), _REPEATS)
+    return _figures(case.name, ms, grids, _floor_ms(grids), "transformers", _transformers_ms(towers, patches_PX, grids))
+
+
+def _fp8_row(bf16: GpuTower, fp8: GpuTower) -> str:
+    """Right behind each other, as both heat the GPU up."""
+    grids = list(_MANY.grids)
+    patches_PX = _patches(grids)
+    bf16_ms = _median_ms(lambda: bf16.forward(patches_PX, grids), _REPEATS)
+    ms = _median_ms(lambda: fp8.forward(patches_PX, grids), _REPEATS)
+    return _figures(_FP8, ms, grids, None, "ours in bfloat16", bf16_ms)
+
+
+def _qwen2_5_row(towers: Towers) -> str:
+    grids = [_grid(560, 560, patch_size=14)] * 32
+    patches_PX = _patches(grids, patch_size=14)
+    graphed = _graphed(towers, fp8=False)
+    ms = _median_ms(lambda: graphed.forward(patches_PX, grids), _REPEATS)
+    return _figures(_QWEN2_5, ms, grids, None, "transformers", _transformers_ms(towers, patches_PX, grids))
+
+
+def _transformers_ms(towers: Towers, patches_PX: torch.Tensor, grids: list[GridTHW]) -> float:
     grid_thw = torch.tensor(grids, device="cuda")
 
-    def theirs() -> None:
+    def forward() -> None:
         with torch.inference_mode():
             towers.transformers(patches_PX, grid_thw=grid_thw)
 
-    ms = _median_ms(lambda: graphed.forward(patches_PX, grids), _REPEATS)
-    their_ms = _median_ms(theirs, _SLOW_REPEATS)
-    share = _floor_ms(grids) / ms
+    return _median_ms(forward, _SLOW_REPEATS)
+
+
+def _figures(name: str, ms: float, grids: list[GridTHW], floor_ms: float | None, other: str, other_ms: float) -> str:
+    share = f"{floor_ms / ms:.3f}" if floor_ms else ""
     rate = len(grids) / ms * 1e3
-    return f"| {case.name} | {ms:.2f} | {rate:.1f} | {share:.3f} | {their_ms:.1f} | {their_ms / ms:.2f} |"
+    return f"| {name} | {ms:.2f} | {rate:.1f} | {share} | {other} | {other_ms:.1f} | {other_ms / ms:.2f} |"
 
 
 def _mixed_row(graphed: GpuTower) -> str:
@@ -111,7 +140,7 @@ def _mixed_row(graphed: GpuTower) -> str:
     num_images = sum(map(len, batches))
     return (
         f"| mixed, {num_images} images in {len(batches)} batches, padding {waste:.1%} | {ms:.1f} | "
-        f"{num_images / ms * 1e3:.1f} | {floor_ms / ms:.3f} | | |"
+        f"{num_images / ms * 1e3:.1f} | {floor_ms / ms:.3f} | | | |"
     )
 
 
@@ -138,9 +167,9 @@ def _batches(grids: list[GridTHW]) -> Iterator[list[GridTHW]]:
     yield batch
 
 
-def _patches(grids: list[GridTHW]) -> torch.Tensor:
+def _patches(grids: list[GridTHW], patch_size: int = 16) -> torch.Tensor:
     num_patches = sum(t * h * w for t, h, w in grids)
-    return torch.empty((num_patches, 3 * 2 * 16 * 16), device="cuda", dtype=torch.bfloat16).uniform_(-1, 1)
+    return torch.empty((num_patches, 3 * 2 * patch_size**2), device="cuda", dtype=torch.bfloat16).uniform_(-1, 1)
 
 
 def _floor_ms(grids: list[GridTHW]) -> float:

@@ -36,6 +36,7 @@ _WARM_UP = 64
 _NUM_PICTURES = 16  # different ones, asked in turn
 _NUM_DEEPSTACK, _HIDDEN = 3, 4096
 _POOL_NBYTES = 6 << 30
+_PORT = 50151  # of the first of several encoders
 _MAX_PIXELS = 16777216
 _MAX_QUEUED_PATCHES = 1 << 20
 
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=512, help="of each size; default: %(default)s")
     parser.add_argument("--in-flight", nargs="+", type=int, default=[1, 64], help="requests; default: %(default)s")
     parser.add_argument("--transports", nargs="+", default=["cuda_ipc", "grpc"], help="default: %(default)s")
+    parser.add_argument("--dp", type=int, default=1, help="encoders, one a GPU; default: %(default)s")
     parser.add_argument("--encoder-flags", nargs="*", default=[], help="more flags for the encoder, without dashes")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
@@ -55,11 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 async def _measure(checkpoint: Path, options: argparse.Namespace) -> None:
     print("| size | transport | in flight | img/s | MB/s | delivery, ms, p50 / p99 | preprocess, queue, forward, ms |")
     print("|---|---|---|---|---|---|---|")
-    async with _encoder(checkpoint, [f"--{flag}" for flag in options.encoder_flags]) as address:
+    async with _encoders(checkpoint, options.dp, [f"--{flag}" for flag in options.encoder_flags]) as addresses:
         for transport in options.transports:
-            client = EncoderClient([address], None, transport=transport, takes_gpu_rows=True)
+            client = EncoderClient(addresses, None, transport=transport, takes_gpu_rows=True)
             await client.start()
-            await client.wait_ready(60)
             for size in _SIZES:
                 for in_flight in options.in_flight:
                     num_requests = options.requests if in_flight > 1 else options.requests // 8
@@ -128,37 +129,31 @@ class _Landing:
 
 
 @asynccontextmanager
-async def _encoder(checkpoint: Path, flags: list[str]) -> AsyncIterator[str]:
-    """A real encoder process; its address."""
-    command = [
-        sys.executable,
-        "-m",
-        "encoder_service",
-        "--model",
-        str(checkpoint),
-        "--port",
-        "0",
-        "--dtype",
-        "bfloat16",
-    ]
+async def _encoders(checkpoint: Path, dp: int, flags: list[str]) -> AsyncIterator[list[str]]:
+    """Real encoder processes; their addresses."""
+    command = [sys.executable, "-m", "encoder_service", "--model", str(checkpoint), "--dtype", "bfloat16"]
+    command += ["--dp", str(dp), "--port", str(_PORT if dp > 1 else 0)]
     command += ["--cuda-ipc-pool-bytes", str(_POOL_NBYTES)]
+    command += ["--cache-gpu-bytes", "0", "--cache-host-bytes", "0"]  # or equal pictures would not be encoded again
     command += ["--max-queued-patches", str(_MAX_QUEUED_PATCHES), *flags]
     process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.STDOUT, stdout=-1)
     assert process.stdout is not None
-    address = ""
+    addresses: list[str] = []
+    num_serving = 0
     async for raw in process.stdout:
         line = raw.decode()
         if match := re.search(r"grpc=(\S+:\d+)", line):
-            address = match[1]
+            addresses.append(match[1])
         if "CUDA graphs," in line or "attention over" in line or "JPEG" in line:
             print(line.strip(), file=sys.stderr)
-        if " SERVING " in line:
+        num_serving += " SERVING " in line
+        if num_serving == dp:
             break
     else:
         raise RuntimeError("the encoder ended at its start")
     drain = asyncio.create_task(_drain(process.stdout))
     try:
-        yield address
+        yield addresses
     finally:
         process.terminate()
         await process.wait()

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Qwen3VLConfig
+from transformers import PreTrainedModel, Qwen2_5_VLConfig, Qwen3VLConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
-from encoder_service.models.config import qwen3_vl_config
+from encoder_service.models.config import qwen2_5_vl_config, qwen3_vl_config
 from encoder_service.models.grids import GridTHW
+from encoder_service.models.qwen2_5_vl import Qwen2_5VLTower
 from encoder_service.models.qwen3_vl import Qwen3VLTower
 
 # vision_config of Qwen/Qwen3-VL-8B-Instruct.
@@ -30,26 +32,57 @@ QWEN3_VL_8B: dict[str, Any] = {
     "deepstack_visual_indexes": [8, 16, 24],
 }
 
+# vision_config of Qwen/Qwen2.5-VL-7B-Instruct.
+QWEN2_5_VL_7B: dict[str, Any] = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "hidden_act": "silu",
+    "in_channels": 3,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "out_hidden_size": 3584,
+    "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
+
 
 @dataclass(frozen=True)
 class Towers:
     """The plain tower and transformers', bfloat16 on the GPU, same weights."""
 
-    plain: Qwen3VLTower
+    plain: Qwen3VLTower | Qwen2_5VLTower
     transformers: PreTrainedModel
 
 
 def qwen3_vl_8b(device: torch.device) -> Towers:
     """Weights at scales that keep the residual stream lively; seeded."""
-    torch.manual_seed(0)
+    config = Qwen3VLConfig(vision_config=QWEN3_VL_8B).vision_config
+    plain = qwen3_vl_config({"vision_config": QWEN3_VL_8B})
     with device:
-        reference = Qwen3VLVisionModel._from_config(
-            Qwen3VLConfig(vision_config=QWEN3_VL_8B).vision_config, dtype=torch.bfloat16, attn_implementation="sdpa"
-        ).eval()
-        plain = Qwen3VLTower(qwen3_vl_config({"vision_config": QWEN3_VL_8B})).to(torch.bfloat16).eval()
+        reference = Qwen3VLVisionModel._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        return _with_equal_weights(Qwen3VLTower(plain), reference)
+
+
+def qwen2_5_vl_7b(device: torch.device) -> Towers:
+    """Weights as above."""
+    config = Qwen2_5_VLConfig(vision_config=QWEN2_5_VL_7B).vision_config
+    plain = qwen2_5_vl_config({"vision_config": QWEN2_5_VL_7B})
+    with device:
+        reference = Qwen2_5_VisionTransformerPretrainedModel._from_config(
+            config, dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
+        return _with_equal_weights(Qwen2_5VLTower(plain), reference)
+
+
+def _with_equal_weights(plain: Qwen3VLTower | Qwen2_5VLTower, reference: PreTrainedModel) -> Towers:
+    torch.manual_seed(0)
     draw_weights(reference)
+    plain = plain.to(torch.bfloat16).eval()
     plain.load_state_dict(reference.state_dict())
-    return Towers(plain, reference)
+    return Towers(plain, reference.eval())
 
 
 @torch.no_grad()
