@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
@@ -123,8 +125,10 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
                     undelivered.add(response.ready.lease.lease_id)
                 yield response
 
+        left_s = context.time_remaining()
+        deadline = math.inf if left_s is None else time.monotonic() + left_s
         try:
-            async with aclosing(serving.service.encode(items, ship, request.tenant)) as events:
+            async with aclosing(serving.service.encode(items, ship, request.tenant, deadline)) as events:
                 async for event in events:
                     if isinstance(event, LayoutEvent):
                         await context.write(layout_to_proto(event))

@@ -9,6 +9,7 @@ import asyncio
 import functools
 import hashlib
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -80,12 +81,15 @@ class EncodeService:
         self._threads.shutdown(cancel_futures=True)
 
     async def encode(
-        self, items: Sequence[MediaItem], ship: Ship[Shipped], tenant: str = ""
+        self, items: Sequence[MediaItem], ship: Ship[Shipped], tenant: str = "", deadline: float = math.inf
     ) -> AsyncGenerator[LayoutEvent | Shipped | ItemFailed, None]:
         """Per item: its layout as soon as it is known, then whatever `ship` makes of its rows, or ItemFailed instead.
 
         Rows of an equal item of the same tenant are used again. Items finish in any order. Close the iterator (or
         cancel its reader) to stop everything that is not yet running.
+
+        Args:
+            deadline: when the request ends, seconds of the monotonic clock.
 
         Raises:
             BadRequest: no items; TooManyItems: more than this encoder takes in one request.
@@ -96,7 +100,7 @@ class EncodeService:
             raise TooManyItems(f"{len(items)} media items: at most {self._max_items} are accepted in one request")
         events: asyncio.Queue[LayoutEvent | Shipped | ItemFailed | None] = asyncio.Queue(_MAX_EVENTS_AHEAD)
         tasks = [
-            asyncio.create_task(self._run_item(index, item, ship, tenant, events.put))
+            asyncio.create_task(self._run_item(index, item, ship, tenant, deadline, events.put))
             for index, item in enumerate(items)
         ]
         try:
@@ -118,12 +122,13 @@ class EncodeService:
         item: MediaItem,
         ship: Ship[Shipped],
         tenant: str,
+        deadline: float,
         put: Callable[[LayoutEvent | Shipped | ItemFailed | None], Awaitable[None]],
     ) -> None:
         """One item from start to end; None is its last event."""
         outcome = "cancelled"
         try:
-            async with aclosing(self._encode_item(index, item, ship, tenant)) as events:
+            async with aclosing(self._encode_item(index, item, ship, tenant, deadline)) as events:
                 async for event in events:
                     await put(event)
             outcome = "ok"
@@ -139,16 +144,16 @@ class EncodeService:
         await put(None)
 
     async def _encode_item(
-        self, index: int, item: MediaItem, ship: Ship[Shipped], tenant: str
+        self, index: int, item: MediaItem, ship: Ship[Shipped], tenant: str, deadline: float
     ) -> AsyncGenerator[LayoutEvent | Shipped, None]:
         with self._stage("load") as load:
             data = await self._loader.load(item)
         with self._stage("open") as opening:
             opened, layout = await self._in_thread(self._open, item, data)
         key = self._cache_key(tenant, layout)
-        with nullcontext() if self._cache.knows(key) else self._batcher.admit(layout.grid_thw):
+        with nullcontext() if self._cache.knows(key) else self._batcher.admit(layout.grid_thw, deadline):
             yield LayoutEvent(index, layout)
-            made = await self._cache.rows(key, functools.partial(self._make, opened, layout))
+            made = await self._cache.rows(key, functools.partial(self._make, opened, layout, deadline))
             # Shipping to a slow reader takes long: hold no more than the rows meanwhile.
             del opened, data
             timings = ItemTimings(
@@ -162,10 +167,10 @@ class EncodeService:
                     async for part in shipped:
                         yield part
 
-    async def _make(self, opened: OpenedMedia, layout: Layout) -> MadeRows:
+    async def _make(self, opened: OpenedMedia, layout: Layout, deadline: float) -> MadeRows:
         with self._stage("preprocess") as preprocess:
             patches_PX = await self._in_thread(opened.patches)
-        encoded = await self._batcher.encode(patches_PX, layout.grid_thw)
+        encoded = await self._batcher.encode(patches_PX, layout.grid_thw, deadline)
         self._metrics.stage_seconds.labels("queue").observe(encoded.queue_ms / 1e3)
         return MadeRows(encoded.rows_TW, preprocess.elapsed_ms, encoded.queue_ms, encoded.forward_ms)
 

@@ -5,7 +5,7 @@
 
 The former owns the waiting entries; while one batch runs, the next is already packed. On a GPU the next is launched
 before the one in front has ended, so that the GPU never waits for Python. Nothing waits for company: when the tower is
-idle, whatever is there runs.
+idle, whatever is there runs. Items run in the order in which they are due: that of arrival, unless a deadline is near.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import asyncio
 import logging
 import math
 import time
-from collections import deque
+from bisect import insort
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,6 +29,8 @@ from encoder_service.models.grids import GridTHW
 
 _log = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
+# An item is due after so long at the latest, so that those with near deadlines do not keep it waiting for ever.
+_PATIENCE_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,12 @@ class _Entry:
     patches_PX: torch.Tensor
     grid_thw: GridTHW
     result: asyncio.Future[EncodedItem]
+    deadline: float
     queued_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def due(self) -> float:
+        return min(self.deadline, self.queued_at + _PATIENCE_S)
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,7 @@ class Batcher:
         self._cost = cost if cost is not None else CostModel(0.0, 0.0, 0.0)
         self._admitted_patches = 0
         self._admitted_s = 0.0
-        self._waiting: deque[_Entry] = deque()
+        self._waiting: list[_Entry] = []  # by when they are due
         self._unfinished: set[_Entry] = set()
         self._arrived = asyncio.Event()
         self._channel: asyncio.Queue[_Batch] = asyncio.Queue(maxsize=1)
@@ -161,15 +168,19 @@ class Batcher:
         return sum(len(entry.patches_PX) for entry in self._waiting)
 
     @contextmanager
-    def admit(self, grid_thw: GridTHW) -> Iterator[None]:
+    def admit(self, grid_thw: GridTHW, deadline: float = math.inf) -> Iterator[None]:
         """Holds room for an item from before its pixels are decoded until its rows have been shipped.
 
+        Args:
+            deadline: when its request ends, seconds of the monotonic clock.
+
         Raises:
-            Overloaded: the encoder holds as much as it may.
+            Overloaded: the encoder holds as much as it may, or too much for the item to be done in time.
         """
         num_patches, seconds = math.prod(grid_thw), self._cost.seconds(grid_thw)
         if self._admitted_patches:
             self._check_room(num_patches, seconds)
+            self._check_deadline(seconds, deadline)
         self._admitted_patches += num_patches
         self._admitted_s += seconds
         try:
@@ -194,12 +205,22 @@ class Batcher:
                 retry_after_s=too_much_s,
             )
 
-    async def encode(self, patches_PX: torch.Tensor, grid_thw: GridTHW) -> EncodedItem:
+    def _check_deadline(self, seconds: float, deadline: float) -> None:
+        left_s = deadline - time.monotonic()
+        if self._admitted_s + seconds > left_s:
+            raise Overloaded(
+                f"{self._admitted_s:.2g} s of work are queued and the item takes {seconds:.2g} s more, but its request "
+                f"ends in {left_s:.2g} s: give it more time or add encoders",
+                retry_after_s=self._admitted_s,
+            )
+
+    async def encode(self, patches_PX: torch.Tensor, grid_thw: GridTHW, deadline: float = math.inf) -> EncodedItem:
         """Rows of one item. Cancelling takes it out of the queue, or drops its rows if it is running.
 
         Args:
             patches_PX: [t * h * w, patch width], complete, on any device; see `VisionTower.forward`.
             grid_thw: patches along time, height and width.
+            deadline: when its request ends, seconds of the monotonic clock.
 
         Raises:
             InternalError: the forward failed; the reason is in the log.
@@ -207,8 +228,8 @@ class Batcher:
         """
         if self._closed:
             raise _closed_error()
-        entry = _Entry(patches_PX, grid_thw, asyncio.get_running_loop().create_future())
-        self._waiting.append(entry)
+        entry = _Entry(patches_PX, grid_thw, asyncio.get_running_loop().create_future(), deadline)
+        insort(self._waiting, entry, key=lambda each: each.due)
         self._unfinished.add(entry)
         self._arrived.set()
         try:
@@ -232,17 +253,22 @@ class Batcher:
             self._channel.put_nowait(_Batch(entries, packed_PX))
 
     def _take(self) -> list[_Entry]:
-        """The next batch: waiting entries in order, less cancelled ones, while they fit."""
+        """The next batch: waiting entries as they are due, less cancelled ones, while they fit.
+
+        None joins that would make the first one late.
+        """
         entries: list[_Entry] = []
-        num_patches = 0
+        num_patches, slack_s = 0, math.inf
         while self._waiting:
             entry = self._waiting[0]
             if not entry.result.done():
+                seconds = self._cost.seconds(entry.grid_thw)
                 num_patches += len(entry.patches_PX)
-                if entries and num_patches > self._max_batch_patches:
+                if entries and (num_patches > self._max_batch_patches or seconds > slack_s):
                     break
+                slack_s = slack_s - seconds if entries else _slack_s(entry, seconds)
                 entries.append(entry)
-            self._waiting.popleft()
+            self._waiting.pop(0)
         return entries
 
     async def _run_batches(self) -> None:
@@ -301,6 +327,12 @@ class Batcher:
         for entry in entries:
             if not entry.result.done():
                 entry.result.set_exception(error)
+
+
+def _slack_s(entry: _Entry, seconds: float) -> float:
+    """How much more than its own `seconds` of work may run with it; without limit if it is late anyway."""
+    slack_s = entry.deadline - time.monotonic() - seconds
+    return slack_s if slack_s > 0 else math.inf
 
 
 def _pack(entries: list[_Entry]) -> torch.Tensor:

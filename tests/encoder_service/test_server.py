@@ -268,11 +268,26 @@ async def test_overload_reaches_the_client_as_overload(qwen3_vl_folder: Path, tm
         await client.close()
 
 
+async def test_a_call_that_ends_too_soon_for_what_is_queued_is_refused(encoder: RunningEncoder) -> None:
+    encoder.batcher._cost.per_patch_s = 0.5
+    stub = encoder_pb2_grpc.EncoderStub(encoder.channel)
+    request = encoder_pb2.EncodeRequest(items=[image_message(png(64, 64))])  # 16 patches
+    with encoder.batcher.admit((1, 4, 4)):
+        responses = [response async for response in stub.Encode(request, timeout=12)]
+        assert [response.failed.code for response in responses] == ["overloaded"]
+        assert "8 s of work are queued" in responses[0].failed.message
+        responses = [response async for response in stub.Encode(request, timeout=30)]
+        assert "overloaded" not in [response.failed.code for response in responses]
+
+
 class StuckContext:
     """A call whose peer takes the layout and then nothing more."""
 
     def __init__(self) -> None:
         self.stuck = asyncio.Event()
+
+    def time_remaining(self) -> float | None:
+        return None
 
     async def write(self, message: encoder_pb2.EncodeResponse | bytes) -> None:
         if isinstance(message, encoder_pb2.EncodeResponse) and message.WhichOneof("event") == "ready":

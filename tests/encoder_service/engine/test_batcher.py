@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from embedding_transport.checkpoint import open_checkpoint
 from embedding_transport.errors import EncoderUnavailable, InternalError, Overloaded
 from encoder_service.engine.batcher import Batcher, BatchReport, EncodedItem
+from encoder_service.engine.cost_model import CostModel
 from encoder_service.models import build_tower
 from encoder_service.models.grids import GridTHW
 from tests.encoder_service.models.reference import random_patches
@@ -32,7 +34,7 @@ def tower(qwen3_vl_folder: Path) -> GatedTower:
 
 @asynccontextmanager
 async def batching(
-    tower: GatedTower, *, max_batch_patches: int = 64, max_queued_patches: int = 1000
+    tower: GatedTower, *, max_batch_patches: int = 64, max_queued_patches: int = 1000, cost: CostModel | None = None
 ) -> AsyncIterator[tuple[Batcher, list[BatchReport]]]:
     tower.batches.clear()
     tower.entered.clear()
@@ -40,7 +42,11 @@ async def batching(
     tower.error = None
     reports: list[BatchReport] = []
     batcher = Batcher(
-        tower, max_batch_patches=max_batch_patches, max_queued_patches=max_queued_patches, on_batch=reports.append
+        tower,
+        max_batch_patches=max_batch_patches,
+        max_queued_patches=max_queued_patches,
+        cost=cost,
+        on_batch=reports.append,
     )
     batcher.start()
     try:
@@ -50,8 +56,8 @@ async def batching(
         await batcher.close()
 
 
-def submit(batcher: Batcher, grid: GridTHW, seed: int = 0) -> asyncio.Task[EncodedItem]:
-    return asyncio.create_task(batcher.encode(random_patches([grid], PATCH_WIDTH, seed), grid))
+def submit(batcher: Batcher, grid: GridTHW, seed: int = 0, deadline: float = math.inf) -> asyncio.Task[EncodedItem]:
+    return asyncio.create_task(batcher.encode(random_patches([grid], PATCH_WIDTH, seed), grid, deadline))
 
 
 async def block_tower(tower: GatedTower, batcher: Batcher) -> asyncio.Task[EncodedItem]:
@@ -94,6 +100,39 @@ async def test_what_arrives_while_the_tower_is_busy_runs_together_up_to_the_limi
         await asyncio.gather(blocker, *waiting)
     # 16 + 24 patches fit into 40, another 16 do not; 64 run alone though they are more than 40.
     assert tower.batches == [[SMALL], [SMALL, WIDE], [SMALL], [LARGE], [SMALL]]
+
+
+async def test_near_deadlines_come_first_and_no_company_makes_them_late(tower: GatedTower) -> None:
+    cost = CostModel(0.0, 0.1, 0.0)  # 1.6 s for SMALL, 2.4 s for WIDE
+    async with batching(tower, cost=cost) as (batcher, _):
+        blocker = await block_tower(tower, batcher)
+        packed = submit(batcher, SMALL)
+        await settle(batcher)
+        now = time.monotonic()
+        waiting = [
+            submit(batcher, SMALL),
+            submit(batcher, SMALL, deadline=now + 300),  # is due when its patience ends, behind the one before
+            submit(batcher, WIDE, deadline=now + 4.1),
+            submit(batcher, LARGE, deadline=now + 0.001),  # late whatever is done: it keeps nobody out
+        ]
+        await asyncio.sleep(0.02)
+        tower.gate.set()
+        await asyncio.gather(blocker, packed, *waiting)
+    # WIDE has 1.7 s to spare (the model learns that it takes less), which one SMALL uses.
+    assert tower.batches == [[SMALL], [SMALL], [LARGE], [WIDE, SMALL], [SMALL]]
+
+
+async def test_what_cannot_be_done_in_time_is_refused_while_there_is_other_work(tower: GatedTower) -> None:
+    async with batching(tower, cost=CostModel(0.0, 0.1, 0.0)) as (batcher, _):
+        soon = time.monotonic() + 3
+        with batcher.admit(WIDE, soon):  # 2.4 s
+            with pytest.raises(Overloaded, match=r"2\.4 s of work are queued") as refused, batcher.admit(SMALL, soon):
+                pass
+            assert refused.value.retry_after_s == pytest.approx(2.4)
+            with batcher.admit(SMALL, soon + 2):
+                pass
+        with batcher.admit(LARGE, soon):  # 6.4 s, but the model may be wrong and nothing else is lost
+            pass
 
 
 async def test_an_idle_tower_does_not_wait_for_company(tower: GatedTower) -> None:
