@@ -46,6 +46,7 @@ class LlmConfig(ServiceSettings):
     max_num_batched_tokens: int = Field(2048, ge=1, description="tokens in one step: the longest prefill chunk")
     max_num_seqs: int = Field(64, ge=1, description="requests in one step")
     kv_cache_tokens: int = Field(32768, ge=_BLOCK_SIZE, description="tokens whose keys and values are kept")
+    prefix_cache: bool = Field(True, description="use keys and values again for prompts that begin alike")
     max_waiting: int = Field(512, ge=0, description="requests that may wait before more are refused with 429")
     max_items: int = Field(64, ge=0, description="images and videos accepted in one request")
     skip_tokenizer_init: bool = Field(False, description="load no tokenizer: token ids in, token ids out")
@@ -70,6 +71,7 @@ class LlmConfig(ServiceSettings):
             num_blocks=self.kv_cache_tokens // _BLOCK_SIZE,
             max_model_len=max_model_len,
             max_waiting=self.max_waiting,
+            prefix_cache=self.prefix_cache,
         )
 
 

@@ -95,7 +95,21 @@ class _EngineCollector(Collector):
         yield GaugeMetricFamily("vitrine_llm_running", "Requests that hold KV blocks.", stats.running)
         yield GaugeMetricFamily("vitrine_llm_waiting", "Requests that wait for room.", stats.waiting)
         yield GaugeMetricFamily("vitrine_llm_kv_blocks_used", "KV blocks in use.", stats.kv_blocks_used)
+        yield GaugeMetricFamily(
+            "vitrine_llm_kv_blocks_kept",
+            "KV blocks held by nobody whose content may be used again.",
+            stats.kv_blocks_kept,
+        )
         yield GaugeMetricFamily("vitrine_llm_kv_blocks", "KV blocks in all.", stats.kv_blocks_total)
+        yield CounterMetricFamily("vitrine_llm_kv_blocks_evicted", "Kept KV blocks given up.", stats.kv_blocks_evicted)
+        yield CounterMetricFamily(
+            "vitrine_llm_preemptions",
+            "Requests that gave their KV blocks up and were computed anew.",
+            stats.num_preempted,
+        )
+        yield CounterMetricFamily(
+            "vitrine_llm_cached_tokens", "Prompt tokens whose KV was in the cache.", stats.num_cached_tokens
+        )
         yield CounterMetricFamily("vitrine_llm_steps", "Steps of the engine.", stats.num_steps)
         computed = CounterMetricFamily("vitrine_llm_computed_tokens", "Tokens run, by phase.", labels=["phase"])
         computed.add_metric(["prefill"], stats.num_prefill_tokens)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 
-from embedding_transport.errors import BadRequest, InternalError, Overloaded, VitrineError
+from embedding_transport.errors import BadRequest, InternalError, LeaseExpired, Overloaded, VitrineError
 from embedding_transport.types import EmbeddingRows
 from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
 from llm_worker.engine.kv_cache import KvCache
+from llm_worker.engine.prefix_hashes import extend_prefix_hashes
 from llm_worker.engine.request import EngineTimings, ExpandedPrompt, SamplingParams, TokenOutput
 from llm_worker.engine.sampler import sample, token_logprobs
 from llm_worker.engine.scheduler import Chunk, Scheduler
@@ -24,6 +26,8 @@ from llm_worker.engine.sequence import Sequence
 from llm_worker.models.decoder import TextDecoder
 
 _log = logging.getLogger(__name__)
+# How often a request's media rows are asked for anew before it fails.
+_MAX_LOST_ROWS = 3
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class EngineConfig:
 
     max_num_batched_tokens: tokens in one step, and so the longest prefill chunk; max_num_seqs: sequences in one step.
     num_blocks blocks of block_size tokens are the KV cache; max_model_len: longest prompt plus answer, tokens.
-    max_waiting: requests that may wait beside max_num_seqs running ones.
+    max_waiting: requests that may wait beside max_num_seqs running ones. prefix_cache: whether KV is used again.
     """
 
     max_num_batched_tokens: int = 2048
@@ -41,35 +45,50 @@ class EngineConfig:
     num_blocks: int = 2048
     max_model_len: int = 32768
     max_waiting: int = 512
+    prefix_cache: bool = True
 
 
 @dataclass
 class EngineStats:
-    """Requests and KV blocks now; steps and tokens since the start."""
+    """Requests and KV blocks now; steps, tokens, preemptions and evicted blocks since the start.
+
+    kv_blocks_kept: held by nobody, but with content that may be used again. num_cached_tokens: of prompts, not computed
+    because their KV was there.
+    """
 
     running: int
     waiting: int
     kv_blocks_used: int
+    kv_blocks_kept: int
     kv_blocks_total: int
+    kv_blocks_evicted: int
     num_steps: int
     num_prefill_tokens: int
     num_decode_tokens: int
+    num_cached_tokens: int
+    num_preempted: int
 
 
 class RequestHandle:
     """A request as the frontend holds it: iterate over its tokens. Belongs to the event loop that submitted it."""
 
-    def __init__(self, engine: Engine, request_id: str) -> None:
+    def __init__(self, engine: Engine, request_id: str, send_rows: Callable[[list[int]], None]) -> None:
         self.request_id = request_id
         self.timings = EngineTimings()
         self.sequence: Sequence
         self._engine = engine
+        self._send_rows = send_rows
         self._loop = asyncio.get_running_loop()
         self._outputs: asyncio.Queue[TokenOutput | VitrineError] = asyncio.Queue()
 
-    def set_prompt(self, prompt: ExpandedPrompt) -> None:
-        """The whole prompt; it begins with the prefix that was submitted."""
-        self._engine.call(self._engine.on_prompt, self.sequence, prompt)
+    def set_prompt(self, prompt: ExpandedPrompt, coming: Iterable[int] | None = None) -> None:
+        """The whole prompt; it begins with the prefix that was submitted.
+
+        Args:
+            coming: media items whose rows will be handed over without being asked for; None for all.
+        """
+        items = {span.item_index for span in prompt.spans} if coming is None else set(coming)
+        self._engine.call(self._engine.on_prompt, self.sequence, prompt, items)
 
     def set_rows(self, item_index: int, rows: EmbeddingRows) -> None:
         """Hands rows over: the engine releases them once they have landed, or when the request ends."""
@@ -103,8 +122,15 @@ class RequestHandle:
             self.timings = timings
             self._outputs.put_nowait(output)
 
+        self._on_loop(put)
+
+    def request_rows(self, items: list[int]) -> None:
+        """Has the rows of these items handed over, (again); called on the engine's thread."""
+        self._on_loop(functools.partial(self._send_rows, items))
+
+    def _on_loop(self, function: Callable[[], None]) -> None:
         try:
-            self._loop.call_soon_threadsafe(put)
+            self._loop.call_soon_threadsafe(function)
         except RuntimeError:
             _log.debug("request %s: its event loop is closed", self.request_id)
 
@@ -118,7 +144,11 @@ class Engine:
         self._kv_cache = KvCache(decoder.config, config.num_blocks, config.block_size, decoder.device, decoder.dtype)
         self._buffer = InputEmbedBuffer(decoder, config.max_num_batched_tokens)
         self._scheduler = Scheduler(
-            self._kv_cache, config.max_num_batched_tokens, config.max_num_seqs, config.max_model_len
+            self._kv_cache,
+            config.max_num_batched_tokens,
+            config.max_num_seqs,
+            config.max_model_len,
+            config.prefix_cache,
         )
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._arrivals = itertools.count()
@@ -141,15 +171,27 @@ class Engine:
         self.call(self._on_close)
         self._thread.join()
 
-    def submit(self, request_id: str, prefix_token_ids: list[int], sampling: SamplingParams) -> RequestHandle:
+    def submit(
+        self,
+        request_id: str,
+        prefix_token_ids: list[int],
+        sampling: SamplingParams,
+        send_rows: Callable[[list[int]], None],
+    ) -> RequestHandle:
         """Takes a request in. Its prefix, the text in front of the first media item, is prefilled at once.
+
+        Args:
+            send_rows: called on the caller's event loop when rows of these items are needed that are not coming: they
+                were not announced, or they are lost. Then `set_rows` is due, or `fail`.
 
         Raises:
             Overloaded: too many requests are waiting.
         """
         limit = self._config.max_num_seqs + self._config.max_waiting
-        handle = RequestHandle(self, request_id)
-        sequence = Sequence(request_id, next(self._arrivals), list(prefix_token_ids), sampling, handle.deliver)
+        handle = RequestHandle(self, request_id, send_rows)
+        sequence = Sequence(
+            request_id, next(self._arrivals), list(prefix_token_ids), sampling, handle.deliver, handle.request_rows
+        )
         handle.sequence = sequence
         with self._lock:
             if self._num_live >= limit:
@@ -160,15 +202,28 @@ class Engine:
         self.call(self._on_submit, sequence)
         return handle
 
+    def missing_items(self, prompt: ExpandedPrompt) -> set[int]:
+        """Media items of the prompt whose KV is not in the cache now; it may be evicted any moment. From any thread."""
+        if not self._config.prefix_cache:
+            return prompt.items_from(0)
+        block_size = self._config.block_size
+        hashes: list[bytes] = []
+        extend_prefix_hashes(hashes, prompt.token_ids, prompt, block_size, (len(prompt.token_ids) - 1) // block_size)
+        return prompt.items_from(len(self._kv_cache.match(hashes)) * block_size)
+
     def stats(self) -> EngineStats:
         return EngineStats(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
             kv_blocks_used=self._kv_cache.num_blocks - self._kv_cache.num_free,
+            kv_blocks_kept=self._kv_cache.num_kept,
             kv_blocks_total=self._kv_cache.num_blocks,
+            kv_blocks_evicted=self._kv_cache.num_evicted,
             num_steps=self._num_steps,
             num_prefill_tokens=self._num_prefill_tokens,
             num_decode_tokens=self._num_decode_tokens,
+            num_cached_tokens=self._scheduler.num_cached_tokens,
+            num_preempted=self._scheduler.num_preempted,
         )
 
     def call(self, function: Callable[..., None], *arguments: object) -> None:
@@ -183,6 +238,9 @@ class Engine:
         try:
             while not self._closing:
                 chunks = self._scheduler.schedule()
+                for sequence in self._scheduler.running:
+                    if missing := sequence.missing_items():
+                        sequence.request_rows(missing)
                 if chunks:
                     self._step(chunks)
                     self._run_calls()
@@ -205,22 +263,26 @@ class Engine:
         if self._closing:
             self._on_close()
 
-    def on_prompt(self, sequence: Sequence, prompt: ExpandedPrompt) -> None:
+    def on_prompt(self, sequence: Sequence, prompt: ExpandedPrompt, coming: set[int]) -> None:
         if sequence.finished:
             return
         try:
             if not prompt.token_ids:
                 raise BadRequest("the prompt is empty")
             sequence.set_prompt(prompt)
+            sequence.coming = coming - sequence.rows.keys()
             self._scheduler.check_length(sequence)
         except VitrineError as error:
             self.on_fail(sequence, error)
 
     def on_rows(self, sequence: Sequence, item_index: int, rows: EmbeddingRows) -> None:
+        sequence.coming.discard(item_index)
         if sequence.finished or item_index in sequence.rows:
             rows.release()
-        else:
-            sequence.rows[item_index] = rows
+            return
+        sequence.rows[item_index] = rows
+        if sequence.matched:  # and perhaps already computed, by an earlier request
+            sequence.release_landed_rows()
 
     def on_cancel(self, sequence: Sequence) -> None:
         if not sequence.finished:
@@ -249,12 +311,10 @@ class Engine:
             with torch.inference_mode():
                 inputs, failed = self._buffer.write(chunks)
                 hidden_TC = self._decoder(inputs, self._kv_cache.layers)
-                for chunk, error in failed:
-                    self._fail_landing(chunk.sequence, error)
                 sampling = [
                     (chunk, slice_.start + slice_.length - 1)
                     for chunk, slice_ in zip(chunks, inputs.sequences, strict=True)
-                    if chunk.samples and not chunk.sequence.finished
+                    if chunk.samples and chunk not in failed
                 ]
                 logits_BV = self._decoder.logits(hidden_TC[[row for _, row in sampling]]).cpu()
         except Exception as error:
@@ -262,7 +322,9 @@ class Engine:
             for chunk in chunks:
                 self.on_fail(chunk.sequence, InternalError(f"the step failed: {type(error).__name__}"))
             return
-        self._account(chunks, time.perf_counter() - start)
+        self._account([chunk for chunk in chunks if chunk not in failed], time.perf_counter() - start)
+        for chunk, reason in failed.items():
+            self._landing_failed(chunk, reason)
         for (chunk, _), logits_V in zip(sampling, logits_BV, strict=True):
             try:
                 self._emit_token(chunk.sequence, logits_V)
@@ -271,7 +333,14 @@ class Engine:
                 message = f"choosing the next token failed: {type(error).__name__}"
                 self.on_fail(chunk.sequence, InternalError(message))
 
-    def _fail_landing(self, sequence: Sequence, error: Exception) -> None:
+    def _landing_failed(self, chunk: Chunk, error: Exception) -> None:
+        """The chunk does not count. Rows that were lost on the way are asked for again, else the request fails."""
+        sequence = chunk.sequence
+        if isinstance(error, LeaseExpired) and sequence.num_lost_rows < _MAX_LOST_ROWS:
+            _log.warning("request %s: %s", sequence.request_id, error)
+            sequence.num_lost_rows += 1
+            sequence.release_rows({span.item_index for span in sequence.spans_in(chunk.start, chunk.stop)})
+            return
         if not isinstance(error, VitrineError):
             _log.error("landing the rows of %s failed", sequence.request_id, exc_info=error)
             error = InternalError(f"landing the media rows failed: {type(error).__name__}")
@@ -281,12 +350,12 @@ class Engine:
         self._num_steps += 1
         for chunk in chunks:
             sequence = chunk.sequence
-            if sequence.num_generated:
+            if sequence.is_decoding:
                 self._num_decode_tokens += chunk.length
             else:
                 self._num_prefill_tokens += chunk.length
                 sequence.prefill_s += duration_s
-            sequence.num_computed = chunk.stop
+            self._scheduler.computed(chunk)
             if sequence.rows and sequence.prompt is not None:
                 sequence.release_landed_rows()
 

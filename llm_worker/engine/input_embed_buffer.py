@@ -28,7 +28,7 @@ class InputEmbedBuffer:
         self._positions_3M = torch.zeros(3, max_num_batched_tokens, device=device, dtype=torch.int64)
         self._slot_mapping_M = torch.zeros(max_num_batched_tokens, device=device, dtype=torch.int64)
 
-    def write(self, chunks: Many[Chunk]) -> tuple[StepInputs, list[tuple[Chunk, Exception]]]:
+    def write(self, chunks: Many[Chunk]) -> tuple[StepInputs, dict[Chunk, Exception]]:
         """Fills the buffers with the step's tokens.
 
         Returns:
@@ -47,14 +47,14 @@ class InputEmbedBuffer:
             stop - chunk.length for chunk, stop in zip(chunks, accumulate(each.length for each in chunks), strict=True)
         ]
         has_media = any(chunk.sequence.spans_in(chunk.start, chunk.stop) for chunk in chunks)
-        failed: list[tuple[Chunk, Exception]] = []
+        failed: dict[Chunk, Exception] = {}
         if has_media:
             self._deepstack_NMC[:, :num_tokens] = 0
             for chunk, start in zip(chunks, starts, strict=True):
                 try:
                     self._land(chunk, start)
                 except Exception as error:  # whatever happens to one request's rows must not reach the others
-                    failed.append((chunk, error))
+                    failed[chunk] = error
         inputs = StepInputs(
             embeds_TC=self._embeds_MC[:num_tokens],
             deepstack_NTC=self._deepstack_NMC[:, :num_tokens] if has_media and len(self._deepstack_NMC) else None,

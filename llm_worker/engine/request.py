@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 
@@ -37,6 +39,11 @@ class MediaSpan:
     length: int
     first_row: int
 
+    @property
+    def stop(self) -> int:
+        """The position behind the last."""
+        return self.start + self.length
+
 
 @dataclass(frozen=True)
 class ExpandedPrompt:
@@ -46,16 +53,28 @@ class ExpandedPrompt:
     positions_3N: M-RoPE positions (t, h, w), int64 on the CPU.
     next_position: M-RoPE position of the first generated token (all three axes).
     spans: in order of `start`.
+    content_hashes: of each media item, empty where it is not known: equal ones have equal rows.
     """
 
     token_ids: list[int]
     positions_3N: torch.Tensor
     next_position: int
     spans: tuple[MediaSpan, ...] = ()
+    content_hashes: tuple[bytes, ...] = ()
 
     @property
     def num_media_tokens(self) -> int:
         return sum(span.length for span in self.spans)
+
+    def spans_in(self, start: int, stop: int) -> list[MediaSpan]:
+        """Those that overlap positions [start, stop)."""
+        # In order of their starts, and so of their stops: a video has hundreds.
+        first = bisect_right(self.spans, start, key=lambda span: span.stop)
+        return list(takewhile(lambda span: span.start < stop, self.spans[first:]))
+
+    def items_from(self, start: int) -> set[int]:
+        """Media items with rows at position `start` or behind it."""
+        return {span.item_index for span in self.spans if span.stop > start}
 
 
 @dataclass(frozen=True)
@@ -78,9 +97,13 @@ class TokenOutput:
 
 @dataclass(frozen=True)
 class EngineTimings:
-    """Milliseconds this request spent in the engine; `ttft_ms` counts from submit to the first token."""
+    """Milliseconds this request spent in the engine; `ttft_ms` counts from submit to the first token.
+
+    num_cached_tokens: tokens of the prompt whose keys and values were there already.
+    """
 
     land_ms: float = 0.0
     prefill_ms: float = 0.0
     decode_ms: float = 0.0
     ttft_ms: float = 0.0
+    num_cached_tokens: int = 0

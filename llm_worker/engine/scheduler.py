@@ -3,9 +3,9 @@
 Requests are taken in by arrival. Whoever is in decodes one token a step; what is left of the step's budget goes to
 prefill chunks. A sequence whose media rows are late takes part with what it has, or not at all: nobody waits for it.
 
-A sequence reserves KV for its prompt and everything it may generate before it computes its prompt, so nobody in the
-running set can be stuck for memory. Only the text in front of the first media item runs before that; its blocks are
-given up again if the reservation does not succeed.
+A sequence holds KV blocks for the tokens it knows. Where a running one needs another block and there is none, the one
+that came last gives all of its own up and waits to be computed anew: the first can always go on. What the cache still
+knows by then, or knew of another request's equal beginning, is not computed again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,28 @@ class Chunk:
 
 
 class Scheduler:
-    def __init__(self, kv_cache: KvCache, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int) -> None:
+    """
+    num_preempted: how often a sequence had to give its blocks up; num_cached_tokens: tokens of prompts that were not
+    computed because their KV was there; both since the start.
+    """
+
+    def __init__(
+        self,
+        kv_cache: KvCache,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        prefix_cache: bool = True,
+    ) -> None:
+        """
+        Args:
+            max_num_batched_tokens, max_num_seqs: in one step.
+            max_model_len: longest prompt plus answer, tokens.
+            prefix_cache: KV of one request is used again by others that begin alike.
+        """
+        self.num_preempted = 0
+        self.num_cached_tokens = 0
+        self._prefix_cache = prefix_cache
         self._kv_cache = kv_cache
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_seqs = max_num_seqs
@@ -50,7 +71,7 @@ class Scheduler:
             if sequence in queue:
                 queue.remove(sequence)
         self._kv_cache.free(sequence.blocks)
-        sequence.release_rows()
+        sequence.release_rows(sequence.rows)
         sequence.finished = True
 
     def check_length(self, sequence: Sequence) -> None:
@@ -71,12 +92,14 @@ class Scheduler:
 
     def schedule(self) -> list[Chunk]:
         """The next step's chunks; empty where nothing can run now."""
-        self._reserve_for_running()
+        for sequence in list(self.running):
+            if sequence in self.running:  # and not preempted for one before it
+                self._make_room(sequence)
         self._admit()
         chunks: list[Chunk] = []
         budget = self._max_num_batched_tokens
-        decoding = [each for each in self.running if each.num_generated > 0]
-        prefilling = [each for each in self.running if each.num_generated == 0]
+        decoding = [each for each in self.running if each.is_decoding]
+        prefilling = [each for each in self.running if not each.is_decoding]
         for sequence in (*decoding, *prefilling):
             if len(chunks) == self._max_num_seqs:
                 break
@@ -88,25 +111,75 @@ class Scheduler:
                 budget -= stop - start
         return chunks
 
-    def _reserve_for_running(self) -> None:
-        """Sequences that ran ahead on their text and know their prompt by now get their whole reservation, or leave."""
-        for sequence in [each for each in self.running if each.prompt is not None and not each.reserved]:
-            if not self._reserve(sequence):
-                self.running.remove(sequence)
-                self._kv_cache.free(sequence.blocks)
-                sequence.num_computed = 0
-                self.add(sequence)
+    def computed(self, chunk: Chunk) -> None:
+        """The chunk has run; its full blocks can be used by others from now on."""
+        sequence, block_size = chunk.sequence, self._kv_cache.block_size
+        sequence.num_computed = chunk.stop
+        first, stop = chunk.start // block_size, chunk.stop // block_size
+        if self._prefix_cache and stop > first:
+            for index, content_hash in enumerate(sequence.hashes(block_size, stop)[first:], first):
+                self._kv_cache.keep(sequence.blocks, index, content_hash)
+
+    def _make_room(self, sequence: Sequence) -> None:
+        """Blocks for every token that a running sequence knows, at the cost of those that came after it."""
+        if sequence.prompt is not None and not sequence.matched:
+            self._match_further(sequence)
+        while not self._kv_cache.grow(sequence.blocks, len(sequence.token_ids)):
+            last = self.running[-1]
+            self._preempt(last)
+            if last is sequence:
+                return
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.num_preempted += 1
+        self.running.remove(sequence)
+        self._kv_cache.free(sequence.blocks)
+        sequence.give_up()
+        self.add(sequence)
 
     def _admit(self) -> None:
         for sequence in list(self.waiting):
             if sequence.prompt is None:
-                if not sequence.token_ids or not self._kv_cache.grow(sequence.blocks, len(sequence.token_ids)):
+                if not sequence.token_ids or not self._begin(sequence):
                     continue  # nothing to run ahead on, or no room to: later ones may have their whole prompt
-            elif not self._reserve(sequence):
+            elif not self._begin(sequence):
                 return
             self.waiting.remove(sequence)
             insort(self.running, sequence, key=lambda each: each.arrival)
 
-    def _reserve(self, sequence: Sequence) -> bool:
-        sequence.reserved = self._kv_cache.grow(sequence.blocks, sequence.max_total_tokens)
-        return sequence.reserved
+    def _begin(self, sequence: Sequence) -> bool:
+        """Gives a sequence its first blocks, if that leaves a block to each of those that run."""
+        matched = self._matched(sequence)
+        if not self._kv_cache.begin(sequence.blocks, matched, len(sequence.token_ids), len(self.running)):
+            return False
+        self._use(sequence, matched)
+        return True
+
+    def _match_further(self, sequence: Sequence) -> None:
+        """A sequence that ran ahead on its text knows its media now, and the cache may know them, too."""
+        matched = self._matched(sequence)
+        if len(matched) * self._kv_cache.block_size > sequence.num_computed:
+            self._kv_cache.free(sequence.blocks)
+            # What it held covers what it gets, less the blocks that it shares.
+            begun = self._kv_cache.begin(sequence.blocks, matched, len(matched) * self._kv_cache.block_size)
+            assert begun
+            self._use(sequence, matched)
+        else:
+            self._use(sequence, [])
+
+    def _matched(self, sequence: Sequence) -> list[int]:
+        """Blocks in the cache with the sequence's first tokens; the last token has to run, to be sampled from."""
+        if not self._prefix_cache:
+            return []
+        block_size = self._kv_cache.block_size
+        return self._kv_cache.match(sequence.hashes(block_size, (len(sequence.token_ids) - 1) // block_size))
+
+    def _use(self, sequence: Sequence, matched: list[int]) -> None:
+        num_cached = len(matched) * self._kv_cache.block_size
+        sequence.num_computed = max(sequence.num_computed, num_cached)
+        if sequence.prompt is not None:
+            sequence.matched = True
+            sequence.release_landed_rows()
+            if sequence.num_cached is None:
+                sequence.num_cached = num_cached
+                self.num_cached_tokens += num_cached

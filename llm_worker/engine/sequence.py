@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -11,9 +11,11 @@ import torch
 from embedding_transport.errors import InternalError, VitrineError
 from embedding_transport.types import EmbeddingRows
 from llm_worker.engine.kv_cache import BlockTable
+from llm_worker.engine.prefix_hashes import extend_prefix_hashes
 from llm_worker.engine.request import EngineTimings, ExpandedPrompt, MediaSpan, SamplingParams, TokenOutput
 
 Deliver = Callable[[TokenOutput | VitrineError, EngineTimings], None]
+RequestRows = Callable[[list[int]], None]
 
 
 @dataclass(eq=False)
@@ -21,7 +23,9 @@ class Sequence:
     """Owned by the engine's thread.
 
     token_ids: the text in front of the first media item, then the whole prompt, then what was generated.
-    num_computed: tokens whose KV is in the cache. reserved: blocks for the whole generation are held.
+    num_computed: tokens whose KV is in the cache.
+    matched: what the cache knows of this prompt was looked up. num_cached: tokens of the prompt that it had at first.
+    coming: media items whose rows somebody is about to hand over; request_rows asks for others.
     """
 
     request_id: str
@@ -29,12 +33,17 @@ class Sequence:
     token_ids: list[int]
     sampling: SamplingParams
     deliver: Deliver
+    request_rows: RequestRows
     prompt: ExpandedPrompt | None = None
     rows: dict[int, EmbeddingRows] = field(default_factory=dict)
     blocks: BlockTable = field(default_factory=BlockTable)
     num_computed: int = 0
     max_total_tokens: int = 0
-    reserved: bool = False
+    matched: bool = False
+    num_cached: int | None = None
+    coming: set[int] = field(default_factory=set)
+    num_lost_rows: int = 0
+    prefix_hashes: list[bytes] = field(default_factory=list)
     finished: bool = False
     land_s: float = 0.0
     prefill_s: float = 0.0
@@ -58,17 +67,20 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def is_decoding(self) -> bool:
+        """Whether its whole prompt is computed."""
+        return self.prompt is not None and self.num_computed >= self.num_prompt_tokens
+
+    @property
     def num_runnable(self) -> int:
         """Tokens that could be computed now: all up to the first media rows that are not here yet."""
         if self.prompt is None:
             # One is kept back: should nothing follow, the last token has yet to run to be sampled from.
             return max(len(self.token_ids) - 1, 0)
-        if self.num_computed >= self.num_prompt_tokens:
-            return len(self.token_ids)
         late = (
             span.start
             for span in self.prompt.spans
-            if span.item_index not in self.rows and span.start + span.length > self.num_computed
+            if span.stop > self.num_computed and span.item_index not in self.rows
         )
         return min(late, default=len(self.token_ids))
 
@@ -77,12 +89,24 @@ class Sequence:
             raise InternalError(f"the prompt of {self.request_id} does not begin with the text that was prefilled")
         self.prompt = prompt
         self.token_ids = list(prompt.token_ids)
+        self.matched = False
+
+    def hashes(self, block_size: int, num_blocks: int) -> list[bytes]:
+        """Of the first blocks, `num_blocks` at most; see `prefix_hashes.py`."""
+        extend_prefix_hashes(self.prefix_hashes, self.token_ids, self.prompt, block_size, num_blocks)
+        return self.prefix_hashes[:num_blocks]
+
+    def missing_items(self) -> list[int]:
+        """Media items that are still to be computed and that nobody is about to hand over; they count as coming now."""
+        if self.prompt is None or self.is_decoding:
+            return []
+        missing = self.prompt.items_from(self.num_computed) - self.rows.keys() - self.coming
+        self.coming |= missing
+        return sorted(missing)
 
     def spans_in(self, start: int, stop: int) -> list[MediaSpan]:
-        """Media spans that overlap prompt positions [start, stop)."""
-        if self.prompt is None or start >= self.num_prompt_tokens:
-            return []
-        return [span for span in self.prompt.spans if span.start < stop and span.start + span.length > start]
+        """Media spans that overlap tokens [start, stop)."""
+        return self.prompt.spans_in(start, stop) if self.prompt is not None else []
 
     def positions(self, start: int, stop: int) -> torch.Tensor:
         """M-RoPE positions of tokens [start, stop), [3, stop - start] int64."""
@@ -91,21 +115,25 @@ class Sequence:
         num_prompt = self.num_prompt_tokens
         if stop <= num_prompt:
             return self.prompt.positions_3N[:, start:stop]
-        assert start >= num_prompt, "a chunk ends with the prompt: what follows is not known before"
         offset = self.prompt.next_position - num_prompt
-        return torch.arange(start + offset, stop + offset).expand(3, -1)
+        generated = torch.arange(max(start, num_prompt) + offset, stop + offset).expand(3, -1)
+        if start >= num_prompt:
+            return generated
+        return torch.cat([self.prompt.positions_3N[:, start:], generated], dim=1)
+
+    def give_up(self) -> None:
+        """What was computed is lost; media rows that are still here can be used again."""
+        self.num_computed = 0
+        self.matched = False
 
     def release_landed_rows(self) -> None:
         """Releases the rows of every item whose last row is in the cache."""
         assert self.prompt is not None
-        needed = {span.item_index for span in self.prompt.spans if span.start + span.length > self.num_computed}
-        for item_index in [each for each in self.rows if each not in needed]:
-            self.rows.pop(item_index).release()
+        self.release_rows(self.rows.keys() - self.prompt.items_from(self.num_computed))
 
-    def release_rows(self) -> None:
-        for rows in self.rows.values():
-            rows.release()
-        self.rows.clear()
+    def release_rows(self, items: Iterable[int]) -> None:
+        for item_index in list(items):
+            self.rows.pop(item_index).release()
 
     def timings(self) -> EngineTimings:
         first = self.first_token_at
@@ -114,4 +142,5 @@ class Sequence:
             prefill_ms=self.prefill_s * 1000,
             decode_ms=(time.perf_counter() - first) * 1000 if first is not None else 0.0,
             ttft_ms=(first - self.submitted_at) * 1000 if first is not None else 0.0,
+            num_cached_tokens=self.num_cached or 0,
         )

@@ -52,10 +52,14 @@ class Delta:
 
 @dataclass(frozen=True)
 class Finished:
-    """finish_reason: "stop" (end token, stop token or stop string) or "length"."""
+    """finish_reason: "stop" (end token, stop token or stop string) or "length".
+
+    num_cached_tokens: of the prompt's, those that an earlier request had left in the KV cache.
+    """
 
     finish_reason: str
     num_prompt_tokens: int
+    num_cached_tokens: int
     num_completion_tokens: int
     timings: StageTimings
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Any
 
 from embedding_transport.encoder_client import EncoderClient
 from embedding_transport.errors import BadRequest, InternalError, TooManyItems, VitrineError
-from embedding_transport.types import ItemTimings, Layout, LayoutEvent, RowsEvent
+from embedding_transport.types import EmbeddingRows, ItemTimings, Layout, RowsEvent
 from llm_worker.engine.engine import Engine, RequestHandle
 from llm_worker.engine.request import ExpandedPrompt, TokenOutput
 from llm_worker.frontend.events import (
@@ -20,6 +21,7 @@ from llm_worker.frontend.events import (
     StageTimings,
     Started,
 )
+from llm_worker.frontend.known_layouts import KnownLayouts, layout_keys
 from llm_worker.frontend.stop_strings import StopStrings
 from llm_worker.prompt.config import PromptConfig
 from llm_worker.prompt.expand import expand_prompt
@@ -48,6 +50,7 @@ class Generator:
         self._encoders = encoders
         self._prompt_config = prompt_config
         self._max_items = max_items
+        self._layouts = KnownLayouts()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
         """Yields one Started, Deltas, one Finished. Closing the iteration cancels the request everywhere.
@@ -59,16 +62,16 @@ class Generator:
             raise TooManyItems(
                 f"the request has {len(request.media)} images and videos: at most {self._max_items} are accepted"
             )
-        media = _MediaFeed(self._encoders, request, self._prompt_config, self.tokenizer)
+        media = _MediaFeed(self._engine, self._encoders, request, self._prompt_config, self.tokenizer, self._layouts)
         # Before anything else: encoding is the long part, and goes on its way while the prompt is tokenized.
-        feeding = asyncio.create_task(media.run())
+        media.start()
         handle: RequestHandle | None = None
         try:
             plan = await asyncio.to_thread(self._plan, request)
             # Without media the whole prompt follows at once: a head start would only race with it, and how the prompt
             # is cut into chunks shows in the last bits of the logits.
             prefix = plan.token_ids[: plan.num_prefix_tokens] if request.media else []
-            handle = self._engine.submit(request.request_id, prefix, request.sampling)
+            handle = self._engine.submit(request.request_id, prefix, request.sampling, media.send_rows)
             media.begin(plan, handle)
             prompt = await media.prompt
             yield Started(len(prompt.token_ids), prompt.num_media_tokens)
@@ -77,9 +80,7 @@ class Generator:
         finally:
             if handle is not None:
                 handle.cancel()
-            feeding.cancel()
-            await asyncio.gather(feeding, return_exceptions=True)
-            media.prompt.cancel()
+            await media.close()
 
     def _plan(self, request: GenerationRequest) -> PlaceholderPlan:
         if isinstance(request.prompt, str):
@@ -113,18 +114,24 @@ class Generator:
             yield _delta(output, text)
             if finish_reason is not None:
                 timings = media.timings(handle)
-                yield Finished(finish_reason, len(prompt.token_ids), num_tokens, timings)
+                num_cached = handle.timings.num_cached_tokens
+                yield Finished(finish_reason, len(prompt.token_ids), num_cached, num_tokens, timings)
                 return
 
 
 @dataclass
 class _MediaFeed:
-    """Takes in what the encoder sends for one request: layouts become the prompt, rows go to the engine."""
+    """Takes in what the encoders send for one request: layouts become the prompt, rows go to the engine.
 
+    Items whose layouts are known need no encoder to make a prompt, and those whose KV the engine still has none at all.
+    """
+
+    engine: Engine
     encoders: EncoderClient
     request: GenerationRequest
     config: PromptConfig
     tokenizer: PromptTokenizer | None
+    known: KnownLayouts
     item_timings: list[ItemTimings] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -133,30 +140,71 @@ class _MediaFeed:
         # Read even if the request has failed for another reason: asyncio reports errors that nobody looks at.
         self.prompt.add_done_callback(lambda prompt: prompt.cancelled() or prompt.exception())
         self._begun: asyncio.Future[tuple[PlaceholderPlan, RequestHandle]] = loop.create_future()
+        self._keys: list[bytes | None] = []
         self._layouts: dict[int, Layout] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    def start(self) -> None:
+        self._spawn(self._run())
 
     def begin(self, plan: PlaceholderPlan, handle: RequestHandle) -> None:
         """The prompt is tokenized and the engine has the request."""
         self._begun.set_result((plan, handle))
 
-    async def run(self) -> None:
+    def send_rows(self, items: list[int]) -> None:
+        """The engine needs these items' rows, (again)."""
+        if not self._closed:
+            self._spawn(self._encode(items))
+
+    async def close(self) -> None:
+        """Ends everything that is still under way."""
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.prompt.cancel()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(self._failing_the_request(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _failing_the_request(self, work: Coroutine[Any, Any, None]) -> None:
         try:
-            if not self.request.media:
-                await self._set_prompt()
-                return
-            async with aclosing(self.encoders.encode(self.request.media, self.request.request_id)) as events:
-                async for event in events:
-                    if isinstance(event, LayoutEvent):
-                        self._layouts[event.item_index] = event.layout
-                        if len(self._layouts) == len(self.request.media):
-                            await self._set_prompt()
-                    else:
-                        await self._set_rows(event)
+            await work
         except VitrineError as error:
             await self._fail(error)
         except Exception as error:
             await self._fail(InternalError(f"taking the media in failed: {type(error).__name__}"))
             raise
+
+    async def _run(self) -> None:
+        media = self.request.media
+        self._keys = await asyncio.to_thread(layout_keys, media) if media else []
+        layouts = [self.known.get(key) for key in self._keys]
+        if not all(layouts):
+            await self._encode(list(range(len(media))))
+            return
+        self._layouts = {index: layout for index, layout in enumerate(layouts) if layout is not None}
+        plan, handle = await asyncio.shield(self._begun)
+        prompt = self._expanded(plan)
+        missing = await asyncio.to_thread(self.engine.missing_items, prompt) if media else set()
+        handle.set_prompt(prompt, missing)
+        self.prompt.set_result(prompt)
+        if missing:
+            await self._encode(sorted(missing))
+
+    async def _encode(self, items: list[int]) -> None:
+        """On the encoders; makes the prompt, too, once the last layout is there."""
+        media = [self.request.media[index] for index in items]
+        async with aclosing(self.encoders.encode(media, self.request.request_id)) as events:
+            async for event in events:
+                index = items[event.item_index]
+                if isinstance(event, RowsEvent):
+                    await self._set_rows(index, event.rows)
+                else:
+                    await self._set_layout(index, event.layout)
 
     def timings(self, handle: RequestHandle) -> StageTimings:
         items, engine = self.item_timings, handle.timings
@@ -171,22 +219,30 @@ class _MediaFeed:
             ttft_ms=engine.ttft_ms,
         )
 
-    async def _set_prompt(self) -> None:
-        plan, handle = await asyncio.shield(self._begun)
+    async def _set_layout(self, index: int, layout: Layout) -> None:
+        earlier = self._layouts.setdefault(index, layout)
+        if earlier != layout:
+            raise InternalError(f"media item {index} is {layout} now and was {earlier}: it changed in between")
+        self.known.put(self._keys[index], layout)
+        if len(self._layouts) == len(self.request.media) and not self.prompt.done():
+            plan, handle = await asyncio.shield(self._begun)
+            prompt = self._expanded(plan)
+            handle.set_prompt(prompt)
+            self.prompt.set_result(prompt)
+
+    def _expanded(self, plan: PlaceholderPlan) -> ExpandedPrompt:
         layouts = [self._layouts[index] for index in range(len(self.request.media))]
         encode_text = self.tokenizer.encode if self.tokenizer is not None else None
-        prompt = expand_prompt(plan, layouts, self.config, encode_text)
-        handle.set_prompt(prompt)
-        self.prompt.set_result(prompt)
+        return expand_prompt(plan, layouts, self.config, encode_text)
 
-    async def _set_rows(self, event: RowsEvent) -> None:
+    async def _set_rows(self, index: int, rows: EmbeddingRows) -> None:
         try:
             _, handle = await asyncio.shield(self._begun)
         except asyncio.CancelledError:
-            event.rows.release()
+            rows.release()
             raise
-        self.item_timings.append(event.rows.timings)
-        handle.set_rows(event.item_index, event.rows)
+        self.item_timings.append(rows.timings)
+        handle.set_rows(index, rows)
 
     async def _fail(self, error: VitrineError) -> None:
         if not self.prompt.done():

@@ -167,6 +167,7 @@ def _finished_to_proto(finished: Finished) -> llm_pb2.Finished:
         finish_reason=finished.finish_reason,
         num_prompt_tokens=finished.num_prompt_tokens,
         num_completion_tokens=finished.num_completion_tokens,
+        num_cached_tokens=finished.num_cached_tokens,
         timings=_timings_to_proto(finished.timings),
     )
 

@@ -65,6 +65,7 @@ class AnswerWriter:
             "prompt_tokens": num_prompt,
             "completion_tokens": num_completion,
             "total_tokens": num_prompt + num_completion,
+            "prompt_tokens_details": {"cached_tokens": finished.num_cached_tokens},
         }
         timings = {name: round(value, 3) for name, value in asdict(finished.timings).items()}
         return {"usage": usage, "timings": timings}

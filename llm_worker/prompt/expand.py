@@ -35,7 +35,8 @@ def expand_prompt(
     else:
         token_ids, spans = _expand_each(plan, layouts, config, encode_text)
     mrope = mrope_positions(len(token_ids), spans, layouts, config)
-    return ExpandedPrompt(token_ids, mrope.positions_3N, mrope.next_position, tuple(spans))
+    content_hashes = tuple(layout.content_hash for layout in layouts)
+    return ExpandedPrompt(token_ids, mrope.positions_3N, mrope.next_position, tuple(spans), content_hashes)
 
 
 def _expand_each(

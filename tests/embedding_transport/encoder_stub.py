@@ -67,7 +67,12 @@ class StubServicer(encoder_pb2_grpc.EncoderServicer):
                     yield encoder_pb2.EncodeResponse(failed=failed)
                     continue
                 num_tokens = int(item.data.split()[-1])
-                layout = encoder_pb2.Layout(item_index=index, grid_thw=[1, 2, 2 * num_tokens], num_tokens=num_tokens)
+                layout = encoder_pb2.Layout(
+                    item_index=index,
+                    grid_thw=[1, 2, 2 * num_tokens],
+                    num_tokens=num_tokens,
+                    content_hash=hashlib.sha256(item.data).digest(),
+                )
                 yield encoder_pb2.EncodeResponse(layout=layout)
                 if item.data.startswith(b"hang"):
                     await self.go_on.wait()

@@ -14,7 +14,7 @@ from llm_worker.engine.engine import EngineStats
 from llm_worker.frontend.events import Delta, Finished, GenerationEvent, StageTimings, Started
 from llm_worker.metrics import LlmMetrics
 
-FINISHED = Finished("stop", 10, 3, StageTimings())
+FINISHED = Finished("stop", 10, 0, 3, StageTimings())
 
 
 async def events(*given: GenerationEvent | Exception, gap_s: float = 0.0) -> AsyncGenerator[GenerationEvent]:
@@ -76,10 +76,14 @@ def test_engine_and_encoders_are_read_at_each_scrape() -> None:
         running=1,
         waiting=2,
         kv_blocks_used=3,
+        kv_blocks_kept=13,
         kv_blocks_total=4,
+        kv_blocks_evicted=14,
         num_steps=5,
         num_prefill_tokens=6,
         num_decode_tokens=7,
+        num_cached_tokens=15,
+        num_preempted=16,
     )
     client_stats = ClientStats(requests=8, retries=9, fallbacks=10, received_nbytes={"shm": 11, "grpc": 12})
     metrics = LlmMetrics()
@@ -89,6 +93,10 @@ def test_engine_and_encoders_are_read_at_each_scrape() -> None:
     assert value(metrics, "waiting") == engine_stats.waiting
     assert value(metrics, "kv_blocks_used") == engine_stats.kv_blocks_used
     assert value(metrics, "kv_blocks") == engine_stats.kv_blocks_total
+    assert value(metrics, "kv_blocks_kept") == engine_stats.kv_blocks_kept
+    assert value(metrics, "kv_blocks_evicted_total") == engine_stats.kv_blocks_evicted
+    assert value(metrics, "cached_tokens_total") == engine_stats.num_cached_tokens
+    assert value(metrics, "preemptions_total") == engine_stats.num_preempted
     assert value(metrics, "steps_total") == engine_stats.num_steps
     assert value(metrics, "computed_tokens_total", phase="prefill") == engine_stats.num_prefill_tokens
     assert value(metrics, "computed_tokens_total", phase="decode") == engine_stats.num_decode_tokens

@@ -376,10 +376,13 @@ class Finished(_message.Message):
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     finish_reason: _builtins.str
     """"stop" or "length"."""
     num_prompt_tokens: _builtins.int
     num_completion_tokens: _builtins.int
+    num_cached_tokens: _builtins.int
+    """Tokens of the prompt that an earlier request had left in the KV cache."""
     @_builtins.property
     def timings(self) -> Global___StageTimings: ...
     def __init__(
@@ -389,10 +392,11 @@ class Finished(_message.Message):
         num_prompt_tokens: _builtins.int = ...,
         num_completion_tokens: _builtins.int = ...,
         timings: Global___StageTimings | None = ...,
+        num_cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "num_completion_tokens", b"num_completion_tokens", "num_prompt_tokens", b"num_prompt_tokens", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "num_cached_tokens", b"num_cached_tokens", "num_completion_tokens", b"num_completion_tokens", "num_prompt_tokens", b"num_prompt_tokens", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -481,9 +485,12 @@ class PrefillResponse(_message.Message):
     FIRST_TOKEN_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     num_prompt_tokens: _builtins.int
     text: _builtins.str
     """Its text; empty without a tokenizer."""
+    num_cached_tokens: _builtins.int
+    """Tokens of the prompt that an earlier request had left in the KV cache."""
     @_builtins.property
     def first_token(self) -> Global___TokenLogprobs:
         """The first generated token and, where asked for, its alternatives."""
@@ -497,10 +504,11 @@ class PrefillResponse(_message.Message):
         first_token: Global___TokenLogprobs | None = ...,
         text: _builtins.str = ...,
         timings: Global___StageTimings | None = ...,
+        num_cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["first_token", b"first_token", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token", b"first_token", "num_prompt_tokens", b"num_prompt_tokens", "text", b"text", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token", b"first_token", "num_cached_tokens", b"num_cached_tokens", "num_prompt_tokens", b"num_prompt_tokens", "text", b"text", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -76,9 +76,13 @@ def running_engine(folder: Path, **config: int) -> Iterator[Engine]:
         engine.close()
 
 
+def unsent(items: list[int]) -> None:
+    raise AssertionError(f"rows of {items} were asked for, although they had been announced and not been lost")
+
+
 def submit(engine: Engine, request: Request, sampling: SamplingParams) -> RequestHandle:
     """Prefix, prompt and rows all at once."""
-    handle = engine.submit("request", request.prefix, sampling)
+    handle = engine.submit("request", request.prefix, sampling, unsent)
     handle.set_prompt(request.prompt)
     for index, rows in enumerate(request.rows):
         handle.set_rows(index, rows)

@@ -24,7 +24,16 @@ from embedding_transport.errors import (
 from llm_worker.engine.engine import Engine, RequestHandle
 from llm_worker.engine.request import ExpandedPrompt, SamplingParams
 from tests.integration.test_parity import CASES
-from tests.llm_worker.engine.harness import Request, collect, greedy, request_for, running_engine, submit, tokens
+from tests.llm_worker.engine.harness import (
+    Request,
+    collect,
+    greedy,
+    request_for,
+    running_engine,
+    submit,
+    tokens,
+    unsent,
+)
 from tests.llm_worker.engine.tensor_rows import TensorRows
 
 FACTOR = 32  # pixels along a merged token of the small Qwen3-VL
@@ -60,7 +69,7 @@ async def test_late_rows_hold_up_nobody_and_the_request_goes_on_when_they_come(
     qwen3_vl_folder: Path, reference: Reference, image: Request, text: Request
 ) -> None:
     with running_engine(qwen3_vl_folder) as engine:
-        late = engine.submit("late", image.prefix, greedy(8))
+        late = engine.submit("late", image.prefix, greedy(8), unsent)
         late.set_prompt(image.prompt)
         assert await tokens(submit(engine, text, greedy(8))) == reference.greedy(text.inputs, 8)[0]
         late.set_rows(0, image.rows[0])
@@ -71,7 +80,7 @@ async def test_text_before_the_image_is_prefilled_before_anything_is_known_of_th
     qwen3_vl_folder: Path, reference: Reference, image: Request
 ) -> None:
     with running_engine(qwen3_vl_folder) as engine:
-        handle = engine.submit("early", image.prefix, greedy(8))
+        handle = engine.submit("early", image.prefix, greedy(8), unsent)
         # One token of the prefix is kept back, in case nothing follows it.
         await until(lambda: engine.stats().num_prefill_tokens == len(image.prefix) - 1)
         handle.set_prompt(image.prompt)
@@ -84,7 +93,7 @@ async def test_rows_may_come_before_the_prompt_and_after_the_end(
     qwen3_vl_folder: Path, reference: Reference, image: Request
 ) -> None:
     with running_engine(qwen3_vl_folder) as engine:
-        handle = engine.submit("rows first", image.prefix, greedy(4))
+        handle = engine.submit("rows first", image.prefix, greedy(4), unsent)
         handle.set_rows(0, image.rows[0])
         await asyncio.sleep(0.05)
         handle.set_prompt(image.prompt)
@@ -98,7 +107,7 @@ async def test_a_prompt_that_is_all_prefix_is_still_sampled_from(
     qwen3_vl_folder: Path, reference: Reference, text: Request
 ) -> None:
     with running_engine(qwen3_vl_folder) as engine:
-        handle = engine.submit("text", text.prefix, greedy(4))
+        handle = engine.submit("text", text.prefix, greedy(4), unsent)
         await until(lambda: engine.stats().num_prefill_tokens == len(text.prefix) - 1)
         handle.set_prompt(text.prompt)
         assert await tokens(handle) == reference.greedy(text.inputs, 4)[0]
@@ -107,7 +116,7 @@ async def test_a_prompt_that_is_all_prefix_is_still_sampled_from(
 @pytest.mark.parametrize("stage", ["before the prompt", "waiting for rows", "decoding"])
 async def test_cancel_frees_everything(qwen3_vl_folder: Path, image: Request, stage: str) -> None:
     with running_engine(qwen3_vl_folder) as engine:
-        handle = engine.submit("cancelled", image.prefix, greedy(400))
+        handle = engine.submit("cancelled", image.prefix, greedy(400), unsent)
         rows = image.rows[0]
         if stage == "before the prompt":
             handle.set_rows(0, rows)
@@ -125,7 +134,7 @@ async def test_cancel_frees_everything(qwen3_vl_folder: Path, image: Request, st
 
 async def test_fail_raises_where_the_tokens_are_awaited(qwen3_vl_folder: Path, image: Request) -> None:
     with running_engine(qwen3_vl_folder) as engine:
-        handle = engine.submit("failed", image.prefix, greedy(4))
+        handle = engine.submit("failed", image.prefix, greedy(4), unsent)
         handle.set_prompt(image.prompt)
         handle.fail(MediaNotFound("no such image"))
         with pytest.raises(MediaNotFound, match="no such image"):
@@ -133,21 +142,74 @@ async def test_fail_raises_where_the_tokens_are_awaited(qwen3_vl_folder: Path, i
         await until(lambda: is_idle(engine))
 
 
+def submit_with_rows_at_hand(engine: Engine, request: Request, sampling: SamplingParams) -> RequestHandle:
+    """Rows are handed over as often as they are asked for."""
+
+    def send_rows(items: list[int]) -> None:
+        for item in items:
+            handle.set_rows(item, TensorRows(request.rows[item]._rows_TW))
+
+    handle = engine.submit("request", request.prefix, sampling, send_rows)
+    handle.set_prompt(request.prompt, coming=())
+    return handle
+
+
+@pytest.mark.parametrize("prefix_cache", [False, True])
 async def test_more_requests_than_memory_all_finish(
-    qwen3_vl_folder: Path, reference: Reference, image: Request
+    qwen3_vl_folder: Path, reference: Reference, image: Request, prefix_cache: bool
 ) -> None:
-    """Room for two requests at a time; ten come with their text prefilled ahead, which must not wedge them."""
+    """Room for two requests at a time; ten come, and those that must give way are computed anew, rows and all."""
     expected = reference.greedy(image.inputs, 40)[0]
     num_blocks = 2 * -(-(len(image.prompt.token_ids) + 40) // 8)
-    with running_engine(qwen3_vl_folder, num_blocks=num_blocks) as engine:
-        handles = [engine.submit(str(index), image.prefix, greedy(40)) for index in range(10)]
-        await until(lambda: engine.stats().num_prefill_tokens > len(image.prefix))
-        for handle in handles:
-            handle.set_prompt(image.prompt)
-            rows = image.rows[0]
-            handle.set_rows(0, TensorRows(rows._rows_TW))
+    with running_engine(qwen3_vl_folder, num_blocks=num_blocks, prefix_cache=prefix_cache) as engine:
+        handles = [submit_with_rows_at_hand(engine, image, greedy(40)) for _ in range(10)]
         assert await asyncio.gather(*map(tokens, handles)) == [expected] * 10
+        assert engine.stats().num_preempted > 0
         assert is_idle(engine)
+
+
+async def test_an_equal_beginning_is_computed_once_and_its_picture_is_not_needed(
+    qwen3_vl_folder: Path, reference: Reference, image: Request
+) -> None:
+    known = replace(image, prompt=replace(image.prompt, content_hashes=(b"the picture",)))
+    expected = reference.greedy(image.inputs, 8)[0]
+    num_prompt = len(image.prompt.token_ids)
+    with running_engine(qwen3_vl_folder) as engine:
+        assert engine.missing_items(known.prompt) == {0}
+        assert await tokens(submit(engine, known, greedy(8))) == expected
+        assert engine.missing_items(known.prompt) == set()
+        computed = engine.stats().num_prefill_tokens
+        assert computed == num_prompt
+        handle = engine.submit("again", image.prefix, greedy(8), unsent)
+        handle.set_prompt(known.prompt, coming=())
+        assert await tokens(handle) == expected
+        num_cached = (num_prompt - 1) // 8 * 8
+        assert handle.timings.num_cached_tokens == engine.stats().num_cached_tokens == num_cached
+        # The text may have run ahead, before the prompt was known.
+        assert engine.stats().num_prefill_tokens - computed in (
+            num_prompt - num_cached,
+            num_prompt - num_cached + len(image.prefix) - 1,
+        )
+        # Rows that come although they are not needed are given back at once.
+        surplus = TensorRows(image.rows[0]._rows_TW)
+        handle = engine.submit("rows on their way", image.prefix, greedy(8), unsent)
+        handle.set_prompt(known.prompt)
+        handle.set_rows(0, surplus)
+        assert await tokens(handle) == expected
+        assert surplus.num_releases == 1
+        # Another picture with the same size is another prompt.
+        other = replace(image.prompt, content_hashes=(b"another picture",))
+        assert engine.missing_items(other) == {0}
+
+
+async def test_without_the_prefix_cache_everything_is_computed(qwen3_vl_folder: Path, image: Request) -> None:
+    known = replace(image, prompt=replace(image.prompt, content_hashes=(b"the picture",)))
+    with running_engine(qwen3_vl_folder, prefix_cache=False) as engine:
+        for _ in range(2):
+            handle = submit(engine, replace(known, rows=[TensorRows(image.rows[0]._rows_TW)]), greedy(2))
+            assert len(await tokens(handle)) == 2
+            assert engine.missing_items(known.prompt) == {0}
+        assert engine.stats().num_prefill_tokens == 2 * len(image.prompt.token_ids)
 
 
 async def test_too_long_prompts_are_refused_and_long_answers_cut(
@@ -176,28 +238,44 @@ async def test_stop_tokens_end_a_generation(qwen3_vl_folder: Path, reference: Re
 
 async def test_too_many_requests_are_refused(qwen3_vl_folder: Path, image: Request, text: Request) -> None:
     with running_engine(qwen3_vl_folder, max_num_seqs=2, max_waiting=1) as engine:
-        waiting = [engine.submit(str(index), image.prefix, greedy(4)) for index in range(3)]
+        waiting = [engine.submit(str(index), image.prefix, greedy(4), unsent) for index in range(3)]
         with pytest.raises(Overloaded, match="3"):
-            engine.submit("one too many", image.prefix, greedy(4))
+            engine.submit("one too many", image.prefix, greedy(4), unsent)
         waiting[0].cancel()
         await until(lambda: engine.stats().running + engine.stats().waiting == 2)
         assert len(await tokens(submit(engine, text, greedy(4)))) == 4
 
 
-async def test_expired_rows_fail_their_request_and_no_other(
+async def test_expired_rows_are_asked_for_again(qwen3_vl_folder: Path, reference: Reference, image: Request) -> None:
+    with running_engine(qwen3_vl_folder) as engine:
+        lost = [TensorRows(torch.zeros(12, 1), error=LeaseExpired("lease 1 is over")) for _ in range(2)]
+        coming = [*lost, image.rows[0]]
+        handle = engine.submit("expired", image.prefix, greedy(8), lambda items: handle.set_rows(0, coming.pop(0)))
+        handle.set_prompt(image.prompt)
+        handle.set_rows(0, coming.pop(0))
+        assert await tokens(handle) == reference.greedy(image.inputs, 8)[0]
+        assert [rows.num_releases for rows in (*lost, image.rows[0])] == [1, 1, 1]
+
+
+async def test_rows_that_expire_again_and_again_fail_their_request_and_no_other(
     qwen3_vl_folder: Path, reference: Reference, image: Request
 ) -> None:
     with running_engine(qwen3_vl_folder) as engine:
-        expired = engine.submit("expired", image.prefix, greedy(8))
-        good = engine.submit("good", image.prefix, greedy(8))
-        lost_rows = TensorRows(torch.zeros(12, 1), error=LeaseExpired("lease 1 is over"))
-        for handle, rows in ((expired, lost_rows), (good, image.rows[0])):
-            handle.set_prompt(image.prompt)
-            handle.set_rows(0, rows)
+        sent: list[TensorRows] = []
+
+        def send_rows(items: list[int]) -> None:
+            sent.append(TensorRows(torch.zeros(12, 1), error=LeaseExpired("lease 1 is over")))
+            expired.set_rows(0, sent[-1])
+
+        expired = engine.submit("expired", image.prefix, greedy(8), send_rows)
+        good = engine.submit("good", image.prefix, greedy(8), unsent)
+        expired.set_prompt(image.prompt, coming=())
+        good.set_prompt(image.prompt)
+        good.set_rows(0, image.rows[0])
         with pytest.raises(LeaseExpired, match="lease 1"):
             await collect(expired)
         assert await tokens(good) == reference.greedy(image.inputs, 8)[0]
-        assert lost_rows.num_releases == 1
+        assert [rows.num_releases for rows in sent] == [1] * 4
 
 
 async def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(
@@ -219,7 +297,7 @@ async def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(
 
 async def test_a_prompt_that_does_not_begin_with_its_prefix_is_our_fault(qwen3_vl_folder: Path) -> None:
     with running_engine(qwen3_vl_folder) as engine:
-        handle = engine.submit("wrong", [1, 2, 3], greedy(4))
+        handle = engine.submit("wrong", [1, 2, 3], greedy(4), unsent)
         handle.set_prompt(ExpandedPrompt([1, 9, 3], torch.arange(3).expand(3, -1), 3))
         with pytest.raises(InternalError):
             await collect(handle)
@@ -227,7 +305,7 @@ async def test_a_prompt_that_does_not_begin_with_its_prefix_is_our_fault(qwen3_v
 
 async def test_close_fails_what_runs_and_releases_its_rows(qwen3_vl_folder: Path, image: Request) -> None:
     with running_engine(qwen3_vl_folder) as engine:
-        handle = engine.submit("running", image.prefix, greedy(4))
+        handle = engine.submit("running", image.prefix, greedy(4), unsent)
         handle.set_rows(0, image.rows[0])
         await until(lambda: engine.stats().running == 1)
     assert image.rows[0].num_releases == 1
@@ -237,7 +315,7 @@ async def test_close_fails_what_runs_and_releases_its_rows(qwen3_vl_folder: Path
 
 async def test_a_closed_engine_refuses_and_releases(qwen3_vl_folder: Path, image: Request) -> None:
     with running_engine(qwen3_vl_folder) as engine:
-        before = engine.submit("before", image.prefix, greedy(4))
+        before = engine.submit("before", image.prefix, greedy(4), unsent)
     handle = submit(engine, image, greedy(4))
     assert image.rows[0].num_releases == 1
     for each in (before, handle):
@@ -253,12 +331,12 @@ async def test_nobody_waits_for_an_engine_that_broke(
         raise RuntimeError("a bug of ours")
 
     with running_engine(qwen3_vl_folder) as engine:
-        running = engine.submit("running", image.prefix, greedy(4))
+        running = engine.submit("running", image.prefix, greedy(4), unsent)
         running.set_rows(0, image.rows[0])
         await until(lambda: engine.stats().running == 1)
         monkeypatch.setattr(engine._scheduler, "schedule", fail)
         running.set_prompt(image.prompt)
-        for handle in (running, engine.submit("later", image.prefix, greedy(4))):
+        for handle in (running, engine.submit("later", image.prefix, greedy(4), unsent)):
             with pytest.raises(InternalError):
                 await asyncio.wait_for(collect(handle), 10)
         assert image.rows[0].num_releases == 1
@@ -287,7 +365,7 @@ async def test_what_cannot_be_sampled_fails_alone(
 async def test_rows_nobody_asked_for_are_released(qwen3_vl_folder: Path, reference: Reference, image: Request) -> None:
     with running_engine(qwen3_vl_folder) as engine:
         without_span, twice = TensorRows(torch.zeros(1, 1)), TensorRows(torch.zeros(1, 1))
-        handle = engine.submit("more rows than spans", image.prefix, greedy(4))
+        handle = engine.submit("more rows than spans", image.prefix, greedy(4), unsent)
         handle.set_rows(0, image.rows[0])
         handle.set_rows(0, twice)
         handle.set_rows(7, without_span)
@@ -304,7 +382,7 @@ async def test_a_seed_may_be_any_integer(qwen3_vl_folder: Path, text: Request) -
 
 async def test_an_idle_engine_does_nothing(qwen3_vl_folder: Path, image: Request) -> None:
     with running_engine(qwen3_vl_folder) as engine:
-        handle = engine.submit("waits for its image", image.prefix, greedy(4))
+        handle = engine.submit("waits for its image", image.prefix, greedy(4), unsent)
         await until(lambda: engine.stats().running == 1 and engine.stats().num_steps > 0)
         await asyncio.sleep(0.05)
         steps, cpu_s = engine.stats().num_steps, time.process_time()

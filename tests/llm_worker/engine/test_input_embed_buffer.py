@@ -17,7 +17,7 @@ from llm_worker.engine.scheduler import Chunk
 from llm_worker.engine.sequence import Sequence
 from llm_worker.models import build_decoder
 from llm_worker.models.decoder import StepInputs, TextDecoder
-from tests.llm_worker.engine.harness import greedy
+from tests.llm_worker.engine.harness import greedy, unsent
 from tests.llm_worker.engine.tensor_rows import TensorRows
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def cache(decoder: TextDecoder) -> KvCache:
 
 
 def sequence(decoder: TextDecoder, cache: KvCache, spans: tuple[MediaSpan, ...] = SPANS) -> Sequence:
-    sequence = Sequence("request", 0, [], greedy(1), deliver=lambda output, timings: None)
+    sequence = Sequence("request", 0, [], greedy(1), lambda output, timings: None, unsent)
     sequence.set_prompt(
         ExpandedPrompt(list(range(40, 40 + NUM_TOKENS)), torch.arange(NUM_TOKENS).expand(3, -1) * 2, 50, spans)
     )
@@ -113,8 +113,8 @@ def test_rows_that_cannot_be_read_are_reported_and_the_others_land(decoder: Text
     short.rows[0] = TensorRows(torch.zeros(1, 384))
     buffer = InputEmbedBuffer(decoder, 64)
     inputs, failed = buffer.write([Chunk(each, 0, NUM_TOKENS, samples=False) for each in (bad, good, short)])
-    assert [chunk.sequence for chunk, _ in failed] == [bad, short]
-    assert isinstance(failed[0][1], LeaseExpired)
+    assert [chunk.sequence for chunk in failed] == [bad, short]
+    assert isinstance(next(iter(failed.values())), LeaseExpired)
     embeds, deepstack = expected(decoder, good)
     share = slice(NUM_TOKENS, 2 * NUM_TOKENS)
     assert torch.equal(inputs.embeds_TC[share], embeds)

@@ -22,17 +22,26 @@ BLOCK_SIZE = 4
 class Bench:
     """A scheduler and its cache, and sequences that come in order."""
 
-    def __init__(self, folder: Path, num_blocks: int = 64, budget: int = 16, max_num_seqs: int = 8) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        num_blocks: int = 64,
+        budget: int = 16,
+        max_num_seqs: int = 8,
+        prefix_cache: bool = False,
+    ) -> None:
         config = text_config(open_checkpoint(str(folder)))
         self.cache = KvCache(config, num_blocks, BLOCK_SIZE, torch.device("cpu"), torch.float32)
-        self.scheduler = Scheduler(self.cache, budget, max_num_seqs, max_model_len=200)
+        self.scheduler = Scheduler(self.cache, budget, max_num_seqs, 200, prefix_cache)
         self.num_sequences = 0
 
     def add(self, num_prefix: int) -> Sequence:
         index = self.num_sequences
         self.num_sequences += 1
         tokens = SamplingParams(max_tokens=4)
-        sequence = Sequence(str(index), index, list(range(num_prefix)), tokens, lambda output, timings: None)
+        sequence = Sequence(
+            str(index), index, list(range(num_prefix)), tokens, lambda output, timings: None, lambda items: None
+        )
         self.scheduler.add(sequence)
         return sequence
 
@@ -50,7 +59,7 @@ class Bench:
         """Schedules, and does to the sequences what running the step does."""
         chunks = self.scheduler.schedule()
         for chunk in chunks:
-            chunk.sequence.num_computed = chunk.stop
+            self.scheduler.computed(chunk)
             if chunk.samples:
                 chunk.sequence.token_ids.append(0)
         return chunks
@@ -112,21 +121,112 @@ def test_memory_is_given_by_arrival(folder: Path) -> None:
     assert bench.cache.num_free == 8
 
 
-def test_text_that_ran_ahead_gives_its_memory_up_rather_than_wedge(folder: Path) -> None:
+def test_who_came_last_gives_its_memory_up_for_those_before_it(folder: Path) -> None:
     bench = Bench(folder, num_blocks=8)
     one, other = bench.add(9), bench.add(9)
     assert plain(bench.step()) == [("0", 0, 8, False), ("1", 0, 8, False)]
     bench.prompt(one, 20)
     bench.prompt(other, 20)
-    # Each holds 3 blocks and needs 6 of 8: neither could go on beside the other.
-    assert plain(bench.step()) == [("1", 8, 20, True)]
-    assert (bench.scheduler.waiting, one.num_computed, one.blocks.blocks) == ([one], 0, [])
+    # Each holds 3 blocks and needs 5 of 8: neither could go on beside the other.
+    assert plain(bench.step()) == [("0", 8, 20, True)]
+    assert (bench.scheduler.waiting, other.num_computed, other.blocks.blocks) == ([other], 0, [])
+    assert bench.scheduler.num_preempted == 1
     # Who has given up is next: those who come later do not run ahead in the meantime.
     latest = bench.add(4)
-    assert [chunk.sequence for chunk in bench.step()] == [other]
-    bench.scheduler.remove(other)
-    assert plain(bench.step()) == [("0", 0, 16, False)]
+    assert plain(bench.step()) == [("0", 20, 21, True)]
+    bench.scheduler.remove(one)
+    assert plain(bench.step()) == [("1", 0, 16, False)]
     assert latest in bench.scheduler.running
+
+
+def test_a_long_answer_takes_memory_as_it_grows_and_what_it_took_away_is_computed_anew(folder: Path) -> None:
+    bench = Bench(folder, num_blocks=5, budget=100)
+    first, second = bench.add_whole(7), bench.add_whole(7)
+    first.max_total_tokens = second.max_total_tokens = 20
+    assert plain(bench.step()) == [("0", 0, 7, True), ("1", 0, 7, True)]
+    assert plain(bench.step()) == [("0", 7, 8, True), ("1", 7, 8, True)]
+    # Both need a third block, and there is one.
+    assert plain(bench.step()) == [("0", 8, 9, True)]
+    assert second.num_computed == 0
+    while len(first.token_ids) < 20:
+        assert [chunk.sequence for chunk in bench.step()] == [first]
+    bench.scheduler.remove(first)
+    # Its prompt and what it had generated run as one chunk across both.
+    assert plain(bench.step()) == [("1", 0, 9, True)]
+    assert second.positions(0, 9).tolist() == [list(range(9))] * 3
+
+
+def test_equal_beginnings_are_computed_once(folder: Path) -> None:
+    bench = Bench(folder, budget=100, prefix_cache=True)
+    span = MediaSpan(0, 6, 8, 0)
+
+    def add(num_tokens: int, content: bytes) -> Sequence:
+        sequence = bench.add(6)
+        positions = torch.arange(num_tokens).expand(3, -1)
+        prompt = ExpandedPrompt(list(range(num_tokens)), positions, num_tokens, (span,), (content,))
+        sequence.set_prompt(prompt)
+        bench.scheduler.check_length(sequence)
+        sequence.rows[0] = TensorRows(torch.zeros(8, 1))
+        return sequence
+
+    one = add(21, b"cat")
+    assert plain(bench.step()) == [("0", 0, 21, True)]
+    two = add(30, b"cat")
+    assert plain(bench.step()) == [("0", 21, 22, True), ("1", 20, 30, True)]
+    assert two.blocks.blocks[:5] == one.blocks.blocks[:5] and two.blocks.blocks[5] not in one.blocks.blocks
+    assert (two.num_cached, two.rows, bench.scheduler.num_cached_tokens) == (20, {}, 20)
+    # Another picture has the first block in common, which ends before it; a missing hash nothing else, either.
+    for index, content in enumerate((b"dog", b""), 2):
+        add(21, content)
+        assert plain(bench.step())[-1] == (str(index), 4, 21, True)
+    # The last token runs, even if all of the prompt is known.
+    add(20, b"cat")
+    assert plain(bench.step())[-1] == ("4", 16, 20, True)
+    # Kept after its end, too.
+    for sequence in list(bench.scheduler.running):
+        bench.scheduler.remove(sequence)
+    assert bench.cache.num_free == bench.cache.num_blocks
+    add(21, b"cat")
+    assert plain(bench.step()) == [("5", 20, 21, True)]
+
+
+def test_a_picture_that_the_cache_knows_is_not_computed_although_the_text_ran_ahead(folder: Path) -> None:
+    bench = Bench(folder, budget=100, prefix_cache=True)
+    span, positions = MediaSpan(0, 6, 8, 0), torch.arange(21).expand(3, -1)
+    prompt = ExpandedPrompt(list(range(21)), positions, 21, (span,), (b"cat",))
+    for index in range(2):
+        sequence = bench.add(6)
+        assert plain(bench.step()) == [(str(index), 4 * index, 5, False)]
+        sequence.set_prompt(prompt)
+        bench.scheduler.check_length(sequence)
+        sequence.rows[0] = TensorRows(torch.zeros(8, 1))
+        assert plain(bench.step()) == [(str(index), (5, 20)[index], 21, True)]
+        assert sequence.num_cached == (0, 20)[index]
+        bench.scheduler.remove(sequence)
+
+
+def test_rows_are_asked_for_where_nobody_announced_them_and_where_they_are_lost(folder: Path) -> None:
+    bench = Bench(folder, num_blocks=8, budget=100, prefix_cache=True)
+    earlier = bench.add_whole(12)
+    sequence = bench.add(4)
+    bench.prompt(sequence, 16, MediaSpan(0, 4, 4, 0), MediaSpan(1, 10, 2, 0))
+    sequence.coming = {0}
+    bench.step()
+    assert sequence.missing_items() == [1]
+    assert sequence.missing_items() == []
+    for item in (0, 1):
+        sequence.rows[item] = TensorRows(torch.zeros(4, 1))
+    sequence.coming.clear()
+    assert plain(bench.step())[-1] == ("1", 4, 16, True)
+    sequence.release_landed_rows()
+    earlier.max_total_tokens = 30
+    while sequence in bench.scheduler.running:
+        bench.step()
+    assert bench.scheduler.waiting == [sequence]
+    bench.scheduler.remove(earlier)
+    # Its first block is still known, and what media stands behind it is not.
+    assert plain(bench.step()) == []
+    assert (sequence.num_computed, sequence.missing_items()) == (4, [0, 1])
 
 
 def test_text_that_has_no_room_to_run_ahead_lets_others_pass(folder: Path) -> None:

@@ -52,14 +52,16 @@ def identity(folder: Path) -> ModelIdentity:
 
 
 @asynccontextmanager
-async def serving(folder: Path, encoder: str = NO_ENCODER, with_tokenizer: bool = True) -> AsyncIterator[Serving]:
+async def serving(
+    folder: Path, encoder: str = NO_ENCODER, with_tokenizer: bool = True, num_blocks: int = 64
+) -> AsyncIterator[Serving]:
     """
     Args:
         encoder: its address; the client is not even started for NO_ENCODER.
     """
     checkpoint = open_checkpoint(str(folder))
     decoder = build_decoder(checkpoint, torch.device("cpu"), torch.float32)
-    engine = Engine(decoder, EngineConfig(num_blocks=64, max_model_len=512))
+    engine = Engine(decoder, EngineConfig(num_blocks=num_blocks, max_model_len=512))
     engine.start()
     encoders = EncoderClient([encoder], identity(folder), transport="grpc", shm_folder=folder)
     if encoder != NO_ENCODER:

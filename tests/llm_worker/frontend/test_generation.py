@@ -111,6 +111,39 @@ async def test_what_fails_leaves_nothing_behind(
     assert (await run(worker.generator, request(IMAGE, ("one 6",))))[2].num_completion_tokens == 12
 
 
+async def test_a_repeated_picture_needs_no_encoder(worker: Serving, stub: tuple[str, StubServicer]) -> None:
+    prompt = f"What is in this picture? {IMAGE} And in this one? {IMAGE} What do you say?"
+    started, deltas, finished = await run(worker.generator, request(prompt, ("one 40", "two 30")))
+    assert (stub[1].num_items, finished.num_cached_tokens) == (2, 0)
+    again = await run(worker.generator, request(prompt, ("one 40", "two 30")))
+    assert (again[0], [delta.text for delta in again[1]]) == (started, [delta.text for delta in deltas])
+    assert stub[1].num_items == 2
+    assert again[2].num_cached_tokens == (started.num_prompt_tokens - 1) // 16 * 16
+    assert again[2].timings.encode_ms == again[2].timings.ship_ms == again[2].timings.land_ms == 0
+    # The first picture is known, what stands behind another second one is not.
+    await run(worker.generator, request(prompt, ("one 40", "three 30")))
+    assert stub[1].num_items == 4  # its layout was not known, so both were sent
+    await run(worker.generator, request(prompt, ("one 40", "three 30")))
+    assert stub[1].num_items == 4
+    _, deltas, finished = await run(worker.generator, request(prompt, ("three 30", "one 40")))
+    assert (stub[1].num_items, finished.num_cached_tokens) == (6, 0)  # the first block ends in the picture
+    await worker.until_idle()
+
+
+async def test_rows_whose_kv_was_lost_are_fetched_again(
+    checkpoint_folder: Path, stub: tuple[str, StubServicer]
+) -> None:
+    """Each request alone needs most of the memory, so the second gives way to the first and starts over."""
+    async with serving(checkpoint_folder, stub[0], num_blocks=10) as worker:
+        asked = [request(f"{IMAGE} {name}", (f"{name} 60",), max_tokens=60) for name in ("one", "two")]
+        alone = [[delta.token_ids for delta in (await run(worker.generator, each))[1]] for each in asked]
+        assert stub[1].num_items == 2
+        together = await asyncio.gather(*(run(worker.generator, each) for each in asked))
+        assert [[delta.token_ids for delta in deltas] for _, deltas, _ in together] == alone
+        assert stub[1].num_items >= 4
+        await worker.until_idle()
+
+
 async def test_too_many_items_are_not_even_sent(worker: Serving, stub: tuple[str, StubServicer]) -> None:
     media = ("one 6",) * (MAX_ITEMS + 1)
     with pytest.raises(TooManyItems, match=str(len(media))):

@@ -10,7 +10,7 @@ from llm_worker.frontend.events import Delta, Finished, StageTimings
 from llm_worker.frontend.openai_answers import AnswerWriter
 from llm_worker.prompt.tokenizer import PromptTokenizer
 
-FINISHED = Finished("stop", 1, 4, StageTimings())
+FINISHED = Finished("stop", 1, 0, 4, StageTimings())
 
 
 def test_chat_logprobs_carry_bytes_that_make_up_the_text(qwen3_vl_folder: Path) -> None:

@@ -15,7 +15,7 @@ from llm_worker.engine.scheduler import Chunk
 from llm_worker.engine.sequence import Sequence
 from llm_worker.models import build_decoder
 from tests.integration.test_parity import CASES
-from tests.llm_worker.engine.harness import greedy, request_for
+from tests.llm_worker.engine.harness import greedy, request_for, unsent
 
 CPU = torch.device("cpu")
 
@@ -33,7 +33,7 @@ def test_logits_equal_transformers(checkpoint_folder: Path, chunk_size: int) -> 
         num_tokens = len(request.prompt.token_ids)
         kv_cache = KvCache(decoder.config, 64, 16, CPU, torch.float32)
         buffer = InputEmbedBuffer(decoder, chunk_size)
-        sequence = Sequence("request", 0, [], greedy(1), deliver=lambda output, timings: None)
+        sequence = Sequence("request", 0, [], greedy(1), lambda output, timings: None, unsent)
         sequence.set_prompt(request.prompt)
         sequence.rows = dict(enumerate(request.rows))
         kv_cache.grow(sequence.blocks, num_tokens)
