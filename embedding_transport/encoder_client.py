@@ -20,6 +20,7 @@ from embedding_transport.errors import EncoderUnavailable, InternalError, Overlo
 from embedding_transport.grpc_status import error_from_rpc
 from embedding_transport.merge import merged
 from embedding_transport.received_rows import HostBufferPool, LeasedRows
+from embedding_transport.tls import ClientTls
 from embedding_transport.types import (
     EncodeEvent,
     Layout,
@@ -67,6 +68,7 @@ class EncoderClient:
         connect_timeout_s: for Describe and for the negotiation, each.
         encode_timeout_s: for one request on one encoder.
         takes_gpu_rows: rows are landed on a GPU, so that "auto" tries CUDA IPC first.
+        tls: towards encoders; None for none.
     """
 
     def __init__(
@@ -79,11 +81,13 @@ class EncoderClient:
         connect_timeout_s: float = 5.0,
         encode_timeout_s: float = 300.0,
         takes_gpu_rows: bool = False,
+        tls: ClientTls | None = None,
     ) -> None:
         if not addresses:
             raise ValueError("an EncoderClient needs at least one encoder address")
         self._peers = [
-            EncoderPeer(each, expected, transport, shm_folder, connect_timeout_s, takes_gpu_rows) for each in addresses
+            EncoderPeer(each, expected, transport, shm_folder, connect_timeout_s, takes_gpu_rows, tls)
+            for each in addresses
         ]
         self._encode_timeout_s = encode_timeout_s
         self._buffers = HostBufferPool()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,7 @@ from embedding_transport.errors import EncoderMismatch, EncoderUnavailable, Tran
 from embedding_transport.grpc_status import error_from_rpc
 from embedding_transport.pool import PoolMapping
 from embedding_transport.shm_pool import ShmMapping
+from embedding_transport.tls import ClientTls, open_channel
 from embedding_transport.types import PROTOCOL_VERSION, ModelIdentity
 from embedding_transport.wire import describe_identity
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
@@ -49,6 +51,7 @@ class EncoderPeer:
         transport: "auto" takes the best that works, and counts where it comes down to bytes; the others accept nothing
             else.
         takes_gpu_rows: rows are landed on a GPU; without one "auto" leaves CUDA IPC out.
+        tls: read anew for every connection; None for none.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class EncoderPeer:
         shm_folder: Path,
         connect_timeout_s: float,
         takes_gpu_rows: bool,
+        tls: ClientTls | None,
     ) -> None:
         self.address = address
         self.in_flight = 0
@@ -72,6 +76,7 @@ class EncoderPeer:
         self._transports = wanted if transport == "auto" else [transport]
         self._shm_folder = shm_folder
         self._connect_timeout_s = connect_timeout_s
+        self._tls = tls
         self._on_change: Callable[[], None] = lambda: None
         self._to_release: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
@@ -93,8 +98,10 @@ class EncoderPeer:
     async def _keep_connected(self) -> None:
         backoff_s = _FIRST_BACKOFF_S
         while True:
-            async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+            async with AsyncExitStack() as stack:
                 try:
+                    channel = open_channel(self.address, self._tls, CHANNEL_OPTIONS)
+                    await stack.enter_async_context(channel)
                     await self._serve_connection(channel)
                     self.error = EncoderUnavailable(f"encoder {self.address} is shutting down")
                 except VitrineError as error:
@@ -104,6 +111,8 @@ class EncoderPeer:
                     self._report(named or EncoderUnavailable(f"encoder {self.address}: {error.details()}"))
                 except TimeoutError:
                     self._report(EncoderUnavailable(f"encoder {self.address} did not answer in time"))
+                except OSError as error:  # of a file with certificates
+                    self._report(EncoderUnavailable(f"encoder {self.address} cannot be connected to: {error}"))
                 except asyncio.InvalidStateError:  # grpc's answer to writing on a call that has ended
                     self._report(EncoderUnavailable(f"encoder {self.address} ended the connection"))
                 except asyncio.CancelledError:

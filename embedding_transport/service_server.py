@@ -7,6 +7,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from embedding_transport.encoder_rpc import CHANNEL_OPTIONS
+from embedding_transport.tls import ServerTls
 
 _OPTIONS = [
     *CHANNEL_OPTIONS,
@@ -29,17 +30,22 @@ class ServiceServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
         reflection.enable_server_reflection((service, health.SERVICE_NAME, reflection.SERVICE_NAME), self.grpc)
 
-    async def start(self, host: str, port: int) -> str:
+    async def start(self, host: str, port: int, tls: ServerTls | None = None) -> str:
         """Listens, and returns "host:port" with the actual port.
 
         Raises:
-            OSError: the address cannot be listened on.
+            OSError: the address cannot be listened on, or a file of `tls` not be read.
         """
         shown_host = f"[{host}]" if ":" in host else host
+        address = f"{shown_host}:{port}"
+        credentials = tls.credentials() if tls else None
         try:
-            actual_port = self.grpc.add_insecure_port(f"{shown_host}:{port}")
+            if credentials is None:
+                actual_port = self.grpc.add_insecure_port(address)
+            else:
+                actual_port = self.grpc.add_secure_port(address, credentials)
         except RuntimeError as error:
-            raise OSError(f"cannot listen on {shown_host}:{port}: is it in use?") from error
+            raise OSError(f"cannot listen on {address}: is it in use?") from error
         await self.set_serving(False)
         await self.grpc.start()
         return f"{shown_host}:{actual_port}"

@@ -1,22 +1,28 @@
-"""Settings and start of a service process: flags win over the environment, which wins over defaults."""
+"""Settings and start of a service process: flags win over the environment, then comes a file, then the defaults."""
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import logging
+import os
 import sys
 from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from pydantic import ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+import yaml
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
 from embedding_transport.checkpoint import CheckpointError
 from embedding_transport.errors import VitrineError
+from embedding_transport.tls import ServerTls
+from service_runtime.logs import LogFormat, LogLevel, start_logging
 
 
 class ServiceSettings(BaseSettings):
-    """Base of a service's settings; subclasses set `env_prefix` and `cli_prog_name`."""
+    """Base of a service's settings; subclasses set `env_prefix` and `cli_prog_name`, and describe the service."""
 
     model_config = SettingsConfigDict(
         frozen=True,
@@ -29,15 +35,60 @@ class ServiceSettings(BaseSettings):
         protected_namespaces=(),
     )
 
+    config: Path | None = Field(None, description="YAML file with settings, named as here with underscores")
+    print_config: bool = Field(False, description="print the settings in force as such a file, and end")
+    tls_cert_file: Path | None = Field(None, description="certificate chain (PEM) to serve with; none: no TLS")
+    tls_key_file: Path | None = Field(None, description="its private key (PEM)")
+    tls_client_ca_file: Path | None = Field(None, description="who signs clients' certificates (PEM), required then")
+    log_level: LogLevel = Field("info", description="least severe messages to log")
+    log_format: LogFormat = Field("text", description="json: one object a line")
+
     @classmethod
     def from_command_line(cls, arguments: Sequence[str]) -> Self:
-        """Reads flags and environment.
+        """Reads flags, environment and the file that either of them names.
 
         Raises:
             SystemExit: --help, or an unknown or malformed flag.
-            pydantic.ValidationError: a value is missing or out of range.
+            ValueError: the file cannot be read.
+            pydantic.ValidationError: a value is missing or out of range, or the file has an unknown key.
         """
-        return cls(_cli_parse_args=list(arguments))  # type: ignore[call-arg]
+        file = cls._config_file(arguments)
+        in_file: Any = {}
+        if file:
+            with file.open() as stream:  # not its text: YAML's errors then name the file
+                in_file = yaml.safe_load(stream)
+        if not isinstance(in_file, dict):
+            raise ValueError(f"--config {file}: it must hold settings as `name: value`, not a {type(in_file).__name__}")
+        in_environment = EnvSettingsSource(cls)()
+        given = {name: value for name, value in in_file.items() if name not in in_environment}
+        return cls(_cli_parse_args=list(arguments), **given)  # type: ignore[call-arg]
+
+    @classmethod
+    def _config_file(cls, arguments: Sequence[str]) -> Path | None:
+        """Found before the others are read, because it comes last among them."""
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--config", default=os.environ.get(f"{cls.model_config.get('env_prefix', '')}CONFIG"))
+        name = parser.parse_known_args(arguments)[0].config
+        if name and not Path(name).is_file():
+            raise ValueError(f"--config {name}: there is no such file")
+        return Path(name) if name else None
+
+    def server_tls(self) -> ServerTls | None:
+        """
+        Raises:
+            ValueError: certificate and key are not given together, or a CA without them.
+        """
+        cert_file, key_file, client_ca_file = self.tls_cert_file, self.tls_key_file, self.tls_client_ca_file
+        if cert_file and key_file:
+            return ServerTls(cert_file, key_file, client_ca_file)
+        if cert_file or key_file or client_ca_file:
+            raise ValueError("TLS needs both --tls-cert-file and --tls-key-file")
+        return None
+
+    def as_yaml(self) -> str:
+        """What `--config` would read to the same effect."""
+        own = self.model_dump(mode="json", exclude={"config", "print_config"})
+        return yaml.safe_dump(own, sort_keys=False, allow_unicode=True)
 
 
 SettingsT = TypeVar("SettingsT", bound=ServiceSettings)
@@ -52,7 +103,13 @@ def run_service(settings: type[SettingsT], serve: Callable[[SettingsT], Coroutin
             flag = "--" + "-".join(str(part) for part in problem["loc"]).replace("_", "-")
             print(f"{flag}: {problem['msg']}; see --help", file=sys.stderr)
         return 2
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    except (ValueError, yaml.YAMLError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    if config.print_config:
+        print(config.as_yaml(), end="")
+        return 0
+    start_logging(config.log_level, config.log_format)
     try:
         asyncio.run(serve(config))
     except (CheckpointError, OSError, ValueError, VitrineError) as error:

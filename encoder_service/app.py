@@ -142,7 +142,7 @@ async def serve(config: EncoderConfig) -> None:
     server = EncoderServer(servicer)
     async with AsyncExitStack() as stack:
         # The port answers (NOT_SERVING) before anything slow begins, so that probes see progress, not refusal.
-        addresses = f"grpc={await server.start(config.host, config.port)}"
+        addresses = f"grpc={await server.start(config.host, config.port, config.server_tls())}"
         stack.push_async_callback(server.stop, 0)
         if config.metrics_port:
             http_server, _ = start_http_server(config.metrics_port, config.host, metrics.registry)

@@ -86,7 +86,8 @@ def rank_environment(config: EncoderConfig, rank: int, environment: Mapping[str,
     Args:
         environment: ours, which may restrict the visible GPUs already.
     """
-    own = config.model_dump(mode="json", exclude_defaults=True)
+    # All of them, defaults too: a file that is named in our environment must not come between.
+    own = config.model_dump(mode="json", exclude_none=True, exclude={"config", "print_config"})
     own["dp"] = 1
     for port in ("port", "metrics_port"):
         if number := getattr(config, port):

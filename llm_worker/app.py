@@ -116,8 +116,9 @@ async def serve(config: LlmConfig) -> None:
         )
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
-        await web.TCPSite(runner, config.host, config.port).start()
-        grpc_address = await server.start(config.host, config.grpc_port)
+        tls = config.server_tls()
+        await web.TCPSite(runner, config.host, config.port, ssl_context=tls.context() if tls else None).start()
+        grpc_address = await server.start(config.host, config.grpc_port, tls)
         stack.push_async_callback(server.stop, 0)
         _log.info("LISTENING http=%s:%d grpc=%s", config.host, runner.addresses[0][1], grpc_address)
 
@@ -138,6 +139,7 @@ async def serve(config: LlmConfig) -> None:
             connect_timeout_s=config.connect_timeout_s,
             encode_timeout_s=config.encode_timeout_s,
             takes_gpu_rows=model.decoder.device.type == "cuda",
+            tls=config.encoder_tls(),
         )
         stack.push_async_callback(encoders.close)
         generator = Generator(engine, encoders, model.tokenizer, model.prompt_config, config.max_items)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
 from embedding_transport.service_settings import ServiceSettings
+from embedding_transport.tls import ClientTls
 from llm_worker.engine.engine import EngineConfig
 
 _BLOCK_SIZE = 16
@@ -31,6 +33,10 @@ class LlmConfig(ServiceSettings):
     shm_folder: str = Field("/dev/shm", description="shared-memory folder, the same as the encoders'")
     connect_timeout_s: float = Field(5.0, gt=0, description="for each step of connecting to an encoder, s")
     encode_timeout_s: float = Field(300.0, gt=0, description="longest encoding of one request on one encoder, s")
+
+    encoder_ca_file: Path | None = Field(None, description="who signs encoders' certificates (PEM); none: no TLS")
+    encoder_cert_file: Path | None = Field(None, description="certificate (PEM) for encoders that ask for one")
+    encoder_key_file: Path | None = Field(None, description="its private key (PEM)")
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 takes a free one, see the LISTENING line")
@@ -57,6 +63,16 @@ class LlmConfig(ServiceSettings):
         for address in encoders.split(","):
             _expanded(address)
         return encoders
+
+    def encoder_tls(self) -> ClientTls | None:
+        """
+        Raises:
+            ValueError: a certificate without its key or without a CA for the other side.
+        """
+        ca_file, cert_file, key_file = self.encoder_ca_file, self.encoder_cert_file, self.encoder_key_file
+        if (cert_file is None) != (key_file is None) or (cert_file and not ca_file):
+            raise ValueError("--encoder-cert-file needs --encoder-key-file and --encoder-ca-file beside it")
+        return ClientTls(ca_file, cert_file, key_file) if ca_file else None
 
     @property
     def encoder_addresses(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Flags win over the environment, which wins over defaults; what makes no sense is refused."""
+"""Flags win over the environment, then comes the file, then the defaults; what makes no sense is refused."""
 
 from __future__ import annotations
 
@@ -18,6 +18,53 @@ def test_flags_win_over_the_environment_and_that_over_defaults(monkeypatch: pyte
     monkeypatch.setenv("VITRINE_ENCODER_MAX_ITEMS", "3")
     config = read(["--model", "m", "--port", "4321"])
     assert (config.port, config.max_items, config.host) == (4321, 3, "127.0.0.1")
+
+
+def test_a_file_comes_after_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "encoder.yaml"
+    file.write_text("model: m\nport: 1\nmax_items: 2\nmax_batch_patches: 3\nallowed_media_folder: /media\n")
+    monkeypatch.setenv("VITRINE_ENCODER_MAX_ITEMS", "20")
+    monkeypatch.setenv("VITRINE_ENCODER_MAX_BATCH_PATCHES", "30")
+    config = read(["--config", str(file), "--max-batch-patches", "300"])
+    assert (config.port, config.max_items, config.max_batch_patches) == (1, 20, 300)
+    assert config.allowed_media_folder == Path("/media")
+    monkeypatch.setenv("VITRINE_ENCODER_CONFIG", str(file))
+    assert read([]).port == 1
+    assert read(["--port", "4"]).port == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("model: m\nmax_item: 1\n", "--max-item: Extra inputs"), ("- model\n", "not a list"), ("model: [", "line 1")],
+)
+def test_a_bad_file_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, content: str, message: str
+) -> None:
+    (tmp_path / "bad.yaml").write_text(content)
+    monkeypatch.setattr("sys.argv", ["encoder", "--config", str(tmp_path / "bad.yaml")])
+    assert main() == 2
+    assert message in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["encoder", "--config", str(tmp_path / "none.yaml")])
+    assert main() == 2
+    assert "there is no such file" in capsys.readouterr().err
+
+
+def test_what_is_in_force_can_be_printed_and_read_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["encoder", "--model", "m", "--no-cuda-graphs", "--port", "7", "--print-config"])
+    assert main() == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    again = read(["--config", str(printed)])
+    expected = read(["--model", "m", "--no-cuda-graphs", "--port", "7"])
+    assert again.model_dump(exclude={"config"}) == expected.model_dump(exclude={"config"})
+
+
+@pytest.mark.parametrize("flags", [["--tls-cert-file", "c"], ["--tls-key-file", "k"], ["--tls-client-ca-file", "a"]])
+def test_half_of_a_certificate_is_refused(flags: list[str]) -> None:
+    with pytest.raises(ValueError, match="both --tls-cert-file and --tls-key-file"):
+        read(["--model", "m", *flags]).server_tls()
 
 
 def test_the_environment_can_name_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,47 @@
+"""`vitrine-health HOST:PORT`: whether a service is ready, for probes of containers. Exit code 0 says yes."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from embedding_transport.encoder_rpc import CHANNEL_OPTIONS
+from embedding_transport.tls import ClientTls, open_channel
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, prog="vitrine-health")
+    parser.add_argument("address", metavar="HOST:PORT", help="of the gRPC port")
+    parser.add_argument("--service", default="", help="full name of the gRPC service; default: all there are")
+    parser.add_argument("--timeout-s", type=float, default=3.0, help="default: %(default)s")
+    parser.add_argument("--ca-file", type=Path, help="who signs the service's certificate (PEM); none: no TLS")
+    parser.add_argument("--cert-file", type=Path, help="certificate for a service that asks for one (PEM)")
+    parser.add_argument("--key-file", type=Path, help="its private key (PEM)")
+    options = parser.parse_args(arguments)
+    tls = ClientTls(options.ca_file, options.cert_file, options.key_file) if options.ca_file else None
+    try:
+        status = asyncio.run(_status(options.address, options.service, tls, options.timeout_s))
+    except (OSError, grpc.aio.AioRpcError) as error:
+        reason = error.details() if isinstance(error, grpc.aio.AioRpcError) else error
+        print(f"{options.address}: {reason}", file=sys.stderr)
+        return 1
+    print(status)
+    return 0 if status == "SERVING" else 1
+
+
+async def _status(address: str, service: str, tls: ClientTls | None, timeout_s: float) -> str:
+    async with open_channel(address, tls, CHANNEL_OPTIONS) as channel:
+        request = health_pb2.HealthCheckRequest(service=service)
+        response = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=timeout_s)
+    name: str = health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
+    return name
+
+
+if __name__ == "__main__":
+    sys.exit(main())

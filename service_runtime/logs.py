@@ -1,0 +1,55 @@
+"""The log of a service: text for people or JSON for collectors, each line with the request it is about."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import traceback
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Literal
+
+LogFormat = Literal["text", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+_MAX_ID_LENGTH = 64
+_request_id: ContextVar[str] = ContextVar("request_id", default="")
+
+
+def set_request_id(request_id: str) -> None:
+    """Names the request that the current task works for, in what it and the tasks it starts log from now on."""
+    _request_id.set(request_id[:_MAX_ID_LENGTH])
+
+
+def start_logging(level: LogLevel, log_format: LogFormat) -> None:
+    """Sends the log of the whole process to stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonFormatter() if log_format == "json" else _TextFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+class _TextFormatter(logging.Formatter):
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s %(request)s%(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        request_id = _request_id.get()
+        # Quoted, as clients choose it: a line break in it must not look like a line of ours.
+        record.request = f"[{request_id!r}] " if request_id else ""
+        return super().format(record)
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if request_id := _request_id.get():
+            line["request_id"] = request_id
+        if record.exc_info:
+            line["exception"] = "".join(traceback.format_exception(*record.exc_info))
+        return json.dumps(line, ensure_ascii=False)

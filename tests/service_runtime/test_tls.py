@@ -1,0 +1,90 @@
+"""TLS between real processes' ends: who is let in, who is trusted, and a certificate renewed in place."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from embedding_transport.service_server import ServiceServer
+from embedding_transport.tls import ClientTls, ServerTls, open_channel
+from service_runtime.health_command import main
+from tests.service_runtime.authority import Files, authority
+
+SERVICE = "vitrine.test.v1.Test"
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> Files:
+    return authority(tmp_path / "ours")
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Files:
+    return authority(tmp_path / "theirs")
+
+
+async def status(address: str, tls: ClientTls | None) -> int:
+    async with open_channel(address, tls, []) as channel:
+        request = health_pb2.HealthCheckRequest(service=SERVICE)
+        response = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=3)
+        return int(response.status)
+
+
+async def is_refused(address: str, tls: ClientTls | None) -> bool:
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await status(address, tls)
+    return refused.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_client_must_trust_the_server(ours: Files, theirs: Files) -> None:
+    server = ServiceServer(SERVICE)
+    address = await server.start("127.0.0.1", 0, ServerTls(ours.cert, ours.key))
+    await server.set_serving(True)
+    assert await status(address, ClientTls(ours.ca)) == health_pb2.HealthCheckResponse.SERVING
+    assert await is_refused(address, ClientTls(theirs.ca))
+    assert await is_refused(address, None)
+    await server.stop(0)
+
+
+async def test_with_mutual_tls_the_server_must_trust_the_client(ours: Files, theirs: Files) -> None:
+    server = ServiceServer(SERVICE)
+    address = await server.start("127.0.0.1", 0, ServerTls(ours.cert, ours.key, ours.ca))
+    await server.set_serving(True)
+    assert await status(address, ClientTls(ours.ca, ours.cert, ours.key)) == health_pb2.HealthCheckResponse.SERVING
+    assert await is_refused(address, ClientTls(ours.ca))
+    assert await is_refused(address, ClientTls(ours.ca, theirs.cert, theirs.key))
+
+    command = [address, "--service", SERVICE, "--ca-file", str(ours.ca)]
+    shown = ["--cert-file", str(ours.cert), "--key-file", str(ours.key)]
+    assert await asyncio.to_thread(main, command) == 1
+    assert await asyncio.to_thread(main, command + shown) == 0
+    await server.set_serving(False)
+    assert await asyncio.to_thread(main, command + shown) == 1
+    await server.stop(0)
+    assert await asyncio.to_thread(main, command + shown) == 1
+
+
+async def test_a_certificate_can_be_renewed_in_place(ours: Files, theirs: Files) -> None:
+    server = ServiceServer(SERVICE)
+    address = await server.start("127.0.0.1", 0, ServerTls(ours.cert, ours.key))
+    await server.set_serving(True)
+    assert await status(address, ClientTls(ours.ca))
+    for name in ("cert", "key"):
+        shutil.copy(getattr(theirs, name), getattr(ours, name))
+    assert await status(address, ClientTls(theirs.ca))
+    assert await is_refused(address, ClientTls(ours.ca))
+    ours.cert.unlink()
+    assert await status(address, ClientTls(theirs.ca)), "without its file the last certificate still holds"
+    await server.stop(0)
+
+
+def test_files_that_are_missing_are_named(tmp_path: Path, ours: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(OSError, match="nowhere"):
+        ServerTls(tmp_path / "nowhere", ours.key).credentials()
+    assert main(["127.0.0.1:9", "--ca-file", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere" in capsys.readouterr().err
