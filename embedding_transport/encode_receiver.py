@@ -71,6 +71,7 @@ class EncodeReceiver:
         self._done.add(message.item_index)
         timings = timings_from_proto(message.timings, (time.perf_counter() - start) * 1000)
         release = lambda lease_id: self._peer.release(connection.session_id, lease_id)  # noqa: E731
+        self._peer.num_held += 1
         rows = LeasedRows(layout.num_tokens, timings, connection.mapping, lease, rows_TW, release)
         return RowsEvent(message.item_index, rows)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
+import logging
 import math
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -34,6 +36,9 @@ from protos.encoder.v1 import encoder_pb2
 
 # No encoder takes more than this multiple of the mean load (Mirrokni et al., "Consistent Hashing with Bounded Loads").
 _LOAD_BOUND = 1.25
+_LEAVING_POLL_S = 0.1
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class EncoderClient:
     """Encodes media on one of several encoders. Make and use it on one event loop.
 
     Args:
-        addresses: "host:port" of every encoder.
+        addresses: "host:port" of every encoder; none if `set_addresses` is to say.
         expected: what the encoders must serve; None takes any.
         transport: "auto", or one transport and no other.
         shm_folder: shared-memory folder, the same as the encoders'.
@@ -83,12 +88,18 @@ class EncoderClient:
         takes_gpu_rows: bool = False,
         tls: ClientTls | None = None,
     ) -> None:
-        if not addresses:
-            raise ValueError("an EncoderClient needs at least one encoder address")
-        self._peers = [
-            EncoderPeer(each, expected, transport, shm_folder, connect_timeout_s, takes_gpu_rows, tls)
-            for each in addresses
-        ]
+        self._make_peer = functools.partial(
+            EncoderPeer,
+            expected=expected,
+            transport=transport,
+            shm_folder=shm_folder,
+            connect_timeout_s=connect_timeout_s,
+            takes_gpu_rows=takes_gpu_rows,
+            tls=tls,
+        )
+        self._first_addresses = addresses
+        self._peers: list[EncoderPeer] = []
+        self._leaving: set[asyncio.Task[None]] = set()
         self._encode_timeout_s = encode_timeout_s
         self._buffers = HostBufferPool()
         self._changed = asyncio.Event()
@@ -102,17 +113,43 @@ class EncoderClient:
         Raises:
             EncoderMismatch, TransportUnavailable: an encoder that answers cannot be used.
         """
-        for peer in self._peers:
-            peer.start(self._changed.set)
-        for peer in self._peers:
+        if self._first_addresses:
+            self.set_addresses(self._first_addresses)
+        for peer in list(self._peers):
             await peer.attempted.wait()
-        for peer in self._peers:
             if peer.connection is None and type(peer.error) is not EncoderUnavailable:
                 raise peer.error
 
+    def set_addresses(self, addresses: Sequence[str]) -> None:
+        """Uses these encoders from now on. Those that are not among them finish what they have."""
+        known = {peer.address: peer for peer in self._peers}
+        for address in addresses:
+            if address not in known:
+                peer = self._make_peer(address)
+                peer.start(self._changed.set)
+                self._peers.append(peer)
+        for address in known.keys() - set(addresses):
+            self._peers.remove(known[address])
+            leaving = asyncio.create_task(self._let_go(known[address]))
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
+        self._changed.set()
+
     async def close(self) -> None:
         """Gives back what is released and disconnects."""
+        for leaving in self._leaving:
+            leaving.cancel()
+        await asyncio.gather(*self._leaving, return_exceptions=True)
         await asyncio.gather(*(peer.close() for peer in self._peers))
+
+    async def _let_go(self, peer: EncoderPeer) -> None:
+        """Disconnects once nothing is under way there and none of its rows are held, or if it is gone."""
+        _log.info("encoder %s is not one of ours any more", peer.address)
+        try:
+            while peer.connection is not None and (peer.in_flight or peer.num_held):  # noqa: ASYNC110 it counts up, too
+                await asyncio.sleep(_LEAVING_POLL_S)
+        finally:
+            await peer.close()
 
     @property
     def ready(self) -> bool:
@@ -280,7 +317,7 @@ class EncoderClient:
             receiver.close()
 
     def _unavailable(self, lost: Mapping[str, str]) -> EncoderUnavailable:
-        reasons = "; ".join(lost.get(peer.address, str(peer.error)) for peer in self._peers)
+        reasons = "; ".join(lost.get(peer.address, str(peer.error)) for peer in self._peers) or "none was found"
         return EncoderUnavailable(f"no encoder is left to encode on: {reasons}; start one or give it time")
 
 

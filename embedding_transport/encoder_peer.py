@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -46,6 +46,8 @@ class Connection:
 class EncoderPeer:
     """Keeps one encoder connected, and gives its leases back. Lives on one event loop.
 
+    in_flight: items it is encoding for us; num_held: leases of its rows that we have not given back.
+
     Args:
         expected: what the encoder must serve; None takes any.
         transport: "auto" takes the best that works, and counts where it comes down to bytes; the others accept nothing
@@ -57,6 +59,7 @@ class EncoderPeer:
     def __init__(
         self,
         address: str,
+        *,
         expected: ModelIdentity | None,
         transport: TransportChoice,
         shm_folder: Path,
@@ -66,6 +69,7 @@ class EncoderPeer:
     ) -> None:
         self.address = address
         self.in_flight = 0
+        self.num_held = 0
         self.num_fallbacks = 0
         self.connection: Connection | None = None
         self.error: VitrineError = EncoderUnavailable(f"encoder {address} is not connected yet")
@@ -84,6 +88,7 @@ class EncoderPeer:
     def start(self, on_change: Callable[[], None]) -> None:
         """Begins to connect, and to connect again; `on_change` is called whenever readiness has changed."""
         self._on_change = on_change
+        self._loop = asyncio.get_running_loop()
         self._task = asyncio.create_task(self._keep_connected())
 
     async def close(self) -> None:
@@ -92,8 +97,9 @@ class EncoderPeer:
             await asyncio.gather(self._task, return_exceptions=True)
 
     def release(self, session_id: str, lease_id: int) -> None:
-        """Gives a lease back in the background."""
-        self._to_release.put_nowait((session_id, lease_id))
+        """Gives a lease back in the background; from any thread."""
+        with suppress(RuntimeError):  # the loop is closed, and the session with it
+            self._loop.call_soon_threadsafe(self._to_release.put_nowait, (session_id, lease_id))
 
     async def _keep_connected(self) -> None:
         backoff_s = _FIRST_BACKOFF_S
@@ -224,8 +230,9 @@ class EncoderPeer:
                 _log.debug("release failed, the leases are reclaimed with the session or expire: %s", error.details())
             except asyncio.CancelledError:
                 for lease_id in lease_ids:  # for the last flush
-                    self.release(session_id, lease_id)
+                    self._to_release.put_nowait((session_id, lease_id))
                 raise
+            self.num_held -= len(lease_ids)
 
 
 def check_identity(address: str, served: ModelIdentity, expected: ModelIdentity) -> None:

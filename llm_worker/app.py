@@ -14,6 +14,7 @@ from typing import Any
 from aiohttp import web
 
 from embedding_transport.checkpoint import open_checkpoint
+from embedding_transport.discovery import follow
 from embedding_transport.encoder_client import EncoderClient
 from embedding_transport.errors import VitrineError
 from embedding_transport.loading import LoadingStopped, ProgressLog, choose_device, choose_dtype
@@ -132,7 +133,7 @@ async def serve(config: LlmConfig) -> None:
         engine.start()
         stack.push_async_callback(asyncio.to_thread, engine.close)
         encoders = EncoderClient(
-            config.encoder_addresses,
+            [],
             model.identity,
             transport=config.transport,
             shm_folder=Path(config.shm_folder),
@@ -148,6 +149,8 @@ async def serve(config: LlmConfig) -> None:
         served = ServedModel(model.identity.model, generator, model.defaults)
         http.open(served)
         servicer.open(served)
+        following = await _follow_encoders(config, encoders)
+        stack.callback(following.cancel)
         # An encoder that does not fit is no reason to end: another may come, and text needs none. /ready says why.
         with suppress(VitrineError):
             await encoders.start()
@@ -162,6 +165,27 @@ async def serve(config: LlmConfig) -> None:
         await server.set_not_serving_for_good()
         await asyncio.gather(runner.cleanup(), server.stop(config.drain_timeout_s))
     _log.info("stopped")
+
+
+async def _follow_encoders(config: LlmConfig, encoders: EncoderClient) -> asyncio.Task[None]:
+    """Keeps the client's encoders up to date; returns once some are known, or were not found at once.
+
+    Raises:
+        ValueError: a way to find encoders that cannot work here.
+    """
+    found = asyncio.Event()
+
+    def use(addresses: list[str]) -> None:
+        encoders.set_addresses(addresses)
+        found.set()
+
+    following = asyncio.create_task(follow(config.encoder_sources(), use))
+    finding = asyncio.create_task(found.wait())
+    await asyncio.wait([following, finding], timeout=config.connect_timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    finding.cancel()
+    if not found.is_set() and following.done():
+        following.result()
+    return following
 
 
 async def _keep_health(server: LlmServer, encoders: EncoderClient) -> None:

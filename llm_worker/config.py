@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
+from embedding_transport.discovery import Source, parse_sources
 from embedding_transport.service_settings import ServiceSettings
 from embedding_transport.tls import ClientTls
 from llm_worker.engine.engine import EngineConfig
 
 _BLOCK_SIZE = 16
-_MAX_PORT_RANGE = 64
 
 
 class LlmConfig(ServiceSettings):
@@ -26,7 +25,10 @@ class LlmConfig(ServiceSettings):
     revision: str | None = Field(None, description="hub branch, tag or commit; not used for folders")
     served_model_name: str | None = Field(None, description="name to serve under instead of hub id or folder name")
 
-    encoders: str = Field(description="encoders to use, host:port or host:first-last (of --dp), separated by commas")
+    encoders: str = Field(
+        description="encoders to use, separated by commas: host:port, host:first-last (of --dp), dns:NAME:PORT, "
+        "file:PATH with an address a line, or kubernetes:NAMESPACE/SERVICE:PORT"
+    )
     transport: Literal["auto", "cuda_ipc", "shm", "grpc"] = Field(
         "auto", description="how rows come: cuda_ipc or shm (same host), or grpc (bytes); auto: the first that works"
     )
@@ -60,8 +62,7 @@ class LlmConfig(ServiceSettings):
     @field_validator("encoders")
     @classmethod
     def _check_encoders(cls, encoders: str) -> str:
-        for address in encoders.split(","):
-            _expanded(address)
+        parse_sources(encoders)
         return encoders
 
     def encoder_tls(self) -> ClientTls | None:
@@ -74,9 +75,8 @@ class LlmConfig(ServiceSettings):
             raise ValueError("--encoder-cert-file needs --encoder-key-file and --encoder-ca-file beside it")
         return ClientTls(ca_file, cert_file, key_file) if ca_file else None
 
-    @property
-    def encoder_addresses(self) -> list[str]:
-        return [each for address in self.encoders.split(",") for each in _expanded(address)]
+    def encoder_sources(self) -> list[Source]:
+        return parse_sources(self.encoders)
 
     def engine_config(self, max_position_embeddings: int) -> EngineConfig:
         max_model_len = min(self.max_model_len or max_position_embeddings, max_position_embeddings)
@@ -89,18 +89,3 @@ class LlmConfig(ServiceSettings):
             max_waiting=self.max_waiting,
             prefix_cache=self.prefix_cache,
         )
-
-
-def _expanded(address: str) -> list[str]:
-    """host:port, or one for each port of host:first-last.
-
-    Raises:
-        ValueError: neither of the two.
-    """
-    match = re.fullmatch(r"(?P<host>.+):(?P<first>\d+)(-(?P<last>\d+))?", address.strip())
-    if match is None:
-        raise ValueError(f"{address!r} is neither host:port nor host:first-last")
-    first, last = int(match["first"]), int(match["last"] or match["first"])
-    if not first <= last < first + _MAX_PORT_RANGE:
-        raise ValueError(f"{address!r}: the last port is before the first, or {_MAX_PORT_RANGE} and more behind it")
-    return [f"{match['host']}:{port}" for port in range(first, last + 1)]

@@ -309,3 +309,40 @@ async def test_items_of_a_request_are_spread_and_each_goes_where_it_went_before(
         assert first[1].num_items - before == 2 * again
         assert [status.in_flight for status in client.status()] == [0, 0]
         await client.close()
+
+
+async def test_encoders_come_and_go_under_load_and_nothing_is_lost(tmp_path: Path) -> None:
+    async with running_stub(tmp_path) as first, running_stub(tmp_path) as second, running_stub(tmp_path) as third:
+        client = EncoderClient([], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+        with pytest.raises(EncoderUnavailable, match="none was found"):
+            await encode_all(client, [item("a 5")])
+        client.set_addresses([first[0]])
+        await client.wait_ready(10)
+
+        async def ask(name: str) -> None:
+            for index in range(60):
+                asked = [item(f"{name} {index} {length}") for length in (1, 40)]
+                rows = await encode_all(client, asked)
+                for position, each in enumerate(asked):
+                    assert each.data is not None
+                    expected = synthetic_rows(each.data, rows[position].rows.num_tokens, IDENTITY)
+                    assert torch.equal(landed(rows[position], IDENTITY), expected)
+                    await asyncio.sleep(0.002)  # rows are held while their encoder may be let go
+                    rows[position].rows.release()
+
+        asking = asyncio.gather(*(ask(name) for name in "abcd"))
+        for addresses in ([first[0], second[0]], [second[0]], [second[0], third[0]], [third[0]], [first[0], third[0]]):
+            client.set_addresses(addresses)
+            await asyncio.sleep(0.05)
+            assert {status.address for status in client.status()} == set(addresses)
+        await asking
+        assert min(stub[1].num_items for stub in (first, second, third)) > 0
+        async with asyncio.timeout(5):
+            while second[1].exporter.stats().sessions:  # it was let go of
+                await asyncio.sleep(0.01)
+            while any(stub[1].exporter.stats().live_leases for stub in (first, second, third)):
+                await asyncio.sleep(0.01)
+        await client.close()
+        for stub in (first, second, third):
+            assert stub[1].exporter.stats().leases.reclaimed == 0, "rows were taken back that were still held"

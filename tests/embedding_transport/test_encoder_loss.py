@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import random
 import signal
@@ -64,7 +65,9 @@ class CancelsEncode(StubServicer):
     """Ends every Encode with CANCELLED, as a proxy or a stopping server does."""
 
     async def Encode(self, request, context):  # type: ignore[no-untyped-def, override]
-        yield encoder_pb2.EncodeResponse(layout=encoder_pb2.Layout(grid_thw=[1, 2, 10], num_tokens=5))
+        content_hash = hashlib.sha256(request.items[0].data).digest()
+        layout = encoder_pb2.Layout(grid_thw=[1, 2, 10], num_tokens=5, content_hash=content_hash)
+        yield encoder_pb2.EncodeResponse(layout=layout)
         await context.abort(grpc.StatusCode.CANCELLED, "stopping")
 
 

@@ -43,16 +43,15 @@ def test_unknown_flags_are_refused(flags: list[str], capsys: pytest.CaptureFixtu
         ["--encoders", "a:1,,b:2"],
         ["--encoders", "a:9-5"],
         ["--encoders", "a:1-99"],
+        ["--encoders", "dns:name"],
+        ["--encoders", "dns:name:port"],
+        ["--encoders", "kubernetes:service:1"],
+        ["--encoders", "kubernetes:namespace/service"],
     ],
 )
 def test_values_out_of_range_are_refused(flags: list[str]) -> None:
     with pytest.raises((ValidationError, SystemExit)):
         read([*NEEDED, *flags])
-
-
-def test_encoders_are_a_list_of_addresses() -> None:
-    assert read(["--model", "m", "--encoders", "a:1, b:22"]).encoder_addresses == ["a:1", "b:22"]
-    assert read(["--model", "m", "--encoders", "a:8-10,b:22"]).encoder_addresses == ["a:8", "a:9", "a:10", "b:22"]
 
 
 @pytest.mark.parametrize(("asked", "actual"), [(None, 4096), (100, 100), (9999, 4096)])

@@ -1,0 +1,34 @@
+"""All addresses that a name has, such as those of the pods behind a headless Service."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncGenerator
+
+_log = logging.getLogger(__name__)
+_INTERVAL_S = 5.0
+
+
+class DnsSource:
+    def __init__(self, name: str, port: str, interval_s: float = _INTERVAL_S) -> None:
+        """Raises ValueError for a port that is no number."""
+        if not port.isdecimal():
+            raise ValueError(f"dns:{name}:{port}: the port must be a number")
+        self._name, self._port, self._interval_s = name, int(port), interval_s
+
+    async def watch(self) -> AsyncGenerator[list[str]]:
+        while True:
+            try:
+                yield await self._look_up()
+            except socket.gaierror as error:
+                # A Service none of whose pods is ready has no name at all; neither has one while DNS is down.
+                _log.warning("%s has no address now: %s", self._name, error)
+            await asyncio.sleep(self._interval_s)
+
+    async def _look_up(self) -> list[str]:
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(self._name, self._port, type=socket.SOCK_STREAM)
+        hosts = sorted({str(sockaddr[0]) for *_, sockaddr in found})
+        return [f"[{host}]:{self._port}" if ":" in host else f"{host}:{self._port}" for host in hosts]
