@@ -146,7 +146,7 @@ async def _encoders(checkpoint: Path, dp: int, flags: list[str]) -> AsyncIterato
             addresses.append(match[1])
         if "CUDA graphs," in line or "attention over" in line or "JPEG" in line:
             print(line.strip(), file=sys.stderr)
-        num_serving += " SERVING " in line
+        num_serving += "SERVING " in line
         if num_serving == dp:
             break
     else:

@@ -33,6 +33,7 @@ from embedding_transport.types import (
 )
 from embedding_transport.wire import item_to_proto
 from protos.encoder.v1 import encoder_pb2
+from service_runtime.traces import outgoing_metadata
 
 # No encoder takes more than this multiple of the mean load (Mirrokni et al., "Consistent Hashing with Bounded Loads").
 _LOAD_BOUND = 1.25
@@ -292,7 +293,7 @@ class EncoderClient:
             items=[item_to_proto(pending[index]) for index in indices],
         )
         receiver = EncodeReceiver(peer, connection, [pending[index] for index in indices], self._buffers)
-        call = encode_method(connection.channel)(message, timeout=self._encode_timeout_s)
+        call = encode_method(connection.channel)(message, timeout=self._encode_timeout_s, metadata=outgoing_metadata())
         try:
             async for raw in call:
                 for event in receiver.take(parse_response(raw)):

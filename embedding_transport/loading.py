@@ -27,14 +27,20 @@ class LoadingStopped(Exception):
 class ProgressLog:
     """Logs at most every half second, and the end; raises LoadingStopped once `must_stop` says so."""
 
-    def __init__(self, what: str, must_stop: Callable[[], bool]) -> None:
+    def __init__(self, what: str, must_stop: Callable[[], bool], show: Callable[[float], None]) -> None:
+        """
+        Args:
+            show: called with the part that is done, 0 to 1, every time.
+        """
         self._what = what
         self._must_stop = must_stop
+        self._show = show
         self._logged_at = float("-inf")
 
     def __call__(self, num_done: int, num_all: int) -> None:
         if self._must_stop():
             raise LoadingStopped
+        self._show(num_done / num_all if num_all else 1.0)
         now = time.monotonic()
         if num_done == num_all or now - self._logged_at >= _PROGRESS_INTERVAL_S:
             self._logged_at = now

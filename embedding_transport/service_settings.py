@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError
@@ -19,10 +19,13 @@ from embedding_transport.checkpoint import CheckpointError
 from embedding_transport.errors import VitrineError
 from embedding_transport.tls import ServerTls
 from service_runtime.logs import LogFormat, LogLevel, start_logging
+from service_runtime.traces import start_tracing
 
 
 class ServiceSettings(BaseSettings):
-    """Base of a service's settings; subclasses set `env_prefix` and `cli_prog_name`, and describe the service."""
+    """Base of a service's settings; subclasses set `env_prefix`, `cli_prog_name` and `service_name`, as in traces."""
+
+    service_name: ClassVar[str]
 
     model_config = SettingsConfigDict(
         frozen=True,
@@ -42,6 +45,9 @@ class ServiceSettings(BaseSettings):
     tls_client_ca_file: Path | None = Field(None, description="who signs clients' certificates (PEM), required then")
     log_level: LogLevel = Field("info", description="least severe messages to log")
     log_format: LogFormat = Field("text", description="json: one object a line")
+    otlp_endpoint: str = Field(
+        "", description="collector for traces, http(s)://host:port (OTLP over gRPC); empty: none"
+    )
 
     @classmethod
     def from_command_line(cls, arguments: Sequence[str]) -> Self:
@@ -110,9 +116,12 @@ def run_service(settings: type[SettingsT], serve: Callable[[SettingsT], Coroutin
         print(config.as_yaml(), end="")
         return 0
     start_logging(config.log_level, config.log_format)
+    end_tracing = start_tracing(settings.service_name, config.otlp_endpoint)
     try:
         asyncio.run(serve(config))
     except (CheckpointError, OSError, ValueError, VitrineError) as error:
         logging.getLogger(__name__).error("cannot start: %s", error)
         return 1
+    finally:
+        end_tracing()
     return 0

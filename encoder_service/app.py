@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,11 +66,14 @@ class LoadedModel:
     gpu_uuids: tuple[str, ...]
 
 
-def load_model(config: EncoderConfig, must_stop: Callable[[], bool]) -> LoadedModel:
+def load_model(
+    config: EncoderConfig, must_stop: Callable[[], bool], show: Callable[[str, float], None] = lambda stage, part: None
+) -> LoadedModel:
     """Finds the checkpoint and loads its tower, logging the progress. Blocking.
 
     Args:
         must_stop: once it says so, loading ends with LoadingStopped.
+        show: called with a stage of the start ("weights", "graphs") and the part of it that is done.
 
     Raises:
         CheckpointError: no such checkpoint, or one that this encoder cannot serve.
@@ -83,8 +87,9 @@ def load_model(config: EncoderConfig, must_stop: Callable[[], bool]) -> LoadedMo
     has_fast_form = device.type == "cuda" and dtype_name == "bfloat16"
     if config.quantization == "fp8" and not has_fast_form:
         raise ValueError(f"--quantization fp8 needs bfloat16 on a GPU: this is {dtype_name} on {device.type}")
-    plain = build_tower(checkpoint, device, DTYPES[dtype_name], ProgressLog("loading visual weights", must_stop))
-    fast = _accelerated(plain, config, must_stop) if has_fast_form else None
+    progress = ProgressLog("loading visual weights", must_stop, partial(show, "weights"))
+    plain = build_tower(checkpoint, device, DTYPES[dtype_name], progress)
+    fast = _accelerated(plain, config, must_stop, partial(show, "graphs")) if has_fast_form else None
     identity = ModelIdentity(
         model=checkpoint.model,
         revision=checkpoint.revision,
@@ -100,12 +105,15 @@ def load_model(config: EncoderConfig, must_stop: Callable[[], bool]) -> LoadedMo
 
 
 def _accelerated(
-    plain: Qwen3VLTower | Qwen2_5VLTower, config: EncoderConfig, must_stop: Callable[[], bool]
+    plain: Qwen3VLTower | Qwen2_5VLTower,
+    config: EncoderConfig,
+    must_stop: Callable[[], bool],
+    show: Callable[[float], None],
 ) -> GpuTower:
     from encoder_service.gpu.tower import gpu_tower  # needs Triton, which comes with torch's CUDA builds only
 
     max_graph_patches = config.max_batch_patches if config.cuda_graphs else 0
-    progress = ProgressLog("capturing CUDA graphs", must_stop)
+    progress = ProgressLog("capturing CUDA graphs", must_stop, show)
     return gpu_tower(plain, max_graph_patches, progress, fp8=config.quantization == "fp8")
 
 
@@ -151,7 +159,7 @@ async def serve(config: EncoderConfig) -> None:
         _log.info("LISTENING %s", addresses)
 
         try:
-            model = await asyncio.to_thread(load_model, config, stop.is_set)
+            model = await asyncio.to_thread(load_model, config, stop.is_set, metrics.show_progress)
         except LoadingStopped:
             _log.info("stopped while loading")
             return

@@ -17,6 +17,7 @@ MIB = 1024 * 1024
 class EncoderConfig(ServiceSettings):
     """Vitrine's encoder: images and videos in, embedding rows out, over gRPC."""
 
+    service_name = "vitrine-encoder"
     model_config = SettingsConfigDict(env_prefix="VITRINE_ENCODER_", cli_prog_name="python -m encoder_service")
 
     model: str = Field(description="checkpoint folder or hub id, such as Qwen/Qwen3-VL-2B-Instruct")

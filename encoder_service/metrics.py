@@ -60,6 +60,16 @@ class EncoderMetrics:
             "vitrine_encoder_batch_items", "Items in a batch.", buckets=_ITEM_BUCKETS, registry=self.registry
         )
 
+        self.start_progress = Gauge(
+            "vitrine_encoder_start_progress",
+            "How much of a stage of the start is done.",
+            ["stage"],
+            registry=self.registry,
+        )
+
+    def show_progress(self, stage: str, part: float) -> None:
+        self.start_progress.labels(stage).set(part)
+
     def observe_batch(self, report: BatchReport) -> None:
         self.batch_patches.observe(report.num_patches)
         self.batch_items.observe(report.num_items)

@@ -76,7 +76,7 @@ class _Rank:
             await self._child.stop(grace_s)
 
     def _note_serving(self, line: str) -> None:
-        if " SERVING " in line:
+        if "SERVING " in line:
             self._has_served = self._has_served_now = True
 
 

@@ -24,6 +24,8 @@ from encoder_service.codec import failed_to_proto, item_from_proto, layout_to_pr
 from encoder_service.metrics import EncoderMetrics
 from encoder_service.service import EncodeService, ItemFailed
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from service_runtime.logs import set_request_id
+from service_runtime.traces import metadata_carrier, serving_span
 
 _log = logging.getLogger(__name__)
 
@@ -89,8 +91,10 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
         self, request: encoder_pb2.EncodeRequest, context: EncodeContext
     ) -> None:
         outcome = "cancelled"
+        set_request_id(request.request_id)
+        caller = metadata_carrier(context.invocation_metadata())
         try:
-            with self._count_encoding():
+            with self._count_encoding(), serving_span("encode", caller, **{"vitrine.num_items": len(request.items)}):
                 await self._encode(request, context)
             outcome = "ok"
         except Exception as error:
@@ -134,7 +138,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
                         await context.write(layout_to_proto(event))
                     elif isinstance(event, ItemFailed):
                         code, reason = event.error.code, event.error
-                        _log.info("request %.64r item %d: %s: %s", request.request_id, event.item_index, code, reason)
+                        _log.info("item %d: %s: %s", event.item_index, code, reason)
                         await context.write(failed_to_proto(event))
                     else:
                         await context.write(event)

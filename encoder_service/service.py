@@ -26,8 +26,10 @@ from encoder_service.engine.cache import EmbeddingCache, MadeRows
 from encoder_service.media.loader import MediaLoader
 from encoder_service.metrics import EncoderMetrics
 from encoder_service.preprocess.preprocessor import OpenedMedia, Preprocessor
+from service_runtime.traces import past_span, span
 
 _log = logging.getLogger(__name__)
+_ITEM = "vitrine.item_index"
 
 # Events made ahead of a slow reader; a chunk of rows is the largest, about 1 MiB.
 _MAX_EVENTS_AHEAD = 4
@@ -146,14 +148,14 @@ class EncodeService:
     async def _encode_item(
         self, index: int, item: MediaItem, ship: Ship[Shipped], tenant: str, deadline: float
     ) -> AsyncGenerator[LayoutEvent | Shipped, None]:
-        with self._stage("load") as load:
+        with self._stage("load", index) as load:
             data = await self._loader.load(item)
-        with self._stage("open") as opening:
+        with self._stage("open", index) as opening:
             opened, layout = await self._in_thread(self._open, item, data)
         key = self._cache_key(tenant, layout)
         with nullcontext() if self._cache.knows(key) else self._batcher.admit(layout.grid_thw, deadline):
             yield LayoutEvent(index, layout)
-            made = await self._cache.rows(key, functools.partial(self._make, opened, layout, deadline))
+            made = await self._cache.rows(key, functools.partial(self._make, index, opened, layout, deadline))
             # Shipping to a slow reader takes long: hold no more than the rows meanwhile.
             del opened, data
             timings = ItemTimings(
@@ -162,16 +164,19 @@ class EncodeService:
                 queue_ms=made.queue_ms,
                 forward_ms=made.forward_ms,
             )
-            with self._stage("ship"):
+            with self._stage("ship", index):
                 async with aclosing(ship(index, made.rows_TW, timings)) as shipped:
                     async for part in shipped:
                         yield part
 
-    async def _make(self, opened: OpenedMedia, layout: Layout, deadline: float) -> MadeRows:
-        with self._stage("preprocess") as preprocess:
+    async def _make(self, index: int, opened: OpenedMedia, layout: Layout, deadline: float) -> MadeRows:
+        with self._stage("preprocess", index) as preprocess:
             patches_PX = await self._in_thread(opened.patches)
         encoded = await self._batcher.encode(patches_PX, layout.grid_thw, deadline)
-        self._metrics.stage_seconds.labels("queue").observe(encoded.queue_ms / 1e3)
+        queue_s, forward_s = encoded.queue_ms / 1e3, encoded.forward_ms / 1e3
+        self._metrics.stage_seconds.labels("queue").observe(queue_s)
+        past_span("queue", queue_s + forward_s, queue_s, **{_ITEM: index})
+        past_span("forward", forward_s, forward_s, **{_ITEM: index})
         return MadeRows(encoded.rows_TW, preprocess.elapsed_ms, encoded.queue_ms, encoded.forward_ms)
 
     @staticmethod
@@ -193,10 +198,11 @@ class EncodeService:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
     @contextmanager
-    def _stage(self, name: str) -> Iterator[_Stopwatch]:
-        """Times one stage, for the item and for the metrics; stages that fail are not observed."""
+    def _stage(self, name: str, index: int) -> Iterator[_Stopwatch]:
+        """Times one stage, for the item, the metrics and the trace; stages that fail are not in the metrics."""
         stopwatch = _Stopwatch()
-        yield stopwatch
+        with span(name, **{_ITEM: index}):
+            yield stopwatch
         stopwatch.elapsed_ms = (time.monotonic() - stopwatch.started) * 1e3
         self._metrics.stage_seconds.labels(name).observe(stopwatch.elapsed_ms / 1e3)
 

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,14 @@ class LoadedModel:
     defaults: SamplingDefaults
 
 
-def load_model(config: LlmConfig, must_stop: Callable[[], bool]) -> LoadedModel:
+def load_model(
+    config: LlmConfig, must_stop: Callable[[], bool], show: Callable[[str, float], None] = lambda stage, part: None
+) -> LoadedModel:
     """Finds the checkpoint and loads its decoder, logging the progress. Blocking.
 
     Args:
         must_stop: once it says so, loading ends with LoadingStopped.
+        show: called with a stage of the start ("weights") and the part of it that is done.
 
     Raises:
         CheckpointError: no such checkpoint, or one that this worker cannot serve.
@@ -61,7 +65,8 @@ def load_model(config: LlmConfig, must_stop: Callable[[], bool]) -> LoadedModel:
     tokenizer = None if config.skip_tokenizer_init else PromptTokenizer(checkpoint)
     device = choose_device(config.device)
     dtype_name = choose_dtype(config.dtype, device, stored_dtype(checkpoint))
-    decoder = build_decoder(checkpoint, device, DTYPES[dtype_name], ProgressLog("loading language weights", must_stop))
+    progress = ProgressLog("loading language weights", must_stop, partial(show, "weights"))
+    decoder = build_decoder(checkpoint, device, DTYPES[dtype_name], progress)
     vision = checkpoint.config["vision_config"]
     identity = ModelIdentity(
         model=checkpoint.model,
@@ -124,7 +129,7 @@ async def serve(config: LlmConfig) -> None:
         _log.info("LISTENING http=%s:%d grpc=%s", config.host, runner.addresses[0][1], grpc_address)
 
         try:
-            model = await asyncio.to_thread(load_model, config, stop.is_set)
+            model = await asyncio.to_thread(load_model, config, stop.is_set, metrics.show_progress)
         except LoadingStopped:
             _log.info("stopped while loading")
             return

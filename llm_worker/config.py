@@ -19,6 +19,7 @@ _BLOCK_SIZE = 16
 class LlmConfig(ServiceSettings):
     """Vitrine's LLM worker: prompts and embedding rows in, tokens out, over OpenAI HTTP and gRPC."""
 
+    service_name = "vitrine-llm"
     model_config = SettingsConfigDict(env_prefix="VITRINE_LLM_", cli_prog_name="python -m llm_worker")
 
     model: str = Field(description="checkpoint folder or hub id, the same as the encoders'")

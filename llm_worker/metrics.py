@@ -6,8 +6,9 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
+from dataclasses import asdict
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -43,12 +44,25 @@ class LlmMetrics:
             buckets=_ITL_BUCKETS,
             registry=self.registry,
         )
+        self._stage_seconds = Histogram(
+            "vitrine_llm_stage_seconds",
+            "Time of a request in a stage (load, preprocess, encode, ship, land, prefill, decode), seconds.",
+            ["stage"],
+            buckets=_TTFT_BUCKETS,
+            registry=self.registry,
+        )
+        self.start_progress = Gauge(
+            "vitrine_llm_start_progress", "How much of a stage of the start is done.", ["stage"], registry=self.registry
+        )
         self._tokens = Counter(
             "vitrine_llm_tokens",
             "Tokens of requests by kind: prompt, media (part of prompt), generated.",
             ["kind"],
             registry=self.registry,
         )
+
+    def show_progress(self, stage: str, part: float) -> None:
+        self.start_progress.labels(stage).set(part)
 
     async def watch(self, events: AsyncGenerator[GenerationEvent]) -> AsyncGenerator[GenerationEvent]:
         """Passes a request's events on and measures them."""
@@ -68,6 +82,9 @@ class LlmMetrics:
                         self._tokens.labels("generated").inc(len(event.token_ids))
                     elif isinstance(event, Finished):
                         outcome = "ok"
+                        for stage, ms in asdict(event.timings).items():
+                            if stage != "ttft_ms":
+                                self._stage_seconds.labels(stage.removesuffix("_ms")).observe(ms / 1e3)
                     yield event
         except (asyncio.CancelledError, GeneratorExit):
             raise
@@ -94,6 +111,9 @@ class _EngineCollector(Collector):
         stats = self._stats()
         yield GaugeMetricFamily("vitrine_llm_running", "Requests that hold KV blocks.", stats.running)
         yield GaugeMetricFamily("vitrine_llm_waiting", "Requests that wait for room.", stats.waiting)
+        yield GaugeMetricFamily(
+            "vitrine_llm_queued_prefill_tokens", "Prompt tokens that are not computed yet.", stats.queued_prefill_tokens
+        )
         yield GaugeMetricFamily("vitrine_llm_kv_blocks_used", "KV blocks in use.", stats.kv_blocks_used)
         yield GaugeMetricFamily(
             "vitrine_llm_kv_blocks_kept",

@@ -52,12 +52,13 @@ class EngineConfig:
 class EngineStats:
     """Requests and KV blocks now; steps, tokens, preemptions and evicted blocks since the start.
 
-    kv_blocks_kept: held by nobody, but with content that may be used again. num_cached_tokens: of prompts, not computed
-    because their KV was there.
+    queued_prefill_tokens: of prompts, not computed yet. kv_blocks_kept: held by nobody, but with content that may be
+    used again. num_cached_tokens: of prompts, not computed because their KV was there.
     """
 
     running: int
     waiting: int
+    queued_prefill_tokens: int
     kv_blocks_used: int
     kv_blocks_kept: int
     kv_blocks_total: int
@@ -215,6 +216,7 @@ class Engine:
         return EngineStats(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
+            queued_prefill_tokens=self._scheduler.num_queued_prefill_tokens,
             kv_blocks_used=self._kv_cache.num_blocks - self._kv_cache.num_free,
             kv_blocks_kept=self._kv_cache.num_kept,
             kv_blocks_total=self._kv_cache.num_blocks,

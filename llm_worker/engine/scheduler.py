@@ -62,6 +62,12 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
 
+    @property
+    def num_queued_prefill_tokens(self) -> int:
+        """Tokens of prompts that are not computed yet; from any thread."""
+        sequences = [*self.waiting, *self.running]
+        return sum(max(0, each.num_prompt_tokens - each.num_computed) for each in sequences)
+
     def add(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=lambda each: each.arrival)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import deque
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -10,7 +12,7 @@ from typing import Any
 
 from embedding_transport.encoder_client import EncoderClient
 from embedding_transport.errors import BadRequest, InternalError, TooManyItems, VitrineError
-from embedding_transport.types import EmbeddingRows, ItemTimings, Layout, RowsEvent
+from embedding_transport.types import EmbeddingRows, Layout, RowsEvent
 from llm_worker.engine.engine import Engine, RequestHandle
 from llm_worker.engine.request import ExpandedPrompt, TokenOutput
 from llm_worker.frontend.events import (
@@ -18,19 +20,37 @@ from llm_worker.frontend.events import (
     Finished,
     GenerationEvent,
     GenerationRequest,
-    StageTimings,
     Started,
 )
 from llm_worker.frontend.known_layouts import KnownLayouts, layout_keys
+from llm_worker.frontend.stages import ItemArrival, Stage, stage_timings, stages
 from llm_worker.frontend.stop_strings import StopStrings
 from llm_worker.prompt.config import PromptConfig
 from llm_worker.prompt.expand import expand_prompt
 from llm_worker.prompt.placeholders import PlaceholderPlan, plan_placeholders
 from llm_worker.prompt.tokenizer import PromptTokenizer
+from service_runtime.logs import set_request_id
+from service_runtime.traces import past_span
+
+_MAX_RECENT = 50
+
+
+@dataclass(frozen=True)
+class RecentRequest:
+    """finished_at: seconds since the epoch; elapsed_ms: from its arrival to its last token."""
+
+    request_id: str
+    finished_at: float
+    elapsed_ms: float
+    num_items: int
+    finished: Finished
+    stages: list[Stage]
 
 
 class Generator:
     """Runs requests on the engine and the encoders.
+
+    recent: the last requests that finished, oldest first.
 
     Args:
         tokenizer: None takes and returns token ids only.
@@ -51,6 +71,7 @@ class Generator:
         self._prompt_config = prompt_config
         self._max_items = max_items
         self._layouts = KnownLayouts()
+        self.recent: deque[RecentRequest] = deque(maxlen=_MAX_RECENT)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
         """Yields one Started, Deltas, one Finished. Closing the iteration cancels the request everywhere.
@@ -58,6 +79,7 @@ class Generator:
         Raises:
             VitrineError: why it could not be done.
         """
+        set_request_id(request.request_id)
         if len(request.media) > self._max_items:
             raise TooManyItems(
                 f"the request has {len(request.media)} images and videos: at most {self._max_items} are accepted"
@@ -113,10 +135,29 @@ class Generator:
                 text += stop.flush()
             yield _delta(output, text)
             if finish_reason is not None:
-                timings = media.timings(handle)
-                num_cached = handle.timings.num_cached_tokens
-                yield Finished(finish_reason, len(prompt.token_ids), num_cached, num_tokens, timings)
+                yield self._finished(request, prompt, handle, media, finish_reason, num_tokens)
                 return
+
+    def _finished(
+        self,
+        request: GenerationRequest,
+        prompt: ExpandedPrompt,
+        handle: RequestHandle,
+        media: _MediaFeed,
+        finish_reason: str,
+        num_tokens: int,
+    ) -> Finished:
+        engine, ended_ms = handle.timings, media.since_arrival_ms()
+        timings = stage_timings(media.arrivals, engine)
+        finished = Finished(finish_reason, len(prompt.token_ids), engine.num_cached_tokens, num_tokens, timings)
+        passed = stages(media.arrivals, engine, ended_ms)
+        for stage in passed:
+            if stage.item_index is None:  # the encoder tells of the others itself
+                past_span(stage.name, (ended_ms - stage.start_ms) / 1e3, stage.duration_ms / 1e3)
+        self.recent.append(
+            RecentRequest(request.request_id, time.time(), ended_ms, len(request.media), finished, passed)
+        )
+        return finished
 
 
 @dataclass
@@ -132,7 +173,8 @@ class _MediaFeed:
     config: PromptConfig
     tokenizer: PromptTokenizer | None
     known: KnownLayouts
-    item_timings: list[ItemTimings] = field(default_factory=list)
+    arrivals: list[ItemArrival] = field(default_factory=list)
+    started_at: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
         loop = asyncio.get_running_loop()
@@ -147,6 +189,9 @@ class _MediaFeed:
 
     def start(self) -> None:
         self._spawn(self._run())
+
+    def since_arrival_ms(self) -> float:
+        return (time.perf_counter() - self.started_at) * 1e3
 
     def begin(self, plan: PlaceholderPlan, handle: RequestHandle) -> None:
         """The prompt is tokenized and the engine has the request."""
@@ -206,19 +251,6 @@ class _MediaFeed:
                 else:
                     await self._set_layout(index, event.layout)
 
-    def timings(self, handle: RequestHandle) -> StageTimings:
-        items, engine = self.item_timings, handle.timings
-        return StageTimings(
-            load_ms=max((item.load_ms for item in items), default=0.0),
-            preprocess_ms=max((item.preprocess_ms for item in items), default=0.0),
-            encode_ms=max((item.queue_ms + item.forward_ms for item in items), default=0.0),
-            ship_ms=max((item.export_ms + item.ship_ms for item in items), default=0.0),
-            land_ms=engine.land_ms,
-            prefill_ms=engine.prefill_ms,
-            decode_ms=engine.decode_ms,
-            ttft_ms=engine.ttft_ms,
-        )
-
     async def _set_layout(self, index: int, layout: Layout) -> None:
         earlier = self._layouts.setdefault(index, layout)
         if earlier != layout:
@@ -241,7 +273,7 @@ class _MediaFeed:
         except asyncio.CancelledError:
             rows.release()
             raise
-        self.item_timings.append(rows.timings)
+        self.arrivals.append(ItemArrival(index, rows.timings, self.since_arrival_ms()))
         handle.set_rows(index, rows)
 
     async def _fail(self, error: VitrineError) -> None:

@@ -19,6 +19,7 @@ from llm_worker.frontend.events import Delta, Finished, GenerationRequest, Stage
 from llm_worker.frontend.openai_http import ServedModel
 from llm_worker.metrics import LlmMetrics
 from protos.llm.v1 import llm_pb2, llm_pb2_grpc
+from service_runtime.traces import metadata_carrier, serving_span
 
 SERVICE = llm_pb2.DESCRIPTOR.services_by_name["Llm"].full_name
 _MAX_TOP_LOGPROBS = 20
@@ -43,15 +44,8 @@ class LlmServicer(llm_pb2_grpc.LlmServicer):
         try:
             served = self._loaded()
             generation = _generation(request.request_id, request.prompt, request.sampling, served)
-            async with aclosing(self._metrics.watch(served.generator.generate(generation))) as events:
-                async for event in events:
-                    if isinstance(event, Started):
-                        started = llm_pb2.Started(request_id=generation.request_id, **asdict(event))
-                        await context.write(llm_pb2.GenerateResponse(started=started))
-                    elif isinstance(event, Delta):
-                        await context.write(llm_pb2.GenerateResponse(delta=_delta_to_proto(event)))
-                    else:
-                        await context.write(llm_pb2.GenerateResponse(finished=_finished_to_proto(event)))
+            with serving_span("generate", metadata_carrier(context.invocation_metadata())):
+                await self._generate(generation, served, context)
         except Exception as error:
             await abort(context, error)
 
@@ -62,7 +56,8 @@ class LlmServicer(llm_pb2_grpc.LlmServicer):
             if not request.sampling.HasField("logprobs"):
                 request.sampling.logprobs = 0
             generation = _generation(request.request_id, request.prompt, request.sampling, served)
-            delta, finished = await _first_token(self._metrics.watch(served.generator.generate(generation)))
+            with serving_span("prefill", metadata_carrier(context.invocation_metadata())):
+                delta, finished = await _first_token(self._metrics.watch(served.generator.generate(generation)))
         except Exception as error:
             await abort(context, error)
         return llm_pb2.PrefillResponse(
@@ -71,6 +66,17 @@ class LlmServicer(llm_pb2_grpc.LlmServicer):
             text=delta.text,
             timings=_timings_to_proto(finished.timings),
         )
+
+    async def _generate(self, generation: GenerationRequest, served: ServedModel, context: GenerateContext) -> None:
+        async with aclosing(self._metrics.watch(served.generator.generate(generation))) as events:
+            async for event in events:
+                if isinstance(event, Started):
+                    started = llm_pb2.Started(request_id=generation.request_id, **asdict(event))
+                    await context.write(llm_pb2.GenerateResponse(started=started))
+                elif isinstance(event, Delta):
+                    await context.write(llm_pb2.GenerateResponse(delta=_delta_to_proto(event)))
+                else:
+                    await context.write(llm_pb2.GenerateResponse(finished=_finished_to_proto(event)))
 
     def _loaded(self) -> ServedModel:
         if self._served is None:

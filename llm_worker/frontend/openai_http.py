@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from llm_worker.frontend.openai_prompt import chat_to_generation, completion_to_
 from llm_worker.frontend.openai_types import ChatRequest, CompletionRequest, parse_request
 from llm_worker.frontend.sampling_defaults import SamplingDefaults
 from llm_worker.metrics import LlmMetrics
+from service_runtime.traces import serving_span
 
 MAX_BODY_BYTES = 256 * 1024 * 1024
 
@@ -47,7 +48,7 @@ class OpenAiHttp:
         self._served = served
 
     def application(self) -> web.Application:
-        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[errors_as_openai])
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_traced, errors_as_openai])
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_get("/v1/models", self._models)
@@ -115,6 +116,17 @@ class OpenAiHttp:
                 elif isinstance(event, Finished):
                     return web.json_response(writer.whole(deltas, event))
         raise RuntimeError("the generation ended without Finished")
+
+
+@web.middleware
+async def _traced(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    if request.method != "POST":  # probes, metrics and pages
+        return await handler(request)
+    carrier = {name.lower(): value for name, value in request.headers.items()}
+    with serving_span(f"POST {request.path}", carrier):
+        return await handler(request)
 
 
 async def _json_body(http: web.Request) -> bytes:

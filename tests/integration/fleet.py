@@ -79,7 +79,7 @@ class ServiceProcess:
             if "LISTENING" in line:
                 self.addresses.update(re.findall(r"(\w+)=(\S+:\d+)", line))
                 self._listening.set()
-            elif " SERVING " in line:
+            elif "SERVING " in line:
                 self._serving.set()
 
 

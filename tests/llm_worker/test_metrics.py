@@ -75,6 +75,7 @@ def test_engine_and_encoders_are_read_at_each_scrape() -> None:
     engine_stats = EngineStats(
         running=1,
         waiting=2,
+        queued_prefill_tokens=17,
         kv_blocks_used=3,
         kv_blocks_kept=13,
         kv_blocks_total=4,
@@ -91,6 +92,7 @@ def test_engine_and_encoders_are_read_at_each_scrape() -> None:
     metrics.watch_encoders(lambda: client_stats)
     assert value(metrics, "running") == engine_stats.running
     assert value(metrics, "waiting") == engine_stats.waiting
+    assert value(metrics, "queued_prefill_tokens") == engine_stats.queued_prefill_tokens
     assert value(metrics, "kv_blocks_used") == engine_stats.kv_blocks_used
     assert value(metrics, "kv_blocks") == engine_stats.kv_blocks_total
     assert value(metrics, "kv_blocks_kept") == engine_stats.kv_blocks_kept

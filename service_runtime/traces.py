@@ -1,0 +1,73 @@
+"""Traces of requests across both services: OpenTelemetry spans, W3C trace context in HTTP headers and gRPC metadata."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+from opentelemetry import propagate, trace
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.util.types import AttributeValue
+
+_tracer = trace.get_tracer("vitrine")
+
+
+def start_tracing(service_name: str, otlp_endpoint: str) -> Callable[[], None]:
+    """Sends the spans of this process to a collector; what it returns sends the last ones.
+
+    Args:
+        otlp_endpoint: http://host:port of its OTLP/gRPC receiver, or https. Empty for no traces at all.
+    """
+    if not otlp_endpoint:
+        return lambda: None
+    provider = TracerProvider(resource=Resource.create({SERVICE_NAME: service_name}))
+    exporter = OTLPSpanExporter(endpoint=otlp_endpoint, insecure=not otlp_endpoint.startswith("https:"))
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    trace.set_tracer_provider(provider)
+    return provider.shutdown
+
+
+@contextmanager
+def serving_span(name: str, carrier: Mapping[str, str], **attributes: AttributeValue) -> Iterator[None]:
+    """A request as it is served here. What is done meanwhile, in tasks started meanwhile too, belongs to it.
+
+    Args:
+        carrier: headers or metadata of the request, names in lower case.
+    """
+    caller = propagate.extract(dict(carrier))
+    kind = trace.SpanKind.SERVER
+    with _tracer.start_as_current_span(name, caller, kind, attributes):
+        yield
+
+
+@contextmanager
+def span(name: str, **attributes: AttributeValue) -> Iterator[None]:
+    """A part of the current request. Unlike `serving_span` it may be left in another task than it was entered in."""
+    part = _tracer.start_span(name, attributes=attributes)
+    try:
+        yield
+    finally:
+        part.end()
+
+
+def past_span(name: str, started_s_ago: float, duration_s: float, **attributes: AttributeValue) -> None:
+    """A part of the current request that is over."""
+    start_ns = time.time_ns() - int(started_s_ago * 1e9)
+    part = _tracer.start_span(name, attributes=attributes, start_time=start_ns)
+    part.end(start_ns + int(duration_s * 1e9))
+
+
+def outgoing_metadata() -> list[tuple[str, str]]:
+    """What tells the service that is called which request it works for."""
+    carrier: dict[str, str] = {}
+    propagate.inject(carrier)
+    return list(carrier.items())
+
+
+def metadata_carrier(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, str]:
+    """A gRPC call's metadata for `serving_span`."""
+    return {key: value for key, value in metadata or () if isinstance(value, str)}

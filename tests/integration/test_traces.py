@@ -1,0 +1,89 @@
+"""One trace goes through both services, and the collector gets its spans."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import aiohttp
+import grpc
+import pytest
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+from tests.integration.fleet import ServiceProcess
+from tests.integration.media import picture
+
+TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
+CALLER_ID = "b7ad6b7169203331"
+
+
+class Collector(trace_service_pb2_grpc.TraceServiceServicer):
+    """Keeps the spans that come, by the service that sends them."""
+
+    def __init__(self) -> None:
+        self.spans: list[tuple[str, Span]] = []
+
+    def Export(self, request, context):  # type: ignore[no-untyped-def]
+        for resource in request.resource_spans:
+            (service,) = (
+                each.value.string_value for each in resource.resource.attributes if each.key == "service.name"
+            )
+            self.spans += [(service, span) for scope in resource.scope_spans for span in scope.spans]
+        return trace_service_pb2.ExportTraceServiceResponse()
+
+
+@pytest.fixture
+def collector() -> Iterator[tuple[Collector, str]]:
+    server = grpc.server(ThreadPoolExecutor(2))
+    collector = Collector()
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield collector, f"http://127.0.0.1:{port}"
+    server.stop(None)
+
+
+async def test_a_callers_trace_goes_through_worker_and_encoder(
+    qwen3_vl_folder: Path, tmp_path: Path, collector: tuple[Collector, str]
+) -> None:
+    shared = ["--model", str(qwen3_vl_folder), "--shm-folder", str(tmp_path), "--otlp-endpoint", collector[1]]
+    shared += ["--log-format", "json"]
+    encoder = ServiceProcess("encoder_service", *shared, "--port", "0")
+    worker = None
+    try:
+        address = (await asyncio.to_thread(encoder.wait_serving))["grpc"]
+        worker = ServiceProcess("llm_worker", *shared, "--encoders", address, "--port", "0", "--grpc-port", "0")
+        http = (await asyncio.to_thread(worker.wait_serving))["http"]
+        url = f"data:image/png;base64,{base64.b64encode(picture(1, 96, 64).data).decode()}"
+        bad = "data:image/png;base64,AAAA"
+        async with aiohttp.ClientSession(headers={"traceparent": f"00-{TRACE_ID}-{CALLER_ID}-01"}) as session:
+            for image, status in ((url, 200), (bad, 400)):
+                part = {"type": "image_url", "image_url": {"url": image}}
+                body = {"model": qwen3_vl_folder.name, "messages": [{"role": "user", "content": [part]}]}
+                async with session.post(f"http://{http}/v1/chat/completions", json=body | {"max_tokens": 4}) as answer:
+                    assert answer.status == status
+    finally:
+        for process in (worker, encoder):  # which send their last spans before they end
+            assert process is None or process.stop() == 0
+    spans = [(service, span) for service, span in collector[0].spans if span.trace_id.hex() == TRACE_ID]
+    roots = [span for _, span in spans if span.parent_span_id.hex() == CALLER_ID]
+    assert [span.name for span in roots] == ["POST /v1/chat/completions"] * 2
+    encodes = [span for service, span in spans if (service, span.name) == ("vitrine-encoder", "encode")]
+    assert [span.parent_span_id for span in encodes] == [span.span_id for span in roots]
+    parts = {span.name: span for _, span in spans if span.parent_span_id == encodes[0].span_id}
+    assert parts.keys() == {"load", "open", "preprocess", "queue", "forward", "ship"}
+    own = {span.name: span for service, span in spans if service == "vitrine-llm" and span not in roots}
+    assert own.keys() == {"land", "prefill", "decode"}
+    # In the order in which it happened, on one clock; text in front of the picture is prefilled while it is encoded.
+    order = [parts[name] for name in ("load", "open", "preprocess", "queue", "forward", "ship")] + [own["decode"]]
+    starts = [span.start_time_unix_nano for span in order]
+    assert starts == sorted(starts)
+    assert own["prefill"].end_time_unix_nano == pytest.approx(own["decode"].start_time_unix_nano, abs=1e6)
+    root = next(span for span in roots if span.span_id == encodes[0].parent_span_id)
+    assert root.start_time_unix_nano <= starts[0] and order[-1].end_time_unix_nano <= root.end_time_unix_nano
+    failed = [line for line in encoder.lines if "not_an_image" in line]
+    assert len(failed) == 1 and '"request_id": "chatcmpl-' in failed[0]
