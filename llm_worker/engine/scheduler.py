@@ -183,9 +183,10 @@ class Scheduler:
     def _use(self, sequence: Sequence, matched: list[int]) -> None:
         num_cached = len(matched) * self._kv_cache.block_size
         sequence.num_computed = max(sequence.num_computed, num_cached)
+        # What a preempted sequence finds is mostly its own.
+        if num_cached > sequence.num_cached and not sequence.preempted:
+            self.num_cached_tokens += num_cached - sequence.num_cached
+            sequence.num_cached = num_cached
         if sequence.prompt is not None:
             sequence.matched = True
             sequence.release_landed_rows()
-            if sequence.num_cached is None:
-                sequence.num_cached = num_cached
-                self.num_cached_tokens += num_cached

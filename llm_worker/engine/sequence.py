@@ -25,6 +25,7 @@ class Sequence:
     token_ids: the text in front of the first media item, then the whole prompt, then what was generated.
     num_computed: tokens whose KV is in the cache.
     matched: what the cache knows of this prompt was looked up. num_cached: tokens of the prompt that it had at first.
+    preempted: it was computed before, and lost it.
     coming: media items whose rows somebody is about to hand over; request_rows asks for others.
     """
 
@@ -40,7 +41,8 @@ class Sequence:
     num_computed: int = 0
     max_total_tokens: int = 0
     matched: bool = False
-    num_cached: int | None = None
+    num_cached: int = 0
+    preempted: bool = False
     coming: set[int] = field(default_factory=set)
     num_lost_rows: int = 0
     prefix_hashes: list[bytes] = field(default_factory=list)
@@ -125,6 +127,7 @@ class Sequence:
         """What was computed is lost; media rows that are still here can be used again."""
         self.num_computed = 0
         self.matched = False
+        self.preempted = True
 
     def release_landed_rows(self) -> None:
         """Releases the rows of every item whose last row is in the cache."""
@@ -142,5 +145,5 @@ class Sequence:
             prefill_ms=self.prefill_s * 1000,
             decode_ms=(time.perf_counter() - first) * 1000 if first is not None else 0.0,
             ttft_ms=(first - self.submitted_at) * 1000 if first is not None else 0.0,
-            num_cached_tokens=self.num_cached or 0,
+            num_cached_tokens=self.num_cached,
         )
