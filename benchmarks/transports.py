@@ -79,6 +79,9 @@ class RowServer(encoder_pb2_grpc.EncoderServicer):
         async for response in self._exporter.export(request.session_id, 0, rows_TW, ItemTimings()):
             await context.write(response)
 
+    async def GetStats(self, request, context):  # type: ignore[no-untyped-def]
+        return encoder_pb2.GetStatsResponse()
+
     async def Release(self, request, context):  # type: ignore[no-untyped-def]
         num_released, num_unknown = self._exporter.release(request.session_id, request.lease_ids)
         return encoder_pb2.ReleaseResponse(num_released=num_released, num_unknown=num_unknown)

@@ -16,7 +16,7 @@ import grpc
 
 from embedding_transport.chunk_codec import parse_response
 from embedding_transport.encode_receiver import EncodeReceiver
-from embedding_transport.encoder_peer import EncoderPeer, TransportChoice
+from embedding_transport.encoder_peer import Connection, EncoderPeer, TransportChoice
 from embedding_transport.encoder_rpc import encode_method
 from embedding_transport.errors import EncoderUnavailable, InternalError, Overloaded
 from embedding_transport.grpc_status import error_from_rpc
@@ -32,7 +32,7 @@ from embedding_transport.types import (
     RowsEvent,
 )
 from embedding_transport.wire import item_to_proto
-from protos.encoder.v1 import encoder_pb2
+from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from service_runtime.traces import outgoing_metadata
 
 # No encoder takes more than this multiple of the mean load (Mirrokni et al., "Consistent Hashing with Bounded Loads").
@@ -181,6 +181,20 @@ class EncoderClient:
             )
             for peer in self._peers
         ]
+
+    async def encoder_stats(self, timeout_s: float = 1.0) -> dict[str, encoder_pb2.GetStatsResponse]:
+        """What each encoder says of itself, by address; those that do not answer in time are left out."""
+
+        async def ask(connection: Connection) -> encoder_pb2.GetStatsResponse | None:
+            try:
+                stub = encoder_pb2_grpc.EncoderStub(connection.channel)
+                return await stub.GetStats(encoder_pb2.GetStatsRequest(), timeout=timeout_s)
+            except grpc.aio.AioRpcError:
+                return None
+
+        connected = {peer.address: peer.connection for peer in self._peers if peer.connection is not None}
+        answers = await asyncio.gather(*map(ask, connected.values()))
+        return {address: answer for address, answer in zip(connected, answers, strict=True) if answer is not None}
 
     def stats(self) -> ClientStats:
         fallbacks = sum(peer.num_fallbacks for peer in self._peers)

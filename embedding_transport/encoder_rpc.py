@@ -31,7 +31,7 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
 
 
 def encoder_handlers(servicer: encoder_pb2_grpc.EncoderServicer) -> grpc.GenericRpcHandler:
-    """Handlers of all four methods, for `server.add_generic_rpc_handlers`.
+    """Handlers of all methods, for `server.add_generic_rpc_handlers`.
 
     `servicer.Encode` yields EncodeResponse messages or chunks that `encode_chunk` serialized.
     """
@@ -53,6 +53,11 @@ def encoder_handlers(servicer: encoder_pb2_grpc.EncoderServicer) -> grpc.Generic
             servicer.Release,
             encoder_pb2.ReleaseRequest.FromString,
             encoder_pb2.ReleaseResponse.SerializeToString,
+        ),
+        "GetStats": grpc.unary_unary_rpc_method_handler(
+            servicer.GetStats,
+            encoder_pb2.GetStatsRequest.FromString,
+            encoder_pb2.GetStatsResponse.SerializeToString,
         ),
     }
     return grpc.method_handlers_generic_handler(SERVICE, handlers)

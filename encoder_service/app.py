@@ -25,7 +25,7 @@ from embedding_transport.loading import LoadingStopped, ProgressLog, choose_devi
 from embedding_transport.pool import ExportPool
 from embedding_transport.shm_pool import ShmPool
 from embedding_transport.types import DTYPES, ModelIdentity
-from encoder_service.codec import describe_to_proto
+from encoder_service.codec import describe_to_proto, stats_to_proto
 from encoder_service.config import EncoderConfig
 from encoder_service.engine.batcher import Batcher
 from encoder_service.engine.cache import EmbeddingCache
@@ -204,7 +204,8 @@ async def serve(config: EncoderConfig) -> None:
         description = describe_to_proto(
             model.identity, model.settings, exporter.transports, config.max_items, model.gpu_uuids
         )
-        servicer.open(Serving(description, service, exporter))
+        stats = lambda: stats_to_proto(batcher.admitted_s, cache.stats(), exporter.stats())  # noqa: E731
+        servicer.open(Serving(description, service, exporter, stats))
         await server.set_serving(True)
         _log.info("SERVING %s over %s", model.identity.model, ", ".join(exporter.transports))
 

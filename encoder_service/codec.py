@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from embedding_transport.errors import BadRequest, Overloaded
+from embedding_transport.exporter import ExporterStats
 from embedding_transport.types import LayoutEvent, MediaItem, MediaKind, ModelIdentity
 from embedding_transport.wire import describe
+from encoder_service.engine.cache import CacheStats
 from encoder_service.preprocess.settings import ProcessorSettings
 from encoder_service.service import ItemFailed
 from protos.encoder.v1 import encoder_pb2
@@ -81,4 +83,17 @@ def describe_to_proto(
         transports=transports,
         max_items=max_items,
         gpu_uuids=gpu_uuids,
+    )
+
+
+def stats_to_proto(queue_s: float, cache: CacheStats, exporter: ExporterStats) -> encoder_pb2.GetStatsResponse:
+    return encoder_pb2.GetStatsResponse(
+        queue_seconds=queue_s,
+        num_cache_hits=cache.hits,
+        num_cache_joined=cache.joined,
+        num_cache_misses=cache.misses,
+        cache_gpu_bytes=cache.nbytes["gpu"],
+        cache_host_bytes=cache.nbytes["host"],
+        num_live_leases=exporter.live_leases,
+        shipped_bytes=exporter.shipped_nbytes,
     )

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -41,6 +41,7 @@ class Serving:
     description: encoder_pb2.DescribeResponse
     service: EncodeService
     exporter: RowExporter
+    stats: Callable[[], encoder_pb2.GetStatsResponse]
 
 
 class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
@@ -113,6 +114,16 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
         except VitrineError as error:
             await abort(context, error)
         return encoder_pb2.ReleaseResponse(num_released=num_released, num_unknown=num_unknown)
+
+    async def GetStats(
+        self,
+        request: encoder_pb2.GetStatsRequest,
+        context: grpc.aio.ServicerContext[encoder_pb2.GetStatsRequest, encoder_pb2.GetStatsResponse],
+    ) -> encoder_pb2.GetStatsResponse:
+        try:
+            return self._loaded().stats()
+        except VitrineError as error:
+            await abort(context, error)
 
     async def _encode(self, request: encoder_pb2.EncodeRequest, context: EncodeContext) -> None:
         serving = self._loaded()

@@ -21,6 +21,7 @@ from embedding_transport.errors import VitrineError
 from embedding_transport.loading import LoadingStopped, ProgressLog, choose_device, choose_dtype
 from embedding_transport.types import DTYPES, ModelIdentity
 from llm_worker.config import LlmConfig
+from llm_worker.dashboard.routes import Dashboard
 from llm_worker.engine.engine import Engine
 from llm_worker.frontend.generation import Generator
 from llm_worker.frontend.grpc_server import LlmServer, LlmServicer
@@ -112,13 +113,17 @@ async def serve(config: LlmConfig) -> None:
     metrics = LlmMetrics()
     readiness = Readiness()
     http = OpenAiHttp(metrics, readiness)
+    application = http.application()
+    dashboard = Dashboard(readiness)
+    if config.dashboard:
+        dashboard.add_routes(application)
     servicer = LlmServicer(metrics)
     server = LlmServer(servicer)
     async with AsyncExitStack() as stack:
         # The ports answer before anything slow begins, so that probes see progress, not refusal.
         # handler_cancellation: a client that goes away ends its request everywhere.
         runner = web.AppRunner(
-            http.application(), access_log=None, handler_cancellation=True, shutdown_timeout=config.drain_timeout_s
+            application, access_log=None, handler_cancellation=True, shutdown_timeout=config.drain_timeout_s
         )
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
@@ -153,6 +158,7 @@ async def serve(config: LlmConfig) -> None:
         metrics.watch_encoders(encoders.stats)
         served = ServedModel(model.identity.model, generator, model.defaults)
         http.open(served)
+        dashboard.open(served.name, generator, engine.stats, encoders)
         servicer.open(served)
         following = await _follow_encoders(config, encoders)
         stack.callback(following.cancel)

@@ -46,6 +46,8 @@ class LlmConfig(ServiceSettings):
     grpc_port: int = Field(50052, ge=0, le=65535, description="gRPC port; 0 takes a free one")
     drain_timeout_s: float = Field(30.0, ge=0, description="longest wait for running requests at shutdown, s")
 
+    dashboard: bool = Field(True, description="serve the live page at /dashboard")
+
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the decoder runs; auto: a GPU if any")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of weights, KV cache and rows; auto: the checkpoint's on a GPU, float32 on the CPU"

@@ -19,7 +19,7 @@ from embedding_transport.encoder_rpc import CHANNEL_OPTIONS
 from embedding_transport.exporter import RowExporter
 from embedding_transport.shm_pool import ShmPool
 from embedding_transport.types import MediaItem, ModelIdentity
-from encoder_service.codec import describe_to_proto
+from encoder_service.codec import describe_to_proto, stats_to_proto
 from encoder_service.engine.batcher import Batcher
 from encoder_service.engine.cache import EmbeddingCache
 from encoder_service.media.limits import MediaLimits
@@ -135,7 +135,8 @@ async def run_encoder(
     address = await server.start("127.0.0.1", 0)
     if loaded:
         description = describe_to_proto(identity, preprocessor.settings, exporter.transports, MAX_ITEMS)
-        servicer.open(Serving(description, service, exporter))
+        stats = lambda: stats_to_proto(batcher.admitted_s, cache.stats(), exporter.stats())  # noqa: E731
+        servicer.open(Serving(description, service, exporter, stats))
         await server.set_serving(True)
     async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
         yield RunningEncoder(

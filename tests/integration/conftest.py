@@ -31,7 +31,9 @@ async def fleet(fleet_processes: Fleet) -> AsyncIterator[Fleet]:
 
 @pytest.fixture(scope="session")
 def small_fleet(qwen3_vl_folder: Path) -> Iterator[Fleet]:
-    """One encoder that may fetch from loopback and gives up on media after a second, and one worker."""
+    """One encoder that may fetch from loopback and gives up on media after a second, and one worker without a page."""
     flags = ["--allow-private-addresses", "--media-timeout-s", "1"]
-    with start_fleet(qwen3_vl_folder, transports=["shm"], encoder_flags=flags) as fleet:
+    with start_fleet(
+        qwen3_vl_folder, transports=["shm"], encoder_flags=flags, worker_flags=["--no-dashboard"]
+    ) as fleet:
         yield fleet

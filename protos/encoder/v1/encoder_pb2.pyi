@@ -804,3 +804,85 @@ class ReleaseResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReleaseResponse: _TypeAlias = ReleaseResponse  # noqa: Y015
+
+@_typing.final
+class GetStatsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStatsRequest: _TypeAlias = GetStatsRequest  # noqa: Y015
+
+@_typing.final
+class GetStatsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ShippedBytesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    QUEUE_SECONDS_FIELD_NUMBER: _builtins.int
+    NUM_CACHE_HITS_FIELD_NUMBER: _builtins.int
+    NUM_CACHE_JOINED_FIELD_NUMBER: _builtins.int
+    NUM_CACHE_MISSES_FIELD_NUMBER: _builtins.int
+    CACHE_GPU_BYTES_FIELD_NUMBER: _builtins.int
+    CACHE_HOST_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_LIVE_LEASES_FIELD_NUMBER: _builtins.int
+    SHIPPED_BYTES_FIELD_NUMBER: _builtins.int
+    queue_seconds: _builtins.float
+    """Seconds of the tower's work that are admitted and not yet shipped, by the measured cost model."""
+    num_cache_hits: _builtins.int
+    """Items since the start by where their rows came from: kept, of an equal item in flight, made."""
+    num_cache_joined: _builtins.int
+    num_cache_misses: _builtins.int
+    cache_gpu_bytes: _builtins.int
+    """Bytes of kept rows."""
+    cache_host_bytes: _builtins.int
+    num_live_leases: _builtins.int
+    """Leases that peers hold now."""
+    @_builtins.property
+    def shipped_bytes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Bytes of rows since the start, by transport."""
+
+    def __init__(
+        self,
+        *,
+        queue_seconds: _builtins.float = ...,
+        num_cache_hits: _builtins.int = ...,
+        num_cache_joined: _builtins.int = ...,
+        num_cache_misses: _builtins.int = ...,
+        cache_gpu_bytes: _builtins.int = ...,
+        cache_host_bytes: _builtins.int = ...,
+        num_live_leases: _builtins.int = ...,
+        shipped_bytes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_gpu_bytes", b"cache_gpu_bytes", "cache_host_bytes", b"cache_host_bytes", "num_cache_hits", b"num_cache_hits", "num_cache_joined", b"num_cache_joined", "num_cache_misses", b"num_cache_misses", "num_live_leases", b"num_live_leases", "queue_seconds", b"queue_seconds", "shipped_bytes", b"shipped_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStatsResponse: _TypeAlias = GetStatsResponse  # noqa: Y015

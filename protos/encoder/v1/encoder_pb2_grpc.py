@@ -54,6 +54,11 @@ class EncoderStub(object):
                 request_serializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseRequest.SerializeToString,
                 response_deserializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseResponse.FromString,
                 _registered_method=True)
+        self.GetStats = channel.unary_unary(
+                '/vitrine.encoder.v1.Encoder/GetStats',
+                request_serializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.GetStatsRequest.SerializeToString,
+                response_deserializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.GetStatsResponse.FromString,
+                _registered_method=True)
 
 
 class EncoderServicer(object):
@@ -92,6 +97,13 @@ class EncoderServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetStats(self, request, context):
+        """How busy this encoder is, for people and their pages. Monitoring reads its Prometheus metrics instead.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EncoderServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -114,6 +126,11 @@ def add_EncoderServicer_to_server(servicer, server):
                     servicer.Release,
                     request_deserializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseRequest.FromString,
                     response_serializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseResponse.SerializeToString,
+            ),
+            'GetStats': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStats,
+                    request_deserializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.GetStatsRequest.FromString,
+                    response_serializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.GetStatsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -224,6 +241,33 @@ class Encoder(object):
             '/vitrine.encoder.v1.Encoder/Release',
             protos_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseRequest.SerializeToString,
             protos_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStats(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vitrine.encoder.v1.Encoder/GetStats',
+            protos_dot_encoder_dot_v1_dot_encoder__pb2.GetStatsRequest.SerializeToString,
+            protos_dot_encoder_dot_v1_dot_encoder__pb2.GetStatsResponse.FromString,
             options,
             channel_credentials,
             insecure,

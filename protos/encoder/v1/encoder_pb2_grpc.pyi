@@ -52,6 +52,8 @@ class EncoderStub:
     """
     Release: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.ReleaseRequest, _encoder_pb2.ReleaseResponse]
     """Gives leases back. Unknown, expired and already released leases are counted, not errors."""
+    GetStats: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.GetStatsRequest, _encoder_pb2.GetStatsResponse]
+    """How busy this encoder is, for people and their pages. Monitoring reads its Prometheus metrics instead."""
 
 @_typing.type_check_only
 class EncoderAsyncStub(EncoderStub):
@@ -71,6 +73,8 @@ class EncoderAsyncStub(EncoderStub):
     """
     Release: _aio.UnaryUnaryMultiCallable[_encoder_pb2.ReleaseRequest, _encoder_pb2.ReleaseResponse]  # type: ignore[assignment]
     """Gives leases back. Unknown, expired and already released leases are counted, not errors."""
+    GetStats: _aio.UnaryUnaryMultiCallable[_encoder_pb2.GetStatsRequest, _encoder_pb2.GetStatsResponse]  # type: ignore[assignment]
+    """How busy this encoder is, for people and their pages. Monitoring reads its Prometheus metrics instead."""
 
 class EncoderServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -111,5 +115,13 @@ class EncoderServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_encoder_pb2.ReleaseResponse, _abc.Awaitable[_encoder_pb2.ReleaseResponse]]:
         """Gives leases back. Unknown, expired and already released leases are counted, not errors."""
+
+    @_abc_1.abstractmethod
+    def GetStats(
+        self,
+        request: _encoder_pb2.GetStatsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_encoder_pb2.GetStatsResponse, _abc.Awaitable[_encoder_pb2.GetStatsResponse]]:
+        """How busy this encoder is, for people and their pages. Monitoring reads its Prometheus metrics instead."""
 
 def add_EncoderServicer_to_server(servicer: EncoderServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,90 @@
+"""`/dashboard`: three static files, and what they show as JSON. The page asks again every second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+from google.protobuf.json_format import MessageToDict
+
+from embedding_transport.encoder_client import EncoderClient
+from llm_worker.engine.engine import EngineStats
+from llm_worker.frontend.generation import Generator, RecentRequest
+
+_FOLDER = Path(__file__).parent
+_FILES = {"": "index.html", "/dashboard.css": "dashboard.css", "/dashboard.js": "dashboard.js"}
+# Nothing from elsewhere: the page shows what clients have sent.
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-cache",
+}
+
+
+class Dashboard:
+    """Adds the routes; `open` gives it something to show."""
+
+    def __init__(self, readiness: Callable[[], tuple[bool, dict[str, Any]]]) -> None:
+        self._readiness = readiness
+        self._shown: Callable[[], Any] | None = None
+
+    def open(
+        self, model: str, generator: Generator, engine_stats: Callable[[], EngineStats], encoders: EncoderClient
+    ) -> None:
+        async def shown() -> dict[str, Any]:
+            answers = await encoders.encoder_stats()
+            return {
+                "model": model,
+                "engine": asdict(engine_stats()),
+                "client": asdict(encoders.stats()),
+                "encoders": [
+                    asdict(status) | {"stats": _as_dict(answers.get(status.address))} for status in encoders.status()
+                ],
+                "recent": [_recent(each) for each in generator.recent],
+            }
+
+        self._shown = shown
+
+    def add_routes(self, application: web.Application) -> None:
+        for path, name in _FILES.items():
+            application.router.add_get(f"/dashboard{path}", self._file_handler(name))
+        application.router.add_get("/dashboard/data", self._data)
+
+    async def _data(self, request: web.Request) -> web.Response:
+        ready, details = self._readiness()
+        shown = await self._shown() if self._shown is not None else details
+        return web.json_response({"ready": ready} | shown, headers=_HEADERS)
+
+    @staticmethod
+    def _file_handler(name: str) -> Callable[[web.Request], Any]:
+        async def handler(request: web.Request) -> web.FileResponse:
+            return web.FileResponse(_FOLDER / name, headers=_HEADERS)
+
+        return handler
+
+
+def _as_dict(answer: Any) -> dict[str, Any] | None:
+    """With every field; 64-bit numbers as numbers, which JSON of protobuf has as strings."""
+    if answer is None:
+        return None
+    fields = MessageToDict(answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    return {
+        name: {key: int(each) for key, each in value.items()} if isinstance(value, dict) else float(value)
+        for name, value in fields.items()
+    }
+
+
+def _recent(recent: RecentRequest) -> dict[str, Any]:
+    finished = asdict(recent.finished)
+    return {
+        "request_id": recent.request_id,
+        "finished_at": recent.finished_at,
+        "elapsed_ms": recent.elapsed_ms,
+        "num_items": recent.num_items,
+        "ttft_ms": recent.finished.timings.ttft_ms,
+        **{name: finished[name] for name in ("num_prompt_tokens", "num_cached_tokens", "num_completion_tokens")},
+        "stages": [asdict(stage) for stage in recent.stages],
+    }
