@@ -24,7 +24,7 @@ PACKAGES := protos embedding_transport encoder_service llm_worker deploy benchma
 UNSAFE := '^[^\#]*((import|from) +(c?[Pp]ickle|dill|cloudpickle|shelve|marshal)\b|torch\.load\(|allow_pickle *= *True)'
 
 .DEFAULT_GOAL := help
-.PHONY: help run serve test eval lint format protos protos-check clean
+.PHONY: help run serve test helm-test eval lint format protos protos-check helm clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -39,6 +39,9 @@ serve: $(VENV)/.run-ready  ## The same services, staying up with an OpenAI endpo
 test: $(VENV)/.dev-ready  ## Run all tests (TESTS=path for some of them)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
 
+helm-test: $(VENV)/.dev-ready  ## Render the chart with many values and validate it against Kubernetes' schemas
+	$(BIN)/python -m pytest tests/helm
+
 eval: $(VENV)/.dev-ready  ## Ask 500 held-out questions through the whole split in every way, print accuracy by kind
 	@$(BIN)/python -m deploy.tiny_vlm.evaluation $(if $(MODEL),--model "$(MODEL)")
 
@@ -47,6 +50,7 @@ lint: $(VENV)/.dev-ready protos-check  ## Style, types, import contracts, stubs 
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python helm/docs.py --check
 	@! grep -rnE $(UNSAFE) --include=*.py $(PACKAGES) tests || { echo "no unpickling, not even with a noqa" >&2; exit 1; }
 
 format: $(VENV)/.dev-ready  ## Let ruff fix and format the code
@@ -58,6 +62,11 @@ protos: $(VENV)/protos/.ready  ## Regenerate the stubs in protos/
 
 protos-check: $(VENV)/protos/.ready  ## Fail if the stubs in protos/ are not what the .proto files give
 	@$(VENV)/protos/bin/python protos/generate.py --check
+
+helm: $(VENV)/.dev-ready  ## Copy dashboard and rules into the chart, write its table of values
+	@cp deploy/observability/grafana/vitrine.json helm/vitrine/files/dashboards/
+	@cp deploy/observability/rules/vitrine.yaml helm/vitrine/files/rules/
+	@$(BIN)/python helm/docs.py
 
 clean:  ## Remove .venv and all caches
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,11 +62,15 @@ class ServerTls:
 
 @dataclass(frozen=True)
 class ClientTls:
-    """Whom a client trusts, and what it shows where servers ask for it; PEM files."""
+    """Whom a client trusts, and what it shows where servers ask for it; PEM files.
+
+    server_name: what the server's certificate must name, where that is not the address by which it is reached.
+    """
 
     ca_file: Path
     cert_file: Path | None = None
     key_file: Path | None = None
+    server_name: str | None = None
 
     def credentials(self) -> grpc.ChannelCredentials:
         """For a new channel.
@@ -77,7 +82,7 @@ class ClientTls:
         return grpc.ssl_channel_credentials(self.ca_file.read_bytes(), key, cert)
 
 
-def open_channel(address: str, tls: ClientTls | None, options: list[tuple[str, int]]) -> grpc.aio.Channel:
+def open_channel(address: str, tls: ClientTls | None, options: Sequence[tuple[str, int | str]]) -> grpc.aio.Channel:
     """A channel to `address`, "host:port", with TLS if any is given.
 
     Raises:
@@ -85,6 +90,8 @@ def open_channel(address: str, tls: ClientTls | None, options: list[tuple[str, i
     """
     if tls is None:
         return grpc.aio.insecure_channel(address, options=options)
+    if tls.server_name is not None:
+        options = [*options, ("grpc.ssl_target_name_override", tls.server_name)]
     return grpc.aio.secure_channel(address, tls.credentials(), options=options)
 
 

@@ -40,6 +40,9 @@ class LlmConfig(ServiceSettings):
     encoder_ca_file: Path | None = Field(None, description="who signs encoders' certificates (PEM); none: no TLS")
     encoder_cert_file: Path | None = Field(None, description="certificate (PEM) for encoders that ask for one")
     encoder_key_file: Path | None = Field(None, description="its private key (PEM)")
+    encoder_server_name: str | None = Field(
+        None, description="name in encoders' certificates, where they are reached by another one or by IP address"
+    )
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 takes a free one, see the LISTENING line")
@@ -76,7 +79,7 @@ class LlmConfig(ServiceSettings):
         ca_file, cert_file, key_file = self.encoder_ca_file, self.encoder_cert_file, self.encoder_key_file
         if (cert_file is None) != (key_file is None) or (cert_file and not ca_file):
             raise ValueError("--encoder-cert-file needs --encoder-key-file and --encoder-ca-file beside it")
-        return ClientTls(ca_file, cert_file, key_file) if ca_file else None
+        return ClientTls(ca_file, cert_file, key_file, self.encoder_server_name) if ca_file else None
 
     def encoder_sources(self) -> list[Source]:
         return parse_sources(self.encoders)

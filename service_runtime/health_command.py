@@ -23,8 +23,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ca-file", type=Path, help="who signs the service's certificate (PEM); none: no TLS")
     parser.add_argument("--cert-file", type=Path, help="certificate for a service that asks for one (PEM)")
     parser.add_argument("--key-file", type=Path, help="its private key (PEM)")
+    parser.add_argument("--server-name", help="name in the service's certificate, where it is not that of HOST")
     options = parser.parse_args(arguments)
-    tls = ClientTls(options.ca_file, options.cert_file, options.key_file) if options.ca_file else None
+    tls = None
+    if options.ca_file:
+        tls = ClientTls(options.ca_file, options.cert_file, options.key_file, options.server_name)
     try:
         status = asyncio.run(_status(options.address, options.service, tls, options.timeout_s))
     except (OSError, grpc.aio.AioRpcError) as error:

@@ -17,11 +17,11 @@ class Files:
     key: Path
 
 
-def authority(folder: Path) -> Files:
+def authority(folder: Path, *names: str) -> Files:
     folder.mkdir()
     files = Files(folder / "ca.pem", folder / "cert.pem", folder / "key.pem")
     ca = trustme.CA()
-    leaf = ca.issue_cert("127.0.0.1", "localhost")
+    leaf = ca.issue_cert(*(names or ("127.0.0.1", "localhost")))
     ca.cert_pem.write_to_path(files.ca)
     leaf.private_key_pem.write_to_path(files.key)
     for blob in leaf.cert_chain_pems:

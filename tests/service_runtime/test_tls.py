@@ -51,6 +51,17 @@ async def test_a_client_must_trust_the_server(ours: Files, theirs: Files) -> Non
     await server.stop(0)
 
 
+async def test_a_certificate_for_another_name_is_taken_if_that_name_is_expected(tmp_path: Path) -> None:
+    """As where encoders are found by their pods' addresses, and have one certificate for all."""
+    files = authority(tmp_path / "named", "encoders.media.svc")
+    server = ServiceServer(SERVICE)
+    address = await server.start("127.0.0.1", 0, ServerTls(files.cert, files.key))
+    assert await is_refused(address, ClientTls(files.ca))
+    assert await status(address, ClientTls(files.ca, server_name="encoders.media.svc"))
+    assert await is_refused(address, ClientTls(files.ca, server_name="another.media.svc"))
+    await server.stop(0)
+
+
 async def test_with_mutual_tls_the_server_must_trust_the_client(ours: Files, theirs: Files) -> None:
     server = ServiceServer(SERVICE)
     address = await server.start("127.0.0.1", 0, ServerTls(ours.cert, ours.key, ours.ca))

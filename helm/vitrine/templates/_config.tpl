@@ -1,0 +1,80 @@
+{{/* The services' configuration files. What the chart sets may not be set in a pool's `config`: see values.schema.json. */}}
+
+{{/* What both services read alike: (list $ workload). */}}
+{{- define "vitrine.commonConfig" -}}
+{{- $root := index . 0 -}}
+{{- $workload := index . 1 -}}
+{{- $tls := $workload.component | eq "encoder" | ternary $root.Values.tls.encoders $root.Values.tls.llm -}}
+model: {{ required "model is required, for example --set model=Qwen/Qwen3-VL-8B-Instruct" $root.Values.model | quote }}
+{{- with $root.Values.revision }}
+revision: {{ . | quote }}
+{{- end }}
+{{- with $root.Values.servedModelName }}
+served_model_name: {{ . | quote }}
+{{- end }}
+host: 0.0.0.0
+drain_timeout_s: {{ $workload.settings.drainTimeoutSeconds }}
+log_level: {{ $root.Values.log.level }}
+log_format: {{ $root.Values.log.format }}
+{{- with $root.Values.otlpEndpoint }}
+otlp_endpoint: {{ . | quote }}
+{{- end }}
+{{- if $tls.secretName }}
+tls_cert_file: /etc/vitrine/tls/tls.crt
+tls_key_file: /etc/vitrine/tls/tls.key
+{{- if $tls.clientAuth }}
+tls_client_ca_file: /etc/vitrine/tls/ca.crt
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* The encoder's: (list $ workload). Memory for same-host transports is taken only where workers can reach it. */}}
+{{- define "vitrine.encoderConfig" -}}
+{{- $root := index . 0 -}}
+{{- $colocation := $root.Values.colocation -}}
+{{- $config := fromYaml (include "vitrine.commonConfig" .) -}}
+{{- $_ := set $config "port" 50051 -}}
+{{- $_ := set $config "metrics_port" 9090 -}}
+{{- $_ := set $config "shm_folder" (ternary "/var/run/vitrine/shm" "" (and $colocation.enabled (ne $colocation.sharedMemoryHostPath ""))) -}}
+{{- if or (not $colocation.enabled) (eq $colocation.gpuSharing "none") -}}
+{{- $_ := set $config "cuda_ipc_pool_bytes" 0 -}}
+{{- end -}}
+{{- mergeOverwrite $config (index . 1).settings.config | toYaml -}}
+{{- end -}}
+
+{{/* The worker's: (list $ workload). */}}
+{{- define "vitrine.llmConfig" -}}
+{{- $root := index . 0 -}}
+{{- $workload := index . 1 -}}
+{{- $values := $root.Values -}}
+{{- $config := fromYaml (include "vitrine.commonConfig" .) -}}
+{{- $_ := set $config "port" 8000 -}}
+{{- $_ := set $config "grpc_port" 50052 -}}
+{{- $encoders := list -}}
+{{- range include "vitrine.encoderPools" . | splitList " " -}}
+{{- $service := include "vitrine.name" (list $root (printf "encoder-%s" .)) -}}
+{{- if eq $values.discovery "kubernetes" -}}
+{{- $encoders = append $encoders (printf "kubernetes:%s/%s:grpc" $root.Release.Namespace $service) -}}
+{{- else -}}
+{{- $encoders = append $encoders (printf "dns:%s.%s.svc:50051" $service $root.Release.Namespace) -}}
+{{- end -}}
+{{- end -}}
+{{- $_ := set $config "encoders" (join "," $encoders) -}}
+{{- if and $values.colocation.enabled $values.colocation.sharedMemoryHostPath -}}
+{{- $_ := set $config "shm_folder" "/var/run/vitrine/shm" -}}
+{{- end -}}
+{{- if $values.tls.encoders.secretName -}}
+{{- $_ := set $config "encoder_ca_file" "/etc/vitrine/encoder-tls/ca.crt" -}}
+{{- $_ := set $config "encoder_server_name" $values.tls.encoders.serverName -}}
+{{- if $values.tls.encoders.clientAuth -}}
+{{- $_ := set $config "encoder_cert_file" "/etc/vitrine/encoder-tls/tls.crt" -}}
+{{- $_ := set $config "encoder_key_file" "/etc/vitrine/encoder-tls/tls.key" -}}
+{{- end -}}
+{{- end -}}
+{{- mergeOverwrite $config $workload.settings.config | toYaml -}}
+{{- end -}}
+
+{{/* A pool's: (list $ workload). */}}
+{{- define "vitrine.config" -}}
+{{- include (printf "vitrine.%sConfig" (index . 1).component) . -}}
+{{- end -}}

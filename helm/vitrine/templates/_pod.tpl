@@ -1,0 +1,212 @@
+{{/* A pool's pod template: (list $ workload). */}}
+{{- define "vitrine.podTemplate" -}}
+{{- $root := index . 0 -}}
+{{- $workload := index . 1 -}}
+{{- $values := $root.Values -}}
+{{- $settings := $workload.settings -}}
+{{- $isLlm := eq $workload.component "llm" -}}
+{{- $sharing := $values.colocation.gpuSharing -}}
+metadata:
+  labels:
+    # Not the chart's version: another chart alone must not restart pods.
+    {{- merge (include "vitrine.poolSelectorLabels" . | fromYaml) $settings.podLabels | toYaml | nindent 4 }}
+  annotations:
+    # Services read their settings once, at the start.
+    checksum/config: {{ include "vitrine.config" . | sha256sum }}
+    {{- with $settings.podAnnotations }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+spec:
+  serviceAccountName: {{ include "vitrine.serviceAccountName" (list $root $workload.component) }}
+  automountServiceAccountToken: {{ and $isLlm (eq $values.discovery "kubernetes") }}
+  # VITRINE_ENCODER_PORT and the like, made for Services, would be read as settings.
+  enableServiceLinks: false
+  terminationGracePeriodSeconds: {{ add $values.preStopSleepSeconds $settings.drainTimeoutSeconds 10 }}
+  securityContext:
+    {{- toYaml $values.podSecurityContext | nindent 4 }}
+  {{- with $values.images.pullSecrets }}
+  imagePullSecrets:
+    {{- range . }}
+    - name: {{ . }}
+    {{- end }}
+  {{- end }}
+  {{- with eq $sharing "runtimeClass" | ternary $values.colocation.runtimeClassName $settings.runtimeClassName }}
+  runtimeClassName: {{ . }}
+  {{- end }}
+  {{- if eq $sharing "resourceClaim" }}
+  resourceClaims:
+    - name: gpus
+      resourceClaimName: {{ include "vitrine.resourceClaimName" $root }}
+  {{- end }}
+  {{- with $settings.priorityClassName }}
+  priorityClassName: {{ . }}
+  {{- end }}
+  {{- with $settings.nodeSelector }}
+  nodeSelector:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with $settings.tolerations }}
+  tolerations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with include "vitrine.affinity" . }}
+  affinity:
+    {{- . | nindent 4 }}
+  {{- end }}
+  {{- with include "vitrine.topologySpreadConstraints" . }}
+  topologySpreadConstraints:
+    {{- . | nindent 4 }}
+  {{- end }}
+  containers:
+    - name: {{ $workload.component }}
+      image: {{ include "vitrine.image" (list $root (default (index $values.images $workload.component) $settings.image)) }}
+      imagePullPolicy: {{ $values.images.pullPolicy }}
+      {{- with $settings.extraArgs }}
+      args:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
+      env:
+        - name: {{ $isLlm | ternary "VITRINE_LLM_CONFIG" "VITRINE_ENCODER_CONFIG" }}
+          value: /etc/vitrine/config/config.yaml
+        {{- include "vitrine.env" . | nindent 8 }}
+      ports:
+        {{- if $isLlm }}
+        - {name: http, containerPort: 8000}
+        - {name: grpc, containerPort: 50052}
+        {{- else }}
+        - {name: grpc, containerPort: 50051}
+        - {name: metrics, containerPort: 9090}
+        {{- end }}
+      {{- include "vitrine.probes" . | nindent 6 }}
+      {{- if $values.preStopSleepSeconds }}
+      lifecycle:
+        preStop:
+          sleep:
+            seconds: {{ $values.preStopSleepSeconds }}
+      {{- end }}
+      resources:
+        {{- include "vitrine.resources" . | nindent 8 }}
+      securityContext:
+        {{- toYaml $values.containerSecurityContext | nindent 8 }}
+      volumeMounts:
+        - {name: config, mountPath: /etc/vitrine/config, readOnly: true}
+        {{- include "vitrine.commonVolumeMounts" $root | nindent 8 }}
+        {{- if $isLlm | ternary $values.tls.llm.secretName $values.tls.encoders.secretName }}
+        - {name: tls, mountPath: /etc/vitrine/tls, readOnly: true}
+        {{- end }}
+        {{- if and $isLlm $values.tls.encoders.secretName }}
+        - {name: encoder-tls, mountPath: /etc/vitrine/encoder-tls, readOnly: true}
+        {{- end }}
+        {{- if $values.colocation.sharedMemoryHostPath }}
+        - {name: shm, mountPath: /var/run/vitrine/shm}
+        {{- end }}
+        {{- with $settings.extraVolumeMounts }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+  volumes:
+    - name: config
+      configMap:
+        name: {{ $workload.name }}
+    {{- include "vitrine.commonVolumes" $root | nindent 4 }}
+    {{- with $isLlm | ternary $values.tls.llm.secretName $values.tls.encoders.secretName }}
+    - name: tls
+      secret:
+        secretName: {{ . }}
+        defaultMode: 0440
+    {{- end }}
+    {{- if and $isLlm $values.tls.encoders.secretName }}
+    - name: encoder-tls
+      secret:
+        secretName: {{ default $values.tls.encoders.secretName $values.tls.encoders.clientSecretName }}
+        defaultMode: 0440
+        items:
+          - {key: ca.crt, path: ca.crt}
+          {{- if $values.tls.encoders.clientAuth }}
+          - {key: tls.crt, path: tls.crt}
+          - {key: tls.key, path: tls.key}
+          {{- end }}
+    {{- end }}
+    {{- with $values.colocation.sharedMemoryHostPath }}
+    - name: shm
+      hostPath:
+        path: {{ . }}
+        type: Directory
+    {{- end }}
+    {{- with $settings.extraVolumes }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+{{- end -}}
+
+{{/* Environment of a pool's container without its configuration file: (list $ workload). */}}
+{{- define "vitrine.env" -}}
+{{- $root := index . 0 -}}
+{{- $workload := index . 1 -}}
+{{- include "vitrine.commonEnv" $root }}
+{{- if $workload.settings.cudaVisibleDevices }}
+# All containers must number the GPUs alike.
+- name: CUDA_DEVICE_ORDER
+  value: PCI_BUS_ID
+- name: CUDA_VISIBLE_DEVICES
+  value: {{ $workload.settings.cudaVisibleDevices | quote }}
+{{- else if ne $root.Values.colocation.gpuSharing "none" }}
+{{- fail (printf "with colocation.gpuSharing a pod sees GPUs of others: cudaVisibleDevices of %s pool %q must say which it uses, its own first" $workload.component $workload.pool) }}
+{{- end }}
+{{- if eq $root.Values.colocation.gpuSharing "runtimeClass" }}
+- name: NVIDIA_VISIBLE_DEVICES
+  value: all
+- name: NVIDIA_DRIVER_CAPABILITIES
+  value: compute,utility,video
+{{- end }}
+{{- include "vitrine.envOf" $workload.settings.env }}
+{{- end -}}
+
+{{/* A map of variables as a list: the map. */}}
+{{- define "vitrine.envOf" -}}
+{{- range $name, $value := . }}
+- name: {{ $name }}
+  {{- if kindIs "string" $value }}
+  value: {{ $value | quote }}
+  {{- else }}
+  {{- toYaml $value | nindent 2 }}
+  {{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* What every container has, also in a RayService. */}}
+{{- define "vitrine.commonEnv" -}}
+# The root file system is read-only: checkpoints and compiled kernels go to the model cache.
+- name: HOME
+  value: /cache
+- name: HF_HOME
+  value: /cache/huggingface
+{{- with .Values.huggingFace.tokenSecretName }}
+- name: HF_TOKEN
+  valueFrom:
+    secretKeyRef:
+      name: {{ . }}
+      key: {{ $.Values.huggingFace.tokenSecretKey }}
+{{- end }}
+{{- end -}}
+
+{{- define "vitrine.commonVolumeMounts" -}}
+- {name: tmp, mountPath: /tmp}
+- {name: cache, mountPath: /cache}
+{{- end -}}
+
+{{- define "vitrine.commonVolumes" -}}
+{{- $cache := .Values.modelCache -}}
+- name: tmp
+  emptyDir: {}
+- name: cache
+  {{- if eq $cache.kind "persistentVolumeClaim" }}
+  persistentVolumeClaim:
+    claimName: {{ default (include "vitrine.name" (list . "models")) $cache.existingClaim }}
+  {{- else if eq $cache.kind "hostPath" }}
+  hostPath:
+    path: {{ required "modelCache.hostPath is required with modelCache.kind hostPath" $cache.hostPath }}
+    type: Directory
+  {{- else }}
+  emptyDir:
+    sizeLimit: {{ $cache.size }}
+  {{- end }}
+{{- end -}}

@@ -1,0 +1,76 @@
+"""Who owns the number of a pool's pods, and by which metric."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from helm_python import HelmRenderError
+
+from tests.helm.rendering import NAMESPACE, of_kind, render, rendered
+
+
+def test_by_default_replicas_are_fixed() -> None:
+    manifests = rendered("default")
+    assert not of_kind(manifests, "HorizontalPodAutoscaler")
+    for deployment in of_kind(manifests, "Deployment").values():
+        assert deployment["spec"]["replicas"] == 1
+
+
+@pytest.mark.parametrize(("values", "kind"), [("hpa", "HorizontalPodAutoscaler"), ("keda", "ScaledObject")])
+def test_who_scales_owns_the_number(values: str, kind: str) -> None:
+    manifests = rendered(values)
+    scaled = of_kind(manifests, kind)
+    for name, deployment in of_kind(manifests, "Deployment").items():
+        assert ("replicas" in deployment["spec"]) == (name not in scaled)
+    for name, each in scaled.items():
+        assert each["spec"]["scaleTargetRef"]["name"] == name
+    assert {"demo-vitrine-encoder-default", "demo-vitrine-llm-default"} <= scaled.keys()
+    assert "demo-vitrine-llm-fixed" not in scaled
+
+
+def test_horizontal_pod_autoscalers() -> None:
+    scalers = of_kind(rendered("hpa"), "HorizontalPodAutoscaler")
+    encoder = scalers["demo-vitrine-encoder-default"]["spec"]
+    assert (encoder["minReplicas"], encoder["maxReplicas"]) == (2, 16)
+    assert encoder["metrics"][0]["pods"] == {
+        "metric": {"name": "vitrine_encoder_queue_seconds"},
+        "target": {"type": "AverageValue", "averageValue": "0.5"},
+    }
+    assert encoder["behavior"]["scaleDown"]["stabilizationWindowSeconds"] == 300
+    metric = scalers["demo-vitrine-llm-default"]["spec"]["metrics"][0]["pods"]["metric"]["name"]
+    assert metric == "vitrine_llm_queued_prefill_tokens"
+
+
+def test_scaled_objects() -> None:
+    scalers = of_kind(rendered("keda"), "ScaledObject")
+    spec = scalers["demo-vitrine-encoder-default"]["spec"]
+    (trigger,) = spec["triggers"]
+    assert trigger["metadata"]["serverAddress"] == "http://prometheus-operated.monitoring:9090"
+    assert trigger["metadata"]["threshold"] == "1"
+    assert trigger["authenticationRef"] == {"name": "prometheus"}
+    assert "advanced" not in scalers["demo-vitrine-llm-default"]["spec"]
+
+
+def test_kedas_query_is_for_pods_of_the_pool() -> None:
+    spec = of_kind(rendered("keda"), "ScaledObject")["demo-vitrine-encoder-default"]["spec"]
+    query = spec["triggers"][0]["metadata"]["query"]
+    match = re.fullmatch(r'sum\((\w+)\{namespace="(.*)",pod=~"(.*)"\}\)', query)
+    assert match is not None
+    metric, namespace, pod = match.groups()
+    assert (metric, namespace) == ("vitrine_encoder_queue_seconds", NAMESPACE)
+    assert re.fullmatch(pod, "demo-vitrine-encoder-default-7c9f6d5b4d-x2x7k")
+    assert not re.fullmatch(pod, "demo-vitrine-encoder-default-two-7c9f6d5b4d-x2x7k")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"encoders": {"defaults": {"autoscaling": {"kind": "keda"}}}}, r"keda\.prometheusUrl is required"),
+        ({"llm": {"defaults": {"autoscaling": {"kind": "ray"}}}}, "kind ray of llm pool .* is for mode rayservice"),
+    ],
+)
+def test_autoscalers_need_what_they_need(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(HelmRenderError, match=message):
+        render({"model": "m"} | values)

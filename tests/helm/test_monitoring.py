@@ -1,0 +1,107 @@
+"""Scraping, rules and dashboards."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helm_python import Chart
+
+from tests.helm.rendering import CHART, Manifest, of_kind, pods, rendered, values_of
+from tests.helm.test_schemas import NEWEST, validate
+
+SOURCES = CHART.parents[1] / "deploy" / "observability"
+
+
+@pytest.mark.parametrize("values", ["locked-down", "tls", "server-tls"])
+def test_every_pod_is_scraped_once(values: str) -> None:
+    manifests = rendered(values)
+    scraped = []
+    for monitor in of_kind(manifests, "ServiceMonitor").values():
+        wanted = monitor["spec"]["selector"]["matchLabels"].items()
+        (endpoint,) = monitor["spec"]["endpoints"]
+        for service in of_kind(manifests, "Service").values():
+            if wanted <= service["metadata"]["labels"].items():
+                assert endpoint["port"] in [port["name"] for port in service["spec"]["ports"]]
+                scraped.append(service["spec"]["selector"]["app.kubernetes.io/component"])
+    assert sorted(scraped) == ["encoder", "llm"]
+
+
+def test_prometheus_finds_the_monitors() -> None:
+    for monitor in of_kind(rendered("locked-down"), "ServiceMonitor").values():
+        assert monitor["metadata"]["labels"]["release"] == "prometheus"
+
+
+def test_metrics_of_workers_are_scraped_with_tls_where_they_serve_with_it() -> None:
+    (endpoint,) = of_kind(rendered("locked-down"), "ServiceMonitor")["demo-vitrine-llm"]["spec"]["endpoints"]
+    assert "scheme" not in endpoint
+    for values, names in (("server-tls", {"serverName", "ca"}), ("tls", {"serverName", "ca", "cert", "keySecret"})):
+        (endpoint,) = of_kind(rendered(values), "ServiceMonitor")["demo-vitrine-llm"]["spec"]["endpoints"]
+        assert endpoint["scheme"] == "https"
+        assert endpoint["tlsConfig"].keys() == names
+        assert endpoint["tlsConfig"]["serverName"] == "demo-vitrine-llm.serving.svc"
+
+
+@pytest.mark.parametrize("values", ["default", "rayservice"])
+def test_without_the_operator_nothing_of_it_is_made(values: str) -> None:
+    assert not of_kind(rendered(values), "ServiceMonitor")
+
+
+def test_ports_of_metrics_are_those_of_the_settings() -> None:
+    for name, pod in pods("default").items():
+        config = yaml.safe_load(of_kind(rendered("default"), "ConfigMap")[name]["data"]["config.yaml"])
+        ports = {port["name"]: port["containerPort"] for port in pod.container["ports"]}
+        if "-encoder-" in name:
+            assert ports == {"grpc": config["port"], "metrics": config["metrics_port"]}
+        else:
+            assert ports == {"http": config["port"], "grpc": config["grpc_port"]}
+
+
+class TestFiles:
+    """With dashboards and rules in the chart's folder."""
+
+    DASHBOARD = '{"title": "{{ not a template }}", "panels": []}\n'
+    RULE: Manifest = {"alert": "A", "expr": "up == 0", "annotations": {"summary": "{{ $labels.pod }} is down"}}  # noqa: RUF012
+
+    @pytest.fixture
+    def manifests(self, tmp_path: Path) -> list[Manifest]:
+        chart = tmp_path / "vitrine"
+        shutil.copytree(CHART, chart, ignore=shutil.ignore_patterns("files"))
+        (chart / "files" / "dashboards").mkdir(parents=True)
+        (chart / "files" / "dashboards" / "vitrine.json").write_text(self.DASHBOARD)
+        (chart / "files" / "rules").mkdir()
+        (chart / "files" / "rules" / "vitrine.yaml").write_text(
+            yaml.safe_dump({"groups": [{"name": "g", "rules": [self.RULE]}]})
+        )
+        files = Chart.load(chart).render(values_of("locked-down"), name="demo", namespace="serving")
+        return [each for each in yaml.safe_load_all(files["vitrine/templates/monitoring.yaml"]) if each]
+
+    def test_rules_are_those_of_the_file(self, manifests: list[Manifest]) -> None:
+        (rule,) = of_kind(manifests, "PrometheusRule").values()
+        validate(rule, NEWEST)
+        assert rule["spec"]["groups"][0]["rules"] == [self.RULE]
+        assert rule["metadata"]["labels"]["release"] == "prometheus"
+
+    def test_grafanas_sidecar_finds_the_dashboard(self, manifests: list[Manifest]) -> None:
+        (config,) = of_kind(manifests, "ConfigMap").values()
+        validate(config, NEWEST)
+        assert config["data"] == {"vitrine.json": self.DASHBOARD}
+        assert config["metadata"]["labels"]["grafana_dashboard"] == "1"
+
+
+def _groups(file: Path) -> Any:
+    return yaml.safe_load(file.read_text()).get("groups")
+
+
+def test_the_charts_copies_of_dashboards_and_rules_are_up_to_date() -> None:
+    """A chart cannot read outside of its folder."""
+    dashboards = {file.name: file.read_bytes() for file in SOURCES.glob("grafana/**/*.json")}
+    rules = {file.name: file.read_bytes() for file in SOURCES.glob("rules/*.yaml") if _groups(file)}
+    copies = [
+        {file.name: file.read_bytes() for file in (CHART / "files" / kind).glob("*")}
+        for kind in ("dashboards", "rules")
+    ]
+    assert copies == [dashboards, rules]

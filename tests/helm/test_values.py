@@ -1,0 +1,146 @@
+"""Values: pools are merged with the defaults, typos fail, and the documentation is that of the values."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+from helm_python import HelmRenderError, HelmValuesError, lint
+
+from tests.helm.rendering import CHART, VALUES, notes, of_kind, render, rendered, values_of
+
+
+def test_a_pool_that_is_null_is_not_there() -> None:
+    deployments = of_kind(rendered("pools"), "Deployment").keys()
+    assert deployments == {
+        *("demo-vitrine-encoder-default", "demo-vitrine-encoder-slices"),
+        *("demo-vitrine-llm-short", "demo-vitrine-llm-long"),
+    }
+
+
+def test_there_must_be_a_pool() -> None:
+    with pytest.raises(HelmRenderError, match=r"there is no encoder pool: fill encoders\.pools"):
+        render({"model": "m", "encoders": {"pools": {"default": None}}})
+
+
+def test_workers_name_pools_that_are_there() -> None:
+    with pytest.raises(HelmRenderError, match=r'llm\.pools\.default\.encoderPools names "fast".*only default'):
+        render({"model": "m", "llm": {"pools": {"default": {"encoderPools": ["fast"]}}}})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"modell": "m"},
+        {"encoder": {}},
+        {"encoders": {"pool": {}}},
+        {"encoders": {"defaults": {"replica": 2}}},
+        {"llm": {"pools": {"default": {"gpus": 1}}}},
+        {"llm": {"pools": {"Large": {}}}},
+        {"llm": {"pools": {"a-name-of-more-than-20": {}}}},
+        {"encoders": {"defaults": {"autoscaling": {"kind": "vpa"}}}},
+        {"encoders": {"defaults": {"autoscaling": {"minReplicas": 0}}}},
+        {"encoders": {"pools": {"default": {"encoderPools": ["default"]}}}},
+        {"encoders": {"defaults": {"config": {"port": 1}}}},
+        {"llm": {"defaults": {"config": {"encoders": "a:1"}}}},
+        {"llm": {"defaults": {"config": {"max-items": 1}}}},
+        {"encoders": {"defaults": {"resources": {"limit": {}}}}},
+        {"encoders": {"defaults": {"resources": {"limits": {"memory": "24 GB"}}}}},
+        {"encoders": {"defaults": {"cudaVisibleDevices": "all"}}},
+        {"mode": "ray"},
+        {"discovery": "etcd"},
+        {"colocation": {"gpuSharing": "mps"}},
+        {"colocation": {"gpuSharing": "runtimeClass"}},
+        {"colocation": {"sharedMemoryHostPath": "/dev/shm/vitrine"}},
+        {"colocation": {"enabled": True, "sharedMemoryHostPath": "shm"}},
+        {"modelCache": {"kind": "pvc"}},
+        {"tls": {"encoders": {"clientAuth": True}}},
+        {"tls": {"llm": {"clientAuth": True}}},
+        {"tls": {"secretName": "s"}},
+        {"log": {"level": "trace"}},
+        {"networkPolicy": {"client": []}},
+        {"ray": {"worker": {}}},
+        {"monitoring": {"serviceMonitor": {"enabled": "yes"}}},
+    ],
+)
+def test_misspelt_values_fail(values: dict[str, Any]) -> None:
+    with pytest.raises(HelmValuesError, match="don't meet the specifications of the schema"):
+        render({"model": "m"} | values)
+
+
+def test_a_model_must_be_named() -> None:
+    with pytest.raises(HelmRenderError, match="model is required, for example --set model="):
+        render({})
+
+
+def test_the_schema_knows_every_value() -> None:
+    """And has a default for each, but for those within free-form maps."""
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    missing = [path for path in _paths_of_schema(schema, schema) if not _has(values, path)]
+    # `global` is Helm's own, for charts that include this one; workers alone choose encoder pools.
+    assert missing == ["global", "encoders.defaults.encoderPools"]
+
+
+def _paths_of_schema(part: dict[str, Any], schema: dict[str, Any], path: str = "") -> Iterator[str]:
+    if "$ref" in part:
+        part = schema["definitions"][part["$ref"].split("/")[-1]]
+    for inner in part.get("allOf", []):
+        yield from _paths_of_schema(inner, schema, path)
+    if "properties" not in part and path:
+        if "allOf" not in part:
+            yield path
+        return
+    for name, inner in part.get("properties", {}).items():
+        yield from _paths_of_schema(inner, schema, f"{path}.{name}" if path else name)
+
+
+def _has(values: Any, path: str) -> bool:
+    for name in path.split("."):
+        if not isinstance(values, dict) or name not in values:
+            return False
+        values = values[name]
+    return True
+
+
+def test_every_value_is_described() -> None:
+    listed = [row.split("`")[1] for row in (CHART / "README.md").read_text().splitlines() if row.startswith("| `")]
+    for path in _leaves(yaml.safe_load((CHART / "values.yaml").read_text())):
+        assert any(path == each or path.startswith(f"{each}.") for each in listed), f"{path} has no description"
+
+
+def _leaves(values: dict[str, Any], path: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}"
+
+
+def test_the_table_of_values_is_up_to_date() -> None:
+    subprocess.run([sys.executable, CHART.parent / "docs.py", "--check"], check=True)
+
+
+@pytest.mark.parametrize("values", [None, *VALUES])
+def test_helm_lint_has_no_complaints(values: str | None) -> None:
+    report = lint(CHART, values_of(values) if values else None, strict=True, kube_version="v1.34.0")
+    assert report["errors"] == []
+    assert [each for each in report["messages"] if each["severity"] > 1] == []
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_notes_say_how_to_call_it(values: str) -> None:
+    text = notes(values_of(values))
+    services = of_kind(rendered(values), "Service").keys() or {"demo-vitrine-serve-svc"}
+    called = re.findall(r"//([-a-z0-9]+)\.serving\.svc", text)
+    assert called
+    assert set(called) <= services
+    request = json.loads(text.split("--data '")[1].split("'")[0])
+    assert request["model"] in ("Qwen/Qwen3-VL-8B-Instruct", "qwen3-vl-8b", "checkpoint")
+    assert ("https://demo-vitrine-llm" in text) == ("tls" in values)
