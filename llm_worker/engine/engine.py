@@ -20,7 +20,7 @@ from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
 from llm_worker.engine.kv_cache import KvCache
 from llm_worker.engine.prefix_hashes import extend_prefix_hashes
 from llm_worker.engine.request import EngineTimings, ExpandedPrompt, SamplingParams, TokenOutput
-from llm_worker.engine.sampler import sample, token_logprobs
+from llm_worker.engine.sampler import NextToken, sample
 from llm_worker.engine.scheduler import Chunk, Scheduler
 from llm_worker.engine.sequence import Sequence
 from llm_worker.models.decoder import TextDecoder
@@ -318,7 +318,7 @@ class Engine:
                     for chunk, slice_ in zip(chunks, inputs.sequences, strict=True)
                     if chunk.samples and chunk not in failed
                 ]
-                logits_BV = self._decoder.logits(hidden_TC[[row for _, row in sampling]]).cpu()
+                next_tokens = self._sample(hidden_TC, sampling)
         except Exception as error:
             _log.exception("a step of %d sequences failed", len(chunks))
             for chunk in chunks:
@@ -327,13 +327,16 @@ class Engine:
         self._account([chunk for chunk in chunks if chunk not in failed], time.perf_counter() - start)
         for chunk, reason in failed.items():
             self._landing_failed(chunk, reason)
-        for (chunk, _), logits_V in zip(sampling, logits_BV, strict=True):
-            try:
-                self._emit_token(chunk.sequence, logits_V)
-            except Exception as error:  # there is no drawing from NaN, say
-                _log.exception("choosing the next token of %s failed", chunk.sequence.request_id)
-                message = f"choosing the next token failed: {type(error).__name__}"
-                self.on_fail(chunk.sequence, InternalError(message))
+        for (chunk, _), next_token in zip(sampling, next_tokens, strict=True):
+            self._emit(chunk.sequence, next_token)
+
+    def _sample(self, hidden_TC: torch.Tensor, sampling: list[tuple[Chunk, int]]) -> list[NextToken]:
+        """The next tokens of chunks that end at their sequence's last token, and at this row of the step's."""
+        if not sampling:
+            return []
+        logits_BV = self._decoder.logits(hidden_TC[[row for _, row in sampling]])
+        sequences = [chunk.sequence for chunk, _ in sampling]
+        return sample(logits_BV, [each.sampling for each in sequences], [each.generator for each in sequences])
 
     def _landing_failed(self, chunk: Chunk, error: Exception) -> None:
         """The chunk does not count. Rows that were lost on the way are asked for again, else the request fails."""
@@ -361,18 +364,19 @@ class Engine:
             if sequence.rows and sequence.prompt is not None:
                 sequence.release_landed_rows()
 
-    def _emit_token(self, sequence: Sequence, logits_V: torch.Tensor) -> None:
-        sampling = sequence.sampling
-        token_id = sample(logits_V, sampling, sequence.generator)
+    def _emit(self, sequence: Sequence, next_token: NextToken) -> None:
+        token_id = next_token.token_id
+        if token_id is None:
+            self.on_fail(sequence, InternalError("the model's output is not a number: there is no next token to draw"))
+            return
         if sequence.first_token_at is None:
             sequence.first_token_at = time.perf_counter()
         sequence.token_ids.append(token_id)
         finish_reason = None
-        if token_id in sampling.stop_token_ids:
+        if token_id in sequence.sampling.stop_token_ids:
             finish_reason = "stop"
         elif len(sequence.token_ids) >= sequence.max_total_tokens:
             finish_reason = "length"
-        logprobs = None if sampling.logprobs is None else token_logprobs(logits_V, token_id, sampling.logprobs)
         if finish_reason is not None:
             self._end(sequence)
-        sequence.deliver(TokenOutput(token_id, logprobs, finish_reason), sequence.timings())
+        sequence.deliver(TokenOutput(token_id, next_token.logprobs, finish_reason), sequence.timings())

@@ -6,17 +6,23 @@ import pytest
 import torch
 
 from llm_worker.engine.request import SamplingParams
-from llm_worker.engine.sampler import sample, token_logprobs
+from llm_worker.engine.sampler import sample
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
 NUM_DRAWS = 20_000
 
 
+def draws(logits_V: torch.Tensor, sampling: SamplingParams, count: int, seed: int = 0) -> list[int]:
+    """Tokens drawn one after the other by one generator, in one batch."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = sample(logits_V.expand(count, -1), [sampling] * count, [generator] * count)
+    return [each.token_id for each in drawn if each.token_id is not None]
+
+
 def draw(sampling: SamplingParams) -> torch.Tensor:
     """Relative frequency of each token."""
-    generator = torch.Generator().manual_seed(0)
-    draws = [sample(LOGITS, sampling, generator) for _ in range(NUM_DRAWS)]
-    return torch.bincount(torch.tensor(draws), minlength=len(LOGITS)) / NUM_DRAWS
+    drawn = draws(LOGITS, sampling, NUM_DRAWS)
+    return torch.bincount(torch.tensor(drawn), minlength=len(LOGITS)) / NUM_DRAWS
 
 
 def renormalized(kept: list[int], temperature: float = 1.0) -> torch.Tensor:
@@ -51,27 +57,55 @@ def test_frequencies_are_the_probabilities(sampling: SamplingParams, expected: t
     ids=["denormal float32", "denormal float64", "top_p"],
 )
 def test_the_smallest_values_a_request_may_hold_are_greedy(sampling: SamplingParams) -> None:
-    assert {sample(100 * LOGITS, sampling, torch.Generator()) for _ in range(20)} == {0}
+    assert set(draws(100 * LOGITS, sampling, 20)) == {0}
 
 
-def test_equal_seeds_draw_equally() -> None:
-    def draws(seed: int) -> list[int]:
-        generator = torch.Generator().manual_seed(seed)
-        return [sample(LOGITS, SamplingParams(top_p=0.95), generator) for _ in range(50)]
-
-    assert draws(1) == draws(1) != draws(2)
+def test_equal_seeds_draw_equally_whoever_is_beside() -> None:
+    sampling = SamplingParams(top_p=0.95)
+    alone = draws(LOGITS, sampling, 50, seed=1)
+    assert alone == draws(LOGITS, sampling, 50, seed=1) != draws(LOGITS, sampling, 50, seed=2)
+    generator = torch.Generator().manual_seed(1)
+    others = [SamplingParams(top_k=2), sampling, SamplingParams(temperature=0.0), SamplingParams(temperature=9.0)]
+    logits_BV = torch.stack([LOGITS.flip(0), LOGITS, LOGITS, 3 * LOGITS])
+    beside = []
+    for _ in range(50):
+        generators = [torch.Generator(), generator, torch.Generator(), torch.Generator()]
+        beside.append(sample(logits_BV, others, generators)[1].token_id)
+    assert beside == alone
 
 
 def test_temperature_zero_is_greedy_whatever_else_is_asked() -> None:
-    sampling = SamplingParams(temperature=0.0, top_k=3, top_p=0.5)
-    assert {sample(LOGITS, sampling, torch.Generator()) for _ in range(20)} == {0}
+    assert set(draws(LOGITS, SamplingParams(temperature=0.0, top_k=3, top_p=0.5), 20)) == {0}
+
+
+def test_the_last_of_the_kept_tokens_is_never_passed() -> None:
+    """Equal masses add up with errors; none may lead to a token that top-p has cut."""
+    logits_V = torch.zeros(50_000)
+    sampling = SamplingParams(top_p=0.5)
+    drawn = draws(logits_V, sampling, 64)
+    kept = logits_V.sort(descending=True).indices[:25_001].tolist()
+    assert set(drawn) <= set(kept)
+
+
+def test_what_is_no_number_is_not_drawn_from_and_leaves_the_others_alone() -> None:
+    logits_BV = torch.stack([LOGITS, torch.full_like(LOGITS, torch.nan), LOGITS])
+    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    first, broken, last = sample(logits_BV, [SamplingParams(top_k=1)] * 3, generators)
+    assert (first.token_id, broken.token_id, last.token_id) == (0, None, 0)
 
 
 def test_logprobs_are_of_the_raw_distribution() -> None:
     expected = LOGITS.log_softmax(-1)
-    logprobs = token_logprobs(LOGITS, 3, 2)
-    assert logprobs.logprob == pytest.approx(float(expected[3]))
-    assert [token_id for token_id, _ in logprobs.top] == [0, 1]
-    assert [value for _, value in logprobs.top] == pytest.approx(expected[:2].tolist())
-    assert token_logprobs(LOGITS, 3, 0).top == ()
-    assert len(token_logprobs(LOGITS, 3, 20).top) == len(LOGITS)
+    params = [SamplingParams(temperature=0.0, logprobs=count) for count in (2, 0, 20, None)]
+    two, none, all_of_them, not_asked = (
+        each.logprobs for each in sample(LOGITS.expand(4, -1), params, [torch.Generator()] * 4)
+    )
+    assert two is not None and none is not None and all_of_them is not None and not_asked is None
+    assert (two.token_id, two.logprob) == (0, pytest.approx(float(expected[0])))
+    assert [token_id for token_id, _ in two.top] == [0, 1]
+    assert [value for _, value in two.top] == pytest.approx(expected[:2].tolist())
+    assert none.top == ()
+    assert len(all_of_them.top) == len(LOGITS)
+    drawn = sample(LOGITS[None], [SamplingParams(temperature=5.0, top_p=0.9, logprobs=1)], [torch.Generator()])[0]
+    assert drawn.logprobs is not None and drawn.token_id is not None
+    assert drawn.logprobs.logprob == pytest.approx(float(expected[drawn.token_id]))
