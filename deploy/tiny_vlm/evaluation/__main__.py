@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def ways() -> dict[str, Answer]:
     """All ways to answer that this machine has, by name."""
+    no_embedding_cache = ("--cache-gpu-bytes", "0", "--cache-host-bytes", "0")
     small_chunks = ("--max-num-batched-tokens", "40")
     found = {
         "transformers": answers_of_transformers,
@@ -71,14 +72,16 @@ def ways() -> dict[str, Answer]:
         "grpc, chunks of 40 tokens": _split("grpc", *small_chunks),
         "shm, three encoders": _split("shm", num_encoders=3),
         "shm, --dp 2": _split("shm", dp=2),
-        "shm, no embedding cache": _split("shm", encoder_flags=("--cache-gpu-bytes", "0", "--cache-host-bytes", "0")),
-        "shm, asked again, from the cache": _split("shm", rounds=2),
+        "shm, no caches": _split("shm", "--no-prefix-cache", encoder_flags=no_embedding_cache),
+        "shm, asked again, from the caches": _split("shm", rounds=2),
+        "shm, KV memory for a few": _split("shm", "--kv-cache-tokens", "2048"),
     }
     if torch.cuda.is_available():
         found |= {
             "cuda_ipc": _split("cuda_ipc"),
             "cuda_ipc, chunks of 40 tokens": _split("cuda_ipc", *small_chunks),
             "cuda_ipc, no CUDA graphs": _split("cuda_ipc", encoder_flags=("--no-cuda-graphs",)),
+            "cuda_ipc, FP8": _split("cuda_ipc", encoder_flags=("--quantization", "fp8")),
         }
     return found | {ABLATION: _split("shm")}
 
