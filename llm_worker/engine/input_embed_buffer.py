@@ -25,8 +25,10 @@ class InputEmbedBuffer:
         self._decoder = decoder
         self._embeds_MC = torch.zeros(hidden, device=device, dtype=decoder.dtype)
         self._deepstack_NMC = torch.zeros(config.num_deepstack, *hidden, device=device, dtype=decoder.dtype)
-        self._positions_3M = torch.zeros(3, max_num_batched_tokens, device=device, dtype=torch.int64)
-        self._slot_mapping_M = torch.zeros(max_num_batched_tokens, device=device, dtype=torch.int64)
+        # Token ids, positions along three axes, slots: written on the host, and brought over by one copy.
+        integers = (5, max_num_batched_tokens)
+        self._integers_5M = torch.zeros(integers, device=device, dtype=torch.int64)
+        self._host_5M = torch.zeros(integers, dtype=torch.int64, pin_memory=device.type == "cuda")
 
     def write(self, chunks: Many[Chunk]) -> tuple[StepInputs, dict[Chunk, Exception]]:
         """Fills the buffers with the step's tokens.
@@ -37,11 +39,13 @@ class InputEmbedBuffer:
         """
         token_ids = [each for chunk in chunks for each in chunk.sequence.token_ids[chunk.start : chunk.stop]]
         num_tokens = len(token_ids)
-        self._embeds_MC[:num_tokens] = self._decoder.embed(torch.tensor(token_ids, device=self._embeds_MC.device))
+        host_5T, integers_5T = self._host_5M[:, :num_tokens], self._integers_5M[:, :num_tokens]
+        host_5T[0] = torch.tensor(token_ids)
         positions = [chunk.sequence.positions(chunk.start, chunk.stop) for chunk in chunks]
-        self._positions_3M[:, :num_tokens] = torch.cat(positions, dim=1)
-        slots = [chunk.sequence.blocks.slots[chunk.start : chunk.stop] for chunk in chunks]
-        self._slot_mapping_M[:num_tokens] = torch.cat(slots)
+        torch.cat(positions, dim=1, out=host_5T[1:4])
+        torch.cat([chunk.sequence.blocks.slots[chunk.start : chunk.stop] for chunk in chunks], out=host_5T[4])
+        integers_5T.copy_(host_5T)  # blocking: the host's numbers are written anew in the next step
+        self._embeds_MC[:num_tokens] = self._decoder.embed(integers_5T[0])
 
         starts = [
             stop - chunk.length for chunk, stop in zip(chunks, accumulate(each.length for each in chunks), strict=True)
@@ -58,8 +62,8 @@ class InputEmbedBuffer:
         inputs = StepInputs(
             embeds_TC=self._embeds_MC[:num_tokens],
             deepstack_NTC=self._deepstack_NMC[:, :num_tokens] if has_media and len(self._deepstack_NMC) else None,
-            positions_3T=self._positions_3M[:, :num_tokens],
-            slot_mapping_T=self._slot_mapping_M[:num_tokens],
+            positions_3T=integers_5T[1:4],
+            slot_mapping_T=integers_5T[4],
             sequences=[
                 SequenceSlice(start, chunk.length, chunk.stop, chunk.sequence.blocks.slots[: chunk.stop])
                 for chunk, start in zip(chunks, starts, strict=True)

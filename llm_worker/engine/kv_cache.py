@@ -21,7 +21,7 @@ from llm_worker.models.config import TextConfig
 class BlockTable:
     """The blocks one sequence holds.
 
-    slots: cache slot of each token they have room for, in order, [len(blocks) * block_size] int64, where the cache is.
+    slots: cache slot of each token they have room for, in order, [len(blocks) * block_size] int64, on the host.
     """
 
     blocks: list[int] = field(default_factory=list)
@@ -133,4 +133,4 @@ class KvCache:
 
     def _set_slots(self, table: BlockTable) -> None:
         first_slots = torch.tensor(table.blocks, dtype=torch.int64)[:, None] * self.block_size
-        table.slots = (first_slots + torch.arange(self.block_size)).flatten().to(self.layers.device)
+        table.slots = (first_slots + torch.arange(self.block_size)).flatten()

@@ -17,7 +17,7 @@ class SequenceSlice:
     """One sequence's share of a step.
 
     start, length: its tokens among the step's; context_length: tokens with KV after the step, these included.
-    slots: cache slot of each of them in order, [context_length] int64.
+    slots: cache slot of each of them in order, [context_length] int64, on the host.
     """
 
     start: int
@@ -32,13 +32,13 @@ class AttentionPlan:
 
     Sequences with one query run as one batch, padded to the longest context: single_rows_B are their tokens among the
     step's, single_slots_BL their contexts, single_mask_B11L what is context and not padding.
-    chunks: the others, with the mask of each where it has a past.
+    chunks: the others, each with the slots of its context, and its mask where it has a past.
     """
 
     single_rows_B: torch.Tensor
     single_slots_BL: torch.Tensor
     single_mask_B11L: torch.Tensor
-    chunks: list[tuple[SequenceSlice, torch.Tensor | None]]
+    chunks: list[tuple[SequenceSlice, torch.Tensor, torch.Tensor | None]]
 
 
 def plan_attention(sequences: Sequence[SequenceSlice], device: torch.device) -> AttentionPlan:
@@ -53,13 +53,18 @@ def plan_attention(sequences: Sequence[SequenceSlice], device: torch.device) -> 
     slots_BL = torch.empty(0, 0, dtype=torch.int64, device=device)
     if singles:
         slots_BL = torch.nn.utils.rnn.pad_sequence([sequence.slots for sequence in singles], batch_first=True)
+        slots_BL = slots_BL.to(device)
         # Masked slots count with weight 0, and 0 * NaN is NaN: pad with a slot of its own, not one of a neighbour.
         slots_BL = torch.where(mask_BL, slots_BL, slots_BL[:, :1])
     return AttentionPlan(
         torch.tensor([sequence.start for sequence in singles], dtype=torch.int64, device=device),
         slots_BL,
         mask_BL[:, None, None],
-        [(sequence, _chunk_mask(sequence, device)) for sequence in sequences if sequence.length > 1],
+        [
+            (sequence, sequence.slots.to(device), _chunk_mask(sequence, device))
+            for sequence in sequences
+            if sequence.length > 1
+        ],
     )
 
 
@@ -84,8 +89,8 @@ def paged_attention(
     out_THD = torch.empty_like(q_THD)
     if len(plan.single_rows_B):
         _attend_single(q_THD, k_cache_SKD, v_cache_SKD, plan, out_THD)
-    for sequence, mask in plan.chunks:
-        _attend_chunk(q_THD, k_cache_SKD, v_cache_SKD, sequence, mask, out_THD)
+    for sequence, slots, mask in plan.chunks:
+        _attend_chunk(q_THD, k_cache_SKD, v_cache_SKD, sequence, slots, mask, out_THD)
     return out_THD
 
 
@@ -117,6 +122,7 @@ def _attend_chunk(
     k_cache_SKD: torch.Tensor,
     v_cache_SKD: torch.Tensor,
     sequence: SequenceSlice,
+    slots: torch.Tensor,
     mask: torch.Tensor | None,
     out_THD: torch.Tensor,
 ) -> None:
@@ -124,8 +130,8 @@ def _attend_chunk(
     stop = sequence.start + sequence.length
     attended = F.scaled_dot_product_attention(
         q_THD[sequence.start : stop].transpose(0, 1)[None],
-        k_cache_SKD[sequence.slots].transpose(0, 1)[None],
-        v_cache_SKD[sequence.slots].transpose(0, 1)[None],
+        k_cache_SKD[slots].transpose(0, 1)[None],
+        v_cache_SKD[slots].transpose(0, 1)[None],
         attn_mask=mask,
         is_causal=mask is None,
         enable_gqa=True,
