@@ -196,7 +196,13 @@ async def _follow_encoders(config: LlmConfig, encoders: EncoderClient) -> asynci
     finding.cancel()
     if not found.is_set() and following.done():
         following.result()
+    following.add_done_callback(_log_end_of_following)
     return following
+
+
+def _log_end_of_following(following: asyncio.Task[None]) -> None:
+    if not following.cancelled() and (error := following.exception()):
+        _log.error("encoders are not looked for any more, those that are known stay: %s", error, exc_info=error)
 
 
 async def _keep_health(server: LlmServer, encoders: EncoderClient) -> None:
