@@ -25,12 +25,13 @@ import torch
 
 from embedding_transport.encoder_client import EncoderClient
 from embedding_transport.encoder_peer import TransportChoice
-from embedding_transport.encoder_rpc import CHANNEL_OPTIONS, encoder_handlers
+from embedding_transport.encoder_rpc import encoder_handlers
 from embedding_transport.exporter import RowExporter
 from embedding_transport.shm_pool import ShmPool
 from embedding_transport.types import DTYPES, ItemTimings, MediaItem, ModelIdentity, RowsEvent
 from embedding_transport.wire import describe
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from service_runtime.grpc_channel import CHANNEL_OPTIONS
 
 MIB = 1024 * 1024
 SIZES_MIB = (1, 10, 64)

@@ -22,7 +22,6 @@ from embedding_transport.errors import EncoderUnavailable, InternalError, Overlo
 from embedding_transport.grpc_status import error_from_rpc
 from embedding_transport.merge import merged
 from embedding_transport.received_rows import HostBufferPool, LeasedRows
-from embedding_transport.tls import ClientTls
 from embedding_transport.types import (
     EncodeEvent,
     Layout,
@@ -33,6 +32,7 @@ from embedding_transport.types import (
 )
 from embedding_transport.wire import item_to_proto
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from service_runtime.tls import ClientTls
 from service_runtime.traces import outgoing_metadata
 
 # No encoder takes more than this multiple of the mean load (Mirrokni et al., "Consistent Hashing with Bounded Loads").

@@ -13,15 +13,15 @@ from typing import Literal
 import grpc
 
 from embedding_transport.cuda_ipc_pool import CudaIpcMapping
-from embedding_transport.encoder_rpc import CHANNEL_OPTIONS
 from embedding_transport.errors import EncoderMismatch, EncoderUnavailable, TransportUnavailable, VitrineError
 from embedding_transport.grpc_status import error_from_rpc
 from embedding_transport.pool import PoolMapping
 from embedding_transport.shm_pool import ShmMapping
-from embedding_transport.tls import ClientTls, open_channel
 from embedding_transport.types import PROTOCOL_VERSION, ModelIdentity
 from embedding_transport.wire import describe_identity
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from service_runtime.grpc_channel import open_channel
+from service_runtime.tls import ClientTls
 
 TransportChoice = Literal["auto", "cuda_ipc", "shm", "grpc"]
 _FIRST_BACKOFF_S = 0.1
@@ -106,7 +106,7 @@ class EncoderPeer:
         while True:
             async with AsyncExitStack() as stack:
                 try:
-                    channel = open_channel(self.address, self._tls, CHANNEL_OPTIONS)
+                    channel = open_channel(self.address, self._tls)
                     await stack.enter_async_context(channel)
                     await self._serve_connection(channel)
                     self.error = EncoderUnavailable(f"encoder {self.address} is shutting down")

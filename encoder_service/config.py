@@ -8,8 +8,8 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from embedding_transport.service_settings import ServiceSettings
 from encoder_service.media.limits import MediaLimits
+from service_runtime.settings import ServiceSettings
 
 MIB = 1024 * 1024
 

@@ -13,9 +13,9 @@ import signal
 from collections.abc import Mapping
 from typing import Any
 
-from embedding_transport.child_process import Child
 from embedding_transport.errors import EncoderUnavailable
 from encoder_service.config import EncoderConfig
+from service_runtime.child_process import Child
 
 _log = logging.getLogger(__name__)
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.5, 30.0

@@ -18,12 +18,12 @@ from embedding_transport.encoder_rpc import SERVICE, encoder_handlers
 from embedding_transport.errors import EncoderUnavailable, InternalError, VitrineError
 from embedding_transport.exporter import RowExporter
 from embedding_transport.grpc_status import abort
-from embedding_transport.service_server import ServiceServer
 from embedding_transport.types import ItemTimings, LayoutEvent
 from encoder_service.codec import failed_to_proto, item_from_proto, layout_to_proto
 from encoder_service.metrics import EncoderMetrics
 from encoder_service.service import EncodeService, ItemFailed
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from service_runtime.grpc_server import ServiceServer
 from service_runtime.logs import set_request_id
 from service_runtime.traces import metadata_carrier, serving_span
 

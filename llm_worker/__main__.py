@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 
-from embedding_transport.service_settings import run_service
+from embedding_transport.checkpoint import CheckpointError
+from embedding_transport.errors import VitrineError
 from llm_worker.app import serve
 from llm_worker.config import LlmConfig
+from service_runtime.settings import run_service
 
 
 def main() -> int:
     """Runs an LLM worker; see run_service for the exit code."""
-    return run_service(LlmConfig, serve)
+    return run_service(LlmConfig, serve, (CheckpointError, VitrineError))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
 from embedding_transport.discovery import Source, parse_sources
-from embedding_transport.service_settings import ServiceSettings
-from embedding_transport.tls import ClientTls
 from llm_worker.engine.engine import EngineConfig
+from service_runtime.settings import ServiceSettings
+from service_runtime.tls import ClientTls
 
 _BLOCK_SIZE = 16
 

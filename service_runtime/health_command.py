@@ -11,8 +11,8 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from embedding_transport.encoder_rpc import CHANNEL_OPTIONS
-from embedding_transport.tls import ClientTls, open_channel
+from service_runtime.grpc_channel import open_channel
+from service_runtime.tls import ClientTls
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 async def _status(address: str, service: str, tls: ClientTls | None, timeout_s: float) -> str:
-    async with open_channel(address, tls, CHANNEL_OPTIONS) as channel:
+    async with open_channel(address, tls) as channel:
         request = health_pb2.HealthCheckRequest(service=service)
         response = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=timeout_s)
     name: str = health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)

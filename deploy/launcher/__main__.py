@@ -17,7 +17,7 @@ from deploy.launcher.picture import DRAWN_PICTURE, picture_url
 from deploy.launcher.report import stage_table
 from deploy.launcher.stack import Stack
 from deploy.tiny_vlm import MODEL_FOLDER
-from embedding_transport.child_process import ChildFailed
+from service_runtime.child_process import ChildFailed
 
 _PROMPT = "What shapes and colors are in this picture?"
 _INTERRUPTED = 130

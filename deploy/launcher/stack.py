@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from embedding_transport.child_process import Child
+from service_runtime.child_process import Child
 
 _HOST = "127.0.0.1"
 _POLL_INTERVAL_S = 0.1

@@ -12,13 +12,13 @@ import grpc
 
 from embedding_transport.errors import BadRequest, EncoderUnavailable
 from embedding_transport.grpc_status import abort
-from embedding_transport.service_server import ServiceServer
 from embedding_transport.types import MediaItem, MediaKind
 from llm_worker.engine.request import SamplingParams, TokenLogprobs
 from llm_worker.frontend.events import Delta, Finished, GenerationRequest, StageTimings, Started
 from llm_worker.frontend.openai_http import ServedModel
 from llm_worker.metrics import LlmMetrics
 from protos.llm.v1 import llm_pb2, llm_pb2_grpc
+from service_runtime.grpc_server import ServiceServer
 from service_runtime.traces import metadata_carrier, serving_span
 
 SERVICE = llm_pb2.DESCRIPTOR.services_by_name["Llm"].full_name

@@ -11,13 +11,14 @@ from pathlib import Path
 import grpc
 import torch
 
-from embedding_transport.encoder_rpc import CHANNEL_OPTIONS, encoder_handlers
+from embedding_transport.encoder_rpc import encoder_handlers
 from embedding_transport.exporter import RowExporter
 from embedding_transport.grpc_status import abort
 from embedding_transport.shm_pool import ShmPool
 from embedding_transport.types import DTYPES, ItemTimings, ModelIdentity
 from embedding_transport.wire import describe
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from service_runtime.grpc_channel import CHANNEL_OPTIONS
 
 MERGE_SIZE = 2
 IDENTITY = ModelIdentity("model", "revision", "qwen3_vl", 8, (1, 2, 3), "float32")

@@ -16,13 +16,13 @@ import grpc
 import pytest
 import torch
 
-from embedding_transport import encoder_peer
 from embedding_transport.encoder_client import EncoderClient
-from embedding_transport.encoder_rpc import CHANNEL_OPTIONS
 from embedding_transport.errors import EncoderUnavailable, InternalError, LeaseExpired, TransportUnavailable
 from embedding_transport.grpc_status import abort
 from embedding_transport.types import MediaItem, RowsEvent
 from protos.encoder.v1 import encoder_pb2
+from service_runtime import grpc_channel
+from service_runtime.grpc_channel import CHANNEL_OPTIONS
 from tests.embedding_transport import encoder_stub
 from tests.embedding_transport.encoder_stub import IDENTITY, StubServicer, running_stub
 from tests.embedding_transport.test_exporter import PEER
@@ -262,7 +262,7 @@ async def test_more_rows_than_could_be_are_refused(tmp_path: Path) -> None:
 
 async def test_an_encoder_that_falls_silent_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A stopped process keeps its sockets open and answers nothing, like a host that lost its network.
-    monkeypatch.setattr(encoder_peer, "CHANNEL_OPTIONS", QUICK_KEEPALIVE)
+    monkeypatch.setattr(grpc_channel, "CHANNEL_OPTIONS", QUICK_KEEPALIVE)
     server = await asyncio.create_subprocess_exec(
         sys.executable, "-c", SERVER, str(tmp_path), stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
     )
@@ -305,7 +305,7 @@ async def test_a_peer_that_falls_silent_loses_its_leases(tmp_path: Path, monkeyp
 
 
 async def test_an_idle_connection_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (encoder_peer, encoder_stub):
+    for module in (grpc_channel, encoder_stub):
         monkeypatch.setattr(module, "CHANNEL_OPTIONS", QUICK_KEEPALIVE)
     async with running_stub(tmp_path) as (address, _, _):
         client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)

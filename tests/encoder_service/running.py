@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 
 from embedding_transport.checkpoint import open_checkpoint
-from embedding_transport.encoder_rpc import CHANNEL_OPTIONS
 from embedding_transport.exporter import RowExporter
 from embedding_transport.shm_pool import ShmPool
 from embedding_transport.types import MediaItem, ModelIdentity
@@ -32,6 +31,7 @@ from encoder_service.preprocess.settings import ProcessorSettings
 from encoder_service.server import EncoderServer, EncoderServicer, Serving
 from encoder_service.service import EncodeService
 from protos.encoder.v1 import encoder_pb2
+from service_runtime.grpc_channel import CHANNEL_OPTIONS
 
 MAX_ITEMS = 8
 

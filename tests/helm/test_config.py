@@ -8,9 +8,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from embedding_transport.service_settings import ServiceSettings
 from encoder_service.config import EncoderConfig
 from llm_worker.config import LlmConfig
+from service_runtime.settings import ServiceSettings
 from tests.helm.rendering import CHART, NAMESPACE, VALUES, Manifest, of_kind, pod_templates, render, rendered, values_of
 
 CLASSES: dict[str, type[ServiceSettings]] = {"encoder": EncoderConfig, "llm": LlmConfig}

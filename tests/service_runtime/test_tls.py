@@ -10,9 +10,10 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from embedding_transport.service_server import ServiceServer
-from embedding_transport.tls import ClientTls, ServerTls, open_channel
+from service_runtime.grpc_channel import open_channel
+from service_runtime.grpc_server import ServiceServer
 from service_runtime.health_command import main
+from service_runtime.tls import ClientTls, ServerTls
 from tests.service_runtime.authority import Files, authority
 
 SERVICE = "vitrine.test.v1.Test"
@@ -29,7 +30,7 @@ def theirs(tmp_path: Path) -> Files:
 
 
 async def status(address: str, tls: ClientTls | None) -> int:
-    async with open_channel(address, tls, []) as channel:
+    async with open_channel(address, tls) as channel:
         request = health_pb2.HealthCheckRequest(service=SERVICE)
         response = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=3)
         return int(response.status)

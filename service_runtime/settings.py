@@ -15,10 +15,8 @@ import yaml
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
-from embedding_transport.checkpoint import CheckpointError
-from embedding_transport.errors import VitrineError
-from embedding_transport.tls import ServerTls
 from service_runtime.logs import LogFormat, LogLevel, start_logging
+from service_runtime.tls import ServerTls
 from service_runtime.traces import start_tracing
 
 
@@ -100,8 +98,16 @@ class ServiceSettings(BaseSettings):
 SettingsT = TypeVar("SettingsT", bound=ServiceSettings)
 
 
-def run_service(settings: type[SettingsT], serve: Callable[[SettingsT], Coroutine[Any, Any, None]]) -> int:
-    """Runs a service; returns 0 after an orderly stop, 1 where it could not start, 2 for bad settings."""
+def run_service(
+    settings: type[SettingsT],
+    serve: Callable[[SettingsT], Coroutine[Any, Any, None]],
+    failures: tuple[type[Exception], ...],
+) -> int:
+    """Runs a service; returns 0 after an orderly stop, 1 where it could not start, 2 for bad settings.
+
+    Args:
+        failures: what explains itself well enough without a trace, besides OSError and ValueError.
+    """
     try:
         config = settings.from_command_line(sys.argv[1:])
     except ValidationError as error:
@@ -116,10 +122,11 @@ def run_service(settings: type[SettingsT], serve: Callable[[SettingsT], Coroutin
         print(config.as_yaml(), end="")
         return 0
     start_logging(config.log_level, config.log_format)
+    expected: tuple[type[Exception], ...] = (OSError, ValueError, *failures)
     end_tracing = start_tracing(settings.service_name, config.otlp_endpoint)
     try:
         asyncio.run(serve(config))
-    except (CheckpointError, OSError, ValueError, VitrineError) as error:
+    except expected as error:
         logging.getLogger(__name__).error("cannot start: %s", error)
         return 1
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,19 +79,6 @@ class ClientTls:
         """
         key, cert = (file.read_bytes() if file else None for file in (self.key_file, self.cert_file))
         return grpc.ssl_channel_credentials(self.ca_file.read_bytes(), key, cert)
-
-
-def open_channel(address: str, tls: ClientTls | None, options: Sequence[tuple[str, int | str]]) -> grpc.aio.Channel:
-    """A channel to `address`, "host:port", with TLS if any is given.
-
-    Raises:
-        OSError: a file of `tls` cannot be read.
-    """
-    if tls is None:
-        return grpc.aio.insecure_channel(address, options=options)
-    if tls.server_name is not None:
-        options = [*options, ("grpc.ssl_target_name_override", tls.server_name)]
-    return grpc.aio.secure_channel(address, tls.credentials(), options=options)
 
 
 def _configuration(read: tuple[bytes, bytes, bytes | None]) -> grpc.ServerCertificateConfiguration:

@@ -1,0 +1,40 @@
+"""How our gRPC connections are set up, on both sides."""
+
+from __future__ import annotations
+
+import grpc
+
+from service_runtime.tls import ClientTls
+
+MAX_MESSAGE_BYTES = 512 * 1024 * 1024
+_KEEPALIVE_MS = 10_000
+# For channels and servers alike.
+CHANNEL_OPTIONS: list[tuple[str, int]] = [
+    # Media travel inside EncodeRequest; gRPC's own limit is 4 MiB.
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # A host that loses its network closes no connection. Both sides ask, so that requests move on and leases come back.
+    ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", _KEEPALIVE_MS),
+    # Tried with grpcio 1.85: without this one an unanswered ping is waited for far longer than the line above says.
+    ("grpc.http2.ping_timeout_ms", _KEEPALIVE_MS),
+    # An idle Connect stream carries no data: ask all the same, and do not take it for an attack.
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
+    # Encoders are addressed directly; the environment's proxy is for the world outside.
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+def open_channel(address: str, tls: ClientTls | None = None) -> grpc.aio.Channel:
+    """A channel to `address`, "host:port", with TLS if any is given.
+
+    Raises:
+        OSError: a file of `tls` cannot be read.
+    """
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    options: list[tuple[str, int | str]] = [*CHANNEL_OPTIONS]
+    if tls.server_name is not None:
+        options.append(("grpc.ssl_target_name_override", tls.server_name))
+    return grpc.aio.secure_channel(address, tls.credentials(), options=options)
