@@ -1,0 +1,72 @@
+"""The Ray Serve application: `serve run deploy.ray_serve.application:build model=...`, or a YAML file that names it."""
+
+# No `from __future__ import annotations`: Ray Serve reads that of `build` to check the arguments.
+
+from typing import Any
+
+from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+
+from deploy.ray_serve.autoscaling import QueuedWork
+from deploy.ray_serve.config import Pool, ServeArguments
+from deploy.ray_serve.content_router import ContentRouter
+from deploy.ray_serve.encoder import QUEUE_SECONDS, EncoderReplica
+from deploy.ray_serve.gateway import Gateway
+from deploy.ray_serve.llm import QUEUED_TOKENS, LlmReplica
+
+# The services refuse what is too much for them themselves, and say when to come again.
+_MAX_ONGOING_REQUESTS = 100_000
+# On top of the time that a service may take to drain.
+_STOP_MARGIN_S = 5.0
+
+
+def build(arguments: ServeArguments) -> serve.Application:
+    """Encoders, LLM workers, and the gateway in front of both."""
+    model, encoders, llm, gateway = arguments.model, arguments.encoders, arguments.llm, arguments.gateway
+    encoder_settings, llm_settings = encoders.service_settings(model), llm.service_settings(model)
+
+    grace_s = encoder_settings.drain_timeout_s + _STOP_MARGIN_S
+    options = _options(encoders, QUEUE_SECONDS, encoders.target_queue_s, grace_s)
+    encoder = serve.deployment(name="Encoder", **options)(EncoderReplica)
+    bound_encoder = encoder.bind(encoders.environment(model), grace_s)
+
+    grace_s = llm_settings.drain_timeout_s + _STOP_MARGIN_S
+    options = _options(llm, QUEUED_TOKENS, llm.target_queued_tokens, grace_s)
+    worker = serve.deployment(name="LlmWorker", **options)(LlmReplica)
+    bound_worker = worker.bind(llm.environment(model), grace_s, bound_encoder)
+
+    ingress = serve.deployment(
+        name="Gateway",
+        num_replicas=gateway.num_replicas,
+        ray_actor_options={"num_cpus": gateway.num_cpus},
+        max_ongoing_requests=_MAX_ONGOING_REQUESTS,
+    )(Gateway)
+    return ingress.bind(bound_encoder, bound_worker, encoder_settings.max_items, gateway.retry_s)
+
+
+def _options(pool: Pool, stat: str, target: float, stop_grace_s: float) -> dict[str, Any]:
+    policy = {"policy_function": QueuedWork, "policy_kwargs": {"stat": stat, "target": target}}
+    return {
+        "ray_actor_options": {
+            "num_cpus": pool.num_cpus,
+            "num_gpus": pool.num_gpus,
+            # A replica's event loop starts processes by fork(), whose handlers in gRPC can abort the new process.
+            "runtime_env": {"env_vars": {"GRPC_ENABLE_FORK_SUPPORT": "0"}},
+        },
+        "max_ongoing_requests": _MAX_ONGOING_REQUESTS,
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=pool.min_replicas,
+            max_replicas=pool.max_replicas,
+            look_back_period_s=pool.look_back_s,
+            # Deprecated in favor of environment variables which Ray 2.60 does not read.
+            metrics_interval_s=pool.look_back_s / 5,
+            upscale_delay_s=pool.upscale_delay_s,
+            downscale_delay_s=pool.downscale_delay_s,
+            policy=AutoscalingPolicy(**policy),  # type: ignore[no-untyped-call]
+        ),
+        "request_router_config": {"request_router_class": ContentRouter},
+        "health_check_period_s": pool.health_check_period_s,
+        # Ray Serve first waits for requests under way, then for the replica's __del__, all within this time.
+        "graceful_shutdown_timeout_s": 2 * stop_grace_s,
+        "logging_config": {"enable_access_log": False},  # LLM workers ask for addresses every second
+    }

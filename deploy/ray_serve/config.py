@@ -1,0 +1,132 @@
+"""What the application is built from, checked before anything starts: Ray Serve's own schema takes misspelt keys."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from encoder_service.config import EncoderConfig
+from llm_worker.config import LlmConfig
+from service_runtime.settings import ServiceSettings
+
+# Each replica has addresses of its own, and they talk to each other without TLS.
+_CHOSEN_HERE = frozenset(
+    ["model", "host", "port", "config", "print_config", "tls_cert_file", "tls_key_file", "tls_client_ca_file"]
+)
+_ENCODER_TLS = frozenset(["encoder_ca_file", "encoder_cert_file", "encoder_key_file"])
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Pool(_Strict):
+    """Replicas of one kind, each with a service process of its own."""
+
+    chosen_here: ClassVar[frozenset[str]] = _CHOSEN_HERE
+
+    settings: dict[str, Any] = Field(default={}, description="of the service, named as in its --config file")
+    min_replicas: int = Field(default=1, ge=1)
+    max_replicas: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=1.0, gt=0, description="of a replica")
+    num_gpus: float = Field(default=0.0, ge=0, description="of a replica; 0.5 puts two on one")
+    look_back_s: float = Field(default=10.0, gt=0, description="queues are averaged over so long")
+    upscale_delay_s: float = Field(default=5.0, ge=0, description="queues are long for so long before replicas come")
+    downscale_delay_s: float = Field(default=300.0, ge=0, description="and short for so long before some go")
+    health_check_period_s: float = Field(default=2.0, gt=0, description="three failures in a row replace a replica")
+
+    @model_validator(mode="after")
+    def _check_range(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is more than max_replicas {self.max_replicas}")
+        return self
+
+    @abstractmethod
+    def service_settings(self, model: str) -> ServiceSettings:
+        """The settings of the service, but for what each replica chooses itself.
+
+        Raises:
+            ValueError: one is unknown, out of range, or not to be chosen here.
+        """
+
+    def environment(self, model: str) -> dict[str, str]:
+        """The given settings as environment variables of the service; raises as `service_settings` does."""
+        service_settings = self.service_settings(model)
+        given = service_settings.model_dump(mode="json", include={"model", *self.settings}, exclude_none=True)
+        return environment_variables(type(service_settings), given)
+
+    def _given(self, model: str) -> dict[str, Any]:
+        wrong = sorted(self.chosen_here & self.settings.keys())
+        if wrong:
+            raise ValueError(f"settings {', '.join(wrong)}: leave them out, the application chooses them")
+        return {"model": model, **self.settings}
+
+
+class EncoderPool(Pool):
+    chosen_here = _CHOSEN_HERE | {"metrics_port", "dp"}
+
+    target_queue_s: float = Field(default=2.0, gt=0, description="queued work that a replica should have, s")
+
+    def service_settings(self, model: str) -> EncoderConfig:
+        return EncoderConfig(**self._given(model))
+
+
+class LlmPool(Pool):
+    chosen_here = _CHOSEN_HERE | _ENCODER_TLS | {"grpc_port", "encoders"}
+
+    target_queued_tokens: int = Field(default=8192, ge=1, description="of prompts, that a replica should have queued")
+
+    def service_settings(self, model: str) -> LlmConfig:
+        return LlmConfig(encoders="127.0.0.1:1", **self._given(model))  # a placeholder: they are not there yet
+
+
+class GatewaySettings(_Strict):
+    """Of what stands between Ray Serve's proxies and the replicas."""
+
+    num_replicas: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=1.0, gt=0, description="of a replica")
+    retry_s: float = Field(default=60.0, ge=0, description="a request waits so long for another replica if one dies")
+
+
+class ServeArguments(_Strict):
+    """Arguments of the application. On the command line a dot leads into a part, as in `encoders.num_gpus=1`."""
+
+    model: str = Field(description="checkpoint folder or hub id, such as Qwen/Qwen3-VL-2B-Instruct")
+    encoders: EncoderPool = EncoderPool()
+    llm: LlmPool = LlmPool()
+    gateway: GatewaySettings = GatewaySettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_dots(cls, arguments: Any) -> Any:
+        if not isinstance(arguments, Mapping):
+            return arguments
+        expanded: dict[str, Any] = {}
+        for name, value in arguments.items():
+            *parts, last = name.split(".")
+            inner = expanded
+            for part in parts:
+                inner = inner.setdefault(part, {})
+                if not isinstance(inner, dict):
+                    raise ValueError(f"{name} leads into {part}, which is {inner!r} and has no parts")
+            inner[last] = value
+        return expanded
+
+    @model_validator(mode="after")
+    def _check_settings(self) -> Self:
+        self.encoders.service_settings(self.model)
+        self.llm.service_settings(self.model)
+        return self
+
+
+def environment_variables(service: type[ServiceSettings], values: Mapping[str, Any]) -> dict[str, str]:
+    """How `service` reads these settings from its environment."""
+    prefix = service.model_config.get("env_prefix", "")
+    return {
+        f"{prefix}{name}".upper(): value if isinstance(value, str) else json.dumps(value)
+        for name, value in values.items()
+    }

@@ -1,0 +1,90 @@
+"""OpenAI requests from outside, forwarded to an LLM worker, and to another one if that dies before it answers."""
+
+from __future__ import annotations
+
+import os
+from urllib.parse import quote
+
+import aiohttp
+from ray.serve.handle import DeploymentHandle
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Send
+from yarl import URL
+
+from deploy.ray_serve.llm import LlmReplica
+from deploy.ray_serve.patience import Patience
+from embedding_transport.errors import BadRequest
+
+_PATHS = "/v1/"
+_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10)
+# They are about one connection, not about what travels over it.
+_HOP_BY_HOP = frozenset(
+    ["connection", "content-length", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"]
+)
+_UNAVAILABLE = 503  # what LLM workers answer to requests that may go well a moment later
+_WORKER_LOST = "worker_unavailable"
+
+
+class HttpForwarder:
+    """Make it on the event loop that it is used on.
+
+    Args:
+        workers: they are chosen by ContentRouter.
+        retry_s: how long a request waits for a worker, or for that one's encoder, in place of one that died.
+    """
+
+    def __init__(self, workers: DeploymentHandle[LlmReplica], retry_s: float) -> None:
+        self._workers = workers
+        self._retry_s = retry_s
+        self._session = aiohttp.ClientSession(timeout=_TIMEOUT, auto_decompress=False)
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def forward(self, request: Request, send: Send) -> None:
+        """Sends a worker's answer as it comes. Where the worker is lost in the middle of it, it breaks off."""
+        path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+        if not path.startswith(_PATHS) or ".." in path.split("/"):
+            message = f"{request.method} {path}: only paths below {_PATHS} are served here"
+            return await _error(404, BadRequest.code, message)(request.scope, request.receive, send)
+        body = await request.body()
+        patience = Patience(self._retry_s)
+        tried: set[str] = set()
+        while True:
+            # Any worker will do: nothing about a request says where its beginning is cached.
+            async with self._workers.choose_replica(os.urandom(8), sorted(tried)) as replica:
+                address = replica.replica_metadata["address"]
+                failure = await self._attempt(address, path, request, body, send)
+            if failure is None:
+                return
+            tried.add(address)
+            if not await patience.pause():
+                return await failure(request.scope, request.receive, send)
+
+    async def _attempt(self, address: str, path: str, request: Request, body: bytes, send: Send) -> Response | None:
+        """None once the worker's answer is sent, or else what to answer if this was the last attempt."""
+        # `path` has been unquoted, and is quoted again here: what is in it cannot lead elsewhere.
+        query = request.url.query
+        url = URL.build(scheme="http", authority=address, path=quote(path), query_string=query, encoded=True)
+        headers = [(name, value) for name, value in request.headers.items() if name not in _HOP_BY_HOP]
+        try:
+            answer = await self._session.request(request.method, url, headers=headers, data=body)
+            if answer.status == _UNAVAILABLE:
+                retry_after = {"Retry-After": answer.headers.get("Retry-After", "1")}
+                return Response(await answer.read(), answer.status, retry_after, answer.content_type)
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
+            return _error(_UNAVAILABLE, _WORKER_LOST, f"the LLM worker was lost: {error!r}; try again")
+        async with answer:
+            raw_headers = [each for each in answer.raw_headers if each[0].decode().lower() not in _HOP_BY_HOP]
+            await send({"type": "http.response.start", "status": answer.status, "headers": raw_headers})
+            async for piece in answer.content.iter_any():
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        return None
+
+
+def _error(status: int, code: str, message: str) -> Response:
+    """In OpenAI's form."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": code}}, status)

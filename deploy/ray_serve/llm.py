@@ -1,0 +1,122 @@
+"""An LLM worker as a Ray Serve replica: its encoders follow Ray Serve's, its queue scales it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import ray
+from ray.serve.handle import DeploymentHandle
+
+from deploy.ray_serve.config import environment_variables
+from deploy.ray_serve.encoder import EncoderReplica
+from deploy.ray_serve.node import free_ports, node_host, num_gpus_of_node
+from deploy.ray_serve.probes import http_ok, read_gauge
+from deploy.ray_serve.service_process import ServiceProcess
+from llm_worker.config import LlmConfig
+
+QUEUED_TOKENS = "queued_prefill_tokens"
+_FOLLOW_INTERVAL_S = 1.0
+_ASK_TIMEOUT_S = 5.0
+
+_log = logging.getLogger("ray.serve")
+
+
+class LlmReplica:
+    """Answers Ray Serve's questions; prompts and tokens go straight to and from the process, never through here."""
+
+    async def __init__(  # type: ignore[misc]
+        self, environment: Mapping[str, str], stop_grace_s: float, encoders: DeploymentHandle[EncoderReplica]
+    ) -> None:
+        """Returns once the worker serves and is connected to an encoder; Ray Serve awaits it.
+
+        Args:
+            environment: the worker's settings.
+            stop_grace_s: how long it may drain.
+        """
+        self._stop_grace_s = stop_grace_s
+        host = node_host()
+        port, grpc_port = free_ports(host, 2)
+        self._address = f"{host}:{port}"
+        self._folder = tempfile.TemporaryDirectory(prefix="vitrine-encoders-")
+        addresses = Path(self._folder.name) / "addresses"
+        addresses.touch()
+        self._following = asyncio.create_task(_follow(encoders, addresses))
+        settings = {"host": host, "port": port, "grpc_port": grpc_port, "encoders": f"file:{addresses}"}
+        own = environment_variables(LlmConfig, settings)
+        own |= gpu_environment(ray.get_gpu_ids(), num_gpus_of_node())
+        self._process = await ServiceProcess.start("llm_worker", {**environment, **own})
+        await self._process.wait_until(lambda: http_ok(f"http://{self._address}/ready"))
+
+    async def record_replica_metadata(self) -> dict[str, str]:
+        """Where the gateway sends requests."""
+        return {"address": self._address}
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Prompt tokens that are not computed yet."""
+        return {QUEUED_TOKENS: await read_gauge(f"http://{self._address}/metrics", "vitrine_llm_queued_prefill_tokens")}
+
+    async def check_health(self) -> None:
+        """Not whether it is ready: that it has no encoder is no reason to load the model once more.
+
+        Raises:
+            ChildFailed: the worker ended.
+            RuntimeError: it does not answer.
+            OSError: the addresses of encoders cannot be written.
+        """
+        self._process.check_alive()
+        if self._following.done():
+            await self._following
+        if not await http_ok(f"http://{self._address}/health"):
+            raise RuntimeError(f"the LLM worker at {self._address} runs, but /health does not answer")
+
+    async def __del__(self) -> None:
+        """Ray Serve awaits it before it ends the actor: lets the worker drain."""
+        await self._process.stop(self._stop_grace_s)
+        self._following.cancel()
+        self._folder.cleanup()
+
+
+def gpu_environment(own: Sequence[int | str], num_on_node: int) -> dict[str, str]:
+    """All GPUs of the node, the worker's own first: that is where it runs.
+
+    Ray hides the others, and with them the memory of encoders that run there, which is read through CUDA IPC.
+    """
+    names = [str(each) for each in own]
+    if not names or not all(name.isdecimal() for name in names):
+        return {}
+    others = [str(number) for number in range(num_on_node) if str(number) not in names]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names + others)}
+
+
+async def _follow(encoders: DeploymentHandle[EncoderReplica], file: Path) -> None:
+    """Keeps the addresses of the running encoders in `file`, one a line, where the worker looks for them."""
+    known: list[str] | None = None
+    while True:
+        addresses = await _addresses(encoders)
+        # Where nobody answers the worker sees by itself who is gone; those that are not must not be forgotten.
+        if addresses and addresses != known:
+            _log.info("encoders: %s", ", ".join(addresses))
+            _replace(file, "".join(f"{address}\n" for address in addresses))
+            known = addresses
+        await asyncio.sleep(_FOLLOW_INTERVAL_S)
+
+
+async def _addresses(encoders: DeploymentHandle[EncoderReplica]) -> list[str]:
+    try:
+        answers = await encoders.broadcast("address").results_async(timeout_s=_ASK_TIMEOUT_S, return_exceptions=True)
+    except Exception as error:  # none runs yet, or Ray Serve's controller is being replaced
+        _log.debug("no encoder gives its address: %s", error)
+        return []
+    return sorted(answer for answer in answers if isinstance(answer, str))
+
+
+def _replace(file: Path, text: str) -> None:
+    """All at once: a reader sees the old text or the new one."""
+    new = file.with_suffix(".new")
+    new.write_text(text)
+    os.replace(new, file)

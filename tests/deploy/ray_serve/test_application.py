@@ -1,0 +1,153 @@
+"""The application on a real Ray: both ingresses, replicas that come and go, a killed encoder."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import aiohttp
+import grpc
+import pytest
+import torch
+
+pytest.importorskip("ray", reason="Ray is not installed: it comes with the extra `serve`")
+
+from ray import serve
+
+from deploy.launcher.ask import ask
+from deploy.launcher.picture import picture_url
+from deploy.tiny_vlm import MODEL_FOLDER
+from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from tests.deploy.ray_serve.load import QUESTION, Load, encode, next_picture
+from tests.deploy.ray_serve.running import APPLICATION, Running, running_application
+from tests.encoder_service.running import run_encoder
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and listens on 127.0.0.2"),
+    pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning"),  # its heir does nothing yet
+]
+
+MODEL = MODEL_FOLDER.name
+# Others use the machine, too.
+PATIENCE_S = 120.0
+QUICK = {"num_cpus": 0.1, "look_back_s": 2.0, "upscale_delay_s": 0.5, "health_check_period_s": 0.5}
+
+
+@pytest.fixture(scope="module")
+def application() -> Iterator[Running]:
+    encoders = QUICK | {"max_replicas": 2, "target_queue_s": 0.3, "downscale_delay_s": 2.0}
+    arguments = {
+        "model": str(MODEL_FOLDER),
+        "encoders": encoders | {"settings": {"drain_timeout_s": 5, "pool_bytes": 8 << 20}},
+        "llm": QUICK | {"settings": {"drain_timeout_s": 5}},
+        "gateway": {"num_cpus": 0.1, "retry_s": PATIENCE_S},
+    }
+    with running_application(arguments) as running:
+        yield running
+
+
+async def wait_until(condition: Callable[[], bool], what: str) -> float:
+    """Seconds it took; the condition may block."""
+    start = time.monotonic()
+    while not await asyncio.to_thread(condition):
+        assert time.monotonic() < start + PATIENCE_S, f"waited in vain for {what}"
+        await asyncio.sleep(0.2)
+    return time.monotonic() - start
+
+
+async def worker_knows(addresses: list[str]) -> None:
+    """Returns once the LLM worker says that it is connected to these encoders and no others."""
+    async with serve.get_deployment_handle("LlmWorker", APPLICATION).choose_replica(b"", []) as replica:
+        url = f"http://{replica.replica_metadata['address']}/ready"
+    async with asyncio.timeout(PATIENCE_S), aiohttp.ClientSession() as session:
+        while True:
+            async with session.get(url) as response:
+                encoders = (await response.json())["encoders"]
+            if sorted(each["address"] for each in encoders if each["ready"]) == sorted(addresses):
+                return
+            await asyncio.sleep(0.2)
+
+
+async def test_chat_over_http_streams_the_right_answer(application: Running) -> None:
+    pieces: list[str] = []
+    answer = await ask(application.base_url, picture_url(None), QUESTION, max_tokens=64, show=pieces.append)
+    assert "".join(pieces) == "A red circle, a blue square and a green triangle."
+    assert len(pieces) > 5, "the answer came at once, not as a stream"
+    assert answer.finish_reason == "stop"
+
+
+async def test_http_passes_errors_on_and_other_paths_not_in(application: Running) -> None:
+    async with aiohttp.ClientSession(application.base_url) as session:
+        async with session.get("/metrics") as response:
+            assert response.status == 404
+            assert (await response.json())["error"]["code"] == "invalid_request"
+        messages = [{"role": "user", "content": "Hello"}]
+        async with session.post("/v1/chat/completions", json={"model": "other", "messages": messages}) as response:
+            assert response.status == 404
+            assert (await response.json())["error"]["code"] == "model_not_found"
+
+
+async def test_encode_over_grpc_gives_the_rows_of_an_encoder(application: Running, tmp_path: Path) -> None:
+    pictures = [next_picture() for _ in range(3)]
+    async with run_encoder(MODEL_FOLDER, tmp_path) as alone:
+        expected = [alone.rows_of(picture) for picture in pictures]
+    async with grpc.aio.insecure_channel(application.grpc_address) as channel:
+        description = await encoder_pb2_grpc.EncoderStub(channel).Describe(encoder_pb2.DescribeRequest())
+        found = await encode(channel, pictures)
+    assert (description.model, list(description.transports)) == (MODEL, ["grpc"])
+    for expected_TW, (layout, rows) in zip(expected, found, strict=True):
+        rows_TW = torch.frombuffer(bytearray(rows), dtype=torch.float32).view(layout.num_tokens, -1)
+        torch.testing.assert_close(rows_TW, expected_TW, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("refused", "status"),
+    [
+        (encoder_pb2.EncodeRequest(), grpc.StatusCode.INVALID_ARGUMENT),
+        (encoder_pb2.EncodeRequest(session_id="elsewhere"), grpc.StatusCode.FAILED_PRECONDITION),
+        (encoder_pb2.EncodeRequest(items=[encoder_pb2.MediaItem()]), grpc.StatusCode.INVALID_ARGUMENT),
+    ],
+)
+async def test_refused_encode_calls_end_with_a_status(
+    application: Running, refused: encoder_pb2.EncodeRequest, status: grpc.StatusCode
+) -> None:
+    async with grpc.aio.insecure_channel(application.grpc_address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            async for _ in encoder_pb2_grpc.EncoderStub(channel).Encode(refused):
+                pass
+    assert error.value.code() == status
+
+
+async def test_load_brings_encoders_and_quiet_takes_them_away(application: Running) -> None:
+    async with Load.running(application, MODEL, num_encoding=12, num_chatting=1) as high:
+        up_s = await wait_until(lambda: application.num_running("Encoder") == 2, "a second encoder")
+        addresses = await asyncio.to_thread(application.encoder_addresses)
+        assert len(addresses) == 2
+        await worker_knows(addresses)
+    async with Load.running(application, MODEL, num_encoding=1, num_chatting=1, pause_s=0.3) as low:
+        down_s = await wait_until(lambda: application.num_running("Encoder") == 1, "the second encoder to go")
+        await worker_knows(await asyncio.to_thread(application.encoder_addresses))
+    print(f"2 encoders after {up_s:.1f} s, 1 again after {down_s:.1f} s; high load {high}, low load {low}")
+    assert not high.errors + low.errors
+    assert high.num_encoded and high.num_chats and low.num_encoded and low.num_chats
+
+
+async def test_killed_encoder_is_replaced_and_no_request_is_lost(application: Running) -> None:
+    [address] = await asyncio.to_thread(application.encoder_addresses)
+    async with Load.running(application, MODEL, num_encoding=2, num_chatting=2) as load:
+        await wait_until(lambda: load.num_encoded > 3 and load.num_chats > 3, "requests under way")
+        os.kill(application.pid_of_encoder(address), signal.SIGKILL)
+        num_before = load.num_encoded, load.num_chats
+
+        replaced_s = await wait_until(lambda: bool(set(application.encoder_addresses()) - {address}), "another encoder")
+        await worker_knows(await asyncio.to_thread(application.encoder_addresses))
+        await wait_until(
+            lambda: load.num_encoded > num_before[0] + 4 and load.num_chats > num_before[1] + 4, "work on the new one"
+        )
+    print(f"replaced after {replaced_s:.1f} s; load {load}")
+    assert not load.errors
