@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import hashlib
 import logging
-import math
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ from pathlib import Path
 import grpc
 
 from embedding_transport.chunk_codec import parse_response
+from embedding_transport.content_routing import content_key, ranked
 from embedding_transport.encode_receiver import EncodeReceiver
 from embedding_transport.encoder_peer import Connection, EncoderPeer, TransportChoice
 from embedding_transport.encoder_rpc import encode_method
@@ -35,8 +34,6 @@ from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from service_runtime.tls import ClientTls
 from service_runtime.traces import outgoing_metadata
 
-# No encoder takes more than this multiple of the mean load (Mirrokni et al., "Consistent Hashing with Bounded Loads").
-_LOAD_BOUND = 1.25
 _LEAVING_POLL_S = 0.1
 
 _log = logging.getLogger(__name__)
@@ -220,7 +217,7 @@ class EncoderClient:
         self._num_requests += 1
         # Off the loop: a long video takes a while. One encoder needs no choice.
         several = len(self._peers) > 1
-        keys = await asyncio.to_thread(_content_keys, items) if several else [b""] * len(items)
+        keys = await asyncio.to_thread(lambda: list(map(content_key, items))) if several else [b""] * len(items)
         request = _Request(items, keys, request_id, tenant)
         async with aclosing(self._encode_all(request, range(len(items)))) as events:
             async for event in events:
@@ -283,13 +280,12 @@ class EncoderClient:
             raise self._unavailable(request.lost)
         if request.lost:
             self._num_retries += 1
+        by_address = {peer.address: peer for peer in usable}
         groups: dict[EncoderPeer, dict[int, MediaItem]] = {}
         # The largest choose first, as far as that can be told from outside.
         for index in sorted(indices, key=lambda index: -len(request.items[index].data or b"")):
-            bound = math.ceil(_LOAD_BOUND * (sum(peer.in_flight for peer in usable) + 1) / len(usable))
-            key = request.keys[index]
-            with_room = [peer for peer in usable if peer.in_flight < bound]
-            best = max(with_room, key=lambda peer: hashlib.sha256(key + peer.address.encode()).digest())
+            loads = {peer.address: peer.in_flight for peer in usable}
+            best = by_address[ranked(request.keys[index], loads)[0]]
             best.in_flight += 1
             groups.setdefault(best, {})[index] = request.items[index]
         return groups
@@ -368,10 +364,3 @@ def _is_repeated(event: LayoutEvent, layouts: dict[int, Layout]) -> bool:
 def _release(event: EncodeEvent) -> None:
     if isinstance(event, RowsEvent):
         event.rows.release()
-
-
-def _content_keys(items: Sequence[MediaItem]) -> list[bytes]:
-    """SHA-256 over each item's bytes or address: equal items go where they are cached."""
-    return [
-        hashlib.sha256(item.data if item.data is not None else (item.url or "").encode()).digest() for item in items
-    ]

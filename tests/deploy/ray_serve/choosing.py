@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
-from deploy.ray_serve.content_router import ranked
+from embedding_transport.content_routing import ranked
 
 
 @dataclass
