@@ -42,8 +42,8 @@ def run(command: list[str], num_spent_ids: int) -> int:
     awaited = {*_FORWARDED, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
     spend_process_ids(num_spent_ids)
-    # Python itself ignores SIGPIPE; the command shall have the default.
-    child = os.posix_spawnp(command[0], command, os.environ, setsigmask=(), setsigdef=(signal.SIGPIPE,))
+    # Python itself ignores SIGPIPE, and whoever started us may ignore others; the command shall have the defaults.
+    child = os.posix_spawnp(command[0], command, os.environ, setsigmask=(), setsigdef=(signal.SIGPIPE, *_FORWARDED))
     while True:
         received = signal.sigwait(awaited)
         if received != signal.SIGCHLD:
