@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import fnmatch
 import json
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from encoder_service.config import EncoderConfig
 from llm_worker.config import LlmConfig
@@ -19,7 +21,9 @@ from tests.deploy.docker.tools import check, find_tool
 STAGES = read_stages()
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SERVICES = {"encoder": "encoder_service", "llm": "llm_worker"}
+CODE = SERVICES | {"ray": "deploy"}
 BOTH = pytest.mark.parametrize("target", SERVICES)
+ALL = pytest.mark.parametrize("target", CODE)
 
 
 def test_hadolint_has_nothing_to_say() -> None:
@@ -36,7 +40,7 @@ def test_the_base_image_is_pinned_by_tag() -> None:
     assert {stage.parent for stage in STAGES.values()} <= {"${BASE_IMAGE}", *STAGES}
 
 
-@BOTH
+@ALL
 def test_it_runs_as_a_user_without_rights_on_its_code(target: str) -> None:
     [user] = [argument for stage in lineage(STAGES, target) for argument in stage.arguments("USER")]
     assert user == "10001:10001"
@@ -46,12 +50,12 @@ def test_it_runs_as_a_user_without_rights_on_its_code(target: str) -> None:
     assert not any("--chown" in copy for stage in lineage(STAGES, target) for copy in stage.arguments("COPY"))
 
 
-@BOTH
-def test_everything_that_the_service_imports_is_in_its_image_and_nothing_else(target: str) -> None:
+@ALL
+def test_everything_that_the_code_imports_is_in_its_image_and_nothing_else(target: str) -> None:
     stage = f"{target}-code"
     copied = {name for each in lineage(STAGES, stage) for name in each.copied_from_context()}
     packages = {name for name in copied if (ROOT / name).is_dir()}
-    assert packages == _first_party_closure(SERVICES[target])
+    assert packages == _first_party_closure(CODE[target])
     assert f"--from={stage} /opt/vitrine /opt/vitrine" in STAGES[target].arguments("COPY")
 
 
@@ -63,6 +67,7 @@ def test_the_build_context_is_what_is_copied() -> None:
     assert {rule[1:] for rule in rules if rule.startswith("!")} == copied
     assert all((ROOT / name).exists() for name in copied)
     assert any(fnmatch.fnmatch("llm_worker/__pycache__", rule) for rule in rules[1:])
+    assert rules.index("!deploy") < rules.index("deploy/docker"), "the last rule that matches decides: .env stays out"
 
 
 @BOTH
@@ -98,16 +103,53 @@ def test_the_settings_are_the_services(target: str, monkeypatch: pytest.MonkeyPa
     assert f'"127.0.0.1:{grpc_port}"' in STAGES[target].arguments("HEALTHCHECK")[0]
 
 
-@BOTH
+@ALL
 def test_kernels_come_with_the_compiler_that_triton_needs(target: str) -> None:
     installed = " ".join(run for stage in lineage(STAGES, target) for run in stage.arguments("RUN")).split()
-    needs_compiler = "triton" in {name for file in _files(SERVICES[target]) for name in _imports(file)}
+    packages = _first_party_closure(CODE[target])
+    needs_compiler = "triton" in {name for package in packages for file in _files(package) for name in _imports(file)}
     assert {"gcc", "libc6-dev", "python3-dev"}.issubset(installed) == needs_compiler
 
 
-def test_the_version_is_the_projects() -> None:
+@ALL
+def test_name_and_version_are_those_of_project_and_chart(target: str) -> None:
+    chart = yaml.safe_load((ROOT / "helm/vitrine/values.yaml").read_text())
+    name = chart["images"][target]
     assert f"VERSION={PROJECT['version']}" in STAGES["runtime"].arguments("ARG")
-    assert f"vitrine-encoder:{PROJECT['version']} ." in DOCKERFILE.read_text()
+    assert f"-t {name}:{PROJECT['version']} ." in DOCKERFILE.read_text()
+    assert f'image.title="{name}"' in STAGES[target].arguments("LABEL")[0]
+
+
+def test_ray_joins_the_environment_that_all_images_share() -> None:
+    [install] = [run for run in STAGES["ray"].arguments("RUN") if "pip install" in run]
+    assert "/src[serve]" in install
+    assert any(requirement.startswith("ray[serve]") for requirement in PROJECT["optional-dependencies"]["serve"])
+    assert "PIP_CONSTRAINT=/src/constraints.txt" in install
+    chart = yaml.safe_load((ROOT / "helm/vitrine/values.yaml").read_text())
+    assert f"ray=={chart['ray']['version']}" in (ROOT / "constraints.txt").read_text().splitlines()
+    assert {"runtime", "runtime-with-compiler"} <= {stage.name for stage in lineage(STAGES, "ray")}
+
+
+def test_a_login_shell_keeps_the_path(tmp_path: Path) -> None:
+    """KubeRay starts Ray in one, and Debian's profile sets PATH before it reads /etc/profile.d."""
+    [install] = [run for run in STAGES["ray"].arguments("RUN") if "/etc/profile.d/" in run]
+    script = tmp_path / "vitrine.sh"
+    command, _, file = install.rpartition(" && ")[2].partition(" > ")
+    assert file == "/etc/profile.d/vitrine.sh"
+    path = environment(STAGES, "ray")["PATH"].replace("$PATH", "/usr/bin:/bin")
+    subprocess.run(["bash", "-c", f"{command} > {script}"], env={"PATH": path}, check=True)
+    login = subprocess.check_output(["bash", "-c", f"PATH=/bin; . {script}; echo $PATH"], text=True)
+    assert login.strip() == path
+
+
+def test_kuberay_can_start_and_probe_ray() -> None:
+    installed = " ".join(run for stage in lineage(STAGES, "ray") for run in stage.arguments("RUN")).split()
+    assert "wget" in installed
+    assert not any(stage.arguments("ENTRYPOINT") for stage in lineage(STAGES, "ray"))
+    assert json.loads(STAGES["ray"].arguments("CMD")[0])[:2] == ["ray", "start"]
+    serve = yaml.safe_load((ROOT / "deploy/ray_serve/config.yaml").read_text())
+    exposed = {int(port) for port in STAGES["ray"].arguments("EXPOSE")[0].split()}
+    assert {serve["http_options"]["port"], serve["grpc_options"]["port"]} < exposed
 
 
 def _first_party_closure(package: str) -> set[str]:
