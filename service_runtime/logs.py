@@ -26,7 +26,9 @@ def start_logging(level: LogLevel, log_format: LogFormat) -> None:
     """Sends the log of the whole process to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter() if log_format == "json" else _TextFormatter())
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    root = logging.getLogger()
+    root.setLevel(level.upper())
+    root.addHandler(handler)
 
 
 class _TextFormatter(logging.Formatter):

@@ -289,6 +289,9 @@ class StuckContext:
     def time_remaining(self) -> float | None:
         return None
 
+    def invocation_metadata(self) -> None:
+        return None
+
     async def write(self, message: encoder_pb2.EncodeResponse | bytes) -> None:
         if isinstance(message, encoder_pb2.EncodeResponse) and message.WhichOneof("event") == "ready":
             self.stuck.set()
