@@ -6,15 +6,13 @@ import hashlib
 import math
 from collections.abc import Collection, Mapping
 
-from embedding_transport.types import MediaItem
-
 # No encoder takes more than this multiple of the mean load (Mirrokni et al., "Consistent Hashing with Bounded Loads").
 _LOAD_BOUND = 1.25
 
 
-def content_key(item: MediaItem) -> bytes:
-    """SHA-256 over the item's bytes or address. Takes a while for a long video."""
-    return hashlib.sha256(item.data if item.data is not None else (item.url or "").encode()).digest()
+def content_key(data: bytes | None, url: str | None) -> bytes:
+    """SHA-256 over an item's bytes, or its address where it has none. Takes a while for a long video."""
+    return hashlib.sha256(data if data is not None else (url or "").encode()).digest()
 
 
 def ranked(key: bytes, loads: Mapping[str, int], avoided: Collection[str] = ()) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import grpc
 
 from embedding_transport.chunk_codec import parse_response
-from embedding_transport.content_routing import content_key, ranked
+from embedding_transport.content_routing import ranked
 from embedding_transport.encode_receiver import EncodeReceiver
 from embedding_transport.encoder_peer import Connection, EncoderPeer, TransportChoice
 from embedding_transport.encoder_rpc import encode_method
@@ -217,7 +217,7 @@ class EncoderClient:
         self._num_requests += 1
         # Off the loop: a long video takes a while. One encoder needs no choice.
         several = len(self._peers) > 1
-        keys = await asyncio.to_thread(lambda: list(map(content_key, items))) if several else [b""] * len(items)
+        keys = await asyncio.to_thread(lambda: [item.content_key for item in items]) if several else [b""] * len(items)
         request = _Request(items, keys, request_id, tenant)
         async with aclosing(self._encode_all(request, range(len(items)))) as events:
             async for event in events:

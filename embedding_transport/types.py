@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, Protocol
 
 import torch
+
+from embedding_transport.content_routing import content_key
 
 PROTOCOL_VERSION = 1
 
@@ -31,6 +34,11 @@ class MediaItem:
     def __post_init__(self) -> None:
         if (self.url is None) == (self.data is None):
             raise ValueError("a media item needs either url or data")
+
+    @cached_property
+    def content_key(self) -> bytes:
+        """See `content_routing.content_key`; hashed once, by whoever asks first."""
+        return content_key(self.data, self.url)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ if that dies. Rows are sent on as they arrive, as bytes.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
 
@@ -14,6 +13,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deploy.ray_serve.encoder import EncoderReplica
 from deploy.ray_serve.patience import Patience
+from embedding_transport.content_routing import content_key
 from embedding_transport.errors import (
     BadRequest,
     EncoderUnavailable,
@@ -97,7 +97,7 @@ class EncodeForwarder:
         """Everything about one item. It ends with a Failed where no encoder could take it."""
         item = request.items[index]
         alone = encoder_pb2.EncodeRequest(request_id=request.request_id, tenant=request.tenant, items=[item])
-        key = hashlib.sha256(item.data or item.url.encode()).digest()
+        key = content_key(item.data or None, item.url)
         sent, patience = _Sent(index), Patience(self._retry_s)
         failures: dict[str, encoder_pb2.Failed] = {}
         while True:

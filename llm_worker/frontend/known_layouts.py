@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -32,8 +31,7 @@ class KnownLayouts:
 
 
 def layout_keys(items: Sequence[MediaItem]) -> list[bytes | None]:
-    """What decides each item's layout, as a SHA-256 hash; None for an item without bytes. Takes a while for videos."""
+    """What decides each item's layout; None for an item without bytes. Takes a while for videos."""
     return [
-        None if item.data is None else hashlib.sha256(f"{item.kind}:{item.video_fps}:".encode() + item.data).digest()
-        for item in items
+        None if item.data is None else f"{item.kind}:{item.video_fps}:".encode() + item.content_key for item in items
     ]

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections import Counter
 
-from embedding_transport.content_routing import content_key, ranked
+from embedding_transport.content_routing import ranked
 from embedding_transport.types import MediaItem
 
 ADDRESSES = [f"10.0.0.{number}:50051" for number in range(5)]
@@ -15,8 +15,8 @@ KEYS = [hashlib.sha256(bytes([number])).digest() for number in range(200)]
 
 def test_the_key_is_of_the_content_alone() -> None:
     picture = MediaItem("image", data=b"picture")
-    assert content_key(picture) == content_key(MediaItem("video", data=b"picture", video_fps=2.0))
-    assert content_key(MediaItem("image", url="http://host/a")) != content_key(MediaItem("image", url="http://host/b"))
+    assert picture.content_key == MediaItem("video", data=b"picture", video_fps=2.0).content_key
+    assert MediaItem("image", url="http://host/a").content_key != MediaItem("image", url="http://host/b").content_key
 
 
 def test_equal_content_goes_to_the_same_address_and_contents_spread() -> None:
