@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from service_runtime.grpc_channel import open_channel
+from service_runtime.health import health_status
 from service_runtime.tls import ClientTls
 
 
@@ -29,21 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.ca_file:
         tls = ClientTls(options.ca_file, options.cert_file, options.key_file, options.server_name)
     try:
-        status = asyncio.run(_status(options.address, options.service, tls, options.timeout_s))
+        status = asyncio.run(health_status(options.address, options.timeout_s, options.service, tls))
     except (OSError, grpc.aio.AioRpcError) as error:
         reason = error.details() if isinstance(error, grpc.aio.AioRpcError) else error
         print(f"{options.address}: {reason}", file=sys.stderr)
         return 1
     print(status)
     return 0 if status == "SERVING" else 1
-
-
-async def _status(address: str, service: str, tls: ClientTls | None, timeout_s: float) -> str:
-    async with open_channel(address, tls) as channel:
-        request = health_pb2.HealthCheckRequest(service=service)
-        response = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=timeout_s)
-    name: str = health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
-    return name
 
 
 if __name__ == "__main__":

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import aiohttp
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-from service_runtime.grpc_channel import open_channel
+from service_runtime.health import health_status
 
 _TIMEOUT_S = 10.0
 
 
 async def grpc_serving(address: str) -> bool:
     """Whether grpc.health.v1 says SERVING; False where nothing answers."""
-    async with open_channel(address) as channel:
-        try:
-            response = await health_pb2_grpc.HealthStub(channel).Check(
-                health_pb2.HealthCheckRequest(), timeout=_TIMEOUT_S
-            )
-        except grpc.aio.AioRpcError:
-            return False
-    return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+    try:
+        return await health_status(address, _TIMEOUT_S) == "SERVING"
+    except grpc.aio.AioRpcError:
+        return False
 
 
 async def http_ok(url: str) -> bool:
