@@ -83,10 +83,11 @@ class KvCache:
             self._num_holders[block] += 1
             self._kept.pop(block, None)
         table.blocks.extend(matched)
-        if self.blocks_for(num_tokens) - len(matched) + num_spare > self.num_free:
+        needed = self.blocks_for(num_tokens) - len(matched)
+        if needed + num_spare > self.num_free:
             self.free(table)
             return False
-        self.grow(table, num_tokens)
+        table.blocks.extend(self._take() for _ in range(needed))
         self._set_slots(table)
         return True
 

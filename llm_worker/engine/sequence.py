@@ -79,6 +79,8 @@ class Sequence:
         if self.prompt is None:
             # One is kept back: should nothing follow, the last token has yet to run to be sampled from.
             return max(len(self.token_ids) - 1, 0)
+        if self.is_decoding:
+            return len(self.token_ids)
         late = (
             span.start
             for span in self.prompt.spans
