@@ -45,9 +45,7 @@ def measured_accuracy(
     table = torch.tensor(layouts.values(layouts.shape), dtype=torch.int32, device=fused.device)
     noise = torch.randn((layouts.num_patches, fused.patch_width), generator=torch.Generator().manual_seed(0))
     patches_PX = noise.clamp(-2, 2).to(fused.device, fused.dtype)
-    rows_TW = torch.empty((layouts.num_patches // fused.merge_unit, fused.row_width), dtype=fused.dtype).to(
-        fused.device
-    )
+    rows_TW = patches_PX.new_empty((layouts.num_patches // fused.merge_unit, fused.row_width))
     ours: list[torch.Tensor] = []
     fused.run(patches_PX, BatchTables.of(table, layouts.shape), rows_TW, ours.append)
 
