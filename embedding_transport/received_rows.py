@@ -23,6 +23,13 @@ def copy_rows(rows_TW: torch.Tensor, main_TD: torch.Tensor, deepstack_NTD: torch
     num_rows, hidden = main_TD.shape
     part_TW = rows_TW[first_row : first_row + num_rows]
     assert len(part_TW) == num_rows, f"rows {first_row}..{first_row + num_rows} of {len(rows_TW)}"
+    if rows_TW.is_cuda and main_TD.is_cuda:
+        from embedding_transport.land_rows import land_rows, reads_from  # needs Triton: comes with torch for CUDA only
+
+        if reads_from(main_TD.device, rows_TW.device):
+            with torch.cuda.device(main_TD.device):
+                land_rows(rows_TW, first_row, main_TD, deepstack_NTD)
+            return
     main_TD.copy_(part_TW[:, :hidden])
     if deepstack_NTD is not None:
         deepstack_NTD.copy_(part_TW[:, hidden:].unflatten(1, (len(deepstack_NTD), hidden)).transpose(0, 1))

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from aiohttp import web
 
 from embedding_transport.checkpoint import open_checkpoint
@@ -22,7 +23,8 @@ from embedding_transport.loading import LoadingStopped, ProgressLog, choose_devi
 from embedding_transport.types import DTYPES, ModelIdentity
 from llm_worker.config import LlmConfig
 from llm_worker.dashboard.routes import Dashboard
-from llm_worker.engine.engine import Engine
+from llm_worker.engine.engine import Engine, EngineConfig
+from llm_worker.engine.runner import MakeRunner, plain_runner
 from llm_worker.frontend.generation import Generator
 from llm_worker.frontend.grpc_server import LlmServer, LlmServicer
 from llm_worker.frontend.openai_http import OpenAiHttp, ServedModel
@@ -139,7 +141,8 @@ async def serve(config: LlmConfig) -> None:
             _log.info("stopped while loading")
             return
 
-        engine = Engine(model.decoder, config.engine_config(model.decoder.config.max_position_embeddings))
+        engine_config = config.engine_config(model.decoder.config.max_position_embeddings)
+        engine = await asyncio.to_thread(Engine, model.decoder, engine_config, _runner_maker(model, engine_config))
         engine.start()
         stack.push_async_callback(asyncio.to_thread, engine.close)
         encoders = EncoderClient(
@@ -176,6 +179,19 @@ async def serve(config: LlmConfig) -> None:
         await server.set_not_serving_for_good()
         await asyncio.gather(runner.cleanup(), server.stop(config.drain_timeout_s))
     _log.info("stopped")
+
+
+def _runner_maker(model: LoadedModel, config: EngineConfig) -> MakeRunner:
+    """Fused kernels and CUDA graphs in bfloat16 on a GPU; the plain decoder elsewhere, and for experts."""
+    decoder = model.decoder
+    if decoder.device.type != "cuda" or decoder.dtype != torch.bfloat16 or decoder.config.moe is not None:
+        return plain_runner
+    from llm_worker.gpu.gpu_runner import GpuRunner  # needs Triton, which comes with torch's CUDA builds only
+    from llm_worker.gpu.prefill_attention import causal_attention
+
+    return lambda decoder, kv_cache, buffer: GpuRunner(
+        decoder, kv_cache, buffer, config.max_num_seqs, config.max_model_len, causal_attention()
+    )
 
 
 async def _follow_encoders(config: LlmConfig, encoders: EncoderClient) -> asyncio.Task[None]:

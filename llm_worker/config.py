@@ -57,7 +57,12 @@ class LlmConfig(ServiceSettings):
     )
 
     max_model_len: int | None = Field(None, ge=1, description="longest prompt plus answer, tokens; default the model's")
-    max_num_batched_tokens: int = Field(2048, ge=1, description="tokens in one step: the longest prefill chunk")
+    max_num_batched_tokens: int = Field(8192, ge=1, description="tokens in one step: the longest prefill chunk")
+    mixed_step_tokens: int = Field(
+        128,
+        ge=1,
+        description="tokens in a step that also decodes: more serves prompts sooner, and decoding waits longer",
+    )
     max_num_seqs: int = Field(64, ge=1, description="requests in one step")
     kv_cache_tokens: int = Field(32768, ge=_BLOCK_SIZE, description="tokens whose keys and values are kept")
     prefix_cache: bool = Field(True, description="use keys and values again for prompts that begin alike")
@@ -94,4 +99,5 @@ class LlmConfig(ServiceSettings):
             max_model_len=max_model_len,
             max_waiting=self.max_waiting,
             prefix_cache=self.prefix_cache,
+            mixed_step_tokens=self.mixed_step_tokens,
         )

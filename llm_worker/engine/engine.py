@@ -20,6 +20,7 @@ from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
 from llm_worker.engine.kv_cache import KvCache
 from llm_worker.engine.prefix_hashes import extend_prefix_hashes
 from llm_worker.engine.request import EngineTimings, ExpandedPrompt, SamplingParams, TokenOutput
+from llm_worker.engine.runner import MakeRunner, plain_runner
 from llm_worker.engine.sampler import NextToken, sample
 from llm_worker.engine.scheduler import Chunk, Scheduler
 from llm_worker.engine.sequence import Sequence
@@ -37,6 +38,7 @@ class EngineConfig:
     max_num_batched_tokens: tokens in one step, and so the longest prefill chunk; max_num_seqs: sequences in one step.
     num_blocks blocks of block_size tokens are the KV cache; max_model_len: longest prompt plus answer, tokens.
     max_waiting: requests that may wait beside max_num_seqs running ones. prefix_cache: whether KV is used again.
+    mixed_step_tokens: tokens in a step that also decodes; None for as many as in others.
     """
 
     max_num_batched_tokens: int = 2048
@@ -46,6 +48,7 @@ class EngineConfig:
     max_model_len: int = 32768
     max_waiting: int = 512
     prefix_cache: bool = True
+    mixed_step_tokens: int | None = None
 
 
 @dataclass
@@ -139,17 +142,23 @@ class RequestHandle:
 class Engine:
     """Runs the decoder for many requests. Everything below `call` runs on the engine's own thread."""
 
-    def __init__(self, decoder: TextDecoder, config: EngineConfig) -> None:
+    def __init__(self, decoder: TextDecoder, config: EngineConfig, make_runner: MakeRunner = plain_runner) -> None:
+        """
+        Args:
+            make_runner: what runs the decoder over the engine's buffers and cache.
+        """
         self._decoder = decoder
         self._config = config
         self._kv_cache = KvCache(decoder.config, config.num_blocks, config.block_size, decoder.device, decoder.dtype)
         self._buffer = InputEmbedBuffer(decoder, config.max_num_batched_tokens)
+        self._run_decoder = make_runner(decoder, self._kv_cache, self._buffer)
         self._scheduler = Scheduler(
             self._kv_cache,
             config.max_num_batched_tokens,
             config.max_num_seqs,
             config.max_model_len,
             config.prefix_cache,
+            config.mixed_step_tokens,
         )
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._arrivals = itertools.count()
@@ -312,7 +321,7 @@ class Engine:
         try:
             with torch.inference_mode():
                 inputs, failed = self._buffer.write(chunks)
-                hidden_TC = self._decoder(inputs, self._kv_cache.layers)
+                hidden_TC = self._run_decoder(inputs)
                 sampling = [
                     (chunk, slice_.start + slice_.length - 1)
                     for chunk, slice_ in zip(chunks, inputs.sequences, strict=True)
@@ -334,7 +343,9 @@ class Engine:
         """The next tokens of chunks that end at their sequence's last token, and at this row of the step's."""
         if not sampling:
             return []
-        logits_BV = self._decoder.logits(hidden_TC[[row for _, row in sampling]])
+        rows = [row for _, row in sampling]
+        all_decode = rows == list(range(len(rows)))  # and need no gathering
+        logits_BV = self._decoder.logits(hidden_TC[: len(rows)] if all_decode else hidden_TC[rows])
         sequences = [chunk.sequence for chunk, _ in sampling]
         return sample(logits_BV, [each.sampling for each in sequences], [each.generator for each in sequences])
 

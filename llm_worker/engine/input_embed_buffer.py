@@ -9,67 +9,86 @@ import time
 from collections.abc import Sequence as Many
 from itertools import accumulate
 
+import numpy as np
 import torch
 
+from llm_worker.engine.host_twin import HostTwin
 from llm_worker.engine.scheduler import Chunk
 from llm_worker.models.decoder import StepInputs, TextDecoder
 from llm_worker.models.paged_attention import SequenceSlice
 
 
 class InputEmbedBuffer:
-    """Buffers of fixed size and address, written anew each step from their first row on."""
+    """Buffers of fixed size and address, written anew each step from their first row on.
+
+    embeds_MC, deepstack_NMC, positions_3M, slot_mapping_M: of which StepInputs has the first rows.
+    """
 
     def __init__(self, decoder: TextDecoder, max_num_batched_tokens: int) -> None:
         config, device = decoder.config, decoder.device
         hidden = (max_num_batched_tokens, config.hidden_size)
         self._decoder = decoder
-        self._embeds_MC = torch.zeros(hidden, device=device, dtype=decoder.dtype)
-        self._deepstack_NMC = torch.zeros(config.num_deepstack, *hidden, device=device, dtype=decoder.dtype)
-        # Token ids, positions along three axes, slots: written on the host, and brought over by one copy.
-        integers = (5, max_num_batched_tokens)
-        self._integers_5M = torch.zeros(integers, device=device, dtype=torch.int64)
-        self._host_5M = torch.zeros(integers, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.embeds_MC = torch.zeros(hidden, device=device, dtype=decoder.dtype)
+        self.deepstack_NMC = torch.zeros(config.num_deepstack, *hidden, device=device, dtype=decoder.dtype)
+        # Token ids, positions along three axes, slots: one copy a step.
+        self._integers = HostTwin((5, max_num_batched_tokens), torch.int64, device)
+        self._token_ids_M = self._integers.tensor[0]
+        self.positions_3M, self.slot_mapping_M = self._integers.tensor[1:4], self._integers.tensor[4]
 
     def write(self, chunks: Many[Chunk]) -> tuple[StepInputs, dict[Chunk, Exception]]:
-        """Fills the buffers with the step's tokens.
+        """Fills the buffers with the step's tokens. Slots behind them are -1.
 
         Returns:
             The inputs, and the chunks whose media rows could not be landed with the reason: their share of the step
             holds placeholders, so what comes out for them must not be used.
         """
-        token_ids = [each for chunk in chunks for each in chunk.sequence.token_ids[chunk.start : chunk.stop]]
-        num_tokens = len(token_ids)
-        host_5T, integers_5T = self._host_5M[:, :num_tokens], self._integers_5M[:, :num_tokens]
-        host_5T[0] = torch.tensor(token_ids)
-        positions = [chunk.sequence.positions(chunk.start, chunk.stop) for chunk in chunks]
-        torch.cat(positions, dim=1, out=host_5T[1:4])
-        torch.cat([chunk.sequence.blocks.slots[chunk.start : chunk.stop] for chunk in chunks], out=host_5T[4])
-        integers_5T.copy_(host_5T)  # blocking: the host's numbers are written anew in the next step
-        self._embeds_MC[:num_tokens] = self._decoder.embed(integers_5T[0])
+        stops = list(accumulate(chunk.length for chunk in chunks))
+        starts, num_tokens = [0, *stops[:-1]], stops[-1]
+        self._write_integers(chunks, starts, num_tokens)
+        self.embeds_MC[:num_tokens] = self._decoder.embed(self._token_ids_M[:num_tokens])
 
-        starts = [
-            stop - chunk.length for chunk, stop in zip(chunks, accumulate(each.length for each in chunks), strict=True)
-        ]
         has_media = any(chunk.sequence.spans_in(chunk.start, chunk.stop) for chunk in chunks)
         failed: dict[Chunk, Exception] = {}
         if has_media:
-            self._deepstack_NMC[:, :num_tokens] = 0
+            self.deepstack_NMC[:, :num_tokens] = 0
             for chunk, start in zip(chunks, starts, strict=True):
                 try:
                     self._land(chunk, start)
                 except Exception as error:  # whatever happens to one request's rows must not reach the others
                     failed[chunk] = error
         inputs = StepInputs(
-            embeds_TC=self._embeds_MC[:num_tokens],
-            deepstack_NTC=self._deepstack_NMC[:, :num_tokens] if has_media and len(self._deepstack_NMC) else None,
-            positions_3T=integers_5T[1:4],
-            slot_mapping_T=integers_5T[4],
+            embeds_TC=self.embeds_MC[:num_tokens],
+            deepstack_NTC=self.deepstack_NMC[:, :num_tokens] if has_media and len(self.deepstack_NMC) else None,
+            positions_3T=self.positions_3M[:, :num_tokens],
+            slot_mapping_T=self.slot_mapping_M[:num_tokens],
             sequences=[
-                SequenceSlice(start, chunk.length, chunk.stop, chunk.sequence.blocks.slots[: chunk.stop])
+                SequenceSlice(start, chunk.length, chunk.stop, chunk.sequence.blocks)
                 for chunk, start in zip(chunks, starts, strict=True)
             ],
         )
         return inputs, failed
+
+    def _write_integers(self, chunks: Many[Chunk], starts: list[int], num_tokens: int) -> None:
+        integers_5M = self._integers.begin()
+        # Lists for tokens that decode, as an array costs more than the few numbers of one of them.
+        rows: list[int] = []
+        decoding: list[tuple[int, int, int, int, int]] = []
+        for chunk, row in zip(chunks, starts, strict=True):
+            sequence, start, stop = chunk.sequence, chunk.start, chunk.stop
+            if sequence.is_decoding and chunk.length == 1:
+                position = sequence.generated_position(start)
+                slot = int(sequence.blocks.slots.numpy()[start])
+                rows.append(row)
+                decoding.append((sequence.token_ids[start], position, position, position, slot))
+            else:
+                integers_5T = integers_5M[:, row : row + chunk.length]
+                integers_5T[0] = sequence.token_ids[start:stop]
+                integers_5T[1:4] = sequence.positions(start, stop).numpy()
+                integers_5T[4] = sequence.blocks.slots[start:stop].numpy()
+        if decoding:
+            integers_5M[:, rows] = np.array(decoding).T
+        integers_5M[4, num_tokens:] = -1
+        self._integers.send()
 
     def _land(self, chunk: Chunk, first_row: int) -> None:
         """Copies the chunk's part of every media item to its place."""
@@ -77,7 +96,7 @@ class InputEmbedBuffer:
         for span in chunk.sequence.spans_in(chunk.start, chunk.stop):
             start, stop = max(span.start, chunk.start), min(span.start + span.length, chunk.stop)
             rows = slice(first_row + start - chunk.start, first_row + stop - chunk.start)
-            deepstack = self._deepstack_NMC[:, rows] if len(self._deepstack_NMC) else None
+            deepstack = self.deepstack_NMC[:, rows] if len(self.deepstack_NMC) else None
             item = chunk.sequence.rows[span.item_index]
-            item.copy_to(self._embeds_MC[rows], deepstack, span.first_row + start - span.start)
+            item.copy_to(self.embeds_MC[rows], deepstack, span.first_row + start - span.start)
         chunk.sequence.land_s += time.perf_counter() - begin

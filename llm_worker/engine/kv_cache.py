@@ -10,22 +10,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 
 from llm_worker.models.config import TextConfig
-
-
-@dataclass(eq=False)
-class BlockTable:
-    """The blocks one sequence holds.
-
-    slots: cache slot of each token they have room for, in order, [len(blocks) * block_size] int64, on the host.
-    """
-
-    blocks: list[int] = field(default_factory=list)
-    slots: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+from llm_worker.models.paged_attention import BlockTable
 
 
 class KvCache:
@@ -88,7 +77,7 @@ class KvCache:
             self.free(table)
             return False
         table.blocks.extend(self._take() for _ in range(needed))
-        self._set_slots(table)
+        table.set_slots(self.block_size)
         return True
 
     def grow(self, table: BlockTable, num_tokens: int) -> bool:
@@ -98,7 +87,7 @@ class KvCache:
             return False
         if needed > 0:
             table.blocks.extend(self._take() for _ in range(needed))
-            self._set_slots(table)
+            table.set_slots(self.block_size)
         return True
 
     def keep(self, table: BlockTable, index: int, content_hash: bytes) -> None:
@@ -120,7 +109,7 @@ class KvCache:
                 else:
                     self._empty.append(block)
         table.blocks.clear()
-        self._set_slots(table)
+        table.set_slots(self.block_size)
 
     def _take(self) -> int:
         if self._empty:
@@ -131,7 +120,3 @@ class KvCache:
             self.num_evicted += 1
         self._num_holders[block] = 1
         return block
-
-    def _set_slots(self, table: BlockTable) -> None:
-        first_slots = torch.tensor(table.blocks, dtype=torch.int64)[:, None] * self.block_size
-        table.slots = (first_slots + torch.arange(self.block_size)).flatten()

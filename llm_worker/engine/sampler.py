@@ -30,7 +30,7 @@ def sample(
     """For each sequence the most probable token at temperature 0, else one drawn from what top-k and top-p leave.
 
     Args:
-        logits_BV: float32, on any device.
+        logits_BV: on any device; what is drawn from and reported is computed in float32.
         generators: each sequence's own, on the CPU, so that its draws do not depend on its neighbours.
     """
     chosen_B = logits_BV.argmax(-1)
@@ -38,7 +38,7 @@ def sample(
     if drawing:
         rows = torch.tensor(drawing, device=logits_BV.device)
         uniform = [float(torch.rand((), generator=generators[row], dtype=torch.float64)) for row in drawing]
-        chosen_B[rows] = _draw(logits_BV[rows], [params[row] for row in drawing], uniform)
+        chosen_B[rows] = _draw(logits_BV[rows].float(), [params[row] for row in drawing], uniform)
     token_ids = chosen_B.tolist()
     logprobs = _logprobs(logits_BV, chosen_B, params)
     return [
@@ -81,7 +81,7 @@ def _logprobs(
     if not asking:
         return found
     rows = torch.tensor(asking, device=logits_BV.device)
-    logprobs_SV, chosen_S = logits_BV[rows].log_softmax(-1), chosen_B[rows]
+    logprobs_SV, chosen_S = logits_BV[rows].float().log_softmax(-1), chosen_B[rows]
     num_top = min(max(params[row].logprobs or 0 for row in asking), logprobs_SV.shape[1])
     values, indices = (each.tolist() for each in logprobs_SV.topk(num_top))
     own = logprobs_SV.gather(1, chosen_S.clamp_min(0)[:, None])[:, 0].tolist()

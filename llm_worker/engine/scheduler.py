@@ -45,10 +45,12 @@ class Scheduler:
         max_num_seqs: int,
         max_model_len: int,
         prefix_cache: bool = True,
+        mixed_step_tokens: int | None = None,
     ) -> None:
         """
         Args:
             max_num_batched_tokens, max_num_seqs: in one step.
+            mixed_step_tokens: in a step that also decodes, so that decoding does not wait for long prompts.
             max_model_len: longest prompt plus answer, tokens.
             prefix_cache: KV of one request is used again by others that begin alike.
         """
@@ -57,6 +59,7 @@ class Scheduler:
         self._prefix_cache = prefix_cache
         self._kv_cache = kv_cache
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._mixed_step_tokens = min(mixed_step_tokens or max_num_batched_tokens, max_num_batched_tokens)
         self._max_num_seqs = max_num_seqs
         self._max_model_len = min(max_model_len, kv_cache.num_blocks * kv_cache.block_size)
         self.waiting: list[Sequence] = []
@@ -103,9 +106,13 @@ class Scheduler:
                 self._make_room(sequence)
         self._admit()
         chunks: list[Chunk] = []
-        budget = self._max_num_batched_tokens
         decoding = [each for each in self.running if each.is_decoding]
         prefilling = [each for each in self.running if not each.is_decoding]
+        # Prompts get some of every step, however many decode.
+        budget = self._max_num_batched_tokens
+        if decoding:
+            least = max(1, self._mixed_step_tokens // 4)
+            budget = min(budget, max(self._mixed_step_tokens, len(decoding) + least))
         for sequence in (*decoding, *prefilling):
             if len(chunks) == self._max_num_seqs:
                 break

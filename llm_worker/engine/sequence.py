@@ -10,9 +10,9 @@ import torch
 
 from embedding_transport.errors import InternalError, VitrineError
 from embedding_transport.types import EmbeddingRows
-from llm_worker.engine.kv_cache import BlockTable
 from llm_worker.engine.prefix_hashes import extend_prefix_hashes
 from llm_worker.engine.request import EngineTimings, ExpandedPrompt, MediaSpan, SamplingParams, TokenOutput
+from llm_worker.models.paged_attention import BlockTable
 
 Deliver = Callable[[TokenOutput | VitrineError, EngineTimings], None]
 RequestRows = Callable[[list[int]], None]
@@ -119,11 +119,16 @@ class Sequence:
         num_prompt = self.num_prompt_tokens
         if stop <= num_prompt:
             return self.prompt.positions_3N[:, start:stop]
-        offset = self.prompt.next_position - num_prompt
-        generated = torch.arange(max(start, num_prompt) + offset, stop + offset).expand(3, -1)
+        first = self.generated_position(max(start, num_prompt))
+        generated = torch.arange(first, first + stop - max(start, num_prompt)).expand(3, -1)
         if start >= num_prompt:
             return generated
         return torch.cat([self.prompt.positions_3N[:, start:], generated], dim=1)
+
+    def generated_position(self, index: int) -> int:
+        """Of the token at `index`, which is behind the prompt, along all three axes."""
+        assert self.prompt is not None
+        return self.prompt.next_position + index - self.num_prompt_tokens
 
     def give_up(self) -> None:
         """What was computed is lost; media rows that are still here can be used again."""

@@ -155,5 +155,5 @@ class TextDecoder(nn.Module):
         return self.norm(x_TC)
 
     def logits(self, hidden_TC: torch.Tensor) -> torch.Tensor:
-        """[T, V] float32."""
-        return self.lm_head(hidden_TC).float()
+        """[T, V], in the model's dtype."""
+        return self.lm_head(hidden_TC)

@@ -5,25 +5,51 @@ Shapes: T tokens of the step, H query heads, K key/value heads, D head dim, B se
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+_versions = itertools.count()
 
-@dataclass(frozen=True)
-class SequenceSlice:
+
+@dataclass(eq=False)
+class BlockTable:
+    """The cache blocks of one sequence, in order.
+
+    slots: cache slot of each token they have room for, in order, int64, on the host.
+    version: a number that no other table has, nor had this one before its blocks changed.
+    """
+
+    blocks: list[int] = field(default_factory=list)
+    slots: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    version: int = field(default_factory=lambda: next(_versions))
+
+    def set_slots(self, block_size: int) -> None:
+        """To be called when `blocks` have changed."""
+        first_slots = torch.tensor(self.blocks, dtype=torch.int64)[:, None] * block_size
+        self.slots = (first_slots + torch.arange(block_size)).flatten()
+        self.version = next(_versions)
+
+
+class SequenceSlice(NamedTuple):
     """One sequence's share of a step.
 
     start, length: its tokens among the step's; context_length: tokens with KV after the step, these included.
-    slots: cache slot of each of them in order, [context_length] int64, on the host.
     """
 
     start: int
     length: int
     context_length: int
-    slots: torch.Tensor
+    table: BlockTable
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """Cache slot of each token with KV, in order, [context_length] int64, on the host."""
+        return self.table.slots[: self.context_length]
 
 
 @dataclass(frozen=True)

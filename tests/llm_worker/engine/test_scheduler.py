@@ -29,10 +29,11 @@ class Bench:
         budget: int = 16,
         max_num_seqs: int = 8,
         prefix_cache: bool = False,
+        mixed_step_tokens: int | None = None,
     ) -> None:
         config = text_config(open_checkpoint(str(folder)))
         self.cache = KvCache(config, num_blocks, BLOCK_SIZE, torch.device("cpu"), torch.float32)
-        self.scheduler = Scheduler(self.cache, budget, max_num_seqs, 200, prefix_cache)
+        self.scheduler = Scheduler(self.cache, budget, max_num_seqs, 200, prefix_cache, mixed_step_tokens)
         self.num_sequences = 0
 
     def add(self, num_prefix: int) -> Sequence:
@@ -72,6 +73,27 @@ def plain(chunks: list[Chunk]) -> list[tuple[str, int, int, bool]]:
 @pytest.fixture
 def folder(qwen3_vl_folder: Path) -> Path:
     return qwen3_vl_folder
+
+
+def test_a_long_prompt_does_not_make_decoding_wait(folder: Path) -> None:
+    bench = Bench(folder, budget=32, mixed_step_tokens=8)
+    for num_tokens in (3, 4):
+        bench.add_whole(num_tokens)
+    bench.step()
+    bench.add_whole(40)
+    assert plain(bench.step()) == [("0", 3, 4, True), ("1", 4, 5, True), ("2", 0, 6, False)]
+    assert plain(bench.step())[2:] == [("2", 6, 12, False)]
+    # Whoever decodes, prompts get a quarter of it at least.
+    bench = Bench(folder, budget=32, mixed_step_tokens=8)
+    for _ in range(7):
+        bench.add_whole(2)
+    bench.step()
+    bench.add_whole(40)
+    assert plain(bench.step())[-1] == ("7", 0, 2, False)
+    # Alone, it has the whole step.
+    bench = Bench(folder, budget=32, mixed_step_tokens=8)
+    bench.add_whole(40)
+    assert plain(bench.step()) == [("0", 0, 32, False)]
 
 
 def test_decoding_comes_first_and_prefill_takes_what_is_left(folder: Path) -> None:

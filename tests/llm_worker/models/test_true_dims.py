@@ -17,7 +17,7 @@ from transformers import (
 
 from llm_worker.models.config import MoeConfig, TextConfig
 from llm_worker.models.decoder import StepInputs, TextDecoder
-from llm_worker.models.paged_attention import SequenceSlice
+from llm_worker.models.paged_attention import BlockTable, SequenceSlice
 
 NUM_TOKENS = 40
 SHARED: dict[str, Any] = {"vocab_size": 32, "num_hidden_layers": 1, "rms_norm_eps": 1e-6}
@@ -119,6 +119,6 @@ def test_layer_at_true_dims(name: str) -> None:
         deepstack_NTC if num_deepstack else None,
         positions_3T,
         slots,
-        [SequenceSlice(0, NUM_TOKENS, NUM_TOKENS, slots)],
+        [SequenceSlice(0, NUM_TOKENS, NUM_TOKENS, BlockTable(slots=slots))],
     )
     assert (decoder(inputs, torch.zeros(kv_shape)) - expected_TC).abs().max() <= 1e-3

@@ -1,0 +1,245 @@
+"""What the worker's GPU path reaches: `python -m benchmarks.llm` prints one Markdown table.
+
+Qwen3-VL-8B's decoder with random weights in bfloat16. A time is that of a whole step as the engine runs it: inputs to
+the GPU, landing, the decoder, logits, the next tokens back on the host. The floor is the larger of two times: that of
+the operations at 790 TFLOP/s, what a large bf16 product reaches on an H200, and that of reading weights and KV at 4.8
+TB/s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache
+
+from benchmarks.decoders import NUM_DEEPSTACK, TransformersDecoder, qwen3_vl_8b_decoder
+from benchmarks.exported_rows import exported_rows
+from embedding_transport.received_rows import copy_rows
+from embedding_transport.types import ItemTimings
+from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
+from llm_worker.engine.kv_cache import KvCache
+from llm_worker.engine.request import ExpandedPrompt, MediaSpan, SamplingParams
+from llm_worker.engine.runner import Runner
+from llm_worker.engine.sampler import sample
+from llm_worker.engine.scheduler import Chunk
+from llm_worker.engine.sequence import Sequence as Request
+from llm_worker.gpu.gpu_runner import GpuRunner
+from llm_worker.gpu.prefill_attention import causal_attention
+from llm_worker.models.decoder import TextDecoder
+
+_CEILING_FLOP_PER_S, _CEILING_BYTES_PER_S = 790e12, 4.8e12
+_PROMPTS = (128, 512, 2048, 8192)
+_BATCHES, _CONTEXT = (1, 32, 128), 1024
+_MAX_TOKENS, _MAX_NUM_SEQS, _BLOCK_SIZE = 8192, 128, 16
+_TEXT_TOKENS, _MEDIA_TOKENS = 6, 324  # 560x560
+_LANDED_TOKENS = 2040  # 1920x1080
+_WARM_UPS, _REPEATS, _SLOW_REPEATS = 3, 20, 5
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=36, help="of the decoder; default: %(default)s")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("this benchmark needs an NVIDIA GPU", file=sys.stderr)
+        return 1
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    with torch.inference_mode():
+        rows = list(_rows(options.layers))
+    print("\n| figure | ours, ms | floor, ms | compared with | its ms | times faster |")
+    print("\n".join(["|---|---|---|---|---|---|", *rows]))
+    return 0
+
+
+def _rows(num_layers: int) -> list[str]:
+    worker = _Worker(num_layers)
+    reference = TransformersDecoder(worker.decoder)
+    rows = [_prefill_row(worker, reference, num_tokens) for num_tokens in _PROMPTS]
+    rows += [_decode_row(worker, reference, batch) for batch in _BATCHES]
+    rows.append(_graphs_row(worker))
+    rows += [_landing_row(worker, gpu) for gpu in range(min(2, torch.cuda.device_count()))]
+    return rows
+
+
+class _Worker:
+    """The parts of the engine that a step runs through."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.device = torch.device("cuda")
+        self.decoder = qwen3_vl_8b_decoder(self.device, num_layers)
+        num_blocks = _MAX_NUM_SEQS * (_CONTEXT // _BLOCK_SIZE + 1)
+        self.kv_cache = KvCache(self.decoder.config, num_blocks, _BLOCK_SIZE, self.device, torch.bfloat16)
+        self.kv_cache.layers.normal_()
+        self.buffer = InputEmbedBuffer(self.decoder, _MAX_TOKENS)
+        self.graphed = self._runner(graphs=True)
+
+    def without_graphs(self) -> Runner:
+        return self._runner(graphs=False)
+
+    def _runner(self, *, graphs: bool) -> Runner:
+        return GpuRunner(
+            self.decoder,
+            self.kv_cache,
+            self.buffer,
+            _MAX_NUM_SEQS,
+            _MAX_TOKENS,
+            causal_attention(),
+            capture=None if graphs else lambda work: work,
+        )
+
+    def prompt(self, num_tokens: int, spans: tuple[MediaSpan, ...] = ()) -> Request:
+        """A request with nothing computed yet, and room in the cache for one more token."""
+        token_ids = torch.randint(1000, 100000, (num_tokens,)).tolist()
+        greedy = SamplingParams(temperature=0.0)
+        request = Request("benchmark", 0, [], greedy, lambda output, timings: None, lambda items: None)
+        request.set_prompt(ExpandedPrompt(token_ids, torch.arange(num_tokens).expand(3, -1), num_tokens, spans))
+        assert self.kv_cache.grow(request.blocks, num_tokens + 1)
+        return request
+
+    def decoding(self, num_tokens: int) -> Request:
+        """A request with so many tokens computed, and one more to run."""
+        request = self.prompt(num_tokens)
+        request.num_computed = num_tokens
+        request.token_ids.append(1000)
+        return request
+
+    def free(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self.kv_cache.free(request.blocks)
+
+    def step(self, chunks: list[Chunk], runner: Runner) -> list[int | None]:
+        """As the engine's; the next tokens."""
+        inputs, failed = self.buffer.write(chunks)
+        assert not failed, failed
+        hidden_TC = runner(inputs)
+        rows = [each.start + each.length - 1 for each in inputs.sequences]
+        logits_BV = self.decoder.logits(hidden_TC[: len(rows)] if rows[-1] == len(rows) - 1 else hidden_TC[rows])
+        sampling = [chunk.sequence.sampling for chunk in chunks]
+        generators = [chunk.sequence.generator for chunk in chunks]
+        return [each.token_id for each in sample(logits_BV, sampling, generators)]
+
+
+def _prefill_row(worker: _Worker, reference: TransformersDecoder, num_tokens: int) -> str:
+    request = worker.prompt(num_tokens)
+    chunks = [Chunk(request, 0, num_tokens, True)]
+    ms = _median_ms(lambda: worker.step(chunks, worker.graphed), _REPEATS)
+    worker.free([request])
+    token_ids_BT = torch.randint(1000, 100000, (1, num_tokens), device=worker.device)
+    positions_3BT = torch.arange(num_tokens, device=worker.device).expand(3, 1, -1)
+    its_ms = _median_ms(
+        lambda: reference(token_ids_BT, positions_3BT, DynamicCache()).argmax(-1).tolist(), _SLOW_REPEATS
+    )
+    return _figures(f"prefill of {num_tokens} tokens", ms, _floor_ms(worker.decoder, [num_tokens], [0]), its_ms)
+
+
+def _decode_row(worker: _Worker, reference: TransformersDecoder, batch: int) -> str:
+    requests = [worker.decoding(_CONTEXT) for _ in range(batch)]
+    chunks = [Chunk(request, _CONTEXT, _CONTEXT + 1, True) for request in requests]
+    ms = _median_ms(lambda: worker.step(chunks, worker.graphed), _REPEATS)
+    worker.free(requests)
+    config = worker.decoder.config
+    shape = (batch, config.num_key_value_heads, _CONTEXT, config.head_dim)
+    cache = DynamicCache()
+    for layer in range(config.num_hidden_layers):
+        cache.update(*torch.randn((2, *shape), device=worker.device, dtype=torch.bfloat16).unbind(), layer)
+    token_ids_BT = torch.randint(1000, 100000, (batch, 1), device=worker.device)
+    positions_3BT = torch.full((3, batch, 1), _CONTEXT, device=worker.device)
+
+    def decode() -> None:
+        reference(token_ids_BT, positions_3BT, cache).argmax(-1).tolist()
+        cache.crop(-1)
+
+    its_ms = _median_ms(decode, _SLOW_REPEATS)
+    floor_ms = _floor_ms(worker.decoder, [1] * batch, [_CONTEXT] * batch)
+    return _figures(f"decode of {batch}, {_CONTEXT} tokens of context", ms, floor_ms, its_ms)
+
+
+def _graphs_row(worker: _Worker) -> str:
+    """A prompt with a picture, with and without graphs."""
+    num_tokens = _TEXT_TOKENS + _MEDIA_TOKENS
+    spans = (MediaSpan(0, _TEXT_TOKENS // 2, _MEDIA_TOKENS, 0),)
+    request = worker.prompt(num_tokens, spans)
+    width = worker.decoder.config.hidden_size * (1 + NUM_DEEPSTACK)
+    request.rows[0] = _TensorRows(torch.randn((_MEDIA_TOKENS, width), device=worker.device, dtype=torch.bfloat16))
+    chunks = [Chunk(request, 0, num_tokens, True)]
+    plain = worker.without_graphs()
+    ms = _median_ms(lambda: worker.step(chunks, worker.graphed), _REPEATS)
+    its_ms = _median_ms(lambda: worker.step(chunks, plain), _REPEATS)
+    worker.free([request])
+    floor_ms = _floor_ms(worker.decoder, [num_tokens], [0])
+    return _figures(f"prefill of {num_tokens} tokens with a picture", ms, floor_ms, its_ms, "the same without graphs")
+
+
+def _landing_row(worker: _Worker, gpu: int) -> str:
+    """Rows of another process's pool to the input buffers, checked that the lease held meanwhile."""
+    buffer = worker.buffer
+    where = "this GPU" if worker.device.index in (None, gpu) and gpu == 0 else "another GPU"
+    with exported_rows(gpu, _LANDED_TOKENS, worker.decoder.config.hidden_size * (1 + NUM_DEEPSTACK)) as rows:
+
+        def land() -> None:
+            rows.copy_to(buffer.embeds_MC[:_LANDED_TOKENS], buffer.deepstack_NMC[:, :_LANDED_TOKENS], 0)
+            torch.cuda.synchronize()
+
+        ms = _median_ms(land, _REPEATS)
+        gb = rows.rows_TW.nbytes / 1e9
+        assert torch.equal(buffer.embeds_MC[:_LANDED_TOKENS], rows.rows_TW[:, : buffer.embeds_MC.shape[1]].to("cuda"))
+    return f"| landing of {_LANDED_TOKENS} tokens from {where}, {gb / ms * 1e3:.0f} GB/s | {ms:.3f} | | | | |"
+
+
+@dataclass(eq=False)
+class _TensorRows:
+    """Rows that lie in a tensor of this process."""
+
+    rows_TW: torch.Tensor
+
+    def __post_init__(self) -> None:
+        self.num_tokens = len(self.rows_TW)
+        self.timings = ItemTimings()
+
+    def copy_to(self, main_TD: torch.Tensor, deepstack_NTD: torch.Tensor | None, first_row: int) -> None:
+        copy_rows(self.rows_TW, main_TD, deepstack_NTD, first_row)
+
+    def release(self) -> None:
+        pass
+
+
+def _floor_ms(decoder: TextDecoder, num_new: list[int], num_past: list[int]) -> float:
+    """Of sequences with so many new tokens behind so many that have KV; logits of one token each."""
+    config = decoder.config
+    layer_weights = sum(each.numel() for each in decoder.layers.parameters() if each.ndim == 2)
+    head_weights = decoder.lm_head.weight.numel()
+    queries = config.num_attention_heads * config.head_dim
+    pairs = sum(new * past + new * (new + 1) / 2 for new, past in zip(num_new, num_past, strict=True))
+    operations: float = 2 * layer_weights * sum(num_new) + 2 * head_weights * len(num_new)
+    operations += 4 * pairs * queries * config.num_hidden_layers
+    kv_elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    nbytes = 2 * (layer_weights + head_weights) + 2 * kv_elements * (sum(num_new) + sum(num_past))
+    return max(operations / _CEILING_FLOP_PER_S, nbytes / _CEILING_BYTES_PER_S) * 1e3
+
+
+def _figures(name: str, ms: float, floor_ms: float, its_ms: float, other: str = "transformers") -> str:
+    return f"| {name} | {ms:.2f} | {floor_ms:.2f} | {other} | {its_ms:.1f} | {its_ms / ms:.2f} |"
+
+
+def _median_ms(work: Callable[[], object], repeats: int) -> float:
+    """By the clock: `work` ends with its result on the host."""
+    for _ in range(_WARM_UPS):
+        work()
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

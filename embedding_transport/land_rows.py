@@ -1,0 +1,61 @@
+"""Lands rows on a GPU: one Triton kernel from where the encoder put them to all the buffers that they are for.
+
+Shapes: T tokens, C hidden size, N deepstack layers, W row width (C * (1 + N)).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+_COPIED_A_PROGRAM = 4096
+
+
+def land_rows(rows_TW: torch.Tensor, first_row: int, main_TC: torch.Tensor, deepstack_NTC: torch.Tensor | None) -> None:
+    """Copies rows from `first_row` on, main and deepstack parts in one launch, by the current GPU.
+
+    Args:
+        rows_TW: of a whole item, contiguous; on the same GPU or on one that it reads from (`reads_from`).
+        main_TC, deepstack_NTC: any stride between rows and layers; no deepstack for a model without.
+    """
+    num_tokens, hidden = main_TC.shape
+    width = hidden if deepstack_NTC is None else hidden * (1 + len(deepstack_NTC))
+    deepstack = main_TC if deepstack_NTC is None else deepstack_NTC
+    grid = (num_tokens, triton.cdiv(width, _COPIED_A_PROGRAM))
+    _land_rows[grid](
+        rows_TW, first_row, main_TC, deepstack, rows_TW.stride(0), main_TC.stride(0), deepstack.stride(-2),
+        0 if deepstack_NTC is None else deepstack_NTC.stride(0),
+        HIDDEN=hidden, WIDTH=width, BLOCK=min(_COPIED_A_PROGRAM, triton.next_power_of_2(width)), num_warps=8,
+    )  # fmt: skip
+
+
+@functools.cache
+def reads_from(device: torch.device, other: torch.device) -> bool:
+    """Whether kernels on one GPU can read the memory of the other; switches that on."""
+    if device == other:
+        return True
+    if not torch.cuda.can_device_access_peer(device, other):
+        return False
+    from cuda.bindings import runtime
+
+    with torch.cuda.device(device):
+        (error,) = runtime.cudaDeviceEnablePeerAccess(other.index, 0)
+    return error in (runtime.cudaError_t.cudaSuccess, runtime.cudaError_t.cudaErrorPeerAccessAlreadyEnabled)
+
+
+@triton.jit(do_not_specialize=["first_row"])
+def _land_rows(
+    rows, first_row, main, deepstack, row_stride, main_stride, deepstack_stride, layer_stride,
+    HIDDEN: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    value = tl.load(rows + (first_row + token) * row_stride + column, mask=inside)
+    tl.store(main + token * main_stride + column, value, mask=column < HIDDEN)
+    layer, within = column // HIDDEN - 1, column % HIDDEN
+    to = deepstack + layer.to(tl.int64) * layer_stride + token * deepstack_stride + within
+    tl.store(to, value, mask=inside & (column >= HIDDEN))

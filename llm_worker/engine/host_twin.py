@@ -1,0 +1,35 @@
+"""A tensor that is written on the host and read on the device, step after step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class HostTwin:
+    """Memory on the device at a fixed address, and pinned memory on the host; on the CPU they are the same.
+
+    tensor: on the device.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self.tensor = torch.zeros(shape, dtype=dtype, device=device)
+        self._sent: torch.cuda.Event | None = None
+        self._host = self.tensor
+        if device.type == "cuda":
+            self._host = torch.zeros(shape, dtype=dtype, pin_memory=True)
+            self._sent = torch.cuda.Event()
+
+    def begin(self) -> Any:
+        """The host's memory as a NumPy array, once what was sent before has arrived."""
+        if self._sent is not None:
+            self._sent.synchronize()
+        return self._host.numpy()
+
+    def send(self, *parts: tuple[slice | int, ...]) -> None:
+        """Copies these parts, contiguous ones, or all, without waiting."""
+        if self._sent is not None:
+            for part in parts or ((),):
+                self.tensor[part].copy_(self._host[part], non_blocking=True)
+            self._sent.record()

@@ -1,0 +1,1 @@
+"""The decoder on an NVIDIA GPU: fused kernels."""

@@ -1,0 +1,112 @@
+"""The decoder as fused kernels; `models/decoder.py` is the plain twin, whose weights it takes.
+
+A layer is two pieces with attention between them: `before_attention` and `after_attention` read and write fixed tensors
+only, so that they can be captured; attention depends on the step's sequences.
+
+Shapes: T tokens, C hidden size, H query heads, D head dim, S slots.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from llm_worker.gpu import kernels
+from llm_worker.gpu.few_rows import MAX_ROWS, few_rows_linear, few_rows_linear_add, few_rows_silu_mul
+from llm_worker.models.decoder import DecoderLayer, Mlp, RMSNorm, TextDecoder
+from llm_worker.models.rotary import axis_of_frequency
+
+
+class FusedDecoder:
+    def __init__(self, decoder: TextDecoder) -> None:
+        """
+        Args:
+            decoder: its weights are put side by side where they are multiplied together, and shared.
+        """
+        config = decoder.config
+        self._axis = axis_of_frequency(config).to(decoder.device, torch.int32)
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=decoder.device) / config.head_dim
+        self._inverse_frequencies = 1.0 / config.rope_theta**exponents
+        self.layers = [FusedLayer(layer) for layer in decoder.layers if isinstance(layer, DecoderLayer)]
+        self._norm = decoder.norm
+
+    def write_rope_table(self, positions_3T: torch.Tensor, cos_sin_T2F: torch.Tensor) -> None:
+        """What all layers of a step turn queries and keys by."""
+        kernels.rope_table(positions_3T, self._inverse_frequencies, self._axis, cos_sin_T2F)
+
+    def last_norm(self, x_TC: torch.Tensor, added: tuple[torch.Tensor, ...], out_TC: torch.Tensor) -> None:
+        """The norm behind the last layer; `added`: what is due to the residual stream."""
+        kernels.add_rms_norm(x_TC, added, self._norm.weight, self._norm.eps, out_TC)
+
+
+class FusedLayer:
+    def __init__(self, layer: DecoderLayer) -> None:
+        attention = layer.self_attn
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+        self._qkv_weight = _side_by_side(projections)
+        has_bias = attention.q_proj.bias is not None
+        self._qkv_bias = torch.cat([each.bias for each in projections]) if has_bias else None
+        norms = [each for each in (attention.q_norm, attention.k_norm) if isinstance(each, RMSNorm)]
+        self._q_weight: torch.Tensor | None = norms[0].weight if norms else None
+        self._k_weight: torch.Tensor | None = norms[1].weight if norms else None
+        self._head_eps = norms[0].eps if norms else 0.0
+        self._o_weight = attention.o_proj.weight
+        self._mlp = layer.mlp
+        if isinstance(layer.mlp, Mlp):
+            self._gate_up_weight = _side_by_side([layer.mlp.gate_proj, layer.mlp.up_proj])
+        self._input_norm, self._post_norm = layer.input_layernorm, layer.post_attention_layernorm
+
+    def before_attention(
+        self,
+        x_TC: torch.Tensor,
+        added: tuple[torch.Tensor, ...],
+        cos_sin_T2F: torch.Tensor,
+        slot_mapping_T: torch.Tensor,
+        k_cache_SKD: torch.Tensor,
+        v_cache_SKD: torch.Tensor,
+        q_THD: torch.Tensor,
+    ) -> None:
+        """Adds what is due to the residual stream, and writes queries, keys and values."""
+        normed_TC = kernels.add_rms_norm(x_TC, added, self._input_norm.weight, self._input_norm.eps)
+        linear = few_rows_linear if len(x_TC) <= MAX_ROWS else F.linear
+        qkv_TX = linear(normed_TC, self._qkv_weight, self._qkv_bias)
+        kernels.turn_and_write(
+            qkv_TX,
+            cos_sin_T2F,
+            self._q_weight,
+            self._k_weight,
+            self._head_eps,
+            slot_mapping_T,
+            k_cache_SKD,
+            v_cache_SKD,
+            q_THD,
+        )
+
+    def after_attention(self, x_TC: torch.Tensor, attended_TX: torch.Tensor) -> None:
+        """Adds attention's and the MLP's share to the residual stream."""
+        _add_product(x_TC, attended_TX, self._o_weight)
+        normed_TC = kernels.add_rms_norm(x_TC, (), self._post_norm.weight, self._post_norm.eps)
+        if not isinstance(self._mlp, Mlp):
+            x_TC.add_(self._mlp(normed_TC))
+        elif len(x_TC) <= MAX_ROWS:
+            _add_product(x_TC, few_rows_silu_mul(normed_TC, self._gate_up_weight), self._mlp.down_proj.weight)
+        else:
+            active_TX = kernels.silu_mul(F.linear(normed_TC, self._gate_up_weight))
+            _add_product(x_TC, active_TX, self._mlp.down_proj.weight)
+
+
+def _add_product(to_TC: torch.Tensor, x_TX: torch.Tensor, weight: torch.Tensor) -> None:
+    """Adds x @ weight.T in place."""
+    if len(x_TX) <= MAX_ROWS:
+        few_rows_linear_add(x_TX, weight, to_TC)
+    else:
+        to_TC.addmm_(x_TX, weight.t())
+
+
+def _side_by_side(projections: list[torch.nn.Linear]) -> torch.Tensor:
+    """Their weights as one; they keep views of it, so that nothing is in memory twice."""
+    weight = torch.cat([each.weight for each in projections])
+    parts = weight.split([each.out_features for each in projections])
+    for projection, part in zip(projections, parts, strict=True):
+        projection.weight.data = part
+    return weight

@@ -1,0 +1,106 @@
+"""Causal attention of prompt chunks to their sequences' past and themselves, over contexts packed side by side.
+
+Shapes: T queries, L keys of all contexts, H query heads, K key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Protocol
+
+import torch
+
+_log = logging.getLogger(__name__)
+
+
+class CausalVarlen(Protocol):
+    """name: as reported."""
+
+    name: str
+
+    def __call__(
+        self,
+        q_THD: torch.Tensor,
+        k_LKD: torch.Tensor,
+        v_LKD: torch.Tensor,
+        cu_queries: torch.Tensor,
+        cu_keys: torch.Tensor,
+        max_queries: int,
+        max_keys: int,
+    ) -> torch.Tensor:
+        """Softmax attention, scaled by D ** -0.5; a sequence's last query sees all of its keys, the one before all but
+        one, and so on.
+
+        Args:
+            cu_queries, cu_keys: [sequences + 1] int32 on the GPU, bounds.
+            max_queries, max_keys: of one sequence.
+
+        Returns:
+            [T, H, D].
+        """
+        ...
+
+
+class FlashAttention4:
+    name = "flash-attn-4"
+
+    def __init__(self) -> None:
+        """Raises ImportError where it is not installed."""
+        # Its compiler warns about flash-attn's own arguments.
+        warnings.filterwarnings("ignore", message="Argument aux_data", category=UserWarning)
+        from flash_attn.cute import flash_attn_varlen_func
+
+        self._attend = flash_attn_varlen_func
+
+    def __call__(
+        self,
+        q_THD: torch.Tensor,
+        k_LKD: torch.Tensor,
+        v_LKD: torch.Tensor,
+        cu_queries: torch.Tensor,
+        cu_keys: torch.Tensor,
+        max_queries: int,
+        max_keys: int,
+    ) -> torch.Tensor:
+        out_THD: torch.Tensor = self._attend(
+            q_THD,
+            k_LKD,
+            v_LKD,
+            cu_seqlens_q=cu_queries,
+            cu_seqlens_k=cu_keys,
+            max_seqlen_q=max_queries,
+            max_seqlen_k=max_keys,
+            causal=True,
+        )[0]
+        return out_THD
+
+
+class TorchVarlen:
+    """torch's own FlashAttention-2."""
+
+    name = "torch varlen"
+
+    def __call__(
+        self,
+        q_THD: torch.Tensor,
+        k_LKD: torch.Tensor,
+        v_LKD: torch.Tensor,
+        cu_queries: torch.Tensor,
+        cu_keys: torch.Tensor,
+        max_queries: int,
+        max_keys: int,
+    ) -> torch.Tensor:
+        out_THD: torch.Tensor = torch.ops.aten._flash_attention_forward(
+            q_THD, k_LKD, v_LKD, cu_queries, cu_keys, max_queries, max_keys, 0.0, True, False
+        )[0]
+        return out_THD
+
+
+def causal_attention() -> CausalVarlen:
+    """flash-attn-4 where it is installed, else torch's own."""
+    try:
+        return FlashAttention4()
+    except ImportError as error:
+        _log.info("flash-attn-4 is not installed (%s): prompts run faster with it", error)
+        return TorchVarlen()

@@ -1,0 +1,68 @@
+"""Attention of a long step: one kernel for its tokens that decode, one for its chunks of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+
+import torch
+
+from llm_worker.gpu.prefill_attention import CausalVarlen
+from llm_worker.gpu.step_tables import StepTables, max_splits
+from llm_worker.gpu.tile_attention import tile_attention
+from llm_worker.models.paged_attention import SequenceSlice
+
+
+class StepAttention:
+    """For all layers of one step; sequences that decode come first among its tokens."""
+
+    def __init__(
+        self,
+        sequences: Sequence[SequenceSlice],
+        tables: StepTables,
+        causal: CausalVarlen,
+        num_kv_heads: int,
+        device: torch.device,
+    ) -> None:
+        decoding = list(takewhile(lambda sequence: sequence.length == 1, sequences))
+        chunks = sequences[len(decoding) :]
+        self._num_decoding = len(decoding)
+        self._num_tokens = sum(sequence.length for sequence in sequences)
+        self._tables, self._causal = tables, causal
+        if decoding:
+            self._max_splits = max_splits(len(decoding), num_kv_heads, 1)
+            tables.write(decoding, 1, self._max_splits)
+        if chunks:
+            queries, keys = [chunk.length for chunk in chunks], [chunk.context_length for chunk in chunks]
+            bounds = torch.tensor([[0, *queries], [0, *keys]], dtype=torch.int32).cumsum(1).int().to(device)
+            self._cu_queries, self._cu_keys = bounds.unbind()
+            self._max_queries, self._max_keys = max(queries), max(keys)
+            self._slots_L = torch.cat([chunk.slots for chunk in chunks]).to(device)
+        self._has_chunks = bool(chunks)
+
+    def __call__(
+        self, q_THD: torch.Tensor, k_cache_SKD: torch.Tensor, v_cache_SKD: torch.Tensor, out_THD: torch.Tensor
+    ) -> None:
+        """Fills the rows of `out_THD` that belong to the step's tokens."""
+        num_decoding = self._num_decoding
+        if num_decoding:
+            tile_attention(
+                q_THD[:num_decoding],
+                k_cache_SKD,
+                v_cache_SKD,
+                self._tables,
+                num_decoding,
+                1,
+                self._max_splits,
+                out_THD,
+            )
+        if self._has_chunks:
+            out_THD[num_decoding : self._num_tokens] = self._causal(
+                q_THD[num_decoding : self._num_tokens],
+                k_cache_SKD.index_select(0, self._slots_L),
+                v_cache_SKD.index_select(0, self._slots_L),
+                self._cu_queries,
+                self._cu_keys,
+                self._max_queries,
+                self._max_keys,
+            )

@@ -1,0 +1,199 @@
+"""The GPU runner against the plain one; without a GPU kernels run in Triton's interpreter, and no graphs."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from deploy.reference import Reference
+from embedding_transport.checkpoint import open_checkpoint
+from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
+from llm_worker.engine.kv_cache import KvCache
+from llm_worker.engine.request import ExpandedPrompt, MediaSpan
+from llm_worker.engine.runner import Runner, plain_runner
+from llm_worker.engine.scheduler import Chunk
+from llm_worker.engine.sequence import Sequence
+from llm_worker.models import build_decoder
+from llm_worker.models.decoder import TextDecoder
+from tests.integration.test_parity import CASES
+from tests.llm_worker.engine.harness import Request, greedy, request_for, unsent
+from tests.llm_worker.engine.tensor_rows import TensorRows
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from llm_worker.gpu.gpu_runner import GpuRunner, decode_ladder, token_ladder
+
+# In float32, which kernels for a GPU take, too.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class PlainCausal:
+    name = "plain"
+
+    def __call__(
+        self,
+        q_THD: torch.Tensor,
+        k_LKD: torch.Tensor,
+        v_LKD: torch.Tensor,
+        cu_queries: torch.Tensor,
+        cu_keys: torch.Tensor,
+        max_queries: int,
+        max_keys: int,
+    ) -> torch.Tensor:
+        out_THD = torch.empty_like(q_THD)
+        for (q0, q1), (k0, k1) in zip(
+            cu_queries.unfold(0, 2, 1).tolist(), cu_keys.unfold(0, 2, 1).tolist(), strict=True
+        ):
+            assert q1 - q0 <= max_queries and k1 - k0 <= max_keys
+            q, k, v = (part.transpose(0, 1) for part in (q_THD[q0:q1], k_LKD[k0:k1], v_LKD[k0:k1]))
+            mask = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).tril(k1 - k0 - (q1 - q0))
+            attended = torch.nn.functional.scaled_dot_product_attention(
+                q[None], k[None], v[None], attn_mask=mask, enable_gqa=True
+            )
+            out_THD[q0:q1] = attended[0].transpose(0, 1)
+        return out_THD
+
+
+def hidden_states(decoder: TextDecoder, requests: list[Request], gpu: bool) -> list[torch.Tensor]:
+    """Of steps as a scheduler makes them: a prompt in chunks, then beside another's, then tokens of both."""
+    kv_cache = KvCache(decoder.config, 64, 16, DEVICE, torch.float32)
+    buffer = InputEmbedBuffer(decoder, 96)
+    runner: Runner = plain_runner(decoder, kv_cache, buffer)
+    if gpu:
+        # Short steps with up to 24 tokens: there are long ones, too.
+        runner = GpuRunner(
+            decoder, kv_cache, buffer, 4, 256, PlainCausal(), capture=lambda work: work, max_short_step=24
+        )
+    sequences = []
+    for request in requests:
+        sequence = Sequence("request", 0, [], greedy(1), lambda output, timings: None, unsent)
+        sequence.set_prompt(request.prompt)
+        sequence.rows = dict(enumerate(request.rows))
+        sequence.token_ids += [5, 6, 7]
+        kv_cache.grow(sequence.blocks, len(sequence.token_ids))
+        sequences.append(sequence)
+    one, other = sequences
+    end, other_end = one.num_prompt_tokens, other.num_prompt_tokens
+    cut = (one.prompt.spans[0].start if one.prompt else 0) + 3
+    steps = [
+        [Chunk(one, 0, cut, False)],
+        [Chunk(one, cut, end, True), Chunk(other, 0, 5, False)],
+        [Chunk(one, end, end + 1, True), Chunk(other, 5, other_end, True)],
+        [Chunk(one, end + 1, end + 2, True), Chunk(other, other_end, other_end + 1, True)],
+        [Chunk(other, other_end + 1, other_end + 2, True)],
+        [Chunk(one, end + 2, end + 3, True), Chunk(other, other_end + 2, other_end + 3, True)],
+    ]
+    found = []
+    for chunks in steps:
+        inputs, failed = buffer.write(chunks)
+        assert not failed
+        found.append(runner(inputs).clone())
+    return found
+
+
+@torch.inference_mode()
+def test_hidden_states_equal_the_plain_runners(checkpoint_folder: Path) -> None:
+    reference = Reference(checkpoint_folder)
+    decoder = build_decoder(open_checkpoint(str(checkpoint_folder)), DEVICE, torch.float32)
+    vision = reference.config.vision_config
+    factor = vision.patch_size * vision.spatial_merge_size
+    requests = [
+        request_for(reference, CASES[name].text, CASES[name].media(factor)) for name in ("one_image", "text_only")
+    ]
+    plain = hidden_states(decoder, requests, gpu=False)
+    for step, (ours, expected) in enumerate(zip(hidden_states(decoder, requests, gpu=True), plain, strict=True)):
+        torch.testing.assert_close(
+            ours, expected, atol=5e-5, rtol=1e-4, msg=lambda text, step=step: f"step {step}: {text}"
+        )
+    # Its weights lie elsewhere now, and are the same.
+    for ours, expected in zip(hidden_states(decoder, requests, gpu=False), plain, strict=True):
+        torch.testing.assert_close(ours, expected, atol=5e-5, rtol=1e-4)
+
+
+def test_ladders() -> None:
+    assert decode_ladder(1) == [1]
+    assert decode_ladder(20) == [1, 2, 4, 8, 16, 20]
+    sizes = token_ladder(8192)
+    assert (sizes[0], sizes[-1]) == (8, 8192)
+    assert sizes == sorted(set(sizes))
+    assert all(after <= before * 1.125 + 8 for before, after in pairwise(sizes))
+
+
+MIN_COSINE = 0.9995
+MARGIN = 0.05
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_graphs_equal_their_pieces_and_are_close_to_the_plain_decoder() -> None:
+    """True widths, four layers, bfloat16; a long prompt in chunks beside others' tokens, then tokens of all."""
+    from benchmarks.decoders import NUM_DEEPSTACK, qwen3_vl_8b_decoder
+    from llm_worker.gpu.prefill_attention import causal_attention
+
+    device = torch.device("cuda")
+    decoder = qwen3_vl_8b_decoder(device, num_layers=4)
+    width = decoder.config.hidden_size * (1 + NUM_DEEPSTACK)
+    generator = torch.Generator("cuda").manual_seed(0)
+    rows = torch.randn((600, width), device=device, generator=generator).bfloat16()
+
+    def states(kind: str) -> list[torch.Tensor]:
+        dtype = torch.float32 if kind == "float32" else torch.bfloat16
+        model = decoder.to(dtype)
+        kv_cache = KvCache(model.config, 512, 16, device, dtype)
+        buffer = InputEmbedBuffer(model, 1024)
+        runner: Runner = plain_runner(model, kv_cache, buffer)
+        if kind in ("graphs", "pieces"):
+            capture = None if kind == "graphs" else lambda work: work
+            runner = GpuRunner(model, kv_cache, buffer, 20, 2048, causal_attention(), capture=capture)
+        one = _request(kv_cache, 1, 900, MediaSpan(0, 100, 600, 0), TensorRows(rows.to(dtype)))
+        others = [_request(kv_cache, 2 + each, 40 + each) for each in range(12)]
+        steps = [
+            [Chunk(other, 0, other.num_prompt_tokens, True) for other in others],
+            [*(_token(other, 0) for other in others), Chunk(one, 0, 333, False)],
+            [_token(other, 1) for other in others],
+            [*(_token(other, 2) for other in others[:3]), Chunk(one, 333, 900, True)],
+            [_token(each, 3 if each is not one else 0) for each in (one, *others[:3])],
+            [_token(one, 1)],
+        ]
+        found = []
+        for chunks in steps:
+            inputs, failed = buffer.write(chunks)
+            assert not failed
+            found.append(runner(inputs).clone())
+        return found
+
+    graphs, pieces, plain = states("graphs"), states("pieces"), states("plain")
+    exact = states("float32")
+    for step in range(len(exact)):
+        assert torch.equal(graphs[step], pieces[step]), f"step {step}"
+        ours, theirs = (
+            torch.nn.functional.cosine_similarity(each[step].float(), exact[step], dim=-1) for each in (graphs, plain)
+        )
+        print(f"step {step}: cosine {ours.min():.6f}, plain bfloat16 {theirs.min():.6f}")
+        assert ours.min() >= MIN_COSINE, f"step {step}"
+        logits = decoder.lm_head(exact[step])
+        best = logits.topk(2).values
+        clear = best[:, 0] - best[:, 1] > MARGIN
+        same = decoder.lm_head(graphs[step].float()).argmax(-1) == logits.argmax(-1)
+        assert same[clear].float().mean() > 0.97, f"step {step}"
+
+
+def _request(
+    kv_cache: KvCache, seed: int, num_tokens: int, span: MediaSpan | None = None, rows: TensorRows | None = None
+) -> Sequence:
+    token_ids = torch.randint(1000, 50000, (num_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+    sequence = Sequence("request", 0, [], greedy(1), lambda output, timings: None, unsent)
+    positions = torch.arange(num_tokens).expand(3, -1)
+    sequence.set_prompt(ExpandedPrompt(token_ids, positions, num_tokens, (span,) if span is not None else ()))
+    if rows is not None:
+        sequence.rows = {0: rows}
+    sequence.token_ids += [5, 6, 7, 8]
+    assert kv_cache.grow(sequence.blocks, len(sequence.token_ids))
+    return sequence
+
+
+def _token(sequence: Sequence, index: int) -> Chunk:
+    start = sequence.num_prompt_tokens + index
+    return Chunk(sequence, start, start + 1, True)
