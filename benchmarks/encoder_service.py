@@ -1,6 +1,6 @@
 """What a whole encoder delivers: JPEG bytes in over gRPC, rows landed in another process's buffers.
 
-`python -m benchmarks.encoder_service` starts a real encoder with random weights of Qwen3-VL-8B's tower and asks it with
+`python -m benchmarks.encoder_service` starts a real encoder of Qwen3-VL-8B's dims with dummy weights and asks it with
 many requests in flight; this process plays the worker. It prints a Markdown table.
 """
 
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import io
-import json
 import re
 import statistics
 import sys
@@ -19,14 +17,10 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
-from transformers import Qwen3VLConfig
-from transformers.utils import logging as transformers_logging
 
-from benchmarks.towers import QWEN3_VL_8B
-from deploy.random_checkpoint import save_random_checkpoint, small_config
+from benchmarks.checkpoints import save_qwen3_vl_8b
+from benchmarks.pictures import random_jpegs
 from embedding_transport.encoder_client import EncoderClient
 from embedding_transport.encoder_peer import TransportChoice
 from embedding_transport.types import MediaItem, RowsEvent
@@ -37,7 +31,6 @@ _NUM_PICTURES = 16  # different ones, asked in turn
 _NUM_DEEPSTACK, _HIDDEN = 3, 4096
 _POOL_NBYTES = 6 << 30
 _PORT = 50151  # of the first of several encoders
-_MAX_PIXELS = 16777216
 _MAX_QUEUED_PATCHES = 1 << 20
 
 
@@ -50,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--encoder-flags", nargs="*", default=[], help="more flags for the encoder, without dashes")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        asyncio.run(_measure(_checkpoint(Path(folder)), options))
+        asyncio.run(_measure(save_qwen3_vl_8b(Path(folder)), options))
     return 0
 
 
@@ -71,7 +64,7 @@ async def _measure(checkpoint: Path, options: argparse.Namespace) -> None:
 async def _row(
     client: EncoderClient, transport: TransportChoice, size: tuple[int, int], num_requests: int, in_flight: int
 ) -> str:
-    pictures = [_jpeg(seed, size) for seed in range(_NUM_PICTURES)]
+    pictures = random_jpegs(_NUM_PICTURES, size)
     landing = _Landing()
     await _ask_all(client, pictures, landing, _WARM_UP, in_flight)
     landing.clear()
@@ -132,7 +125,7 @@ class _Landing:
 async def _encoders(checkpoint: Path, dp: int, flags: list[str]) -> AsyncIterator[list[str]]:
     """Real encoder processes; their addresses."""
     command = [sys.executable, "-m", "encoder_service", "--model", str(checkpoint), "--dtype", "bfloat16"]
-    command += ["--dp", str(dp), "--port", str(_PORT if dp > 1 else 0)]
+    command += ["--load-format", "dummy", "--dp", str(dp), "--port", str(_PORT if dp > 1 else 0)]
     command += ["--cuda-ipc-pool-bytes", str(_POOL_NBYTES)]
     command += ["--cache-gpu-bytes", "0", "--cache-host-bytes", "0"]  # or equal pictures would not be encoded again
     command += ["--max-queued-patches", str(_MAX_QUEUED_PATCHES), *flags]
@@ -163,34 +156,6 @@ async def _encoders(checkpoint: Path, dp: int, flags: list[str]) -> AsyncIterato
 async def _drain(stream: asyncio.StreamReader) -> None:
     async for raw in stream:
         print(raw.decode().rstrip(), file=sys.stderr)
-
-
-def _checkpoint(folder: Path) -> Path:
-    """The 8B tower with one small text layer, which an encoder does not read."""
-    transformers_logging.disable_progress_bar()
-    small = small_config("qwen3_vl")
-    text = small.text_config.to_dict() | {"hidden_size": _HIDDEN, "num_hidden_layers": 1}
-    text.pop("model_type")
-    ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    config = Qwen3VLConfig(text_config=text, vision_config=QWEN3_VL_8B, **{name: getattr(small, name) for name in ids})
-    save_random_checkpoint(folder, "qwen3_vl", config=config, max_shard_size="2GB")
-    path = folder / "preprocessor_config.json"
-    settings = json.loads(path.read_text())
-    settings["size"]["longest_edge"] = _MAX_PIXELS
-    path.write_text(json.dumps(settings))
-    return folder
-
-
-def _jpeg(seed: int, size: tuple[int, int]) -> bytes:
-    """A picture with detail at every scale, so that it compresses about as a photograph does."""
-    rng = np.random.default_rng(seed)
-    image = np.zeros((size[1], size[0], 3), dtype=np.float32)
-    for cells in (4, 16, 64, 256):
-        coarse = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
-        image += np.asarray(coarse.resize(size, Image.Resampling.BICUBIC), dtype=np.float32) / cells**0.5
-    file = io.BytesIO()
-    Image.fromarray((image * (255 / image.max())).astype(np.uint8)).save(file, "JPEG", quality=90)
-    return file.getvalue()
 
 
 if __name__ == "__main__":

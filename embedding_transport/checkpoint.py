@@ -11,16 +11,20 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
+LoadFormat = Literal["auto", "dummy"]
+
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _SAMPLE_NBYTES = 64 * 1024
 _SAMPLES_PER_FILE = 16
+_WEIGHTS = "*.safetensors"
+_OTHER_FILES = ("*.json", "*.txt", "*.jinja")
 
 
 class CheckpointError(ValueError):
@@ -31,12 +35,15 @@ class CheckpointError(ValueError):
 class Checkpoint:
     """A checkpoint on local disk.
 
-    model: the name it was asked for by (hub id, or folder name); revision: hub commit or content fingerprint.
+    model: the name it was asked for by (hub id, or folder name); revision: hub commit or content fingerprint, marked
+    where the weights are dummies: they fit no real ones.
+    load_format: "dummy" means that there need be no weights, and that those there are are not read.
     """
 
     folder: Path
     model: str
     revision: str
+    load_format: LoadFormat = "auto"
 
     def json(self, name: str) -> dict[str, Any]:
         """Contents of a JSON file of the checkpoint; empty where the file is missing."""
@@ -89,36 +96,46 @@ class Checkpoint:
                         yield name, file.get_tensor(name)
 
 
-def open_checkpoint(model: str, revision: str | None = None, served_model_name: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: str,
+    revision: str | None = None,
+    served_model_name: str | None = None,
+    load_format: LoadFormat = "auto",
+) -> Checkpoint:
     """Finds `model` on local disk or downloads it from the hub.
 
     Args:
         model: a folder with config.json, or a hub id such as "Qwen/Qwen3-VL-2B-Instruct".
         revision: hub branch, tag or commit; not used for folders.
         served_model_name: name to serve under instead of the hub id or folder name.
+        load_format: with "dummy" weights are neither downloaded nor part of a folder's revision.
 
     Raises:
         CheckpointError: neither a checkpoint folder nor a downloadable hub id.
     """
     folder = Path(model)
     if (folder / "config.json").is_file():
-        return Checkpoint(folder, served_model_name or folder.resolve().name, _fingerprint(folder))
+        name = served_model_name or folder.resolve().name
+        return Checkpoint(folder, name, _revision(_fingerprint(folder, load_format), load_format), load_format)
     if folder.exists() or model.startswith((".", "/")):
         raise CheckpointError(f"{model} has no config.json: give a checkpoint folder or a hub id")
     try:
-        snapshot = Path(
-            snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
-        )
+        files = [*_OTHER_FILES] if load_format == "dummy" else [*_OTHER_FILES, _WEIGHTS]
+        snapshot = Path(snapshot_download(model, revision=revision, allow_patterns=files))
     except Exception as error:  # the hub client's errors share no base
         raise CheckpointError(f"could not get {model!r} from the hub: {error}") from error
     # The hub cache lays snapshots out as .../snapshots/<commit>/.
-    return Checkpoint(snapshot, served_model_name or model, snapshot.name)
+    return Checkpoint(snapshot, served_model_name or model, _revision(snapshot.name, load_format), load_format)
 
 
-def _fingerprint(folder: Path) -> str:
+def _revision(content: str, load_format: LoadFormat) -> str:
+    return f"dummy-{content}" if load_format == "dummy" else content
+
+
+def _fingerprint(folder: Path, load_format: LoadFormat) -> str:
     """SHA-256 over config.json and, of each weights file, name, size and evenly spread samples: fast at any size."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in [] if load_format == "dummy" else sorted(folder.glob(_WEIGHTS)):
         nbytes = path.stat().st_size
         digest.update(f"{path.name}:{nbytes}".encode())
         with path.open("rb") as file:

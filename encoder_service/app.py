@@ -80,7 +80,7 @@ def load_model(
         ValueError: the GPU, or the lack of one, does not allow what was asked for.
     """
     _log.info("opening checkpoint %s", config.model)
-    checkpoint = open_checkpoint(config.model, config.revision, config.served_model_name)
+    checkpoint = open_checkpoint(config.model, config.revision, config.served_model_name, config.load_format)
     settings = ProcessorSettings.from_checkpoint(checkpoint)
     device = choose_device(config.device)
     dtype_name = choose_dtype(config.dtype, device, stored_dtype(checkpoint))

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
+from embedding_transport.checkpoint import LoadFormat
 from encoder_service.media.limits import MediaLimits
 from service_runtime.settings import ServiceSettings
 
@@ -23,6 +24,9 @@ class EncoderConfig(ServiceSettings):
     model: str = Field(description="checkpoint folder or hub id, such as Qwen/Qwen3-VL-2B-Instruct")
     revision: str | None = Field(None, description="hub branch, tag or commit; not used for folders")
     served_model_name: str | None = Field(None, description="name to serve under instead of hub id or folder name")
+    load_format: LoadFormat = Field(
+        "auto", description="dummy: random weights, for measuring without their files; answers mean nothing"
+    )
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: int = Field(50051, ge=0, le=65535, description="gRPC port; 0 takes a free one, see the LISTENING line")

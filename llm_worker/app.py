@@ -64,7 +64,7 @@ def load_model(
         CheckpointError: no such checkpoint, or one that this worker cannot serve.
     """
     _log.info("opening checkpoint %s", config.model)
-    checkpoint = open_checkpoint(config.model, config.revision, config.served_model_name)
+    checkpoint = open_checkpoint(config.model, config.revision, config.served_model_name, config.load_format)
     tokenizer = None if config.skip_tokenizer_init else PromptTokenizer(checkpoint)
     device = choose_device(config.device)
     dtype_name = choose_dtype(config.dtype, device, stored_dtype(checkpoint))

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
+from embedding_transport.checkpoint import LoadFormat
 from embedding_transport.discovery import Source, parse_sources
 from llm_worker.engine.engine import EngineConfig
 from service_runtime.settings import ServiceSettings
@@ -25,6 +26,9 @@ class LlmConfig(ServiceSettings):
     model: str = Field(description="checkpoint folder or hub id, the same as the encoders'")
     revision: str | None = Field(None, description="hub branch, tag or commit; not used for folders")
     served_model_name: str | None = Field(None, description="name to serve under instead of hub id or folder name")
+    load_format: LoadFormat = Field(
+        "auto", description="dummy: random weights, for measuring without their files; answers mean nothing"
+    )
 
     encoders: str = Field(
         description="encoders to use, separated by commas: host:port, host:first-last (of --dp), dns:NAME:PORT, "

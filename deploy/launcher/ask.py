@@ -62,7 +62,7 @@ async def ask(base_url: str, picture_url: str, prompt: str, *, max_tokens: int, 
         async with session.post(f"{base_url}/v1/chat/completions", json=body) as response:
             if response.status != 200:
                 raise AskFailed(f"HTTP {response.status}: {await response.text()}")
-            async for chunk in _events(response):
+            async for chunk in server_sent_events(response):
                 if "error" in chunk:
                     raise AskFailed(str(chunk["error"].get("message", chunk["error"])))
                 for choice in chunk.get("choices", []):
@@ -76,7 +76,7 @@ async def ask(base_url: str, picture_url: str, prompt: str, *, max_tokens: int, 
         return Answer(finish_reason, usage, timings_ms, ttft_ms, _ms_since(start))
 
 
-async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+async def server_sent_events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
     """The JSON objects of a server-sent event stream, up to [DONE]."""
     async for line in response.content:
         if line.startswith(b"data: "):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +41,8 @@ class Stack:
         dp: int = 1,
         encoder_flags: Sequence[str] = (),
         worker_flags: Sequence[str] = (),
+        encoder_environment: Mapping[str, str] | None = None,
+        worker_environment: Mapping[str, str] | None = None,
     ) -> AsyncIterator[Stack]:
         """Starts all services at once and stops them at the end, whatever happens in between.
 
@@ -49,6 +51,7 @@ class Stack:
             port: HTTP port of the LLM worker; None for a free one.
             dp: ranks of each encoder.
             encoder_flags, worker_flags: more flags for every encoder and for the LLM worker.
+            encoder_environment, worker_environment: added to ours, to give each its GPUs for instance.
         """
         http_port, grpc_port = _free_ports(2)
         encoder_ports = [_free_ports(dp, in_a_row=True)[0] for _ in range(num_encoders)]
@@ -59,11 +62,11 @@ class Stack:
                 name = "encoder" if num_encoders == 1 else f"encoder {index}"
                 encoder = ["encoder_service", "--model", str(model), "--port", str(encoder_port), "--dp", str(dp)]
                 encoder += encoder_flags
-                children.append(await Child.start(name, encoder))
+                children.append(await Child.start(name, encoder, encoder_environment))
             encoders = ",".join(f"{_HOST}:{first}-{first + dp - 1}" for first in encoder_ports)
             worker = ["llm_worker", "--model", str(model), "--encoders", encoders]
             ports = ["--port", str(http_port), "--grpc-port", str(grpc_port)]
-            children.append(await Child.start("llm", [*worker, *ports, *worker_flags]))
+            children.append(await Child.start("llm", [*worker, *ports, *worker_flags], worker_environment))
             yield cls(f"http://{_HOST}:{http_port}", f"{_HOST}:{grpc_port}", children)
         finally:
             # The worker first: it gives its leases back while the encoders still listen.

@@ -1,5 +1,11 @@
 """Seeded random checkpoints of the true architectures, for tests and benchmarks."""
 
-from deploy.random_checkpoint.checkpoint import Family, save_random_checkpoint, small_config
+from deploy.random_checkpoint.checkpoint import (
+    Family,
+    save_random_checkpoint,
+    save_weightless_checkpoint,
+    small_config,
+    special_token_ids,
+)
 
-__all__ = ["Family", "save_random_checkpoint", "small_config"]
+__all__ = ["Family", "save_random_checkpoint", "save_weightless_checkpoint", "small_config", "special_token_ids"]

@@ -52,9 +52,15 @@ def printable_token_ids() -> list[int]:
     return [vocab[byte_level.pre_tokenize_str(char)[0][0]] for char in ["\n", *map(chr, range(32, 127))]]
 
 
-def save_byte_tokenizer(folder: Path) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, loadable by AutoTokenizer."""
-    tokenizer = Tokenizer(models.BPE(vocab=_byte_vocab(), merges=[]))
+def save_byte_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, loadable by AutoTokenizer.
+
+    Args:
+        vocab_size: the model's; ids above the special tokens' stand for their number in hexadecimal and are never read
+            from text, so that every token a model may choose has a text.
+    """
+    others = {f"{token_id:x}": token_id for token_id in range(_NUM_BYTES + len(_SPECIAL_TOKENS), vocab_size)}
+    tokenizer = Tokenizer(models.BPE(vocab=_byte_vocab() | SPECIAL_TOKEN_IDS | others, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIAL_TOKENS])

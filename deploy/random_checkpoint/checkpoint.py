@@ -48,6 +48,16 @@ _LOGITS_STD = 6.0
 _ROPE_THETA = 300.0
 
 
+def special_token_ids() -> dict[str, int]:
+    """Fields of config.json that name the byte tokenizer's special tokens."""
+    return {
+        "image_token_id": SPECIAL_TOKEN_IDS["<|image_pad|>"],
+        "video_token_id": SPECIAL_TOKEN_IDS["<|video_pad|>"],
+        "vision_start_token_id": SPECIAL_TOKEN_IDS["<|vision_start|>"],
+        "vision_end_token_id": SPECIAL_TOKEN_IDS["<|vision_end|>"],
+    }
+
+
 def small_config(family: Family) -> PretrainedConfig:
     """The family's architecture with every feature in place and dims small enough for a test.
 
@@ -57,12 +67,7 @@ def small_config(family: Family) -> PretrainedConfig:
     Raises:
         ValueError: `family` is none of `Family`.
     """
-    special_ids = {
-        "image_token_id": SPECIAL_TOKEN_IDS["<|image_pad|>"],
-        "video_token_id": SPECIAL_TOKEN_IDS["<|video_pad|>"],
-        "vision_start_token_id": SPECIAL_TOKEN_IDS["<|vision_start|>"],
-        "vision_end_token_id": SPECIAL_TOKEN_IDS["<|vision_end|>"],
-    }
+    special_ids = special_token_ids()
     text: dict[str, Any] = {
         "vocab_size": _VOCAB_SIZE,
         "hidden_size": 96,
@@ -143,19 +148,42 @@ def save_random_checkpoint(
     Returns:
         `folder`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     config = config if config is not None else small_config(family)
+    save_weightless_checkpoint(folder, family, config)
     model = _MODEL_CLASSES[family]._from_config(config, dtype=torch.float32)
     _draw_weights(model, torch.Generator().manual_seed(seed))
-    model.generation_config = GenerationConfig(
+    model.generation_config = _generation_config()
+    model.save_pretrained(folder, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
+    return folder
+
+
+def save_weightless_checkpoint(
+    folder: Path, family: Family, config: PretrainedConfig, *, max_pixels: int = _MAX_PIXELS
+) -> Path:
+    """Writes what `--load-format dummy` needs: all files but the weights.
+
+    Args:
+        folder: made if missing; files of an earlier call are overwritten.
+        config: its special token ids must be those of the byte tokenizer.
+        max_pixels: larger pictures are scaled down.
+
+    Returns:
+        `folder`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    _generation_config().save_pretrained(folder)
+    _write_processor_configs(folder, family, config, max_pixels)
+    save_byte_tokenizer(folder, config.text_config.vocab_size)
+    return folder
+
+
+def _generation_config() -> GenerationConfig:
+    return GenerationConfig(
         bos_token_id=SPECIAL_TOKEN_IDS["<|endoftext|>"],
         pad_token_id=SPECIAL_TOKEN_IDS["<|endoftext|>"],
         eos_token_id=[SPECIAL_TOKEN_IDS["<|im_end|>"], SPECIAL_TOKEN_IDS["<|endoftext|>"]],
     )
-    model.save_pretrained(folder, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
-    _write_processor_configs(folder, family, config)
-    save_byte_tokenizer(folder)
-    return folder
 
 
 @torch.no_grad()
@@ -194,8 +222,8 @@ def _fan_in(parameter: torch.Tensor) -> int:
     return parameter[0].numel()
 
 
-def _write_processor_configs(folder: Path, family: Family, config: PretrainedConfig) -> None:
-    """Fields and names as the released checkpoints of the family write them, with limits that keep pictures small."""
+def _write_processor_configs(folder: Path, family: Family, config: PretrainedConfig, max_pixels: int) -> None:
+    """Fields and names as the released checkpoints of the family write them, with limits that keep videos small."""
     vision = config.vision_config
     name = _PROCESSOR_NAMES[family]
     shared: dict[str, Any] = {
@@ -209,7 +237,7 @@ def _write_processor_configs(folder: Path, family: Family, config: PretrainedCon
             "image_mean": [0.48145466, 0.4578275, 0.40821073],
             "image_std": [0.26862954, 0.26130258, 0.27577711],
         }
-        image = {"min_pixels": _MIN_PIXELS, "max_pixels": _MAX_PIXELS, "image_processor_type": "Qwen2VLImageProcessor"}
+        image = {"min_pixels": _MIN_PIXELS, "max_pixels": max_pixels, "image_processor_type": "Qwen2VLImageProcessor"}
         video = {
             "min_pixels": _MIN_PIXELS,
             "max_pixels": 128 * 128,
@@ -218,7 +246,7 @@ def _write_processor_configs(folder: Path, family: Family, config: PretrainedCon
     else:
         shared |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
         image = {
-            "size": {"shortest_edge": _MIN_PIXELS, "longest_edge": _MAX_PIXELS},
+            "size": {"shortest_edge": _MIN_PIXELS, "longest_edge": max_pixels},
             "image_processor_type": "Qwen2VLImageProcessorFast",
         }
         video = {

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from embedding_transport.checkpoint import Checkpoint, CheckpointError
+from embedding_transport.dummy_weights import draw_dummy_weights
 from encoder_service.models.config import qwen2_5_vl_config, qwen3_vl_config
 from encoder_service.models.qwen2_5_vl import Qwen2_5VLTower
 from encoder_service.models.qwen3_vl import Qwen3VLTower
@@ -49,7 +50,7 @@ def build_tower(
     dtype: torch.dtype,
     on_progress: Callable[[int, int], None] = lambda num_loaded, num_tensors: None,
 ) -> Qwen3VLTower | Qwen2_5VLTower:
-    """The checkpoint's vision tower with its weights, a `VisionTower`; the language model's tensors are not read.
+    """The checkpoint's vision tower with its weights or dummies, a `VisionTower`; no language tensor is read.
 
     Raises:
         CheckpointError: a model type we have no tower for, or weights that do not match config.json.
@@ -66,5 +67,6 @@ def build_tower(
             raise CheckpointError(
                 f"model_type {model_type!r} has no vision tower here; supported are qwen3_vl, qwen3_vl_moe, qwen2_5_vl"
             )
-    load_visual_weights(tower, checkpoint, device, dtype, on_progress)
+    load = draw_dummy_weights if checkpoint.load_format == "dummy" else load_visual_weights
+    load(tower, checkpoint, device, dtype, on_progress)
     return tower.eval()

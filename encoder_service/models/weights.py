@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from embedding_transport.checkpoint import Checkpoint, CheckpointError
+from embedding_transport.dummy_weights import configured_dtype
 
 # The older layout of released checkpoints and the newer one.
 _PREFIXES = ("visual.", "model.visual.")
@@ -51,11 +52,13 @@ def load_visual_weights(
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """Element type of the visual weights on disk, read from one tensor.
+    """Element type of the visual weights on disk, read from one tensor; of dummies what config.json says.
 
     Raises:
         CheckpointError: no visual tensors.
     """
+    if checkpoint.load_format == "dummy":
+        return configured_dtype(checkpoint)
     return next(checkpoint.read_tensors(_visual_names(checkpoint)[:1]))[1].dtype
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from embedding_transport.checkpoint import Checkpoint, CheckpointError
+from embedding_transport.dummy_weights import configured_dtype
 from llm_worker.models.decoder import TextDecoder
 
 # Where the decoder's tensors live, newest spelling first. Qwen2.5-VL's checkpoints have them right below "model.".
@@ -50,7 +51,9 @@ def load_language_weights(
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """Element type of the language weights on disk, read from one norm's weight."""
+    """Element type of the language weights on disk, read from one norm's weight; of dummies what config.json says."""
+    if checkpoint.load_format == "dummy":
+        return configured_dtype(checkpoint)
     name = next(name for name in checkpoint.tensor_names() if name.endswith("layers.0.input_layernorm.weight"))
     return next(checkpoint.read_tensors([name]))[1].dtype
 

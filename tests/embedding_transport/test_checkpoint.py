@@ -55,6 +55,18 @@ def test_revision_tells_weights_apart_and_not_places(tmp_path: Path, qwen3_vl_fo
     assert open_checkpoint(str(copy), served_model_name="mine").model == "mine"
 
 
+def test_dummies_need_no_weights_and_fit_no_real_ones(tmp_path: Path, qwen3_vl_folder: Path) -> None:
+    bare, other = tmp_path / "bare", tmp_path / "other"
+    for folder in (bare, other):
+        shutil.copytree(qwen3_vl_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (other / "config.json").write_text(json.dumps(open_checkpoint(str(bare)).config | {"changed": True}))
+    revisions = [
+        open_checkpoint(str(folder), load_format="dummy").revision for folder in (qwen3_vl_folder, bare, other)
+    ]
+    assert revisions[0] == revisions[1] != revisions[2]
+    assert revisions[1] != open_checkpoint(str(bare)).revision
+
+
 def test_what_is_missing_is_named(tmp_path: Path, qwen3_vl_folder: Path) -> None:
     checkpoint = open_checkpoint(str(qwen3_vl_folder))
     with pytest.raises(CheckpointError, match=r"no\.such\.tensor"):
@@ -83,5 +95,8 @@ def test_a_hub_id_is_found_in_the_hubs_cache(
     checkpoint = open_checkpoint("acme/eyes")
     assert (checkpoint.model, checkpoint.revision) == ("acme/eyes", commit)
     assert checkpoint.config["model_type"] == "qwen3_vl"
+    (repository / "snapshots" / commit / "model.safetensors").unlink()
+    dummy = open_checkpoint("acme/eyes", load_format="dummy")
+    assert (dummy.revision, dummy.config["model_type"]) == (f"dummy-{commit}", "qwen3_vl")
     with pytest.raises(CheckpointError, match="acme/ears"):
         open_checkpoint("acme/ears")

@@ -1,0 +1,203 @@
+"""What the whole split delivers: OpenAI requests in, tokens out, one real encoder and one real LLM worker between.
+
+`python -m benchmarks.serving` starts both at Qwen3-VL-8B's dims with dummy weights, the encoder on the first visible
+GPU and the worker on the second (on the same one where there is no other), asks as any client would, and prints a
+Markdown table: first many requests with a picture and one token of answer each, then decoding streams, alone and while
+large pictures pour in. `--small` does the same at small dims, on a CPU too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+import torch
+
+from benchmarks.chat_load import ChatClient, Load, load_rows, run_load
+from benchmarks.checkpoints import save_qwen3_vl_8b, save_small_qwen3_vl
+from benchmarks.pictures import random_jpegs
+from benchmarks.report import Row, table
+from deploy.launcher.ask import AskFailed
+from deploy.launcher.stack import Stack
+from service_runtime.child_process import ChildFailed
+
+_SETTLE_S = 1.0  # until the pictures that pour in have filled every stage
+_WARM_UP_TOKENS = 8
+_NUM_POURED = 256  # different ones, asked in turn: at full size more than are asked for, so that no cache answers
+
+
+@dataclass(frozen=True)
+class Workload:
+    """num_prompts requests with a picture, `concurrency` in flight; then num_streams answers of stream_tokens each,
+    alone and with num_pouring requests for poured_size pictures in flight beside them.
+
+    Sizes are (width, height) in pixels; text_tokens are those of every prompt's text.
+    """
+
+    num_prompts: int
+    concurrency: int
+    image_size: tuple[int, int]
+    text_tokens: int
+    num_streams: int
+    stream_tokens: int
+    num_pouring: int
+    poured_size: tuple[int, int]
+
+
+FULL = Workload(256, 32, (560, 560), 128, 16, 384, 8, (1920, 1080))
+SMALL = Workload(16, 4, (128, 96), 32, 2, 24, 2, (320, 192))
+
+
+def serving_rows(*, small: bool, encoder_flags: Sequence[str] = (), worker_flags: Sequence[str] = ()) -> list[Row]:
+    """Starts the services, measures, stops them. What goes on is said on stderr.
+
+    Raises:
+        ChildFailed: a service ended by itself.
+        AskFailed: the worker does not even answer plain text.
+    """
+    workload = SMALL if small else FULL
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        save = save_small_qwen3_vl if small else save_qwen3_vl_8b
+        checkpoint = save(Path(folder) / "dummy")
+        return asyncio.run(_serve_and_measure(checkpoint, workload, encoder_flags, worker_flags))
+
+
+async def _serve_and_measure(
+    checkpoint: Path, workload: Workload, encoder_flags: Sequence[str], worker_flags: Sequence[str]
+) -> list[Row]:
+    encoder_environment, worker_environment = _gpus()
+    start = time.perf_counter()
+    async with Stack.running(
+        checkpoint,
+        encoder_flags=["--load-format", "dummy", *encoder_flags],
+        worker_flags=["--load-format", "dummy", "--max-model-len", "8192", *worker_flags],
+        encoder_environment=encoder_environment,
+        worker_environment=worker_environment,
+    ) as stack:
+        drawing = asyncio.to_thread(_Pictures, workload)
+        pictures, _ = await asyncio.gather(drawing, stack.wait_ready())
+        _say(f"ready after {time.perf_counter() - start:.1f} s")
+        return await stack.unless_failed(_measure(stack.base_url, workload, pictures))
+
+
+class _Pictures:
+    def __init__(self, workload: Workload) -> None:
+        self.warm_up = random_jpegs(workload.concurrency, workload.image_size, seed=0)
+        self.asked = random_jpegs(workload.num_prompts, workload.image_size, seed=1)
+        self.poured = random_jpegs(_NUM_POURED, workload.poured_size, seed=2)
+
+
+async def _measure(url: str, workload: Workload, pictures: _Pictures) -> list[Row]:
+    async with ChatClient.connected(url) as client:
+        rows = [Row("transport of rows", await _transport(url))]
+        rows += await _measure_pictures(client, workload, pictures)
+        return rows + await _measure_decoding(client, workload, pictures.poured)
+
+
+async def _measure_pictures(client: ChatClient, workload: Workload, pictures: _Pictures) -> list[Row]:
+    warm_up, bodies = (
+        [client.body(workload.text_tokens, 1, jpeg) for jpeg in jpegs] for jpegs in (pictures.warm_up, pictures.asked)
+    )
+    await run_load(client, warm_up, workload.concurrency)
+    _say(f"{len(bodies)} prompts with a picture, {workload.concurrency} in flight")
+    load = await run_load(client, bodies, workload.concurrency)
+    _say_failures(load)
+    what = f"{_shown(workload.image_size)}, {workload.text_tokens} text tokens, {workload.concurrency} in flight"
+    return [Row(f"{what}: {row.figure}", row.measured, row.bar) for row in load_rows(load)]
+
+
+async def _measure_decoding(client: ChatClient, workload: Workload, poured: list[bytes]) -> list[Row]:
+    def streams(max_tokens: int) -> list[bytes]:
+        return [client.body(workload.text_tokens, max_tokens) for _ in range(workload.num_streams)]
+
+    await run_load(client, streams(_WARM_UP_TOKENS), workload.num_streams)
+    _say(f"{workload.num_streams} streams of {workload.stream_tokens} tokens")
+    alone = await run_load(client, streams(workload.stream_tokens), workload.num_streams)
+
+    _say(f"the same while pictures of {_shown(workload.poured_size)} pour in")
+    images = [client.body(workload.text_tokens, 1, jpeg) for jpeg in poured]
+    measured = asyncio.Event()
+    until_measured = itertools.takewhile(lambda _: not measured.is_set(), itertools.cycle(images))
+    async with asyncio.TaskGroup() as group:
+        pouring = group.create_task(run_load(client, until_measured, workload.num_pouring))
+        await asyncio.sleep(_SETTLE_S)
+        beside = await run_load(client, streams(workload.stream_tokens), workload.num_streams)
+        measured.set()
+    images_load = pouring.result()
+    for load in (alone, beside, images_load):
+        _say_failures(load)
+    return _decoding_rows(workload, alone, beside, images_load)
+
+
+def _decoding_rows(workload: Workload, alone: Load, beside: Load, images: Load) -> list[Row]:
+    what = f"{workload.num_streams} decoding streams"
+    pictures = f"with {workload.num_pouring} pictures of {_shown(workload.poured_size)} in flight"
+    num_failures = sum(len(load.failures) for load in (alone, beside, images))
+    rows = [Row(f"{what}, {pictures}: failures", str(num_failures), "0")]
+    if not (alone.answers and beside.answers):
+        return rows
+    return [
+        *rows,
+        Row(f"{what}: ITL, ms, median / p99", f"{alone.itl_ms(50):.2f} / {alone.itl_ms(99):.2f}"),
+        Row(f"{what}, {pictures}: ITL, ms, median / p99", f"{beside.itl_ms(50):.2f} / {beside.itl_ms(99):.2f}"),
+        Row(f"{what}: p99 ITL with pictures / without", f"{beside.itl_ms(99) / alone.itl_ms(99):.2f}"),
+        Row("pictures/s meanwhile", f"{images.requests_per_s:.1f}"),
+    ]
+
+
+async def _transport(url: str) -> str:
+    async with aiohttp.ClientSession() as session, session.get(f"{url}/ready") as response:
+        [encoder] = (await response.json())["encoders"]
+        return str(encoder["transport"])
+
+
+def _gpus() -> tuple[dict[str, str], dict[str, str]]:
+    """Environments of encoder and worker. The worker also sees the encoder's GPU, whose memory it reads by CUDA IPC."""
+    visible = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
+    gpus = visible or [str(index) for index in range(torch.cuda.device_count())]
+    if len(gpus) < 2:
+        return {}, {}
+    return {"CUDA_VISIBLE_DEVICES": gpus[0]}, {"CUDA_VISIBLE_DEVICES": f"{gpus[1]},{gpus[0]}"}
+
+
+def _shown(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _say_failures(load: Load) -> None:
+    for failure in load.failures[:3]:
+        _say(f"failed: {failure}")
+
+
+def _say(message: str) -> None:
+    print(f"[benchmark] {message}", file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="small dims and few requests, for any machine")
+    parser.add_argument("--encoder-flags", nargs="*", default=[], help="more flags for the encoder, without dashes")
+    parser.add_argument("--worker-flags", nargs="*", default=[], help="more flags for the worker, without dashes")
+    options = parser.parse_args(arguments)
+    flags = [[f"--{flag}" for flag in each] for each in (options.encoder_flags, options.worker_flags)]
+    try:
+        rows = serving_rows(small=options.small, encoder_flags=flags[0], worker_flags=flags[1])
+    except (ChildFailed, AskFailed, aiohttp.ClientError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
