@@ -110,7 +110,9 @@ class Sequence:
 
     def spans_in(self, start: int, stop: int) -> list[MediaSpan]:
         """Media spans that overlap tokens [start, stop)."""
-        return self.prompt.spans_in(start, stop) if self.prompt is not None else []
+        if self.prompt is None or start >= self.num_prompt_tokens:
+            return []
+        return self.prompt.spans_in(start, stop)
 
     def positions(self, start: int, stop: int) -> torch.Tensor:
         """M-RoPE positions of tokens [start, stop), [3, stop - start] int64."""

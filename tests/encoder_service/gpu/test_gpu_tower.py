@@ -43,7 +43,7 @@ MAX_GRAPH_PATCHES = 12288
 
 
 # Two roundings of 2.6 % each a product, without end: see docs/performance.md.
-MIN_FP8_COSINE = 0.995
+MIN_FP8_COSINE = 0.99
 
 
 @dataclass(frozen=True)

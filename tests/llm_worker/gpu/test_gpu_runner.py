@@ -48,7 +48,7 @@ class PlainCausal:
         ):
             assert q1 - q0 <= max_queries and k1 - k0 <= max_keys
             q, k, v = (part.transpose(0, 1) for part in (q_THD[q0:q1], k_LKD[k0:k1], v_LKD[k0:k1]))
-            mask = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).tril(k1 - k0 - (q1 - q0))
+            mask = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool, device=q_THD.device).tril(k1 - k0 - (q1 - q0))
             attended = torch.nn.functional.scaled_dot_product_attention(
                 q[None], k[None], v[None], attn_mask=mask, enable_gqa=True
             )
