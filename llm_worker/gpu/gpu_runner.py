@@ -21,7 +21,7 @@ from llm_worker.engine.kv_cache import KvCache
 from llm_worker.gpu.fused_decoder import FusedDecoder
 from llm_worker.gpu.prefill_attention import CausalVarlen
 from llm_worker.gpu.step_attention import StepAttention
-from llm_worker.gpu.step_tables import StepTables, max_splits
+from llm_worker.gpu.step_tables import StepTables, Tiles
 from llm_worker.gpu.tile_attention import tile_attention
 from llm_worker.models.decoder import StepInputs, TextDecoder
 
@@ -91,20 +91,24 @@ class GpuRunner:
         self._cos_sin_M2F = torch.zeros((max_tokens, 2, config.head_dim // 2), dtype=decoder.dtype, device=device)
         sizes = token_ladder(max_tokens)
         short = [size for size in sizes if size <= max_short_step]
-        max_tiles = max(self._num_tiles(size) for size in (*short, max_num_seqs))
-        max_blocks = kv_cache.blocks_for(max_model_len)
-        self._num_kv_heads = config.num_key_value_heads
-        self._tables = StepTables(max_num_seqs, max_blocks, max_tiles, kv_cache.block_size, self._num_kv_heads, device)
+        num_kv_heads = config.num_key_value_heads
+        # A tile more for each sequence, as its last is rarely full.
+        max_chunk_tiles = max_short_step // _TOKENS_A_TILE + max_num_seqs
+        self._tables = StepTables(
+            Tiles(1, max_num_seqs, num_kv_heads, device),
+            Tiles(_TOKENS_A_TILE, max_chunk_tiles, num_kv_heads, device),
+            max_num_seqs,
+            kv_cache.blocks_for(max_model_len),
+            kv_cache.block_size,
+            device,
+        )
         started = time.monotonic()
         capture = capture if capture is not None else _CudaGraphs(device)
         # The largest first: smaller ones find their memory in the pool.
         with torch.inference_mode():
             self._long = {size: self._pieces(size, capture) for size in sizes[::-1] if size not in short}
             self._short = {size: self._variants(size, capture) for size in short[::-1]}
-            self._decode = {
-                size: capture(self._whole_step(size, size, 1, media=False))
-                for size in decode_ladder(max_num_seqs)[::-1]
-            }
+            self._decode = {size: capture(self._decode_step(size)) for size in decode_ladder(max_num_seqs)[::-1]}
         _log.info(
             "CUDA graphs in %.1f s: decoding of %d batch sizes up to %d, other steps of %d sizes up to %d tokens",
             time.monotonic() - started,
@@ -120,34 +124,30 @@ class GpuRunner:
         has_media = inputs.deepstack_NTC is not None
         if num_tokens == len(sequences) and num_tokens <= self._max_num_seqs and not has_media:
             size = _bucket(self._decode, num_tokens)
-            self._tables.write(sequences, 1, self._max_splits(size, 1))
+            self._tables.write(sequences, self._tables.singles.splits(size), None)
             self._decode[size]()
         elif num_tokens <= max(self._short, default=0):
             size = _bucket(self._short, num_tokens)
-            self._tables.write(sequences, _TOKENS_A_TILE, self._max_splits(size, _TOKENS_A_TILE))
+            self._tables.write(sequences, *self._short_splits(size))
             self._short[size][has_media]()
         else:
             pieces = self._long[_bucket(self._long, num_tokens)][has_media]
-            attention = StepAttention(sequences, self._tables, self._causal, self._num_kv_heads, self._device)
+            attention = StepAttention(sequences, self._tables, self._causal, self._device)
             pieces[0]()
             for piece, (k_cache, v_cache) in zip(pieces[1:], self._kv_cache.layers, strict=True):
                 attention(self._q_MHD, k_cache, v_cache, self._attended_MHD)
                 piece()
         return self._hidden_MC[:num_tokens]
 
-    def _num_tiles(self, num_tokens: int) -> int:
-        """At most, whatever sequences the tokens belong to."""
-        return -(-num_tokens // _TOKENS_A_TILE) + min(num_tokens, self._max_num_seqs)
-
-    def _max_splits(self, size: int, tokens_a_tile: int) -> int:
-        return max_splits(-(-size // tokens_a_tile), self._num_kv_heads, tokens_a_tile)
+    def _short_splits(self, size: int) -> tuple[int, int]:
+        """Of single tokens and of chunks, at most, in short steps of that size: such as fill a GPU if all are such."""
+        tables = self._tables
+        num_singles, num_chunks = min(size, self._max_num_seqs), -(-size // _TOKENS_A_TILE)
+        return tables.singles.splits(num_singles), tables.chunks.splits(num_chunks)
 
     def _variants(self, size: int, capture: Capture) -> dict[bool, Work]:
         """Without and with media."""
-        num_tiles = self._num_tiles(size)
-        return {
-            media: capture(self._whole_step(size, num_tiles, _TOKENS_A_TILE, media=media)) for media in (False, True)
-        }
+        return {media: capture(self._short_step(size, media=media)) for media in (False, True)}
 
     def _pieces(self, size: int, capture: Capture) -> dict[bool, list[Work]]:
         """Without and with media; those that do not differ are captured once."""
@@ -160,16 +160,39 @@ class GpuRunner:
         ]
         return {False: text, True: media}
 
-    def _whole_step(self, size: int, num_tiles: int, tokens_a_tile: int, *, media: bool) -> Work:
+    def _decode_step(self, size: int) -> Work:
+        tables = self._tables
+        splits = tables.singles.splits(size)
+        q_THD, attended_THD = self._q_MHD[:size], self._attended_MHD[:size]
+
+        def attend(k_cache_SKD: torch.Tensor, v_cache_SKD: torch.Tensor) -> None:
+            tile_attention(q_THD, k_cache_SKD, v_cache_SKD, tables, tables.singles, size, splits, attended_THD)
+
+        return self._whole_step(size, attend, media=False)
+
+    def _short_step(self, size: int, *, media: bool) -> Work:
+        tables = self._tables
+        single_splits, chunk_splits = self._short_splits(size)
+        num_singles, num_chunks = min(size, self._max_num_seqs), -(-size // _TOKENS_A_TILE) + self._max_num_seqs
+        q_THD, attended_THD = self._q_MHD[:size], self._attended_MHD[:size]
+
+        def attend(k_cache_SKD: torch.Tensor, v_cache_SKD: torch.Tensor) -> None:
+            for tiles, num_tiles, splits in (
+                (tables.singles, num_singles, single_splits),
+                (tables.chunks, num_chunks, chunk_splits),
+            ):
+                tile_attention(q_THD, k_cache_SKD, v_cache_SKD, tables, tiles, num_tiles, splits, attended_THD)
+
+        return self._whole_step(size, attend, media=media)
+
+    def _whole_step(self, size: int, attend: Callable[[torch.Tensor, torch.Tensor], None], *, media: bool) -> Work:
         """All pieces and the attention between them."""
         pieces = [self._piece(index, size, media=media) for index in range(len(self._fused.layers) + 1)]
-        splits = self._max_splits(size, tokens_a_tile)
-        q_THD, attended_THD = self._q_MHD[:size], self._attended_MHD[:size]
 
         def run() -> None:
             pieces[0]()
             for piece, (k_cache, v_cache) in zip(pieces[1:], self._kv_cache.layers, strict=True):
-                tile_attention(q_THD, k_cache, v_cache, self._tables, num_tiles, tokens_a_tile, splits, attended_THD)
+                attend(k_cache, v_cache)
                 piece()
 
         return run

@@ -16,9 +16,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from llm_worker.gpu.early_start import starts_early
 
-_TOKENS_A_PROGRAM = 16
-# Below so many tokens every one gets a program of its own: there are too few to fill the GPU otherwise.
-_FEW_TOKENS = 512
+# As few programs as fill a GPU, a head; with so many tokens each at most.
+_PROGRAMS_A_HEAD, _MAX_TOKENS_A_PROGRAM = 32, 16
 
 
 def add_rms_norm(
@@ -123,14 +122,14 @@ def turn_and_write(
     num_tokens = len(qkv_TX)
     num_kv_heads, head_dim = k_cache_SKD.shape[1:]
     num_heads = q_THD.shape[1]
-    rows = 1 if num_tokens <= _FEW_TOKENS else _TOKENS_A_PROGRAM
+    rows = min(_MAX_TOKENS_A_PROGRAM, triton.next_power_of_2(-(-num_tokens // _PROGRAMS_A_HEAD)))
     half = head_dim // 2
     normed, early = q_weight_D is not None, starts_early(qkv_TX.device)
     _turn_and_write[(triton.cdiv(num_tokens, rows), num_heads + 2 * num_kv_heads)](
         qkv_TX, cos_sin_T2F, q_weight_D if normed else qkv_TX, k_weight_D if normed else qkv_TX, eps, slot_mapping_T,
         k_cache_SKD, v_cache_SKD, q_THD, num_tokens,
         HEADS=num_heads, KV_HEADS=num_kv_heads, HALF=half, NORMED=normed, ROWS=rows,
-        BLOCK=triton.next_power_of_2(half), EARLY=early, num_warps=4 if rows > 1 else 1, launch_pdl=early,
+        BLOCK=triton.next_power_of_2(half), EARLY=early, num_warps=4 if rows > 4 else 1, launch_pdl=early,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from itertools import takewhile
 import torch
 
 from llm_worker.gpu.prefill_attention import CausalVarlen
-from llm_worker.gpu.step_tables import StepTables, max_splits
+from llm_worker.gpu.step_tables import StepTables
 from llm_worker.gpu.tile_attention import tile_attention
 from llm_worker.models.paged_attention import SequenceSlice
 
@@ -17,12 +17,7 @@ class StepAttention:
     """For all layers of one step; sequences that decode come first among its tokens."""
 
     def __init__(
-        self,
-        sequences: Sequence[SequenceSlice],
-        tables: StepTables,
-        causal: CausalVarlen,
-        num_kv_heads: int,
-        device: torch.device,
+        self, sequences: Sequence[SequenceSlice], tables: StepTables, causal: CausalVarlen, device: torch.device
     ) -> None:
         decoding = list(takewhile(lambda sequence: sequence.length == 1, sequences))
         chunks = sequences[len(decoding) :]
@@ -30,8 +25,8 @@ class StepAttention:
         self._num_tokens = sum(sequence.length for sequence in sequences)
         self._tables, self._causal = tables, causal
         if decoding:
-            self._max_splits = max_splits(len(decoding), num_kv_heads, 1)
-            tables.write(decoding, 1, self._max_splits)
+            self._splits = tables.singles.splits(len(decoding))
+            tables.write(decoding, self._splits, None)
         if chunks:
             queries, keys = [chunk.length for chunk in chunks], [chunk.context_length for chunk in chunks]
             bounds = torch.tensor([[0, *queries], [0, *keys]], dtype=torch.int32).cumsum(1).int().to(device)
@@ -46,16 +41,8 @@ class StepAttention:
         """Fills the rows of `out_THD` that belong to the step's tokens."""
         num_decoding = self._num_decoding
         if num_decoding:
-            tile_attention(
-                q_THD[:num_decoding],
-                k_cache_SKD,
-                v_cache_SKD,
-                self._tables,
-                num_decoding,
-                1,
-                self._max_splits,
-                out_THD,
-            )
+            q_NHD, tables = q_THD[:num_decoding], self._tables
+            tile_attention(q_NHD, k_cache_SKD, v_cache_SKD, tables, tables.singles, num_decoding, self._splits, out_THD)
         if self._has_chunks:
             out_THD[num_decoding : self._num_tokens] = self._causal(
                 q_THD[num_decoding : self._num_tokens],

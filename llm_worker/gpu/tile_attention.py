@@ -1,9 +1,8 @@
 """Causal attention over paged keys and values, in Triton kernels that can be captured.
 
-The unit of work is a tile: a few consecutive tokens of one sequence, with the query heads that share keys and values.
-Which tiles there are stands in a table on the GPU, so that one graph serves decoding sequences and chunks of prompts in
-any mix. The past of a tile is cut into splits that run side by side and are put together: the method of
-"Flash-Decoding" (Dao et al., 2023).
+A program's work is a tile of tokens with the query heads that share keys and values. Which tiles there are stands in
+tables on the GPU, so that one graph serves any mix of sequences. The past of a tile is cut into splits that run side by
+side and are put together: the method of "Flash-Decoding" (Dao et al., 2023).
 
 Shapes: T tokens, H query heads, K key/value heads, D head dim, S slots.
 """
@@ -16,7 +15,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from llm_worker.gpu.early_start import starts_early
-from llm_worker.gpu.step_tables import KEYS_A_STEP, MAX_PROGRAMS, StepTables
+from llm_worker.gpu.step_tables import KEYS_A_STEP, MAX_PROGRAMS, MAX_SPLITS, StepTables, Tiles
 
 # Products of tiles want 16 rows.
 _SMALLEST_TILE = 16
@@ -27,44 +26,45 @@ def tile_attention(
     k_cache_SKD: torch.Tensor,
     v_cache_SKD: torch.Tensor,
     tables: StepTables,
+    tiles: Tiles,
     max_tiles: int,
-    tokens_a_tile: int,
-    max_splits: int,
+    most_splits: int,
     out_THD: torch.Tensor,
 ) -> None:
     """Softmax attention, scaled by D ** -0.5, of all tokens that are in tiles; rows of others are left as they are.
 
     Args:
-        tables: of the step; read on the GPU only.
-        max_tiles, tokens_a_tile, max_splits: bounds of what may stand in them.
+        tables, tiles: of the step; read on the GPU only.
+        max_tiles, most_splits: bounds of what may stand in `tiles`.
     """
     num_tokens, num_heads, head_dim = q_THD.shape
-    num_kv_heads = k_cache_SKD.shape[1]
+    num_kv_heads, tokens = k_cache_SKD.shape[1], tiles.tokens_a_tile
     group = num_heads // num_kv_heads
     # Of each split; then its largest score and its sum of weights.
-    partial = q_THD.new_empty((num_tokens, num_heads, max_splits, head_dim), dtype=torch.float32)
-    stats = q_THD.new_empty((num_tokens, num_heads, max_splits, 2), dtype=torch.float32)
+    partial = q_THD.new_empty((num_tokens, num_heads, most_splits, head_dim), dtype=torch.float32)
+    stats = q_THD.new_empty((num_tokens, num_heads, most_splits, 2), dtype=torch.float32)
     block_d, early = max(_SMALLEST_TILE, triton.next_power_of_2(head_dim)), starts_early(q_THD.device)
-    _attend_split[(min(MAX_PROGRAMS, max_tiles * num_kv_heads * max_splits),)](
-        q_THD, k_cache_SKD, v_cache_SKD, tables.tiles, tables.counts, tables.blocks, partial, stats, out_THD,
-        tables.tiles.stride(0), tables.blocks.stride(0), head_dim**-0.5,
-        KV_HEADS=num_kv_heads, GROUP=group, TILE=max(_SMALLEST_TILE, triton.next_power_of_2(group * tokens_a_tile)),
-        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_SIZE=tables.block_size, KEYS=KEYS_A_STEP, MAX_SPLITS=max_splits,
-        EARLY=early, num_stages=2, launch_pdl=early,
+    _attend_split[(min(MAX_PROGRAMS, max_tiles * num_kv_heads * most_splits),)](
+        q_THD, k_cache_SKD, v_cache_SKD, tiles.tiles, tiles.counts, tables.blocks, partial, stats, out_THD,
+        tiles.tiles.stride(0), tables.blocks.stride(0), most_splits, head_dim**-0.5,
+        KV_HEADS=num_kv_heads, GROUP=group, TILE=max(_SMALLEST_TILE, triton.next_power_of_2(group * tokens)),
+        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_SIZE=tables.block_size, KEYS=KEYS_A_STEP, EARLY=early,
+        num_stages=2, launch_pdl=early,
     )  # fmt: skip
-    if max_splits > 1:
-        _join_splits[(min(MAX_PROGRAMS, num_tokens * num_heads),)](
-            partial, stats, out_THD, tables.counts,
-            HEADS=num_heads, HEAD_DIM=head_dim, BLOCK_D=block_d, MAX_SPLITS=max_splits,
-            BLOCK_SPLITS=triton.next_power_of_2(max_splits), EARLY=early, num_warps=1, launch_pdl=early,
+    if most_splits > 1:
+        _join_splits[(min(MAX_PROGRAMS, max_tiles * tokens * num_heads),)](
+            partial, stats, out_THD, tiles.tiles, tiles.counts, tiles.tiles.stride(0), most_splits,
+            HEADS=num_heads, TOKENS=tokens, HEAD_DIM=head_dim, BLOCK_D=block_d, SPLITS=MAX_SPLITS, EARLY=early,
+            num_warps=1, launch_pdl=early,
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_splits"])
 def _attend_split(
-    q, k_cache, v_cache, tiles, counts, blocks, partial, stats, out, tiles_stride, blocks_stride, scale,
+    q, k_cache, v_cache, tiles, counts, blocks, partial, stats, out, tiles_stride, blocks_stride,
+    most_splits, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, MAX_SPLITS: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
         gdc_launch_dependents()
@@ -117,32 +117,34 @@ def _attend_split(
             to = out + head[:, None].to(tl.int64) * HEAD_DIM + column[None, :]
             tl.store(to, result.to(out.dtype.element_ty), mask=in_tile)
         else:
-            at_split = head.to(tl.int64) * MAX_SPLITS + split
+            at_split = head.to(tl.int64) * most_splits + split
             tl.store(partial + at_split[:, None] * HEAD_DIM + column[None, :], attended, mask=in_tile)
             tl.store(stats + at_split * 2, largest, mask=real)
             tl.store(stats + at_split * 2 + 1, total, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_splits"])
 def _join_splits(
-    partial, stats, out, counts, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, EARLY: tl.constexpr,
+    partial, stats, out, tiles, counts, tiles_stride, most_splits, HEADS: tl.constexpr, TOKENS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
     num_splits = tl.load(counts + 1)
-    split, column = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_D)
+    split, column = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
     there = split < num_splits
     if num_splits > 1:
-        for head in range(tl.program_id(0), tl.load(counts + 2) * HEADS, tl.num_programs(0)):
-            at = head * MAX_SPLITS + split
-            largest = tl.load(stats + at * 2, mask=there, other=float("-inf"))
-            total = tl.load(stats + at * 2 + 1, mask=there, other=0.0)
-            # A split without keys weighs nothing.
-            weight = tl.where(total > 0, tl.exp(largest - tl.max(largest, 0)), 0.0)
-            loaded = there[:, None] & (column < HEAD_DIM)[None, :]
-            parts = tl.load(partial + at[:, None] * HEAD_DIM + column[None, :], mask=loaded, other=0.0)
-            attended = tl.sum(parts * weight[:, None], 0) / tl.sum(total * weight, 0)
-            to = out + head * HEAD_DIM + column
-            tl.store(to, attended.to(out.dtype.element_ty), mask=column < HEAD_DIM)
+        for work in range(tl.program_id(0), tl.load(counts) * TOKENS * HEADS, tl.num_programs(0)):
+            token, tile = work // HEADS % TOKENS, work // HEADS // TOKENS
+            if token < tl.load(tiles + 2 * tiles_stride + tile):
+                head = (tl.load(tiles + tiles_stride + tile) + token).to(tl.int64) * HEADS + work % HEADS
+                at = head * most_splits + split
+                largest = tl.load(stats + at * 2, mask=there, other=float("-inf"))
+                total = tl.load(stats + at * 2 + 1, mask=there, other=0.0)
+                # A split without keys weighs nothing.
+                weight = tl.where(total > 0, tl.exp(largest - tl.max(largest, 0)), 0.0)
+                loaded = there[:, None] & (column < HEAD_DIM)[None, :]
+                parts = tl.load(partial + at[:, None] * HEAD_DIM + column[None, :], mask=loaded, other=0.0)
+                attended = tl.sum(parts * weight[:, None], 0) / tl.sum(total * weight, 0)
+                tl.store(out + head * HEAD_DIM + column, attended.to(out.dtype.element_ty), mask=column < HEAD_DIM)

@@ -17,7 +17,7 @@ from llm_worker.models.rotary import axis_of_frequency, rotary_at
 pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 from llm_worker.gpu import few_rows, kernels  # noqa: E402
-from llm_worker.gpu.step_tables import StepTables  # noqa: E402
+from llm_worker.gpu.step_tables import StepTables, Tiles  # noqa: E402
 from llm_worker.gpu.tile_attention import tile_attention  # noqa: E402
 
 HEADS, KV_HEADS, BLOCK_SIZE = 6, 2, 4
@@ -105,10 +105,8 @@ MIXED = [(1, 130), (5, 5), (37, 400), (1, 1), (3, 70)]
 
 @pytest.mark.parametrize("num_splits", [1, 3, 8])
 @pytest.mark.parametrize("head_dim", [24, 64])
-@pytest.mark.parametrize(("lengths", "tokens_a_tile"), [(DECODING, 1), (MIXED, 4)], ids=["decoding", "mixed"])
-def test_tiles_attend_over_scattered_blocks(
-    lengths: list[tuple[int, int]], tokens_a_tile: int, head_dim: int, num_splits: int
-) -> None:
+@pytest.mark.parametrize("lengths", [DECODING, MIXED], ids=["decoding", "mixed"])
+def test_tiles_attend_over_scattered_blocks(lengths: list[tuple[int, int]], head_dim: int, num_splits: int) -> None:
     num_blocks = 300
     k_cache, v_cache = random(2, num_blocks * BLOCK_SIZE, KV_HEADS, head_dim).unbind()
     free = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(2)).tolist()
@@ -122,12 +120,14 @@ def test_tiles_attend_over_scattered_blocks(
     k_cache[torch.tensor(free)[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)] = float("nan")
     q = random(num_tokens + 3, HEADS, head_dim)
     num_tiles = 30
-    tables = StepTables(8, 100, num_tiles, BLOCK_SIZE, KV_HEADS, DEVICE)
-    tables.write(slices[1:], tokens_a_tile, num_splits)
-    tables.write(slices, tokens_a_tile, num_splits)
-    assert tables.counts[1] == min(num_splits, 3)
+    singles, chunks = Tiles(1, num_tiles, KV_HEADS, DEVICE), Tiles(4, num_tiles, KV_HEADS, DEVICE)
+    tables = StepTables(singles, chunks, 8, 100, BLOCK_SIZE, DEVICE)
+    tables.write(slices[1:], num_splits, num_splits)
+    tables.write(slices, num_splits, num_splits)
+    assert max(singles.counts[1], chunks.counts[1]) == min(num_splits, 3)
     out = torch.full_like(q, 7.0)
-    tile_attention(q, k_cache, v_cache, tables, num_tiles, tokens_a_tile, num_splits, out)
+    for tiles in (singles, chunks):
+        tile_attention(q, k_cache, v_cache, tables, tiles, num_tiles, num_splits, out)
     expected = paged_attention(q[:num_tokens], k_cache, v_cache, plan_attention(slices, DEVICE))
     torch.testing.assert_close(out[:num_tokens], expected, atol=1e-5, rtol=1e-4)
     assert (out[num_tokens:] == 7.0).all()  # no sequence's
