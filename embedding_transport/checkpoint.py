@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from huggingface_hub import snapshot_download
@@ -29,6 +29,18 @@ _OTHER_FILES = ("*.json", "*.txt", "*.jinja")
 
 class CheckpointError(ValueError):
     """The folder or hub id is not a usable checkpoint."""
+
+
+@dataclass(frozen=True)
+class TensorPart:
+    """Ranges of a tensor along one dim, which are read and put one behind the other."""
+
+    dim: int
+    ranges: tuple[slice, ...]
+
+
+# A tensor's name and shape to the part of it to read; None for all of it.
+ChoosePart: TypeAlias = Callable[[str, tuple[int, ...]], TensorPart | None]
 
 
 @dataclass(frozen=True)
@@ -79,8 +91,13 @@ class Checkpoint:
         with safe_open(path, framework="pt") as file:
             return dict.fromkeys(file.keys(), path)
 
-    def read_tensors(self, names: list[str], device: str | torch.device = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields the named tensors in the stored dtype, file by file; nothing else is read.
+    def read_tensors(
+        self,
+        names: list[str],
+        device: str | torch.device = "cpu",
+        choose_part: ChoosePart = lambda name, shape: None,
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields the named tensors, or the chosen parts, in the stored dtype, file by file; nothing else is read.
 
         Raises:
             CheckpointError: a name is not in the checkpoint.
@@ -93,7 +110,14 @@ class Checkpoint:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 for name in names:
                     if files[name] == path:
-                        yield name, file.get_tensor(name)
+                        stored = file.get_slice(name)
+                        part = choose_part(name, tuple(stored.get_shape()))
+                        yield name, file.get_tensor(name) if part is None else _read_part(stored, part)
+
+
+def _read_part(stored: Any, part: TensorPart) -> torch.Tensor:
+    before = (slice(None),) * part.dim
+    return torch.cat([stored[(*before, each)] for each in part.ranges], part.dim)
 
 
 def open_checkpoint(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from embedding_transport.errors import TransportUnavailable
-from embedding_transport.pool import Block, ExportPool, PoolMapping
+from embedding_transport.pool import Block, ExportPool, PoolMapping, PoolSource
 
 _HANDLE_NBYTES = 64
 
@@ -73,6 +73,7 @@ class CudaIpcMapping(PoolMapping):
 
     def __init__(self, handle: bytes, nbytes: int, uuid: str) -> None:
         super().__init__(nbytes)
+        self._handle, self._uuid = handle, uuid
         if len(handle) != _HANDLE_NBYTES:
             raise TransportUnavailable(f"a CUDA IPC handle of {len(handle)} bytes, expected {_HANDLE_NBYTES}")
         index = _index_of(uuid)
@@ -88,6 +89,9 @@ class CudaIpcMapping(PoolMapping):
             if int(size) < nbytes:
                 raise TransportUnavailable(f"a pool said to have {nbytes} bytes has {int(size)}")
             self._memory = _as_tensor(mapped, torch.device("cuda", index))
+
+    def source(self) -> PoolSource:
+        return {"handle": self._handle.hex(), "nbytes": self.nbytes, "uuid": self._uuid}
 
     def _bytes(self, offset: int, nbytes: int) -> bytes:
         # On the current stream, so behind every copy of rows that was launched before.

@@ -12,6 +12,7 @@ import struct
 from abc import ABC, abstractmethod
 from bisect import insort
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
@@ -23,6 +24,9 @@ PAGE_NBYTES = 4096
 _ALIGNMENT = 64
 _MAGIC = 0x76697472696E6531
 _HEADER = struct.Struct("<QQQQ")
+
+# Plain values, as JSON takes them.
+PoolSource: TypeAlias = dict[str, str | int]
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,10 @@ class PoolMapping(ABC):
             raise LeaseExpired(
                 f"lease {lease_id} is no longer held: the encoder reclaimed its rows; encode the item again"
             )
+
+    @abstractmethod
+    def source(self) -> PoolSource:
+        """By which another process of this host maps the same pool, see `pool_source.py`."""
 
     @abstractmethod
     def _bytes(self, offset: int, nbytes: int) -> bytes: ...

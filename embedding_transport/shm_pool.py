@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from embedding_transport.errors import TransportUnavailable
-from embedding_transport.pool import PAGE_NBYTES, PROBE_NBYTES, Block, ExportPool, PoolMapping
+from embedding_transport.pool import PAGE_NBYTES, PROBE_NBYTES, Block, ExportPool, PoolMapping, PoolSource
 from embedding_transport.row_copies import host_rows
 
 _PREFIX = "vitrine-"
@@ -94,6 +94,7 @@ class ShmMapping(PoolMapping):
 
     def __init__(self, folder: Path, name: str, nbytes: int) -> None:
         super().__init__(nbytes)
+        self._folder, self._name = folder, name
         if not _NAME.fullmatch(name):
             raise TransportUnavailable(f"{name!r} is no name of a shared-memory pool")
         try:
@@ -111,6 +112,9 @@ class ShmMapping(PoolMapping):
             self._memory = mmap.mmap(fd, nbytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         finally:
             os.close(fd)
+
+    def source(self) -> PoolSource:
+        return {"folder": str(self._folder), "name": self._name, "nbytes": self.nbytes}
 
     def _bytes(self, offset: int, nbytes: int) -> bytes:
         return self._memory[offset : offset + nbytes]

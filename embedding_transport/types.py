@@ -119,6 +119,14 @@ class EmbeddingRows(Protocol):
         """
         ...
 
+    def check(self) -> None:
+        """For who has others copy the rows, too, after they have: whatever was copied so far is right.
+
+        Raises:
+            LeaseExpired: the encoder has reclaimed the memory.
+        """
+        ...
+
     def release(self) -> None:
         """Gives the memory back. Later calls do nothing. Never blocks and never raises."""
         ...

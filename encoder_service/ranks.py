@@ -86,13 +86,7 @@ def rank_environment(config: EncoderConfig, rank: int, environment: Mapping[str,
     Args:
         environment: ours, which may restrict the visible GPUs already.
     """
-    # All of them, defaults too: a file that is named in our environment must not come between.
-    own = config.model_dump(mode="json", exclude_none=True, exclude={"config", "print_config"})
-    own["dp"] = 1
-    for port in ("port", "metrics_port"):
-        if number := getattr(config, port):
-            own[port] = number + rank
-    prefix = config.model_config.get("env_prefix", "")
-    settings = {f"{prefix}{name}".upper(): str(value) for name, value in own.items()}
+    ports = {name: number + rank for name in ("port", "metrics_port") if (number := getattr(config, name))}
+    settings = config.as_environment(dp=1, **ports)
     visible = [each for each in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
     return settings | {"CUDA_VISIBLE_DEVICES": visible[rank] if rank < len(visible) else str(rank)}

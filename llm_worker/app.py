@@ -4,89 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
-from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from aiohttp import web
 
-from embedding_transport.checkpoint import open_checkpoint
 from embedding_transport.discovery import follow
 from embedding_transport.encoder_client import EncoderClient
 from embedding_transport.errors import VitrineError
-from embedding_transport.loading import LoadingStopped, ProgressLog, choose_device, choose_dtype
-from embedding_transport.types import DTYPES, ModelIdentity
+from embedding_transport.loading import LoadingStopped
 from llm_worker.config import LlmConfig
 from llm_worker.dashboard.routes import Dashboard
-from llm_worker.engine.engine import Engine, EngineConfig
-from llm_worker.engine.runner import MakeRunner, plain_runner
+from llm_worker.engine.engine import Engine
+from llm_worker.engine.forward_pass import ForwardPass
 from llm_worker.frontend.generation import Generator
 from llm_worker.frontend.grpc_server import LlmServer, LlmServicer
 from llm_worker.frontend.openai_http import OpenAiHttp, ServedModel
-from llm_worker.frontend.sampling_defaults import SamplingDefaults
+from llm_worker.loading import choose_runner, load_model
 from llm_worker.metrics import LlmMetrics
-from llm_worker.models import build_decoder
-from llm_worker.models.decoder import TextDecoder
-from llm_worker.models.weights import stored_dtype
-from llm_worker.prompt.config import PromptConfig
-from llm_worker.prompt.tokenizer import PromptTokenizer
+
+if TYPE_CHECKING:
+    from llm_worker.tensor_parallel.followers import Followers
 
 _log = logging.getLogger(__name__)
 _READY_POLL_S = 0.1
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """The language half of a checkpoint, ready to run."""
-
-    identity: ModelIdentity
-    decoder: TextDecoder
-    tokenizer: PromptTokenizer | None
-    prompt_config: PromptConfig
-    defaults: SamplingDefaults
-
-
-def load_model(
-    config: LlmConfig, must_stop: Callable[[], bool], show: Callable[[str, float], None] = lambda stage, part: None
-) -> LoadedModel:
-    """Finds the checkpoint and loads its decoder, logging the progress. Blocking.
-
-    Args:
-        must_stop: once it says so, loading ends with LoadingStopped.
-        show: called with a stage of the start ("weights") and the part of it that is done.
-
-    Raises:
-        CheckpointError: no such checkpoint, or one that this worker cannot serve.
-    """
-    _log.info("opening checkpoint %s", config.model)
-    checkpoint = open_checkpoint(config.model, config.revision, config.served_model_name, config.load_format)
-    tokenizer = None if config.skip_tokenizer_init else PromptTokenizer(checkpoint)
-    device = choose_device(config.device)
-    dtype_name = choose_dtype(config.dtype, device, stored_dtype(checkpoint))
-    progress = ProgressLog("loading language weights", must_stop, partial(show, "weights"))
-    decoder = build_decoder(checkpoint, device, DTYPES[dtype_name], progress)
-    vision = checkpoint.config["vision_config"]
-    identity = ModelIdentity(
-        model=checkpoint.model,
-        revision=checkpoint.revision,
-        model_type=decoder.config.model_type,
-        out_hidden_size=decoder.config.hidden_size,
-        deepstack_visual_indexes=tuple(vision.get("deepstack_visual_indexes") or ()),
-        dtype=dtype_name,
-    )
-    _log.info("loaded %s, revision %s, %s on %s", identity.model, identity.revision[:12], dtype_name, device)
-    return LoadedModel(
-        identity,
-        decoder,
-        tokenizer,
-        PromptConfig.from_checkpoint(checkpoint),
-        SamplingDefaults.from_checkpoint(checkpoint),
-    )
 
 
 class Readiness:
@@ -106,7 +51,7 @@ async def serve(config: LlmConfig) -> None:
     """Listens, loads, serves until SIGTERM or SIGINT, then drains.
 
     Raises:
-        CheckpointError: see `load_model`.
+        CheckpointError: see `load_model` and `Followers.start`.
         OSError: a port cannot be listened on.
     """
     stop = asyncio.Event()
@@ -135,14 +80,20 @@ async def serve(config: LlmConfig) -> None:
         stack.push_async_callback(server.stop, 0)
         _log.info("LISTENING http=%s:%d grpc=%s", config.host, runner.addresses[0][1], grpc_address)
 
+        followers = await _start_followers(config, server, stack) if config.tp > 1 else None
+        group = await asyncio.to_thread(followers.join) if followers is not None else None
         try:
-            model = await asyncio.to_thread(load_model, config, stop.is_set, metrics.show_progress)
+            model = await asyncio.to_thread(load_model, config, stop.is_set, metrics.show_progress, group)
         except LoadingStopped:
             _log.info("stopped while loading")
             return
 
-        engine_config = config.engine_config(model.decoder.config.max_position_embeddings)
-        engine = await asyncio.to_thread(Engine, model.decoder, engine_config, _runner_maker(model, engine_config))
+        decoder = model.decoder
+        engine_config = config.engine_config(decoder.config.max_position_embeddings)
+        make_runner = choose_runner(decoder, engine_config)
+        make_forward_pass = followers.forward_pass if followers is not None else ForwardPass
+        forward_pass = await asyncio.to_thread(make_forward_pass, decoder, engine_config, make_runner)
+        engine = Engine(forward_pass, engine_config)
         engine.start()
         stack.push_async_callback(asyncio.to_thread, engine.close)
         encoders = EncoderClient(
@@ -152,7 +103,7 @@ async def serve(config: LlmConfig) -> None:
             shm_folder=Path(config.shm_folder),
             connect_timeout_s=config.connect_timeout_s,
             encode_timeout_s=config.encode_timeout_s,
-            takes_gpu_rows=model.decoder.device.type == "cuda",
+            takes_gpu_rows=decoder.device.type == "cuda",
             tls=config.encoder_tls(),
         )
         stack.push_async_callback(encoders.close)
@@ -181,17 +132,27 @@ async def serve(config: LlmConfig) -> None:
     _log.info("stopped")
 
 
-def _runner_maker(model: LoadedModel, config: EngineConfig) -> MakeRunner:
-    """Fused kernels and CUDA graphs in bfloat16 on a GPU; the plain decoder elsewhere, and for experts."""
-    decoder = model.decoder
-    if decoder.device.type != "cuda" or decoder.dtype != torch.bfloat16 or decoder.config.moe is not None:
-        return plain_runner
-    from llm_worker.gpu.gpu_runner import GpuRunner  # needs Triton, which comes with torch's CUDA builds only
-    from llm_worker.gpu.prefill_attention import causal_attention
+async def _start_followers(config: LlmConfig, server: LlmServer, stack: AsyncExitStack) -> Followers:
+    """The other ranks of a tensor parallel worker, which ends with any of them.
 
-    return lambda decoder, kv_cache, buffer: GpuRunner(
-        decoder, kv_cache, buffer, config.max_num_seqs, config.max_model_len, causal_attention()
-    )
+    Raises:
+        CheckpointError: see `Followers.start`.
+    """
+    from llm_worker.tensor_parallel.followers import Followers  # torch.distributed is for those who use it
+
+    followers = Followers(config)
+    stack.push_async_callback(followers.stop)
+    await followers.start()
+    watching = asyncio.create_task(_end_with(followers, server))
+    stack.callback(watching.cancel)
+    return followers
+
+
+async def _end_with(followers: Followers, server: LlmServer) -> None:
+    _log.error("the worker ends: %s", await followers.failure())
+    await server.set_not_serving_for_good()
+    # No orderly way leads out: other threads may be in a collective, waiting for a rank that is gone.
+    os._exit(1)
 
 
 async def _follow_encoders(config: LlmConfig, encoders: EncoderClient) -> asyncio.Task[None]:

@@ -10,7 +10,7 @@ from pydantic_settings import SettingsConfigDict
 
 from embedding_transport.checkpoint import LoadFormat
 from embedding_transport.discovery import Source, parse_sources
-from llm_worker.engine.engine import EngineConfig
+from llm_worker.engine.config import EngineConfig
 from service_runtime.settings import ServiceSettings
 from service_runtime.tls import ClientTls
 
@@ -59,6 +59,7 @@ class LlmConfig(ServiceSettings):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of weights, KV cache and rows; auto: the checkpoint's on a GPU, float32 on the CPU"
     )
+    tp: int = Field(1, ge=1, description="tensor parallel: GPUs that share the decoder, one process each")
 
     max_model_len: int | None = Field(None, ge=1, description="longest prompt plus answer, tokens; default the model's")
     max_num_batched_tokens: int = Field(8192, ge=1, description="tokens in one step: the longest prefill chunk")

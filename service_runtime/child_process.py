@@ -35,12 +35,14 @@ class Child:
         arguments: Sequence[str],
         environment: Mapping[str, str] | None = None,
         on_line: Callable[[str], None] = lambda line: None,
+        pass_fds: Sequence[int] = (),
     ) -> Child:
         """Starts `python -m arguments...` in our process group, with the interpreter we run in.
 
         Args:
             environment: added to ours.
             on_line: called with every line of its output.
+            pass_fds: file descriptors that it gets under the same numbers.
         """
         process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -54,6 +56,7 @@ class Child:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             limit=_LINE_LIMIT_BYTES,
+            pass_fds=pass_fds,
             env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(environment or {}),
         )
         return cls(name, process, on_line)

@@ -94,6 +94,15 @@ class ServiceSettings(BaseSettings):
         own = self.model_dump(mode="json", exclude={"config", "print_config"})
         return yaml.safe_dump(own, sort_keys=False, allow_unicode=True)
 
+    def as_environment(self, **changed: object) -> dict[str, str]:
+        """Environment variables by which another process gets the same settings, but for those that are changed.
+
+        All of them, defaults too: a file that is named in our environment must not come between.
+        """
+        own = self.model_dump(mode="json", exclude_none=True, exclude={"config", "print_config"}) | changed
+        prefix = self.model_config.get("env_prefix", "")
+        return {f"{prefix}{name}".upper(): str(value) for name, value in own.items()}
+
 
 SettingsT = TypeVar("SettingsT", bound=ServiceSettings)
 

@@ -16,39 +16,17 @@ import torch
 
 from embedding_transport.errors import BadRequest, InternalError, LeaseExpired, Overloaded, VitrineError
 from embedding_transport.types import EmbeddingRows
-from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
-from llm_worker.engine.kv_cache import KvCache
+from llm_worker.engine.config import EngineConfig
+from llm_worker.engine.forward_pass import ForwardPass, StepOutput
 from llm_worker.engine.prefix_hashes import extend_prefix_hashes
 from llm_worker.engine.request import EngineTimings, ExpandedPrompt, SamplingParams, TokenOutput
-from llm_worker.engine.runner import MakeRunner, plain_runner
 from llm_worker.engine.sampler import NextToken, sample
 from llm_worker.engine.scheduler import Chunk, Scheduler
 from llm_worker.engine.sequence import Sequence
-from llm_worker.models.decoder import TextDecoder
 
 _log = logging.getLogger(__name__)
 # How often a request's media rows are asked for anew before it fails.
 _MAX_LOST_ROWS = 3
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Limits of the engine.
-
-    max_num_batched_tokens: tokens in one step, and so the longest prefill chunk; max_num_seqs: sequences in one step.
-    num_blocks blocks of block_size tokens are the KV cache; max_model_len: longest prompt plus answer, tokens.
-    max_waiting: requests that may wait beside max_num_seqs running ones. prefix_cache: whether KV is used again.
-    mixed_step_tokens: tokens in a step that also decodes; None for as many as in others.
-    """
-
-    max_num_batched_tokens: int = 2048
-    max_num_seqs: int = 64
-    block_size: int = 16
-    num_blocks: int = 2048
-    max_model_len: int = 32768
-    max_waiting: int = 512
-    prefix_cache: bool = True
-    mixed_step_tokens: int | None = None
 
 
 @dataclass
@@ -140,18 +118,16 @@ class RequestHandle:
 
 
 class Engine:
-    """Runs the decoder for many requests. Everything below `call` runs on the engine's own thread."""
+    """Runs the model for many requests. Everything below `call` runs on the engine's own thread."""
 
-    def __init__(self, decoder: TextDecoder, config: EngineConfig, make_runner: MakeRunner = plain_runner) -> None:
+    def __init__(self, forward_pass: ForwardPass, config: EngineConfig) -> None:
         """
         Args:
-            make_runner: what runs the decoder over the engine's buffers and cache.
+            forward_pass: made with the same config.
         """
-        self._decoder = decoder
+        self._forward_pass = forward_pass
         self._config = config
-        self._kv_cache = KvCache(decoder.config, config.num_blocks, config.block_size, decoder.device, decoder.dtype)
-        self._buffer = InputEmbedBuffer(decoder, config.max_num_batched_tokens)
-        self._run_decoder = make_runner(decoder, self._kv_cache, self._buffer)
+        self._kv_cache = forward_pass.kv_cache
         self._scheduler = Scheduler(
             self._kv_cache,
             config.max_num_batched_tokens,
@@ -171,7 +147,7 @@ class Engine:
 
     @property
     def vocab_size(self) -> int:
-        return self._decoder.config.vocab_size
+        return self._forward_pass.decoder.config.vocab_size
 
     def start(self) -> None:
         self._thread.start()
@@ -320,34 +296,25 @@ class Engine:
         start = time.perf_counter()
         try:
             with torch.inference_mode():
-                inputs, failed = self._buffer.write(chunks)
-                hidden_TC = self._run_decoder(inputs)
-                sampling = [
-                    (chunk, slice_.start + slice_.length - 1)
-                    for chunk, slice_ in zip(chunks, inputs.sequences, strict=True)
-                    if chunk.samples and chunk not in failed
-                ]
-                next_tokens = self._sample(hidden_TC, sampling)
+                output = self._forward_pass(chunks)
+                next_tokens = self._sample(output)
         except Exception as error:
             _log.exception("a step of %d sequences failed", len(chunks))
             for chunk in chunks:
                 self.on_fail(chunk.sequence, InternalError(f"the step failed: {type(error).__name__}"))
             return
-        self._account([chunk for chunk in chunks if chunk not in failed], time.perf_counter() - start)
-        for chunk, reason in failed.items():
+        self._account([chunk for chunk in chunks if chunk not in output.failed], time.perf_counter() - start)
+        for chunk, reason in output.failed.items():
             self._landing_failed(chunk, reason)
-        for (chunk, _), next_token in zip(sampling, next_tokens, strict=True):
+        for chunk, next_token in zip(output.sampling, next_tokens, strict=True):
             self._emit(chunk.sequence, next_token)
 
-    def _sample(self, hidden_TC: torch.Tensor, sampling: list[tuple[Chunk, int]]) -> list[NextToken]:
-        """The next tokens of chunks that end at their sequence's last token, and at this row of the step's."""
-        if not sampling:
+    def _sample(self, output: StepOutput) -> list[NextToken]:
+        """The next tokens of chunks that end at their sequence's last token."""
+        if not output.sampling:
             return []
-        rows = [row for _, row in sampling]
-        all_decode = rows == list(range(len(rows)))  # and need no gathering
-        logits_BV = self._decoder.logits(hidden_TC[: len(rows)] if all_decode else hidden_TC[rows])
-        sequences = [chunk.sequence for chunk, _ in sampling]
-        return sample(logits_BV, [each.sampling for each in sequences], [each.generator for each in sequences])
+        sequences = [chunk.sequence for chunk in output.sampling]
+        return sample(output.logits_BV, [each.sampling for each in sequences], [each.generator for each in sequences])
 
     def _landing_failed(self, chunk: Chunk, error: Exception) -> None:
         """The chunk does not count. Rows that were lost on the way are asked for again, else the request fails."""

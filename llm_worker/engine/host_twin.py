@@ -10,26 +10,26 @@ import torch
 class HostTwin:
     """Memory on the device at a fixed address, and pinned memory on the host; on the CPU they are the same.
 
-    tensor: on the device.
+    tensor: on the device; host: what was written last.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self.tensor = torch.zeros(shape, dtype=dtype, device=device)
         self._sent: torch.cuda.Event | None = None
-        self._host = self.tensor
+        self.host = self.tensor
         if device.type == "cuda":
-            self._host = torch.zeros(shape, dtype=dtype, pin_memory=True)
+            self.host = torch.zeros(shape, dtype=dtype, pin_memory=True)
             self._sent = torch.cuda.Event()
 
     def begin(self) -> Any:
         """The host's memory as a NumPy array, once what was sent before has arrived."""
         if self._sent is not None:
             self._sent.synchronize()
-        return self._host.numpy()
+        return self.host.numpy()
 
     def send(self, *parts: tuple[slice | int, ...]) -> None:
         """Copies these parts, contiguous ones, or all, without waiting."""
         if self._sent is not None:
             for part in parts or ((),):
-                self.tensor[part].copy_(self._host[part], non_blocking=True)
+                self.tensor[part].copy_(self.host[part], non_blocking=True)
             self._sent.record()

@@ -7,21 +7,35 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Many
+from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
 import torch
 
+from embedding_transport.types import EmbeddingRows
 from llm_worker.engine.host_twin import HostTwin
 from llm_worker.engine.scheduler import Chunk
 from llm_worker.models.decoder import StepInputs, TextDecoder
 from llm_worker.models.paged_attention import SequenceSlice
 
 
+@dataclass(frozen=True)
+class Landing:
+    """Rows of a media item from `first_row` on, for tokens [start, stop) of the step."""
+
+    rows: EmbeddingRows
+    first_row: int
+    start: int
+    stop: int
+
+
 class InputEmbedBuffer:
     """Buffers of fixed size and address, written anew each step from their first row on.
 
     embeds_MC, deepstack_NMC, positions_3M, slot_mapping_M: of which StepInputs has the first rows.
+    integers: token ids, positions along three axes and slots, [5, M] int64: one copy a step.
+    landed: what the last step landed, by chunk.
     """
 
     def __init__(self, decoder: TextDecoder, max_num_batched_tokens: int) -> None:
@@ -30,10 +44,10 @@ class InputEmbedBuffer:
         self._decoder = decoder
         self.embeds_MC = torch.zeros(hidden, device=device, dtype=decoder.dtype)
         self.deepstack_NMC = torch.zeros(config.num_deepstack, *hidden, device=device, dtype=decoder.dtype)
-        # Token ids, positions along three axes, slots: one copy a step.
-        self._integers = HostTwin((5, max_num_batched_tokens), torch.int64, device)
-        self._token_ids_M = self._integers.tensor[0]
-        self.positions_3M, self.slot_mapping_M = self._integers.tensor[1:4], self._integers.tensor[4]
+        self.landed: dict[Chunk, list[Landing]] = {}
+        self.integers = HostTwin((5, max_num_batched_tokens), torch.int64, device)
+        self._token_ids_M = self.integers.tensor[0]
+        self.positions_3M, self.slot_mapping_M = self.integers.tensor[1:4], self.integers.tensor[4]
 
     def write(self, chunks: Many[Chunk]) -> tuple[StepInputs, dict[Chunk, Exception]]:
         """Fills the buffers with the step's tokens. Slots behind them are -1.
@@ -44,32 +58,55 @@ class InputEmbedBuffer:
         """
         stops = list(accumulate(chunk.length for chunk in chunks))
         starts, num_tokens = [0, *stops[:-1]], stops[-1]
-        self._write_integers(chunks, starts, num_tokens)
-        self.embeds_MC[:num_tokens] = self._decoder.embed(self._token_ids_M[:num_tokens])
-
+        self._write_integers(chunks, starts)
+        sequences = [
+            SequenceSlice(start, chunk.length, chunk.stop, chunk.sequence.blocks)
+            for chunk, start in zip(chunks, starts, strict=True)
+        ]
         has_media = any(chunk.sequence.spans_in(chunk.start, chunk.stop) for chunk in chunks)
+        inputs = self.bring_over(num_tokens, sequences, has_media and len(self.deepstack_NMC) > 0)
+
         failed: dict[Chunk, Exception] = {}
+        self.landed = {}
         if has_media:
-            self.deepstack_NMC[:, :num_tokens] = 0
             for chunk, start in zip(chunks, starts, strict=True):
                 try:
-                    self._land(chunk, start)
+                    self.landed[chunk] = self._land_chunk(chunk, start)
                 except Exception as error:  # whatever happens to one request's rows must not reach the others
                     failed[chunk] = error
-        inputs = StepInputs(
-            embeds_TC=self.embeds_MC[:num_tokens],
-            deepstack_NTC=self.deepstack_NMC[:, :num_tokens] if has_media and len(self.deepstack_NMC) else None,
-            positions_3T=self.positions_3M[:, :num_tokens],
-            slot_mapping_T=self.slot_mapping_M[:num_tokens],
-            sequences=[
-                SequenceSlice(start, chunk.length, chunk.stop, chunk.sequence.blocks)
-                for chunk, start in zip(chunks, starts, strict=True)
-            ],
-        )
         return inputs, failed
 
-    def _write_integers(self, chunks: Many[Chunk], starts: list[int], num_tokens: int) -> None:
-        integers_5M = self._integers.begin()
+    def bring_over(self, num_tokens: int, sequences: Many[SequenceSlice], with_deepstack: bool) -> StepInputs:
+        """Fills the buffers from what `integers` has on the host; media rows are still to be landed.
+
+        Args:
+            with_deepstack: whether deepstack rows are to be landed.
+        """
+        self.integers.host[4, num_tokens:] = -1
+        self.integers.send()
+        self.embeds_MC[:num_tokens] = self._decoder.embed(self._token_ids_M[:num_tokens])
+        if with_deepstack:
+            self.deepstack_NMC[:, :num_tokens] = 0
+        return StepInputs(
+            embeds_TC=self.embeds_MC[:num_tokens],
+            deepstack_NTC=self.deepstack_NMC[:, :num_tokens] if with_deepstack else None,
+            positions_3T=self.positions_3M[:, :num_tokens],
+            slot_mapping_T=self.slot_mapping_M[:num_tokens],
+            sequences=sequences,
+        )
+
+    def land(self, landing: Landing) -> None:
+        """Copies the rows to their tokens.
+
+        Raises:
+            LeaseExpired: see EmbeddingRows.copy_to.
+        """
+        tokens = slice(landing.start, landing.stop)
+        deepstack = self.deepstack_NMC[:, tokens] if len(self.deepstack_NMC) else None
+        landing.rows.copy_to(self.embeds_MC[tokens], deepstack, landing.first_row)
+
+    def _write_integers(self, chunks: Many[Chunk], starts: list[int]) -> None:
+        integers_5M = self.integers.begin()
         # Lists for tokens that decode, as an array costs more than the few numbers of one of them.
         rows: list[int] = []
         decoding: list[tuple[int, int, int, int, int]] = []
@@ -87,16 +124,16 @@ class InputEmbedBuffer:
                 integers_5T[4] = sequence.blocks.slots[start:stop].numpy()
         if decoding:
             integers_5M[:, rows] = np.array(decoding).T
-        integers_5M[4, num_tokens:] = -1
-        self._integers.send()
 
-    def _land(self, chunk: Chunk, first_row: int) -> None:
+    def _land_chunk(self, chunk: Chunk, first_token: int) -> list[Landing]:
         """Copies the chunk's part of every media item to its place."""
         begin = time.perf_counter()
+        landings = []
         for span in chunk.sequence.spans_in(chunk.start, chunk.stop):
             start, stop = max(span.start, chunk.start), min(span.start + span.length, chunk.stop)
-            rows = slice(first_row + start - chunk.start, first_row + stop - chunk.start)
-            deepstack = self.deepstack_NMC[:, rows] if len(self.deepstack_NMC) else None
-            item = chunk.sequence.rows[span.item_index]
-            item.copy_to(self.embeds_MC[rows], deepstack, span.first_row + start - span.start)
+            offset = first_token - chunk.start
+            rows = chunk.sequence.rows[span.item_index]
+            landings.append(Landing(rows, span.first_row + start - span.start, offset + start, offset + stop))
+            self.land(landings[-1])
         chunk.sequence.land_s += time.perf_counter() - begin
+        return landings

@@ -41,6 +41,7 @@ class FusedDecoder:
 
 class FusedLayer:
     def __init__(self, layer: DecoderLayer) -> None:
+        self._group = layer.group
         attention = layer.self_attn
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
         self._qkv_weight = _side_by_side(projections)
@@ -84,23 +85,25 @@ class FusedLayer:
 
     def after_attention(self, x_TC: torch.Tensor, attended_TX: torch.Tensor) -> None:
         """Adds attention's and the MLP's share to the residual stream."""
-        _add_product(x_TC, attended_TX, self._o_weight)
+        self._add_product(x_TC, attended_TX, self._o_weight)
         normed_TC = kernels.add_rms_norm(x_TC, (), self._post_norm.weight, self._post_norm.eps)
         if not isinstance(self._mlp, Mlp):
-            x_TC.add_(self._mlp(normed_TC))
+            x_TC.add_(self._group.all_reduce(self._mlp(normed_TC)))
         elif len(x_TC) <= MAX_ROWS:
-            _add_product(x_TC, few_rows_silu_mul(normed_TC, self._gate_up_weight), self._mlp.down_proj.weight)
+            self._add_product(x_TC, few_rows_silu_mul(normed_TC, self._gate_up_weight), self._mlp.down_proj.weight)
         else:
             active_TX = kernels.silu_mul(F.linear(normed_TC, self._gate_up_weight))
-            _add_product(x_TC, active_TX, self._mlp.down_proj.weight)
+            self._add_product(x_TC, active_TX, self._mlp.down_proj.weight)
 
-
-def _add_product(to_TC: torch.Tensor, x_TX: torch.Tensor, weight: torch.Tensor) -> None:
-    """Adds x @ weight.T in place."""
-    if len(x_TX) <= MAX_ROWS:
-        few_rows_linear_add(x_TX, weight, to_TC)
-    else:
-        to_TC.addmm_(x_TX, weight.t())
+    def _add_product(self, to_TC: torch.Tensor, x_TX: torch.Tensor, weight: torch.Tensor) -> None:
+        """Adds x @ weight.T, summed over all ranks, in place."""
+        few = len(x_TX) <= MAX_ROWS
+        if self._group.size > 1:
+            to_TC.add_(self._group.all_reduce((few_rows_linear if few else F.linear)(x_TX, weight)))
+        elif few:
+            few_rows_linear_add(x_TX, weight, to_TC)
+        else:
+            to_TC.addmm_(x_TX, weight.t())
 
 
 def _side_by_side(projections: list[torch.nn.Linear]) -> torch.Tensor:

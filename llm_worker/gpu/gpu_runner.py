@@ -234,6 +234,7 @@ class _CudaGraphs:
         work()  # compiles kernels, which a capture must not
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # NCCL's own thread asks for events meanwhile, which any other mode takes for an error of ours.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             work()
         return graph.replay

@@ -10,6 +10,8 @@ from embedding_transport.checkpoint import Checkpoint
 from embedding_transport.dummy_weights import draw_dummy_weights
 from llm_worker.models.config import text_config
 from llm_worker.models.decoder import TextDecoder
+from llm_worker.models.rank_group import RankGroup
+from llm_worker.models.sharding import config_of_rank
 from llm_worker.models.weights import load_language_weights
 
 
@@ -18,14 +20,20 @@ def build_decoder(
     device: torch.device,
     dtype: torch.dtype,
     on_progress: Callable[[int, int], None] = lambda num_loaded, num_tensors: None,
+    group: RankGroup | None = None,
 ) -> TextDecoder:
     """The checkpoint's text decoder with its weights (or dummies); the vision tower's tensors are not read.
 
+    Args:
+        group: the ranks that share it, of which ours reads its part alone; None for all of it.
+
     Raises:
-        CheckpointError: a model type we have no decoder for, or weights that do not match config.json.
+        CheckpointError: a model type we have no decoder for, weights that do not match config.json, or a model that
+            cannot be cut into so many parts.
     """
+    config = text_config(checkpoint)
     with torch.device("meta"):
-        decoder = TextDecoder(text_config(checkpoint))
+        decoder = TextDecoder(config_of_rank(config, group.size) if group is not None else config, group)
     if checkpoint.load_format == "dummy":
         draw_dummy_weights(decoder, checkpoint, device, dtype, on_progress)
     else:

@@ -21,6 +21,7 @@ from torch import nn
 from llm_worker.models.config import TextConfig
 from llm_worker.models.moe import SparseMoe
 from llm_worker.models.paged_attention import AttentionPlan, SequenceSlice, paged_attention, plan_attention
+from llm_worker.models.rank_group import OneRank, RankGroup
 from llm_worker.models.rotary import Rotary, rotary_at
 
 
@@ -98,8 +99,9 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: TextConfig, layer: int) -> None:
+    def __init__(self, config: TextConfig, layer: int, group: RankGroup) -> None:
         super().__init__()
+        self.group = group
         self.self_attn = Attention(config)
         sparse = config.moe is not None and layer in config.moe.sparse_layers
         self.mlp = SparseMoe(config.hidden_size, config.moe) if sparse and config.moe else Mlp(config)
@@ -107,21 +109,29 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x_TC: torch.Tensor, shared: StepShared, kv_cache_2SKD: torch.Tensor) -> torch.Tensor:
-        x_TC = x_TC + self.self_attn(self.input_layernorm(x_TC), shared, kv_cache_2SKD)
-        return x_TC + self.mlp(self.post_attention_layernorm(x_TC))
+        x_TC = x_TC + self.group.all_reduce(self.self_attn(self.input_layernorm(x_TC), shared, kv_cache_2SKD))
+        return x_TC + self.group.all_reduce(self.mlp(self.post_attention_layernorm(x_TC)))
 
 
 class TextDecoder(nn.Module):
-    """Parameter names are those of the checkpoints, below their family's prefix."""
+    """Parameter names are those of the checkpoints, below their family's prefix.
 
-    def __init__(self, config: TextConfig) -> None:
+    Args:
+        config: of this rank's part, see `sharding.py`.
+        group: the ranks that have the other parts.
+    """
+
+    def __init__(self, config: TextConfig, group: RankGroup | None = None) -> None:
         super().__init__()
         self.config = config
+        self.group = group if group is not None else OneRank()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer, self.group) for layer in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size // self.group.size, bias=False)
+        if config.tie_word_embeddings and self.group.size == 1:
             self.lm_head.weight = self.embed_tokens.weight
 
     @property
@@ -156,4 +166,4 @@ class TextDecoder(nn.Module):
 
     def logits(self, hidden_TC: torch.Tensor) -> torch.Tensor:
         """[T, V], in the model's dtype."""
-        return self.lm_head(hidden_TC)
+        return self.group.gather_columns(self.lm_head(hidden_TC))

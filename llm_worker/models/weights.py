@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from embedding_transport.checkpoint import Checkpoint, CheckpointError
+from embedding_transport.checkpoint import Checkpoint, CheckpointError, TensorPart
 from embedding_transport.dummy_weights import configured_dtype
 from llm_worker.models.decoder import TextDecoder
+from llm_worker.models.sharding import part_of_rank
 
 # Where the decoder's tensors live, newest spelling first. Qwen2.5-VL's checkpoints have them right below "model.".
 _PREFIXES = ("model.language_model.", "language_model.model.", "model.")
@@ -30,7 +31,9 @@ def load_language_weights(
     prefix = next((each for each in _PREFIXES if f"{each}embed_tokens.weight" in names), None)
     if prefix is None:
         raise CheckpointError(f"no embed_tokens.weight below any of {_PREFIXES} in {checkpoint.folder}")
-    parameters = dict(decoder.named_parameters())  # a tied lm_head appears once, as embed_tokens
+    parameters = dict(decoder.named_parameters())
+    if decoder.config.tie_word_embeddings:
+        parameters.pop("lm_head.weight", None)  # it is among the embeddings
     stored_name = {name: name if name.startswith("lm_head.") else prefix + name for name in parameters}
     unknown = [
         name for name in names if name.startswith(prefix) and "visual." not in name and name not in stored_name.values()
@@ -38,16 +41,20 @@ def load_language_weights(
     if unknown:
         raise CheckpointError(f"{len(unknown)} tensors of the language model have no place here, first: {unknown[:3]}")
     own_name = {stored: name for name, stored in stored_name.items()}
+
+    def part_of_stored(stored: str, shape: tuple[int, ...]) -> TensorPart | None:
+        name = own_name[stored]
+        return part_of_rank(name, shape, parameters[name].shape, decoder.group)
+
     loaded: dict[str, torch.Tensor] = {}
-    for stored, tensor in checkpoint.read_tensors(list(own_name), device):
+    for stored, tensor in checkpoint.read_tensors(list(own_name), device, part_of_stored):
         name = own_name[stored]
         loaded[name] = _as_shaped(stored, tensor, parameters[name].shape).to(dtype)
         on_progress(len(loaded), len(own_name))
     if decoder.config.tie_word_embeddings:
-        loaded["lm_head.weight"] = loaded["embed_tokens.weight"]
+        # Not a copy: this rank's part of the vocabulary.
+        loaded["lm_head.weight"] = loaded["embed_tokens.weight"].chunk(decoder.group.size)[decoder.group.rank]
     decoder.load_state_dict(loaded, assign=True)
-    if decoder.config.tie_word_embeddings:
-        decoder.lm_head.weight = decoder.embed_tokens.weight
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

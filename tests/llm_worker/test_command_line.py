@@ -46,16 +46,24 @@ def broken_folder(qwen3_vl_folder: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_what_keeps_it_from_starting_is_said(
-    start: Callable[..., tuple[int, str]], broken_folder: Path, tmp_path: Path
+    start: Callable[..., tuple[int, str]], broken_folder: Path, qwen3_vl_folder: Path, tmp_path: Path
 ) -> None:
     for flags, says in (
         (["--model", str(tmp_path)], str(tmp_path)),
         (["--model", str(broken_folder)], "--skip-tokenizer-init"),
         (["--model", str(broken_folder), "--skip-tokenizer-init"], "video_token_id"),
+        (["--model", str(qwen3_vl_folder), "--tp", "4", "--device", "cpu"], "it can be 1 or 2"),
     ):
         status, last = start(*flags)
         assert (status, last.partition(":")[0]) == (1, "cannot start")
         assert says in last
+
+
+@pytest.mark.gpu
+def test_more_ranks_than_gpus_are_refused(start: Callable[..., tuple[int, str]], qwen3_vl_folder: Path) -> None:
+    status, last = start("--model", str(qwen3_vl_folder), "--tp", "64", "--device", "cuda")
+    assert (status, last.partition(":")[0]) == (1, "cannot start")
+    assert "--tp 64 needs as many GPUs, visible are" in last
 
 
 def test_a_port_in_use_is_said(start: Callable[..., tuple[int, str]], qwen3_vl_folder: Path) -> None:

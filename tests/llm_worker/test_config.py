@@ -37,6 +37,7 @@ def test_unknown_flags_are_refused(flags: list[str], capsys: pytest.CaptureFixtu
         ["--max-num-seqs", "0"],
         ["--kv-cache-tokens", "15"],
         ["--encode-timeout-s", "0"],
+        ["--tp", "0"],
         ["--encoders", ""],
         ["--encoders", "host"],
         ["--encoders", "a:1,b"],

@@ -12,7 +12,9 @@ import torch
 
 from deploy.reference import Media, Reference
 from embedding_transport.checkpoint import open_checkpoint
-from llm_worker.engine.engine import Engine, EngineConfig, RequestHandle
+from llm_worker.engine.config import EngineConfig
+from llm_worker.engine.engine import Engine, RequestHandle
+from llm_worker.engine.forward_pass import ForwardPass
 from llm_worker.engine.request import ExpandedPrompt, MediaSpan, SamplingParams, TokenOutput
 from llm_worker.models import build_decoder
 from tests.llm_worker.engine.tensor_rows import TensorRows
@@ -68,7 +70,8 @@ def _spans(kinds: list[int], rows: list[TensorRows]) -> Iterator[MediaSpan]:
 @contextmanager
 def running_engine(folder: Path, **config: int) -> Iterator[Engine]:
     decoder = build_decoder(open_checkpoint(str(folder)), torch.device("cpu"), torch.float32)
-    engine = Engine(decoder, EngineConfig(**{"num_blocks": 64, "block_size": 8, "max_model_len": 512, **config}))
+    limits = EngineConfig(**{"num_blocks": 64, "block_size": 8, "max_model_len": 512, **config})
+    engine = Engine(ForwardPass(decoder, limits), limits)
     engine.start()
     try:
         yield engine

@@ -26,5 +26,9 @@ class TensorRows:
         for layer, target in enumerate(deepstack_NTD if deepstack_NTD is not None else []):
             target.copy_(part[:, hidden * (1 + layer) : hidden * (2 + layer)])
 
+    def check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
     def release(self) -> None:
         self.num_releases += 1

@@ -282,13 +282,14 @@ async def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(
     qwen3_vl_folder: Path, reference: Reference, text: Request, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running_engine(qwen3_vl_folder) as engine:
-        forward = engine._decoder.forward
+        decoder = engine._forward_pass.decoder
+        forward = decoder.forward
 
         def fail_once(*arguments: Any) -> torch.Tensor:
-            monkeypatch.setattr(engine._decoder, "forward", forward)
+            monkeypatch.setattr(decoder, "forward", forward)
             raise RuntimeError("secret detail")
 
-        monkeypatch.setattr(engine._decoder, "forward", fail_once)
+        monkeypatch.setattr(decoder, "forward", fail_once)
         with pytest.raises(InternalError) as caught:
             await collect(submit(engine, text, greedy(4)))
         assert "secret detail" not in str(caught.value)

@@ -13,7 +13,9 @@ import torch
 from embedding_transport.checkpoint import open_checkpoint
 from embedding_transport.encoder_client import EncoderClient
 from embedding_transport.types import ModelIdentity
-from llm_worker.engine.engine import Engine, EngineConfig
+from llm_worker.engine.config import EngineConfig
+from llm_worker.engine.engine import Engine
+from llm_worker.engine.forward_pass import ForwardPass
 from llm_worker.frontend.generation import Generator
 from llm_worker.frontend.openai_http import ServedModel
 from llm_worker.frontend.sampling_defaults import SamplingDefaults
@@ -61,7 +63,8 @@ async def serving(
     """
     checkpoint = open_checkpoint(str(folder))
     decoder = build_decoder(checkpoint, torch.device("cpu"), torch.float32)
-    engine = Engine(decoder, EngineConfig(num_blocks=num_blocks, max_model_len=512))
+    limits = EngineConfig(num_blocks=num_blocks, max_model_len=512)
+    engine = Engine(ForwardPass(decoder, limits), limits)
     engine.start()
     encoders = EncoderClient([encoder], identity(folder), transport="grpc", shm_folder=folder)
     if encoder != NO_ENCODER:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,11 +39,9 @@ def test_no_visual_tensor_is_read(checkpoint_folder: Path, monkeypatch: pytest.M
     read: list[str] = []
     read_tensors = Checkpoint.read_tensors
 
-    def watched(
-        self: Checkpoint, names: list[str], device: str | torch.device = "cpu"
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+    def watched(self: Checkpoint, names: list[str], *arguments: Any) -> Iterator[tuple[str, torch.Tensor]]:
         read.extend(names)
-        return read_tensors(self, names, device)
+        return read_tensors(self, names, *arguments)
 
     monkeypatch.setattr(Checkpoint, "read_tensors", watched)
     decoder = load(checkpoint_folder)

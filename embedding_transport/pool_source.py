@@ -1,0 +1,23 @@
+"""Maps a pool that another process of this host has mapped already, by what that one says of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from embedding_transport.cuda_ipc_pool import CudaIpcMapping
+from embedding_transport.pool import PoolMapping, PoolSource
+from embedding_transport.shm_pool import ShmMapping
+
+
+def map_source(source: PoolSource) -> PoolMapping:
+    """
+    Args:
+        source: of PoolMapping.source.
+
+    Raises:
+        TransportUnavailable: this process cannot map it.
+    """
+    nbytes = int(source["nbytes"])
+    if "handle" in source:
+        return CudaIpcMapping(bytes.fromhex(str(source["handle"])), nbytes, str(source["uuid"]))
+    return ShmMapping(Path(str(source["folder"])), str(source["name"]), nbytes)

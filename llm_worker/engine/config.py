@@ -1,0 +1,25 @@
+"""Limits of the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Limits of the engine.
+
+    max_num_batched_tokens: tokens in one step, and so the longest prefill chunk; max_num_seqs: sequences in one step.
+    num_blocks blocks of block_size tokens are the KV cache; max_model_len: longest prompt plus answer, tokens.
+    max_waiting: requests that may wait beside max_num_seqs running ones. prefix_cache: whether KV is used again.
+    mixed_step_tokens: tokens in a step that also decodes; None for as many as in others.
+    """
+
+    max_num_batched_tokens: int = 2048
+    max_num_seqs: int = 64
+    block_size: int = 16
+    num_blocks: int = 2048
+    max_model_len: int = 32768
+    max_waiting: int = 512
+    prefix_cache: bool = True
+    mixed_step_tokens: int | None = None

@@ -1,0 +1,107 @@
+"""What every rank of a worker does before it can run: choose a device, load its part of the model, choose a runner."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from embedding_transport.checkpoint import CheckpointError, open_checkpoint
+from embedding_transport.loading import ProgressLog, choose_device, choose_dtype
+from embedding_transport.types import DTYPES, ModelIdentity
+from llm_worker.config import LlmConfig
+from llm_worker.engine.config import EngineConfig
+from llm_worker.engine.runner import MakeRunner, plain_runner
+from llm_worker.frontend.sampling_defaults import SamplingDefaults
+from llm_worker.models import build_decoder
+from llm_worker.models.decoder import TextDecoder
+from llm_worker.models.rank_group import OneRank, RankGroup
+from llm_worker.models.weights import stored_dtype
+from llm_worker.prompt.config import PromptConfig
+from llm_worker.prompt.tokenizer import PromptTokenizer
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """The language half of a checkpoint, ready to run."""
+
+    identity: ModelIdentity
+    decoder: TextDecoder
+    tokenizer: PromptTokenizer | None
+    prompt_config: PromptConfig
+    defaults: SamplingDefaults
+
+
+def rank_device(config: LlmConfig, rank: int) -> torch.device:
+    """The GPU of this rank, the one of its number among those that are visible, or the CPU.
+
+    Raises:
+        CheckpointError: a GPU is asked for and there is none, or none for this rank.
+    """
+    device = choose_device(config.device)
+    if device.type == "cpu" or config.tp == 1:
+        return device
+    num_visible = torch.cuda.device_count()
+    if rank >= num_visible:
+        raise CheckpointError(f"--tp {config.tp} needs as many GPUs, visible are {num_visible}")
+    return torch.device("cuda", rank)
+
+
+def load_model(
+    config: LlmConfig,
+    must_stop: Callable[[], bool],
+    show: Callable[[str, float], None] = lambda stage, part: None,
+    group: RankGroup | None = None,
+) -> LoadedModel:
+    """Finds the checkpoint and loads its decoder, logging the progress. Blocking.
+
+    Args:
+        must_stop: once it says so, loading ends with LoadingStopped.
+        show: called with a stage of the start ("weights") and the part of it that is done.
+        group: the ranks of which ours loads its part; None for one that loads all.
+
+    Raises:
+        CheckpointError: no such checkpoint, or one that this worker cannot serve.
+    """
+    _log.info("opening checkpoint %s", config.model)
+    checkpoint = open_checkpoint(config.model, config.revision, config.served_model_name, config.load_format)
+    tokenizer = None if config.skip_tokenizer_init else PromptTokenizer(checkpoint)
+    group = group if group is not None else OneRank()
+    device = rank_device(config, group.rank)
+    dtype_name = choose_dtype(config.dtype, device, stored_dtype(checkpoint))
+    progress = ProgressLog("loading language weights", must_stop, partial(show, "weights"))
+    decoder = build_decoder(checkpoint, device, DTYPES[dtype_name], progress, group)
+    vision = checkpoint.config["vision_config"]
+    identity = ModelIdentity(
+        model=checkpoint.model,
+        revision=checkpoint.revision,
+        model_type=decoder.config.model_type,
+        out_hidden_size=decoder.config.hidden_size,
+        deepstack_visual_indexes=tuple(vision.get("deepstack_visual_indexes") or ()),
+        dtype=dtype_name,
+    )
+    _log.info("loaded %s, revision %s, %s on %s", identity.model, identity.revision[:12], dtype_name, device)
+    return LoadedModel(
+        identity,
+        decoder,
+        tokenizer,
+        PromptConfig.from_checkpoint(checkpoint),
+        SamplingDefaults.from_checkpoint(checkpoint),
+    )
+
+
+def choose_runner(decoder: TextDecoder, config: EngineConfig) -> MakeRunner:
+    """Fused kernels and CUDA graphs in bfloat16 on a GPU; the plain decoder elsewhere, and for experts."""
+    if decoder.device.type != "cuda" or decoder.dtype != torch.bfloat16 or decoder.config.moe is not None:
+        return plain_runner
+    from llm_worker.gpu.gpu_runner import GpuRunner  # needs Triton, which comes with torch's CUDA builds only
+    from llm_worker.gpu.prefill_attention import causal_attention
+
+    return lambda decoder, kv_cache, buffer: GpuRunner(
+        decoder, kv_cache, buffer, config.max_num_seqs, config.max_model_len, causal_attention()
+    )

@@ -1,0 +1,86 @@
+"""Which part of the decoder each rank of a tensor parallel worker holds.
+
+What makes heads or the MLP's inner activations is cut by rows, what reads them by columns: each rank then has a summand
+of every layer's two outputs. Experts are cut alike, all of them on every rank. lm_head is cut by the vocabulary; norms,
+embeddings and the experts' gate are whole everywhere.
+
+Source: Megatron-LM (arXiv 1909.08053), section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from embedding_transport.checkpoint import CheckpointError, TensorPart
+from llm_worker.models.config import TextConfig
+from llm_worker.models.rank_group import RankGroup
+
+_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+_GATE_UP = "experts.gate_up_proj"
+_CUT_DIM = {
+    **{f"{name}.{kind}": 0 for name in _ROWS for kind in ("weight", "bias")},
+    "lm_head.weight": 0,
+    "o_proj.weight": 1,
+    "down_proj.weight": 1,
+    _GATE_UP: 1,
+    "experts.down_proj": 2,
+}
+
+
+def config_of_rank(config: TextConfig, num_ranks: int) -> TextConfig:
+    """The dims of one rank's part. The vocabulary stays whole, as its embeddings do.
+
+    Raises:
+        CheckpointError: the model cannot be cut into so many equal parts.
+    """
+    cut = {
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "intermediate_size": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+    }
+    if config.moe is not None:
+        cut["moe_intermediate_size"] = config.moe.moe_intermediate_size
+    if odd := {name: size for name, size in cut.items() if size % num_ranks}:
+        fitting = [n for n in range(1, config.num_key_value_heads + 1) if not any(size % n for size in cut.values())]
+        raise CheckpointError(
+            f"--tp {num_ranks} does not divide this model's {', '.join(f'{name} {odd[name]}' for name in odd)}: "
+            f"it can be {' or '.join(map(str, fitting))}"
+        )
+    moe = config.moe
+    return replace(
+        config,
+        num_attention_heads=config.num_attention_heads // num_ranks,
+        num_key_value_heads=config.num_key_value_heads // num_ranks,
+        intermediate_size=config.intermediate_size // num_ranks,
+        moe=replace(moe, moe_intermediate_size=moe.moe_intermediate_size // num_ranks) if moe else None,
+    )
+
+
+def part_of_rank(
+    name: str, stored_shape: Sequence[int], own_shape: Sequence[int], group: RankGroup
+) -> TensorPart | None:
+    """What this rank reads of a stored tensor; None for all of it.
+
+    Args:
+        own_shape: of the parameter it becomes.
+
+    Raises:
+        CheckpointError: the stored tensor is not as large as all ranks' parts.
+    """
+    dim = next((dim for suffix, dim in _CUT_DIM.items() if name.endswith(suffix)), None)
+    if dim is None or group.size == 1:
+        return None
+    own_size = own_shape[dim]
+    whole = [*own_shape[:dim], own_size * group.size, *own_shape[dim + 1 :]]
+    if list(stored_shape) != whole:
+        # Released checkpoints store experts [num_experts, in, out].
+        if ".experts." not in name or list(stored_shape) != [whole[0], whole[2], whole[1]]:
+            raise CheckpointError(f"{name} has shape {tuple(stored_shape)}, config.json asks for {tuple(whole)}")
+        dim = 3 - dim
+    if name.endswith(_GATE_UP):  # gate and up lie one behind the other, and each is cut for itself
+        half = own_size // 2
+        starts = [group.rank * half, (group.size + group.rank) * half]
+        return TensorPart(dim, tuple(slice(start, start + half) for start in starts))
+    return TensorPart(dim, (slice(group.rank * own_size, (group.rank + 1) * own_size),))

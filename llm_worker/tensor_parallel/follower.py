@@ -1,0 +1,120 @@
+"""A rank of a tensor parallel worker but the first: `python -m llm_worker.tensor_parallel.follower RANK FILE FD`.
+
+Rank 0 starts it with its own settings in the environment, and tells it each step; it ends with rank 0.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import torch
+
+from embedding_transport.checkpoint import CheckpointError
+from embedding_transport.errors import TransportUnavailable
+from embedding_transport.pool import PoolMapping
+from embedding_transport.pool_source import map_source
+from embedding_transport.received_rows import copy_rows
+from llm_worker.config import LlmConfig
+from llm_worker.engine.forward_pass import ForwardPass
+from llm_worker.loading import choose_runner, load_model, rank_device
+from llm_worker.tensor_parallel.channel import Channel, ChannelClosed, Kind
+from llm_worker.tensor_parallel.group import TorchGroup
+from llm_worker.tensor_parallel.handed_out import hand_out_rows
+from llm_worker.tensor_parallel.shared_pools import NUMBER
+from llm_worker.tensor_parallel.step import PoolLanding, Step, StepDecoder
+from service_runtime.logs import start_logging
+
+_log = logging.getLogger(__name__)
+
+
+class Follower:
+    """Does what rank 0 says, until it says nothing more."""
+
+    def __init__(self, config: LlmConfig, group: TorchGroup, channel: Channel) -> None:
+        model = load_model(config, lambda: False, group=group)
+        channel.send(Kind.LOADED)
+        decoder = model.decoder
+        limits = config.engine_config(decoder.config.max_position_embeddings)
+        self._forward_pass = ForwardPass(decoder, limits, choose_runner(decoder, limits))
+        self._group, self._channel = group, channel
+        self._row_width = decoder.config.hidden_size * (1 + decoder.config.num_deepstack)
+        self._pools: dict[int, PoolMapping] = {}
+
+    @torch.inference_mode()
+    def follow(self) -> None:
+        """
+        Raises:
+            ChannelClosed: rank 0 has ended.
+        """
+        decoder = StepDecoder(self._forward_pass.kv_cache.block_size)
+        while True:
+            kind, payload = self._channel.receive()
+            if kind == Kind.STEP:
+                self._run(decoder.decode(payload))
+            elif kind == Kind.MAP:
+                self._map(payload)
+            elif kind == Kind.UNMAP:
+                self._pools.pop(NUMBER.unpack(payload)[0], None)
+            else:
+                raise ValueError(f"rank 0 sent a frame of kind {kind.name}")
+
+    def _run(self, step: Step) -> None:
+        buffer = self._forward_pass.buffer
+        num_tokens = step.integers_5T.shape[1]
+        buffer.integers.begin()[:, :num_tokens] = step.integers_5T
+        inputs = buffer.bring_over(num_tokens, step.sequences, step.with_deepstack)
+        for landing in step.landings:
+            self._land(landing)
+        hand_out_rows(self._group, buffer, step.from_rank_0)
+        self._forward_pass.run(inputs, step.sampled_rows)
+
+    def _land(self, landing: PoolLanding) -> None:
+        """Rank 0 has checked the lease, and checks it again when all have read from it."""
+        buffer = self._forward_pass.buffer
+        shape = (landing.num_rows, self._row_width)
+        rows_TW = self._pools[landing.pool].rows(landing.offset, shape, buffer.embeds_MC.dtype)
+        tokens = slice(landing.start, landing.stop)
+        deepstack = buffer.deepstack_NMC[:, tokens] if len(buffer.deepstack_NMC) else None
+        copy_rows(rows_TW, buffer.embeds_MC[tokens], deepstack, landing.first_row)
+
+    def _map(self, payload: bytes) -> None:
+        number, error = NUMBER.unpack_from(payload)[0], ""
+        try:
+            self._pools[number] = map_source(json.loads(payload[NUMBER.size :]))
+        except TransportUnavailable as reason:
+            error = str(reason)
+        self._channel.send(Kind.MAPPED, error.encode())
+
+
+def main() -> int:
+    """Returns 0 when rank 0 has ended, 1 where this rank cannot go on."""
+    rank, store_file, fd = sys.argv[1:]
+    # Ctrl-C reaches us, too, but it is for rank 0 to say when requests that run are through.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    config = LlmConfig.from_command_line([])
+    start_logging(config.log_level, config.log_format)
+    channel = Channel(socket.socket(fileno=int(fd)))
+    try:
+        device = rank_device(config, int(rank))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        group = TorchGroup.join(int(rank), config.tp, device, Path(store_file))
+        Follower(config, group, channel).follow()
+    except ChannelClosed:
+        return 0
+    except CheckpointError as error:
+        _log.error("%s", error)
+    except Exception:
+        _log.exception("rank %s cannot go on", rank)
+    return 1
+
+
+if __name__ == "__main__":
+    # At once: torch's own end may wait for ranks that are gone, and rank 0 for ours.
+    os._exit(main())

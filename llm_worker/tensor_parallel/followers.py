@@ -1,0 +1,113 @@
+"""The processes of ranks 1 and up, as rank 0 starts, watches and ends them."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from embedding_transport.checkpoint import open_checkpoint
+from llm_worker.config import LlmConfig
+from llm_worker.engine.config import EngineConfig
+from llm_worker.engine.forward_pass import ForwardPass
+from llm_worker.engine.runner import MakeRunner
+from llm_worker.loading import rank_device
+from llm_worker.models.config import text_config
+from llm_worker.models.decoder import TextDecoder
+from llm_worker.models.sharding import config_of_rank
+from llm_worker.tensor_parallel.channel import Channel
+from llm_worker.tensor_parallel.group import TorchGroup
+from llm_worker.tensor_parallel.leader import LeadingForwardPass
+from service_runtime.child_process import Child
+
+_STOP_GRACE_S = 5.0
+# A rank that dies breaks everyone's collectives: the time to find out that it was that.
+_CAUSE_TIMEOUT_S = 2.0
+
+
+class Followers:
+    """Make it on the event loop, `start` it, and always `stop` it."""
+
+    def __init__(self, config: LlmConfig) -> None:
+        self._config = config
+        self._folder = Path(tempfile.mkdtemp(prefix="vitrine-tp-"))  # of mode 700
+        self._children: list[Child] = []
+        self._channels: list[Channel] = []
+        self._group: TorchGroup | None = None
+        self._loop = asyncio.get_running_loop()
+        self._broken: asyncio.Future[str] = self._loop.create_future()
+
+    async def start(self) -> None:
+        """
+        Raises:
+            CheckpointError: no such checkpoint, one that cannot be cut into so many parts, or fewer GPUs than ranks.
+        """
+        await asyncio.to_thread(_check, self._config)
+        environment = self._config.as_environment(skip_tokenizer_init=True)
+        for rank in range(1, self._config.tp):
+            ours, theirs = socket.socketpair()
+            self._channels.append(Channel(ours))
+            with theirs:
+                fd = theirs.fileno()
+                arguments = ["llm_worker.tensor_parallel.follower", str(rank), str(self._store_file), str(fd)]
+                child = await Child.start(f"rank {rank}", arguments, environment, pass_fds=[fd])
+            self._children.append(child)
+
+    def join(self) -> TorchGroup:
+        """Becomes rank 0, once all ranks are there; blocking."""
+        self._group = TorchGroup.join(0, self._config.tp, rank_device(self._config, 0), self._store_file)
+        return self._group
+
+    def forward_pass(self, decoder: TextDecoder, config: EngineConfig, make_runner: MakeRunner) -> ForwardPass:
+        """That of rank 0, after `join`; blocking until the others have loaded their weights.
+
+        Raises:
+            ChannelClosed: a rank is gone.
+        """
+        assert self._group is not None
+        return LeadingForwardPass(
+            decoder, config, make_runner, self._group, self._channels, on_failure=self._report_failure
+        )
+
+    async def failure(self) -> str:
+        """Waits until a rank has ended by itself, or rank 0 cannot go on, and says why."""
+        ended = [asyncio.create_task(child.failed()) for child in self._children]
+        try:
+            waited_for: list[asyncio.Future[Any]] = [*ended, self._broken]
+            await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(ended, timeout=_CAUSE_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+            first = next((task for task in ended if task.done()), None)
+            return str(first.result()) if first is not None else self._broken.result()
+        finally:
+            for task in ended:
+                task.cancel()
+
+    async def stop(self) -> None:
+        for channel in self._channels:
+            channel.close()
+        await asyncio.gather(*(child.stop(_STOP_GRACE_S) for child in self._children))
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def _store_file(self) -> Path:
+        return self._folder / "store"
+
+    def _report_failure(self, error: Exception) -> None:
+        """From any thread: rank 0 cannot go on."""
+
+        def note() -> None:
+            if not self._broken.done():
+                self._broken.set_result(f"a step failed on rank 0: {type(error).__name__}: {error}")
+
+        self._loop.call_soon_threadsafe(note)
+
+
+def _check(config: LlmConfig) -> None:
+    """What would otherwise end every rank by itself."""
+    for rank in range(config.tp):
+        rank_device(config, rank)
+    checkpoint = open_checkpoint(config.model, config.revision, config.served_model_name, config.load_format)
+    config_of_rank(text_config(checkpoint), config.tp)

@@ -1,0 +1,127 @@
+"""Rank 0 of a tensor parallel worker: it alone schedules and samples, and tells the others each step.
+
+In a step all ranks fill their buffers, land the media rows, and run their part of the decoder in lockstep; the sums
+within each layer are where they wait for one another. So when rank 0 is through with a step, all others have landed
+its rows: what it reads then in a lease's header holds for their copies, too, and the lease may be given back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Many
+
+import torch
+
+from embedding_transport.errors import LeaseExpired
+from embedding_transport.received_rows import LeasedRows
+from llm_worker.engine.config import EngineConfig
+from llm_worker.engine.forward_pass import ForwardPass, StepOutput
+from llm_worker.engine.input_embed_buffer import Landing
+from llm_worker.engine.runner import MakeRunner
+from llm_worker.engine.scheduler import Chunk
+from llm_worker.models.decoder import StepInputs, TextDecoder
+from llm_worker.tensor_parallel.channel import Channel, Kind
+from llm_worker.tensor_parallel.group import TorchGroup
+from llm_worker.tensor_parallel.handed_out import hand_out_rows
+from llm_worker.tensor_parallel.shared_pools import SharedPools
+from llm_worker.tensor_parallel.step import PoolLanding, Step, StepEncoder
+
+
+class LeadingForwardPass(ForwardPass):
+    """A forward pass that all ranks run together, and none alone: after a step that failed here there is no other."""
+
+    def __init__(
+        self,
+        decoder: TextDecoder,
+        config: EngineConfig,
+        make_runner: MakeRunner,
+        group: TorchGroup,
+        channels: Many[Channel],
+        on_failure: Callable[[Exception], None],
+    ) -> None:
+        """Waits until the other ranks have loaded their weights: nobody's collectives shall wait for that.
+
+        Args:
+            channels: to the other ranks.
+            on_failure: called where ranks may no longer be at the same step, so that none can go on.
+
+        Raises:
+            ChannelClosed: a rank is gone.
+        """
+        for channel in channels:
+            channel.expect(Kind.LOADED)
+        super().__init__(decoder, config, make_runner)
+        self._group, self._channels, self._on_failure = group, channels, on_failure
+        self._pools = SharedPools(channels)
+        self._encoder = StepEncoder()
+        self._lost: dict[Chunk, Exception] = {}
+        self._in_lockstep = True
+
+    def __call__(self, chunks: Many[Chunk]) -> StepOutput:
+        output = super().__call__(chunks)
+        if not self._lost:
+            return output
+        kept = [index for index, chunk in enumerate(output.sampling) if chunk not in self._lost]
+        sampling = [output.sampling[index] for index in kept]
+        return StepOutput(sampling, output.logits_BV[kept], {**output.failed, **self._lost})
+
+    def run(self, inputs: StepInputs, rows: list[int]) -> torch.Tensor:
+        if not self._in_lockstep:
+            raise RuntimeError("ranks may be at different steps since one has failed: the worker is about to end")
+        try:
+            self._tell(inputs, rows)
+            logits_BV = super().run(inputs, rows)
+            self._lost = self._check_leases()
+        except Exception as error:
+            self._in_lockstep = False
+            self._on_failure(error)
+            raise
+        return logits_BV
+
+    def _tell(self, inputs: StepInputs, rows: list[int]) -> None:
+        num_tokens = len(inputs.slot_mapping_T)
+        shared: list[PoolLanding] = []
+        own: list[Landing] = []
+        for landing in (each for landings in self.buffer.landed.values() for each in landings):
+            pool_landing = self._in_pool(landing)
+            if pool_landing is not None:
+                shared.append(pool_landing)
+            else:
+                own.append(landing)
+        # One range over all of them: what lies between is the same on every rank anyway.
+        from_rank_0 = (min(each.start for each in own), max(each.stop for each in own)) if own else (0, 0)
+        step = Step(
+            self.buffer.integers.host[:, :num_tokens].numpy(),
+            inputs.sequences,
+            rows,
+            inputs.deepstack_NTC is not None,
+            shared,
+            from_rank_0,
+        )
+        payload = self._encoder.encode(step)
+        for channel in self._channels:
+            channel.send(Kind.STEP, payload)
+        hand_out_rows(self._group, self.buffer, from_rank_0)
+
+    def _in_pool(self, landing: Landing) -> PoolLanding | None:
+        """What the other ranks need to land these rows by themselves; None where they cannot."""
+        rows = landing.rows
+        number = self._pools.number_of(rows.mapping) if isinstance(rows, LeasedRows) else None
+        if not isinstance(rows, LeasedRows) or number is None:
+            return None
+        return PoolLanding(number, rows.lease.offset, rows.num_tokens, landing.first_row, landing.start, landing.stop)
+
+    def _check_leases(self) -> dict[Chunk, Exception]:
+        """Chunks whose leases have ended since rank 0 has landed their rows: others may have come too late."""
+        lost: dict[Chunk, Exception] = {}
+        if self.buffer.landed and self.decoder.device.type == "cuda":
+            # A pool may lie on another GPU, and is read there without waiting for ours.
+            torch.cuda.current_stream(self.decoder.device).synchronize()
+        for chunk, landings in self.buffer.landed.items():
+            # A video has many landings.
+            for rows in {id(landing.rows): landing.rows for landing in landings}.values():
+                try:
+                    rows.check()
+                except LeaseExpired as error:
+                    lost[chunk] = error
+        return lost

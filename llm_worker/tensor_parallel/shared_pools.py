@@ -1,0 +1,53 @@
+"""Encoders' pools that all ranks have mapped, as rank 0 knows them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import struct
+import weakref
+from collections.abc import Sequence as Many
+from contextlib import suppress
+
+from embedding_transport.pool import PoolMapping
+from llm_worker.tensor_parallel.channel import Channel, ChannelClosed, Kind
+
+_log = logging.getLogger(__name__)
+
+NUMBER = struct.Struct("<Q")
+
+
+class SharedPools:
+    """Has a pool mapped by the other ranks when its first rows come, and unmapped when it is gone here."""
+
+    def __init__(self, channels: Many[Channel]) -> None:
+        self._channels = channels
+        self._numbers: weakref.WeakKeyDictionary[PoolMapping, int | None] = weakref.WeakKeyDictionary()
+        self._next = 0
+
+    def number_of(self, pool: PoolMapping) -> int | None:
+        """By which the other ranks know the pool; None where not all of them can map it.
+
+        Raises:
+            ChannelClosed: a rank is gone.
+        """
+        if pool not in self._numbers:
+            self._numbers[pool] = self._share(pool)
+        return self._numbers[pool]
+
+    def _share(self, pool: PoolMapping) -> int | None:
+        number, self._next = self._next, self._next + 1
+        # A mapping that stays behind would pin the encoder's memory even after the encoder's end.
+        weakref.finalize(pool, _unmap, self._channels, number).atexit = False
+        for channel in self._channels:
+            channel.send(Kind.MAP, NUMBER.pack(number) + json.dumps(pool.source()).encode())
+        errors = [error for channel in self._channels if (error := channel.expect(Kind.MAPPED).decode())]
+        if errors:
+            _log.warning("rank 0 hands out an encoder's rows, as another rank cannot read them: %s", errors[0])
+        return None if errors else number
+
+
+def _unmap(channels: Many[Channel], number: int) -> None:
+    for channel in channels:
+        with suppress(ChannelClosed):
+            channel.send(Kind.UNMAP, NUMBER.pack(number))
