@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Qwen3VLConfig
+from transformers import DynamicCache, Qwen3VLConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
 from benchmarks.towers import draw_weights
@@ -86,6 +86,14 @@ class TransformersDecoder(nn.Module):
         rotary = type(self.model.rotary_emb)(config).to(decoder.device)
         self.model.rotary_emb = rotary
         self._lm_head = decoder.lm_head
+
+    def filled_cache(self, batch: int, num_tokens: int) -> DynamicCache:
+        """Random keys and values of so many tokens of each sequence."""
+        config, cache = self.model.config, DynamicCache()
+        shape = (2, batch, config.num_key_value_heads, num_tokens, config.head_dim)
+        for layer in range(config.num_hidden_layers if num_tokens else 0):
+            cache.update(*torch.randn(shape, device=self._lm_head.weight.device, dtype=torch.bfloat16).unbind(), layer)
+        return cache
 
     def forward(self, token_ids_BT: torch.Tensor, positions_3BT: torch.Tensor, cache: Any) -> torch.Tensor:
         """Logits of each sequence's last token, [B, V]."""

@@ -15,18 +15,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from transformers import DynamicCache
 
 from benchmarks.decoders import NUM_DEEPSTACK, TransformersDecoder, qwen3_vl_8b_decoder
 from benchmarks.exported_rows import exported_rows
 from embedding_transport.received_rows import copy_rows
 from embedding_transport.types import ItemTimings
-from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
-from llm_worker.engine.kv_cache import KvCache
+from llm_worker.engine.config import EngineConfig
+from llm_worker.engine.forward_pass import ForwardPass
 from llm_worker.engine.request import ExpandedPrompt, MediaSpan, SamplingParams
-from llm_worker.engine.runner import Runner
 from llm_worker.engine.sampler import sample
 from llm_worker.engine.scheduler import Chunk
 from llm_worker.engine.sequence import Sequence as Request
@@ -72,27 +71,32 @@ class _Worker:
     """The parts of the engine that a step runs through."""
 
     def __init__(self, num_layers: int) -> None:
-        self.device = torch.device("cuda")
-        self.decoder = qwen3_vl_8b_decoder(self.device, num_layers)
-        num_blocks = _MAX_NUM_SEQS * (_CONTEXT // _BLOCK_SIZE + 1)
-        self.kv_cache = KvCache(self.decoder.config, num_blocks, _BLOCK_SIZE, self.device, torch.bfloat16)
-        self.kv_cache.layers.normal_()
-        self.buffer = InputEmbedBuffer(self.decoder, _MAX_TOKENS)
-        self.graphed = self._runner(graphs=True)
+        self.decoder = qwen3_vl_8b_decoder(torch.device("cuda"), num_layers)
+        self.graphed = self._forward_pass(graphs=True)
+        self._kv_cache = self.graphed.kv_cache
+        self._kv_cache.layers.normal_()
 
-    def without_graphs(self) -> Runner:
-        return self._runner(graphs=False)
+    def without_graphs(self) -> ForwardPass:
+        """Over the same memory for keys and values."""
+        forward_pass = self._forward_pass(graphs=False)
+        forward_pass.kv_cache.layers.copy_(self._kv_cache.layers)
+        return forward_pass
 
-    def _runner(self, *, graphs: bool) -> Runner:
-        return GpuRunner(
-            self.decoder,
-            self.kv_cache,
-            self.buffer,
-            _MAX_NUM_SEQS,
-            _MAX_TOKENS,
-            causal_attention(),
+    def _forward_pass(self, *, graphs: bool) -> ForwardPass:
+        config = EngineConfig(
+            max_num_batched_tokens=_MAX_TOKENS,
+            max_num_seqs=_MAX_NUM_SEQS,
+            block_size=_BLOCK_SIZE,
+            num_blocks=_MAX_NUM_SEQS * (_CONTEXT // _BLOCK_SIZE + 1),
+        )
+        make_runner = partial(
+            GpuRunner,
+            max_num_seqs=_MAX_NUM_SEQS,
+            max_model_len=_MAX_TOKENS,
+            causal=causal_attention(),
             capture=None if graphs else lambda work: work,
         )
+        return ForwardPass(self.decoder, config, make_runner)
 
     def prompt(self, num_tokens: int, spans: tuple[MediaSpan, ...] = ()) -> Request:
         """A request with nothing computed yet, and room in the cache for one more token."""
@@ -100,7 +104,7 @@ class _Worker:
         greedy = SamplingParams(temperature=0.0)
         request = Request("benchmark", 0, [], greedy, lambda output, timings: None, lambda items: None)
         request.set_prompt(ExpandedPrompt(token_ids, torch.arange(num_tokens).expand(3, -1), num_tokens, spans))
-        assert self.kv_cache.grow(request.blocks, num_tokens + 1)
+        assert self._kv_cache.grow(request.blocks, num_tokens + 1)
         return request
 
     def decoding(self, num_tokens: int) -> Request:
@@ -112,18 +116,15 @@ class _Worker:
 
     def free(self, requests: Sequence[Request]) -> None:
         for request in requests:
-            self.kv_cache.free(request.blocks)
+            self._kv_cache.free(request.blocks)
 
-    def step(self, chunks: list[Chunk], runner: Runner) -> list[int | None]:
+    def step(self, chunks: list[Chunk], forward_pass: ForwardPass) -> list[int | None]:
         """As the engine's; the next tokens."""
-        inputs, failed = self.buffer.write(chunks)
-        assert not failed, failed
-        hidden_TC = runner(inputs)
-        rows = [each.start + each.length - 1 for each in inputs.sequences]
-        logits_BV = self.decoder.logits(hidden_TC[: len(rows)] if rows[-1] == len(rows) - 1 else hidden_TC[rows])
+        output = forward_pass(chunks)
+        assert not output.failed, output.failed
         sampling = [chunk.sequence.sampling for chunk in chunks]
         generators = [chunk.sequence.generator for chunk in chunks]
-        return [each.token_id for each in sample(logits_BV, sampling, generators)]
+        return [each.token_id for each in sample(output.logits_BV, sampling, generators)]
 
 
 def _prefill_row(worker: _Worker, reference: TransformersDecoder, num_tokens: int) -> str:
@@ -131,10 +132,10 @@ def _prefill_row(worker: _Worker, reference: TransformersDecoder, num_tokens: in
     chunks = [Chunk(request, 0, num_tokens, True)]
     ms = _median_ms(lambda: worker.step(chunks, worker.graphed), _REPEATS)
     worker.free([request])
-    token_ids_BT = torch.randint(1000, 100000, (1, num_tokens), device=worker.device)
-    positions_3BT = torch.arange(num_tokens, device=worker.device).expand(3, 1, -1)
+    token_ids_BT = torch.randint(1000, 100000, (1, num_tokens), device="cuda")
+    positions_3BT = torch.arange(num_tokens, device="cuda").expand(3, 1, -1)
     its_ms = _median_ms(
-        lambda: reference(token_ids_BT, positions_3BT, DynamicCache()).argmax(-1).tolist(), _SLOW_REPEATS
+        lambda: reference(token_ids_BT, positions_3BT, reference.filled_cache(1, 0)).argmax(-1).tolist(), _SLOW_REPEATS
     )
     return _figures(f"prefill of {num_tokens} tokens", ms, _floor_ms(worker.decoder, [num_tokens], [0]), its_ms)
 
@@ -144,13 +145,9 @@ def _decode_row(worker: _Worker, reference: TransformersDecoder, batch: int) -> 
     chunks = [Chunk(request, _CONTEXT, _CONTEXT + 1, True) for request in requests]
     ms = _median_ms(lambda: worker.step(chunks, worker.graphed), _REPEATS)
     worker.free(requests)
-    config = worker.decoder.config
-    shape = (batch, config.num_key_value_heads, _CONTEXT, config.head_dim)
-    cache = DynamicCache()
-    for layer in range(config.num_hidden_layers):
-        cache.update(*torch.randn((2, *shape), device=worker.device, dtype=torch.bfloat16).unbind(), layer)
-    token_ids_BT = torch.randint(1000, 100000, (batch, 1), device=worker.device)
-    positions_3BT = torch.full((3, batch, 1), _CONTEXT, device=worker.device)
+    cache = reference.filled_cache(batch, _CONTEXT)
+    token_ids_BT = torch.randint(1000, 100000, (batch, 1), device="cuda")
+    positions_3BT = torch.full((3, batch, 1), _CONTEXT, device="cuda")
 
     def decode() -> None:
         reference(token_ids_BT, positions_3BT, cache).argmax(-1).tolist()
@@ -167,7 +164,7 @@ def _graphs_row(worker: _Worker) -> str:
     spans = (MediaSpan(0, _TEXT_TOKENS // 2, _MEDIA_TOKENS, 0),)
     request = worker.prompt(num_tokens, spans)
     width = worker.decoder.config.hidden_size * (1 + NUM_DEEPSTACK)
-    request.rows[0] = _TensorRows(torch.randn((_MEDIA_TOKENS, width), device=worker.device, dtype=torch.bfloat16))
+    request.rows[0] = _TensorRows(torch.randn((_MEDIA_TOKENS, width), device="cuda", dtype=torch.bfloat16))
     chunks = [Chunk(request, 0, num_tokens, True)]
     plain = worker.without_graphs()
     ms = _median_ms(lambda: worker.step(chunks, worker.graphed), _REPEATS)
@@ -178,9 +175,9 @@ def _graphs_row(worker: _Worker) -> str:
 
 
 def _landing_row(worker: _Worker, gpu: int) -> str:
-    """Rows of another process's pool to the input buffers, checked that the lease held meanwhile."""
-    buffer = worker.buffer
-    where = "this GPU" if worker.device.index in (None, gpu) and gpu == 0 else "another GPU"
+    """Rows of another process's pool to the input buffers, and the check that the lease held meanwhile."""
+    buffer = worker.graphed.buffer
+    where = "another GPU" if gpu else "this GPU"
     with exported_rows(gpu, _LANDED_TOKENS, worker.decoder.config.hidden_size * (1 + NUM_DEEPSTACK)) as rows:
 
         def land() -> None:
