@@ -32,6 +32,7 @@ from embedding_transport.types import DTYPES, ItemTimings, MediaItem, ModelIdent
 from embedding_transport.wire import describe
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from service_runtime.grpc_channel import CHANNEL_OPTIONS
+from service_runtime.memory import reuse_message_memory
 
 MIB = 1024 * 1024
 SIZES_MIB = (1, 10, 64)
@@ -182,6 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--serve", nargs=2, metavar=("SHM_FOLDER", "CHUNK_NBYTES"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    reuse_message_memory()  # as the services do
     if options.serve:
         asyncio.run(serve(Path(options.serve[0]), int(options.serve[1])))
     else:

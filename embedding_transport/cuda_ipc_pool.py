@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from embedding_transport.errors import TransportUnavailable
-from embedding_transport.pool import Block, ExportPool, PoolMapping, PoolSource
+from embedding_transport.pool import HEADER_NBYTES, PAGE_NBYTES, Block, ExportPool, PoolMapping, PoolSource
 
 _HANDLE_NBYTES = 64
+# Headers on their way to the GPU at once; with more of them, the next one waits.
+_NUM_STAGED = 1024
 
 
 class CudaIpcPool(ExportPool):
@@ -37,30 +39,46 @@ class CudaIpcPool(ExportPool):
             self._memory = _as_tensor(_DeviceMemory(int(pointer), self.mapped_nbytes), device)
             # Of its own: nothing here may wait for the tower's work on the default stream.
             self._stream = torch.cuda.Stream()
+        self._staged = torch.zeros((_NUM_STAGED, HEADER_NBYTES), dtype=torch.uint8, pin_memory=True)
+        self._next_staged = 0
         self._write_header(0, self.nonce)
         self._stream.synchronize()
 
     def write(self, block: Block, rows_TW: torch.Tensor) -> None:
         """`rows_TW` must be complete: this does not wait for the stream that makes them."""
-        assert rows_TW.nbytes == block.nbytes, "rows do not fill their block"
-        target = self._memory[block.offset : block.offset + block.nbytes]
         with torch.cuda.stream(self._stream):
-            target.view(rows_TW.dtype).view(rows_TW.shape).copy_(rows_TW, non_blocking=True)
+            self._rows(block, rows_TW).copy_(rows_TW, non_blocking=True)
             done = self._stream.record_event()
         done.synchronize()
+
+    def can_follow(self, rows_TW: torch.Tensor) -> bool:
+        return rows_TW.device == self._memory.device
+
+    def write_behind(self, block: Block, rows_TW: torch.Tensor) -> None:
+        # The block's header, and the clearing of what lay there, went over our own stream, which nothing ever holds up.
+        torch.cuda.current_stream(rows_TW.device).wait_stream(self._stream)
+        self._rows(block, rows_TW).copy_(rows_TW, non_blocking=True)
+
+    def _rows(self, block: Block, like_TW: torch.Tensor) -> torch.Tensor:
+        assert like_TW.nbytes == block.nbytes, "rows do not fill their block"
+        return self._memory[block.offset : block.offset + block.nbytes].view(like_TW.dtype).view(like_TW.shape)
 
     def close(self) -> None:
         """Nothing: the memory goes with the process, and a peer may still read it."""
 
     def _write_header(self, offset: int, header: bytes) -> None:
-        # Pinned and kept by torch until the copy is through; later writes to the block are on the same stream.
-        staged = torch.frombuffer(bytearray(header), dtype=torch.uint8).pin_memory()
+        if self._next_staged == _NUM_STAGED:
+            self._stream.synchronize()  # every copy out of the staging memory is through: it can be used again
+            self._next_staged = 0
+        staged = self._staged[self._next_staged, : len(header)]
+        self._next_staged += 1
+        staged.copy_(torch.frombuffer(bytearray(header), dtype=torch.uint8))
         with torch.cuda.stream(self._stream):
             self._memory[offset : offset + len(header)].copy_(staged, non_blocking=True)
 
 
 class CudaIpcMapping(PoolMapping):
-    """The readers' side. Unmapped once neither it nor a view of its rows is left.
+    """The readers' side, for one thread at a time. Unmapped once neither it nor a view of its rows is left.
 
     Args:
         handle: of the pool; nbytes: said to be in it.
@@ -89,13 +107,18 @@ class CudaIpcMapping(PoolMapping):
             if int(size) < nbytes:
                 raise TransportUnavailable(f"a pool said to have {nbytes} bytes has {int(size)}")
             self._memory = _as_tensor(mapped, torch.device("cuda", index))
+            self._staged = torch.zeros(PAGE_NBYTES, dtype=torch.uint8, pin_memory=True)
 
     def source(self) -> PoolSource:
         return {"handle": self._handle.hex(), "nbytes": self.nbytes, "uuid": self._uuid}
 
     def _bytes(self, offset: int, nbytes: int) -> bytes:
+        if nbytes > PAGE_NBYTES:
+            raise TransportUnavailable(f"{nbytes} bytes at once of a pool in GPU memory: at most {PAGE_NBYTES}")
         # On the current stream, so behind every copy of rows that was launched before.
-        return self._memory[offset : offset + nbytes].cpu().numpy().tobytes()
+        self._staged[:nbytes].copy_(self._memory[offset : offset + nbytes], non_blocking=True)
+        torch.cuda.current_stream(self._memory.device).synchronize()
+        return self._staged[:nbytes].numpy().tobytes()
 
     def _view(self, offset: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
         nbytes = shape[0] * shape[1] * dtype.itemsize

@@ -7,13 +7,14 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from embedding_transport.chunk_codec import encode_chunk
+from embedding_transport.early_write import EarlyWrite, Held
 from embedding_transport.errors import BadRequest, EncoderUnavailable, Overloaded, TransportUnavailable
 from embedding_transport.leases import LeaseCounts, LeaseTable
 from embedding_transport.pool import Block, ExportPool
@@ -35,14 +36,6 @@ class _Session:
 
     pool: ExportPool | None
     takes_bytes: bool
-
-
-@dataclass(frozen=True)
-class _Held:
-    """A leased block and the pool it is of."""
-
-    pool: ExportPool
-    block: Block
 
 
 @dataclass(frozen=True)
@@ -82,7 +75,7 @@ class RowExporter:
     ) -> None:
         self._chunk_nbytes = chunk_nbytes
         self._pools = list(pools)
-        self._leases: LeaseTable[_Held] = LeaseTable(lease_ttl_s, clock, self._take_back)
+        self._leases: LeaseTable[Held] = LeaseTable(lease_ttl_s, clock, self._take_back)
         self._block_freed = asyncio.Event()
         # Whoever waits for room is served in turn: small items must not starve a large one.
         self._turn = asyncio.Lock()
@@ -151,25 +144,56 @@ class RowExporter:
             if num_reclaimed:
                 _log.info("reclaimed %d leases of a peer that is gone", num_reclaimed)
 
+    @contextlib.contextmanager
+    def early_write(self, session_id: str) -> Iterator[EarlyWrite]:
+        """For an item of this session whose rows are still to be made; to be handed to `export` with them."""
+        session = self._sessions.get(session_id)
+        pool = session.pool if session is not None else None
+
+        def take(rows_TW: torch.Tensor) -> Held | None:
+            # Whoever waits for room was there before.
+            if pool is None or not pool.can_follow(rows_TW) or self._turn.locked():
+                return None
+            lease_id = self._leases.reserve_id()
+            block = pool.allocate(rows_TW.nbytes, lease_id)
+            return None if block is None else Held(pool, block, lease_id)
+
+        early = EarlyWrite(take, self._take_back)
+        try:
+            yield early
+        finally:
+            early.close()
+
     async def export(
-        self, session_id: str, item_index: int, rows_TW: torch.Tensor, timings: ItemTimings
-    ) -> AsyncIterator[encoder_pb2.EncodeResponse | bytes]:
+        self,
+        session_id: str,
+        item_index: int,
+        rows_TW: torch.Tensor,
+        timings: ItemTimings,
+        early: EarlyWrite | None = None,
+    ) -> AsyncGenerator[encoder_pb2.EncodeResponse | bytes]:
         """Ships one item's rows: yields one Ready, or serialized chunks.
 
         Args:
             rows_TW: [num_tokens, row_width] in the identity's dtype, on any device, complete.
+            early: may have them in the pool already.
 
         Raises:
             EncoderUnavailable: the session is not known (its Connect stream has ended).
             Overloaded: the pool stayed full.
             TransportUnavailable: the rows are larger than the pool and the peer takes nothing but leases.
         """
-        if session_id and session_id not in self._sessions:
-            raise EncoderUnavailable(f"session {session_id} is not open: connect again")
+        start = time.perf_counter()
         session = self._sessions.get(session_id)
+        if session_id and session is None:
+            raise EncoderUnavailable(f"session {session_id} is not open: connect again")
         pool = session.pool if session is not None else None
-        if session is not None and pool is not None and self._fits(rows_TW.nbytes, pool, session.takes_bytes):
-            yield await self._export_lease(session_id, pool, item_index, rows_TW, timings)
+        held = early.taken() if early is not None else None
+        if held is None and session is not None and pool is not None:
+            held = await self._write(session_id, session, pool, rows_TW)
+        if held is not None:
+            export_ms = (time.perf_counter() - start) * 1000
+            yield self._leased(session_id, held, item_index, replace(timings, export_ms=export_ms))
         else:
             rows_TW = await asyncio.to_thread(host_rows, rows_TW)
             for chunk in self._chunks(item_index, rows_TW, timings):
@@ -231,26 +255,28 @@ class RowExporter:
         self._num_oversize_items += 1
         return False
 
-    async def _export_lease(
-        self, session_id: str, pool: ExportPool, item_index: int, rows_TW: torch.Tensor, timings: ItemTimings
-    ) -> encoder_pb2.EncodeResponse:
-        start = time.perf_counter()
+    async def _write(self, session_id: str, session: _Session, pool: ExportPool, rows_TW: torch.Tensor) -> Held | None:
+        """The rows in a block of the pool; None if they must go as bytes."""
+        if not self._fits(rows_TW.nbytes, pool, session.takes_bytes):
+            return None
         lease_id = self._leases.reserve_id()
-        held = _Held(pool, await self._allocate(pool, rows_TW.nbytes, lease_id))
-        block = held.block
+        held = Held(pool, await self._allocate(pool, rows_TW.nbytes, lease_id), lease_id)
         try:
             # Off the loop: 64 MiB take long enough to stall every other stream.
-            await _uncancelled(asyncio.to_thread(pool.write, block, rows_TW))
+            await _uncancelled(asyncio.to_thread(pool.write, held.block, rows_TW))
             if session_id not in self._sessions:
                 raise EncoderUnavailable(f"session {session_id} has ended: connect again")
         except BaseException:
             self._take_back(held)
             raise
-        self._leases.grant(lease_id, session_id, held)
-        self._shipped_nbytes[pool.transport] += block.nbytes
-        timings = replace(timings, export_ms=(time.perf_counter() - start) * 1000)
+        return held
+
+    def _leased(self, session_id: str, held: Held, item_index: int, timings: ItemTimings) -> encoder_pb2.EncodeResponse:
+        block = held.block
+        self._leases.grant(held.lease_id, session_id, held)
+        self._shipped_nbytes[held.pool.transport] += block.nbytes
         lease = encoder_pb2.Lease(
-            lease_id=lease_id, generation=block.generation, offset=block.offset, nbytes=block.nbytes
+            lease_id=held.lease_id, generation=block.generation, offset=block.offset, nbytes=block.nbytes
         )
         return encoder_pb2.EncodeResponse(
             ready=encoder_pb2.Ready(item_index=item_index, lease=lease, timings=timings_to_proto(timings))
@@ -280,7 +306,7 @@ class RowExporter:
         self._block_freed.clear()
         await self._block_freed.wait()
 
-    def _take_back(self, held: _Held) -> None:
+    def _take_back(self, held: Held) -> None:
         held.pool.free(held.block)
         self._block_freed.set()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -45,17 +46,15 @@ class LeaseTable(Generic[BlockT]):
         self._clock = clock
         self._give_back = give_back
         self._leases: dict[int, Lease[BlockT]] = {}
-        self._next_lease_id = 1
+        self._lease_ids = itertools.count(1)
 
     def __len__(self) -> int:
         """Leases alive."""
         return len(self._leases)
 
     def reserve_id(self) -> int:
-        """A fresh lease id, to be written into the block's header before `grant`."""
-        lease_id = self._next_lease_id
-        self._next_lease_id += 1
-        return lease_id
+        """A fresh lease id, to be written into the block's header before `grant`; from any thread."""
+        return next(self._lease_ids)
 
     def grant(self, lease_id: int, session_id: str, block: BlockT) -> Lease[BlockT]:
         lease = Lease(lease_id, session_id, block, self._clock() + self.ttl_s)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 import struct
+import threading
 from abc import ABC, abstractmethod
 from bisect import insort
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ class FreeList:
 
 
 class ExportPool(ABC):
-    """The owner's side.
+    """The owner's side. Blocks are taken and given back from any thread.
 
     transport: how peers reach it; nonce: what its probe page begins with; mapped_nbytes: what a peer maps, probe page,
     blocks and all.
@@ -89,6 +90,7 @@ class ExportPool(ABC):
         self.nonce = secrets.token_bytes(PROBE_NBYTES)
         self._free_list = FreeList(nbytes)
         self._generation = 0
+        self._lock = threading.Lock()
 
     @property
     def used_nbytes(self) -> int:
@@ -100,23 +102,33 @@ class ExportPool(ABC):
 
     def allocate(self, nbytes: int, lease_id: int) -> Block | None:
         """A block whose header names `lease_id`, or None while there is no room."""
-        start = self._free_list.take(HEADER_NBYTES + nbytes)
-        if start is None:
-            return None
-        self._generation += 1
-        header_offset = PAGE_NBYTES + start
-        self._write_header(header_offset, _packed_header(_MAGIC, lease_id, self._generation, nbytes))
-        return Block(header_offset + HEADER_NBYTES, nbytes, self._generation)
+        with self._lock:
+            start = self._free_list.take(HEADER_NBYTES + nbytes)
+            if start is None:
+                return None
+            self._generation += 1
+            header_offset = PAGE_NBYTES + start
+            self._write_header(header_offset, _packed_header(_MAGIC, lease_id, self._generation, nbytes))
+            return Block(header_offset + HEADER_NBYTES, nbytes, self._generation)
 
     def free(self, block: Block) -> None:
         """Takes the block back; readers that still copy will find its header cleared."""
         header_offset = block.offset - HEADER_NBYTES
-        self._write_header(header_offset, bytes(HEADER_NBYTES))
-        self._free_list.give_back(header_offset - PAGE_NBYTES, HEADER_NBYTES + block.nbytes)
+        with self._lock:
+            self._write_header(header_offset, bytes(HEADER_NBYTES))
+            self._free_list.give_back(header_offset - PAGE_NBYTES, HEADER_NBYTES + block.nbytes)
 
     @abstractmethod
     def write(self, block: Block, rows_TW: torch.Tensor) -> None:
-        """Copies rows of exactly the block's bytes into it; blocking. Peers may read them when it returns."""
+        """Copies complete rows of exactly the block's bytes into it; blocking. Peers may read them when it returns."""
+
+    @abstractmethod
+    def can_follow(self, rows_TW: torch.Tensor) -> bool:
+        """Whether `write_behind` can copy rows that lie where these do."""
+
+    @abstractmethod
+    def write_behind(self, block: Block, rows_TW: torch.Tensor) -> None:
+        """As `write`, behind what the current stream is doing to the rows: peers may read them once that is through."""
 
     @abstractmethod
     def close(self) -> None:

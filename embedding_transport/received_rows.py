@@ -29,6 +29,10 @@ def copy_rows(rows_TW: torch.Tensor, main_TD: torch.Tensor, deepstack_NTD: torch
         if reads_from(main_TD.device, rows_TW.device):
             with torch.cuda.device(main_TD.device):
                 land_rows(rows_TW, first_row, main_TD, deepstack_NTD)
+            if rows_TW.device != main_TD.device:
+                # Whoever reads the rows' header afterwards does so on their own GPU.
+                landed = torch.cuda.current_stream(main_TD.device).record_event()
+                torch.cuda.current_stream(rows_TW.device).wait_event(landed)
             return
     main_TD.copy_(part_TW[:, :hidden])
     if deepstack_NTD is not None:

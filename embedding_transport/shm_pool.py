@@ -76,6 +76,13 @@ class ShmPool(ExportPool):
         # From a GPU by way of the host copy, which does not wait for the tower's next batch.
         self.rows(block, (num_tokens, width), rows_TW.dtype).copy_(host_rows(rows_TW))
 
+    def can_follow(self, rows_TW: torch.Tensor) -> bool:
+        """A GPU does not reach this memory by itself."""
+        return rows_TW.device.type == "cpu"
+
+    def write_behind(self, block: Block, rows_TW: torch.Tensor) -> None:
+        self.write(block, rows_TW)
+
     def close(self) -> None:
         """Removes the file. Peers that mapped it keep what they mapped."""
         self._path.unlink(missing_ok=True)

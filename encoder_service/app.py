@@ -40,6 +40,7 @@ from encoder_service.preprocess.preprocessor import Preprocessor
 from encoder_service.preprocess.settings import ProcessorSettings
 from encoder_service.server import EncoderServer, EncoderServicer, Serving
 from encoder_service.service import EncodeService
+from service_runtime.memory import spare_startup_objects
 
 if TYPE_CHECKING:
     from encoder_service.gpu.graphs import GpuTower
@@ -205,6 +206,7 @@ async def serve(config: EncoderConfig) -> None:
             model.identity, model.settings, exporter.transports, config.max_items, model.gpu_uuids
         )
         stats = lambda: stats_to_proto(batcher.admitted_s, cache.stats(), exporter.stats())  # noqa: E731
+        spare_startup_objects()
         servicer.open(Serving(description, service, exporter, stats))
         await server.set_serving(True)
         _log.info("SERVING %s over %s", model.identity.model, ", ".join(exporter.transports))

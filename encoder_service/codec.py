@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from embedding_transport.errors import BadRequest, Overloaded
+from embedding_transport.errors import BadRequest, Overloaded, VitrineError
 from embedding_transport.exporter import ExporterStats
-from embedding_transport.types import LayoutEvent, MediaItem, MediaKind, ModelIdentity
+from embedding_transport.types import Layout, MediaItem, MediaKind, ModelIdentity
 from embedding_transport.wire import describe
 from encoder_service.engine.cache import CacheStats
 from encoder_service.preprocess.settings import ProcessorSettings
-from encoder_service.service import ItemFailed
 from protos.encoder.v1 import encoder_pb2
 
 _KINDS: dict[int, MediaKind] = {
@@ -35,11 +34,10 @@ def item_from_proto(index: int, message: encoder_pb2.MediaItem) -> MediaItem:
     )
 
 
-def layout_to_proto(event: LayoutEvent) -> encoder_pb2.EncodeResponse:
-    layout = event.layout
+def layout_to_proto(item_index: int, layout: Layout) -> encoder_pb2.EncodeResponse:
     return encoder_pb2.EncodeResponse(
         layout=encoder_pb2.Layout(
-            item_index=event.item_index,
+            item_index=item_index,
             grid_thw=layout.grid_thw,
             num_tokens=layout.num_tokens,
             timestamps_s=layout.timestamps_s,
@@ -49,11 +47,9 @@ def layout_to_proto(event: LayoutEvent) -> encoder_pb2.EncodeResponse:
     )
 
 
-def failed_to_proto(event: ItemFailed) -> encoder_pb2.EncodeResponse:
-    retry_after_s = event.error.retry_after_s if isinstance(event.error, Overloaded) else 0.0
-    failed = encoder_pb2.Failed(
-        item_index=event.item_index, code=event.error.code, message=str(event.error), retry_after_s=retry_after_s
-    )
+def failed_to_proto(item_index: int, error: VitrineError) -> encoder_pb2.EncodeResponse:
+    retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else 0.0
+    failed = encoder_pb2.Failed(item_index=item_index, code=error.code, message=str(error), retry_after_s=retry_after_s)
     return encoder_pb2.EncodeResponse(failed=failed)
 
 

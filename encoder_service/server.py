@@ -6,22 +6,23 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 import grpc
 import torch
 
+from embedding_transport.early_write import EarlyWrite
 from embedding_transport.encoder_rpc import SERVICE, encoder_handlers
 from embedding_transport.errors import EncoderUnavailable, InternalError, VitrineError
 from embedding_transport.exporter import RowExporter
 from embedding_transport.grpc_status import abort
-from embedding_transport.types import ItemTimings, LayoutEvent
+from embedding_transport.types import ItemTimings, Layout
 from encoder_service.codec import failed_to_proto, item_from_proto, layout_to_proto
 from encoder_service.metrics import EncoderMetrics
-from encoder_service.service import EncodeService, ItemFailed
+from encoder_service.service import EncodeService
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from service_runtime.grpc_server import ServiceServer
 from service_runtime.logs import set_request_id
@@ -130,39 +131,10 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
         if self._draining:
             raise EncoderUnavailable("the encoder is shutting down: send the request to another one")
         items = [item_from_proto(index, message) for index, message in enumerate(request.items)]
-        leases: set[int] = set()
-        undelivered: set[int] = set()
-
-        async def ship(item_index: int, rows_TW: torch.Tensor, timings: ItemTimings) -> AsyncGenerator[Wire, None]:
-            async for response in serving.exporter.export(request.session_id, item_index, rows_TW, timings):
-                if isinstance(response, encoder_pb2.EncodeResponse) and response.HasField("ready"):
-                    leases.add(response.ready.lease.lease_id)
-                    undelivered.add(response.ready.lease.lease_id)
-                yield response
-
         left_s = context.time_remaining()
         deadline = math.inf if left_s is None else time.monotonic() + left_s
-        try:
-            async with aclosing(serving.service.encode(items, ship, request.tenant, deadline)) as events:
-                async for event in events:
-                    if isinstance(event, LayoutEvent):
-                        await context.write(layout_to_proto(event))
-                    elif isinstance(event, ItemFailed):
-                        code, reason = event.error.code, event.error
-                        _log.info("item %d: %s: %s", event.item_index, code, reason)
-                        await context.write(failed_to_proto(event))
-                    else:
-                        await context.write(event)
-                        if isinstance(event, encoder_pb2.EncodeResponse):
-                            undelivered.discard(event.ready.lease.lease_id)
-        except asyncio.CancelledError:
-            # The peer has given the request up. Some of its leases may still be on their way, where nobody takes them.
-            undelivered |= leases
-            raise
-        finally:
-            # The peer will never hear of these leases, so it cannot release them.
-            if undelivered:
-                serving.exporter.release(request.session_id, sorted(undelivered))
+        with _Replies(context, serving.exporter, request.session_id) as replies:
+            await serving.service.encode(items, replies, request.tenant, deadline)
 
     def _loaded(self) -> Serving:
         if self._serving is None:
@@ -179,6 +151,71 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
             self._num_encoding -= 1
             if not self._num_encoding:
                 self._idle.set()
+
+
+class _Replies:
+    """What one Encode call answers. Leases that its peer will not hear of are given back at the end."""
+
+    def __init__(self, context: EncodeContext, exporter: RowExporter, session_id: str) -> None:
+        self._context = context
+        self._exporter = exporter
+        self._session_id = session_id
+        self._turn = asyncio.Lock()  # gRPC takes one message at a time
+        self._leases: set[int] = set()
+        self._delivered: set[int] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        # A peer that has given the request up takes none of its leases, not even those that are on their way.
+        given_up = kind is not None and issubclass(kind, asyncio.CancelledError)
+        undelivered = self._leases if given_up else self._leases - self._delivered
+        if undelivered:
+            self._exporter.release(self._session_id, sorted(undelivered))
+
+    async def layout(self, item_index: int, layout: Layout) -> None:
+        await self._write(layout_to_proto(item_index, layout))
+
+    @contextmanager
+    def shipment(self, item_index: int) -> Iterator[_Shipment]:
+        with self._exporter.early_write(self._session_id) as early:
+            yield _Shipment(self, item_index, early)
+
+    async def failed(self, item_index: int, error: VitrineError) -> None:
+        _log.info("item %d: %s: %s", item_index, error.code, error)
+        await self._write(failed_to_proto(item_index, error))
+
+    async def ship(self, item_index: int, early: EarlyWrite, rows_TW: torch.Tensor, timings: ItemTimings) -> None:
+        responses = self._exporter.export(self._session_id, item_index, rows_TW, timings, early)
+        async with aclosing(responses):
+            async for response in responses:
+                if isinstance(response, bytes):
+                    await self._write(response)
+                else:
+                    await self._write_ready(response)
+
+    async def _write_ready(self, response: encoder_pb2.EncodeResponse) -> None:
+        lease_id = response.ready.lease.lease_id
+        self._leases.add(lease_id)
+        await self._write(response)
+        self._delivered.add(lease_id)
+
+    async def _write(self, message: Wire) -> None:
+        async with self._turn:
+            await self._context.write(message)
+
+
+class _Shipment:
+    """One item's rows on their way out; see `service.Shipment`."""
+
+    def __init__(self, replies: _Replies, item_index: int, follower: EarlyWrite) -> None:
+        self.follower = follower
+        self._replies = replies
+        self._item_index = item_index
+
+    async def send(self, rows_TW: torch.Tensor, timings: ItemTimings) -> None:
+        await self._replies.ship(self._item_index, self.follower, rows_TW, timings)
 
 
 class EncoderServer(ServiceServer):

@@ -1,6 +1,6 @@
 """Encodes the items of a request: load -> open -> admit -> Layout -> cache or decode, batch -> ship, all at once.
 
-Knows neither gRPC nor protobuf: how rows leave is the caller's `ship`.
+Knows neither gRPC nor protobuf: where answers go is the caller's `Replies`.
 """
 
 from __future__ import annotations
@@ -11,41 +11,57 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
 from embedding_transport.errors import BadRequest, InternalError, TooManyItems, VitrineError
-from embedding_transport.types import ItemTimings, Layout, LayoutEvent, MediaItem
-from encoder_service.engine.batcher import Batcher
+from embedding_transport.types import ItemTimings, Layout, MediaItem
+from encoder_service.engine.batcher import Batcher, Follower
 from encoder_service.engine.cache import EmbeddingCache, MadeRows
 from encoder_service.media.loader import MediaLoader
 from encoder_service.metrics import EncoderMetrics
+from encoder_service.preprocess.gathering import Gathering
 from encoder_service.preprocess.preprocessor import OpenedMedia, Preprocessor
 from service_runtime.traces import past_span, span
 
 _log = logging.getLogger(__name__)
 _ITEM = "vitrine.item_index"
 
-# Events made ahead of a slow reader; a chunk of rows is the largest, about 1 MiB.
-_MAX_EVENTS_AHEAD = 4
-
-Shipped = TypeVar("Shipped")
 Result = TypeVar("Result")
-Ship = Callable[[int, torch.Tensor, ItemTimings], AsyncGenerator[Shipped, None]]
-"""(item_index, rows_TW [num_tokens, row_width], complete and on any device, timings so far) -> what the peer gets."""
 
 
-@dataclass(frozen=True)
-class ItemFailed:
-    """Item `item_index` could not be encoded; the others go on."""
+class Replies(Protocol):
+    """Where the answers of one request go; items answer as they finish, several at once."""
 
-    item_index: int
-    error: VitrineError
+    async def layout(self, item_index: int, layout: Layout) -> None:
+        """The item's size is known."""
+        ...
+
+    def shipment(self, item_index: int) -> AbstractContextManager[Shipment]:
+        """The item's rows on their way; what was not sent when it ends is given up."""
+        ...
+
+    async def failed(self, item_index: int, error: VitrineError) -> None:
+        """The item could not be encoded; the others go on."""
+        ...
+
+
+class Shipment(Protocol):
+    """Rows of one item on their way out."""
+
+    @property
+    def follower(self) -> Follower:
+        """Ships as much as it can behind the forward that makes the rows."""
+        ...
+
+    async def send(self, rows_TW: torch.Tensor, timings: ItemTimings) -> None:
+        """Rows [num_tokens, row_width], complete and on any device."""
+        ...
 
 
 class EncodeService:
@@ -76,19 +92,21 @@ class EncodeService:
         self._max_items = max_items
         self._metrics = metrics
         self._hash_seed = f"{preprocessor.settings.fingerprint()}:{revision}"
+        self._gathering = Gathering(preprocessor.patches_together)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="encoder-preprocess")
 
     def close(self) -> None:
         """Drops decoding that has not begun and waits for the rest."""
+        self._gathering.close()
         self._threads.shutdown(cancel_futures=True)
 
     async def encode(
-        self, items: Sequence[MediaItem], ship: Ship[Shipped], tenant: str = "", deadline: float = math.inf
-    ) -> AsyncGenerator[LayoutEvent | Shipped | ItemFailed, None]:
-        """Per item: its layout as soon as it is known, then whatever `ship` makes of its rows, or ItemFailed instead.
+        self, items: Sequence[MediaItem], replies: Replies, tenant: str = "", deadline: float = math.inf
+    ) -> None:
+        """Answers for each item: its layout as soon as it is known, then its rows, or its failure instead.
 
-        Rows of an equal item of the same tenant are used again. Items finish in any order. Close the iterator (or
-        cancel its reader) to stop everything that is not yet running.
+        Rows of an equal item of the same tenant are used again. Items finish in any order. Cancelling stops everything
+        that is not yet running.
 
         Args:
             deadline: when the request ends, seconds of the monotonic clock.
@@ -100,64 +118,42 @@ class EncodeService:
             raise BadRequest("the request has no media items: give at least one")
         if len(items) > self._max_items:
             raise TooManyItems(f"{len(items)} media items: at most {self._max_items} are accepted in one request")
-        events: asyncio.Queue[LayoutEvent | Shipped | ItemFailed | None] = asyncio.Queue(_MAX_EVENTS_AHEAD)
-        tasks = [
-            asyncio.create_task(self._run_item(index, item, ship, tenant, deadline, events.put))
-            for index, item in enumerate(items)
-        ]
-        try:
-            num_running = len(tasks)
-            while num_running:
-                event = await events.get()
-                if event is None:
-                    num_running -= 1
-                else:
-                    yield event
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        runs = [self._run_item(index, item, replies, tenant, deadline) for index, item in enumerate(items)]
+        if len(runs) == 1:  # most requests: no task of its own
+            await runs[0]
+            return
+        async with asyncio.TaskGroup() as tasks:
+            for run in runs:
+                tasks.create_task(run)
 
-    async def _run_item(
-        self,
-        index: int,
-        item: MediaItem,
-        ship: Ship[Shipped],
-        tenant: str,
-        deadline: float,
-        put: Callable[[LayoutEvent | Shipped | ItemFailed | None], Awaitable[None]],
-    ) -> None:
-        """One item from start to end; None is its last event."""
+    async def _run_item(self, index: int, item: MediaItem, replies: Replies, tenant: str, deadline: float) -> None:
+        """One item from start to end."""
         outcome = "cancelled"
         try:
-            async with aclosing(self._encode_item(index, item, ship, tenant, deadline)) as events:
-                async for event in events:
-                    await put(event)
+            await self._encode_item(index, item, replies, tenant, deadline)
             outcome = "ok"
         except VitrineError as error:
             outcome = error.code
-            await put(ItemFailed(index, error))
+            await replies.failed(index, error)
         except Exception:
             _log.exception("item %d failed for a reason that is a fault of ours", index)
             outcome = InternalError.code
-            await put(ItemFailed(index, InternalError("the encoder failed on this item; its log has the reason")))
+            await replies.failed(index, InternalError("the encoder failed on this item; its log has the reason"))
         finally:
             self._metrics.items.labels(item.kind, outcome).inc()
-        await put(None)
 
-    async def _encode_item(
-        self, index: int, item: MediaItem, ship: Ship[Shipped], tenant: str, deadline: float
-    ) -> AsyncGenerator[LayoutEvent | Shipped, None]:
+    async def _encode_item(self, index: int, item: MediaItem, replies: Replies, tenant: str, deadline: float) -> None:
         with self._stage("load", index) as load:
             data = await self._loader.load(item)
         with self._stage("open", index) as opening:
-            opened, layout = await self._in_thread(self._open, item, data)
-        key = self._cache_key(tenant, layout)
-        with nullcontext() if self._cache.knows(key) else self._batcher.admit(layout.grid_thw, deadline):
-            yield LayoutEvent(index, layout)
-            made = await self._cache.rows(key, functools.partial(self._make, index, opened, layout, deadline))
+            opened, layout, key = await self._in_thread(self._open, item, data, tenant)
+        admission = nullcontext() if self._cache.knows(key) else self._batcher.admit(layout.grid_thw, deadline)
+        with admission, replies.shipment(index) as shipment:
+            await replies.layout(index, layout)
+            make = functools.partial(self._make, index, opened, layout, deadline, shipment.follower)
+            made = await self._cache.rows(key, make)
             # Shipping to a slow reader takes long: hold no more than the rows meanwhile.
-            del opened, data
+            del opened, data, make
             timings = ItemTimings(
                 load_ms=load.elapsed_ms,
                 preprocess_ms=opening.elapsed_ms + made.preprocess_ms,
@@ -165,28 +161,28 @@ class EncodeService:
                 forward_ms=made.forward_ms,
             )
             with self._stage("ship", index):
-                async with aclosing(ship(index, made.rows_TW, timings)) as shipped:
-                    async for part in shipped:
-                        yield part
+                await shipment.send(made.rows_TW, timings)
 
-    async def _make(self, index: int, opened: OpenedMedia, layout: Layout, deadline: float) -> MadeRows:
+    async def _make(
+        self, index: int, opened: OpenedMedia, layout: Layout, deadline: float, follower: Follower
+    ) -> MadeRows:
         with self._stage("preprocess", index) as preprocess:
-            patches_PX = await self._in_thread(opened.patches)
-        encoded = await self._batcher.encode(patches_PX, layout.grid_thw, deadline)
+            make = self._gathering.patches(opened) if opened.is_gathered else self._in_thread(opened.patches)
+            patches_PX = await make
+        encoded = await self._batcher.encode(patches_PX, layout.grid_thw, deadline, follower)
         queue_s, forward_s = encoded.queue_ms / 1e3, encoded.forward_ms / 1e3
         self._metrics.stage_seconds.labels("queue").observe(queue_s)
         past_span("queue", queue_s + forward_s, queue_s, **{_ITEM: index})
         past_span("forward", forward_s, forward_s, **{_ITEM: index})
         return MadeRows(encoded.rows_TW, preprocess.elapsed_ms, encoded.queue_ms, encoded.forward_ms)
 
-    @staticmethod
-    def _cache_key(tenant: str, layout: Layout) -> bytes:
-        """Tenants share no rows: how fast an answer comes would tell one what another has sent."""
-        return hashlib.sha256(f"{len(tenant)}:{tenant}:".encode() + layout.content_hash).digest()
-
-    def _open(self, item: MediaItem, data: bytes) -> tuple[OpenedMedia, Layout]:
+    def _open(self, item: MediaItem, data: bytes, tenant: str) -> tuple[OpenedMedia, Layout, bytes]:
+        """The media, its layout, and its key in the cache."""
         opened = self._preprocessor.open(item.kind, data, item.video_fps)
-        return opened, replace(opened.layout, content_hash=self._content_hash(item, data))
+        content_hash = self._content_hash(item, data)
+        # Tenants share no rows: how fast an answer comes would tell one what another has sent.
+        key = hashlib.sha256(f"{len(tenant)}:{tenant}:".encode() + content_hash).digest()
+        return opened, replace(opened.layout, content_hash=content_hash), key
 
     def _content_hash(self, item: MediaItem, data: bytes) -> bytes:
         """SHA-256 over everything that decides the rows; equal items have equal rows."""

@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
 from service_runtime.logs import LogFormat, LogLevel, start_logging
+from service_runtime.memory import reuse_message_memory
 from service_runtime.tls import ServerTls
 from service_runtime.traces import start_tracing
 
@@ -131,6 +132,7 @@ def run_service(
         print(config.as_yaml(), end="")
         return 0
     start_logging(config.log_level, config.log_format)
+    reuse_message_memory()
     expected: tuple[type[Exception], ...] = (OSError, ValueError, *failures)
     end_tracing = start_tracing(settings.service_name, config.otlp_endpoint)
     try:

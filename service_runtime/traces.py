@@ -6,14 +6,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-from opentelemetry import propagate, trace
+from opentelemetry import context, propagate, trace
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.util.types import AttributeValue
 
-_tracer = trace.get_tracer("vitrine")
+# None until `start_tracing` has somewhere to send spans to: then nothing is made that nobody will see.
+_tracer: trace.Tracer | None = None
+_TRACE_CONTEXT = "traceparent"
 
 
 def start_tracing(service_name: str, otlp_endpoint: str) -> Callable[[], None]:
@@ -22,12 +24,14 @@ def start_tracing(service_name: str, otlp_endpoint: str) -> Callable[[], None]:
     Args:
         otlp_endpoint: http://host:port of its OTLP/gRPC receiver, or https. Empty for no traces at all.
     """
+    global _tracer
     if not otlp_endpoint:
         return lambda: None
     provider = TracerProvider(resource=Resource.create({SERVICE_NAME: service_name}))
     exporter = OTLPSpanExporter(endpoint=otlp_endpoint, insecure=not otlp_endpoint.startswith("https:"))
     provider.add_span_processor(BatchSpanProcessor(exporter))
     trace.set_tracer_provider(provider)
+    _tracer = trace.get_tracer("vitrine")
     return provider.shutdown
 
 
@@ -38,15 +42,26 @@ def serving_span(name: str, carrier: Mapping[str, str], **attributes: AttributeV
     Args:
         carrier: headers or metadata of the request, names in lower case.
     """
-    caller = propagate.extract(dict(carrier))
-    kind = trace.SpanKind.SERVER
-    with _tracer.start_as_current_span(name, caller, kind, attributes):
+    if _tracer is not None:
+        with _tracer.start_as_current_span(name, propagate.extract(dict(carrier)), trace.SpanKind.SERVER, attributes):
+            yield
+    elif _TRACE_CONTEXT in carrier:
+        # Not traced here, but what is called from here may be.
+        token = context.attach(propagate.extract(dict(carrier)))
+        try:
+            yield
+        finally:
+            context.detach(token)
+    else:
         yield
 
 
 @contextmanager
 def span(name: str, **attributes: AttributeValue) -> Iterator[None]:
     """A part of the current request. Unlike `serving_span` it may be left in another task than it was entered in."""
+    if _tracer is None:
+        yield
+        return
     part = _tracer.start_span(name, attributes=attributes)
     try:
         yield
@@ -56,6 +71,8 @@ def span(name: str, **attributes: AttributeValue) -> Iterator[None]:
 
 def past_span(name: str, started_s_ago: float, duration_s: float, **attributes: AttributeValue) -> None:
     """A part of the current request that is over."""
+    if _tracer is None:
+        return
     start_ns = time.time_ns() - int(started_s_ago * 1e9)
     part = _tracer.start_span(name, attributes=attributes, start_time=start_ns)
     part.end(start_ns + int(duration_s * 1e9))

@@ -1,6 +1,6 @@
 """Forms batches by patches and runs them through the tower, one behind the other.
 
-    encode() -> waiting entries -> [former task: take, pack] -> channel of one batch -> [runner task: launch]
+    encode() -> waiting entries -> [former task: take, pack] -> channel of one batch -> [runner task: launch, followers]
              -> [a task a batch: wait for the GPU] -> rows
 
 The former owns the waiting entries; while one batch runs, the next is already packed. On a GPU the next is launched
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -31,6 +32,18 @@ _log = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
 # An item is due after so long at the latest, so that those with near deadlines do not keep it waiting for ever.
 _PATIENCE_S = 30.0
+
+
+class Follower(Protocol):
+    """Work on an item's rows that is queued right behind the forward, before that has run."""
+
+    def follow(self, rows_TW: torch.Tensor) -> None:
+        """Queues the work on the current stream; on the forward's thread. The rows are complete where it runs."""
+        ...
+
+    def batch_ended(self) -> None:
+        """The batch is over, well or not, and so is what was queued; it may not have come to `follow`. On the loop."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -60,6 +73,7 @@ class _Entry:
     grid_thw: GridTHW
     result: asyncio.Future[EncodedItem]
     deadline: float
+    follower: Follower | None
     queued_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -75,9 +89,9 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Launched:
-    """Rows of a batch, on a GPU complete only when `end` has passed; seconds by the monotonic clock."""
+    """Rows of a batch's items, on a GPU complete only when `end` has passed; seconds by the monotonic clock."""
 
-    rows_TW: torch.Tensor
+    rows: list[torch.Tensor]
     started: float
     stopped: float
     start: torch.cuda.Event | None = None
@@ -214,13 +228,20 @@ class Batcher:
                 retry_after_s=self._admitted_s,
             )
 
-    async def encode(self, patches_PX: torch.Tensor, grid_thw: GridTHW, deadline: float = math.inf) -> EncodedItem:
+    async def encode(
+        self,
+        patches_PX: torch.Tensor,
+        grid_thw: GridTHW,
+        deadline: float = math.inf,
+        follower: Follower | None = None,
+    ) -> EncodedItem:
         """Rows of one item. Cancelling takes it out of the queue, or drops its rows if it is running.
 
         Args:
             patches_PX: [t * h * w, patch width], complete, on any device; see `VisionTower.forward`.
             grid_thw: patches along time, height and width.
             deadline: when its request ends, seconds of the monotonic clock.
+            follower: works on the rows in the forward's wake; what it queues has run, too, when this returns.
 
         Raises:
             InternalError: the forward failed; the reason is in the log.
@@ -228,7 +249,7 @@ class Batcher:
         """
         if self._closed:
             raise _closed_error()
-        entry = _Entry(patches_PX, grid_thw, asyncio.get_running_loop().create_future(), deadline)
+        entry = _Entry(patches_PX, grid_thw, asyncio.get_running_loop().create_future(), deadline, follower)
         insort(self._waiting, entry, key=lambda each: each.due)
         self._unfinished.add(entry)
         self._arrived.set()
@@ -285,22 +306,37 @@ class Batcher:
             except Exception:
                 self._fail_batch(batch.entries)
                 self._may_launch.release()
+                self._end_followers(batch)
                 continue
             task = asyncio.create_task(self._finish(batch, launched))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     def _launch(self, batch: _Batch) -> _Launched:
-        grid_thw = [entry.grid_thw for entry in batch.entries]
         started = time.monotonic()
         if self._device.type == "cpu":
-            rows_TW = self._tower.forward(batch.patches_PX, grid_thw)
-            return _Launched(rows_TW, started, time.monotonic())
+            rows = self._forward(batch)
+            return _Launched(rows, started, time.monotonic())
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        rows_TW = self._tower.forward(batch.patches_PX, grid_thw)
+        try:
+            rows = self._forward(batch)
+        except Exception:
+            # Followers that were served already may still write, and are about to be told that they do not.
+            torch.cuda.current_stream(self._device).synchronize()
+            raise
         end.record()
-        return _Launched(rows_TW, started, time.monotonic(), start, end)
+        return _Launched(rows, started, time.monotonic(), start, end)
+
+    def _forward(self, batch: _Batch) -> list[torch.Tensor]:
+        """Rows of each item, with what follows them queued behind."""
+        rows_TW = self._tower.forward(batch.patches_PX, [entry.grid_thw for entry in batch.entries])
+        num_tokens = [len(entry.patches_PX) // self._tower.merge_unit for entry in batch.entries]
+        rows = list(rows_TW.split(num_tokens))
+        for entry, item_TW in zip(batch.entries, rows, strict=True):
+            if entry.follower is not None:
+                entry.follower.follow(item_TW)
+        return rows
 
     async def _finish(self, batch: _Batch, launched: _Launched) -> None:
         try:
@@ -310,13 +346,19 @@ class Batcher:
             return
         finally:
             self._may_launch.release()
+            self._end_followers(batch)
         self._cost.observe([entry.grid_thw for entry in batch.entries], forward_s)
         self._on_batch(BatchReport(len(batch.entries), len(batch.patches_PX), forward_s))
-        num_tokens = [len(entry.patches_PX) // self._tower.merge_unit for entry in batch.entries]
-        for entry, rows_TW in zip(batch.entries, launched.rows_TW.split(num_tokens), strict=True):
+        for entry, rows_TW in zip(batch.entries, launched.rows, strict=True):
             if not entry.result.done():
                 queue_ms = (launched.started - entry.queued_at) * 1e3
                 entry.result.set_result(EncodedItem(rows_TW, queue_ms, forward_s * 1e3))
+
+    @staticmethod
+    def _end_followers(batch: _Batch) -> None:
+        for entry in batch.entries:
+            if entry.follower is not None:
+                entry.follower.batch_ended()
 
     def _fail_batch(self, entries: list[_Entry]) -> None:
         _log.exception("a batch failed, grids %s", [entry.grid_thw for entry in entries])

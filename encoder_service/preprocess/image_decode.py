@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -60,6 +61,16 @@ class EncodedImage:
         # Upright size, pixels.
         self.height, self.width = (width, height) if turned else (height, width)
 
+    @property
+    def suits_nvjpeg(self) -> bool:
+        """A complete JPEG of three colours or grey, where there is nvJPEG; CMYK has conversions of its own."""
+        return (
+            self._image.format == "JPEG"
+            and self._image.mode in ("RGB", "L")
+            and nvjpeg.has_nvjpeg()
+            and not is_cut_short(self._data)
+        )
+
     def decode(self, device: torch.device) -> torch.Tensor:
         """[3, height, width], uint8, any strides, on `device`: upright, 8 bits, RGB, transparency on white.
 
@@ -69,9 +80,9 @@ class EncodedImage:
             MediaTruncated: the file ends before the pixels do.
             NotAnImage: the pixels can't be decoded, or have no defined range (32-bit and floating-point ones).
         """
-        if device.type == "cuda" and self._suits_nvjpeg():
+        if device.type == "cuda" and self.suits_nvjpeg:
             try:
-                return _upright(nvjpeg.decode(self._data, device), self._orientation)
+                return decode_together([self], device)[0]
             except RuntimeError:
                 pass  # Pillow decodes it, or knows what is wrong with it
         try:
@@ -85,15 +96,6 @@ class EncodedImage:
             raise self._refusal(error) from error
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(device)
 
-    def _suits_nvjpeg(self) -> bool:
-        """A complete JPEG of three colours or grey; CMYK has conversions of its own."""
-        return (
-            self._image.format == "JPEG"
-            and self._image.mode in ("RGB", "L")
-            and nvjpeg.has_nvjpeg()
-            and not is_cut_short(self._data)
-        )
-
     def _refusal(self, error: Exception) -> MediaTruncated | NotAnImage:
         if not self._data:
             return NotAnImage("the image file is empty")
@@ -102,6 +104,16 @@ class EncodedImage:
         if isinstance(error, UnidentifiedImageError):
             return NotAnImage(f"{len(self._data)} bytes that are no valid image: send one of {', '.join(FORMATS)}")
         return NotAnImage(f"the image file is damaged: {type(error).__name__} while decoding")
+
+
+def decode_together(images: Sequence[EncodedImage], device: torch.device) -> list[torch.Tensor]:
+    """`EncodedImage.decode` of several that suit nvJPEG, in one call.
+
+    Raises:
+        RuntimeError: one of them cannot be decoded there.
+    """
+    decoded = nvjpeg.decode([image._data for image in images], device)
+    return [_upright(pixels, image._orientation) for pixels, image in zip(decoded, images, strict=True)]
 
 
 def _orientation(image: Image.Image, data: bytes) -> int:

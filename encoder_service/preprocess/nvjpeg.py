@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 
 import torch
 
@@ -24,14 +25,14 @@ def has_nvjpeg() -> bool:
     return True
 
 
-def decode(data: bytes, device: torch.device) -> torch.Tensor:
-    """[3, height, width], uint8, on the GPU, not turned upright.
+def decode(files: Sequence[bytes], device: torch.device) -> list[torch.Tensor]:
+    """Of each file [3, height, width], uint8, on the GPU, not turned upright.
 
     Raises:
-        RuntimeError: the file is one nvJPEG cannot decode.
+        RuntimeError: one of the files is one that nvJPEG cannot decode.
     """
     from torchvision.io import ImageReadMode, decode_jpeg
 
-    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a copy, for torch wants it writable
-    pixels: torch.Tensor = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
+    encoded = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in files]  # copies: torch wants to write
+    pixels: list[torch.Tensor] = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
     return pixels

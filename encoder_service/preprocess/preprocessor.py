@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -12,7 +13,7 @@ from embedding_transport.types import Layout, MediaKind
 from encoder_service.media.limits import MediaLimits
 from encoder_service.preprocess.frame_sampling import sample_frames, second_per_grid_t, timestamps_s
 from encoder_service.preprocess.gpu_work import GpuWork
-from encoder_service.preprocess.image_decode import EncodedImage
+from encoder_service.preprocess.image_decode import EncodedImage, decode_together
 from encoder_service.preprocess.patchify import patchify, resize
 from encoder_service.preprocess.settings import ProcessorSettings
 from encoder_service.preprocess.smart_resize import resized_image_size, resized_video_size
@@ -27,6 +28,11 @@ class OpenedMedia(Protocol):
     @property
     def layout(self) -> Layout:
         """Grid, tokens and video times; `content_hash` is left empty."""
+        ...
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether the GPU decodes it, so that `Preprocessor.patches_together` is better than `patches`."""
         ...
 
     def patches(self) -> torch.Tensor:
@@ -74,26 +80,44 @@ class Preprocessor:
         video = EncodedVideo(data, self._limits)
         return _OpenedVideo(self.settings, video, self._limits.max_video_pixels, video_fps, self._work)
 
+    def patches_together(self, opened: Sequence[OpenedMedia]) -> list[torch.Tensor | Exception]:
+        """`patches` of several gathered items, or what each one raised."""
+        images = [each for each in opened if isinstance(each, _OpenedImage) and each.is_gathered]
+        if len(images) == len(opened):
+            with self._work():
+                try:
+                    decoded = decode_together([each.image for each in images], self._work.device)
+                    return [each.patches_of(pixels) for each, pixels in zip(images, decoded, strict=True)]
+                except RuntimeError:
+                    pass  # one of them is damaged: below it is found out which
+        return [_result(each.patches) for each in opened]
+
 
 class _OpenedImage:
     def __init__(self, settings: ProcessorSettings, image: EncodedImage, work: GpuWork) -> None:
         self._settings = settings
         self._work = work
-        self._image = image
+        self.image = image
         self._size = resized_image_size(settings, image.height, image.width)
         grid_thw = _grid_thw(settings, 1, *self._size)
         self.layout = Layout("image", grid_thw, _num_tokens(settings, grid_thw))
+        self.is_gathered = work.device.type == "cuda" and image.suits_nvjpeg
 
     def patches(self) -> torch.Tensor:
         with self._work():
-            decoded_CHW = self._image.decode(self._work.device)
-            if decoded_CHW.is_cuda:
-                return self._work.image_patches(decoded_CHW, *self._size)
-            pixels_CHW = resize(decoded_CHW, *self._size)
-            return patchify(pixels_CHW.expand(self._settings.temporal_patch_size, -1, -1, -1), self._settings)
+            return self.patches_of(self.image.decode(self._work.device))
+
+    def patches_of(self, decoded_CHW: torch.Tensor) -> torch.Tensor:
+        """From pixels on the preprocessor's device; on a GPU only launched."""
+        if decoded_CHW.is_cuda:
+            return self._work.image_patches(decoded_CHW, *self._size)
+        pixels_CHW = resize(decoded_CHW, *self._size)
+        return patchify(pixels_CHW.expand(self._settings.temporal_patch_size, -1, -1, -1), self._settings)
 
 
 class _OpenedVideo:
+    is_gathered = False
+
     def __init__(
         self,
         settings: ProcessorSettings,
@@ -134,6 +158,13 @@ class _OpenedVideo:
             # A partial patch repeats the last frame.
             frames_FCHW[len(self._indices) :] = frames_FCHW[len(self._indices) - 1]
             return patchify(frames_FCHW, self._settings)
+
+
+def _result(make: Callable[[], torch.Tensor]) -> torch.Tensor | Exception:
+    try:
+        return make()
+    except Exception as error:
+        return error
 
 
 def _grid_thw(settings: ProcessorSettings, grid_t: int, height: int, width: int) -> tuple[int, int, int]:

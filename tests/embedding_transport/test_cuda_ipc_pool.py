@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from embedding_transport.errors import TransportUnavailable
-from embedding_transport.pool import PROBE_NBYTES
+from embedding_transport.pool import HEADER_NBYTES, PROBE_NBYTES
 
 pytestmark = pytest.mark.gpu
 
@@ -114,6 +114,36 @@ def test_rows_arrive_on_another_gpu(pool: object) -> None:
         assert float(ask(process, block, 1)) == 5 * SHAPE[0] * SHAPE[1]
         assert process.stdin is not None
         process.stdin.close()
+
+
+def test_rows_written_behind_what_makes_them_arrive(pool: object) -> None:
+    with reader(pool) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        nbytes = rows(0).nbytes
+        torch.cuda._sleep(1_000_000_000)  # about half a second, on the stream that then makes the rows
+        made = torch.full(SHAPE, 4, dtype=torch.bfloat16, device="cuda")
+        block = pool.allocate(nbytes, 11)  # type: ignore[attr-defined]
+        assert pool.can_follow(made) and not pool.can_follow(made.cpu())  # type: ignore[attr-defined]
+        pool.write_behind(block, made)  # type: ignore[attr-defined]
+        assert not torch.cuda.current_stream().query(), "taking a block or queueing the copy waited for the rows"
+        torch.cuda.current_stream().synchronize()
+        assert float(ask(process, block, 11)) == 4 * SHAPE[0] * SHAPE[1]
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def test_headers_are_right_however_many_there_were(pool: object) -> None:
+    from embedding_transport.cuda_ipc_pool import _NUM_STAGED
+
+    for lease_id in range(_NUM_STAGED):  # two headers each
+        block = pool.allocate(64, lease_id)  # type: ignore[attr-defined]
+        torch.cuda.synchronize()
+        header = pool._memory[block.offset - HEADER_NBYTES : block.offset].cpu()  # type: ignore[attr-defined]
+        assert header.view(torch.int64).tolist()[1:4] == [lease_id, block.generation, 64]
+        pool.free(block)  # type: ignore[attr-defined]
+    torch.cuda.synchronize()
+    assert not pool._memory[block.offset - HEADER_NBYTES : block.offset].any()  # type: ignore[attr-defined]
 
 
 def test_a_write_does_not_wait_for_the_tower(pool: object) -> None:

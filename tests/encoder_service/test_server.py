@@ -226,6 +226,22 @@ async def test_a_client_that_goes_away_stops_its_request_and_frees_leases(encode
     session.cancel()
 
 
+async def test_a_peer_that_gives_up_during_the_forward_leaves_nothing_in_the_pool(encoder: RunningEncoder) -> None:
+    session_id, session = await connect(encoder)
+    encoder.tower.gate.clear()
+    request = encoder_pb2.EncodeRequest(session_id=session_id, items=[image_message(png(64, 64))])
+    call = stub(encoder).Encode(request)
+    assert (await call.read()).WhichOneof("event") == "layout"
+    assert await asyncio.to_thread(encoder.tower.entered.wait, 10)
+    call.cancel()
+    await asyncio.wait_for(encoder.servicer.idle(), 10)
+    encoder.tower.gate.set()
+    responses = await encode(encoder, request)  # behind the one that was given up
+    assert [response.WhichOneof("event") for response in responses] == ["layout", "ready"]
+    assert sum(encoder.exporter.stats().pool_used_nbytes.values()) == 64 + responses[1].ready.lease.nbytes
+    session.cancel()
+
+
 async def test_metrics_tell_what_happened(encoder: RunningEncoder) -> None:
     await encode(encoder, encoder_pb2.EncodeRequest(items=[image_message(png(64, 64)), image_message(b"x")]))
     value = encoder.metrics.registry.get_sample_value

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from embedding_transport.errors import BadRequest, TooManyItems
-from embedding_transport.types import ItemTimings, LayoutEvent, MediaItem
-from encoder_service.service import ItemFailed
+from embedding_transport.errors import BadRequest, TooManyItems, VitrineError
+from embedding_transport.types import ItemTimings, Layout, LayoutEvent, MediaItem
 from tests.encoder_service.running import MAX_ITEMS, RunningEncoder, image, png, run_encoder
 from tests.integration.media_server import serve_media
 
@@ -25,8 +24,58 @@ class Rows:
     timings: ItemTimings
 
 
-async def ship(item_index: int, rows_TW: torch.Tensor, timings: ItemTimings) -> AsyncGenerator[Rows, None]:
-    yield Rows(item_index, rows_TW, timings)
+@dataclass(frozen=True)
+class ItemFailed:
+    item_index: int
+    error: VitrineError
+
+
+Event = LayoutEvent | Rows | ItemFailed
+
+
+class Kept:
+    """Replies, in the order in which they came; `arrived` counts them."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.arrived = asyncio.Semaphore(0)
+        self.shipments: list[KeptShipment] = []
+
+    async def layout(self, item_index: int, layout: Layout) -> None:
+        self._add(LayoutEvent(item_index, layout))
+
+    @contextmanager
+    def shipment(self, item_index: int) -> Iterator[KeptShipment]:
+        self.shipments.append(KeptShipment(item_index, self._add))
+        yield self.shipments[-1]
+        self.shipments[-1].closed = True
+
+    async def failed(self, item_index: int, error: VitrineError) -> None:
+        self._add(ItemFailed(item_index, error))
+
+    def _add(self, event: Event) -> None:
+        self.events.append(event)
+        self.arrived.release()
+
+
+class KeptShipment:
+    """A shipment and follower in one that notes what it is told."""
+
+    def __init__(self, item_index: int, add: Callable[[Event], None]) -> None:
+        self.follower = self
+        self.followed: torch.Tensor | None = None
+        self.ended = self.closed = False
+        self._item_index = item_index
+        self._add = add
+
+    def follow(self, rows_TW: torch.Tensor) -> None:
+        self.followed = rows_TW
+
+    def batch_ended(self) -> None:
+        self.ended = True
+
+    async def send(self, rows_TW: torch.Tensor, timings: ItemTimings) -> None:
+        self._add(Rows(self._item_index, rows_TW, timings))
 
 
 @pytest.fixture
@@ -35,12 +84,13 @@ async def encoder(qwen3_vl_folder: Path, tmp_path: Path) -> AsyncGenerator[Runni
         yield running
 
 
-async def encode(encoder: RunningEncoder, *items: MediaItem) -> list[LayoutEvent | Rows | ItemFailed]:
-    async with aclosing(encoder.service.encode(items, ship)) as events:
-        return [event async for event in events]
+async def encode(encoder: RunningEncoder, *items: MediaItem, tenant: str = "") -> list[Event]:
+    replies = Kept()
+    await encoder.service.encode(items, replies, tenant)
+    return replies.events
 
 
-def rows_by_item(events: list[LayoutEvent | Rows | ItemFailed]) -> dict[int, Rows]:
+def rows_by_item(events: list[Event]) -> dict[int, Rows]:
     return {event.item_index: event for event in events if isinstance(event, Rows)}
 
 
@@ -60,12 +110,30 @@ async def test_each_item_answers_with_its_layout_and_then_its_rows(encoder: Runn
 
 async def test_the_layout_does_not_wait_for_the_tower(encoder: RunningEncoder) -> None:
     encoder.tower.gate.clear()
-    async with aclosing(encoder.service.encode([image(png(96, 64))], ship)) as events:
-        layout = await asyncio.wait_for(anext(events), 10)
-        assert isinstance(layout, LayoutEvent)
-        assert layout.layout.grid_thw == (1, 4, 6)
-        encoder.tower.gate.set()
-        assert isinstance(await anext(events), Rows)
+    replies = Kept()
+    call = asyncio.create_task(encoder.service.encode([image(png(96, 64))], replies))
+    await asyncio.wait_for(replies.arrived.acquire(), 10)
+    (layout,) = replies.events
+    assert isinstance(layout, LayoutEvent)
+    assert layout.layout.grid_thw == (1, 4, 6)
+    encoder.tower.gate.set()
+    await call
+    assert isinstance(replies.events[1], Rows)
+
+
+async def test_a_shipment_follows_the_forward_of_its_rows_and_not_of_kept_ones(
+    qwen3_vl_folder: Path, tmp_path: Path
+) -> None:
+    async with run_encoder(qwen3_vl_folder, tmp_path, cache_bytes=1 << 20) as encoder:
+        made, kept = Kept(), Kept()
+        for replies in (made, kept):
+            await encoder.service.encode([image(png(96, 64))], replies)
+        (shipment,) = made.shipments
+        rows = rows_by_item(made.events)[0].rows_TW
+        assert shipment.followed is not None and torch.equal(shipment.followed, rows)
+        assert shipment.ended and shipment.closed
+        assert [(other.followed, other.ended) for other in kept.shipments] == [(None, False)]
+        assert torch.equal(rows_by_item(kept.events)[0].rows_TW, rows)
 
 
 async def test_a_bad_item_fails_alone(encoder: RunningEncoder) -> None:
@@ -104,20 +172,24 @@ async def test_items_load_at_the_same_time(encoder: RunningEncoder) -> None:
         assert rows_by_item(await task).keys() == {0, 1}
 
 
-async def test_closing_stops_what_has_not_run(encoder: RunningEncoder) -> None:
+async def test_cancelling_stops_what_has_not_run(encoder: RunningEncoder) -> None:
     encoder.tower.gate.clear()
     blocker = asyncio.create_task(encode(encoder, image(png(64, 64, 1))))
     assert await asyncio.to_thread(encoder.tower.entered.wait, 10)
     async with serve_media() as server:
         slow = MediaItem("image", url=server.url("/hangs"))
-        async with aclosing(encoder.service.encode([slow, image(png(96, 64))], ship)) as events:
-            assert isinstance(await anext(events), LayoutEvent)
-            await server.num_waiting.acquire()
+        replies = Kept()
+        call = asyncio.create_task(encoder.service.encode([slow, image(png(96, 64))], replies))
+        await replies.arrived.acquire()
+        await server.num_waiting.acquire()
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        assert [type(event) for event in replies.events] == [LayoutEvent]
         assert encoder.batcher.admitted_patches == 16, "only the blocker's patches are left"
     encoder.tower.gate.set()
     await blocker
     await encode(encoder, image(png(64, 64, 2)))
-    assert encoder.tower.batches == [[(1, 4, 4)], [(1, 4, 4)]], "the closed request's image ran"
+    assert encoder.tower.batches == [[(1, 4, 4)], [(1, 4, 4)]], "the cancelled request's image ran"
     cancelled = encoder.metrics.registry.get_sample_value(
         "vitrine_encoder_items_total", {"kind": "image", "outcome": "cancelled"}
     )
@@ -139,12 +211,13 @@ async def test_equal_items_have_equal_hashes_and_others_do_not(encoder: RunningE
 
 
 async def test_a_fault_of_ours_is_not_told_in_detail(encoder: RunningEncoder, caplog: pytest.LogCaptureFixture) -> None:
-    async def broken_ship(item_index: int, rows_TW: torch.Tensor, timings: ItemTimings) -> AsyncGenerator[Rows, None]:
-        raise RuntimeError("a secret of the machine")
-        yield Rows(item_index, rows_TW, timings)
+    class Broken(Kept):
+        async def layout(self, item_index: int, layout: Layout) -> None:
+            raise RuntimeError("a secret of the machine")
 
-    async with aclosing(encoder.service.encode([image(png(64, 64))], broken_ship)) as events:
-        failed = [event async for event in events if isinstance(event, ItemFailed)]
+    replies = Broken()
+    await encoder.service.encode([image(png(64, 64))], replies)
+    failed = [event for event in replies.events if isinstance(event, ItemFailed)]
     assert [event.error.code for event in failed] == ["internal_error"]
     assert "secret" not in str(failed[0].error)
     assert "a secret of the machine" in caplog.text
@@ -171,8 +244,8 @@ async def test_equal_items_are_encoded_once_within_a_request_and_later(qwen3_vl_
 async def test_tenants_share_no_rows(qwen3_vl_folder: Path, tmp_path: Path) -> None:
     async with run_encoder(qwen3_vl_folder, tmp_path, cache_bytes=1 << 20) as encoder:
         for expected, tenant in ((1, "one"), (1, "one"), (2, "another"), (3, "")):
-            async with aclosing(encoder.service.encode([image(png(96, 64))], ship, tenant)) as events:
-                assert [type(event) async for event in events] == [LayoutEvent, Rows]
+            events = await encode(encoder, image(png(96, 64)), tenant=tenant)
+            assert [type(event) for event in events] == [LayoutEvent, Rows]
             assert num_encoded(encoder) == expected
 
 

@@ -50,7 +50,7 @@ class TestScheduling:
         assert long.container["args"] == ["--max-num-seqs", "8"]
         assert long.env["EXTRA"] == "1"
         assert long.env["NODE"] == {"fieldRef": {"fieldPath": "spec.nodeName"}}
-        assert long.env["MALLOC_TOP_PAD_"] == "134217728"
+        assert long.env["EVERYWHERE"] == "2"
         assert list(long.spec["affinity"]) == ["nodeAffinity"]
         assert {"name": "data", "mountPath": "/data"} in long.container["volumeMounts"]
 

@@ -182,6 +182,58 @@ async def test_a_failing_forward_fails_its_batch_and_nothing_else(tower: GatedTo
     assert len(reports) == 1
 
 
+class Noted:
+    """A follower that notes what it is told, and when."""
+
+    def __init__(self, story: list[str], error: Exception | None = None) -> None:
+        self.rows: torch.Tensor | None = None
+        self._story = story
+        self._error = error
+
+    def follow(self, rows_TW: torch.Tensor) -> None:
+        self._story.append("follow")
+        if self._error is not None:
+            raise self._error
+        self.rows = rows_TW
+
+    def batch_ended(self) -> None:
+        self._story.append("ended")
+
+
+async def test_followers_get_their_rows_behind_the_forward_and_before_anybody_else(tower: GatedTower) -> None:
+    story: list[str] = []
+    followers = [Noted(story), Noted(story)]
+    async with batching(tower) as (batcher, _):
+        blocker = await block_tower(tower, batcher)
+        patches = [random_patches([grid], PATCH_WIDTH) for grid in (SMALL, WIDE)]
+        tasks = [
+            asyncio.create_task(batcher.encode(each_PX, grid, follower=follower))
+            for each_PX, grid, follower in zip(patches, (SMALL, WIDE), followers, strict=True)
+        ]
+        tasks[0].add_done_callback(lambda task: story.append("rows"))
+        await settle(batcher)
+        tower.gate.set()
+        encoded = await asyncio.gather(*tasks)
+        await blocker
+    assert story == ["follow", "follow", "ended", "ended", "rows"]
+    for item, follower in zip(encoded, followers, strict=True):
+        assert follower.rows is not None and torch.equal(item.rows_TW, follower.rows)
+
+
+@pytest.mark.parametrize("fails", ["forward", "follower"])
+async def test_followers_hear_of_the_end_of_a_batch_that_fails(tower: GatedTower, fails: str) -> None:
+    story: list[str] = []
+    async with batching(tower) as (batcher, _):
+        tower.error = RuntimeError("broken") if fails == "forward" else None
+        follower = Noted(story, RuntimeError("broken") if fails == "follower" else None)
+        with pytest.raises(InternalError):
+            await batcher.encode(random_patches([SMALL], PATCH_WIDTH), SMALL, follower=follower)
+        await asyncio.sleep(0)
+        assert story == (["ended"] if fails == "forward" else ["follow", "ended"])
+        tower.error = None
+        await submit(batcher, SMALL)
+
+
 async def test_grids_that_do_not_fit_the_patches_fail_their_item(tower: GatedTower) -> None:
     async with batching(tower) as (batcher, _):
         with pytest.raises(InternalError):

@@ -1,0 +1,68 @@
+"""Pictures that a GPU decodes, made into patches several at a time.
+
+One thread takes whatever waits, one call decodes all of it, and one wait for the GPU ends it: threads that each do one
+picture contend for the interpreter and for the decoder, and wait for the GPU as often as there are pictures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from encoder_service.preprocess.preprocessor import OpenedMedia
+
+# More gain nothing, and every one waits for all of them.
+_MAX_TOGETHER = 16
+
+Result = torch.Tensor | Exception
+
+
+class Gathering:
+    """Belongs to one event loop.
+
+    Args:
+        make: patches of each item, or why there are none; on a thread of its own.
+    """
+
+    def __init__(self, make: Callable[[Sequence[OpenedMedia]], list[Result]]) -> None:
+        self._make = make
+        self._waiting: deque[tuple[OpenedMedia, asyncio.Future[torch.Tensor]]] = deque()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder-gather")
+        self._working: asyncio.Task[None] | None = None
+
+    def close(self) -> None:
+        """Drops what has not begun and waits for the rest."""
+        self._thread.shutdown(cancel_futures=True)
+
+    async def patches(self, opened: OpenedMedia) -> torch.Tensor:
+        """See `OpenedMedia.patches`; cancelling drops what has not begun."""
+        made: asyncio.Future[torch.Tensor] = asyncio.get_running_loop().create_future()
+        self._waiting.append((opened, made))
+        if self._working is None or self._working.done():
+            self._working = asyncio.create_task(self._work())
+        return await made
+
+    async def _work(self) -> None:
+        while self._waiting:
+            taken = [self._waiting.popleft() for _ in range(min(_MAX_TOGETHER, len(self._waiting)))]
+            group = [(opened, made) for opened, made in taken if not made.done()]
+            if not group:  # all were given up
+                continue
+            results = await self._make_all([opened for opened, _ in group])
+            for (_, made), result in zip(group, results, strict=True):
+                if made.done():
+                    continue
+                if isinstance(result, Exception):
+                    made.set_exception(result)
+                else:
+                    made.set_result(result)
+
+    async def _make_all(self, group: list[OpenedMedia]) -> list[Result]:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._make, group)
+        except Exception as error:
+            return [error] * len(group)

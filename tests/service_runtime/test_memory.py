@@ -1,0 +1,53 @@
+"""Memory of messages is faulted in once; what was there at the start is no work for garbage collection."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import resource, sys
+from service_runtime.memory import reuse_message_memory
+if sys.argv[1] == "reuse":
+    reuse_message_memory()
+def fill(count):
+    for _ in range(count):
+        held = [bytes(1 << 20) + b"1" for _ in range(4)]
+fill(4)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+fill(50)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def num_faults(how: str) -> int:
+    done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+def test_blocks_of_a_megabyte_are_used_again() -> None:
+    assert num_faults("plain") > 10_000, "glibc keeps them by itself: the setting is not needed any more"
+    assert num_faults("reuse") < 1_000
+
+
+COLLECTED = """
+import gc
+from service_runtime.memory import spare_startup_objects
+loaded = [[number] for number in range(100_000)]
+spare_startup_objects()
+loop = []
+loop.append(loop)
+del loop
+print(len(gc.get_objects()), gc.collect() > 0)
+"""
+
+
+def test_collections_pass_over_what_was_there_and_still_find_garbage() -> None:
+    done = subprocess.run([sys.executable, "-c", COLLECTED], capture_output=True, text=True, check=True)
+    num_tracked, found = done.stdout.split()
+    assert int(num_tracked) < 1_000
+    assert found == "True"
