@@ -24,7 +24,7 @@ from llm_worker.engine.forward_pass import ForwardPass
 from llm_worker.frontend.generation import Generator
 from llm_worker.frontend.grpc_server import LlmServer, LlmServicer
 from llm_worker.frontend.openai_http import OpenAiHttp, ServedModel
-from llm_worker.loading import choose_runner, load_model
+from llm_worker.loading import choose_runner, engine_config, load_model
 from llm_worker.metrics import LlmMetrics
 
 if TYPE_CHECKING:
@@ -89,11 +89,11 @@ async def serve(config: LlmConfig) -> None:
             return
 
         decoder = model.decoder
-        engine_config = config.engine_config(decoder.config.max_position_embeddings)
-        make_runner = choose_runner(decoder, engine_config)
+        limits = engine_config(config, decoder)
+        make_runner = choose_runner(decoder, limits)
         make_forward_pass = followers.forward_pass if followers is not None else ForwardPass
-        forward_pass = await asyncio.to_thread(make_forward_pass, decoder, engine_config, make_runner)
-        engine = Engine(forward_pass, engine_config)
+        forward_pass = await asyncio.to_thread(make_forward_pass, decoder, limits, make_runner)
+        engine = Engine(forward_pass, limits)
         engine.start()
         stack.push_async_callback(asyncio.to_thread, engine.close)
         encoders = EncoderClient(

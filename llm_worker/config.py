@@ -69,7 +69,12 @@ class LlmConfig(ServiceSettings):
         description="tokens in a step that also decodes: more serves prompts sooner, and decoding waits longer",
     )
     max_num_seqs: int = Field(64, ge=1, description="requests in one step")
-    kv_cache_tokens: int = Field(32768, ge=_BLOCK_SIZE, description="tokens whose keys and values are kept")
+    kv_cache_tokens: int | None = Field(
+        None, ge=_BLOCK_SIZE, description="tokens whose keys and values are kept; default: what fits, 32768 on the CPU"
+    )
+    gpu_memory_utilization: float = Field(
+        0.85, gt=0, le=1, description="part of the GPU's memory to use, where kv_cache_tokens is not given"
+    )
     prefix_cache: bool = Field(True, description="use keys and values again for prompts that begin alike")
     max_waiting: int = Field(512, ge=0, description="requests that may wait before more are refused with 429")
     max_items: int = Field(64, ge=0, description="images and videos accepted in one request")
@@ -94,13 +99,15 @@ class LlmConfig(ServiceSettings):
     def encoder_sources(self) -> list[Source]:
         return parse_sources(self.encoders)
 
-    def engine_config(self, max_position_embeddings: int) -> EngineConfig:
+    def engine_config(self, max_position_embeddings: int, kv_tokens_that_fit: int) -> EngineConfig:
         max_model_len = min(self.max_model_len or max_position_embeddings, max_position_embeddings)
+        # More than all requests can have together is of use only to the prefix cache.
+        kv_cache_tokens = self.kv_cache_tokens or min(kv_tokens_that_fit, self.max_num_seqs * max_model_len)
         return EngineConfig(
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_num_seqs=self.max_num_seqs,
             block_size=_BLOCK_SIZE,
-            num_blocks=self.kv_cache_tokens // _BLOCK_SIZE,
+            num_blocks=max(1, kv_cache_tokens // _BLOCK_SIZE),
             max_model_len=max_model_len,
             max_waiting=self.max_waiting,
             prefix_cache=self.prefix_cache,

@@ -14,6 +14,7 @@ from embedding_transport.loading import ProgressLog, choose_device, choose_dtype
 from embedding_transport.types import DTYPES, ModelIdentity
 from llm_worker.config import LlmConfig
 from llm_worker.engine.config import EngineConfig
+from llm_worker.engine.kv_memory import kv_tokens_that_fit
 from llm_worker.engine.runner import MakeRunner, plain_runner
 from llm_worker.frontend.sampling_defaults import SamplingDefaults
 from llm_worker.models import build_decoder
@@ -93,6 +94,19 @@ def load_model(
         PromptConfig.from_checkpoint(checkpoint),
         SamplingDefaults.from_checkpoint(checkpoint),
     )
+
+
+def engine_config(config: LlmConfig, decoder: TextDecoder) -> EngineConfig:
+    """
+    Raises:
+        CheckpointError: see `kv_tokens_that_fit`.
+    """
+    fit = 0
+    if config.kv_cache_tokens is None:
+        fit = kv_tokens_that_fit(decoder, config.max_num_batched_tokens, config.gpu_memory_utilization)
+    limits = config.engine_config(decoder.config.max_position_embeddings, fit)
+    _log.info("keys and values of %d tokens are kept", limits.num_blocks * limits.block_size)
+    return limits
 
 
 def choose_runner(decoder: TextDecoder, config: EngineConfig) -> MakeRunner:

@@ -84,11 +84,12 @@ class InputEmbedBuffer:
         """
         self.integers.host[4, num_tokens:] = -1
         self.integers.send()
-        self.embeds_MC[:num_tokens] = self._decoder.embed(self._token_ids_M[:num_tokens])
+        embeds_TC = self.embeds_MC[:num_tokens]
+        self._decoder.embed(self._token_ids_M[:num_tokens], embeds_TC)
         if with_deepstack:
             self.deepstack_NMC[:, :num_tokens] = 0
         return StepInputs(
-            embeds_TC=self.embeds_MC[:num_tokens],
+            embeds_TC=embeds_TC,
             deepstack_NTC=self.deepstack_NMC[:, :num_tokens] if with_deepstack else None,
             positions_3T=self.positions_3M[:, :num_tokens],
             slot_mapping_T=self.slot_mapping_M[:num_tokens],

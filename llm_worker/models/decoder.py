@@ -142,9 +142,9 @@ class TextDecoder(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed_tokens.weight.dtype
 
-    def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
-        """Text embeddings, [T, C]."""
-        return self.embed_tokens(token_ids_T)
+    def embed(self, token_ids_T: torch.Tensor, out_TC: torch.Tensor) -> None:
+        """Text embeddings into `out_TC`, [T, C]."""
+        torch.index_select(self.embed_tokens.weight, 0, token_ids_T, out=out_TC)
 
     def forward(self, inputs: StepInputs, kv_caches_L2SKD: torch.Tensor) -> torch.Tensor:
         """Runs one step; keys and values of its tokens are written into the cache of each layer.

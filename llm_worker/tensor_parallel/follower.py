@@ -22,7 +22,7 @@ from embedding_transport.pool_source import map_source
 from embedding_transport.received_rows import copy_rows
 from llm_worker.config import LlmConfig
 from llm_worker.engine.forward_pass import ForwardPass
-from llm_worker.loading import choose_runner, load_model, rank_device
+from llm_worker.loading import choose_runner, engine_config, load_model, rank_device
 from llm_worker.tensor_parallel.channel import Channel, ChannelClosed, Kind
 from llm_worker.tensor_parallel.group import TorchGroup
 from llm_worker.tensor_parallel.handed_out import hand_out_rows
@@ -40,7 +40,7 @@ class Follower:
         model = load_model(config, lambda: False, group=group)
         channel.send(Kind.LOADED)
         decoder = model.decoder
-        limits = config.engine_config(decoder.config.max_position_embeddings)
+        limits = engine_config(config, decoder)
         self._forward_pass = ForwardPass(decoder, limits, choose_runner(decoder, limits))
         self._group, self._channel = group, channel
         self._row_width = decoder.config.hidden_size * (1 + decoder.config.num_deepstack)

@@ -49,7 +49,7 @@ def sequence(decoder: TextDecoder, cache: KvCache, spans: tuple[MediaSpan, ...] 
 
 def expected(decoder: TextDecoder, sequence: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings [tokens, C] and deepstack [N, tokens, C] of the whole prompt, row by row."""
-    embeds = decoder.embed(torch.tensor(sequence.token_ids)).clone()
+    embeds = decoder.embed_tokens(torch.tensor(sequence.token_ids)).clone()
     hidden = embeds.shape[1]
     deepstack = torch.zeros(decoder.config.num_deepstack, *embeds.shape)
     for span in sequence.prompt.spans if sequence.prompt else ():
@@ -103,7 +103,7 @@ def test_generated_tokens_go_on_from_the_prompts_next_position(decoder: TextDeco
     one.token_ids += [7, 8, 9]
     inputs = write(InputEmbedBuffer(decoder, 16), one, NUM_TOKENS + 1, NUM_TOKENS + 2)
     assert inputs.positions_3T.tolist() == [[51]] * 3
-    assert torch.equal(inputs.embeds_TC, decoder.embed(torch.tensor([8])))
+    assert torch.equal(inputs.embeds_TC, decoder.embed_tokens(torch.tensor([8])))
 
 
 @torch.inference_mode()

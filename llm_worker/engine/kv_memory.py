@@ -1,0 +1,49 @@
+"""How many tokens of keys and values a worker has memory for, where nobody says how many it shall have."""
+
+from __future__ import annotations
+
+import torch
+
+from embedding_transport.checkpoint import CheckpointError
+from llm_worker.models.config import TextConfig
+from llm_worker.models.decoder import TextDecoder
+
+_ON_THE_CPU = 32768
+# CUDA's context, graphs, the libraries' workspaces.
+_RESERVED_NBYTES = 2 << 30
+
+
+def kv_tokens_that_fit(decoder: TextDecoder, max_num_batched_tokens: int, utilization: float) -> int:
+    """Tokens for which the GPU has memory beside the weights and a step's intermediate results; 32,768 on the CPU.
+
+    It goes by the memory that the GPU has, not by what is free of it: all ranks of a worker find the same.
+
+    Args:
+        utilization: part of the GPU's memory that this worker may use in all.
+
+    Raises:
+        CheckpointError: there is no room for any.
+    """
+    config, device, itemsize = decoder.config, decoder.device, decoder.dtype.itemsize
+    if device.type == "cpu":
+        return _ON_THE_CPU
+    allowed = int(torch.cuda.get_device_properties(device).total_memory * utilization)
+    weights = sum(each.nbytes for each in decoder.parameters())
+    step = max_num_batched_tokens * _elements_a_token(config) * itemsize
+    a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
+    left = allowed - weights - step - _RESERVED_NBYTES
+    if left < a_token:
+        raise CheckpointError(
+            f"{weights / 2**30:.1f} GiB of weights and {step / 2**30:.1f} GiB for steps leave nothing of "
+            f"{allowed / 2**30:.1f} GiB for keys and values: lower --max-num-batched-tokens, raise "
+            "--gpu-memory-utilization, or spread the model with --tp"
+        )
+    return left // a_token
+
+
+def _elements_a_token(config: TextConfig) -> int:
+    """Of static buffers (embeddings, hidden states, deepstack, queries) and of the widest intermediate results."""
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    static = (2 + config.num_deepstack) * config.hidden_size + 2 * queries
+    return static + 2 * config.hidden_size + 3 * config.intermediate_size + 2 * queries + 4 * keys
