@@ -5,8 +5,6 @@ Shapes: T tokens, C hidden size, N deepstack layers, W row width (C * (1 + N)).
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +16,7 @@ def land_rows(rows_TW: torch.Tensor, first_row: int, main_TC: torch.Tensor, deep
     """Copies rows from `first_row` on, main and deepstack parts in one launch, by the current GPU.
 
     Args:
-        rows_TW: of a whole item, contiguous; on the same GPU or on one that it reads from (`reads_from`).
+        rows_TW: of a whole item, contiguous, on the same GPU.
         main_TC, deepstack_NTC: any stride between rows and layers; no deepstack for a model without.
     """
     num_tokens, hidden = main_TC.shape
@@ -30,20 +28,6 @@ def land_rows(rows_TW: torch.Tensor, first_row: int, main_TC: torch.Tensor, deep
         0 if deepstack_NTC is None else deepstack_NTC.stride(0),
         HIDDEN=hidden, WIDTH=width, BLOCK=min(_COPIED_A_PROGRAM, triton.next_power_of_2(width)), num_warps=8,
     )  # fmt: skip
-
-
-@functools.cache
-def reads_from(device: torch.device, other: torch.device) -> bool:
-    """Whether kernels on one GPU can read the memory of the other; switches that on."""
-    if device == other:
-        return True
-    if not torch.cuda.can_device_access_peer(device, other):
-        return False
-    from cuda.bindings import runtime
-
-    with torch.cuda.device(device):
-        (error,) = runtime.cudaDeviceEnablePeerAccess(other.index, 0)
-    return error in (runtime.cudaError_t.cudaSuccess, runtime.cudaError_t.cudaErrorPeerAccessAlreadyEnabled)
 
 
 @triton.jit(do_not_specialize=["first_row"])

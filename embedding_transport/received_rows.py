@@ -23,17 +23,13 @@ def copy_rows(rows_TW: torch.Tensor, main_TD: torch.Tensor, deepstack_NTD: torch
     num_rows, hidden = main_TD.shape
     part_TW = rows_TW[first_row : first_row + num_rows]
     assert len(part_TW) == num_rows, f"rows {first_row}..{first_row + num_rows} of {len(rows_TW)}"
-    if rows_TW.is_cuda and main_TD.is_cuda:
-        from embedding_transport.land_rows import land_rows, reads_from  # needs Triton: comes with torch for CUDA only
+    # Kernels cannot read what another process exports of another GPU: copies between two GPUs can.
+    if main_TD.is_cuda and rows_TW.device == main_TD.device:
+        from embedding_transport.land_rows import land_rows  # needs Triton, which comes with torch's CUDA builds only
 
-        if reads_from(main_TD.device, rows_TW.device):
-            with torch.cuda.device(main_TD.device):
-                land_rows(rows_TW, first_row, main_TD, deepstack_NTD)
-            if rows_TW.device != main_TD.device:
-                # Whoever reads the rows' header afterwards does so on their own GPU.
-                landed = torch.cuda.current_stream(main_TD.device).record_event()
-                torch.cuda.current_stream(rows_TW.device).wait_event(landed)
-            return
+        with torch.cuda.device(main_TD.device):
+            land_rows(rows_TW, first_row, main_TD, deepstack_NTD)
+        return
     main_TD.copy_(part_TW[:, :hidden])
     if deepstack_NTD is not None:
         deepstack_NTD.copy_(part_TW[:, hidden:].unflatten(1, (len(deepstack_NTD), hidden)).transpose(0, 1))
