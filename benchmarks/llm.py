@@ -93,7 +93,7 @@ class _Worker:
             GpuRunner,
             max_num_seqs=_MAX_NUM_SEQS,
             max_model_len=_MAX_TOKENS,
-            causal=causal_attention(),
+            causal=causal_attention(torch.bfloat16),
             capture=None if graphs else lambda work: work,
         )
         return ForwardPass(self.decoder, config, make_runner)

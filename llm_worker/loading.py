@@ -109,13 +109,25 @@ def engine_config(config: LlmConfig, decoder: TextDecoder) -> EngineConfig:
     return limits
 
 
-def choose_runner(decoder: TextDecoder, config: EngineConfig) -> MakeRunner:
-    """Fused kernels and CUDA graphs in bfloat16 on a GPU; the plain decoder elsewhere, and for experts."""
-    if decoder.device.type != "cuda" or decoder.dtype != torch.bfloat16 or decoder.config.moe is not None:
+def choose_runner(
+    decoder: TextDecoder, config: EngineConfig, on_progress: Callable[[int, int], None] = lambda num_done, num_all: None
+) -> MakeRunner:
+    """Fused kernels and CUDA graphs on a GPU, the plain decoder elsewhere.
+
+    Args:
+        on_progress: called with the number of graphs that are captured, and of all.
+    """
+    if decoder.device.type != "cuda":
         return plain_runner
     from llm_worker.gpu.gpu_runner import GpuRunner  # needs Triton, which comes with torch's CUDA builds only
     from llm_worker.gpu.prefill_attention import causal_attention
 
-    return lambda decoder, kv_cache, buffer: GpuRunner(
-        decoder, kv_cache, buffer, config.max_num_seqs, config.max_model_len, causal_attention()
+    return partial(
+        GpuRunner,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=config.max_model_len,
+        causal=causal_attention(decoder.dtype),
+        # Which experts run is decided on the host: nothing that can be captured.
+        capture=None if decoder.config.moe is None else lambda work: work,
+        on_progress=on_progress,
     )

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from llm_worker.gpu import kernels
-from llm_worker.gpu.few_rows import MAX_ROWS, few_rows_linear, few_rows_linear_add, few_rows_silu_mul
+from llm_worker.gpu.few_rows import FEW, few_rows_linear, few_rows_linear_add, few_rows_silu_mul
 from llm_worker.models.decoder import DecoderLayer, Mlp, RMSNorm, TextDecoder
 from llm_worker.models.rotary import axis_of_frequency
 
@@ -69,7 +69,7 @@ class FusedLayer:
     ) -> None:
         """Adds what is due to the residual stream, and writes queries, keys and values."""
         normed_TC = kernels.add_rms_norm(x_TC, added, self._input_norm.weight, self._input_norm.eps)
-        linear = few_rows_linear if len(x_TC) <= MAX_ROWS else F.linear
+        linear = few_rows_linear if len(x_TC) in FEW else F.linear
         qkv_TX = linear(normed_TC, self._qkv_weight, self._qkv_bias)
         kernels.turn_and_write(
             qkv_TX,
@@ -89,7 +89,7 @@ class FusedLayer:
         normed_TC = kernels.add_rms_norm(x_TC, (), self._post_norm.weight, self._post_norm.eps)
         if not isinstance(self._mlp, Mlp):
             x_TC.add_(self._group.all_reduce(self._mlp(normed_TC)))
-        elif len(x_TC) <= MAX_ROWS:
+        elif len(x_TC) in FEW:
             self._add_product(x_TC, few_rows_silu_mul(normed_TC, self._gate_up_weight), self._mlp.down_proj.weight)
         else:
             active_TX = kernels.silu_mul(F.linear(normed_TC, self._gate_up_weight))
@@ -97,7 +97,7 @@ class FusedLayer:
 
     def _add_product(self, to_TC: torch.Tensor, x_TX: torch.Tensor, weight: torch.Tensor) -> None:
         """Adds x @ weight.T, summed over all ranks, in place."""
-        few = len(x_TX) <= MAX_ROWS
+        few = len(x_TX) in FEW
         if self._group.size > 1:
             to_TC.add_(self._group.all_reduce((few_rows_linear if few else F.linear)(x_TX, weight)))
         elif few:

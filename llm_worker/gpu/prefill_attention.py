@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import logging
 import warnings
+from itertools import pairwise
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 
 _log = logging.getLogger(__name__)
 
@@ -97,8 +99,33 @@ class TorchVarlen:
         return out_THD
 
 
-def causal_attention() -> CausalVarlen:
-    """flash-attn-4 where it is installed, else torch's own."""
+class TorchSdpa:
+    """torch's attention, sequence by sequence: for float32, which the others do not take."""
+
+    name = "torch sdpa"
+
+    def __call__(
+        self,
+        q_THD: torch.Tensor,
+        k_LKD: torch.Tensor,
+        v_LKD: torch.Tensor,
+        cu_queries: torch.Tensor,
+        cu_keys: torch.Tensor,
+        max_queries: int,
+        max_keys: int,
+    ) -> torch.Tensor:
+        out_THD = torch.empty_like(q_THD)
+        for (q0, q1), (k0, k1) in zip(pairwise(cu_queries.tolist()), pairwise(cu_keys.tolist()), strict=True):
+            q, k, v = (part.transpose(0, 1)[None] for part in (q_THD[q0:q1], k_LKD[k0:k1], v_LKD[k0:k1]))
+            mask = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool, device=q.device).tril(k1 - k0 - (q1 - q0))
+            out_THD[q0:q1] = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+        return out_THD
+
+
+def causal_attention(dtype: torch.dtype) -> CausalVarlen:
+    """In half precision flash-attn-4 where it is installed, else torch's own."""
+    if dtype == torch.float32:
+        return TorchSdpa()
     try:
         return FlashAttention4()
     except ImportError as error:

@@ -29,33 +29,6 @@ from llm_worker.gpu.gpu_runner import GpuRunner, decode_ladder, token_ladder
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-class PlainCausal:
-    name = "plain"
-
-    def __call__(
-        self,
-        q_THD: torch.Tensor,
-        k_LKD: torch.Tensor,
-        v_LKD: torch.Tensor,
-        cu_queries: torch.Tensor,
-        cu_keys: torch.Tensor,
-        max_queries: int,
-        max_keys: int,
-    ) -> torch.Tensor:
-        out_THD = torch.empty_like(q_THD)
-        for (q0, q1), (k0, k1) in zip(
-            cu_queries.unfold(0, 2, 1).tolist(), cu_keys.unfold(0, 2, 1).tolist(), strict=True
-        ):
-            assert q1 - q0 <= max_queries and k1 - k0 <= max_keys
-            q, k, v = (part.transpose(0, 1) for part in (q_THD[q0:q1], k_LKD[k0:k1], v_LKD[k0:k1]))
-            mask = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool, device=q_THD.device).tril(k1 - k0 - (q1 - q0))
-            attended = torch.nn.functional.scaled_dot_product_attention(
-                q[None], k[None], v[None], attn_mask=mask, enable_gqa=True
-            )
-            out_THD[q0:q1] = attended[0].transpose(0, 1)
-        return out_THD
-
-
 def hidden_states(decoder: TextDecoder, requests: list[Request], gpu: bool) -> list[torch.Tensor]:
     """Of steps as a scheduler makes them: a prompt in chunks, then beside another's, then tokens of both."""
     kv_cache = KvCache(decoder.config, 64, 16, DEVICE, torch.float32)
@@ -63,9 +36,7 @@ def hidden_states(decoder: TextDecoder, requests: list[Request], gpu: bool) -> l
     runner: Runner = plain_runner(decoder, kv_cache, buffer)
     if gpu:
         # Short steps with up to 24 tokens: there are long ones, too.
-        runner = GpuRunner(
-            decoder, kv_cache, buffer, 4, 256, PlainCausal(), capture=lambda work: work, max_short_step=24
-        )
+        runner = GpuRunner(decoder, kv_cache, buffer, 4, 256, TorchSdpa(), capture=lambda work: work, max_short_step=24)
     sequences = []
     for request in requests:
         sequence = Sequence("request", 0, [], greedy(1), lambda output, timings: None, unsent)
@@ -130,7 +101,6 @@ MARGIN = 0.05
 def test_graphs_equal_their_pieces_and_are_close_to_the_plain_decoder() -> None:
     """True widths, four layers, bfloat16; a long prompt in chunks beside others' tokens, then tokens of all."""
     from benchmarks.decoders import NUM_DEEPSTACK, qwen3_vl_8b_decoder
-    from llm_worker.gpu.prefill_attention import causal_attention
 
     device = torch.device("cuda")
     decoder = qwen3_vl_8b_decoder(device, num_layers=4)
@@ -146,7 +116,7 @@ def test_graphs_equal_their_pieces_and_are_close_to_the_plain_decoder() -> None:
         runner: Runner = plain_runner(model, kv_cache, buffer)
         if kind in ("graphs", "pieces"):
             capture = None if kind == "graphs" else lambda work: work
-            runner = GpuRunner(model, kv_cache, buffer, 20, 2048, causal_attention(), capture=capture)
+            runner = GpuRunner(model, kv_cache, buffer, 20, 2048, causal_attention(torch.bfloat16), capture=capture)
         one = _request(kv_cache, 1, 900, MediaSpan(0, 100, 600, 0), TensorRows(rows.to(dtype)))
         others = [_request(kv_cache, 2 + each, 40 + each) for each in range(12)]
         steps = [

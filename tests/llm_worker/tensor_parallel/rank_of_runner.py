@@ -20,12 +20,12 @@ from llm_worker.engine.runner import Runner, plain_runner
 from llm_worker.engine.scheduler import Chunk
 from llm_worker.engine.sequence import Sequence
 from llm_worker.gpu.gpu_runner import GpuRunner
+from llm_worker.gpu.prefill_attention import TorchSdpa
 from llm_worker.models import build_decoder
 from llm_worker.models.decoder import TextDecoder
 from llm_worker.tensor_parallel.group import TorchGroup
 from tests.llm_worker.engine.harness import greedy, unsent
 from tests.llm_worker.engine.tensor_rows import TensorRows
-from tests.llm_worker.gpu.test_gpu_runner import PlainCausal
 
 SPAN = MediaSpan(0, 2, 12, 0)
 
@@ -38,7 +38,7 @@ def hidden_states(decoder: TextDecoder, kind: str) -> list[torch.Tensor]:
     if kind != "plain":
         capture = None if kind == "graphs" else lambda work: work
         # There are short steps and, above 8 tokens, long ones.
-        runner = GpuRunner(decoder, kv_cache, buffer, 2, 64, PlainCausal(), capture=capture, max_short_step=8)
+        runner = GpuRunner(decoder, kv_cache, buffer, 2, 64, TorchSdpa(), capture=capture, max_short_step=8)
     width = decoder.config.hidden_size * (1 + decoder.config.num_deepstack)
     rows_TW = torch.randn((SPAN.length, width), generator=torch.Generator().manual_seed(0))
     one, other = _sequence(kv_cache, 24, SPAN), _sequence(kv_cache, 3)

@@ -1,0 +1,40 @@
+"""CUDA graphs of work that reads and writes fixed memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+
+Work: TypeAlias = Callable[[], None]
+# What it returns does the work, too.
+Capture: TypeAlias = Callable[[Work], Work]
+
+
+class CudaGraphs:
+    """A `Capture`. All graphs share one memory pool, so only one may run at a time.
+
+    num_graphs: captured so far; nbytes: that the device has less of since then.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.num_graphs = 0
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool: Any = torch.cuda.graph_pool_handle()
+        self._free_before = torch.cuda.mem_get_info(device)[0]
+
+    def __call__(self, work: Work) -> Work:
+        work()  # compiles kernels and makes communicators, which a capture must not
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: other threads, as those that watch collectives, may go on using the GPU.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            work()
+        self.num_graphs += 1
+        return graph.replay
+
+    @property
+    def nbytes(self) -> int:
+        return self._free_before - torch.cuda.mem_get_info(self._device)[0]

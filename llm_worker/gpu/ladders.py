@@ -1,0 +1,31 @@
+"""The sizes of steps that there are graphs of: a step runs in the smallest that holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+_MULTIPLE = 8
+
+
+def token_ladder(max_tokens: int) -> list[int]:
+    """Token counts in ascending order up to `max_tokens`: powers of two and seven sizes between two of them.
+
+    A step pays for 12.5 % more tokens than it has at most, and for 6 % on average.
+    """
+    sizes = set(range(_MULTIPLE, 8 * _MULTIPLE, _MULTIPLE))
+    octave = 8 * _MULTIPLE
+    while octave < max_tokens:
+        sizes.update(range(octave, 2 * octave, octave // 8))
+        octave *= 2
+    return [*sorted(size for size in sizes if size < max_tokens), max_tokens]
+
+
+def decode_ladder(max_num_seqs: int) -> list[int]:
+    """Batch sizes: powers of two up to 8, then every eighth."""
+    sizes = [size for size in (1, 2, 4) if size < max_num_seqs]
+    return [*sizes, *range(8, max_num_seqs, 8), max_num_seqs]
+
+
+def smallest(sizes: Iterable[int], num_tokens: int) -> int:
+    """That holds so many tokens."""
+    return min(size for size in sizes if size >= num_tokens)

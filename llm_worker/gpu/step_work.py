@@ -1,0 +1,138 @@
+"""What runs in a step of a given size, over fixed memory, so that it can be captured.
+
+Shapes: M tokens at most, C hidden size, H query heads, D head dim, S slots, K key/value heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+
+from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
+from llm_worker.engine.kv_cache import KvCache
+from llm_worker.gpu.capture import Work
+from llm_worker.gpu.fused_decoder import FusedDecoder
+from llm_worker.gpu.step_tables import StepTables, Tiles
+from llm_worker.gpu.tile_attention import tile_attention
+from llm_worker.models.decoder import TextDecoder
+
+_TOKENS_A_TILE = 16
+
+# Keys and values of one layer, [S, K, D] each.
+_Attend: TypeAlias = Callable[[torch.Tensor, torch.Tensor], None]
+
+
+class StepWork:
+    """
+    q_MHD, attended_MHD: queries of a layer, and what attention makes of them. hidden_MC: a step's result.
+    tables: of the step's sequences.
+    """
+
+    def __init__(
+        self,
+        decoder: TextDecoder,
+        kv_cache: KvCache,
+        buffer: InputEmbedBuffer,
+        max_num_seqs: int,
+        max_model_len: int,
+        max_short_step: int,
+    ) -> None:
+        config, device = decoder.config, decoder.device
+        self._fused = FusedDecoder(decoder)
+        self._kv_cache, self._buffer = kv_cache, buffer
+        self._num_deepstack, self._max_num_seqs = config.num_deepstack, max_num_seqs
+        heads = (len(buffer.slot_mapping_M), config.num_attention_heads, config.head_dim)
+        # Rows of padding are never written: they stay zero.
+        self.q_MHD = torch.zeros(heads, dtype=decoder.dtype, device=device)
+        self.attended_MHD = torch.zeros_like(self.q_MHD)
+        self.hidden_MC = torch.zeros_like(buffer.embeds_MC)
+        self._cos_sin_M2F = torch.zeros((heads[0], 2, config.head_dim // 2), dtype=decoder.dtype, device=device)
+        num_kv_heads = config.num_key_value_heads
+        self.tables = StepTables(
+            Tiles(1, max_num_seqs, num_kv_heads, device),
+            # One more for each sequence, as its last is rarely full.
+            Tiles(_TOKENS_A_TILE, max_short_step // _TOKENS_A_TILE + max_num_seqs, num_kv_heads, device),
+            max_num_seqs,
+            kv_cache.blocks_for(max_model_len),
+            kv_cache.block_size,
+            device,
+        )
+
+    def decode_splits(self, size: int) -> int:
+        """Of single tokens, at most, in decode steps of that size."""
+        return self.tables.singles.splits(size)
+
+    def short_splits(self, size: int) -> tuple[int, int]:
+        """Of single tokens and of chunks, at most, in short steps of that size: such as fill a GPU if all are such."""
+        tables = self.tables
+        num_singles, num_chunks = min(size, self._max_num_seqs), -(-size // _TOKENS_A_TILE)
+        return tables.singles.splits(num_singles), tables.chunks.splits(num_chunks)
+
+    def decode_step(self, size: int) -> Work:
+        """For `size` sequences with a token each, none of it of media."""
+        tables, splits = self.tables, self.decode_splits(size)
+        q_THD, attended_THD = self.q_MHD[:size], self.attended_MHD[:size]
+
+        def attend(k_cache_SKD: torch.Tensor, v_cache_SKD: torch.Tensor) -> None:
+            tile_attention(q_THD, k_cache_SKD, v_cache_SKD, tables, tables.singles, size, splits, attended_THD)
+
+        return self._whole_step(size, attend, media=False)
+
+    def short_step(self, size: int, *, media: bool) -> Work:
+        """For any sequences that have `size` tokens together."""
+        tables = self.tables
+        single_splits, chunk_splits = self.short_splits(size)
+        num_singles, num_chunks = min(size, self._max_num_seqs), -(-size // _TOKENS_A_TILE) + self._max_num_seqs
+        q_THD, attended_THD = self.q_MHD[:size], self.attended_MHD[:size]
+
+        def attend(k_cache_SKD: torch.Tensor, v_cache_SKD: torch.Tensor) -> None:
+            for tiles, num_tiles, splits in (
+                (tables.singles, num_singles, single_splits),
+                (tables.chunks, num_chunks, chunk_splits),
+            ):
+                tile_attention(q_THD, k_cache_SKD, v_cache_SKD, tables, tiles, num_tiles, splits, attended_THD)
+
+        return self._whole_step(size, attend, media=media)
+
+    @property
+    def num_pieces(self) -> int:
+        return len(self._fused.layers) + 1
+
+    def has_media_variant(self, index: int) -> bool:
+        """Whether a piece differs where there are media: it adds a layer of deepstack rows."""
+        return 1 <= index <= self._num_deepstack
+
+    def piece(self, index: int, size: int, *, media: bool) -> Work:
+        """What lies behind attention `index - 1` and in front of attention `index`."""
+        layers = self._fused.layers
+        x_TC, slots_T = self._buffer.embeds_MC[:size], self._buffer.slot_mapping_M[:size]
+        cos_sin_T2F, q_THD = self._cos_sin_M2F[:size], self.q_MHD[:size]
+        deepstack = media and self.has_media_variant(index)
+        added = (self._buffer.deepstack_NMC[index - 1, :size],) if deepstack else ()
+
+        def run() -> None:
+            if index == 0:
+                self._fused.write_rope_table(self._buffer.positions_3M[:, :size], cos_sin_T2F)
+            else:
+                layers[index - 1].after_attention(x_TC, self.attended_MHD[:size].flatten(1))
+            if index == len(layers):
+                self._fused.last_norm(x_TC, added, self.hidden_MC[:size])
+            else:
+                k_cache, v_cache = self._kv_cache.layers[index]
+                layers[index].before_attention(x_TC, added, cos_sin_T2F, slots_T, k_cache, v_cache, q_THD)
+
+        return run
+
+    def _whole_step(self, size: int, attend: _Attend, *, media: bool) -> Work:
+        """All pieces and the attention between them."""
+        pieces = [self.piece(index, size, media=media) for index in range(self.num_pieces)]
+
+        def run() -> None:
+            pieces[0]()
+            for piece, (k_cache, v_cache) in zip(pieces[1:], self._kv_cache.layers, strict=True):
+                attend(k_cache, v_cache)
+                piece()
+
+        return run
