@@ -23,7 +23,9 @@ from tests.llm_worker.engine.harness import Request, greedy, request_for, unsent
 from tests.llm_worker.engine.tensor_rows import TensorRows
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from llm_worker.gpu.gpu_runner import GpuRunner, decode_ladder, token_ladder
+from llm_worker.gpu.gpu_runner import GpuRunner
+from llm_worker.gpu.ladders import decode_ladder, token_ladder
+from llm_worker.gpu.prefill_attention import TorchSdpa, causal_attention
 
 # In float32, which kernels for a GPU take, too.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
