@@ -22,7 +22,7 @@ import torch
 from benchmarks.checkpoints import save_qwen3_vl_8b
 from benchmarks.pictures import random_jpegs
 from embedding_transport.encoder_client import EncoderClient
-from embedding_transport.encoder_peer import TransportChoice
+from embedding_transport.row_peer import TransportChoice
 from embedding_transport.types import MediaItem, RowsEvent
 
 _SIZES = ((560, 560), (1920, 1080))

@@ -12,6 +12,7 @@ import torch
 
 from embedding_transport.cuda_ipc_pool import CudaIpcMapping, CudaIpcPool
 from embedding_transport.received_rows import LeasedRows
+from embedding_transport.row_source import TensorSource
 from embedding_transport.types import ItemTimings
 from protos.encoder.v1 import encoder_pb2
 
@@ -42,7 +43,7 @@ def _export(gpu: int, num_tokens: int, row_width: int) -> None:
     pool = CudaIpcPool(device, 2 * rows_TW.nbytes)
     block = pool.allocate(rows_TW.nbytes, _LEASE_ID)
     assert block is not None
-    pool.write(block, rows_TW)
+    pool.write(block, TensorSource(rows_TW))
     lease = {"offset": block.offset, "nbytes": block.nbytes, "generation": block.generation}
     said = {"handle": pool.handle.hex(), "mapped_nbytes": pool.mapped_nbytes, "gpu_uuid": pool.gpu_uuid, "lease": lease}
     print(json.dumps(said), flush=True)

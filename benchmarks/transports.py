@@ -24,9 +24,10 @@ import grpc
 import torch
 
 from embedding_transport.encoder_client import EncoderClient
-from embedding_transport.encoder_peer import TransportChoice
 from embedding_transport.encoder_rpc import encoder_handlers
 from embedding_transport.exporter import RowExporter
+from embedding_transport.row_peer import TransportChoice
+from embedding_transport.row_source import TensorSource
 from embedding_transport.shm_pool import ShmPool
 from embedding_transport.types import DTYPES, ItemTimings, MediaItem, ModelIdentity, RowsEvent
 from embedding_transport.wire import describe
@@ -77,8 +78,8 @@ class RowServer(encoder_pb2_grpc.EncoderServicer):
         num_tokens = int(request.items[0].data)
         layout = encoder_pb2.Layout(grid_thw=[1, 2, 2 * num_tokens], num_tokens=num_tokens)
         await context.write(encoder_pb2.EncodeResponse(layout=layout))
-        rows_TW = self._rows_TW[:num_tokens]
-        async for response in self._exporter.export(request.session_id, 0, rows_TW, ItemTimings()):
+        rows = TensorSource(self._rows_TW[:num_tokens])
+        async for response in self._exporter.export(request.session_id, 0, rows, ItemTimings()):
             await context.write(response)
 
     async def GetStats(self, request, context):  # type: ignore[no-untyped-def]

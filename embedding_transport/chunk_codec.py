@@ -7,8 +7,9 @@ view. What travels is exactly what encoder.proto says, so callers with generated
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from embedding_transport.errors import InternalError
 from protos.encoder.v1 import encoder_pb2
@@ -20,6 +21,8 @@ _OFFSET = encoder_pb2.Chunk.OFFSET_FIELD_NUMBER << 3
 _DATA = encoder_pb2.Chunk.DATA_FIELD_NUMBER << 3 | 2
 _TIMINGS = encoder_pb2.Chunk.TIMINGS_FIELD_NUMBER << 3 | 2
 _MAX_VARINT_BYTES = 10
+
+ResponseT = TypeVar("ResponseT", bound=Message)
 
 
 @dataclass(frozen=True)
@@ -51,23 +54,26 @@ def encode_chunk(
     return b"".join((_varint(_RESPONSE_CHUNK), _varint(chunk_nbytes), head, data, tail))
 
 
-def serialize_response(response: encoder_pb2.EncodeResponse | bytes) -> bytes:
-    """Serializer of Encode's responses: chunks come in serialized already."""
+def serialize_response(response: Message | bytes) -> bytes:
+    """Serializer of such responses: chunks come in serialized already."""
     return response if isinstance(response, bytes) else response.SerializeToString()
 
 
-def parse_response(raw: bytes) -> encoder_pb2.EncodeResponse | ChunkView:
+def parse_response(raw: bytes, response: type[ResponseT]) -> ResponseT | ChunkView:
     """The inverse of `serialize_response`.
 
+    Args:
+        response: EncodeResponse, or another message whose field `chunk` has the same number.
+
     Raises:
-        InternalError: the bytes are no EncodeResponse.
+        InternalError: the bytes are no such message.
     """
     try:
         if raw[:1] == bytes((_RESPONSE_CHUNK,)):
             return _parse_chunk(memoryview(raw))
-        return encoder_pb2.EncodeResponse.FromString(raw)
+        return response.FromString(raw)
     except (DecodeError, ValueError) as error:
-        raise InternalError(f"the encoder sent {len(raw)} bytes that are no response: {error}") from error
+        raise InternalError(f"the other side sent {len(raw)} bytes that are no response: {error}") from error
 
 
 def _parse_chunk(raw: memoryview) -> ChunkView:

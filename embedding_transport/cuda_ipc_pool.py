@@ -14,6 +14,7 @@ import torch
 
 from embedding_transport.errors import TransportUnavailable
 from embedding_transport.pool import HEADER_NBYTES, PAGE_NBYTES, Block, ExportPool, PoolMapping, PoolSource
+from embedding_transport.row_source import RowSource
 
 _HANDLE_NBYTES = 64
 # Headers on their way to the GPU at once; with more of them, the next one waits.
@@ -44,10 +45,9 @@ class CudaIpcPool(ExportPool):
         self._write_header(0, self.nonce)
         self._stream.synchronize()
 
-    def write(self, block: Block, rows_TW: torch.Tensor) -> None:
-        """`rows_TW` must be complete: this does not wait for the stream that makes them."""
+    def write(self, block: Block, rows: RowSource) -> None:
         with torch.cuda.stream(self._stream):
-            self._rows(block, rows_TW).copy_(rows_TW, non_blocking=True)
+            rows.copy_to(self._rows(block, rows.shape, rows.dtype))
             done = self._stream.record_event()
         done.synchronize()
 
@@ -57,11 +57,12 @@ class CudaIpcPool(ExportPool):
     def write_behind(self, block: Block, rows_TW: torch.Tensor) -> None:
         # The block's header, and the clearing of what lay there, went over our own stream, which nothing ever holds up.
         torch.cuda.current_stream(rows_TW.device).wait_stream(self._stream)
-        self._rows(block, rows_TW).copy_(rows_TW, non_blocking=True)
+        num_tokens, width = rows_TW.shape
+        self._rows(block, (num_tokens, width), rows_TW.dtype).copy_(rows_TW, non_blocking=True)
 
-    def _rows(self, block: Block, like_TW: torch.Tensor) -> torch.Tensor:
-        assert like_TW.nbytes == block.nbytes, "rows do not fill their block"
-        return self._memory[block.offset : block.offset + block.nbytes].view(like_TW.dtype).view(like_TW.shape)
+    def _rows(self, block: Block, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        assert shape[0] * shape[1] * dtype.itemsize == block.nbytes, "rows do not fill their block"
+        return self._memory[block.offset : block.offset + block.nbytes].view(dtype).view(shape)
 
     def close(self) -> None:
         """Nothing: the memory goes with the process, and a peer may still read it."""
@@ -156,7 +157,7 @@ def gpu_uuid(device: torch.device | int) -> str:
 def _index_of(uuid: str) -> int:
     visible = [gpu_uuid(index) for index in range(torch.cuda.device_count())]
     if uuid not in visible:
-        raise TransportUnavailable(f"the encoder's GPU {uuid} is not visible here; visible are {visible}")
+        raise TransportUnavailable(f"the exporter's GPU {uuid} is not visible here; visible are {visible}")
     return visible.index(uuid)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -15,12 +13,14 @@ import grpc
 from embedding_transport.chunk_codec import parse_response
 from embedding_transport.content_routing import ranked
 from embedding_transport.encode_receiver import EncodeReceiver
-from embedding_transport.encoder_peer import Connection, EncoderPeer, TransportChoice
+from embedding_transport.encoder_peer import EncoderDescription, EncoderPeer
 from embedding_transport.encoder_rpc import encode_method
 from embedding_transport.errors import EncoderUnavailable, InternalError, Overloaded
-from embedding_transport.grpc_status import error_from_rpc
+from embedding_transport.grpc_status import error_from_rpc, is_own_cancellation
 from embedding_transport.merge import merged
+from embedding_transport.peer_fleet import PeerFleet
 from embedding_transport.received_rows import HostBufferPool, LeasedRows
+from embedding_transport.row_peer import Connection, ConnectOptions, TransportChoice
 from embedding_transport.types import (
     EncodeEvent,
     Layout,
@@ -34,21 +34,6 @@ from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from service_runtime.tls import ClientTls
 from service_runtime.traces import outgoing_metadata
 
-_LEAVING_POLL_S = 0.1
-
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class EncoderStatus:
-    """One encoder as of now; `error` says why it is not ready."""
-
-    address: str
-    ready: bool
-    transport: str | None
-    in_flight: int
-    error: str | None
-
 
 @dataclass
 class ClientStats:
@@ -60,7 +45,7 @@ class ClientStats:
     received_nbytes: dict[str, int]
 
 
-class EncoderClient:
+class EncoderClient(PeerFleet[EncoderPeer]):
     """Encodes media on one of several encoders. Make and use it on one event loop.
 
     Args:
@@ -86,103 +71,18 @@ class EncoderClient:
         takes_gpu_rows: bool = False,
         tls: ClientTls | None = None,
     ) -> None:
-        self._make_peer = functools.partial(
-            EncoderPeer,
-            expected=expected,
-            transport=transport,
-            shm_folder=shm_folder,
-            connect_timeout_s=connect_timeout_s,
-            takes_gpu_rows=takes_gpu_rows,
-            tls=tls,
-        )
-        self._first_addresses = addresses
-        self._peers: list[EncoderPeer] = []
-        self._leaving: set[asyncio.Task[None]] = set()
+        options = ConnectOptions(transport, shm_folder, connect_timeout_s, takes_gpu_rows, tls)
+        super().__init__(addresses, lambda address: EncoderPeer(address, options, expected))
         self._encode_timeout_s = encode_timeout_s
         self._buffers = HostBufferPool()
-        self._changed = asyncio.Event()
         self._num_requests = 0
         self._num_retries = 0
         self._received_nbytes = {"cuda_ipc": 0, "shm": 0, "grpc": 0}
 
-    async def start(self) -> None:
-        """Begins to connect to every encoder and waits for the first attempt of each.
-
-        Raises:
-            EncoderMismatch, TransportUnavailable: an encoder that answers cannot be used.
-        """
-        if self._first_addresses:
-            self.set_addresses(self._first_addresses)
-        for peer in list(self._peers):
-            await peer.attempted.wait()
-            if peer.connection is None and type(peer.error) is not EncoderUnavailable:
-                raise peer.error
-
-    def set_addresses(self, addresses: Sequence[str]) -> None:
-        """Uses these encoders from now on. Those that are not among them finish what they have."""
-        known = {peer.address: peer for peer in self._peers}
-        for address in addresses:
-            if address not in known:
-                peer = self._make_peer(address)
-                peer.start(self._changed.set)
-                self._peers.append(peer)
-        for address in known.keys() - set(addresses):
-            self._peers.remove(known[address])
-            leaving = asyncio.create_task(self._let_go(known[address]))
-            self._leaving.add(leaving)
-            leaving.add_done_callback(self._leaving.discard)
-        self._changed.set()
-
-    async def close(self) -> None:
-        """Gives back what is released and disconnects."""
-        for leaving in self._leaving:
-            leaving.cancel()
-        await asyncio.gather(*self._leaving, return_exceptions=True)
-        await asyncio.gather(*(peer.close() for peer in self._peers))
-
-    async def _let_go(self, peer: EncoderPeer) -> None:
-        """Disconnects once nothing is under way there and none of its rows are held, or if it is gone."""
-        _log.info("encoder %s is not one of ours any more", peer.address)
-        try:
-            while peer.connection is not None and (peer.in_flight or peer.num_held):  # noqa: ASYNC110 it counts up, too
-                await asyncio.sleep(_LEAVING_POLL_S)
-        finally:
-            await peer.close()
-
-    @property
-    def ready(self) -> bool:
-        """Whether any encoder is connected."""
-        return any(peer.connection is not None for peer in self._peers)
-
-    async def wait_ready(self, timeout_s: float) -> None:
-        """
-        Raises:
-            EncoderUnavailable: no encoder got connected within `timeout_s` seconds.
-        """
-        try:
-            async with asyncio.timeout(timeout_s):
-                while not self.ready:
-                    self._changed.clear()
-                    await self._changed.wait()
-        except TimeoutError:
-            raise self._unavailable({}) from None
-
-    def status(self) -> list[EncoderStatus]:
-        return [
-            EncoderStatus(
-                address=peer.address,
-                ready=peer.connection is not None,
-                transport=peer.connection.transport if peer.connection else None,
-                in_flight=peer.in_flight,
-                error=None if peer.connection else str(peer.error),
-            )
-            for peer in self._peers
-        ]
-
     async def encoder_stats(self, timeout_s: float = 1.0) -> dict[str, encoder_pb2.GetStatsResponse]:
         """What each encoder says of itself, by address; those that do not answer in time are left out."""
 
-        async def ask(connection: Connection) -> encoder_pb2.GetStatsResponse | None:
+        async def ask(connection: Connection[EncoderDescription]) -> encoder_pb2.GetStatsResponse | None:
             try:
                 stub = encoder_pb2_grpc.EncoderStub(connection.channel)
                 return await stub.GetStats(encoder_pb2.GetStatsRequest(), timeout=timeout_s)
@@ -194,8 +94,7 @@ class EncoderClient:
         return {address: answer for address, answer in zip(connected, answers, strict=True) if answer is not None}
 
     def stats(self) -> ClientStats:
-        fallbacks = sum(peer.num_fallbacks for peer in self._peers)
-        return ClientStats(self._num_requests, self._num_retries, fallbacks, dict(self._received_nbytes))
+        return ClientStats(self._num_requests, self._num_retries, self.num_fallbacks, dict(self._received_nbytes))
 
     async def encode(
         self, items: Sequence[MediaItem], request_id: str, tenant: str = ""
@@ -306,11 +205,13 @@ class EncoderClient:
         call = encode_method(connection.channel)(message, timeout=self._encode_timeout_s, metadata=outgoing_metadata())
         try:
             async for raw in call:
-                for event in receiver.take(parse_response(raw)):
+                for event in receiver.take(parse_response(raw, encoder_pb2.EncodeResponse)):
                     if isinstance(event, RowsEvent):
                         # An item larger than the pool comes as bytes although its session has one.
                         transport = connection.transport if isinstance(event.rows, LeasedRows) else "grpc"
-                        self._received_nbytes[transport] += event.rows.num_tokens * connection.identity.row_nbytes
+                        self._received_nbytes[transport] += (
+                            event.rows.num_tokens * connection.description.identity.row_nbytes
+                        )
                         yield RowsEvent(indices[event.item_index], event.rows)
                     else:
                         yield LayoutEvent(indices[event.item_index], event.layout)
@@ -321,6 +222,10 @@ class EncoderClient:
             if named is not None and not isinstance(named, EncoderUnavailable):
                 raise named from error
             raise _EncoderLost(str(named or f"{error.code().name} {error.details()}")) from error
+        except asyncio.CancelledError:
+            if is_own_cancellation():
+                raise
+            raise _EncoderLost("the connection was closed") from None
         except EncoderUnavailable as error:  # of an item: the encoder is shutting down, or knows our session no more
             raise _EncoderLost(str(error)) from error
         finally:
@@ -328,8 +233,7 @@ class EncoderClient:
             receiver.close()
 
     def _unavailable(self, lost: Mapping[str, str]) -> EncoderUnavailable:
-        reasons = "; ".join(lost.get(peer.address, str(peer.error)) for peer in self._peers) or "none was found"
-        return EncoderUnavailable(f"no encoder is left to encode on: {reasons}; start one or give it time")
+        return EncoderUnavailable(f"no encoder is left to encode on: {self._reasons(lost)}; start one or give it time")
 
 
 @dataclass

@@ -1,241 +1,48 @@
-"""One encoder as a client sees it: a connection that is kept up, and what goes over it."""
+"""One encoder as a client sees it."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from collections.abc import Callable
-from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Literal
 
 import grpc
 
-from embedding_transport.cuda_ipc_pool import CudaIpcMapping
-from embedding_transport.errors import EncoderMismatch, EncoderUnavailable, TransportUnavailable, VitrineError
-from embedding_transport.grpc_status import error_from_rpc
-from embedding_transport.pool import PoolMapping
-from embedding_transport.shm_pool import ShmMapping
-from embedding_transport.types import PROTOCOL_VERSION, ModelIdentity
+from embedding_transport.errors import EncoderMismatch, EncoderUnavailable
+from embedding_transport.row_peer import ConnectOptions, RowPeer, RowStub
+from embedding_transport.types import ModelIdentity
 from embedding_transport.wire import describe_identity
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
-from service_runtime.grpc_channel import open_channel
-from service_runtime.tls import ClientTls
-
-TransportChoice = Literal["auto", "cuda_ipc", "shm", "grpc"]
-_FIRST_BACKOFF_S = 0.1
-_MAX_BACKOFF_S = 2.0
-_FLUSH_TIMEOUT_S = 1.0
-# Leases given back within so long go in one call, which costs either side as much Python as half an Encode does.
-_GATHER_S = 0.01
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Connection:
-    """A connected encoder: the negotiated session and its mapped pool, if rows lie in one."""
+class EncoderDescription:
+    """What an encoder says of itself. merge_size: patches merged into one token along each side."""
 
-    channel: grpc.aio.Channel
-    description: encoder_pb2.DescribeResponse
     identity: ModelIdentity
-    session_id: str
-    transport: str
-    mapping: PoolMapping | None
+    merge_size: int
 
 
-class EncoderPeer:
-    """Keeps one encoder connected, and gives its leases back. Lives on one event loop.
-
-    in_flight: items it is encoding for us; num_held: leases of its rows that we have not given back.
-
+class EncoderPeer(RowPeer[EncoderDescription]):
+    """
     Args:
         expected: what the encoder must serve; None takes any.
-        transport: "auto" takes the best that works, and counts where it comes down to bytes; the others accept nothing
-            else.
-        takes_gpu_rows: rows are landed on a GPU; without one "auto" leaves CUDA IPC out.
-        tls: read anew for every connection; None for none.
     """
 
-    def __init__(
-        self,
-        address: str,
-        *,
-        expected: ModelIdentity | None,
-        transport: TransportChoice,
-        shm_folder: Path,
-        connect_timeout_s: float,
-        takes_gpu_rows: bool,
-        tls: ClientTls | None,
-    ) -> None:
-        self.address = address
-        self.in_flight = 0
-        self.num_held = 0
-        self.num_fallbacks = 0
-        self.connection: Connection | None = None
-        self.error: VitrineError = EncoderUnavailable(f"encoder {address} is not connected yet")
-        self.attempted = asyncio.Event()
+    service = "encoder"
+    unavailable = EncoderUnavailable
+
+    def __init__(self, address: str, options: ConnectOptions, expected: ModelIdentity | None) -> None:
+        super().__init__(address, options)
         self._expected = expected
-        on_host = ["shm", "grpc"]
-        wanted = ["cuda_ipc", *on_host] if takes_gpu_rows else on_host
-        self._transports = wanted if transport == "auto" else [transport]
-        self._shm_folder = shm_folder
-        self._connect_timeout_s = connect_timeout_s
-        self._tls = tls
-        self._on_change: Callable[[], None] = lambda: None
-        self._to_release: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
-        self._task: asyncio.Task[None] | None = None
 
-    def start(self, on_change: Callable[[], None]) -> None:
-        """Begins to connect, and to connect again; `on_change` is called whenever readiness has changed."""
-        self._on_change = on_change
-        self._loop = asyncio.get_running_loop()
-        self._task = asyncio.create_task(self._keep_connected())
-
-    async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-
-    def release(self, session_id: str, lease_id: int) -> None:
-        """Gives a lease back in the background; from any thread."""
-        with suppress(RuntimeError):  # the loop is closed, and the session with it
-            self._loop.call_soon_threadsafe(self._to_release.put_nowait, (session_id, lease_id))
-
-    async def _keep_connected(self) -> None:
-        backoff_s = _FIRST_BACKOFF_S
-        while True:
-            async with AsyncExitStack() as stack:
-                try:
-                    channel = open_channel(self.address, self._tls)
-                    await stack.enter_async_context(channel)
-                    await self._serve_connection(channel)
-                    self.error = EncoderUnavailable(f"encoder {self.address} is shutting down")
-                except VitrineError as error:
-                    self._report(error)
-                except grpc.aio.AioRpcError as error:
-                    named = error_from_rpc(error)
-                    self._report(named or EncoderUnavailable(f"encoder {self.address}: {error.details()}"))
-                except TimeoutError:
-                    self._report(EncoderUnavailable(f"encoder {self.address} did not answer in time"))
-                except OSError as error:  # of a file with certificates
-                    self._report(EncoderUnavailable(f"encoder {self.address} cannot be connected to: {error}"))
-                except asyncio.InvalidStateError:  # grpc's answer to writing on a call that has ended
-                    self._report(EncoderUnavailable(f"encoder {self.address} ended the connection"))
-                except asyncio.CancelledError:
-                    task = asyncio.current_task()
-                    if task is None or task.cancelling():
-                        raise
-                    # grpc raises it also where the other side cancelled the call.
-                    self._report(EncoderUnavailable(f"encoder {self.address} cancelled the connection"))
-                finally:
-                    if self.connection is not None:
-                        self.connection = None
-                        backoff_s = _FIRST_BACKOFF_S
-                    self.attempted.set()
-                    self._on_change()
-            await asyncio.sleep(backoff_s)
-            backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
-
-    def _report(self, error: VitrineError) -> None:
-        if str(error) != str(self.error):
-            _log.warning("%s", error)
-        self.error = error
-
-    async def _serve_connection(self, channel: grpc.aio.Channel) -> None:
-        """Connects and returns when the encoder ends the session or begins to drain."""
-        stub = encoder_pb2_grpc.EncoderStub(channel)
-        async with asyncio.timeout(self._connect_timeout_s):
-            description = await stub.Describe(encoder_pb2.DescribeRequest())
+    async def _describe(self, channel: grpc.aio.Channel) -> EncoderDescription:
+        description = await encoder_pb2_grpc.EncoderStub(channel).Describe(encoder_pb2.DescribeRequest())
         identity = describe_identity(description)
         if self._expected is not None:
             check_identity(self.address, identity, self._expected)
-        call = stub.Connect()
-        try:
-            async with asyncio.timeout(self._connect_timeout_s):
-                session, mapping = await self._negotiate(call)
-            self.connection = Connection(channel, description, identity, session.session_id, session.transport, mapping)
-            _log.info("connected to encoder %s, transport %s", self.address, session.transport)
-            self.attempted.set()
-            self._on_change()
-            releasing = asyncio.create_task(self._release_leases(stub))
-            try:
-                response = await call.read()
-                if isinstance(response, encoder_pb2.ConnectResponse) and response.WhichOneof("message") == "draining":
-                    self.connection = None
-                    self._on_change()
-                    await call.read()
-            finally:
-                releasing.cancel()
-                await asyncio.gather(releasing, return_exceptions=True)
-                await self._flush_releases(stub)
-        finally:
-            call.cancel()
+        return EncoderDescription(identity, description.processor.merge_size)
 
-    async def _negotiate(
-        self, call: grpc.aio.StreamStreamCall[encoder_pb2.ConnectRequest, encoder_pb2.ConnectResponse]
-    ) -> tuple[encoder_pb2.Session, PoolMapping | None]:
-        hello = encoder_pb2.Hello(protocol_version=PROTOCOL_VERSION, transports=self._transports)
-        await call.write(encoder_pb2.ConnectRequest(hello=hello))
-        response = await _read(call)
-        mapping: PoolMapping | None = None
-        while response.WhichOneof("message") == "offer":
-            mapping, result = await asyncio.to_thread(self._probe, response.offer)
-            await call.write(encoder_pb2.ConnectRequest(probe_result=result))
-            response = await _read(call)
-        if response.WhichOneof("message") != "session":
-            raise TransportUnavailable(f"encoder {self.address} answered with {response.WhichOneof('message')}")
-        if response.session.transport != self._transports[0]:
-            self.num_fallbacks += 1
-            _log.warning(
-                "no %s with encoder %s: rows come by %s", self._transports[0], self.address, response.session.transport
-            )
-        return response.session, mapping if response.session.transport != "grpc" else None
-
-    def _probe(self, offer: encoder_pb2.Offer) -> tuple[PoolMapping | None, encoder_pb2.ProbeResult]:
-        """Maps the offered pool and reads its nonce; blocking.
-
-        Raises:
-            TransportUnavailable: it cannot be reached, and nothing else is accepted.
-        """
-        try:
-            mapping, pool = self._map(offer)
-            return mapping, encoder_pb2.ProbeResult(nonce=mapping.read(pool.probe_offset, pool.probe_nbytes))
-        except TransportUnavailable as error:
-            if len(self._transports) == 1:
-                raise TransportUnavailable(f"encoder {self.address}: {error}") from error
-            return None, encoder_pb2.ProbeResult(error=str(error))
-
-    def _map(self, offer: encoder_pb2.Offer) -> tuple[PoolMapping, encoder_pb2.ShmPool | encoder_pb2.CudaIpcPool]:
-        if offer.WhichOneof("pool") == "cuda_ipc":
-            pool = offer.cuda_ipc
-            return CudaIpcMapping(pool.handle, pool.nbytes, pool.gpu_uuid), pool
-        return ShmMapping(self._shm_folder, offer.shm.name, offer.shm.nbytes), offer.shm
-
-    async def _release_leases(self, stub: encoder_pb2_grpc.EncoderAsyncStub) -> None:
-        while True:
-            first = await self._to_release.get()
-            self._to_release.put_nowait(first)
-            await asyncio.sleep(_GATHER_S)
-            await self._flush_releases(stub)
-
-    async def _flush_releases(self, stub: encoder_pb2_grpc.EncoderAsyncStub) -> None:
-        by_session: dict[str, list[int]] = {}
-        while not self._to_release.empty():
-            session_id, lease_id = self._to_release.get_nowait()
-            by_session.setdefault(session_id, []).append(lease_id)
-        for session_id, lease_ids in by_session.items():
-            request = encoder_pb2.ReleaseRequest(session_id=session_id, lease_ids=lease_ids)
-            try:
-                await stub.Release(request, timeout=_FLUSH_TIMEOUT_S)
-            except grpc.aio.AioRpcError as error:
-                _log.debug("release failed, the leases are reclaimed with the session or expire: %s", error.details())
-            except asyncio.CancelledError:
-                for lease_id in lease_ids:  # for the last flush
-                    self._to_release.put_nowait((session_id, lease_id))
-                raise
-            self.num_held -= len(lease_ids)
+    def _stub(self, channel: grpc.aio.Channel) -> RowStub:
+        return encoder_pb2_grpc.EncoderStub(channel)
 
 
 def check_identity(address: str, served: ModelIdentity, expected: ModelIdentity) -> None:
@@ -250,13 +57,3 @@ def check_identity(address: str, served: ModelIdentity, expected: ModelIdentity)
                 f"encoder {address} serves another {field.name}: {theirs!r}, this worker needs {ours!r}; "
                 "start both from the same checkpoint"
             )
-
-
-async def _read(
-    call: grpc.aio.StreamStreamCall[encoder_pb2.ConnectRequest, encoder_pb2.ConnectResponse],
-) -> encoder_pb2.ConnectResponse:
-    response = await call.read()
-    if not isinstance(response, encoder_pb2.ConnectResponse):  # end of the stream
-        code, details = await call.code(), await call.details()
-        raise TransportUnavailable(f"the encoder ended the connection: {code.name} {details}")
-    return response

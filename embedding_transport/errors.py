@@ -19,6 +19,8 @@ VitrineError
 ├── Overloaded                overloaded
 ├── EncoderUnavailable        encoder_unavailable
 │   └── EncoderMismatch       encoder_mismatch
+├── PrefillUnavailable        prefill_unavailable
+│   └── PrefillMismatch       prefill_mismatch
 ├── TransportUnavailable      transport_unavailable
 ├── LeaseExpired              lease_expired
 └── InternalError             internal_error
@@ -109,6 +111,14 @@ class EncoderUnavailable(VitrineError):
 
 class EncoderMismatch(EncoderUnavailable):
     code = "encoder_mismatch"
+
+
+class PrefillUnavailable(VitrineError):
+    code = "prefill_unavailable"
+
+
+class PrefillMismatch(PrefillUnavailable):
+    code = "prefill_mismatch"
 
 
 class TransportUnavailable(VitrineError):

@@ -1,4 +1,4 @@
-"""The encoder's side of the transports: sessions, the exported pools with their leases, and rows as chunks."""
+"""The shipping side of the transports: sessions, the exported pools with their leases, and rows as chunks."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from embedding_transport.chunk_codec import encode_chunk
+from embedding_transport.cuda_ipc_pool import CudaIpcPool
 from embedding_transport.early_write import EarlyWrite, Held
 from embedding_transport.errors import BadRequest, EncoderUnavailable, Overloaded, TransportUnavailable
 from embedding_transport.leases import LeaseCounts, LeaseTable
 from embedding_transport.pool import Block, ExportPool
-from embedding_transport.row_copies import host_rows
+from embedding_transport.row_source import RowSource
+from embedding_transport.shm_pool import ShmPool
 from embedding_transport.types import PROTOCOL_VERSION, ItemTimings
 from embedding_transport.wire import offer_to_proto, timings_to_proto
 from protos.encoder.v1 import encoder_pb2
@@ -55,8 +58,28 @@ class ExporterStats:
     oversize_items: int
 
 
+def export_pools(
+    device: torch.device, cuda_ipc_nbytes: int, shm_folder: Path | None, shm_nbytes: int
+) -> list[ExportPool]:
+    """What peers on this host can map, best first.
+
+    Args:
+        device: where rows are made.
+        cuda_ipc_nbytes: of a pool there; 0 for none. shm_folder: None for no pool in shared memory.
+
+    Raises:
+        TransportUnavailable: no room for one of them.
+    """
+    pools: list[ExportPool] = []
+    if device.type == "cuda" and cuda_ipc_nbytes:
+        pools.append(CudaIpcPool(device, cuda_ipc_nbytes))
+    if shm_folder is not None:
+        pools.append(ShmPool(shm_folder, shm_nbytes))
+    return pools
+
+
 class RowExporter:
-    """Ships rows by the transport that each peer has negotiated. One per encoder process; lives on one event loop.
+    """Ships rows by the transport that each peer has negotiated. One per process; lives on one event loop.
 
     Args:
         pools: what is offered, best first; without any, rows go as bytes ("grpc").
@@ -111,7 +134,7 @@ class RowExporter:
         if hello is None or hello.WhichOneof("message") != "hello":
             raise BadRequest("Connect begins with hello")
         if hello.hello.protocol_version != PROTOCOL_VERSION:
-            raise BadRequest(f"protocol version {hello.hello.protocol_version}: this encoder speaks {PROTOCOL_VERSION}")
+            raise BadRequest(f"protocol version {hello.hello.protocol_version}: this service speaks {PROTOCOL_VERSION}")
         pool: ExportPool | None = None
         for offered in self._pools:
             if offered.transport in hello.hello.transports:
@@ -127,7 +150,7 @@ class RowExporter:
         takes_bytes = "grpc" in hello.hello.transports
         if pool is None and not takes_bytes:
             raise TransportUnavailable(
-                f"none of {list(hello.hello.transports)} reaches this encoder, which offers {list(self.transports)}"
+                f"none of {list(hello.hello.transports)} reaches this service, which offers {list(self.transports)}"
             )
         transport = pool.transport if pool is not None else "grpc"
         session_id = secrets.token_hex(16)
@@ -168,14 +191,14 @@ class RowExporter:
         self,
         session_id: str,
         item_index: int,
-        rows_TW: torch.Tensor,
+        rows: RowSource,
         timings: ItemTimings,
         early: EarlyWrite | None = None,
     ) -> AsyncGenerator[encoder_pb2.EncodeResponse | bytes]:
         """Ships one item's rows: yields one Ready, or serialized chunks.
 
         Args:
-            rows_TW: [num_tokens, row_width] in the identity's dtype, on any device, complete.
+            rows: in the dtype that the peer knows of.
             early: may have them in the pool already.
 
         Raises:
@@ -190,12 +213,12 @@ class RowExporter:
         pool = session.pool if session is not None else None
         held = early.taken() if early is not None else None
         if held is None and session is not None and pool is not None:
-            held = await self._write(session_id, session, pool, rows_TW)
+            held = await self._write(session_id, session, pool, rows)
         if held is not None:
             export_ms = (time.perf_counter() - start) * 1000
             yield self._leased(session_id, held, item_index, replace(timings, export_ms=export_ms))
         else:
-            rows_TW = await asyncio.to_thread(host_rows, rows_TW)
+            rows_TW = await asyncio.to_thread(rows.on_host)
             for chunk in self._chunks(item_index, rows_TW, timings):
                 yield chunk
 
@@ -255,15 +278,15 @@ class RowExporter:
         self._num_oversize_items += 1
         return False
 
-    async def _write(self, session_id: str, session: _Session, pool: ExportPool, rows_TW: torch.Tensor) -> Held | None:
+    async def _write(self, session_id: str, session: _Session, pool: ExportPool, rows: RowSource) -> Held | None:
         """The rows in a block of the pool; None if they must go as bytes."""
-        if not self._fits(rows_TW.nbytes, pool, session.takes_bytes):
+        if not self._fits(rows.nbytes, pool, session.takes_bytes):
             return None
         lease_id = self._leases.reserve_id()
-        held = Held(pool, await self._allocate(pool, rows_TW.nbytes, lease_id), lease_id)
+        held = Held(pool, await self._allocate(pool, rows.nbytes, lease_id), lease_id)
         try:
             # Off the loop: 64 MiB take long enough to stall every other stream.
-            await _uncancelled(asyncio.to_thread(pool.write, held.block, rows_TW))
+            await _uncancelled(asyncio.to_thread(pool.write, held.block, rows))
             if session_id not in self._sessions:
                 raise EncoderUnavailable(f"session {session_id} has ended: connect again")
         except BaseException:

@@ -5,6 +5,7 @@ The stable code travels in the trailing metadata, so that a caller need not gues
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any, NoReturn
 
@@ -37,6 +38,8 @@ STATUS_BY_CODE: dict[str, grpc.StatusCode] = {
     "overloaded": _Status.RESOURCE_EXHAUSTED,
     "encoder_unavailable": _Status.UNAVAILABLE,
     "encoder_mismatch": _Status.FAILED_PRECONDITION,
+    "prefill_unavailable": _Status.UNAVAILABLE,
+    "prefill_mismatch": _Status.FAILED_PRECONDITION,
     "transport_unavailable": _Status.FAILED_PRECONDITION,
     "lease_expired": _Status.ABORTED,
     "internal_error": _Status.INTERNAL,
@@ -63,6 +66,12 @@ def _sendable(message: str) -> str:
     if len(encoded) <= _MAX_MESSAGE_NBYTES:
         return encoded.decode()
     return encoded[: _MAX_MESSAGE_NBYTES - 3].decode(errors="ignore") + "..."
+
+
+def is_own_cancellation() -> bool:
+    """Whether a CancelledError is meant for this task: grpc raises one, too, where a call or its channel was ended."""
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
 
 
 def error_from_rpc(error: grpc.aio.AioRpcError) -> VitrineError | None:

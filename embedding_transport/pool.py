@@ -18,6 +18,7 @@ from typing import TypeAlias
 import torch
 
 from embedding_transport.errors import LeaseExpired, TransportUnavailable
+from embedding_transport.row_source import RowSource
 
 PROBE_NBYTES = 32
 HEADER_NBYTES = 64
@@ -119,8 +120,8 @@ class ExportPool(ABC):
             self._free_list.give_back(header_offset - PAGE_NBYTES, HEADER_NBYTES + block.nbytes)
 
     @abstractmethod
-    def write(self, block: Block, rows_TW: torch.Tensor) -> None:
-        """Copies complete rows of exactly the block's bytes into it; blocking. Peers may read them when it returns."""
+    def write(self, block: Block, rows: RowSource) -> None:
+        """Copies rows of exactly the block's bytes into it; blocking. Peers may read them when it returns."""
 
     @abstractmethod
     def can_follow(self, rows_TW: torch.Tensor) -> bool:
@@ -172,9 +173,7 @@ class PoolMapping(ABC):
         """
         header = self._bytes(offset - HEADER_NBYTES, HEADER_NBYTES)
         if header != _packed_header(_MAGIC, lease_id, generation, nbytes):
-            raise LeaseExpired(
-                f"lease {lease_id} is no longer held: the encoder reclaimed its rows; encode the item again"
-            )
+            raise LeaseExpired(f"lease {lease_id} is no longer held: its owner took the rows back; ask for them again")
 
     @abstractmethod
     def source(self) -> PoolSource:

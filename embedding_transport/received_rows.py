@@ -1,4 +1,4 @@
-"""Rows on the receiving side: a view of the encoder's pool under a lease, or a host buffer filled from chunks."""
+"""Rows on the receiving side: a view of the other side's pool under a lease, or a host buffer filled from chunks."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from embedding_transport.chunk_codec import ChunkView
 from embedding_transport.errors import InternalError
 from embedding_transport.pool import PoolMapping
-from embedding_transport.types import DTYPES, ItemTimings, Layout, ModelIdentity
+from embedding_transport.types import DTYPES, ItemTimings, RowFormat
 from protos.encoder.v1 import encoder_pb2
 
 _MAX_KEPT_NBYTES = 512 * 1024 * 1024
 # Far above any real item (the longest video of Qwen3-VL-8B is 400 MB): a length that is a lie must not take all memory.
-_MAX_ITEM_NBYTES = 4 * 1024**3
+MAX_ITEM_NBYTES = 4 * 1024**3
 
 
 def copy_rows(rows_TW: torch.Tensor, main_TD: torch.Tensor, deepstack_NTD: torch.Tensor | None, first_row: int) -> None:
@@ -37,7 +37,7 @@ def copy_rows(rows_TW: torch.Tensor, main_TD: torch.Tensor, deepstack_NTD: torch
 
 @dataclass
 class LeasedRows:
-    """Rows in the encoder's memory; `on_release` gives the lease back."""
+    """Rows in the memory of who made them; `on_release` gives the lease back."""
 
     num_tokens: int
     timings: ItemTimings
@@ -108,18 +108,20 @@ class ChunkAssembly:
     """Fills one item's host buffer from its chunks, which come in order and without gaps.
 
     Raises:
-        InternalError: a layout of more rows than any item has.
+        InternalError: more than `max_nbytes`.
     """
 
-    def __init__(self, layout: Layout, identity: ModelIdentity, pool: HostBufferPool) -> None:
-        self.nbytes = layout.num_tokens * identity.row_nbytes
-        if self.nbytes > _MAX_ITEM_NBYTES:
+    def __init__(
+        self, num_tokens: int, row_format: RowFormat, pool: HostBufferPool, max_nbytes: int = MAX_ITEM_NBYTES
+    ) -> None:
+        self.nbytes = num_tokens * row_format.row_nbytes
+        if self.nbytes > max_nbytes:
             raise InternalError(
-                f"an item of {layout.num_tokens} rows of {identity.row_nbytes} bytes: at most {_MAX_ITEM_NBYTES} bytes "
+                f"an item of {num_tokens} rows of {row_format.row_nbytes} bytes: at most {max_nbytes} bytes "
                 "are taken in for one item"
             )
-        self._shape = (layout.num_tokens, identity.row_width)
-        self._dtype = DTYPES[identity.dtype]
+        self._shape = (num_tokens, row_format.row_width)
+        self._dtype = DTYPES[row_format.dtype]
         self._pool = pool
         self._buffer: torch.Tensor | None = pool.take(self.nbytes)
         self._bytes = memoryview(self._buffer.numpy())  # type: ignore[arg-type]
@@ -139,7 +141,7 @@ class ChunkAssembly:
         if chunk.offset != self._received_nbytes or end > self.nbytes or not chunk.data.nbytes:
             raise InternalError(
                 f"chunk [{chunk.offset}, {end}) after {self._received_nbytes} of {self.nbytes} bytes of item "
-                f"{chunk.item_index}: the encoder does not follow the protocol"
+                f"{chunk.item_index}: the other side does not follow the protocol"
             )
         self._bytes[chunk.offset : end] = chunk.data
         self._received_nbytes = end

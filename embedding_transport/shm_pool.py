@@ -14,7 +14,7 @@ import torch
 
 from embedding_transport.errors import TransportUnavailable
 from embedding_transport.pool import PAGE_NBYTES, PROBE_NBYTES, Block, ExportPool, PoolMapping, PoolSource
-from embedding_transport.row_copies import host_rows
+from embedding_transport.row_source import RowSource, TensorSource
 
 _PREFIX = "vitrine-"
 _NAME = re.compile(r"vitrine-[0-9a-f]{32}")
@@ -71,17 +71,15 @@ class ShmPool(ExportPool):
         flat = torch.frombuffer(self._memory, dtype=dtype, count=shape[0] * shape[1], offset=block.offset)
         return flat.view(shape)
 
-    def write(self, block: Block, rows_TW: torch.Tensor) -> None:
-        num_tokens, width = rows_TW.shape
-        # From a GPU by way of the host copy, which does not wait for the tower's next batch.
-        self.rows(block, (num_tokens, width), rows_TW.dtype).copy_(host_rows(rows_TW))
+    def write(self, block: Block, rows: RowSource) -> None:
+        rows.copy_to(self.rows(block, rows.shape, rows.dtype))
 
     def can_follow(self, rows_TW: torch.Tensor) -> bool:
         """A GPU does not reach this memory by itself."""
         return rows_TW.device.type == "cpu"
 
     def write_behind(self, block: Block, rows_TW: torch.Tensor) -> None:
-        self.write(block, rows_TW)
+        self.write(block, TensorSource(rows_TW))
 
     def close(self) -> None:
         """Removes the file. Peers that mapped it keep what they mapped."""
@@ -109,7 +107,7 @@ class ShmMapping(PoolMapping):
             fd = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise TransportUnavailable(
-                f"pool {name} is not in {folder}: {error.strerror}; encoder and worker need the same host and folder"
+                f"pool {name} is not in {folder}: {error.strerror}; both sides need the same host and folder"
             ) from error
         try:
             file_nbytes = os.fstat(fd).st_size

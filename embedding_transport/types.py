@@ -41,6 +41,19 @@ class MediaItem:
         return content_key(self.data, self.url)
 
 
+class RowFormat(Protocol):
+    """What rows look like. dtype: a name of DTYPES; row_width: elements in one row."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def row_width(self) -> int: ...
+
+    @property
+    def row_nbytes(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class ModelIdentity:
     """What an encoder serves and what a worker needs; the two must agree field by field.

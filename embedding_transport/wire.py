@@ -81,6 +81,17 @@ def layout_from_proto(message: encoder_pb2.Layout, item: MediaItem, merge_size: 
     )
 
 
+def layout_to_proto(item_index: int, layout: Layout) -> encoder_pb2.Layout:
+    return encoder_pb2.Layout(
+        item_index=item_index,
+        grid_thw=layout.grid_thw,
+        num_tokens=layout.num_tokens,
+        timestamps_s=layout.timestamps_s,
+        second_per_grid_t=layout.second_per_grid_t,
+        content_hash=layout.content_hash,
+    )
+
+
 def timings_from_proto(message: encoder_pb2.ItemTimings, ship_ms: float) -> ItemTimings:
     return ItemTimings(
         load_ms=message.load_ms,

@@ -19,11 +19,8 @@ import torch
 from prometheus_client import start_http_server
 
 from embedding_transport.checkpoint import open_checkpoint
-from embedding_transport.cuda_ipc_pool import CudaIpcPool
-from embedding_transport.exporter import RowExporter
+from embedding_transport.exporter import RowExporter, export_pools
 from embedding_transport.loading import LoadingStopped, ProgressLog, choose_device, choose_dtype, gpu_uuids
-from embedding_transport.pool import ExportPool
-from embedding_transport.shm_pool import ShmPool
 from embedding_transport.types import DTYPES, ModelIdentity
 from encoder_service.codec import describe_to_proto, stats_to_proto
 from encoder_service.config import EncoderConfig
@@ -118,20 +115,6 @@ def _accelerated(
     return gpu_tower(plain, max_graph_patches, progress, fp8=config.quantization == "fp8")
 
 
-def _pools(config: EncoderConfig, device: torch.device) -> list[ExportPool]:
-    """What peers on this host can map, best first.
-
-    Raises:
-        TransportUnavailable: no room for one of them.
-    """
-    pools: list[ExportPool] = []
-    if device.type == "cuda" and config.cuda_ipc_pool_bytes:
-        pools.append(CudaIpcPool(device, config.cuda_ipc_pool_bytes))
-    if config.shm_folder:
-        pools.append(ShmPool(Path(config.shm_folder), config.pool_bytes))
-    return pools
-
-
 async def serve(config: EncoderConfig) -> None:
     """Listens, loads, serves until SIGTERM or SIGINT, then drains.
 
@@ -165,7 +148,9 @@ async def serve(config: EncoderConfig) -> None:
             _log.info("stopped while loading")
             return
 
-        exporter = RowExporter(_pools(config, model.device), lease_ttl_s=config.lease_ttl_s)
+        shm_folder = Path(config.shm_folder) if config.shm_folder else None
+        pools = export_pools(model.device, config.cuda_ipc_pool_bytes, shm_folder, config.pool_bytes)
+        exporter = RowExporter(pools, lease_ttl_s=config.lease_ttl_s)
         stack.push_async_callback(exporter.close)
         exporter.start()
         batcher = Batcher(

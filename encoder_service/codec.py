@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from embedding_transport.errors import BadRequest, Overloaded, VitrineError
 from embedding_transport.exporter import ExporterStats
-from embedding_transport.types import Layout, MediaItem, MediaKind, ModelIdentity
+from embedding_transport.types import MediaItem, MediaKind, ModelIdentity
 from embedding_transport.wire import describe
 from encoder_service.engine.cache import CacheStats
 from encoder_service.preprocess.settings import ProcessorSettings
@@ -31,19 +31,6 @@ def item_from_proto(index: int, message: encoder_pb2.MediaItem) -> MediaItem:
         url=message.url if source == "url" else None,
         data=message.data if source == "data" else None,
         video_fps=message.video_fps or None,
-    )
-
-
-def layout_to_proto(item_index: int, layout: Layout) -> encoder_pb2.EncodeResponse:
-    return encoder_pb2.EncodeResponse(
-        layout=encoder_pb2.Layout(
-            item_index=item_index,
-            grid_thw=layout.grid_thw,
-            num_tokens=layout.num_tokens,
-            timestamps_s=layout.timestamps_s,
-            second_per_grid_t=layout.second_per_grid_t,
-            content_hash=layout.content_hash,
-        )
     )
 
 

@@ -19,8 +19,10 @@ from embedding_transport.encoder_rpc import SERVICE, encoder_handlers
 from embedding_transport.errors import EncoderUnavailable, InternalError, VitrineError
 from embedding_transport.exporter import RowExporter
 from embedding_transport.grpc_status import abort
+from embedding_transport.row_source import TensorSource
 from embedding_transport.types import ItemTimings, Layout
-from encoder_service.codec import failed_to_proto, item_from_proto, layout_to_proto
+from embedding_transport.wire import layout_to_proto
+from encoder_service.codec import failed_to_proto, item_from_proto
 from encoder_service.metrics import EncoderMetrics
 from encoder_service.service import EncodeService
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
@@ -175,7 +177,7 @@ class _Replies:
             self._exporter.release(self._session_id, sorted(undelivered))
 
     async def layout(self, item_index: int, layout: Layout) -> None:
-        await self._write(layout_to_proto(item_index, layout))
+        await self._write(encoder_pb2.EncodeResponse(layout=layout_to_proto(item_index, layout)))
 
     @contextmanager
     def shipment(self, item_index: int) -> Iterator[_Shipment]:
@@ -187,7 +189,7 @@ class _Replies:
         await self._write(failed_to_proto(item_index, error))
 
     async def ship(self, item_index: int, early: EarlyWrite, rows_TW: torch.Tensor, timings: ItemTimings) -> None:
-        responses = self._exporter.export(self._session_id, item_index, rows_TW, timings, early)
+        responses = self._exporter.export(self._session_id, item_index, TensorSource(rows_TW), timings, early)
         async with aclosing(responses):
             async for response in responses:
                 if isinstance(response, bytes):

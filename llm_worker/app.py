@@ -8,43 +8,60 @@ import os
 import signal
 from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from aiohttp import web
 
 from embedding_transport.discovery import follow
 from embedding_transport.encoder_client import EncoderClient
 from embedding_transport.errors import VitrineError
+from embedding_transport.exporter import RowExporter, export_pools
 from embedding_transport.loading import LoadingStopped
+from embedding_transport.row_peer import ConnectOptions
 from llm_worker.config import LlmConfig
 from llm_worker.dashboard.routes import Dashboard
 from llm_worker.engine.engine import Engine
 from llm_worker.engine.forward_pass import ForwardPass
-from llm_worker.frontend.generation import Generator
+from llm_worker.frontend.generation import Generator, MakeFeed
 from llm_worker.frontend.grpc_server import LlmServer, LlmServicer
+from llm_worker.frontend.known_layouts import KnownLayouts
+from llm_worker.frontend.media_feed import MediaFeed
 from llm_worker.frontend.openai_http import OpenAiHttp, ServedModel
-from llm_worker.loading import choose_runner, engine_config, load_model
+from llm_worker.frontend.prefill_feed import PrefillFeed
+from llm_worker.frontend.prompt_feed import PromptContext
+from llm_worker.loading import LoadedModel, choose_runner, engine_config, load_model
 from llm_worker.metrics import LlmMetrics
+from llm_worker.prefill.client import PrefillClient
+from llm_worker.prefill.kv_format import KvFormat
+from llm_worker.prefill.rpc import SERVICE as PREFILL_SERVICE
+from llm_worker.prefill.rpc import prefill_handlers
+from llm_worker.prefill.server import Prefilling, PrefillServicer
+from service_runtime.memory import spare_startup_objects
 
 if TYPE_CHECKING:
     from llm_worker.tensor_parallel.followers import Followers
 
 _log = logging.getLogger(__name__)
 _READY_POLL_S = 0.1
+# Sessions of decode workers last until the server ends them: this only lets the last answers leave.
+_STOP_GRACE_S = 0.5
+
+Upstream: TypeAlias = EncoderClient | PrefillClient
 
 
 class Readiness:
     """Whether requests can be served, and why not: what /ready answers."""
 
     def __init__(self) -> None:
-        self.encoders: EncoderClient | None = None
+        self.upstream: Upstream | None = None
 
     def __call__(self) -> tuple[bool, dict[str, Any]]:
-        if self.encoders is None:
+        if self.upstream is None:
             return False, {"reason": "loading the model"}
-        encoders = [asdict(status) for status in self.encoders.status()]
-        return self.encoders.ready, {"encoders": encoders}
+        name = "encoders" if isinstance(self.upstream, EncoderClient) else "prefill_workers"
+        return self.upstream.ready, {name: [asdict(status) for status in self.upstream.status()]}
 
 
 async def serve(config: LlmConfig) -> None:
@@ -65,7 +82,10 @@ async def serve(config: LlmConfig) -> None:
     if config.dashboard:
         dashboard.add_routes(application)
     servicer = LlmServicer(metrics)
-    server = LlmServer(servicer)
+    prefill = PrefillServicer(metrics) if config.role == "prefill" else None
+    server = LlmServer(servicer, *([PREFILL_SERVICE] if prefill else []))
+    if prefill:
+        server.grpc.add_generic_rpc_handlers((prefill_handlers(prefill),))
     async with AsyncExitStack() as stack:
         # The ports answer before anything slow begins, so that probes see progress, not refusal.
         # handler_cancellation: a client that goes away ends its request everywhere.
@@ -96,40 +116,81 @@ async def serve(config: LlmConfig) -> None:
         engine = Engine(forward_pass, limits)
         engine.start()
         stack.push_async_callback(asyncio.to_thread, engine.close)
-        encoders = EncoderClient(
-            [],
-            model.identity,
-            transport=config.transport,
-            shm_folder=Path(config.shm_folder),
-            connect_timeout_s=config.connect_timeout_s,
-            encode_timeout_s=config.encode_timeout_s,
-            takes_gpu_rows=decoder.device.type == "cuda",
-            tls=config.encoder_tls(),
-        )
-        stack.push_async_callback(encoders.close)
-        generator = Generator(engine, encoders, model.tokenizer, model.prompt_config, config.max_items)
+        kv_format = KvFormat.of(model.identity, decoder.config)
+        upstream, make_feed = _upstream(config, model, kv_format, limits.max_model_len, metrics)
+        stack.push_async_callback(upstream.close)
+        context = PromptContext(engine, model.prompt_config, model.tokenizer)
+        generator = Generator(context, make_feed, config.max_items)
         metrics.watch_engine(engine.stats)
-        metrics.watch_encoders(encoders.stats)
+        spare_startup_objects()
         served = ServedModel(model.identity.model, generator, model.defaults)
         http.open(served)
-        dashboard.open(served.name, generator, engine.stats, encoders)
+        dashboard.open(served.name, generator, engine.stats, upstream)
         servicer.open(served)
-        following = await _follow_encoders(config, encoders)
+        if prefill:
+            shm_folder = Path(config.shm_folder) if config.shm_folder else None
+            pools = export_pools(decoder.device, config.cuda_ipc_pool_bytes, shm_folder, config.pool_bytes)
+            exporter = RowExporter(pools, lease_ttl_s=config.lease_ttl_s)
+            stack.push_async_callback(exporter.close)
+            exporter.start()
+            metrics.watch_exporter(exporter.stats)
+            prefill.open(Prefilling(served, kv_format, exporter))
+        following = await _follow(config, upstream)
         stack.callback(following.cancel)
         # An encoder that does not fit is no reason to end: another may come, and text needs none. /ready says why.
         with suppress(VitrineError):
-            await encoders.start()
-        readiness.encoders = encoders
-        watching = asyncio.create_task(_keep_health(server, encoders))
+            await upstream.start()
+        readiness.upstream = upstream
+        watching = asyncio.create_task(_keep_health(server, upstream))
         stack.callback(watching.cancel)
-        _log.info("SERVING %s with encoders %s", model.identity.model, config.encoders)
+        _log.info("SERVING %s with %s", model.identity.model, config.prefill_workers or config.encoders)
 
         await stop.wait()
         watching.cancel()
         _log.info("draining for at most %g s", config.drain_timeout_s)
         await server.set_not_serving_for_good()
-        await asyncio.gather(runner.cleanup(), server.stop(config.drain_timeout_s))
+        await asyncio.gather(runner.cleanup(), _stop(server, prefill, config.drain_timeout_s))
     _log.info("stopped")
+
+
+async def _stop(server: LlmServer, prefill: PrefillServicer | None, timeout_s: float) -> None:
+    if prefill is None:
+        await server.stop(timeout_s)
+    else:
+        await prefill.drain(timeout_s)
+        await server.stop(_STOP_GRACE_S)
+
+
+def _upstream(
+    config: LlmConfig, model: LoadedModel, kv_format: KvFormat, max_model_len: int, metrics: LlmMetrics
+) -> tuple[Upstream, MakeFeed]:
+    """Who works for this worker, and how its requests use them."""
+    takes_gpu_rows, shm_folder = model.decoder.device.type == "cuda", Path(config.shm_folder)
+    if config.role == "decode":
+        workers = PrefillClient(
+            kv_format,
+            ConnectOptions(
+                config.transport, shm_folder, config.connect_timeout_s, takes_gpu_rows, config.encoder_tls()
+            ),
+            merge_size=model.prompt_config.merge_size,
+            timeout_s=config.encode_timeout_s,
+            max_prompt_tokens=max_model_len,
+            on_hand_over=metrics.kv_hand_over.observe,
+        )
+        metrics.watch_prefill_workers(workers.stats)
+        return workers, partial(PrefillFeed, workers)
+    encoders = EncoderClient(
+        [],
+        model.identity,
+        transport=config.transport,
+        shm_folder=shm_folder,
+        connect_timeout_s=config.connect_timeout_s,
+        encode_timeout_s=config.encode_timeout_s,
+        takes_gpu_rows=takes_gpu_rows,
+        tls=config.encoder_tls(),
+    )
+    metrics.watch_encoders(encoders.stats)
+    return encoders, partial(MediaFeed, encoders, KnownLayouts())
 
 
 async def _start_followers(config: LlmConfig, server: LlmServer, stack: AsyncExitStack) -> Followers:
@@ -155,19 +216,19 @@ async def _end_with(followers: Followers, server: LlmServer) -> None:
     os._exit(1)
 
 
-async def _follow_encoders(config: LlmConfig, encoders: EncoderClient) -> asyncio.Task[None]:
-    """Keeps the client's encoders up to date; returns once some are known, or were not found at once.
+async def _follow(config: LlmConfig, upstream: Upstream) -> asyncio.Task[None]:
+    """Keeps the client's addresses up to date; returns once some are known, or were not found at once.
 
     Raises:
-        ValueError: a way to find encoders that cannot work here.
+        ValueError: a way to find them that cannot work here.
     """
     found = asyncio.Event()
 
     def use(addresses: list[str]) -> None:
-        encoders.set_addresses(addresses)
+        upstream.set_addresses(addresses)
         found.set()
 
-    following = asyncio.create_task(follow(config.encoder_sources(), use))
+    following = asyncio.create_task(follow(config.sources(), use))
     finding = asyncio.create_task(found.wait())
     await asyncio.wait([following, finding], timeout=config.connect_timeout_s, return_when=asyncio.FIRST_COMPLETED)
     finding.cancel()
@@ -179,14 +240,14 @@ async def _follow_encoders(config: LlmConfig, encoders: EncoderClient) -> asynci
 
 def _log_end_of_following(following: asyncio.Task[None]) -> None:
     if not following.cancelled() and (error := following.exception()):
-        _log.error("encoders are not looked for any more, those that are known stay: %s", error, exc_info=error)
+        _log.error("addresses are not looked for any more, those that are known stay: %s", error, exc_info=error)
 
 
-async def _keep_health(server: LlmServer, encoders: EncoderClient) -> None:
+async def _keep_health(server: LlmServer, upstream: Upstream) -> None:
     """Keeps grpc.health.v1 saying what /ready says."""
     shown: bool | None = None
     while True:
-        if encoders.ready != shown:
-            shown = encoders.ready
+        if upstream.ready != shown:
+            shown = upstream.ready
             await server.set_serving(shown)
         await asyncio.sleep(_READY_POLL_S)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from embedding_transport.checkpoint import LoadFormat
@@ -14,6 +14,7 @@ from llm_worker.engine.config import EngineConfig
 from service_runtime.settings import ServiceSettings
 from service_runtime.tls import ClientTls
 
+MIB = 1024 * 1024
 _BLOCK_SIZE = 16
 
 
@@ -30,16 +31,37 @@ class LlmConfig(ServiceSettings):
         "auto", description="dummy: random weights, for measuring without their files; answers mean nothing"
     )
 
+    role: Literal["both", "prefill", "decode"] = Field(
+        "both",
+        description="prefill: also hands prompts' keys and values to decode workers; decode: takes them from "
+        "--prefill-workers and needs no encoders",
+    )
     encoders: str = Field(
+        "",
         description="encoders to use, separated by commas: host:port, host:first-last (of --dp), dns:NAME:PORT, "
-        "file:PATH with an address a line, or kubernetes:NAMESPACE/SERVICE:PORT"
+        "file:PATH with an address a line, or kubernetes:NAMESPACE/SERVICE:PORT",
+    )
+    prefill_workers: str = Field(
+        "",
+        description="gRPC addresses of a decode worker's prefill workers, in the forms of --encoders; "
+        "--encode-timeout-s and --encoder-* are for them, too",
     )
     transport: Literal["auto", "cuda_ipc", "shm", "grpc"] = Field(
         "auto", description="how rows come: cuda_ipc or shm (same host), or grpc (bytes); auto: the first that works"
     )
-    shm_folder: str = Field("/dev/shm", description="shared-memory folder, the same as the encoders'")
-    connect_timeout_s: float = Field(5.0, gt=0, description="for each step of connecting to an encoder, s")
-    encode_timeout_s: float = Field(300.0, gt=0, description="longest encoding of one request on one encoder, s")
+    shm_folder: str = Field("/dev/shm", description="shared-memory folder, the same as the other side's")
+    connect_timeout_s: float = Field(
+        5.0, gt=0, description="for each step of connecting to an encoder or prefill worker, s"
+    )
+    encode_timeout_s: float = Field(
+        300.0, gt=0, description="longest work on one request of one encoder or prefill worker, s"
+    )
+
+    pool_bytes: int = Field(1024 * MIB, ge=MIB, description="a prefill worker's pool in shared memory, bytes")
+    cuda_ipc_pool_bytes: int = Field(
+        4096 * MIB, ge=0, description="a prefill worker's GPU memory that decode workers map, bytes; 0 is off"
+    )
+    lease_ttl_s: float = Field(60.0, gt=0, description="how long a decode worker may hold rows in these pools, s")
 
     encoder_ca_file: Path | None = Field(None, description="who signs encoders' certificates (PEM); none: no TLS")
     encoder_cert_file: Path | None = Field(None, description="certificate (PEM) for encoders that ask for one")
@@ -80,11 +102,23 @@ class LlmConfig(ServiceSettings):
     max_items: int = Field(64, ge=0, description="images and videos accepted in one request")
     skip_tokenizer_init: bool = Field(False, description="load no tokenizer: token ids in, token ids out")
 
-    @field_validator("encoders")
+    @field_validator("encoders", "prefill_workers")
     @classmethod
-    def _check_encoders(cls, encoders: str) -> str:
-        parse_sources(encoders)
-        return encoders
+    def _check_sources(cls, specs: str) -> str:
+        if specs:
+            parse_sources(specs)
+        return specs
+
+    @model_validator(mode="after")
+    def _check_role(self) -> Self:
+        needed, other = ("prefill_workers", "encoders") if self.role == "decode" else ("encoders", "prefill_workers")
+        if not getattr(self, needed) or getattr(self, other):
+            raise ValueError(f"--role {self.role} needs {_flag(needed)}, and takes no {_flag(other)}")
+        if self.role != "both" and self.tp > 1:
+            raise ValueError(
+                f"--role {self.role} needs --tp 1, not {self.tp}: a rank has the keys and values of its own heads only"
+            )
+        return self
 
     def encoder_tls(self) -> ClientTls | None:
         """
@@ -96,8 +130,14 @@ class LlmConfig(ServiceSettings):
             raise ValueError("--encoder-cert-file needs --encoder-key-file and --encoder-ca-file beside it")
         return ClientTls(ca_file, cert_file, key_file, self.encoder_server_name) if ca_file else None
 
-    def encoder_sources(self) -> list[Source]:
-        return parse_sources(self.encoders)
+    def sources(self) -> list[Source]:
+        """Of the encoders, or of a decode worker's prefill workers."""
+        return parse_sources(self.prefill_workers if self.role == "decode" else self.encoders)
+
+    @property
+    def pool_gpu_nbytes(self) -> int:
+        """GPU memory that is not for the engine: a prefill worker's pool."""
+        return self.cuda_ipc_pool_bytes if self.role == "prefill" else 0
 
     def engine_config(self, max_position_embeddings: int, kv_tokens_that_fit: int) -> EngineConfig:
         max_model_len = min(self.max_model_len or max_position_embeddings, max_position_embeddings)
@@ -113,3 +153,7 @@ class LlmConfig(ServiceSettings):
             prefix_cache=self.prefix_cache,
             mixed_step_tokens=self.mixed_step_tokens,
         )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from embedding_transport.encoder_client import ClientStats
 from embedding_transport.errors import InternalError, VitrineError
+from embedding_transport.exporter import ExporterStats
 from llm_worker.engine.engine import EngineStats
 from llm_worker.frontend.events import Delta, Finished, GenerationEvent, Started
 
@@ -48,6 +49,12 @@ class LlmMetrics:
             "vitrine_llm_stage_seconds",
             "Time of a request in a stage (load, preprocess, encode, ship, land, prefill, decode), seconds.",
             ["stage"],
+            buckets=_TTFT_BUCKETS,
+            registry=self.registry,
+        )
+        self.kv_hand_over = Histogram(
+            "vitrine_llm_kv_hand_over_seconds",
+            "From a prefill worker's first token to its KV being readable here, seconds.",
             buckets=_TTFT_BUCKETS,
             registry=self.registry,
         )
@@ -102,6 +109,14 @@ class LlmMetrics:
         """Reads the encoder client at each scrape."""
         self.registry.register(_EncoderCollector(stats))
 
+    def watch_prefill_workers(self, stats: Callable[[], ClientStats]) -> None:
+        """Reads the client of the prefill workers at each scrape."""
+        self.registry.register(_PrefillCollector(stats))
+
+    def watch_exporter(self, stats: Callable[[], ExporterStats]) -> None:
+        """Reads what is handed to decode workers at each scrape."""
+        self.registry.register(_ExporterCollector(stats))
+
 
 class _EngineCollector(Collector):
     def __init__(self, stats: Callable[[], EngineStats]) -> None:
@@ -154,3 +169,34 @@ class _EncoderCollector(Collector):
         for transport, nbytes in stats.received_nbytes.items():
             received.add_metric([transport], nbytes)
         yield received
+
+
+class _PrefillCollector(Collector):
+    def __init__(self, stats: Callable[[], ClientStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._stats()
+        yield CounterMetricFamily("vitrine_llm_prefill_requests", "Prompts sent to prefill workers.", stats.requests)
+        yield CounterMetricFamily("vitrine_llm_prefill_retries", "Retries on another prefill worker.", stats.retries)
+        yield CounterMetricFamily(
+            "vitrine_llm_transport_fallbacks", "Connections that fell back to bytes.", stats.fallbacks
+        )
+        received = CounterMetricFamily("vitrine_llm_kv_received_bytes", "Bytes of KV.", labels=["transport"])
+        for transport, nbytes in stats.received_nbytes.items():
+            received.add_metric([transport], nbytes)
+        yield received
+
+
+class _ExporterCollector(Collector):
+    def __init__(self, stats: Callable[[], ExporterStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._stats()
+        yield GaugeMetricFamily("vitrine_llm_kv_leases_live", "Prompts' KV that peers hold.", stats.live_leases)
+        yield GaugeMetricFamily("vitrine_llm_kv_sessions", "Connected decode workers.", stats.sessions)
+        shipped = CounterMetricFamily("vitrine_llm_kv_shipped_bytes", "Bytes of KV.", labels=["transport"])
+        for transport, nbytes in stats.shipped_nbytes.items():
+            shipped.add_metric([transport], nbytes)
+        yield shipped

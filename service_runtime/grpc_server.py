@@ -17,18 +17,18 @@ _OPTIONS = [
 
 
 class ServiceServer:
-    """Add the service's handlers to `grpc` before `start`.
+    """Add the services' handlers to `grpc` before `start`.
 
     Args:
-        service: full name of the service, e.g. "vitrine.encoder.v1.Encoder".
+        services: full names, e.g. "vitrine.encoder.v1.Encoder".
     """
 
-    def __init__(self, service: str) -> None:
+    def __init__(self, *services: str) -> None:
         self.grpc = grpc.aio.server(options=_OPTIONS)
-        self._health_names = ("", service)
+        self._health_names = ("", *services)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
-        reflection.enable_server_reflection((service, health.SERVICE_NAME, reflection.SERVICE_NAME), self.grpc)
+        reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), self.grpc)
 
     async def start(self, host: str, port: int, tls: ServerTls | None = None) -> str:
         """Listens, and returns "host:port" with the actual port.

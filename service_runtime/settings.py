@@ -122,8 +122,8 @@ def run_service(
         config = settings.from_command_line(sys.argv[1:])
     except ValidationError as error:
         for problem in error.errors():
-            flag = "--" + "-".join(str(part) for part in problem["loc"]).replace("_", "-")
-            print(f"{flag}: {problem['msg']}; see --help", file=sys.stderr)
+            flag = "".join(f"--{part}: " for part in problem["loc"]).replace("_", "-")
+            print(f"{flag}{problem['msg']}; see --help", file=sys.stderr)
         return 2
     except (ValueError, yaml.YAMLError) as error:
         print(error, file=sys.stderr)

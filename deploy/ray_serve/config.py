@@ -76,7 +76,7 @@ class EncoderPool(Pool):
 
 
 class LlmPool(Pool):
-    chosen_here = _CHOSEN_HERE | _ENCODER_TLS | {"grpc_port", "encoders"}
+    chosen_here = _CHOSEN_HERE | _ENCODER_TLS | {"grpc_port", "encoders", "role", "prefill_workers"}
 
     target_queued_tokens: int = Field(default=8192, ge=1, description="of prompts, that a replica should have queued")
 

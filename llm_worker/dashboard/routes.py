@@ -13,6 +13,7 @@ from google.protobuf.json_format import MessageToDict
 from embedding_transport.encoder_client import EncoderClient
 from llm_worker.engine.engine import EngineStats
 from llm_worker.frontend.generation import Generator, RecentRequest
+from llm_worker.prefill.client import PrefillClient
 
 _FOLDER = Path(__file__).parent
 _FILES = {"": "index.html", "/dashboard.css": "dashboard.css", "/dashboard.js": "dashboard.js"}
@@ -32,16 +33,20 @@ class Dashboard:
         self._shown: Callable[[], Any] | None = None
 
     def open(
-        self, model: str, generator: Generator, engine_stats: Callable[[], EngineStats], encoders: EncoderClient
+        self,
+        model: str,
+        generator: Generator,
+        engine_stats: Callable[[], EngineStats],
+        upstream: EncoderClient | PrefillClient,
     ) -> None:
         async def shown() -> dict[str, Any]:
-            answers = await encoders.encoder_stats()
+            answers = await upstream.encoder_stats() if isinstance(upstream, EncoderClient) else {}
             return {
                 "model": model,
                 "engine": asdict(engine_stats()),
-                "client": asdict(encoders.stats()),
+                "client": asdict(upstream.stats()),
                 "encoders": [
-                    asdict(status) | {"stats": _as_dict(answers.get(status.address))} for status in encoders.status()
+                    asdict(status) | {"stats": _as_dict(answers.get(status.address))} for status in upstream.status()
                 ],
                 "recent": [_recent(each) for each in generator.recent],
             }

@@ -18,9 +18,10 @@ from embedding_transport.errors import BadRequest, InternalError, LeaseExpired, 
 from embedding_transport.types import EmbeddingRows
 from llm_worker.engine.config import EngineConfig
 from llm_worker.engine.forward_pass import ForwardPass, StepOutput
+from llm_worker.engine.kv_rows import CachedKv, land_kv
 from llm_worker.engine.prefix_hashes import extend_prefix_hashes
 from llm_worker.engine.request import EngineTimings, ExpandedPrompt, SamplingParams, TokenOutput
-from llm_worker.engine.sampler import NextToken, sample
+from llm_worker.engine.sampler import NextToken, sample, skip_draw
 from llm_worker.engine.scheduler import Chunk, Scheduler
 from llm_worker.engine.sequence import Sequence
 
@@ -54,12 +55,19 @@ class EngineStats:
 class RequestHandle:
     """A request as the frontend holds it: iterate over its tokens. Belongs to the event loop that submitted it."""
 
-    def __init__(self, engine: Engine, request_id: str, send_rows: Callable[[list[int]], None]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        request_id: str,
+        send_rows: Callable[[list[int]], None],
+        send_kv: Callable[[], None] | None,
+    ) -> None:
         self.request_id = request_id
         self.timings = EngineTimings()
         self.sequence: Sequence
         self._engine = engine
         self._send_rows = send_rows
+        self._send_kv = send_kv
         self._loop = asyncio.get_running_loop()
         self._outputs: asyncio.Queue[TokenOutput | VitrineError] = asyncio.Queue()
 
@@ -76,8 +84,24 @@ class RequestHandle:
         """Hands rows over: the engine releases them once they have landed, or when the request ends."""
         self._engine.call(self._engine.on_rows, self.sequence, item_index, rows)
 
+    def set_first_token(self, first: NextToken, prefill_ms: float, num_cached_tokens: int) -> None:
+        """The answer's first token, where the prompt is computed elsewhere; it comes after the prompt.
+
+        Args:
+            prefill_ms, num_cached_tokens: of the computation there.
+        """
+        self._engine.call(self._engine.on_first_token, self.sequence, first, prefill_ms, num_cached_tokens)
+
+    def set_kv(self, rows: EmbeddingRows) -> None:
+        """Hands the prompt's KV over, one row a token (see `kv_rows.py`), as `set_rows` does with media rows."""
+        self._engine.call(self._engine.on_kv, self.sequence, rows)
+
+    def kv(self) -> CachedKv:
+        """The prompt's KV: from the last token until `cancel`, for a request that was submitted with `keep_kv`."""
+        return self._engine.kv_of(self.sequence)
+
     def cancel(self) -> None:
-        """Ends the request and frees everything. Later calls, and calls after the last token, do nothing."""
+        """Ends the request and frees everything, also what it was to keep. Later calls do nothing."""
         self._engine.call(self._engine.on_cancel, self.sequence)
 
     def fail(self, error: VitrineError) -> None:
@@ -109,6 +133,11 @@ class RequestHandle:
     def request_rows(self, items: list[int]) -> None:
         """Has the rows of these items handed over, (again); called on the engine's thread."""
         self._on_loop(functools.partial(self._send_rows, items))
+
+    def request_kv(self) -> None:
+        """Has the prompt's KV handed over, (again); called on the engine's thread."""
+        assert self._send_kv is not None
+        self._on_loop(self._send_kv)
 
     def _on_loop(self, function: Callable[[], None]) -> None:
         try:
@@ -163,20 +192,32 @@ class Engine:
         prefix_token_ids: list[int],
         sampling: SamplingParams,
         send_rows: Callable[[list[int]], None],
+        send_kv: Callable[[], None] | None = None,
+        keep_kv: bool = False,
     ) -> RequestHandle:
         """Takes a request in. Its prefix, the text in front of the first media item, is prefilled at once.
 
         Args:
             send_rows: called on the caller's event loop when rows of these items are needed that are not coming: they
                 were not announced, or they are lost. Then `set_rows` is due, or `fail`.
+            send_kv: where the prompt is computed elsewhere, called likewise once there is room for its KV, and when it
+                is lost. Then `set_prompt`, `set_first_token` and `set_kv` are due, or `fail`.
+            keep_kv: the blocks of a request that got its last token are kept until `cancel`.
 
         Raises:
             Overloaded: too many requests are waiting.
         """
         limit = self._config.max_num_seqs + self._config.max_waiting
-        handle = RequestHandle(self, request_id, send_rows)
+        handle = RequestHandle(self, request_id, send_rows, send_kv)
         sequence = Sequence(
-            request_id, next(self._arrivals), list(prefix_token_ids), sampling, handle.deliver, handle.request_rows
+            request_id,
+            next(self._arrivals),
+            list(prefix_token_ids),
+            sampling,
+            handle.deliver,
+            handle.request_rows,
+            handle.request_kv if send_kv is not None else None,
+            keep_kv=keep_kv,
         )
         handle.sequence = sequence
         with self._lock:
@@ -196,6 +237,11 @@ class Engine:
         hashes: list[bytes] = []
         extend_prefix_hashes(hashes, prompt.token_ids, prompt, block_size, (len(prompt.token_ids) - 1) // block_size)
         return prompt.items_from(len(self._kv_cache.match(hashes)) * block_size)
+
+    def kv_of(self, sequence: Sequence) -> CachedKv:
+        """See `RequestHandle.kv`."""
+        assert sequence.finished and sequence.keep_kv
+        return CachedKv(self._kv_cache.layers, sequence.blocks.slots[: sequence.num_prompt_tokens])
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -228,8 +274,11 @@ class Engine:
                 for sequence in self._scheduler.running:
                     if missing := sequence.missing_items():
                         sequence.request_rows(missing)
+                    sequence.ask_for_kv()
+                landed = self._land_kv()
                 if chunks:
                     self._step(chunks)
+                if chunks or landed:
                     self._run_calls()
                 else:
                     self._calls.get()()
@@ -271,9 +320,26 @@ class Engine:
         if sequence.matched:  # and perhaps already computed, by an earlier request
             sequence.release_landed_rows()
 
+    def on_first_token(self, sequence: Sequence, first: NextToken, prefill_ms: float, num_cached_tokens: int) -> None:
+        if sequence.finished or sequence.num_generated:
+            return
+        sequence.prefill_s = prefill_ms / 1000
+        sequence.num_cached = num_cached_tokens
+        skip_draw(sequence.sampling, sequence.generator)
+        self._emit(sequence, first)
+
+    def on_kv(self, sequence: Sequence, rows: EmbeddingRows) -> None:
+        sequence.kv_coming = False
+        if sequence.finished or sequence.is_decoding or sequence.kv is not None:
+            rows.release()
+        else:
+            sequence.kv = rows
+
     def on_cancel(self, sequence: Sequence) -> None:
         if not sequence.finished:
             self._end(sequence)
+        else:
+            self._kv_cache.free(sequence.blocks)
 
     def on_fail(self, sequence: Sequence, error: VitrineError) -> None:
         if not sequence.finished:
@@ -285,12 +351,32 @@ class Engine:
         for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
             self.on_fail(sequence, InternalError("the worker is shutting down"))
 
-    def _end(self, sequence: Sequence) -> None:
-        self._scheduler.remove(sequence)
+    def _end(self, sequence: Sequence, keep_kv: bool = False) -> None:
+        self._scheduler.remove(sequence, keep_kv)
         with self._lock:
             self._num_live -= 1
 
     # One step.
+
+    def _land_kv(self) -> bool:
+        """Lands the KV of one prompt that came from elsewhere; of one only, so that others need not wait for more."""
+        sequence = next((each for each in self._scheduler.running if each.kv is not None), None)
+        if sequence is None:
+            return False
+        assert sequence.kv is not None
+        begin = time.perf_counter()
+        chunk = Chunk(sequence, sequence.num_computed, sequence.num_prompt_tokens, samples=False)
+        try:
+            with torch.inference_mode():
+                slots_T = sequence.blocks.slots[chunk.start : chunk.stop]
+                land_kv(sequence.kv, chunk.start, self._kv_cache.layers, slots_T)
+        except Exception as error:
+            self._landing_failed(chunk, error)
+            return True
+        self._scheduler.computed(chunk)
+        sequence.release_kv()
+        sequence.land_s += time.perf_counter() - begin
+        return True
 
     def _step(self, chunks: list[Chunk]) -> None:
         start = time.perf_counter()
@@ -322,7 +408,10 @@ class Engine:
         if isinstance(error, LeaseExpired) and sequence.num_lost_rows < _MAX_LOST_ROWS:
             _log.warning("request %s: %s", sequence.request_id, error)
             sequence.num_lost_rows += 1
-            sequence.release_rows({span.item_index for span in sequence.spans_in(chunk.start, chunk.stop)})
+            if sequence.request_kv is not None:
+                sequence.release_kv()
+            else:
+                sequence.release_rows({span.item_index for span in sequence.spans_in(chunk.start, chunk.stop)})
             return
         if not isinstance(error, VitrineError):
             _log.error("landing the rows of %s failed", sequence.request_id, exc_info=error)
@@ -356,5 +445,5 @@ class Engine:
         elif len(sequence.token_ids) >= sequence.max_total_tokens:
             finish_reason = "length"
         if finish_reason is not None:
-            self._end(sequence)
+            self._end(sequence, sequence.keep_kv)
         sequence.deliver(TokenOutput(token_id, next_token.logprobs, finish_reason), sequence.timings())

@@ -13,13 +13,14 @@ _ON_THE_CPU = 32768
 _RESERVED_NBYTES = 2 << 30
 
 
-def kv_tokens_that_fit(decoder: TextDecoder, max_num_batched_tokens: int, utilization: float) -> int:
-    """Tokens for which the GPU has memory beside the weights and a step's intermediate results; 32,768 on the CPU.
+def kv_tokens_that_fit(decoder: TextDecoder, max_num_batched_tokens: int, utilization: float, pool_nbytes: int) -> int:
+    """Tokens for which the GPU has memory beside weights, pool and a step's intermediate results; 32,768 on the CPU.
 
     It goes by the memory that the GPU has, not by what is free of it: all ranks of a worker find the same.
 
     Args:
         utilization: part of the GPU's memory that this worker may use in all.
+        pool_nbytes: of it, what goes to a pool that other workers map.
 
     Raises:
         CheckpointError: there is no room for any.
@@ -31,12 +32,13 @@ def kv_tokens_that_fit(decoder: TextDecoder, max_num_batched_tokens: int, utiliz
     weights = sum(each.nbytes for each in decoder.parameters())
     step = max_num_batched_tokens * _elements_a_token(config) * itemsize
     a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
-    left = allowed - weights - step - _RESERVED_NBYTES
+    left = allowed - weights - step - pool_nbytes - _RESERVED_NBYTES
     if left < a_token:
         raise CheckpointError(
-            f"{weights / 2**30:.1f} GiB of weights and {step / 2**30:.1f} GiB for steps leave nothing of "
-            f"{allowed / 2**30:.1f} GiB for keys and values: lower --max-num-batched-tokens, raise "
-            "--gpu-memory-utilization, or spread the model with --tp"
+            f"{weights / 2**30:.1f} GiB of weights, {step / 2**30:.1f} GiB for steps and a pool of "
+            f"{pool_nbytes / 2**30:.1f} GiB leave nothing of {allowed / 2**30:.1f} GiB for keys and values: lower "
+            "--max-num-batched-tokens or --cuda-ipc-pool-bytes, raise --gpu-memory-utilization, or spread the model "
+            "with --tp"
         )
     return left // a_token
 

@@ -25,6 +25,10 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()
     logprobs: int | None = None
 
+    def is_last(self, first_token_id: int) -> bool:
+        """Whether an answer that begins with this token ends with it."""
+        return self.max_tokens == 1 or first_token_id in self.stop_token_ids
+
 
 @dataclass(frozen=True)
 class MediaSpan:

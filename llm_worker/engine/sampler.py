@@ -46,6 +46,12 @@ def sample(
     ]
 
 
+def skip_draw(params: SamplingParams, generator: torch.Generator) -> None:
+    """Leaves a sequence's generator as if a token had been chosen here that was chosen elsewhere."""
+    if params.temperature >= _GREEDY_BELOW:
+        torch.rand((), generator=generator, dtype=torch.float64)
+
+
 def _draw(logits_SV: torch.Tensor, params: Sequence[SamplingParams], uniform: Sequence[float]) -> torch.Tensor:
     """A token of each row by inverting its distribution at a number from [0, 1); -1 where there is no distribution."""
     device = logits_SV.device

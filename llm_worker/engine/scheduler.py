@@ -6,6 +6,9 @@ prefill chunks. A sequence whose media rows are late takes part with what it has
 A sequence holds KV blocks for the tokens it knows. Where a running one needs another block and there is none, the one
 that came last gives all of its own up and waits to be computed anew: the first can always go on. What the cache still
 knows by then, or knew of another request's equal beginning, is not computed again.
+
+A prompt that is computed elsewhere gets its blocks before it is asked for, and nothing of it runs here until its KV has
+landed in them; what was generated is computed here as ever.
 """
 
 from __future__ import annotations
@@ -74,13 +77,15 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=lambda each: each.arrival)
 
-    def remove(self, sequence: Sequence) -> None:
-        """Takes a finished, failed or cancelled sequence out and frees what it holds."""
+    def remove(self, sequence: Sequence, keep_kv: bool = False) -> None:
+        """Takes a finished, failed or cancelled sequence out and frees what it holds; `keep_kv`: but its blocks."""
         for queue in (self.waiting, self.running):
             if sequence in queue:
                 queue.remove(sequence)
-        self._kv_cache.free(sequence.blocks)
+        if not keep_kv:
+            self._kv_cache.free(sequence.blocks)
         sequence.release_rows(sequence.rows)
+        sequence.release_kv()
         sequence.finished = True
 
     def check_length(self, sequence: Sequence) -> None:
@@ -125,7 +130,7 @@ class Scheduler:
         return chunks
 
     def computed(self, chunk: Chunk) -> None:
-        """The chunk has run; its full blocks can be used by others from now on."""
+        """The chunk has run, or its KV was landed; its full blocks can be used by others from now on."""
         sequence, block_size = chunk.sequence, self._kv_cache.block_size
         sequence.num_computed = chunk.stop
         first, stop = chunk.start // block_size, chunk.stop // block_size
@@ -153,7 +158,8 @@ class Scheduler:
     def _admit(self) -> None:
         for sequence in list(self.waiting):
             if sequence.prompt is None:
-                if not sequence.token_ids or not self._begin(sequence):
+                has_work = sequence.token_ids or sequence.request_kv is not None
+                if not has_work or not self._begin(sequence):
                     continue  # nothing to run ahead on, or no room to: later ones may have their whole prompt
             elif not self._begin(sequence):
                 return

@@ -16,6 +16,7 @@ from llm_worker.models.paged_attention import BlockTable
 
 Deliver = Callable[[TokenOutput | VitrineError, EngineTimings], None]
 RequestRows = Callable[[list[int]], None]
+RequestKv = Callable[[], None]
 
 
 @dataclass(eq=False)
@@ -27,6 +28,9 @@ class Sequence:
     matched: what the cache knows of this prompt was looked up. num_cached: tokens of the prompt that it had at first.
     preempted: it was computed before, and lost it.
     coming: media items whose rows somebody is about to hand over; request_rows asks for others.
+    request_kv: asks for the KV of the prompt, which is computed elsewhere; None where it is computed here.
+    kv: its rows, until they have landed; kv_coming: they were asked for.
+    keep_kv: its blocks are kept when it has its last token.
     """
 
     request_id: str
@@ -35,6 +39,7 @@ class Sequence:
     sampling: SamplingParams
     deliver: Deliver
     request_rows: RequestRows
+    request_kv: RequestKv | None = None
     prompt: ExpandedPrompt | None = None
     rows: dict[int, EmbeddingRows] = field(default_factory=dict)
     blocks: BlockTable = field(default_factory=BlockTable)
@@ -44,6 +49,9 @@ class Sequence:
     num_cached: int = 0
     preempted: bool = False
     coming: set[int] = field(default_factory=set)
+    kv: EmbeddingRows | None = None
+    kv_coming: bool = False
+    keep_kv: bool = False
     num_lost_rows: int = 0
     prefix_hashes: list[bytes] = field(default_factory=list)
     finished: bool = False
@@ -76,6 +84,8 @@ class Sequence:
     @property
     def num_runnable(self) -> int:
         """Tokens that could be computed now: all up to the first media rows that are not here yet."""
+        if self.request_kv is not None and not self.is_decoding:
+            return 0
         if self.prompt is None:
             # One is kept back: should nothing follow, the last token has yet to run to be sampled from.
             return max(len(self.token_ids) - 1, 0)
@@ -102,11 +112,17 @@ class Sequence:
 
     def missing_items(self) -> list[int]:
         """Media items that are still to be computed and that nobody is about to hand over; they count as coming now."""
-        if self.prompt is None or self.is_decoding:
+        if self.prompt is None or self.is_decoding or self.request_kv is not None:
             return []
         missing = self.prompt.items_from(self.num_computed) - self.rows.keys() - self.coming
         self.coming |= missing
         return sorted(missing)
+
+    def ask_for_kv(self) -> None:
+        """Asks for the prompt's KV where it is missing and not coming."""
+        if self.request_kv is not None and not (self.is_decoding or self.kv_coming or self.kv is not None):
+            self.kv_coming = True
+            self.request_kv()
 
     def spans_in(self, start: int, stop: int) -> list[MediaSpan]:
         """Media spans that overlap tokens [start, stop)."""
@@ -139,13 +155,20 @@ class Sequence:
         self.preempted = True
 
     def release_landed_rows(self) -> None:
-        """Releases the rows of every item whose last row is in the cache."""
+        """Releases the rows of every item whose last row is in the cache, and those of KV that is."""
         assert self.prompt is not None
         self.release_rows(self.rows.keys() - self.prompt.items_from(self.num_computed))
+        if self.is_decoding:
+            self.release_kv()
 
     def release_rows(self, items: Iterable[int]) -> None:
         for item_index in list(items):
             self.rows.pop(item_index).release()
+
+    def release_kv(self) -> None:
+        if self.kv is not None:
+            self.kv.release()
+            self.kv = None
 
     def timings(self) -> EngineTimings:
         first = self.first_token_at

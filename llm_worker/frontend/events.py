@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from embedding_transport.types import MediaItem
+from embedding_transport.row_source import RowSource
+from embedding_transport.types import Layout, MediaItem
 from llm_worker.engine.request import SamplingParams, TokenLogprobs
 
 
@@ -48,6 +49,22 @@ class Delta:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PromptKnown(Started):
+    """A Started for whoever makes the same prompt. layouts: of its media items."""
+
+    layouts: list[Layout]
+
+
+@dataclass(frozen=True)
+class FirstToken(Delta):
+    """The prompt is computed. kv: of its tokens; timings and num_cached_tokens: up to here, as in Finished."""
+
+    kv: RowSource = field(kw_only=True)
+    timings: StageTimings = field(kw_only=True)
+    num_cached_tokens: int = field(kw_only=True)
 
 
 @dataclass(frozen=True)

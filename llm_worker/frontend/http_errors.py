@@ -32,6 +32,8 @@ STATUS_BY_CODE: dict[str, int] = {
     "overloaded": 429,
     "encoder_unavailable": 503,
     "encoder_mismatch": 503,
+    "prefill_unavailable": 503,
+    "prefill_mismatch": 503,
     "transport_unavailable": 503,
     "lease_expired": 503,
     "internal_error": 500,

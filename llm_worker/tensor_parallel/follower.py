@@ -29,6 +29,7 @@ from llm_worker.tensor_parallel.handed_out import hand_out_rows
 from llm_worker.tensor_parallel.shared_pools import NUMBER
 from llm_worker.tensor_parallel.step import PoolLanding, Step, StepDecoder
 from service_runtime.logs import start_logging
+from service_runtime.memory import spare_startup_objects
 
 _log = logging.getLogger(__name__)
 
@@ -105,7 +106,9 @@ def main() -> int:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         group = TorchGroup.join(int(rank), config.tp, device, Path(store_file))
-        Follower(config, group, channel).follow()
+        follower = Follower(config, group, channel)
+        spare_startup_objects()
+        follower.follow()
     except ChannelClosed:
         return 0
     except CheckpointError as error:

@@ -14,6 +14,7 @@ import torch
 from embedding_transport.encoder_rpc import encoder_handlers
 from embedding_transport.exporter import RowExporter
 from embedding_transport.grpc_status import abort
+from embedding_transport.row_source import TensorSource
 from embedding_transport.shm_pool import ShmPool
 from embedding_transport.types import DTYPES, ItemTimings, ModelIdentity
 from embedding_transport.wire import describe
@@ -77,7 +78,7 @@ class StubServicer(encoder_pb2_grpc.EncoderServicer):
                 yield encoder_pb2.EncodeResponse(layout=layout)
                 if item.data.startswith(b"hang"):
                     await self.go_on.wait()
-                rows = synthetic_rows(item.data, num_tokens, self.identity)
+                rows = TensorSource(synthetic_rows(item.data, num_tokens, self.identity))
                 async for response in self.exporter.export(request.session_id, index, rows, ItemTimings(forward_ms=5)):
                     yield response
         except Exception as error:

@@ -37,7 +37,7 @@ def test_generated_chunks_are_read_as_views(
 ) -> None:
     chunk = encoder_pb2.Chunk(item_index=item_index, offset=offset, data=data, timings=timings)
     raw = serialize_response(encoder_pb2.EncodeResponse(chunk=chunk))
-    view = parse_response(raw)
+    view = parse_response(raw, encoder_pb2.EncodeResponse)
     assert isinstance(view, ChunkView)
     assert (view.item_index, view.offset, bytes(view.data), view.timings) == (item_index, offset, data, timings)
     assert view.data.obj is raw
@@ -45,7 +45,7 @@ def test_generated_chunks_are_read_as_views(
 
 def test_other_responses_pass_through() -> None:
     response = encoder_pb2.EncodeResponse(layout=encoder_pb2.Layout(item_index=1, grid_thw=[1, 2, 4], num_tokens=2))
-    assert parse_response(serialize_response(response)) == response
+    assert parse_response(serialize_response(response), encoder_pb2.EncodeResponse) == response
 
 
 def test_damaged_bytes_are_refused_or_read_but_never_more() -> None:
@@ -59,7 +59,7 @@ def test_damaged_bytes_are_refused_or_read_but_never_more() -> None:
             if raw:
                 raw[rng.randrange(min(len(raw), 16))] = rng.randrange(256)
         try:
-            parsed = parse_response(bytes(raw))
+            parsed = parse_response(bytes(raw), encoder_pb2.EncodeResponse)
         except InternalError:
             num_refused += 1
         else:
@@ -74,7 +74,7 @@ def test_lengths_that_are_lies_are_refused() -> None:
     more_behind = whole + whole[2:4]  # the chunk's first field once more, outside its length
     for raw in (longer_data, more_behind):
         with pytest.raises(InternalError, match="bytes"):
-            parse_response(raw)
+            parse_response(raw, encoder_pb2.EncodeResponse)
 
 
 class Damaged(StubServicer):

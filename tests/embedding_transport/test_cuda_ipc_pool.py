@@ -13,6 +13,7 @@ import torch
 
 from embedding_transport.errors import TransportUnavailable
 from embedding_transport.pool import HEADER_NBYTES, PROBE_NBYTES
+from embedding_transport.row_source import TensorSource
 
 pytestmark = pytest.mark.gpu
 
@@ -90,13 +91,13 @@ def test_rows_arrive_and_a_block_that_is_taken_back_is_noticed(pool: object, wra
         assert len(nonce) == 2 * PROBE_NBYTES
         nbytes = rows(0).nbytes
         first = pool.allocate(nbytes, 7)  # type: ignore[attr-defined]
-        pool.write(first, rows(2))  # type: ignore[attr-defined]
+        pool.write(first, TensorSource(rows(2)))  # type: ignore[attr-defined]
         assert float(ask(process, first, 7)) == 2 * SHAPE[0] * SHAPE[1]
         assert ask(process, first, 8) == "expired"
         pool.free(first)  # type: ignore[attr-defined]
         assert ask(process, first, 7) == "expired"
         second = pool.allocate(nbytes, 9)  # type: ignore[attr-defined]
-        pool.write(second, rows(3))  # type: ignore[attr-defined]
+        pool.write(second, TensorSource(rows(3)))  # type: ignore[attr-defined]
         assert second.offset == first.offset
         assert ask(process, first, 7) == "expired"
         assert float(ask(process, second, 9)) == 3 * SHAPE[0] * SHAPE[1]
@@ -110,7 +111,7 @@ def test_rows_arrive_on_another_gpu(pool: object) -> None:
         assert process.stdout is not None
         process.stdout.readline()
         block = pool.allocate(rows(0).nbytes, 1)  # type: ignore[attr-defined]
-        pool.write(block, rows(5))  # type: ignore[attr-defined]
+        pool.write(block, TensorSource(rows(5)))  # type: ignore[attr-defined]
         assert float(ask(process, block, 1)) == 5 * SHAPE[0] * SHAPE[1]
         assert process.stdin is not None
         process.stdin.close()
@@ -152,7 +153,7 @@ def test_a_write_does_not_wait_for_the_tower(pool: object) -> None:
     torch.cuda._sleep(2_000_000_000)  # about a second of work on the default stream
     behind = torch.cuda.current_stream().record_event()
     block = pool.allocate(done.nbytes, 1)  # type: ignore[attr-defined]
-    pool.write(block, done)  # type: ignore[attr-defined]
+    pool.write(block, TensorSource(done))  # type: ignore[attr-defined]
     assert not behind.query(), "the write was ordered behind work that has nothing to do with it"
     torch.cuda.synchronize()
 

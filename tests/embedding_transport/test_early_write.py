@@ -10,9 +10,11 @@ import torch
 
 from embedding_transport.early_write import EarlyWrite
 from embedding_transport.encoder_client import EncoderClient
-from embedding_transport.encoder_peer import Connection
+from embedding_transport.encoder_peer import EncoderDescription
 from embedding_transport.exporter import RowExporter
 from embedding_transport.pool import ExportPool
+from embedding_transport.row_peer import Connection
+from embedding_transport.row_source import TensorSource
 from embedding_transport.types import ItemTimings
 from protos.encoder.v1 import encoder_pb2
 from tests.embedding_transport.encoder_stub import IDENTITY, running_stub
@@ -22,7 +24,7 @@ ROWS = torch.arange(5.0 * IDENTITY.row_width).view(5, IDENTITY.row_width)
 
 
 @asynccontextmanager
-async def session(folder: Path) -> AsyncIterator[tuple[RowExporter, ExportPool, Connection]]:
+async def session(folder: Path) -> AsyncIterator[tuple[RowExporter, ExportPool, Connection[EncoderDescription]]]:
     """An exporter, its pool, and a peer that has mapped it."""
     async with running_stub(folder, pool_bytes=POOL_NBYTES) as (address, servicer, _):
         client = EncoderClient([address], IDENTITY, shm_folder=folder)
@@ -34,7 +36,7 @@ async def session(folder: Path) -> AsyncIterator[tuple[RowExporter, ExportPool, 
 
 
 async def export(exporter: RowExporter, session_id: str, early: EarlyWrite) -> encoder_pb2.Lease:
-    (response,) = [each async for each in exporter.export(session_id, 0, ROWS, ItemTimings(), early)]
+    (response,) = [each async for each in exporter.export(session_id, 0, TensorSource(ROWS), ItemTimings(), early)]
     assert isinstance(response, encoder_pb2.EncodeResponse)
     return response.ready.lease
 
@@ -90,7 +92,8 @@ async def test_without_room_or_session_rows_are_written_when_they_are_exported(t
         with exporter.early_write("") as bytes_only:
             bytes_only.follow(ROWS)
             bytes_only.batch_ended()
-            (chunk,) = [each async for each in exporter.export("", 0, ROWS, ItemTimings(), bytes_only)]
+            responses = exporter.export("", 0, TensorSource(ROWS), ItemTimings(), bytes_only)
+            (chunk,) = [each async for each in responses]
             assert isinstance(chunk, bytes)
 
 

@@ -351,3 +351,20 @@ async def test_cancelling_at_any_moment_leaves_no_lease_past_its_time(tmp_path: 
         assert stats.leases.granted == stats.leases.released + stats.leases.expired
         assert stats.pool_used_nbytes == {"shm": 0}
         await client.close()
+
+
+async def test_a_channel_closed_under_a_request_is_a_lost_encoder(tmp_path: Path) -> None:
+    """As when the connection is found dead by its Connect stream first: the request is not cancelled, and may go on."""
+    async with running_stub(tmp_path) as (address, servicer, _):
+        client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+        hanging = asyncio.create_task(encode(client, "hang 5"))
+        async with asyncio.timeout(5):
+            while not servicer.hangs:
+                await asyncio.sleep(0.01)
+        connection = client._peers[0].connection
+        assert connection is not None
+        await connection.channel.close()
+        with pytest.raises(EncoderUnavailable, match="lost"):
+            await asyncio.wait_for(hanging, 5)
+        await client.close()

@@ -20,6 +20,7 @@ from embedding_transport.encoder_client import EncoderClient
 from embedding_transport.errors import BadRequest, EncoderUnavailable, Overloaded, TransportUnavailable, VitrineError
 from embedding_transport.exporter import RowExporter
 from embedding_transport.grpc_status import error_from_rpc
+from embedding_transport.row_source import TensorSource
 from embedding_transport.types import ItemTimings, MediaItem, RowsEvent
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from tests.embedding_transport.encoder_stub import IDENTITY, running_stub, synthetic_rows
@@ -92,7 +93,7 @@ async def test_peers_that_do_not_follow_the_protocol(
 
 
 async def export_all(exporter: RowExporter, session_id: str, rows: torch.Tensor) -> list[object]:
-    return [response async for response in exporter.export(session_id, 0, rows, ItemTimings())]
+    return [response async for response in exporter.export(session_id, 0, TensorSource(rows), ItemTimings())]
 
 
 async def test_an_unknown_session_is_told_to_connect_again(tmp_path: Path) -> None:

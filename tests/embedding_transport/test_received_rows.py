@@ -8,11 +8,11 @@ import torch
 from embedding_transport.chunk_codec import ChunkView
 from embedding_transport.errors import InternalError
 from embedding_transport.received_rows import ChunkAssembly, HostBufferPool, copy_rows
-from embedding_transport.types import ItemTimings, Layout
+from embedding_transport.types import ItemTimings
 from tests.embedding_transport.encoder_stub import IDENTITY
 
-LAYOUT = Layout("image", (1, 2, 8), 4)
-NBYTES = 4 * IDENTITY.row_nbytes
+NUM_TOKENS = 4
+NBYTES = NUM_TOKENS * IDENTITY.row_nbytes
 
 
 def chunk(offset: int, data: bytes) -> ChunkView:
@@ -22,7 +22,7 @@ def chunk(offset: int, data: bytes) -> ChunkView:
 def test_rows_are_the_chunks_put_together() -> None:
     rows = torch.randn(4, IDENTITY.row_width)
     data = rows.numpy().tobytes()
-    assembly = ChunkAssembly(LAYOUT, IDENTITY, HostBufferPool())
+    assembly = ChunkAssembly(NUM_TOKENS, IDENTITY, HostBufferPool())
     for start in range(0, NBYTES, 100):
         assert not assembly.complete
         assembly.add(chunk(start, data[start : start + 100]))
@@ -34,7 +34,7 @@ def test_rows_are_the_chunks_put_together() -> None:
 
 @pytest.mark.parametrize("offsets", [[4], [0, 8], [0, 0], [0, 4, NBYTES]])
 def test_gaps_repeats_and_overruns_are_refused(offsets: list[int]) -> None:
-    assembly = ChunkAssembly(LAYOUT, IDENTITY, HostBufferPool())
+    assembly = ChunkAssembly(NUM_TOKENS, IDENTITY, HostBufferPool())
     with pytest.raises(InternalError):
         for offset in offsets:
             assembly.add(chunk(offset, b"1234"))
@@ -43,7 +43,7 @@ def test_gaps_repeats_and_overruns_are_refused(offsets: list[int]) -> None:
 def test_chunks_past_the_end_and_empty_ones_are_refused() -> None:
     for data in (bytes(NBYTES + 1), b""):
         with pytest.raises(InternalError):
-            ChunkAssembly(LAYOUT, IDENTITY, HostBufferPool()).add(chunk(0, data))
+            ChunkAssembly(NUM_TOKENS, IDENTITY, HostBufferPool()).add(chunk(0, data))
 
 
 def test_rows_past_the_end_are_not_made_up() -> None:
@@ -53,7 +53,7 @@ def test_rows_past_the_end_are_not_made_up() -> None:
 
 
 def test_rows_are_not_handed_out_before_they_are_complete() -> None:
-    assembly = ChunkAssembly(LAYOUT, IDENTITY, HostBufferPool())
+    assembly = ChunkAssembly(NUM_TOKENS, IDENTITY, HostBufferPool())
     assembly.add(chunk(0, bytes(NBYTES - 1)))
     with pytest.raises(AssertionError):
         assembly.rows(ItemTimings())
@@ -61,7 +61,7 @@ def test_rows_are_not_handed_out_before_they_are_complete() -> None:
 
 def test_a_second_release_does_not_free_what_others_use() -> None:
     pool = HostBufferPool()
-    assembly = ChunkAssembly(LAYOUT, IDENTITY, pool)
+    assembly = ChunkAssembly(NUM_TOKENS, IDENTITY, pool)
     assembly.add(chunk(0, bytes(NBYTES)))
     rows = assembly.rows(ItemTimings())
     rows.release()
@@ -78,7 +78,7 @@ def test_buffers_are_used_again() -> None:
     assert pool.take(3000).data_ptr() == address
     assert pool.take(3000).data_ptr() != address
 
-    assembly = ChunkAssembly(LAYOUT, IDENTITY, pool)
+    assembly = ChunkAssembly(NUM_TOKENS, IDENTITY, pool)
     assembly.add(chunk(0, bytes(NBYTES)))
     rows = assembly.rows(ItemTimings())
     assembly.drop()  # the rows own the buffer now

@@ -48,6 +48,9 @@ def test_unknown_flags_are_refused(flags: list[str], capsys: pytest.CaptureFixtu
         ["--encoders", "dns:name:port"],
         ["--encoders", "kubernetes:service:1"],
         ["--encoders", "kubernetes:namespace/service"],
+        ["--role", "encode"],
+        ["--pool-bytes", "1000"],
+        ["--lease-ttl-s", "0"],
     ],
 )
 def test_values_out_of_range_are_refused(flags: list[str]) -> None:
@@ -90,4 +93,48 @@ def test_missing_flags_are_said_a_line_each(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["llm_worker"])
     assert main() == 2
-    assert capsys.readouterr().err == "--model: Field required; see --help\n--encoders: Field required; see --help\n"
+    assert capsys.readouterr().err == "--model: Field required; see --help\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "needed", "refused"),
+    [
+        ([], "--encoders", "--prefill-workers"),
+        (["--role", "prefill"], "--encoders", "--prefill-workers"),
+        (["--encoders", "a:1", "--prefill-workers", "b:1"], "--encoders", "--prefill-workers"),
+        (["--role", "decode"], "--prefill-workers", "--encoders"),
+        (["--role", "decode", "--encoders", "a:1"], "--prefill-workers", "--encoders"),
+        (["--role", "decode", "--encoders", "a:1", "--prefill-workers", "b:1"], "--prefill-workers", "--encoders"),
+    ],
+)
+def test_a_role_needs_those_that_work_for_it_and_no_others(
+    flags: list[str], needed: str, refused: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["llm_worker", "--model", "m", *flags])
+    assert main() == 2
+    said = capsys.readouterr().err
+    assert f"needs {needed}, and takes no {refused}" in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_ranks_do_not_hand_over_or_take_kv(
+    role: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peers = ["--prefill-workers" if role == "decode" else "--encoders", "a:1"]
+    monkeypatch.setattr("sys.argv", ["llm_worker", "--model", "m", "--role", role, *peers, "--tp", "2"])
+    assert main() == 2
+    said = capsys.readouterr().err
+    assert f"--role {role} needs --tp 1, not 2" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_a_pool_on_the_gpu_is_a_prefill_workers() -> None:
+    pool = ["--cuda-ipc-pool-bytes", "1000"]
+    assert read([*NEEDED, *pool]).pool_gpu_nbytes == 0
+    assert read([*NEEDED, *pool, "--role", "prefill"]).pool_gpu_nbytes == 1000
+
+
+def test_a_decode_worker_follows_its_prefill_workers() -> None:
+    config = read(["--model", "m", "--role", "decode", "--prefill-workers", "a:1-2,dns:b:50052"])
+    assert len(config.sources()) == 2

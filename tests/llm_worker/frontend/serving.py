@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,10 @@ from llm_worker.engine.config import EngineConfig
 from llm_worker.engine.engine import Engine
 from llm_worker.engine.forward_pass import ForwardPass
 from llm_worker.frontend.generation import Generator
+from llm_worker.frontend.known_layouts import KnownLayouts
+from llm_worker.frontend.media_feed import MediaFeed
 from llm_worker.frontend.openai_http import ServedModel
+from llm_worker.frontend.prompt_feed import PromptContext
 from llm_worker.frontend.sampling_defaults import SamplingDefaults
 from llm_worker.models import build_decoder
 from llm_worker.prompt.config import PromptConfig
@@ -71,7 +75,8 @@ async def serving(
         await encoders.start()
     tokenizer = PromptTokenizer(checkpoint) if with_tokenizer else None
     config = PromptConfig.from_checkpoint(checkpoint)
-    generator = Generator(engine, encoders, tokenizer, config, MAX_ITEMS)
+    make_feed = partial(MediaFeed, encoders, KnownLayouts())
+    generator = Generator(PromptContext(engine, config, tokenizer), make_feed, MAX_ITEMS)
     try:
         yield Serving(
             ServedModel(checkpoint.model, generator, SamplingDefaults.from_checkpoint(checkpoint)), engine, config

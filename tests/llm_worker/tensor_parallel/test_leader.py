@@ -16,6 +16,7 @@ from embedding_transport.errors import LeaseExpired
 from embedding_transport.pool import PROBE_NBYTES, PoolMapping
 from embedding_transport.pool_source import map_source
 from embedding_transport.received_rows import LeasedRows
+from embedding_transport.row_source import TensorSource
 from embedding_transport.shm_pool import ShmMapping, ShmPool
 from embedding_transport.types import ItemTimings
 from llm_worker.engine.config import EngineConfig
@@ -158,7 +159,7 @@ def test_a_lease_that_ends_within_the_step_fails_its_chunk_and_no_other(
         lease = encoder_pb2.Lease(
             lease_id=lease_id, offset=block.offset, nbytes=block.nbytes, generation=block.generation
         )
-        shm_pool.write(block, torch.randn(5, width))
+        shm_pool.write(block, TensorSource(torch.randn(5, width)))
         rows_TW = pool.rows(block.offset, (5, width), torch.float32)
         leased.append(LeasedRows(5, ItemTimings(), pool, lease, rows_TW, lambda lease_id: None))
     failures: list[Exception] = []

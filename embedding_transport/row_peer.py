@@ -1,0 +1,282 @@
+"""A service that ships rows as its client sees it: a connection that is kept up, and the leases held over it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Generic, Literal, Protocol, TypeVar
+
+import grpc
+
+from embedding_transport.cuda_ipc_pool import CudaIpcMapping
+from embedding_transport.errors import TransportUnavailable, VitrineError
+from embedding_transport.grpc_status import error_from_rpc, is_own_cancellation
+from embedding_transport.pool import PoolMapping
+from embedding_transport.shm_pool import ShmMapping
+from embedding_transport.types import PROTOCOL_VERSION
+from protos.encoder.v1 import encoder_pb2
+from service_runtime.grpc_channel import open_channel
+from service_runtime.tls import ClientTls
+
+TransportChoice = Literal["auto", "cuda_ipc", "shm", "grpc"]
+_FIRST_BACKOFF_S = 0.1
+_MAX_BACKOFF_S = 2.0
+_FLUSH_TIMEOUT_S = 1.0
+# Leases given back within so long go in one call, which costs either side as much Python as half an Encode does.
+_GATHER_S = 0.01
+
+_log = logging.getLogger(__name__)
+
+
+DescriptionT = TypeVar("DescriptionT")
+
+
+class RowStub(Protocol):
+    """The calls that every service that ships rows offers, with the encoder's messages."""
+
+    @property
+    def Connect(
+        self,
+    ) -> grpc.aio.StreamStreamMultiCallable[encoder_pb2.ConnectRequest, encoder_pb2.ConnectResponse]: ...
+
+    @property
+    def Release(
+        self,
+    ) -> grpc.aio.UnaryUnaryMultiCallable[encoder_pb2.ReleaseRequest, encoder_pb2.ReleaseResponse]: ...
+
+
+@dataclass(frozen=True)
+class Connection(Generic[DescriptionT]):
+    """A connected service: what it says of itself, the negotiated session and its mapped pool, if rows lie in one."""
+
+    channel: grpc.aio.Channel
+    description: DescriptionT
+    session_id: str
+    transport: str
+    mapping: PoolMapping | None
+
+
+@dataclass(frozen=True)
+class ConnectOptions:
+    """How a client connects.
+
+    transport: "auto" takes the best that works, and counts where it comes down to bytes; others accept nothing else.
+    shm_folder: shared-memory folder, the same as the other side's.
+    connect_timeout_s: for each step of connecting, seconds.
+    takes_gpu_rows: rows are landed on a GPU; without one "auto" leaves CUDA IPC out.
+    tls: read anew for every connection; None for none.
+    """
+
+    transport: TransportChoice = "auto"
+    shm_folder: Path = Path("/dev/shm")
+    connect_timeout_s: float = 5.0
+    takes_gpu_rows: bool = False
+    tls: ClientTls | None = None
+
+    @property
+    def transports(self) -> list[str]:
+        """What is accepted, best first."""
+        on_host = ["shm", "grpc"]
+        if self.transport != "auto":
+            return [self.transport]
+        return ["cuda_ipc", *on_host] if self.takes_gpu_rows else on_host
+
+
+class RowPeer(ABC, Generic[DescriptionT]):
+    """Keeps one service connected, and gives its leases back. Lives on one event loop.
+
+    service: its name in messages; unavailable: the error of one that cannot be reached.
+    in_flight: what it is working on for us; num_held: leases of its rows that we have not given back.
+    """
+
+    service: ClassVar[str]
+    unavailable: ClassVar[type[VitrineError]]
+
+    def __init__(self, address: str, options: ConnectOptions) -> None:
+        self.address = address
+        self.in_flight = 0
+        self.num_held = 0
+        self.num_fallbacks = 0
+        self.connection: Connection[DescriptionT] | None = None
+        self.error = self.unavailable(f"{self.service} {address} is not connected yet")
+        self.attempted = asyncio.Event()
+        self._transports = options.transports
+        self._options = options
+        self._on_change: Callable[[], None] = lambda: None
+        self._to_release: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self, on_change: Callable[[], None]) -> None:
+        """Begins to connect, and to connect again; `on_change` is called whenever readiness has changed."""
+        self._on_change = on_change
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.create_task(self._keep_connected())
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def release(self, session_id: str, lease_id: int) -> None:
+        """Gives a lease back in the background; from any thread."""
+        with suppress(RuntimeError):  # the loop is closed, and the session with it
+            self._loop.call_soon_threadsafe(self._to_release.put_nowait, (session_id, lease_id))
+
+    @abstractmethod
+    async def _describe(self, channel: grpc.aio.Channel) -> DescriptionT:
+        """Asks the service what it is.
+
+        Raises:
+            VitrineError: it is not what is needed here.
+        """
+
+    @abstractmethod
+    def _stub(self, channel: grpc.aio.Channel) -> RowStub: ...
+
+    async def _keep_connected(self) -> None:
+        backoff_s = _FIRST_BACKOFF_S
+        while True:
+            async with AsyncExitStack() as stack:
+                try:
+                    channel = open_channel(self.address, self._options.tls)
+                    await stack.enter_async_context(channel)
+                    await self._serve_connection(channel)
+                    self.error = self.unavailable(f"{self.service} {self.address} is shutting down")
+                except VitrineError as error:
+                    self._report(error)
+                except grpc.aio.AioRpcError as error:
+                    named = error_from_rpc(error)
+                    self._report(named or self.unavailable(f"{self.service} {self.address}: {error.details()}"))
+                except TimeoutError:
+                    self._report(self.unavailable(f"{self.service} {self.address} did not answer in time"))
+                except OSError as error:  # of a file with certificates
+                    self._report(self.unavailable(f"{self.service} {self.address} cannot be connected to: {error}"))
+                except asyncio.InvalidStateError:  # grpc's answer to writing on a call that has ended
+                    self._report(self.unavailable(f"{self.service} {self.address} ended the connection"))
+                except asyncio.CancelledError:
+                    if is_own_cancellation():
+                        raise
+                    self._report(self.unavailable(f"{self.service} {self.address} cancelled the connection"))
+                finally:
+                    if self.connection is not None:
+                        self.connection = None
+                        backoff_s = _FIRST_BACKOFF_S
+                    self.attempted.set()
+                    self._on_change()
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
+
+    def _report(self, error: VitrineError) -> None:
+        if str(error) != str(self.error):
+            _log.warning("%s", error)
+        self.error = error
+
+    async def _serve_connection(self, channel: grpc.aio.Channel) -> None:
+        """Connects and returns when the service ends the session or begins to drain."""
+        async with asyncio.timeout(self._options.connect_timeout_s):
+            description = await self._describe(channel)
+        stub = self._stub(channel)
+        call = stub.Connect()
+        try:
+            async with asyncio.timeout(self._options.connect_timeout_s):
+                session, mapping = await self._negotiate(call)
+            self.connection = Connection(channel, description, session.session_id, session.transport, mapping)
+            _log.info("connected to %s %s, transport %s", self.service, self.address, session.transport)
+            self.attempted.set()
+            self._on_change()
+            releasing = asyncio.create_task(self._release_leases(stub))
+            try:
+                response = await call.read()
+                if isinstance(response, encoder_pb2.ConnectResponse) and response.WhichOneof("message") == "draining":
+                    self.connection = None
+                    self._on_change()
+                    await call.read()
+            finally:
+                releasing.cancel()
+                await asyncio.gather(releasing, return_exceptions=True)
+                await self._flush_releases(stub)
+        finally:
+            call.cancel()
+
+    async def _negotiate(
+        self, call: grpc.aio.StreamStreamCall[encoder_pb2.ConnectRequest, encoder_pb2.ConnectResponse]
+    ) -> tuple[encoder_pb2.Session, PoolMapping | None]:
+        hello = encoder_pb2.Hello(protocol_version=PROTOCOL_VERSION, transports=self._transports)
+        await call.write(encoder_pb2.ConnectRequest(hello=hello))
+        response = await _read(call)
+        mapping: PoolMapping | None = None
+        while response.WhichOneof("message") == "offer":
+            mapping, result = await asyncio.to_thread(self._probe, response.offer)
+            await call.write(encoder_pb2.ConnectRequest(probe_result=result))
+            response = await _read(call)
+        if response.WhichOneof("message") != "session":
+            raise TransportUnavailable(f"{self.service} {self.address} answered with {response.WhichOneof('message')}")
+        if response.session.transport != self._transports[0]:
+            self.num_fallbacks += 1
+            _log.warning(
+                "no %s with %s %s: rows come by %s",
+                self._transports[0],
+                self.service,
+                self.address,
+                response.session.transport,
+            )
+        return response.session, mapping if response.session.transport != "grpc" else None
+
+    def _probe(self, offer: encoder_pb2.Offer) -> tuple[PoolMapping | None, encoder_pb2.ProbeResult]:
+        """Maps the offered pool and reads its nonce; blocking.
+
+        Raises:
+            TransportUnavailable: it cannot be reached, and nothing else is accepted.
+        """
+        try:
+            mapping, pool = self._map(offer)
+            return mapping, encoder_pb2.ProbeResult(nonce=mapping.read(pool.probe_offset, pool.probe_nbytes))
+        except TransportUnavailable as error:
+            if len(self._transports) == 1:
+                raise TransportUnavailable(f"{self.service} {self.address}: {error}") from error
+            return None, encoder_pb2.ProbeResult(error=str(error))
+
+    def _map(self, offer: encoder_pb2.Offer) -> tuple[PoolMapping, encoder_pb2.ShmPool | encoder_pb2.CudaIpcPool]:
+        if offer.WhichOneof("pool") == "cuda_ipc":
+            pool = offer.cuda_ipc
+            return CudaIpcMapping(pool.handle, pool.nbytes, pool.gpu_uuid), pool
+        return ShmMapping(self._options.shm_folder, offer.shm.name, offer.shm.nbytes), offer.shm
+
+    async def _release_leases(self, stub: RowStub) -> None:
+        while True:
+            first = await self._to_release.get()
+            self._to_release.put_nowait(first)
+            await asyncio.sleep(_GATHER_S)
+            await self._flush_releases(stub)
+
+    async def _flush_releases(self, stub: RowStub) -> None:
+        by_session: dict[str, list[int]] = {}
+        while not self._to_release.empty():
+            session_id, lease_id = self._to_release.get_nowait()
+            by_session.setdefault(session_id, []).append(lease_id)
+        for session_id, lease_ids in by_session.items():
+            request = encoder_pb2.ReleaseRequest(session_id=session_id, lease_ids=lease_ids)
+            try:
+                await stub.Release(request, timeout=_FLUSH_TIMEOUT_S)
+            except grpc.aio.AioRpcError as error:
+                _log.debug("release failed, the leases are reclaimed with the session or expire: %s", error.details())
+            except asyncio.CancelledError:
+                for lease_id in lease_ids:  # for the last flush
+                    self._to_release.put_nowait((session_id, lease_id))
+                raise
+            self.num_held -= len(lease_ids)
+
+
+async def _read(
+    call: grpc.aio.StreamStreamCall[encoder_pb2.ConnectRequest, encoder_pb2.ConnectResponse],
+) -> encoder_pb2.ConnectResponse:
+    response = await call.read()
+    if not isinstance(response, encoder_pb2.ConnectResponse):  # end of the stream
+        code, details = await call.code(), await call.details()
+        raise TransportUnavailable(f"the other side ended the connection: {code.name} {details}")
+    return response

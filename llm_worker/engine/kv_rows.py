@@ -1,0 +1,75 @@
+"""Keys and values as rows, one a token: the form in which a prompt's KV goes from one worker to another.
+
+Rows know nothing of blocks, so the caches of the two may be cut differently.
+
+Shapes: L layers, S slots, K key/value heads, D head dim, T tokens, W = L * 2 * K * D elements of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from embedding_transport.row_copies import host_rows, on_copy_stream
+from embedding_transport.row_source import RowSource
+from embedding_transport.types import EmbeddingRows
+
+# Bounds the memory between cache and rows.
+_TOKENS_AT_ONCE = 512
+
+
+class CachedKv(RowSource):
+    """The KV of tokens in the cache, computed, in blocks that nobody frees as long as this is read. From any thread.
+
+    Args:
+        layers_L2SKD: the cache.
+        slots_T: of the tokens, in order, on the host.
+    """
+
+    def __init__(self, layers_L2SKD: torch.Tensor, slots_T: torch.Tensor) -> None:
+        layers, two, _, heads, head_dim = layers_L2SKD.shape
+        super().__init__((len(slots_T), layers * two * heads * head_dim), layers_L2SKD.dtype)
+        self._layers_L2SKD = layers_L2SKD
+        self._slots_T = slots_T
+
+    def copy_to(self, target_TW: torch.Tensor) -> None:
+        if target_TW.is_cuda:
+            for rows, slots_T in _parts(self._slots_T):
+                target_TW[rows].copy_(self._gathered(slots_T))
+            return
+        # Not on the engine's stream: its next step is not to be waited for.
+        with on_copy_stream(self._layers_L2SKD.device):
+            for rows, slots_T in _parts(self._slots_T):
+                target_TW[rows].copy_(host_rows(self._gathered(slots_T)))
+
+    def on_host(self) -> torch.Tensor:
+        host_TW = torch.empty(self.shape, dtype=self.dtype, pin_memory=self._layers_L2SKD.is_cuda)
+        self.copy_to(host_TW)
+        return host_TW
+
+    def _gathered(self, slots_T: torch.Tensor) -> torch.Tensor:
+        part_L2TKD = self._layers_L2SKD.index_select(2, slots_T.to(self._layers_L2SKD.device))
+        return part_L2TKD.permute(2, 0, 1, 3, 4).flatten(1)
+
+
+def land_kv(rows: EmbeddingRows, first_row: int, layers_L2SKD: torch.Tensor, slots_T: torch.Tensor) -> None:
+    """Copies rows from `first_row` on into the cache.
+
+    Args:
+        slots_T: where they go, on the host.
+
+    Raises:
+        LeaseExpired: they were taken back. The slots hold nothing of use then.
+    """
+    layers, two, _, heads, head_dim = layers_L2SKD.shape
+    for part, slots in _parts(slots_T):
+        staged_TW = layers_L2SKD.new_empty(len(slots), layers * two * heads * head_dim)
+        rows.copy_to(staged_TW, None, first_row + part.start)
+        kv_L2TKD = staged_TW.view(-1, layers, two, heads, head_dim).permute(1, 2, 0, 3, 4)
+        layers_L2SKD.index_copy_(2, slots.to(layers_L2SKD.device), kv_L2TKD)
+
+
+def _parts(slots_T: torch.Tensor) -> list[tuple[slice, torch.Tensor]]:
+    return [
+        (slice(start, start + _TOKENS_AT_ONCE), slots_T[start : start + _TOKENS_AT_ONCE])
+        for start in range(0, len(slots_T), _TOKENS_AT_ONCE)
+    ]

@@ -1,0 +1,1 @@
+"""Prefill on one worker, decode on another: prompts go one way, first tokens and KV the other."""

@@ -1,0 +1,34 @@
+"""One prefill worker as a worker that decodes sees it."""
+
+from __future__ import annotations
+
+import grpc
+
+from embedding_transport.errors import PrefillUnavailable
+from embedding_transport.row_peer import ConnectOptions, RowPeer, RowStub
+from llm_worker.prefill.kv_format import KvFormat, check_format
+from llm_worker.prefill.wire import format_from_proto
+from protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
+
+
+class PrefillPeer(RowPeer[KvFormat]):
+    """
+    Args:
+        expected: what its rows must be.
+    """
+
+    service = "prefill worker"
+    unavailable = PrefillUnavailable
+
+    def __init__(self, address: str, options: ConnectOptions, expected: KvFormat) -> None:
+        super().__init__(address, options)
+        self._expected = expected
+
+    async def _describe(self, channel: grpc.aio.Channel) -> KvFormat:
+        message = await prefill_pb2_grpc.PrefillStub(channel).Describe(prefill_pb2.DescribeRequest())
+        kv_format = format_from_proto(message)
+        check_format(f"prefill worker {self.address}", kv_format, self._expected)
+        return kv_format
+
+    def _stub(self, channel: grpc.aio.Channel) -> RowStub:
+        return prefill_pb2_grpc.PrefillStub(channel)

@@ -1,0 +1,50 @@
+"""The Prefill service's methods: as generated, but responses go through the codec of encoders' responses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+
+from embedding_transport.chunk_codec import serialize_response
+from protos.encoder.v1 import encoder_pb2
+from protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
+
+SERVICE = prefill_pb2.DESCRIPTOR.services_by_name["Prefill"].full_name
+
+
+def prefill_handlers(servicer: prefill_pb2_grpc.PrefillServicer) -> grpc.GenericRpcHandler:
+    """Handlers of all methods, for `server.add_generic_rpc_handlers`.
+
+    `servicer.Prefill` writes PrefillResponse messages or chunks that `encode_chunk` serialized.
+    """
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "Describe": grpc.unary_unary_rpc_method_handler(
+            servicer.Describe, prefill_pb2.DescribeRequest.FromString, prefill_pb2.KvFormat.SerializeToString
+        ),
+        "Connect": grpc.stream_stream_rpc_method_handler(
+            servicer.Connect,
+            encoder_pb2.ConnectRequest.FromString,
+            encoder_pb2.ConnectResponse.SerializeToString,
+        ),
+        "Prefill": grpc.unary_stream_rpc_method_handler(
+            servicer.Prefill, prefill_pb2.PrefillRequest.FromString, serialize_response
+        ),
+        "Release": grpc.unary_unary_rpc_method_handler(
+            servicer.Release,
+            encoder_pb2.ReleaseRequest.FromString,
+            encoder_pb2.ReleaseResponse.SerializeToString,
+        ),
+    }
+    return grpc.method_handlers_generic_handler(SERVICE, handlers)
+
+
+def prefill_method(
+    channel: grpc.aio.Channel,
+) -> grpc.aio.UnaryStreamMultiCallable[prefill_pb2.PrefillRequest, bytes]:
+    """Prefill on a channel; yields serialized responses, for `parse_response`."""
+    return channel.unary_stream(
+        f"/{SERVICE}/Prefill",
+        request_serializer=prefill_pb2.PrefillRequest.SerializeToString,
+        response_deserializer=None,
+    )

@@ -1,0 +1,166 @@
+"""The prefill side's gRPC face: a thin servicer over Generator and RowExporter."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import grpc
+
+from embedding_transport.errors import PrefillUnavailable
+from embedding_transport.exporter import RowExporter
+from embedding_transport.grpc_status import abort
+from embedding_transport.types import ItemTimings
+from embedding_transport.wire import layout_to_proto
+from llm_worker.frontend.events import FirstToken, GenerationRequest, PromptKnown
+from llm_worker.frontend.openai_http import ServedModel
+from llm_worker.frontend.wire import generation_from_proto
+from llm_worker.metrics import LlmMetrics
+from llm_worker.prefill.kv_format import KvFormat, check_format
+from llm_worker.prefill.wire import format_from_proto, format_to_proto, prefilled_to_proto
+from protos.encoder.v1 import encoder_pb2
+from protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
+from service_runtime.traces import metadata_carrier, serving_span
+
+_log = logging.getLogger(__name__)
+
+PrefillContext: TypeAlias = grpc.aio.ServicerContext[prefill_pb2.PrefillRequest, prefill_pb2.PrefillResponse | bytes]
+ConnectContext: TypeAlias = grpc.aio.ServicerContext[encoder_pb2.ConnectRequest, encoder_pb2.ConnectResponse]
+
+
+@dataclass(frozen=True)
+class Prefilling:
+    """What there is once the model is loaded."""
+
+    served: ServedModel
+    kv_format: KvFormat
+    exporter: RowExporter
+
+
+class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
+    """Answers UNAVAILABLE until `open` is called and, for Prefill, once it drains."""
+
+    def __init__(self, metrics: LlmMetrics) -> None:
+        self._metrics = metrics
+        self._prefilling: Prefilling | None = None
+        self._draining = False
+        self._num_running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def open(self, prefilling: Prefilling) -> None:
+        self._prefilling = prefilling
+
+    async def drain(self, timeout_s: float) -> None:
+        """Takes no new prompts, finishes those under way, waits for peers to release what they hold."""
+        self._draining = True
+        if self._prefilling is None:
+            return
+        exporter = self._prefilling.exporter
+        exporter.start_draining()
+        deadline = time.monotonic() + timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            _log.warning("%d prompts still ran after %g s and are cut off", self._num_running, timeout_s)
+        if not await exporter.drained(max(0.0, deadline - time.monotonic())):
+            _log.warning("%d leases were not released in time", exporter.stats().live_leases)
+
+    # Connect and Prefill are coroutines that write, not generators: when a peer goes away the cancellation is raised
+    # inside them, so that what they hold is given back at once.
+
+    async def Describe(
+        self,
+        request: prefill_pb2.DescribeRequest,
+        context: grpc.aio.ServicerContext[prefill_pb2.DescribeRequest, prefill_pb2.KvFormat],
+    ) -> prefill_pb2.KvFormat:
+        try:
+            return format_to_proto(self._loaded().kv_format)
+        except Exception as error:
+            await abort(context, error)
+
+    async def Connect(  # type: ignore[override]
+        self, requests: AsyncIterator[encoder_pb2.ConnectRequest], context: ConnectContext
+    ) -> None:
+        try:
+            async for response in self._loaded().exporter.connect(requests):
+                await context.write(response)
+        except Exception as error:
+            await abort(context, error)
+
+    async def Prefill(self, request: prefill_pb2.PrefillRequest, context: PrefillContext) -> None:  # type: ignore[override]
+        try:
+            prefilling = self._loaded()
+            if self._draining:
+                raise PrefillUnavailable("the prefill worker is shutting down: send the request to another one")
+            check_format("the worker that asks", format_from_proto(request.format), prefilling.kv_format)
+            generation = generation_from_proto(
+                request.request_id, request.prompt, request.sampling, prefilling.served.defaults
+            )
+            with self._count_running(), serving_span("prefill", metadata_carrier(context.invocation_metadata())):
+                await self._prefill(generation, request.session_id, prefilling, context)
+        except Exception as error:
+            await abort(context, error)
+
+    async def Release(
+        self,
+        request: encoder_pb2.ReleaseRequest,
+        context: grpc.aio.ServicerContext[encoder_pb2.ReleaseRequest, encoder_pb2.ReleaseResponse],
+    ) -> encoder_pb2.ReleaseResponse:
+        try:
+            num_released, num_unknown = self._loaded().exporter.release(request.session_id, request.lease_ids)
+        except Exception as error:
+            await abort(context, error)
+        return encoder_pb2.ReleaseResponse(num_released=num_released, num_unknown=num_unknown)
+
+    async def _prefill(
+        self, generation: GenerationRequest, session_id: str, prefilling: Prefilling, context: PrefillContext
+    ) -> None:
+        known: PromptKnown | None = None
+        leases: list[int] = []
+        exporter = prefilling.exporter
+        try:
+            async with aclosing(self._metrics.watch(prefilling.served.generator.prefill(generation))) as events:
+                async for event in events:
+                    if isinstance(event, PromptKnown):
+                        known = event
+                        for index, layout in enumerate(event.layouts):
+                            await context.write(prefill_pb2.PrefillResponse(layout=layout_to_proto(index, layout)))
+                    elif isinstance(event, FirstToken):
+                        assert known is not None
+                        await context.write(prefill_pb2.PrefillResponse(prefilled=prefilled_to_proto(known, event)))
+                        if generation.sampling.is_last(event.token_ids[0]):
+                            continue
+                        async with aclosing(exporter.export(session_id, 0, event.kv, ItemTimings())) as responses:
+                            async for response in responses:
+                                if isinstance(response, bytes):
+                                    await context.write(response)
+                                else:
+                                    leases.append(response.ready.lease.lease_id)
+                                    await context.write(prefill_pb2.PrefillResponse(ready=response.ready))
+        except BaseException:
+            # The lease may still be on its way, where nobody takes it.
+            exporter.release(session_id, leases)
+            raise
+
+    def _loaded(self) -> Prefilling:
+        if self._prefilling is None:
+            raise PrefillUnavailable("the worker is still loading its model: try again when it is SERVING")
+        return self._prefilling
+
+    @contextmanager
+    def _count_running(self) -> Iterator[None]:
+        self._num_running += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._num_running -= 1
+            if not self._num_running:
+                self._idle.set()

@@ -1,0 +1,61 @@
+"""KV as rows: what is taken out of one cache and put into another is what was there, wherever the caches lie."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from embedding_transport.errors import LeaseExpired
+from llm_worker.engine import kv_rows
+from llm_worker.engine.kv_rows import CachedKv, land_kv
+from tests.llm_worker.engine.tensor_rows import TensorRows
+
+LAYERS, SLOTS, HEADS, HEAD_DIM = 3, 64, 2, 8
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+# Out of order, and across the parts in which they are copied.
+FROM_SLOTS = torch.randperm(SLOTS, generator=torch.Generator().manual_seed(0))[:21]
+TO_SLOTS = torch.randperm(SLOTS, generator=torch.Generator().manual_seed(1))[:21]
+
+
+def cache(device: str, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(LAYERS, 2, SLOTS, HEADS, HEAD_DIM, generator=generator).bfloat16().to(device)
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_rows, "_TOKENS_AT_ONCE", 8)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_are_the_tokens_in_order(device: str) -> None:
+    layers = cache(device, 0)
+    kv = CachedKv(layers, FROM_SLOTS)
+    expected = torch.stack([layers[:, :, slot].flatten() for slot in FROM_SLOTS.tolist()]).cpu()
+    assert kv.shape == expected.shape
+    assert kv.nbytes == expected.nbytes
+    assert torch.equal(kv.on_host(), expected)
+    target = torch.zeros(kv.shape, dtype=kv.dtype, device=device)
+    kv.copy_to(target)
+    assert torch.equal(target.cpu(), expected)
+    in_host_memory = torch.zeros(kv.shape, dtype=kv.dtype)
+    kv.copy_to(in_host_memory)
+    assert torch.equal(in_host_memory, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_lands_is_what_was_sent_and_touches_nothing_else(device: str) -> None:
+    source, target = cache(device, 0), cache(device, 1)
+    before = target.clone()
+    first_row = 5
+    rows = TensorRows(CachedKv(source, FROM_SLOTS).on_host())
+    land_kv(rows, first_row, target, TO_SLOTS[first_row:])
+    assert torch.equal(target[:, :, TO_SLOTS[first_row:]], source[:, :, FROM_SLOTS[first_row:]])
+    others = [slot for slot in range(SLOTS) if slot not in TO_SLOTS[first_row:].tolist()]
+    assert torch.equal(target[:, :, others], before[:, :, others])
+
+
+def test_rows_that_are_gone_are_said_to_be() -> None:
+    rows = TensorRows(torch.zeros(21, LAYERS * 2 * HEADS * HEAD_DIM), LeaseExpired("gone"))
+    with pytest.raises(LeaseExpired):
+        land_kv(rows, 0, cache("cpu", 0), TO_SLOTS)

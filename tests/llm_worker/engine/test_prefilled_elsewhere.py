@@ -1,0 +1,194 @@
+"""A prompt computed by one engine and continued by another, whose blocks have another size."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from deploy.reference import Reference
+from embedding_transport.errors import InternalError, LeaseExpired
+from llm_worker.engine.engine import Engine, RequestHandle
+from llm_worker.engine.request import SamplingParams
+from llm_worker.engine.sampler import NextToken
+from tests.integration.test_parity import CASES
+from tests.llm_worker.engine.harness import Request, collect, greedy, request_for, running_engine, tokens, unsent
+from tests.llm_worker.engine.tensor_rows import TensorRows
+from tests.llm_worker.engine.test_engine import FACTOR, is_idle, until
+
+
+@pytest.fixture(scope="module")
+def reference(qwen3_vl_folder: Path) -> Reference:
+    return Reference(qwen3_vl_folder)
+
+
+@pytest.fixture
+def image(reference: Reference) -> Request:
+    return request_for(reference, CASES["one_image"].text, CASES["one_image"].media(FACTOR))
+
+
+@pytest.fixture
+def text(reference: Reference) -> Request:
+    return request_for(reference, CASES["text_only"].text, [])
+
+
+@dataclass
+class Prefilled:
+    first: NextToken
+    kv: torch.Tensor
+
+
+async def prefilled(engine: Engine, request: Request, sampling: SamplingParams) -> Prefilled:
+    handle = engine.submit("prefill", request.prefix, replace(sampling, max_tokens=1), unsent, keep_kv=True)
+    handle.set_prompt(request.prompt)
+    for index, rows in enumerate(request.rows):
+        handle.set_rows(index, rows)
+    (output,) = await collect(handle)
+    kv = handle.kv()
+    assert engine.stats().kv_blocks_used > 0, "its blocks may not be given to others before it is cancelled"
+    rows_TW = torch.full(kv.shape, torch.nan)
+    kv.copy_to(rows_TW)
+    assert torch.equal(rows_TW, kv.on_host())
+    handle.cancel()
+    await until(lambda: is_idle(engine))
+    return Prefilled(NextToken(output.token_id, output.logprobs), rows_TW)
+
+
+class Continued:
+    """A request of the decoding engine: hands `prefilled` over whenever it is asked to, at most `limit` times."""
+
+    def __init__(
+        self, engine: Engine, request: Request, sampling: SamplingParams, prefilled: Prefilled, limit: int = 99
+    ) -> None:
+        self.rows: list[TensorRows] = []
+        self.errors: list[Exception] = []
+        self._request, self._prefilled, self._limit = request, prefilled, limit
+        self.handle: RequestHandle = engine.submit("decode", request.prefix, sampling, unsent, self._send_kv)
+
+    def _send_kv(self) -> None:
+        if len(self.rows) == self._limit:
+            return
+        if not self.rows:
+            self.handle.set_prompt(self._request.prompt)
+        self.handle.set_first_token(self._prefilled.first, 5.0, 3)
+        self.rows.append(TensorRows(self._prefilled.kv, self.errors.pop() if self.errors else None))
+        self.handle.set_kv(self.rows[-1])
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+async def test_tokens_and_logprobs_are_those_of_one_engine(
+    qwen3_vl_folder: Path, reference: Reference, kind: str, request: pytest.FixtureRequest
+) -> None:
+    asked: Request = request.getfixturevalue(kind)
+    expected_ids, expected_logprobs = reference.greedy(asked.inputs, 24)
+    with running_engine(qwen3_vl_folder) as first, running_engine(qwen3_vl_folder, block_size=16) as second:
+        done = await prefilled(first, asked, greedy(24, logprobs=0))
+        continued = Continued(second, asked, greedy(24, logprobs=0), done)
+        outputs = await collect(continued.handle)
+        assert [each.token_id for each in outputs] == expected_ids
+        logprobs = [each.logprobs.logprob for each in outputs if each.logprobs is not None]
+        expected = expected_logprobs[torch.arange(24), torch.tensor(expected_ids)]
+        torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-4, rtol=1e-4)
+        assert [rows.num_releases for rows in continued.rows] == [1]
+        timings = continued.handle.timings
+        assert (timings.prefill_ms, timings.num_cached_tokens) == (5.0, 3)
+        assert timings.land_ms > 0
+        assert second.stats().num_prefill_tokens == 0
+        await until(lambda: is_idle(second))
+
+
+async def test_seeded_sampling_goes_on_where_the_first_engine_stopped(qwen3_vl_folder: Path, text: Request) -> None:
+    sampling = SamplingParams(max_tokens=24, temperature=1.5, seed=7)
+    with running_engine(qwen3_vl_folder) as first, running_engine(qwen3_vl_folder, block_size=16) as second:
+        done = await prefilled(first, text, sampling)
+        handle = first.submit("one engine", [], sampling, unsent)
+        handle.set_prompt(text.prompt)
+        assert await tokens(Continued(second, text, sampling, done).handle) == await tokens(handle)
+
+
+async def test_a_first_token_that_is_the_last_needs_no_kv(qwen3_vl_folder: Path, text: Request) -> None:
+    with running_engine(qwen3_vl_folder) as first, running_engine(qwen3_vl_folder) as second:
+        done = await prefilled(first, text, greedy(8))
+        assert done.first.token_id is not None
+        for sampling in (greedy(1), replace(greedy(8), stop_token_ids=frozenset([done.first.token_id]))):
+            continued = Continued(second, text, sampling, done)
+            (output,) = await collect(continued.handle)
+            assert (output.token_id, sampling.is_last(output.token_id)) == (done.first.token_id, True)
+            await until(lambda continued=continued: continued.rows[0].num_releases == 1)  # type: ignore[misc]
+            assert is_idle(second)
+
+
+async def test_lost_kv_is_asked_for_again_and_not_for_ever(
+    qwen3_vl_folder: Path, reference: Reference, text: Request
+) -> None:
+    with running_engine(qwen3_vl_folder) as first, running_engine(qwen3_vl_folder) as second:
+        done = await prefilled(first, text, greedy(8))
+        continued = Continued(second, text, greedy(8), done)
+        continued.errors = [LeaseExpired("gone") for _ in range(3)]
+        assert await tokens(continued.handle) == reference.greedy(text.inputs, 8)[0]
+        assert [rows.num_releases for rows in continued.rows] == [1, 1, 1, 1]
+
+        for error, raised in ((LeaseExpired("gone"), LeaseExpired), (RuntimeError("a bug"), InternalError)):
+            other = replace(text, prompt=replace(text.prompt, token_ids=text.prompt.token_ids[::-1]))
+            continued = Continued(second, other, greedy(8), done)
+            continued.errors = [error] * 9
+            with pytest.raises(raised):
+                await collect(continued.handle)
+            await until(lambda: is_idle(second))
+
+
+async def test_who_gave_way_gets_its_prompt_again_and_computes_only_what_it_generated(
+    qwen3_vl_folder: Path, reference: Reference, text: Request, image: Request
+) -> None:
+    """Without a prefix cache nothing is left of a prompt once its blocks are taken."""
+    num_blocks = -(-(len(text.prompt.token_ids) + 40) // 8) + len(image.prompt.token_ids) // 8 + 2
+    with (
+        running_engine(qwen3_vl_folder) as first,
+        running_engine(qwen3_vl_folder, num_blocks=num_blocks, prefix_cache=False) as second,
+    ):
+        both = [await prefilled(first, each, greedy(40)) for each in (text, image)]
+        running = [Continued(second, each, greedy(40), done) for each, done in zip((text, image), both, strict=True)]
+        got = await asyncio.gather(*(tokens(each.handle) for each in running))
+        assert got == [reference.greedy(each.inputs, 40)[0] for each in (text, image)]
+        assert second.stats().num_preempted > 0
+        assert sum(len(each.rows) for each in running) > 2
+        assert all(rows.num_releases == 1 for each in running for rows in each.rows)
+        assert second.stats().num_prefill_tokens == 0
+
+
+async def test_a_prompt_whose_kv_is_known_needs_only_its_first_token(
+    qwen3_vl_folder: Path, reference: Reference, text: Request
+) -> None:
+    """KV that landed is in the prefix cache, for a repeated prompt."""
+    with running_engine(qwen3_vl_folder) as first, running_engine(qwen3_vl_folder) as second:
+        done = await prefilled(first, text, greedy(8))
+        assert await tokens(Continued(second, text, greedy(8), done).handle) == reference.greedy(text.inputs, 8)[0]
+        kept = second.stats().kv_blocks_kept
+        assert kept >= len(text.prompt.token_ids) // 8
+        continued = Continued(second, text, greedy(8), done)
+        assert await tokens(continued.handle) == reference.greedy(text.inputs, 8)[0]
+        assert second.stats().num_cached_tokens > 0
+        assert continued.rows[0].num_releases == 1
+
+
+async def test_cancelling_while_the_kv_is_on_its_way_frees_everything(qwen3_vl_folder: Path, text: Request) -> None:
+    with running_engine(qwen3_vl_folder) as first, running_engine(qwen3_vl_folder) as second:
+        done = await prefilled(first, text, greedy(8))
+        continued = Continued(second, text, greedy(8), done, limit=0)
+        await until(lambda: second.stats().running == 1)
+        continued.handle.cancel()
+        await until(lambda: is_idle(second))
+        late = TensorRows(done.kv)
+        continued.handle.set_kv(late)
+        await until(lambda: late.num_releases == 1)
+
+        handle = first.submit("keeps its KV", [], greedy(1), unsent, keep_kv=True)
+        handle.set_prompt(text.prompt)
+        await tokens(handle)
+        assert first.stats().kv_blocks_used > 0
+        handle.cancel()
+        handle.cancel()
+        await until(lambda: is_idle(first))

@@ -1,0 +1,222 @@
+"""What a prefill worker may say: the client against a real server whose answers are made up."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+
+from embedding_transport.chunk_codec import encode_chunk
+from embedding_transport.errors import InternalError, PrefillMismatch, PrefillUnavailable, TransportUnavailable
+from embedding_transport.exporter import RowExporter
+from embedding_transport.grpc_status import abort
+from embedding_transport.row_peer import ConnectOptions
+from embedding_transport.row_source import TensorSource
+from embedding_transport.shm_pool import ShmPool
+from embedding_transport.types import ItemTimings, MediaItem, RowsEvent
+from llm_worker.engine.request import SamplingParams
+from llm_worker.frontend.events import GenerationRequest
+from llm_worker.prefill.client import PrefillClient
+from llm_worker.prefill.kv_format import KvFormat
+from llm_worker.prefill.receiver import PrefillEvent
+from llm_worker.prefill.rpc import prefill_handlers
+from llm_worker.prefill.wire import Prefilled, format_to_proto
+from protos.encoder.v1 import encoder_pb2
+from protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
+from service_runtime.grpc_channel import CHANNEL_OPTIONS
+
+FORMAT = KvFormat("model", "revision", "qwen3_vl", "float32", num_layers=2, num_key_value_heads=1, head_dim=4)
+NUM_TOKENS, MAX_TOKENS = 5, 8
+KV = torch.arange(NUM_TOKENS * FORMAT.row_width, dtype=torch.float32).view(NUM_TOKENS, -1)
+Answer = prefill_pb2.PrefillResponse | bytes
+
+
+def prefilled(num_tokens: int = NUM_TOKENS, token_id: int = 3) -> prefill_pb2.PrefillResponse:
+    return prefill_pb2.PrefillResponse(prefilled=prefill_pb2.Prefilled(num_prompt_tokens=num_tokens, token_id=token_id))
+
+
+def ready(nbytes: int = KV.nbytes, offset: int = 4096 + 64) -> prefill_pb2.PrefillResponse:
+    lease = encoder_pb2.Lease(lease_id=1, generation=1, offset=offset, nbytes=nbytes)
+    return prefill_pb2.PrefillResponse(ready=encoder_pb2.Ready(lease=lease))
+
+
+def chunk(start: int, stop: int) -> bytes:
+    data = memoryview(KV.view(torch.uint8).flatten().numpy())[start:stop]  # type: ignore[arg-type]
+    return encode_chunk(0, start, data)
+
+
+def layout(item_index: int = 0) -> prefill_pb2.PrefillResponse:
+    message = encoder_pb2.Layout(item_index=item_index, grid_thw=[1, 4, 4], num_tokens=4)
+    return prefill_pb2.PrefillResponse(layout=message)
+
+
+class MadeUp(prefill_pb2_grpc.PrefillServicer):
+    """Sends `answers`; an "export" among them is what the exporter makes of KV."""
+
+    def __init__(self, exporter: RowExporter, kv_format: KvFormat) -> None:
+        self.exporter = exporter
+        self.kv_format = kv_format
+        self.answers: list[Answer | str] = []
+        self.requests: list[prefill_pb2.PrefillRequest] = []
+
+    async def Describe(self, request, context):  # type: ignore[no-untyped-def, override]
+        return format_to_proto(self.kv_format)
+
+    async def Connect(self, requests, context):  # type: ignore[no-untyped-def, override]
+        try:
+            async for response in self.exporter.connect(requests):
+                await context.write(response)
+        except Exception as error:
+            await abort(context, error)
+
+    async def Prefill(self, request, context):  # type: ignore[no-untyped-def, override]
+        self.requests.append(request)
+        for answer in self.answers:
+            if not isinstance(answer, str):
+                await context.write(answer)
+                continue
+            async for response in self.exporter.export(request.session_id, 0, TensorSource(KV), ItemTimings()):
+                is_bytes = isinstance(response, bytes)
+                await context.write(response if is_bytes else prefill_pb2.PrefillResponse(ready=response.ready))
+
+    async def Release(self, request, context):  # type: ignore[no-untyped-def, override]
+        num_released, num_unknown = self.exporter.release(request.session_id, request.lease_ids)
+        return encoder_pb2.ReleaseResponse(num_released=num_released, num_unknown=num_unknown)
+
+
+@contextlib.asynccontextmanager
+async def connected(
+    folder: Path, transport: str = "shm", theirs: KvFormat = FORMAT
+) -> AsyncIterator[tuple[MadeUp, PrefillClient]]:
+    exporter = RowExporter([ShmPool(folder, 1 << 16)], lease_ttl_s=30)
+    exporter.start()
+    server = grpc.aio.server(options=CHANNEL_OPTIONS)
+    servicer = MadeUp(exporter, theirs)
+    server.add_generic_rpc_handlers((prefill_handlers(servicer),))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    client = PrefillClient(
+        FORMAT,
+        ConnectOptions(transport, folder),  # type: ignore[arg-type]
+        merge_size=2,
+        timeout_s=10,
+        max_prompt_tokens=MAX_TOKENS,
+        on_hand_over=lambda seconds: None,
+    )
+    client.set_addresses([address])
+    try:
+        yield servicer, client
+    finally:
+        await client.close()
+        await server.stop(None)
+        await exporter.close()
+
+
+def request(**sampling: object) -> GenerationRequest:
+    params = replace(SamplingParams(temperature=0.5, seed=-1, stop_token_ids=frozenset([9])), **sampling)  # type: ignore[arg-type]
+    return GenerationRequest("request", [1, 2], (MediaItem("image", data=b"x", video_fps=2.0),), params)
+
+
+async def ask(client: PrefillClient, asked: GenerationRequest | None = None, token: bool = True) -> list[PrefillEvent]:
+    await client.wait_ready(10)
+    return [event async for event in client.prefill(asked or request(), [1, 2, 3], token)]
+
+
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
+async def test_rows_come_as_they_were_sent(tmp_path: Path, transport: str) -> None:
+    async with connected(tmp_path, transport) as (worker, client):
+        worker.answers = [layout(), prefilled(), "export"]
+        events = await ask(client)
+        rows = events[2].rows if isinstance(events[2], RowsEvent) else None
+        assert rows is not None and isinstance(events[1], Prefilled)
+        assert (events[1].num_prompt_tokens, events[1].first.token_id) == (NUM_TOKENS, 3)
+        landed = torch.zeros(NUM_TOKENS - 2, FORMAT.row_width)
+        rows.copy_to(landed, None, 2)
+        assert torch.equal(landed, KV[2:])
+        rows.release()
+        async with asyncio.timeout(5):
+            while worker.exporter.stats().live_leases:
+                await asyncio.sleep(0.01)
+        assert client.stats().received_nbytes[transport] == KV.nbytes
+        (sent,) = worker.requests
+        assert (list(sent.prompt.token_ids.ids), sent.prompt.media[0].data) == ([1, 2, 3], b"x")
+        assert (sent.sampling.temperature, sent.sampling.seed) == (0.5, 2**64 - 1)
+        assert (list(sent.sampling.stop_token_ids), sent.sampling.ignore_eos) == ([9], True)
+
+
+@pytest.mark.parametrize(
+    ("answers", "error"),
+    [
+        ([prefilled(0)], InternalError),
+        ([prefilled(MAX_TOKENS + 1)], InternalError),
+        ([prefilled(2**32 - 1), chunk(0, 16)], InternalError),
+        ([chunk(0, KV.nbytes)], InternalError),
+        ([ready()], InternalError),
+        ([prefilled(), prefilled()], InternalError),
+        ([prefilled(), ready(KV.nbytes - 4)], InternalError),
+        ([prefilled(4), ready()], InternalError),
+        ([prefilled(), ready(offset=0)], TransportUnavailable),
+        ([prefilled(), ready(offset=1 << 40)], TransportUnavailable),
+        ([prefilled(), chunk(16, 32)], InternalError),
+        ([prefilled(), chunk(0, 16), chunk(0, 16)], InternalError),
+        ([prefilled(4), chunk(0, KV.nbytes)], InternalError),
+        ([layout(1)], InternalError),
+        ([prefill_pb2.PrefillResponse()], InternalError),
+        ([b"\x1a\xff"], InternalError),
+        ([], PrefillUnavailable),
+        ([layout(), prefilled()], PrefillUnavailable),
+        ([prefilled(), chunk(0, 16)], PrefillUnavailable),
+    ],
+)
+async def test_what_does_not_fit_is_refused(
+    tmp_path: Path, answers: list[Answer | str], error: type[Exception]
+) -> None:
+    async with connected(tmp_path) as (worker, client):
+        worker.answers = answers
+        with pytest.raises(error):
+            await ask(client)
+
+
+async def test_a_first_token_that_is_the_last_comes_alone(tmp_path: Path) -> None:
+    async with connected(tmp_path) as (worker, client):
+        worker.answers = [prefilled(token_id=9)]
+        assert [type(event) for event in await ask(client)] == [Prefilled]
+        worker.answers = [prefilled()]
+        assert [type(event) for event in await ask(client, request(max_tokens=1))] == [Prefilled]
+        # Where only KV is missing, no token may end it.
+        worker.answers = [prefilled(token_id=9), "export"]
+        (event,) = await ask(client, token=False)
+        assert isinstance(event, RowsEvent)
+        assert not worker.requests[-1].sampling.stop_token_ids
+
+
+@pytest.mark.parametrize(
+    "differs",
+    [
+        lambda ours: replace(ours, revision="other"),
+        lambda ours: replace(ours, dtype="bfloat16"),
+        lambda ours: replace(ours, num_layers=3),
+        lambda ours: replace(ours, num_key_value_heads=2),
+        lambda ours: replace(ours, head_dim=8),
+        lambda ours: replace(ours, protocol_version=2),
+    ],
+)
+async def test_other_rows_are_refused_before_anything_is_sent(
+    tmp_path: Path, differs: Callable[[KvFormat], KvFormat]
+) -> None:
+    theirs = differs(FORMAT)
+    async with connected(tmp_path, theirs=theirs) as (worker, client):
+        with pytest.raises(PrefillMismatch) as caught:
+            await client.start()
+        (field,) = [name for name in vars(FORMAT) if getattr(theirs, name) != getattr(FORMAT, name)]
+        for part in (field, repr(getattr(theirs, field)), repr(getattr(FORMAT, field))):
+            assert part in str(caught.value)
+        with pytest.raises(PrefillUnavailable, match=field):
+            [event async for event in client.prefill(request(), [1], True)]
+        assert not worker.requests

@@ -1,0 +1,151 @@
+"""The prefill side by itself: what it refuses, and what is left when a peer goes away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import grpc
+import pytest
+
+from embedding_transport.checkpoint import open_checkpoint
+from embedding_transport.errors import PrefillMismatch, PrefillUnavailable
+from embedding_transport.exporter import RowExporter
+from embedding_transport.grpc_status import error_from_rpc
+from embedding_transport.shm_pool import ShmPool
+from llm_worker.frontend.grpc_server import LlmServer, LlmServicer
+from llm_worker.metrics import LlmMetrics
+from llm_worker.models.config import text_config
+from llm_worker.prefill.kv_format import KvFormat
+from llm_worker.prefill.rpc import SERVICE, prefill_handlers
+from llm_worker.prefill.server import Prefilling, PrefillServicer
+from llm_worker.prefill.wire import format_to_proto
+from protos.encoder.v1 import encoder_pb2
+from protos.llm.v1 import llm_pb2
+from protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
+from tests.llm_worker.frontend.serving import Serving, identity, serving
+
+
+@dataclass
+class Running:
+    stub: prefill_pb2_grpc.PrefillAsyncStub
+    servicer: PrefillServicer
+    exporter: RowExporter
+    kv_format: KvFormat
+    worker: Serving
+
+    def request(self, session_id: str = "", **differs: str) -> prefill_pb2.PrefillRequest:
+        return prefill_pb2.PrefillRequest(
+            session_id=session_id,
+            format=format_to_proto(replace(self.kv_format, **differs)),  # type: ignore[arg-type]
+            prompt=llm_pb2.Prompt(text="The quick brown fox"),
+            sampling=llm_pb2.SamplingParams(temperature=0.0, max_tokens=8),
+        )
+
+
+@asynccontextmanager
+async def running(
+    folder: Path, shm_folder: Path, pool_nbytes: int = 1 << 20, lease_ttl_s: float = 30.0
+) -> AsyncIterator[Running]:
+    servicer = PrefillServicer(LlmMetrics())
+    server = LlmServer(LlmServicer(LlmMetrics()), SERVICE)
+    server.grpc.add_generic_rpc_handlers((prefill_handlers(servicer),))
+    address = await server.start("127.0.0.1", 0)
+    exporter = RowExporter([ShmPool(shm_folder, pool_nbytes)], lease_ttl_s=lease_ttl_s)
+    exporter.start()
+    kv_format = KvFormat.of(identity(folder), text_config(open_checkpoint(str(folder))))
+    try:
+        async with serving(folder) as worker, grpc.aio.insecure_channel(address) as channel:
+            stub = prefill_pb2_grpc.PrefillStub(channel)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.Describe(prefill_pb2.DescribeRequest())
+            assert isinstance(error_from_rpc(caught.value), PrefillUnavailable)
+            servicer.open(Prefilling(worker.served, kv_format, exporter))
+            yield Running(stub, servicer, exporter, kv_format, worker)
+    finally:
+        await server.stop(0)
+        await exporter.close()
+
+
+async def session(stub: prefill_pb2_grpc.PrefillAsyncStub, exporter: RowExporter) -> tuple[object, str]:
+    call = stub.Connect()
+    hello = encoder_pb2.Hello(protocol_version=1, transports=["shm"])
+    await call.write(encoder_pb2.ConnectRequest(hello=hello))
+    await call.read()
+    result = encoder_pb2.ProbeResult(nonce=exporter._pools[0].nonce)
+    await call.write(encoder_pb2.ConnectRequest(probe_result=result))
+    response = await call.read()
+    assert isinstance(response, encoder_pb2.ConnectResponse)
+    return call, response.session.session_id
+
+
+async def test_it_says_what_it_is_and_refuses_who_is_not_alike(qwen3_vl_folder: Path, tmp_path: Path) -> None:
+    async with running(qwen3_vl_folder, tmp_path) as worker:
+        described = await worker.stub.Describe(prefill_pb2.DescribeRequest())
+        assert described == format_to_proto(worker.kv_format)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            [each async for each in worker.stub.Prefill(worker.request(revision="another"))]
+        error = error_from_rpc(caught.value)
+        assert isinstance(error, PrefillMismatch)
+        assert "'another'" in str(error) and repr(worker.kv_format.revision) in str(error)
+
+
+async def test_a_generated_client_understands_it(qwen3_vl_folder: Path, tmp_path: Path) -> None:
+    """Without a session rows come as bytes, and all of them."""
+    async with running(qwen3_vl_folder, tmp_path) as worker:
+        events = [each async for each in worker.stub.Prefill(worker.request())]
+        assert [each.WhichOneof("event") for each in events] == ["prefilled", "chunk"]
+        num_tokens = events[0].prefilled.num_prompt_tokens
+        assert sum(len(each.chunk.data) for each in events[1:]) == num_tokens * worker.kv_format.row_nbytes
+        await worker.worker.until_idle()
+
+
+async def test_cancelling_at_any_moment_leaves_no_blocks_and_no_lease_past_its_time(
+    qwen3_vl_folder: Path, tmp_path: Path
+) -> None:
+    async with running(qwen3_vl_folder, tmp_path, lease_ttl_s=1.0) as worker:
+        connect, session_id = await session(worker.stub, worker.exporter)
+        for delay_s in (0.0, 0.002, 0.005, 0.01, 0.02, 0.05):
+            call = worker.stub.Prefill(worker.request(session_id))
+            await asyncio.sleep(delay_s)
+            call.cancel()
+            await worker.worker.until_idle()
+        async with asyncio.timeout(5):
+            while worker.exporter.stats().live_leases:
+                await asyncio.sleep(0.01)
+        del connect
+
+
+async def test_what_waits_for_room_in_the_pool_keeps_its_blocks_and_draining_waits_for_it(
+    qwen3_vl_folder: Path, tmp_path: Path
+) -> None:
+    async with running(qwen3_vl_folder, tmp_path, pool_nbytes=40 << 10) as worker:
+        connect, session_id = await session(worker.stub, worker.exporter)
+        leases = []
+        calls = [worker.stub.Prefill(worker.request(session_id)) for _ in range(4)]
+        reading = [asyncio.create_task(_lease(call)) for call in calls]
+        done, waiting = await asyncio.wait(reading, return_when=asyncio.FIRST_COMPLETED)
+        assert waiting, "the pool is meant to be too small for all"
+        assert worker.worker.engine.stats().kv_blocks_used > 0
+        draining = asyncio.create_task(worker.servicer.drain(10))
+        while waiting or done:
+            leases = [each.result() for each in done]
+            worker.exporter.release(session_id, leases)
+            done = set()
+            if waiting:
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait_for(draining, 5)
+        assert not worker.exporter.stats().live_leases
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            [each async for each in worker.stub.Prefill(worker.request(session_id))]
+        assert isinstance(error_from_rpc(caught.value), PrefillUnavailable)
+        await worker.worker.until_idle()
+        del connect
+
+
+async def _lease(call: grpc.aio.UnaryStreamCall[prefill_pb2.PrefillRequest, prefill_pb2.PrefillResponse]) -> int:
+    events = [each async for each in call]
+    return events[-1].ready.lease.lease_id
