@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict
 from functools import partial
@@ -18,10 +19,11 @@ from embedding_transport.discovery import follow
 from embedding_transport.encoder_client import EncoderClient
 from embedding_transport.errors import VitrineError
 from embedding_transport.exporter import RowExporter, export_pools
-from embedding_transport.loading import LoadingStopped
+from embedding_transport.loading import LoadingStopped, ProgressLog
 from embedding_transport.row_peer import ConnectOptions
 from llm_worker.config import LlmConfig
 from llm_worker.dashboard.routes import Dashboard
+from llm_worker.engine.config import EngineConfig
 from llm_worker.engine.engine import Engine
 from llm_worker.engine.forward_pass import ForwardPass
 from llm_worker.frontend.generation import Generator, MakeFeed
@@ -101,18 +103,13 @@ async def serve(config: LlmConfig) -> None:
         _log.info("LISTENING http=%s:%d grpc=%s", config.host, runner.addresses[0][1], grpc_address)
 
         followers = await _start_followers(config, server, stack) if config.tp > 1 else None
-        group = await asyncio.to_thread(followers.join) if followers is not None else None
         try:
-            model = await asyncio.to_thread(load_model, config, stop.is_set, metrics.show_progress, group)
+            model, forward_pass, limits = await _prepare(config, stop.is_set, metrics, followers)
         except LoadingStopped:
             _log.info("stopped while loading")
             return
 
         decoder = model.decoder
-        limits = engine_config(config, decoder)
-        make_runner = choose_runner(decoder, limits)
-        make_forward_pass = followers.forward_pass if followers is not None else ForwardPass
-        forward_pass = await asyncio.to_thread(make_forward_pass, decoder, limits, make_runner)
         engine = Engine(forward_pass, limits)
         engine.start()
         stack.push_async_callback(asyncio.to_thread, engine.close)
@@ -151,6 +148,23 @@ async def serve(config: LlmConfig) -> None:
         await server.set_not_serving_for_good()
         await asyncio.gather(runner.cleanup(), _stop(server, prefill, config.drain_timeout_s))
     _log.info("stopped")
+
+
+async def _prepare(
+    config: LlmConfig, must_stop: Callable[[], bool], metrics: LlmMetrics, followers: Followers | None
+) -> tuple[LoadedModel, ForwardPass, EngineConfig]:
+    """Everything slow: the weights, and on a GPU the graphs.
+
+    Raises:
+        CheckpointError: see `load_model`; LoadingStopped: `must_stop` said so.
+    """
+    group = await asyncio.to_thread(followers.join) if followers is not None else None
+    model = await asyncio.to_thread(load_model, config, must_stop, metrics.show_progress, group)
+    limits = engine_config(config, model.decoder)
+    progress = ProgressLog("capturing CUDA graphs, sizes", must_stop, partial(metrics.show_progress, "graphs"))
+    make_runner = choose_runner(model.decoder, limits, progress)
+    make_forward_pass = followers.forward_pass if followers is not None else ForwardPass
+    return model, await asyncio.to_thread(make_forward_pass, model.decoder, limits, make_runner), limits
 
 
 async def _stop(server: LlmServer, prefill: PrefillServicer | None, timeout_s: float) -> None:
