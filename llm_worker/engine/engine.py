@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import itertools
 import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +17,10 @@ from embedding_transport.types import EmbeddingRows
 from llm_worker.engine.config import EngineConfig
 from llm_worker.engine.forward_pass import ForwardPass, StepOutput
 from llm_worker.engine.kv_rows import CachedKv, land_kv
+from llm_worker.engine.outbox import Outbox
 from llm_worker.engine.prefix_hashes import extend_prefix_hashes
-from llm_worker.engine.request import EngineTimings, ExpandedPrompt, SamplingParams, TokenOutput
+from llm_worker.engine.request import ExpandedPrompt, SamplingParams, TokenOutput
+from llm_worker.engine.request_handle import RequestHandle
 from llm_worker.engine.sampler import NextToken, sample, skip_draw
 from llm_worker.engine.scheduler import Chunk, Scheduler
 from llm_worker.engine.sequence import Sequence
@@ -52,100 +52,6 @@ class EngineStats:
     num_preempted: int
 
 
-class RequestHandle:
-    """A request as the frontend holds it: iterate over its tokens. Belongs to the event loop that submitted it."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        request_id: str,
-        send_rows: Callable[[list[int]], None],
-        send_kv: Callable[[], None] | None,
-    ) -> None:
-        self.request_id = request_id
-        self.timings = EngineTimings()
-        self.sequence: Sequence
-        self._engine = engine
-        self._send_rows = send_rows
-        self._send_kv = send_kv
-        self._loop = asyncio.get_running_loop()
-        self._outputs: asyncio.Queue[TokenOutput | VitrineError] = asyncio.Queue()
-
-    def set_prompt(self, prompt: ExpandedPrompt, coming: Iterable[int] | None = None) -> None:
-        """The whole prompt; it begins with the prefix that was submitted.
-
-        Args:
-            coming: media items whose rows will be handed over without being asked for; None for all.
-        """
-        items = {span.item_index for span in prompt.spans} if coming is None else set(coming)
-        self._engine.call(self._engine.on_prompt, self.sequence, prompt, items)
-
-    def set_rows(self, item_index: int, rows: EmbeddingRows) -> None:
-        """Hands rows over: the engine releases them once they have landed, or when the request ends."""
-        self._engine.call(self._engine.on_rows, self.sequence, item_index, rows)
-
-    def set_first_token(self, first: NextToken, prefill_ms: float, num_cached_tokens: int) -> None:
-        """The answer's first token, where the prompt is computed elsewhere; it comes after the prompt.
-
-        Args:
-            prefill_ms, num_cached_tokens: of the computation there.
-        """
-        self._engine.call(self._engine.on_first_token, self.sequence, first, prefill_ms, num_cached_tokens)
-
-    def set_kv(self, rows: EmbeddingRows) -> None:
-        """Hands the prompt's KV over, one row a token (see `kv_rows.py`), as `set_rows` does with media rows."""
-        self._engine.call(self._engine.on_kv, self.sequence, rows)
-
-    def kv(self) -> CachedKv:
-        """The prompt's KV: from the last token until `cancel`, for a request that was submitted with `keep_kv`."""
-        return self._engine.kv_of(self.sequence)
-
-    def cancel(self) -> None:
-        """Ends the request and frees everything, also what it was to keep. Later calls do nothing."""
-        self._engine.call(self._engine.on_cancel, self.sequence)
-
-    def fail(self, error: VitrineError) -> None:
-        """Ends the request; the iteration raises `error`."""
-        self._engine.call(self._engine.on_fail, self.sequence, error)
-
-    async def __aiter__(self) -> AsyncIterator[TokenOutput]:
-        """
-        Raises:
-            VitrineError: why the request ended early.
-        """
-        while True:
-            output = await self._outputs.get()
-            if isinstance(output, VitrineError):
-                raise output
-            yield output
-            if output.finish_reason is not None:
-                return
-
-    def deliver(self, output: TokenOutput | VitrineError, timings: EngineTimings) -> None:
-        """Called on the engine's thread."""
-
-        def put() -> None:
-            self.timings = timings
-            self._outputs.put_nowait(output)
-
-        self._on_loop(put)
-
-    def request_rows(self, items: list[int]) -> None:
-        """Has the rows of these items handed over, (again); called on the engine's thread."""
-        self._on_loop(functools.partial(self._send_rows, items))
-
-    def request_kv(self) -> None:
-        """Has the prompt's KV handed over, (again); called on the engine's thread."""
-        assert self._send_kv is not None
-        self._on_loop(self._send_kv)
-
-    def _on_loop(self, function: Callable[[], None]) -> None:
-        try:
-            self._loop.call_soon_threadsafe(function)
-        except RuntimeError:
-            _log.debug("request %s: its event loop is closed", self.request_id)
-
-
 class Engine:
     """Runs the model for many requests. Everything below `call` runs on the engine's own thread."""
 
@@ -154,6 +60,7 @@ class Engine:
         Args:
             forward_pass: made with the same config.
         """
+        self.outbox = Outbox()
         self._forward_pass = forward_pass
         self._config = config
         self._kv_cache = forward_pass.kv_cache
@@ -266,6 +173,7 @@ class Engine:
                 self._calls.put(lambda: function(*arguments))
             else:
                 function(*arguments)
+                self.outbox.send()
 
     def _run(self) -> None:
         try:
@@ -275,9 +183,11 @@ class Engine:
                     if missing := sequence.missing_items():
                         sequence.request_rows(missing)
                     sequence.ask_for_kv()
+                self.outbox.send()
                 landed = self._land_kv()
                 if chunks:
                     self._step(chunks)
+                self.outbox.send()
                 if chunks or landed:
                     self._run_calls()
                 else:
@@ -287,6 +197,7 @@ class Engine:
                 self._thread_ended = True
                 self._on_close()
                 self._run_calls()
+                self.outbox.send()
 
     def _run_calls(self) -> None:
         while not self._calls.empty():

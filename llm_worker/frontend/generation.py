@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from embedding_transport.errors import BadRequest, TooManyItems
-from llm_worker.engine.engine import RequestHandle
 from llm_worker.engine.request import ExpandedPrompt, TokenOutput
+from llm_worker.engine.request_handle import RequestHandle
 from llm_worker.frontend.events import (
     Delta,
     Finished,

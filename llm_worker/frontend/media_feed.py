@@ -7,7 +7,7 @@ from contextlib import aclosing
 
 from embedding_transport.encoder_client import EncoderClient
 from embedding_transport.types import EmbeddingRows, RowsEvent
-from llm_worker.engine.engine import RequestHandle
+from llm_worker.engine.request_handle import RequestHandle
 from llm_worker.frontend.events import GenerationRequest
 from llm_worker.frontend.known_layouts import KnownLayouts, layout_keys
 from llm_worker.frontend.prompt_feed import PromptContext, PromptFeed

@@ -7,8 +7,8 @@ from contextlib import aclosing
 
 from embedding_transport.errors import InternalError
 from embedding_transport.types import LayoutEvent, RowsEvent
-from llm_worker.engine.engine import RequestHandle
 from llm_worker.engine.request import ExpandedPrompt
+from llm_worker.engine.request_handle import RequestHandle
 from llm_worker.frontend.events import GenerationRequest
 from llm_worker.frontend.prompt_feed import PromptContext, PromptFeed
 from llm_worker.frontend.stages import ItemArrival

@@ -11,8 +11,9 @@ from typing import Any
 
 from embedding_transport.errors import InternalError, VitrineError
 from embedding_transport.types import Layout
-from llm_worker.engine.engine import Engine, RequestHandle
+from llm_worker.engine.engine import Engine
 from llm_worker.engine.request import ExpandedPrompt
+from llm_worker.engine.request_handle import RequestHandle
 from llm_worker.frontend.events import GenerationRequest
 from llm_worker.frontend.stages import ItemArrival
 from llm_worker.prompt.config import PromptConfig

@@ -13,9 +13,10 @@ import torch
 from deploy.reference import Media, Reference
 from embedding_transport.checkpoint import open_checkpoint
 from llm_worker.engine.config import EngineConfig
-from llm_worker.engine.engine import Engine, RequestHandle
+from llm_worker.engine.engine import Engine
 from llm_worker.engine.forward_pass import ForwardPass
 from llm_worker.engine.request import ExpandedPrompt, MediaSpan, SamplingParams, TokenOutput
+from llm_worker.engine.request_handle import RequestHandle
 from llm_worker.models import build_decoder
 from tests.llm_worker.engine.tensor_rows import TensorRows
 

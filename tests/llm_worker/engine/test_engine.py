@@ -21,8 +21,9 @@ from embedding_transport.errors import (
     PromptTooLong,
     VitrineError,
 )
-from llm_worker.engine.engine import Engine, RequestHandle
+from llm_worker.engine.engine import Engine
 from llm_worker.engine.request import ExpandedPrompt, SamplingParams
+from llm_worker.engine.request_handle import RequestHandle
 from tests.integration.test_parity import CASES
 from tests.llm_worker.engine.harness import (
     Request,

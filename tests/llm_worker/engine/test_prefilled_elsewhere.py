@@ -11,8 +11,9 @@ import torch
 
 from deploy.reference import Reference
 from embedding_transport.errors import InternalError, LeaseExpired
-from llm_worker.engine.engine import Engine, RequestHandle
+from llm_worker.engine.engine import Engine
 from llm_worker.engine.request import SamplingParams
+from llm_worker.engine.request_handle import RequestHandle
 from llm_worker.engine.sampler import NextToken
 from tests.integration.test_parity import CASES
 from tests.llm_worker.engine.harness import Request, collect, greedy, request_for, running_engine, tokens, unsent
