@@ -21,7 +21,7 @@ from llm_worker.engine.kv_cache import KvCache
 from llm_worker.engine.sequence import Sequence
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chunk:
     """Tokens [start, stop) of a sequence run in this step; `samples` where they end at its last token."""
 
@@ -106,13 +106,16 @@ class Scheduler:
 
     def schedule(self) -> list[Chunk]:
         """The next step's chunks; empty where nothing can run now."""
-        for sequence in list(self.running):
-            if sequence in self.running:  # and not preempted for one before it
-                self._make_room(sequence)
+        index = 0
+        while index < len(self.running):  # whose last ones may have to go on the way
+            self._make_room(self.running[index])
+            index += 1
         self._admit()
         chunks: list[Chunk] = []
-        decoding = [each for each in self.running if each.is_decoding]
-        prefilling = [each for each in self.running if not each.is_decoding]
+        decoding: list[Sequence] = []
+        prefilling: list[Sequence] = []
+        for sequence in self.running:
+            (decoding if sequence.is_decoding else prefilling).append(sequence)
         # Prompts get some of every step, however many decode.
         budget = self._max_num_batched_tokens
         if decoding:
