@@ -21,7 +21,7 @@ from tests.integration.split import Split, decode_worker, prefill_worker, start_
 from tests.integration.test_parity import CASES
 from tests.integration.test_worker_process import base_url, metric, post, until_metric
 
-NUM_TOKENS = 64
+NUM_TOKENS = 32
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def text_request(fleet: Fleet, **fields: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("name", ["text_only", "image_and_video", "long_with_image_across_chunks", "image_first"])
+@pytest.mark.parametrize("name", ["text_only", "image_and_video", "long_with_image_across_chunks"])
 async def test_greedy_tokens_equal_transformers(
     each_split: Split, reference: Reference, name: str, transport: str
 ) -> None:

@@ -21,6 +21,7 @@ from llm_worker.models.decoder import TextDecoder
 from tests.integration.test_parity import CASES
 from tests.llm_worker.engine.harness import Request, greedy, request_for, unsent
 from tests.llm_worker.engine.tensor_rows import TensorRows
+from tests.llm_worker.gpu.interpreted import run_few_programs
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from llm_worker.gpu.gpu_runner import GpuRunner
@@ -67,7 +68,9 @@ def hidden_states(decoder: TextDecoder, requests: list[Request], gpu: bool) -> l
 
 
 @torch.inference_mode()
-def test_hidden_states_equal_the_plain_runners(checkpoint_folder: Path) -> None:
+def test_hidden_states_equal_the_plain_runners(checkpoint_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE.type == "cpu":
+        run_few_programs(monkeypatch)
     reference = Reference(checkpoint_folder)
     decoder = build_decoder(open_checkpoint(str(checkpoint_folder)), DEVICE, torch.float32)
     vision = reference.config.vision_config

@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -26,6 +27,7 @@ from llm_worker.models.decoder import TextDecoder
 from llm_worker.tensor_parallel.group import TorchGroup
 from tests.llm_worker.engine.harness import greedy, unsent
 from tests.llm_worker.engine.tensor_rows import TensorRows
+from tests.llm_worker.gpu.interpreted import run_few_programs
 
 SPAN = MediaSpan(0, 2, 12, 0)
 
@@ -72,6 +74,8 @@ def main() -> None:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(rank))
         torch.cuda.set_device(device)
+    else:
+        run_few_programs(pytest.MonkeyPatch())
     group = TorchGroup.join(int(rank), 2, device, Path(store))
     found = {}
     for kind in ("plain", "pieces", "graphs") if device.type == "cuda" else ("plain", "pieces"):
