@@ -28,6 +28,7 @@ from encoder_service.service import EncodeService
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from service_runtime.grpc_server import ServiceServer
 from service_runtime.logs import set_request_id
+from service_runtime.running_calls import RunningCalls
 from service_runtime.traces import metadata_carrier, serving_span
 
 _log = logging.getLogger(__name__)
@@ -54,9 +55,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
         self._metrics = metrics
         self._serving: Serving | None = None
         self._draining = False
-        self._num_encoding = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._running = RunningCalls()
 
     def open(self, serving: Serving) -> None:
         self._serving = serving
@@ -67,7 +66,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
 
     async def idle(self) -> None:
         """Returns when no Encode call is under way."""
-        await self._idle.wait()
+        await self._running.idle()
 
     # Connect and Encode are coroutines that write, not generators: when a peer goes away the cancellation is raised
     # inside them, so that what they hold is given back at once and not when a generator is collected.
@@ -98,7 +97,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
         set_request_id(request.request_id)
         caller = metadata_carrier(context.invocation_metadata())
         try:
-            with self._count_encoding(), serving_span("encode", caller, **{"vitrine.num_items": len(request.items)}):
+            with self._running.one(), serving_span("encode", caller, **{"vitrine.num_items": len(request.items)}):
                 await self._encode(request, context)
             outcome = "ok"
         except Exception as error:
@@ -142,17 +141,6 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
         if self._serving is None:
             raise EncoderUnavailable("the encoder is still loading its model: try again when it is SERVING")
         return self._serving
-
-    @contextmanager
-    def _count_encoding(self) -> Iterator[None]:
-        self._num_encoding += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self._num_encoding -= 1
-            if not self._num_encoding:
-                self._idle.set()
 
 
 class _Replies:

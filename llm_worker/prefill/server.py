@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -25,6 +25,7 @@ from llm_worker.prefill.kv_format import KvFormat, check_format
 from llm_worker.prefill.wire import format_from_proto, format_to_proto, prefilled_to_proto
 from protos.encoder.v1 import encoder_pb2
 from protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
+from service_runtime.running_calls import RunningCalls
 from service_runtime.traces import metadata_carrier, serving_span
 
 _log = logging.getLogger(__name__)
@@ -49,9 +50,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         self._metrics = metrics
         self._prefilling: Prefilling | None = None
         self._draining = False
-        self._num_running = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._running = RunningCalls()
 
     def open(self, prefilling: Prefilling) -> None:
         self._prefilling = prefilling
@@ -66,9 +65,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         deadline = time.monotonic() + timeout_s
         try:
             async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
+                await self._running.idle()
         except TimeoutError:
-            _log.warning("%d prompts still ran after %g s and are cut off", self._num_running, timeout_s)
+            _log.warning("%d prompts still ran after %g s and are cut off", self._running.count, timeout_s)
         if not await exporter.drained(max(0.0, deadline - time.monotonic())):
             _log.warning("%d leases were not released in time", exporter.stats().live_leases)
 
@@ -103,7 +102,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             generation = generation_from_proto(
                 request.request_id, request.prompt, request.sampling, prefilling.served.defaults
             )
-            with self._count_running(), serving_span("prefill", metadata_carrier(context.invocation_metadata())):
+            with self._running.one(), serving_span("prefill", metadata_carrier(context.invocation_metadata())):
                 await self._prefill(generation, request.session_id, prefilling, context)
         except Exception as error:
             await abort(context, error)
@@ -153,14 +152,3 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         if self._prefilling is None:
             raise PrefillUnavailable("the worker is still loading its model: try again when it is SERVING")
         return self._prefilling
-
-    @contextmanager
-    def _count_running(self) -> Iterator[None]:
-        self._num_running += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self._num_running -= 1
-            if not self._num_running:
-                self._idle.set()
