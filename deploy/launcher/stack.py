@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from service_runtime.child_process import Child
 _HOST = "127.0.0.1"
 _POLL_INTERVAL_S = 0.1
 _STOP_GRACE_S = 10.0
+# Unless told otherwise the worker leaves half of a GPU to the encoders beside it.
+_SHARED_GPU = {"VITRINE_LLM_GPU_MEMORY_UTILIZATION": "0.5"}
 
 T = TypeVar("T")
 
@@ -66,7 +69,8 @@ class Stack:
             encoders = ",".join(f"{_HOST}:{first}-{first + dp - 1}" for first in encoder_ports)
             worker = ["llm_worker", "--model", str(model), "--encoders", encoders]
             ports = ["--port", str(http_port), "--grpc-port", str(grpc_port)]
-            children.append(await Child.start("llm", [*worker, *ports, *worker_flags], worker_environment))
+            environment = {**_SHARED_GPU, **os.environ, **(worker_environment or {})}
+            children.append(await Child.start("llm", [*worker, *ports, *worker_flags], environment))
             yield cls(f"http://{_HOST}:{http_port}", f"{_HOST}:{grpc_port}", children)
         finally:
             # The worker first: it gives its leases back while the encoders still listen.
