@@ -171,7 +171,7 @@ async def test_short_of_memory_it_still_answers_alike(qwen3_vl_folder: Path) -> 
     reference = Reference(qwen3_vl_folder)
     prompts = [f"{word} and then some more words" for word in ("apples", "pears", "plums", "cherries")]
     expected = [reference.greedy(reference.inputs(prompt, []), NUM_TOKENS)[0] for prompt in prompts]
-    flags = ["--kv-cache-tokens", "256", "--no-prefix-cache"]
+    flags = ["--kv-cache-tokens", "144", "--no-prefix-cache"]
     with start_split(qwen3_vl_folder, transports=["shm"], decode_flags=flags) as split:
         async with split.decoding.connected() as fleet:
             worker = fleet.worker("shm")
