@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import logging
@@ -34,3 +35,5 @@ def spare_startup_objects() -> None:
     """
     gc.collect()
     gc.freeze()
+    # At the end they are collected as ever: libraries report what is left then as leaks.
+    atexit.register(gc.unfreeze)

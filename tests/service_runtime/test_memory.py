@@ -51,3 +51,17 @@ def test_collections_pass_over_what_was_there_and_still_find_garbage() -> None:
     num_tracked, found = done.stdout.split()
     assert int(num_tracked) < 1_000
     assert found == "True"
+
+
+WITH_A_LIBRARY = """
+import gc, triton
+from service_runtime.memory import spare_startup_objects
+spare_startup_objects()
+assert gc.get_freeze_count() > 10_000
+"""
+
+
+def test_libraries_find_no_leaks_at_the_end() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    ended = subprocess.run([sys.executable, "-c", WITH_A_LIBRARY], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
