@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,31 +12,13 @@ from torch import nn
 from transformers import DynamicCache, Qwen3VLConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
-from benchmarks.towers import draw_weights
-from llm_worker.models.config import TextConfig
+from benchmarks.checkpoints import QWEN3_VL_8B_TEXT, save_qwen3_vl_8b
+from benchmarks.towers import QWEN3_VL_8B, draw_weights
+from embedding_transport.checkpoint import open_checkpoint
+from llm_worker.models.config import text_config
 from llm_worker.models.decoder import TextDecoder
 
-# text_config of Qwen/Qwen3-VL-8B-Instruct.
-QWEN3_VL_8B_TEXT: dict[str, Any] = {
-    "vocab_size": 151936,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 262144,
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 5000000,
-        "mrope_section": [24, 20, 20],
-        "mrope_interleaved": True,
-    },
-}
-NUM_DEEPSTACK = 3
+NUM_DEEPSTACK = len(QWEN3_VL_8B["deepstack_visual_indexes"])
 
 
 def qwen3_vl_8b_decoder(device: torch.device, num_layers: int | None = None) -> TextDecoder:
@@ -42,27 +27,9 @@ def qwen3_vl_8b_decoder(device: torch.device, num_layers: int | None = None) -> 
     Args:
         num_layers: None for all 36.
     """
-    text = QWEN3_VL_8B_TEXT
-    config = TextConfig(
-        model_type="qwen3_vl",
-        vocab_size=text["vocab_size"],
-        hidden_size=text["hidden_size"],
-        intermediate_size=text["intermediate_size"],
-        num_hidden_layers=num_layers or text["num_hidden_layers"],
-        num_attention_heads=text["num_attention_heads"],
-        num_key_value_heads=text["num_key_value_heads"],
-        head_dim=text["head_dim"],
-        rms_norm_eps=text["rms_norm_eps"],
-        rope_theta=text["rope_parameters"]["rope_theta"],
-        mrope_section=tuple(text["rope_parameters"]["mrope_section"]),
-        mrope_interleaved=True,
-        qk_norm=True,
-        qkv_bias=False,
-        tie_word_embeddings=False,
-        max_position_embeddings=text["max_position_embeddings"],
-        num_deepstack=NUM_DEEPSTACK,
-        moe=None,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        config = text_config(open_checkpoint(str(save_qwen3_vl_8b(Path(folder))), load_format="dummy"))
+    config = replace(config, num_hidden_layers=num_layers or config.num_hidden_layers)
     with torch.device("meta"):
         decoder = TextDecoder(config).to(torch.bfloat16)
     decoder.to_empty(device=device)
