@@ -102,9 +102,13 @@ class InputEmbedBuffer:
         Raises:
             LeaseExpired: see EmbeddingRows.copy_to.
         """
-        tokens = slice(landing.start, landing.stop)
-        deepstack = self.deepstack_NMC[:, tokens] if len(self.deepstack_NMC) else None
-        landing.rows.copy_to(self.embeds_MC[tokens], deepstack, landing.first_row)
+        main_TC, deepstack_NTC = self.places(landing.start, landing.stop)
+        landing.rows.copy_to(main_TC, deepstack_NTC, landing.first_row)
+
+    def places(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Where media rows of these tokens go: main embedding, and deepstack rows where the model has any."""
+        tokens = slice(start, stop)
+        return self.embeds_MC[tokens], self.deepstack_NMC[:, tokens] if len(self.deepstack_NMC) else None
 
     def _write_integers(self, chunks: Many[Chunk], starts: list[int]) -> None:
         integers_5M = self.integers.begin()

@@ -80,9 +80,7 @@ class Follower:
         buffer = self._forward_pass.buffer
         shape = (landing.num_rows, self._row_width)
         rows_TW = self._pools[landing.pool].rows(landing.offset, shape, buffer.embeds_MC.dtype)
-        tokens = slice(landing.start, landing.stop)
-        deepstack = buffer.deepstack_NMC[:, tokens] if len(buffer.deepstack_NMC) else None
-        copy_rows(rows_TW, buffer.embeds_MC[tokens], deepstack, landing.first_row)
+        copy_rows(rows_TW, *buffer.places(landing.start, landing.stop), landing.first_row)
 
     def _map(self, payload: bytes) -> None:
         number, error = NUMBER.unpack_from(payload)[0], ""
