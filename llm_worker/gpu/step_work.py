@@ -1,12 +1,11 @@
 """What runs in a step of a given size, over fixed memory, so that it can be captured.
 
-Shapes: M tokens at most, C hidden size, H query heads, D head dim, S slots, K key/value heads.
+Shapes: M tokens at most, C hidden size, H query heads, D head dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
+from typing import NamedTuple
 
 import torch
 
@@ -20,8 +19,13 @@ from llm_worker.models.decoder import TextDecoder
 
 _TOKENS_A_TILE = 16
 
-# Keys and values of one layer, [S, K, D] each.
-_Attend: TypeAlias = Callable[[torch.Tensor, torch.Tensor], None]
+
+class _Part(NamedTuple):
+    """Of a step's tokens, for attention; see `tile_attention`."""
+
+    tiles: Tiles
+    max_tiles: int
+    most_splits: int
 
 
 class StepWork:
@@ -72,29 +76,16 @@ class StepWork:
 
     def decode_step(self, size: int) -> Work:
         """For `size` sequences with a token each, none of it of media."""
-        tables, splits = self.tables, self.decode_splits(size)
-        q_THD, attended_THD = self.q_MHD[:size], self.attended_MHD[:size]
-
-        def attend(k_cache_SKD: torch.Tensor, v_cache_SKD: torch.Tensor) -> None:
-            tile_attention(q_THD, k_cache_SKD, v_cache_SKD, tables, tables.singles, size, splits, attended_THD)
-
-        return self._whole_step(size, attend, media=False)
+        singles = _Part(self.tables.singles, size, self.decode_splits(size))
+        return self._whole_step(size, [singles], media=False)
 
     def short_step(self, size: int, *, media: bool) -> Work:
         """For any sequences that have `size` tokens together."""
-        tables = self.tables
         single_splits, chunk_splits = self.short_splits(size)
         num_singles, num_chunks = min(size, self._max_num_seqs), -(-size // _TOKENS_A_TILE) + self._max_num_seqs
-        q_THD, attended_THD = self.q_MHD[:size], self.attended_MHD[:size]
-
-        def attend(k_cache_SKD: torch.Tensor, v_cache_SKD: torch.Tensor) -> None:
-            for tiles, num_tiles, splits in (
-                (tables.singles, num_singles, single_splits),
-                (tables.chunks, num_chunks, chunk_splits),
-            ):
-                tile_attention(q_THD, k_cache_SKD, v_cache_SKD, tables, tiles, num_tiles, splits, attended_THD)
-
-        return self._whole_step(size, attend, media=media)
+        singles = _Part(self.tables.singles, num_singles, single_splits)
+        chunks = _Part(self.tables.chunks, num_chunks, chunk_splits)
+        return self._whole_step(size, [singles, chunks], media=media)
 
     @property
     def num_pieces(self) -> int:
@@ -125,14 +116,16 @@ class StepWork:
 
         return run
 
-    def _whole_step(self, size: int, attend: _Attend, *, media: bool) -> Work:
+    def _whole_step(self, size: int, parts: list[_Part], *, media: bool) -> Work:
         """All pieces and the attention between them."""
         pieces = [self.piece(index, size, media=media) for index in range(self.num_pieces)]
+        q_THD, attended_THD = self.q_MHD[:size], self.attended_MHD[:size]
 
         def run() -> None:
             pieces[0]()
             for piece, (k_cache, v_cache) in zip(pieces[1:], self._kv_cache.layers, strict=True):
-                attend(k_cache, v_cache)
+                for tiles, max_tiles, most_splits in parts:
+                    tile_attention(q_THD, k_cache, v_cache, self.tables, tiles, max_tiles, most_splits, attended_THD)
                 piece()
 
         return run
