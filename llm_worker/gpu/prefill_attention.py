@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 from itertools import pairwise
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,27 +16,26 @@ import torch.nn.functional as F
 _log = logging.getLogger(__name__)
 
 
+class Bounds(NamedTuple):
+    """Of the sequences among queries and keys.
+
+    cu_queries, cu_keys: [sequences + 1] int32 on the GPU; max_queries, max_keys: of one sequence.
+    """
+
+    cu_queries: torch.Tensor
+    cu_keys: torch.Tensor
+    max_queries: int
+    max_keys: int
+
+
 class CausalVarlen(Protocol):
     """name: as reported."""
 
     name: str
 
-    def __call__(
-        self,
-        q_THD: torch.Tensor,
-        k_LKD: torch.Tensor,
-        v_LKD: torch.Tensor,
-        cu_queries: torch.Tensor,
-        cu_keys: torch.Tensor,
-        max_queries: int,
-        max_keys: int,
-    ) -> torch.Tensor:
+    def __call__(self, q_THD: torch.Tensor, k_LKD: torch.Tensor, v_LKD: torch.Tensor, bounds: Bounds) -> torch.Tensor:
         """Softmax attention, scaled by D ** -0.5; a sequence's last query sees all of its keys, the one before all but
         one, and so on.
-
-        Args:
-            cu_queries, cu_keys: [sequences + 1] int32 on the GPU, bounds.
-            max_queries, max_keys: of one sequence.
 
         Returns:
             [T, H, D].
@@ -55,24 +54,15 @@ class FlashAttention4:
 
         self._attend = flash_attn_varlen_func
 
-    def __call__(
-        self,
-        q_THD: torch.Tensor,
-        k_LKD: torch.Tensor,
-        v_LKD: torch.Tensor,
-        cu_queries: torch.Tensor,
-        cu_keys: torch.Tensor,
-        max_queries: int,
-        max_keys: int,
-    ) -> torch.Tensor:
+    def __call__(self, q_THD: torch.Tensor, k_LKD: torch.Tensor, v_LKD: torch.Tensor, bounds: Bounds) -> torch.Tensor:
         out_THD: torch.Tensor = self._attend(
             q_THD,
             k_LKD,
             v_LKD,
-            cu_seqlens_q=cu_queries,
-            cu_seqlens_k=cu_keys,
-            max_seqlen_q=max_queries,
-            max_seqlen_k=max_keys,
+            cu_seqlens_q=bounds.cu_queries,
+            cu_seqlens_k=bounds.cu_keys,
+            max_seqlen_q=bounds.max_queries,
+            max_seqlen_k=bounds.max_keys,
             causal=True,
         )[0]
         return out_THD
@@ -83,19 +73,9 @@ class TorchVarlen:
 
     name = "torch varlen"
 
-    def __call__(
-        self,
-        q_THD: torch.Tensor,
-        k_LKD: torch.Tensor,
-        v_LKD: torch.Tensor,
-        cu_queries: torch.Tensor,
-        cu_keys: torch.Tensor,
-        max_queries: int,
-        max_keys: int,
-    ) -> torch.Tensor:
-        out_THD: torch.Tensor = torch.ops.aten._flash_attention_forward(
-            q_THD, k_LKD, v_LKD, cu_queries, cu_keys, max_queries, max_keys, 0.0, True, False
-        )[0]
+    def __call__(self, q_THD: torch.Tensor, k_LKD: torch.Tensor, v_LKD: torch.Tensor, bounds: Bounds) -> torch.Tensor:
+        attend = torch.ops.aten._flash_attention_forward
+        out_THD: torch.Tensor = attend(q_THD, k_LKD, v_LKD, *bounds, 0.0, True, False)[0]
         return out_THD
 
 
@@ -104,18 +84,10 @@ class TorchSdpa:
 
     name = "torch sdpa"
 
-    def __call__(
-        self,
-        q_THD: torch.Tensor,
-        k_LKD: torch.Tensor,
-        v_LKD: torch.Tensor,
-        cu_queries: torch.Tensor,
-        cu_keys: torch.Tensor,
-        max_queries: int,
-        max_keys: int,
-    ) -> torch.Tensor:
+    def __call__(self, q_THD: torch.Tensor, k_LKD: torch.Tensor, v_LKD: torch.Tensor, bounds: Bounds) -> torch.Tensor:
         out_THD = torch.empty_like(q_THD)
-        for (q0, q1), (k0, k1) in zip(pairwise(cu_queries.tolist()), pairwise(cu_keys.tolist()), strict=True):
+        queries, keys = pairwise(bounds.cu_queries.tolist()), pairwise(bounds.cu_keys.tolist())
+        for (q0, q1), (k0, k1) in zip(queries, keys, strict=True):
             q, k, v = (part.transpose(0, 1)[None] for part in (q_THD[q0:q1], k_LKD[k0:k1], v_LKD[k0:k1]))
             mask = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool, device=q.device).tril(k1 - k0 - (q1 - q0))
             out_THD[q0:q1] = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)

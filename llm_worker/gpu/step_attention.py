@@ -7,7 +7,7 @@ from itertools import takewhile
 
 import torch
 
-from llm_worker.gpu.prefill_attention import CausalVarlen
+from llm_worker.gpu.prefill_attention import Bounds, CausalVarlen
 from llm_worker.gpu.step_tables import StepTables
 from llm_worker.gpu.tile_attention import tile_attention
 from llm_worker.models.paged_attention import SequenceSlice
@@ -29,9 +29,8 @@ class StepAttention:
             tables.write(decoding, self._splits, None)
         if chunks:
             queries, keys = [chunk.length for chunk in chunks], [chunk.context_length for chunk in chunks]
-            bounds = torch.tensor([[0, *queries], [0, *keys]], dtype=torch.int32).cumsum(1).int().to(device)
-            self._cu_queries, self._cu_keys = bounds.unbind()
-            self._max_queries, self._max_keys = max(queries), max(keys)
+            cumulated = torch.tensor([[0, *queries], [0, *keys]], dtype=torch.int32).cumsum(1).int().to(device)
+            self._bounds = Bounds(cumulated[0], cumulated[1], max(queries), max(keys))
             self._slots_L = torch.cat([chunk.slots for chunk in chunks]).to(device)
         self._has_chunks = bool(chunks)
 
@@ -48,8 +47,5 @@ class StepAttention:
                 q_THD[num_decoding : self._num_tokens],
                 k_cache_SKD.index_select(0, self._slots_L),
                 v_cache_SKD.index_select(0, self._slots_L),
-                self._cu_queries,
-                self._cu_keys,
-                self._max_queries,
-                self._max_keys,
+                self._bounds,
             )
