@@ -28,6 +28,7 @@ from embedding_transport.encoder_rpc import encoder_handlers
 from embedding_transport.exporter import RowExporter
 from embedding_transport.row_peer import TransportChoice
 from embedding_transport.row_source import TensorSource
+from embedding_transport.session_rpc import SessionServicer
 from embedding_transport.shm_pool import ShmPool
 from embedding_transport.types import DTYPES, ItemTimings, MediaItem, ModelIdentity, RowsEvent
 from embedding_transport.wire import describe
@@ -55,11 +56,11 @@ class Cost:
     server_cpu_s_per_gb: float
 
 
-class RowServer(encoder_pb2_grpc.EncoderServicer):
+class RowServer(SessionServicer, encoder_pb2_grpc.EncoderServicer):  # type: ignore[misc]
     """An encoder without a tower: the item's data is the number of rows wanted."""
 
     def __init__(self, exporter: RowExporter) -> None:
-        self._exporter = exporter
+        self._rows_exporter = exporter
         self._rows_TW = torch.randn(SIZES_MIB[-1] * MIB // IDENTITY.row_nbytes, IDENTITY.row_width).to(
             DTYPES[IDENTITY.dtype]
         )
@@ -70,24 +71,19 @@ class RowServer(encoder_pb2_grpc.EncoderServicer):
             processor=encoder_pb2.ProcessorSettings(merge_size=2),
         )
 
-    async def Connect(self, request_iterator, context):  # type: ignore[no-untyped-def, override]
-        async for response in self._exporter.connect(request_iterator):
-            await context.write(response)
-
     async def Encode(self, request, context):  # type: ignore[no-untyped-def, override]
         num_tokens = int(request.items[0].data)
         layout = encoder_pb2.Layout(grid_thw=[1, 2, 2 * num_tokens], num_tokens=num_tokens)
         await context.write(encoder_pb2.EncodeResponse(layout=layout))
         rows = TensorSource(self._rows_TW[:num_tokens])
-        async for response in self._exporter.export(request.session_id, 0, rows, ItemTimings()):
+        async for response in self._rows_exporter.export(request.session_id, 0, rows, ItemTimings()):
             await context.write(response)
 
     async def GetStats(self, request, context):  # type: ignore[no-untyped-def]
         return encoder_pb2.GetStatsResponse()
 
-    async def Release(self, request, context):  # type: ignore[no-untyped-def]
-        num_released, num_unknown = self._exporter.release(request.session_id, request.lease_ids)
-        return encoder_pb2.ReleaseResponse(num_released=num_released, num_unknown=num_unknown)
+    def _exporter(self) -> RowExporter:
+        return self._rows_exporter
 
 
 async def serve(shm_folder: Path, chunk_nbytes: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 
 from embedding_transport.chunk_codec import serialize_response
+from embedding_transport.session_rpc import session_handlers
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 
 SERVICE = encoder_pb2.DESCRIPTOR.services_by_name["Encoder"].full_name
@@ -23,18 +24,9 @@ def encoder_handlers(servicer: encoder_pb2_grpc.EncoderServicer) -> grpc.Generic
             encoder_pb2.DescribeRequest.FromString,
             encoder_pb2.DescribeResponse.SerializeToString,
         ),
-        "Connect": grpc.stream_stream_rpc_method_handler(
-            servicer.Connect,
-            encoder_pb2.ConnectRequest.FromString,
-            encoder_pb2.ConnectResponse.SerializeToString,
-        ),
+        **session_handlers(servicer),
         "Encode": grpc.unary_stream_rpc_method_handler(
             servicer.Encode, encoder_pb2.EncodeRequest.FromString, serialize_response
-        ),
-        "Release": grpc.unary_unary_rpc_method_handler(
-            servicer.Release,
-            encoder_pb2.ReleaseRequest.FromString,
-            encoder_pb2.ReleaseResponse.SerializeToString,
         ),
         "GetStats": grpc.unary_unary_rpc_method_handler(
             servicer.GetStats,

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Self, TypeAlias
@@ -20,6 +20,7 @@ from embedding_transport.errors import EncoderUnavailable, InternalError, Vitrin
 from embedding_transport.exporter import RowExporter
 from embedding_transport.grpc_status import abort
 from embedding_transport.row_source import TensorSource
+from embedding_transport.session_rpc import SessionServicer
 from embedding_transport.types import ItemTimings, Layout
 from embedding_transport.wire import layout_to_proto
 from encoder_service.codec import failed_to_proto, item_from_proto
@@ -35,7 +36,6 @@ _log = logging.getLogger(__name__)
 
 Wire: TypeAlias = encoder_pb2.EncodeResponse | bytes
 EncodeContext: TypeAlias = grpc.aio.ServicerContext[encoder_pb2.EncodeRequest, Wire]
-ConnectContext: TypeAlias = grpc.aio.ServicerContext[encoder_pb2.ConnectRequest, encoder_pb2.ConnectResponse]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Serving:
     stats: Callable[[], encoder_pb2.GetStatsResponse]
 
 
-class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
+class EncoderServicer(SessionServicer, encoder_pb2_grpc.EncoderServicer):  # type: ignore[misc]
     """Answers UNAVAILABLE until `open` is called and, for Encode, after `start_draining`."""
 
     def __init__(self, metrics: EncoderMetrics) -> None:
@@ -68,9 +68,6 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
         """Returns when no Encode call is under way."""
         await self._running.idle()
 
-    # Connect and Encode are coroutines that write, not generators: when a peer goes away the cancellation is raised
-    # inside them, so that what they hold is given back at once and not when a generator is collected.
-
     async def Describe(
         self,
         request: encoder_pb2.DescribeRequest,
@@ -81,15 +78,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
         except VitrineError as error:
             await abort(context, error)
 
-    async def Connect(  # type: ignore[override]
-        self, requests: AsyncIterator[encoder_pb2.ConnectRequest], context: ConnectContext
-    ) -> None:
-        try:
-            async for response in self._loaded().exporter.connect(requests):
-                await context.write(response)
-        except Exception as error:
-            await abort(context, error)
-
+    # A coroutine that writes, too: see SessionServicer.
     async def Encode(  # type: ignore[override]
         self, request: encoder_pb2.EncodeRequest, context: EncodeContext
     ) -> None:
@@ -105,17 +94,6 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
             await abort(context, error)
         finally:
             self._metrics.requests.labels(outcome).inc()
-
-    async def Release(
-        self,
-        request: encoder_pb2.ReleaseRequest,
-        context: grpc.aio.ServicerContext[encoder_pb2.ReleaseRequest, encoder_pb2.ReleaseResponse],
-    ) -> encoder_pb2.ReleaseResponse:
-        try:
-            num_released, num_unknown = self._loaded().exporter.release(request.session_id, request.lease_ids)
-        except VitrineError as error:
-            await abort(context, error)
-        return encoder_pb2.ReleaseResponse(num_released=num_released, num_unknown=num_unknown)
 
     async def GetStats(
         self,
@@ -136,6 +114,9 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
         deadline = math.inf if left_s is None else time.monotonic() + left_s
         with _Replies(context, serving.exporter, request.session_id) as replies:
             await serving.service.encode(items, replies, request.tenant, deadline)
+
+    def _exporter(self) -> RowExporter:
+        return self._loaded().exporter
 
     def _loaded(self) -> Serving:
         if self._serving is None:

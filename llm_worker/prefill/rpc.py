@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 
 from embedding_transport.chunk_codec import serialize_response
-from protos.encoder.v1 import encoder_pb2
+from embedding_transport.session_rpc import session_handlers
 from protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
 
 SERVICE = prefill_pb2.DESCRIPTOR.services_by_name["Prefill"].full_name
@@ -22,18 +22,9 @@ def prefill_handlers(servicer: prefill_pb2_grpc.PrefillServicer) -> grpc.Generic
         "Describe": grpc.unary_unary_rpc_method_handler(
             servicer.Describe, prefill_pb2.DescribeRequest.FromString, prefill_pb2.KvFormat.SerializeToString
         ),
-        "Connect": grpc.stream_stream_rpc_method_handler(
-            servicer.Connect,
-            encoder_pb2.ConnectRequest.FromString,
-            encoder_pb2.ConnectResponse.SerializeToString,
-        ),
+        **session_handlers(servicer),
         "Prefill": grpc.unary_stream_rpc_method_handler(
             servicer.Prefill, prefill_pb2.PrefillRequest.FromString, serialize_response
-        ),
-        "Release": grpc.unary_unary_rpc_method_handler(
-            servicer.Release,
-            encoder_pb2.ReleaseRequest.FromString,
-            encoder_pb2.ReleaseResponse.SerializeToString,
         ),
     }
     return grpc.method_handlers_generic_handler(SERVICE, handlers)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -15,6 +14,7 @@ import grpc
 from embedding_transport.errors import PrefillUnavailable
 from embedding_transport.exporter import RowExporter
 from embedding_transport.grpc_status import abort
+from embedding_transport.session_rpc import SessionServicer
 from embedding_transport.types import ItemTimings
 from embedding_transport.wire import layout_to_proto
 from llm_worker.frontend.events import FirstToken, GenerationRequest, PromptKnown
@@ -23,7 +23,6 @@ from llm_worker.frontend.wire import generation_from_proto
 from llm_worker.metrics import LlmMetrics
 from llm_worker.prefill.kv_format import KvFormat, check_format
 from llm_worker.prefill.wire import format_from_proto, format_to_proto, prefilled_to_proto
-from protos.encoder.v1 import encoder_pb2
 from protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
 from service_runtime.running_calls import RunningCalls
 from service_runtime.traces import metadata_carrier, serving_span
@@ -31,7 +30,6 @@ from service_runtime.traces import metadata_carrier, serving_span
 _log = logging.getLogger(__name__)
 
 PrefillContext: TypeAlias = grpc.aio.ServicerContext[prefill_pb2.PrefillRequest, prefill_pb2.PrefillResponse | bytes]
-ConnectContext: TypeAlias = grpc.aio.ServicerContext[encoder_pb2.ConnectRequest, encoder_pb2.ConnectResponse]
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Prefilling:
     exporter: RowExporter
 
 
-class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
+class PrefillServicer(SessionServicer, prefill_pb2_grpc.PrefillServicer):  # type: ignore[misc]
     """Answers UNAVAILABLE until `open` is called and, for Prefill, once it drains."""
 
     def __init__(self, metrics: LlmMetrics) -> None:
@@ -71,9 +69,6 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         if not await exporter.drained(max(0.0, deadline - time.monotonic())):
             _log.warning("%d leases were not released in time", exporter.stats().live_leases)
 
-    # Connect and Prefill are coroutines that write, not generators: when a peer goes away the cancellation is raised
-    # inside them, so that what they hold is given back at once.
-
     async def Describe(
         self,
         request: prefill_pb2.DescribeRequest,
@@ -84,15 +79,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         except Exception as error:
             await abort(context, error)
 
-    async def Connect(  # type: ignore[override]
-        self, requests: AsyncIterator[encoder_pb2.ConnectRequest], context: ConnectContext
-    ) -> None:
-        try:
-            async for response in self._loaded().exporter.connect(requests):
-                await context.write(response)
-        except Exception as error:
-            await abort(context, error)
-
+    # A coroutine that writes, too: see SessionServicer.
     async def Prefill(self, request: prefill_pb2.PrefillRequest, context: PrefillContext) -> None:  # type: ignore[override]
         try:
             prefilling = self._loaded()
@@ -106,17 +93,6 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
                 await self._prefill(generation, request.session_id, prefilling, context)
         except Exception as error:
             await abort(context, error)
-
-    async def Release(
-        self,
-        request: encoder_pb2.ReleaseRequest,
-        context: grpc.aio.ServicerContext[encoder_pb2.ReleaseRequest, encoder_pb2.ReleaseResponse],
-    ) -> encoder_pb2.ReleaseResponse:
-        try:
-            num_released, num_unknown = self._loaded().exporter.release(request.session_id, request.lease_ids)
-        except Exception as error:
-            await abort(context, error)
-        return encoder_pb2.ReleaseResponse(num_released=num_released, num_unknown=num_unknown)
 
     async def _prefill(
         self, generation: GenerationRequest, session_id: str, prefilling: Prefilling, context: PrefillContext
@@ -147,6 +123,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             # The lease may still be on its way, where nobody takes it.
             exporter.release(session_id, leases)
             raise
+
+    def _exporter(self) -> RowExporter:
+        return self._loaded().exporter
 
     def _loaded(self) -> Prefilling:
         if self._prefilling is None:
