@@ -172,7 +172,7 @@ async def serve(config: EncoderConfig) -> None:
         num_cpus = os.cpu_count() or 1
         service = EncodeService(
             loader,
-            Preprocessor(model.settings, limits, preprocess_device),
+            Preprocessor(model.settings, limits, preprocess_device, DTYPES[model.identity.dtype]),
             batcher,
             cache,
             revision=model.identity.revision,

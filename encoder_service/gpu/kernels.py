@@ -22,7 +22,13 @@ _CHUNKS_A_PROGRAM = 1024
 
 
 def image_patches(
-    pixels_CHW: torch.Tensor, mean_C: torch.Tensor, std_C: torch.Tensor, patch_size: int, merge_size: int, repeats: int
+    pixels_CHW: torch.Tensor,
+    mean_C: torch.Tensor,
+    std_C: torch.Tensor,
+    patch_size: int,
+    merge_size: int,
+    repeats: int,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """Patch rows of one image in merge-block order: rounded to 8 bits, normalized, cut.
 
@@ -32,12 +38,12 @@ def image_patches(
         repeats: how often a row holds the image, as its frames.
 
     Returns:
-        [P, C * repeats * patch_size ** 2], bfloat16; a row runs over channel, frame, y, x.
+        [P, C * repeats * patch_size ** 2], `dtype`; a row runs over channel, frame, y, x.
     """
     channels, height, width = pixels_CHW.shape
     rows, columns = height // patch_size, width // patch_size
     row_width = channels * repeats * patch_size**2
-    out = torch.empty((rows * columns, row_width), dtype=torch.bfloat16, device=pixels_CHW.device)
+    out = torch.empty((rows * columns, row_width), dtype=dtype, device=pixels_CHW.device)
     _image_patches[(len(out),)](
         pixels_CHW, mean_C, std_C, out, *pixels_CHW.stride(), columns,
         PATCH=patch_size, MERGE=merge_size, REPEATS=repeats, WIDTH=row_width, BLOCK=triton.next_power_of_2(row_width),

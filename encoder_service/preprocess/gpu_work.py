@@ -15,9 +15,10 @@ from encoder_service.preprocess.settings import ProcessorSettings
 class GpuWork:
     """Streams and constants of preprocessing on one device. On the CPU there is nothing to arrange."""
 
-    def __init__(self, device: torch.device, settings: ProcessorSettings) -> None:
+    def __init__(self, device: torch.device, settings: ProcessorSettings, dtype: torch.dtype) -> None:
         self.device = device
         self._settings = settings
+        self._dtype = dtype
         self._of_thread = threading.local()
         if device.type == "cuda":
             self._mean, self._std = (
@@ -44,7 +45,7 @@ class GpuWork:
             pixels_CHW: uint8, on the GPU.
 
         Returns:
-            [P, D], bfloat16. Pixels differ from the CPU's by one grey level: weights are not rounded here.
+            [P, D]. Pixels differ from the CPU's by one grey level: weights are not rounded here.
         """
         from encoder_service.gpu.kernels import image_patches  # needs Triton, which comes with torch's CUDA builds only
 
@@ -58,4 +59,5 @@ class GpuWork:
             settings.patch_size,
             settings.merge_size,
             settings.temporal_patch_size,
+            self._dtype,
         )

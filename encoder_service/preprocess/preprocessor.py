@@ -39,8 +39,8 @@ class OpenedMedia(Protocol):
         """Decodes, resizes, normalizes and cuts. Blocking; call once, from any thread.
 
         Returns:
-            [num_patches, 3 * temporal_patch_size * patch_size ** 2], float32 (of an image on a GPU bfloat16), complete,
-            on the preprocessor's device: see `patchify` for the order.
+            [num_patches, 3 * temporal_patch_size * patch_size ** 2], complete, on the preprocessor's device; float32,
+            but an image's on a GPU in the preprocessor's dtype. See `patchify` for the order.
 
         Raises:
             MediaTruncated, NotAnImage, NotAVideo: the pixels turn out to be damaged.
@@ -51,14 +51,21 @@ class OpenedMedia(Protocol):
 class Preprocessor:
     """Prepares media for the vision tower. Thread-safe: several items may be opened and decoded at once."""
 
-    def __init__(self, settings: ProcessorSettings, limits: MediaLimits, device: torch.device = _CPU) -> None:
+    def __init__(
+        self,
+        settings: ProcessorSettings,
+        limits: MediaLimits,
+        device: torch.device = _CPU,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         """
         Args:
             device: where pixels become patches; on a GPU, JPEGs are decoded there, too, if the installation can.
+            dtype: of an image's patches where a GPU makes them.
         """
         self.settings = settings
         self._limits = limits
-        self._work = GpuWork(device, settings)
+        self._work = GpuWork(device, settings, dtype)
 
     def open(self, kind: MediaKind, data: bytes, video_fps: float | None = None) -> OpenedMedia:
         """Reads as much of `data` as the layout needs: an image's header; of a video the index and one frame.

@@ -191,8 +191,9 @@ def test_window_attention(tables: BatchTables) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize(("made", "atol"), [(torch.bfloat16, 0.01), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_image_patches(tmp_path: Path, dtype: torch.dtype, channels_last: bool) -> None:
+def test_image_patches(tmp_path: Path, dtype: torch.dtype, made: torch.dtype, atol: float, channels_last: bool) -> None:
     found = settings(tmp_path, "qwen3_vl", QWEN3_IMAGE | {"patch_size": 4, "temporal_patch_size": 3})
     pixels = torch.randint(0, 256, (3, 16, 24), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     expected = patchify(pixels.expand(3, -1, -1, -1), found)
@@ -203,5 +204,6 @@ def test_image_patches(tmp_path: Path, dtype: torch.dtype, channels_last: bool) 
     if channels_last:
         given = given.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     mean, std = (torch.tensor(values, device=DEVICE) * 255.0 for values in (found.image_mean, found.image_std))
-    patches = kernels.image_patches(given, mean, std, found.patch_size, found.merge_size, found.temporal_patch_size)
-    torch.testing.assert_close(patches.cpu(), expected.to(torch.bfloat16), atol=0.01, rtol=0)
+    sizes = found.patch_size, found.merge_size, found.temporal_patch_size
+    patches = kernels.image_patches(given, mean, std, *sizes, made)
+    torch.testing.assert_close(patches.cpu(), expected.to(made), atol=atol, rtol=0)
