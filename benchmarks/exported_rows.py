@@ -27,7 +27,8 @@ def exported_rows(gpu: int, num_tokens: int, row_width: int) -> Iterator[LeasedR
     assert process.stdin is not None and process.stdout is not None
     try:
         said = json.loads(process.stdout.readline())
-        mapping = CudaIpcMapping(bytes.fromhex(said["handle"]), said["mapped_nbytes"], said["gpu_uuid"])
+        handle = bytes.fromhex(said["handle"])
+        mapping = CudaIpcMapping(handle, said["mapped_nbytes"], said["gpu_uuid"], torch.device("cuda", 0))
         lease = encoder_pb2.Lease(lease_id=_LEASE_ID, **said["lease"])
         rows_TW = mapping.rows(lease.offset, (num_tokens, row_width), torch.bfloat16)
         yield LeasedRows(num_tokens, ItemTimings(), mapping, lease, rows_TW, lambda lease_id: None)

@@ -81,25 +81,28 @@ class CudaIpcPool(ExportPool):
 class CudaIpcMapping(PoolMapping):
     """The readers' side, for one thread at a time. Unmapped once neither it nor a view of its rows is left.
 
+    Whichever GPU holds the pool, the reader's own reads it, and torch takes it for memory of that one: a kernel of ours
+    over there, be it as short as that of a copy, would wait until the owner's process has had its turn.
+
     Args:
         handle: of the pool; nbytes: said to be in it.
-        uuid: of the GPU that holds it.
+        uuid: of the GPU that holds it; device: the GPU that reads it.
 
     Raises:
         TransportUnavailable: this process does not see the exporter's GPU, has the same PID as the exporter, or the
             handle is no good.
     """
 
-    def __init__(self, handle: bytes, nbytes: int, uuid: str) -> None:
+    def __init__(self, handle: bytes, nbytes: int, uuid: str, device: torch.device) -> None:
         super().__init__(nbytes)
         self._handle, self._uuid = handle, uuid
         if len(handle) != _HANDLE_NBYTES:
             raise TransportUnavailable(f"a CUDA IPC handle of {len(handle)} bytes, expected {_HANDLE_NBYTES}")
-        index = _index_of(uuid)
+        _check_visible(uuid)
         runtime = _runtime()
         raw = runtime.cudaIpcMemHandle_t()
         raw.reserved = handle
-        with torch.cuda.device(index):
+        with torch.cuda.device(device):
             torch.cuda.current_stream()  # makes the context
             opened = runtime.cudaIpcOpenMemHandle(raw, runtime.cudaIpcMemLazyEnablePeerAccess)
             pointer = int(_checked(opened, f"opening the pool of GPU {uuid}"))
@@ -107,7 +110,7 @@ class CudaIpcMapping(PoolMapping):
             size = _checked(_driver().cuMemGetAddressRange(pointer), "measuring the pool")
             if int(size) < nbytes:
                 raise TransportUnavailable(f"a pool said to have {nbytes} bytes has {int(size)}")
-            self._memory = _as_tensor(mapped, torch.device("cuda", index))
+            self._memory = _as_tensor(mapped, device)
             self._staged = torch.zeros(PAGE_NBYTES, dtype=torch.uint8, pin_memory=True)
 
     def source(self) -> PoolSource:
@@ -154,11 +157,10 @@ def gpu_uuid(device: torch.device | int) -> str:
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
-def _index_of(uuid: str) -> int:
+def _check_visible(uuid: str) -> None:
     visible = [gpu_uuid(index) for index in range(torch.cuda.device_count())]
     if uuid not in visible:
         raise TransportUnavailable(f"the exporter's GPU {uuid} is not visible here; visible are {visible}")
-    return visible.index(uuid)
 
 
 def _as_tensor(memory: _DeviceMemory, device: torch.device) -> torch.Tensor:

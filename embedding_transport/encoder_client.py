@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
+import torch
 
 from embedding_transport.chunk_codec import parse_response
 from embedding_transport.content_routing import ranked
@@ -55,7 +56,7 @@ class EncoderClient(PeerFleet[EncoderPeer]):
         shm_folder: shared-memory folder, the same as the encoders'.
         connect_timeout_s: for Describe and for the negotiation, each.
         encode_timeout_s: for one request on one encoder.
-        takes_gpu_rows: rows are landed on a GPU, so that "auto" tries CUDA IPC first.
+        gpu: on which rows are landed, if on any: then "auto" tries CUDA IPC first.
         tls: towards encoders; None for none.
     """
 
@@ -68,10 +69,10 @@ class EncoderClient(PeerFleet[EncoderPeer]):
         shm_folder: Path = Path("/dev/shm"),
         connect_timeout_s: float = 5.0,
         encode_timeout_s: float = 300.0,
-        takes_gpu_rows: bool = False,
+        gpu: torch.device | None = None,
         tls: ClientTls | None = None,
     ) -> None:
-        options = ConnectOptions(transport, shm_folder, connect_timeout_s, takes_gpu_rows, tls)
+        options = ConnectOptions(transport, shm_folder, connect_timeout_s, gpu, tls)
         super().__init__(addresses, lambda address: EncoderPeer(address, options, expected))
         self._encode_timeout_s = encode_timeout_s
         self._buffers = HostBufferPool()

@@ -16,7 +16,7 @@ def land_rows(rows_TW: torch.Tensor, first_row: int, main_TC: torch.Tensor, deep
     """Copies rows from `first_row` on, main and deepstack parts in one launch, by the current GPU.
 
     Args:
-        rows_TW: of a whole item, contiguous, on the same GPU.
+        rows_TW: of a whole item, contiguous, on the same GPU or mapped for it (`CudaIpcMapping`).
         main_TC, deepstack_NTC: any stride between rows and layers; no deepstack for a model without.
     """
     num_tokens, hidden = main_TC.shape

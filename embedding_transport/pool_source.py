@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from embedding_transport.cuda_ipc_pool import CudaIpcMapping
 from embedding_transport.pool import PoolMapping, PoolSource
 from embedding_transport.shm_pool import ShmMapping
 
 
-def map_source(source: PoolSource) -> PoolMapping:
+def map_source(source: PoolSource, device: torch.device) -> PoolMapping:
     """
     Args:
         source: of PoolMapping.source.
+        device: that lands its rows.
 
     Raises:
         TransportUnavailable: this process cannot map it.
     """
     nbytes = int(source["nbytes"])
     if "handle" in source:
-        return CudaIpcMapping(bytes.fromhex(str(source["handle"])), nbytes, str(source["uuid"]))
+        return CudaIpcMapping(bytes.fromhex(str(source["handle"])), nbytes, str(source["uuid"]), device)
     return ShmMapping(Path(str(source["folder"])), str(source["name"]), nbytes)

@@ -23,8 +23,7 @@ def copy_rows(rows_TW: torch.Tensor, main_TD: torch.Tensor, deepstack_NTD: torch
     num_rows, hidden = main_TD.shape
     part_TW = rows_TW[first_row : first_row + num_rows]
     assert len(part_TW) == num_rows, f"rows {first_row}..{first_row + num_rows} of {len(rows_TW)}"
-    # Kernels cannot read what another process exports of another GPU: copies between two GPUs can.
-    if main_TD.is_cuda and rows_TW.device == main_TD.device:
+    if rows_TW.is_cuda:
         from embedding_transport.land_rows import land_rows  # needs Triton, which comes with torch's CUDA builds only
 
         with torch.cuda.device(main_TD.device):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar, Generic, Literal, Protocol, TypeVar
 
 import grpc
+import torch
 
 from embedding_transport.cuda_ipc_pool import CudaIpcMapping
 from embedding_transport.errors import TransportUnavailable, VitrineError
@@ -68,14 +69,14 @@ class ConnectOptions:
     transport: "auto" takes the best that works, and counts where it comes down to bytes; others accept nothing else.
     shm_folder: shared-memory folder, the same as the other side's.
     connect_timeout_s: for each step of connecting, seconds.
-    takes_gpu_rows: rows are landed on a GPU; without one "auto" leaves CUDA IPC out.
+    gpu: on which rows are landed, if on any; without one "auto" leaves CUDA IPC out.
     tls: read anew for every connection; None for none.
     """
 
     transport: TransportChoice = "auto"
     shm_folder: Path = Path("/dev/shm")
     connect_timeout_s: float = 5.0
-    takes_gpu_rows: bool = False
+    gpu: torch.device | None = None
     tls: ClientTls | None = None
 
     @property
@@ -84,7 +85,7 @@ class ConnectOptions:
         on_host = ["shm", "grpc"]
         if self.transport != "auto":
             return [self.transport]
-        return ["cuda_ipc", *on_host] if self.takes_gpu_rows else on_host
+        return ["cuda_ipc", *on_host] if self.gpu is not None else on_host
 
 
 class RowPeer(ABC, Generic[DescriptionT]):
@@ -243,8 +244,10 @@ class RowPeer(ABC, Generic[DescriptionT]):
 
     def _map(self, offer: encoder_pb2.Offer) -> tuple[PoolMapping, encoder_pb2.ShmPool | encoder_pb2.CudaIpcPool]:
         if offer.WhichOneof("pool") == "cuda_ipc":
-            pool = offer.cuda_ipc
-            return CudaIpcMapping(pool.handle, pool.nbytes, pool.gpu_uuid), pool
+            pool, gpu = offer.cuda_ipc, self._options.gpu
+            if gpu is None:
+                raise TransportUnavailable("rows come in GPU memory, and there is no GPU here to land them on")
+            return CudaIpcMapping(pool.handle, pool.nbytes, pool.gpu_uuid, gpu), pool
         return ShmMapping(self._options.shm_folder, offer.shm.name, offer.shm.nbytes), offer.shm
 
     async def _release_leases(self, stub: RowStub) -> None:

@@ -179,13 +179,11 @@ def _upstream(
     config: LlmConfig, model: LoadedModel, kv_format: KvFormat, max_model_len: int, metrics: LlmMetrics
 ) -> tuple[Upstream, MakeFeed]:
     """Who works for this worker, and how its requests use them."""
-    takes_gpu_rows, shm_folder = model.decoder.device.type == "cuda", Path(config.shm_folder)
+    gpu, shm_folder = model.decoder.device if model.decoder.device.type == "cuda" else None, Path(config.shm_folder)
     if config.role == "decode":
         workers = PrefillClient(
             kv_format,
-            ConnectOptions(
-                config.transport, shm_folder, config.connect_timeout_s, takes_gpu_rows, config.encoder_tls()
-            ),
+            ConnectOptions(config.transport, shm_folder, config.connect_timeout_s, gpu, config.encoder_tls()),
             merge_size=model.prompt_config.merge_size,
             timeout_s=config.encode_timeout_s,
             max_prompt_tokens=max_model_len,
@@ -200,7 +198,7 @@ def _upstream(
         shm_folder=shm_folder,
         connect_timeout_s=config.connect_timeout_s,
         encode_timeout_s=config.encode_timeout_s,
-        takes_gpu_rows=takes_gpu_rows,
+        gpu=gpu,
         tls=config.encoder_tls(),
     )
     metrics.watch_encoders(encoders.stats)

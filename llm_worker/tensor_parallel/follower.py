@@ -85,7 +85,7 @@ class Follower:
     def _map(self, payload: bytes) -> None:
         number, error = NUMBER.unpack_from(payload)[0], ""
         try:
-            self._pools[number] = map_source(json.loads(payload[NUMBER.size :]))
+            self._pools[number] = map_source(json.loads(payload[NUMBER.size :]), self._forward_pass.decoder.device)
         except TransportUnavailable as reason:
             error = str(reason)
         self._channel.send(Kind.MAPPED, error.encode())

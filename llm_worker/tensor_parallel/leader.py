@@ -115,7 +115,7 @@ class LeadingForwardPass(ForwardPass):
         """Chunks whose leases have ended since rank 0 has landed their rows: others may have come too late."""
         lost: dict[Chunk, Exception] = {}
         if self.buffer.landed and self.decoder.device.type == "cuda":
-            # A pool may lie on another GPU, and is read there without waiting for ours.
+            # A pool in shared memory is read without waiting for a GPU.
             torch.cuda.current_stream(self.decoder.device).synchronize()
         for chunk, landings in self.buffer.landed.items():
             # A video has many landings.

@@ -24,24 +24,26 @@ READER = """
 import sys, torch
 from embedding_transport.cuda_ipc_pool import CudaIpcMapping
 from embedding_transport.errors import LeaseExpired
+from embedding_transport.received_rows import copy_rows
 handle, nbytes, uuid, device = bytes.fromhex(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-mapping = CudaIpcMapping(handle, nbytes, uuid)
+mapping = CudaIpcMapping(handle, nbytes, uuid, torch.device(device))
 print(mapping.read(0, 32).hex(), flush=True)
 for line in sys.stdin:
     offset, lease_id, generation, length, tokens, width = map(int, line.split())
     rows = mapping.rows(offset, (tokens, width), torch.bfloat16)
     landed = torch.zeros((tokens, width), dtype=torch.bfloat16, device=device)
+    deepstack = torch.zeros((1, tokens, width // 2), dtype=torch.bfloat16, device=device)
     try:
         mapping.check(offset, lease_id, generation, length)
-        landed.copy_(rows)
+        copy_rows(rows, landed[:, : width // 2], deepstack, 0)
         mapping.check(offset, lease_id, generation, length)
-        print(landed.float().sum().item(), flush=True)
+        print((landed.float().sum() + deepstack.float().sum()).item(), flush=True)
     except LeaseExpired:
         print("expired", flush=True)
 """
 
 
-def reader(pool: object, *, device: str = "cuda", wrapper: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+def reader(pool: object, *, device: str = "cuda:0", wrapper: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     arguments = [pool.handle.hex(), str(pool.mapped_nbytes), pool.gpu_uuid, device]  # type: ignore[attr-defined]
     return subprocess.Popen(
         [*wrapper, sys.executable, "-c", READER, *arguments],
@@ -162,19 +164,20 @@ def test_lies_are_refused(pool: object) -> None:
     from embedding_transport.cuda_ipc_pool import CudaIpcMapping
 
     handle, nbytes, uuid = pool.handle, pool.mapped_nbytes, pool.gpu_uuid  # type: ignore[attr-defined]
+    device = torch.device("cuda", 0)
     with pytest.raises(TransportUnavailable, match="not visible"):
-        CudaIpcMapping(handle, nbytes, "GPU-0")
+        CudaIpcMapping(handle, nbytes, "GPU-0", device)
     with pytest.raises(TransportUnavailable, match="64"):
-        CudaIpcMapping(handle[:60], nbytes, uuid)
+        CudaIpcMapping(handle[:60], nbytes, uuid, device)
     with pytest.raises(TransportUnavailable):
-        CudaIpcMapping(bytes(64), nbytes, uuid)
+        CudaIpcMapping(bytes(64), nbytes, uuid, device)
     with pytest.raises(TransportUnavailable):  # a process cannot open what it exports itself
-        CudaIpcMapping(handle, nbytes, uuid)
+        CudaIpcMapping(handle, nbytes, uuid, device)
 
 
 def test_a_length_that_is_too_large_is_refused(pool: object) -> None:
-    script = READER.split("mapping =")[0] + "CudaIpcMapping(handle, nbytes * 1000, uuid)"
-    arguments = [pool.handle.hex(), str(pool.mapped_nbytes), pool.gpu_uuid, "cuda"]  # type: ignore[attr-defined]
+    script = READER.split("mapping =")[0] + "CudaIpcMapping(handle, nbytes * 1000, uuid, torch.device(device))"
+    arguments = [pool.handle.hex(), str(pool.mapped_nbytes), pool.gpu_uuid, "cuda:0"]  # type: ignore[attr-defined]
     ran = subprocess.run(
         [sys.executable, "-c", script, *arguments],
         capture_output=True,

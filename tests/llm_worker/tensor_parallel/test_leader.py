@@ -66,7 +66,7 @@ def answer_map(theirs: Channel, error: str = "") -> list[PoolMapping]:
 
     def answer() -> None:
         payload = theirs.expect(Kind.MAP)
-        found.append(map_source(json.loads(payload[NUMBER.size :])))
+        found.append(map_source(json.loads(payload[NUMBER.size :]), torch.device("cpu")))
         theirs.send(Kind.MAPPED, error.encode())
 
     threading.Thread(target=answer).start()
