@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -38,6 +37,7 @@ from encoder_service.preprocess.settings import ProcessorSettings
 from encoder_service.server import EncoderServer, EncoderServicer, Serving
 from encoder_service.service import EncodeService
 from service_runtime.memory import spare_startup_objects
+from service_runtime.threads import take_short_turns
 
 if TYPE_CHECKING:
     from encoder_service.gpu.graphs import GpuTower
@@ -47,8 +47,6 @@ _log = logging.getLogger(__name__)
 _STOP_GRACE_S = 0.5
 # Where the GPU does the work, more threads only contend for the interpreter.
 _GPU_PREPROCESS_THREADS = 8
-# The event loop gets the interpreter back from threads after so long, seconds; Python's default of 5 ms adds up.
-_SWITCH_INTERVAL_S = 0.0005
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ async def serve(config: EncoderConfig) -> None:
         TransportUnavailable: no room for a pool.
         ValueError: the media folder does not exist.
     """
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    take_short_turns()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -183,11 +183,11 @@ class Engine:
                     if missing := sequence.missing_items():
                         sequence.request_rows(missing)
                     sequence.ask_for_kv()
-                self.outbox.send()
+                if not (chunks and self._forward_pass.only_starts):
+                    self.outbox.send()
                 landed = self._land_kv()
                 if chunks:
                     self._step(chunks)
-                self.outbox.send()
                 if chunks or landed:
                     self._run_calls()
                 else:
@@ -294,6 +294,8 @@ class Engine:
         try:
             with torch.inference_mode():
                 output = self._forward_pass(chunks)
+                # What the step before made is told while the GPU computes: listeners would delay what starts its work.
+                self.outbox.send()
                 next_tokens = self._sample(output)
         except Exception as error:
             _log.exception("a step of %d sequences failed", len(chunks))

@@ -31,7 +31,10 @@ class StepOutput:
 
 
 class ForwardPass:
-    """A decoder, or one rank's part of it, with its KV cache and input buffers. Not thread-safe: one step at a time."""
+    """A decoder, or one rank's part of it, with its KV cache and input buffers. Not thread-safe: one step at a time.
+
+    only_starts: a step is computed while its logits are on their way back already, as on a GPU.
+    """
 
     def __init__(self, decoder: TextDecoder, config: EngineConfig, make_runner: MakeRunner = plain_runner) -> None:
         """
@@ -39,6 +42,7 @@ class ForwardPass:
             make_runner: what runs the decoder over buffers and cache.
         """
         self.decoder = decoder
+        self.only_starts = decoder.device.type == "cuda"
         self.kv_cache = KvCache(decoder.config, config.num_blocks, config.block_size, decoder.device, decoder.dtype)
         self.buffer = InputEmbedBuffer(decoder, config.max_num_batched_tokens)
         self._run_decoder = make_runner(decoder, self.kv_cache, self.buffer)

@@ -23,7 +23,7 @@ class CudaGraphs:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pool: Any = torch.cuda.graph_pool_handle()
-        self._free_before = torch.cuda.mem_get_info(device)[0]
+        self._free_before = _free_nbytes(device)
 
     def __call__(self, work: Work) -> Work:
         work()  # compiles kernels and makes communicators, which a capture must not
@@ -37,4 +37,9 @@ class CudaGraphs:
 
     @property
     def nbytes(self) -> int:
-        return self._free_before - torch.cuda.mem_get_info(self._device)[0]
+        return self._free_before - _free_nbytes(self._device)
+
+
+def _free_nbytes(device: torch.device) -> int:
+    torch.cuda.empty_cache()  # as every capture does, and what comes free by it is no graph's
+    return torch.cuda.mem_get_info(device)[0]
