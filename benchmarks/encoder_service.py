@@ -1,7 +1,7 @@
 """What a whole encoder delivers: JPEG bytes in over gRPC, rows landed in another process's buffers.
 
 `python -m benchmarks.encoder_service` starts a real encoder of Qwen3-VL-8B's dims with dummy weights and asks it with
-many requests in flight; this process plays the worker. It prints a Markdown table.
+many requests in flight; client processes play workers. It prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -12,23 +12,16 @@ import re
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import product
 from pathlib import Path
 
-import torch
-
 from benchmarks.checkpoints import save_qwen3_vl_8b
-from benchmarks.pictures import random_jpegs
-from embedding_transport.encoder_client import EncoderClient
+from benchmarks.encoder_load import Load, LoadClient
 from embedding_transport.row_peer import TransportChoice
-from embedding_transport.types import MediaItem, RowsEvent
 
 _SIZES = ((560, 560), (1920, 1080))
-_WARM_UP = 64
-_NUM_PICTURES = 16  # asked in turn, each time with another comment in its file
-_NUM_DEEPSTACK, _HIDDEN = 3, 4096
 _POOL_NBYTES = 6 << 30
 _PORT = 50151  # of the first of several encoders
 _MAX_QUEUED_PATCHES = 1 << 20
@@ -40,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--in-flight", nargs="+", type=int, default=[1, 64], help="requests; default: %(default)s")
     parser.add_argument("--transports", nargs="+", default=["cuda_ipc", "grpc"], help="default: %(default)s")
     parser.add_argument("--dp", type=int, default=1, help="encoders, one a GPU; default: %(default)s")
+    parser.add_argument("--clients", type=int, help="processes that ask; default: two an encoder")
     parser.add_argument("--encoder-flags", nargs="*", default=[], help="more flags for the encoder, without dashes")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
@@ -51,92 +45,36 @@ async def _measure(checkpoint: Path, options: argparse.Namespace) -> None:
     times = "request, ms, p50 / p99 | delivery, ms, p50 / p99 | preprocess, queue, forward, ms"
     print(f"| size | transport | in flight | img/s | MB/s | {times} |")
     print("|---|---|---|---|---|---|---|---|")
-    async with _encoders(checkpoint, options.dp, [f"--{flag}" for flag in options.encoder_flags]) as addresses:
-        for transport in options.transports:
-            client = EncoderClient(addresses, None, transport=transport, takes_gpu_rows=True)
-            await client.start()
-            for size in _SIZES:
-                for in_flight in options.in_flight:
-                    num_requests = options.requests if in_flight > 1 else options.requests // 8
-                    print(await _row(client, transport, size, num_requests, in_flight), flush=True)
-            await client.close()
+    async with AsyncExitStack() as stack:
+        flags = [f"--{flag}" for flag in options.encoder_flags]
+        addresses = await stack.enter_async_context(_encoders(checkpoint, options.dp, flags))
+        num_clients = options.clients or 2 * options.dp
+        clients = [await stack.enter_async_context(LoadClient.started(addresses, seed)) for seed in range(num_clients)]
+        for transport, size, in_flight in product(options.transports, _SIZES, options.in_flight):
+            num_requests = options.requests if in_flight > 1 else options.requests // 8
+            print(await _row(clients, transport, size, num_requests, in_flight), flush=True)
 
 
 async def _row(
-    client: EncoderClient, transport: TransportChoice, size: tuple[int, int], num_requests: int, in_flight: int
+    clients: list[LoadClient], transport: TransportChoice, size: tuple[int, int], num_requests: int, in_flight: int
 ) -> str:
-    pictures = random_jpegs(_NUM_PICTURES, size)
-    landing = _Landing()
-    await _ask_all(client, pictures, landing, _WARM_UP, in_flight)
-    landing.clear()
-    start = time.perf_counter()
-    await _ask_all(client, pictures, landing, num_requests, in_flight)
-    seconds = time.perf_counter() - start
-    request, delivery = _percentiles(landing.request_ms), _percentiles(landing.delivery_ms)
-    stages = ", ".join(f"{statistics.median(times):.1f}" for times in zip(*landing.stages_ms, strict=True))
-    rate, mb_per_s = num_requests / seconds, landing.nbytes / seconds / 1e6
-    figures = f"{rate:.1f} | {mb_per_s:.0f} | {request} | {delivery} | {stages}"
+    asking = clients[: min(len(clients), in_flight)]
+    load = Load(transport, *size, num_requests // len(asking), in_flight // len(asking))
+    await asyncio.gather(*(client.warm_up(load) for client in asking))
+    all_measured = await asyncio.gather(*(client.measure() for client in asking))
+    seconds = max(each.stop for each in all_measured) - min(each.start for each in all_measured)
+    request_ms = [time for each in all_measured for time in each.request_ms]
+    delivery_ms = [time for each in all_measured for time in each.delivery_ms]
+    all_stages_ms = [times for each in all_measured for times in each.stages_ms]
+    stages = ", ".join(f"{statistics.median(times):.1f}" for times in zip(*all_stages_ms, strict=True))
+    rate, mb_per_s = len(request_ms) / seconds, sum(each.nbytes for each in all_measured) / seconds / 1e6
+    figures = f"{rate:.1f} | {mb_per_s:.0f} | {_percentiles(request_ms)} | {_percentiles(delivery_ms)} | {stages}"
     return f"| {size[0]}x{size[1]} | {transport} | {in_flight} | {figures} |"
 
 
 def _percentiles(times_ms: list[float]) -> str:
     ordered = sorted(times_ms)
     return f"{statistics.median(ordered):.2f} / {ordered[int(0.99 * len(ordered))]:.2f}"
-
-
-async def _ask_all(
-    client: EncoderClient, pictures: list[bytes], landing: _Landing, num_requests: int, in_flight: int
-) -> None:
-    room = asyncio.Semaphore(in_flight)
-
-    async def ask(index: int) -> None:
-        async with room:
-            # Equal items in flight would be encoded once.
-            item = MediaItem("image", data=_with_comment(pictures[index % len(pictures)], index))
-            asked = time.perf_counter()
-            async with aclosing(client.encode([item], str(index))) as events:
-                async for event in events:
-                    if isinstance(event, RowsEvent):
-                        landing.land(event, asked)
-
-    await asyncio.gather(*(ask(index) for index in range(num_requests)))
-
-
-def _with_comment(jpeg: bytes, number: int) -> bytes:
-    """The same picture in another file: a comment segment of 8 bytes behind the start marker."""
-    return jpeg[:2] + b"\xff\xfe\x00\x0a" + number.to_bytes(8, "big") + jpeg[2:]
-
-
-class _Landing:
-    """A worker's input buffers, and what was measured on the way into them.
-
-    Delivery is what either side spends on complete rows: a message's way between them is in the whole request only.
-    """
-
-    def __init__(self) -> None:
-        # Where there are two GPUs, the worker has one of its own.
-        device = f"cuda:{torch.cuda.device_count() - 1}" if torch.cuda.is_available() else "cpu"
-        self._main = torch.empty((8192, _HIDDEN), dtype=torch.bfloat16, device=device)
-        self._deepstack = torch.empty((_NUM_DEEPSTACK, 8192, _HIDDEN), dtype=torch.bfloat16, device=device)
-        self.clear()
-
-    def clear(self) -> None:
-        self.request_ms: list[float] = []
-        self.delivery_ms: list[float] = []
-        self.stages_ms: list[tuple[float, float, float]] = []
-        self.nbytes = 0
-
-    def land(self, event: RowsEvent, asked: float) -> None:
-        rows, timings = event.rows, event.rows.timings
-        start = time.perf_counter()
-        rows.copy_to(self._main[: rows.num_tokens], self._deepstack[:, : rows.num_tokens], 0)
-        rows.release()
-        landed = time.perf_counter()
-        land_ms = (landed - start) * 1000
-        self.request_ms.append((landed - asked) * 1000)
-        self.delivery_ms.append(timings.export_ms + timings.ship_ms + land_ms)
-        self.stages_ms.append((timings.preprocess_ms, timings.queue_ms, timings.forward_ms))
-        self.nbytes += rows.num_tokens * (1 + _NUM_DEEPSTACK) * _HIDDEN * 2
 
 
 @asynccontextmanager

@@ -1,0 +1,187 @@
+"""One client of encoders, which plays the worker: sends JPEGs, lands the rows in its own buffers, tells how it went.
+
+`benchmarks.encoder_service` starts several of these, and has them begin at the same time. For each `Load` on stdin, as
+a line of JSON, one prints a line once it is warm, begins when it gets an empty line, and prints what it `Measured`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from benchmarks.pictures import random_jpegs
+from embedding_transport.encoder_client import EncoderClient
+from embedding_transport.row_peer import TransportChoice
+from embedding_transport.types import MediaItem, RowsEvent
+
+_WARM_UP = 64
+_NUM_PICTURES = 16  # asked in turn, each time with another comment in its file
+_NUM_DEEPSTACK, _HIDDEN = 3, 4096
+_MAX_TOKENS = 8192
+_WARM = "warm"
+_LINE_LIMIT_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Load:
+    """requests: in all; width, height: of the pictures, pixels."""
+
+    transport: TransportChoice
+    width: int
+    height: int
+    requests: int
+    in_flight: int
+
+
+class LoadClient:
+    """A client process. Make it with `started`."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdin is not None and process.stdout is not None
+        self._process, self._to, self._from = process, process.stdin, process.stdout
+
+    @classmethod
+    @asynccontextmanager
+    async def started(cls, addresses: Sequence[str], seed: int) -> AsyncIterator[LoadClient]:
+        """
+        Args:
+            seed: different for each client, and so are their pictures.
+        """
+        command = [sys.executable, "-m", "benchmarks.encoder_load", "--seed", str(seed), "--addresses", *addresses]
+        pipe = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=_LINE_LIMIT_BYTES)
+        try:
+            yield cls(process)
+        finally:
+            process.terminate()
+            await process.wait()
+
+    async def warm_up(self, load: Load) -> None:
+        """
+        Raises:
+            RuntimeError: the client ended.
+        """
+        await self._say(json.dumps(dataclasses.asdict(load)))
+        await self._hear()
+
+    async def measure(self) -> Measured:
+        """
+        Raises:
+            RuntimeError: the client ended.
+        """
+        await self._say("")
+        return Measured(**json.loads(await self._hear()))
+
+    async def _say(self, line: str) -> None:
+        self._to.write(f"{line}\n".encode())
+        await self._to.drain()
+
+    async def _hear(self) -> str:
+        if line := await self._from.readline():
+            return line.decode()
+        raise RuntimeError("a client ended before it had measured: see above")
+
+
+@dataclass
+class Measured:
+    """start, stop: on the host's monotonic clock, s. Delivery is what either side spends on complete rows: a message's
+    way between them is in the whole request only. stages_ms: preprocess, queue, forward."""
+
+    start: float = 0.0
+    stop: float = 0.0
+    nbytes: int = 0
+    request_ms: list[float] = field(default_factory=list)
+    delivery_ms: list[float] = field(default_factory=list)
+    stages_ms: list[tuple[float, float, float]] = field(default_factory=list)
+
+
+class _Landing:
+    """A worker's input buffers."""
+
+    def __init__(self) -> None:
+        # Where there are several GPUs, the worker has one of its own.
+        self.gpu = torch.device("cuda", torch.cuda.device_count() - 1) if torch.cuda.is_available() else None
+        self._main = torch.empty((_MAX_TOKENS, _HIDDEN), dtype=torch.bfloat16, device=self.gpu)
+        self._deepstack = torch.empty((_NUM_DEEPSTACK, _MAX_TOKENS, _HIDDEN), dtype=torch.bfloat16, device=self.gpu)
+
+    def land(self, event: RowsEvent, asked: float, measured: Measured) -> None:
+        rows, timings = event.rows, event.rows.timings
+        start = time.perf_counter()
+        rows.copy_to(self._main[: rows.num_tokens], self._deepstack[:, : rows.num_tokens], 0)
+        rows.release()
+        landed = time.perf_counter()
+        land_ms = (landed - start) * 1000
+        measured.request_ms.append((landed - asked) * 1000)
+        measured.delivery_ms.append(timings.export_ms + timings.ship_ms + land_ms)
+        measured.stages_ms.append((timings.preprocess_ms, timings.queue_ms, timings.forward_ms))
+        measured.nbytes += rows.num_tokens * (1 + _NUM_DEEPSTACK) * _HIDDEN * 2
+
+
+async def _serve(addresses: list[str], seed: int) -> None:
+    landing = _Landing()
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        await _measure(addresses, seed, Load(**json.loads(line)), landing)
+
+
+async def _measure(addresses: list[str], seed: int, load: Load, landing: _Landing) -> None:
+    pictures = random_jpegs(_NUM_PICTURES, (load.width, load.height), seed)
+    client = EncoderClient(addresses, None, transport=load.transport, gpu=landing.gpu)
+    await client.start()
+    await _ask_all(client, pictures, landing, Measured(), _WARM_UP, load.in_flight)
+    print(_WARM, flush=True)
+    await asyncio.to_thread(sys.stdin.readline)
+    measured = Measured(start=time.monotonic())
+    await _ask_all(client, pictures, landing, measured, load.requests, load.in_flight)
+    measured.stop = time.monotonic()
+    await client.close()
+    print(json.dumps(dataclasses.asdict(measured)), flush=True)
+
+
+async def _ask_all(
+    client: EncoderClient,
+    pictures: list[bytes],
+    landing: _Landing,
+    measured: Measured,
+    num_requests: int,
+    in_flight: int,
+) -> None:
+    room = asyncio.Semaphore(in_flight)
+
+    async def ask(index: int) -> None:
+        async with room:
+            # Equal items in flight would be encoded once.
+            item = MediaItem("image", data=_with_comment(pictures[index % len(pictures)], index))
+            asked = time.perf_counter()
+            async with aclosing(client.encode([item], str(index))) as events:
+                async for event in events:
+                    if isinstance(event, RowsEvent):
+                        landing.land(event, asked, measured)
+
+    await asyncio.gather(*(ask(index) for index in range(num_requests)))
+
+
+def _with_comment(jpeg: bytes, number: int) -> bytes:
+    """The same picture in another file: a comment segment of 8 bytes behind the start marker."""
+    return jpeg[:2] + b"\xff\xfe\x00\x0a" + number.to_bytes(8, "big") + jpeg[2:]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--addresses", nargs="+", required=True, help="of the encoders")
+    parser.add_argument("--seed", type=int, required=True, help="different for each client, and so are their pictures")
+    options = parser.parse_args(arguments)
+    asyncio.run(_serve(options.addresses, options.seed))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
