@@ -6,10 +6,15 @@ Positions need no place in it: those of equal tokens and media behind equal ones
 from __future__ import annotations
 
 import hashlib
+import struct
 from array import array
+from collections import deque
 from collections.abc import Sequence
 
 from llm_worker.engine.request import ExpandedPrompt
+
+# Where in the block rows of an item begin, and with which of them.
+_PLACE = struct.Struct("<qq")
 
 
 def extend_prefix_hashes(
@@ -22,16 +27,23 @@ def extend_prefix_hashes(
         token_ids: the prompt's and those generated since; `num_blocks` blocks of them at least.
         prompt: None while only its text in front of the first media item is known.
     """
-    for block in range(len(hashes), num_blocks):
-        start, stop = block * block_size, (block + 1) * block_size
-        digest = hashlib.sha256(hashes[-1] if hashes else b"")
-        digest.update(array("q", token_ids[start:stop]).tobytes())
-        if prompt is not None:
-            for span in prompt.spans_in(start, stop):
-                content_hash = prompt.content_hashes[span.item_index] if prompt.content_hashes else b""
-                if not content_hash:
-                    return
-                first = max(span.start, start)
-                digest.update(content_hash)
-                digest.update(array("q", (first - start, span.first_row + first - span.start)).tobytes())
-        hashes.append(digest.digest())
+    first, stop = len(hashes) * block_size, num_blocks * block_size
+    tokens = array("q", token_ids[first:stop]).tobytes()
+    nbytes = 8 * block_size
+    # In order: of a video's hundreds only the next ones are looked at for a block.
+    spans = deque(prompt.spans_in(first, stop) if prompt is not None else ())
+    previous = hashes[-1] if hashes else b""
+    for number, start in enumerate(range(first, stop, block_size)):
+        media = b""
+        while spans and spans[0].stop <= start:
+            spans.popleft()
+        for span in spans:
+            if span.start >= start + block_size:
+                break
+            content_hash = prompt.content_hashes[span.item_index] if prompt and prompt.content_hashes else b""
+            if not content_hash:
+                return
+            begin = max(span.start, start)
+            media += content_hash + _PLACE.pack(begin - start, span.first_row + begin - span.start)
+        previous = hashlib.sha256(previous + tokens[number * nbytes : (number + 1) * nbytes] + media).digest()
+        hashes.append(previous)
