@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from llm_worker.engine.config import EngineConfig
+from llm_worker.engine.host_twin import HostTwin
 from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
 from llm_worker.engine.kv_cache import KvCache
 from llm_worker.engine.runner import MakeRunner, plain_runner
@@ -45,6 +46,7 @@ class ForwardPass:
         self.only_starts = decoder.device.type == "cuda"
         self.kv_cache = KvCache(decoder.config, config.num_blocks, config.block_size, decoder.device, decoder.dtype)
         self.buffer = InputEmbedBuffer(decoder, config.max_num_batched_tokens)
+        self._sampled_rows = HostTwin((config.max_num_seqs,), torch.int64, decoder.device)
         self._run_decoder = make_runner(decoder, self.kv_cache, self.buffer)
 
     def __call__(self, chunks: Many[Chunk]) -> StepOutput:
@@ -64,5 +66,8 @@ class ForwardPass:
         hidden_TC = self._run_decoder(inputs)
         if not rows:
             return hidden_TC.new_empty((0, self.decoder.config.vocab_size))
-        all_decode = rows == list(range(len(rows)))  # and need no gathering
-        return self.decoder.logits(hidden_TC[: len(rows)] if all_decode else hidden_TC[rows])
+        if rows == list(range(len(rows))):  # all decode, and need no gathering
+            return self.decoder.logits(hidden_TC[: len(rows)])
+        self._sampled_rows.begin()[: len(rows)] = rows
+        self._sampled_rows.send()
+        return self.decoder.logits(hidden_TC.index_select(0, self._sampled_rows.tensor[: len(rows)]))

@@ -21,6 +21,9 @@ from llm_worker.prompt.expand import expand_prompt
 from llm_worker.prompt.placeholders import PlaceholderPlan
 from llm_worker.prompt.tokenizer import PromptTokenizer
 
+# Tokens in front of the first media item that are worth a step of their own, which the media may have to wait for.
+_MIN_HEAD_START = 64
+
 
 @dataclass(frozen=True)
 class PromptContext:
@@ -70,7 +73,8 @@ class PromptFeed(ABC):
         """
         # Without media the whole prompt follows at once: a head start would only race with it, and how the prompt
         # is cut into chunks shows in the last bits of the logits.
-        prefix = plan.token_ids[: plan.num_prefix_tokens] if self.request.media else []
+        has_head_start = self.request.media and plan.num_prefix_tokens >= _MIN_HEAD_START
+        prefix = plan.token_ids[: plan.num_prefix_tokens] if has_head_start else []
         handle = self._submit(prefix, keep_kv)
         self._begun.set_result((plan, handle))
         return handle

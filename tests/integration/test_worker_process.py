@@ -98,13 +98,13 @@ async def test_a_client_that_goes_away_frees_everything(small_fleet: Fleet) -> N
     await until_metric(worker, "vitrine_llm_kv_blocks_used", 0)
 
 
+@pytest.mark.parametrize(("prefix", "ahead"), [(80, 79), (40, 0)], ids=["long enough", "not worth a step"])
 async def test_text_before_an_image_is_prefilled_while_the_image_is_on_its_way(
-    small_fleet: Fleet, media_server: MediaServer
+    small_fleet: Fleet, media_server: MediaServer, prefix: int, ahead: int
 ) -> None:
     worker = small_fleet.worker_processes["shm"]
     computed = 'vitrine_llm_computed_tokens_total{phase="prefill"}'
     before = await metric(worker, computed)
-    prefix = 40
     body = {
         "model": small_fleet.folder.name,
         "prompt": [1] * prefix + [IMAGE_ID, 2, 3],
@@ -112,8 +112,9 @@ async def test_text_before_an_image_is_prefilled_while_the_image_is_on_its_way(
         "max_tokens": 1,
     }
     asking = asyncio.create_task(post(worker, "/v1/completions", body))
-    await until_metric(worker, computed, before + prefix - 1)
-    assert not asking.done()
+    await until_metric(worker, computed, before + ahead)
+    await asyncio.sleep(0.1)
+    assert not asking.done() and await metric(worker, computed) == before + ahead
     media_server.files["/hangs.png"] = picture(1, 64, 64).data
     media_server.released.set()
     status, answer, _ = await asking
