@@ -183,6 +183,7 @@ def _landing_row(worker: _Worker, gpu: int) -> str:
         def land() -> None:
             rows.copy_to(buffer.embeds_MC[:_LANDED_TOKENS], buffer.deepstack_NMC[:, :_LANDED_TOKENS], 0)
             torch.cuda.synchronize()
+            rows.check()
 
         ms = _median_ms(land, _REPEATS)
         gb = rows.rows_TW.nbytes / 1e9

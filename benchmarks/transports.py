@@ -124,6 +124,7 @@ async def measure(client: EncoderClient, server_pid: int, size_mib: int) -> Cost
         async for event in client.encode([item], "benchmark"):
             if isinstance(event, RowsEvent):
                 event.rows.copy_to(main_TD, deepstack_NTD, 0)
+                event.rows.check()
                 event.rows.release()
         return time.perf_counter() - start
 

@@ -112,6 +112,8 @@ class CudaIpcMapping(PoolMapping):
                 raise TransportUnavailable(f"a pool said to have {nbytes} bytes has {int(size)}")
             self._memory = _as_tensor(mapped, device)
             self._staged = torch.zeros(PAGE_NBYTES, dtype=torch.uint8, pin_memory=True)
+            # Of its own: nothing here may wait for steps of the model.
+            self._stream = torch.cuda.Stream()
 
     def source(self) -> PoolSource:
         return {"handle": self._handle.hex(), "nbytes": self.nbytes, "uuid": self._uuid}
@@ -119,9 +121,9 @@ class CudaIpcMapping(PoolMapping):
     def _bytes(self, offset: int, nbytes: int) -> bytes:
         if nbytes > PAGE_NBYTES:
             raise TransportUnavailable(f"{nbytes} bytes at once of a pool in GPU memory: at most {PAGE_NBYTES}")
-        # On the current stream, so behind every copy of rows that was launched before.
-        self._staged[:nbytes].copy_(self._memory[offset : offset + nbytes], non_blocking=True)
-        torch.cuda.current_stream(self._memory.device).synchronize()
+        with torch.cuda.stream(self._stream):
+            self._staged[:nbytes].copy_(self._memory[offset : offset + nbytes], non_blocking=True)
+        self._stream.synchronize()
         return self._staged[:nbytes].numpy().tobytes()
 
     def _view(self, offset: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:

@@ -166,7 +166,7 @@ class PoolMapping(ABC):
         return self._view(offset, shape, dtype)
 
     def check(self, offset: int, lease_id: int, generation: int, nbytes: int) -> None:
-        """Compares the block's header with the lease, after everything that reads its rows so far has done so.
+        """Compares the block's header with the lease: if they agree, whatever was read of the rows so far is right.
 
         Raises:
             LeaseExpired: the owner has taken the block back.

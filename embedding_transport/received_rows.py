@@ -48,8 +48,6 @@ class LeasedRows:
 
     def copy_to(self, main_TD: torch.Tensor, deepstack_NTD: torch.Tensor | None, first_row: int) -> None:
         copy_rows(self.rows_TW, main_TD, deepstack_NTD, first_row)
-        # Afterwards: the block may have been taken back, and used anew, before or while it was copied.
-        self.check()
 
     def check(self) -> None:
         self.mapping.check(self.lease.offset, self.lease.lease_id, self.lease.generation, self.lease.nbytes)

@@ -120,23 +120,22 @@ class EmbeddingRows(Protocol):
     timings: ItemTimings
 
     def copy_to(self, main_TD: torch.Tensor, deepstack_NTD: torch.Tensor | None, first_row: int) -> None:
-        """Copies rows [first_row, first_row + T) into the caller's buffers.
+        """Copies rows [first_row, first_row + T) into the caller's buffers; on a GPU only launched.
+
+        What was copied counts if `check` passes when the copy is through.
 
         Args:
             main_TD: destination of the main embedding, [T, out_hidden_size], any strides over T.
             deepstack_NTD: destination of the deepstack layers, [num_deepstack, T, out_hidden_size], or None.
             first_row: first row of this item to copy.
-
-        Raises:
-            LeaseExpired: the encoder reclaimed the memory before or while it was copied.
         """
         ...
 
     def check(self) -> None:
-        """For who has others copy the rows, too, after they have: whatever was copied so far is right.
+        """Whatever was copied so far is right; to be called when all copies, also those of a GPU, are through.
 
         Raises:
-            LeaseExpired: the encoder has reclaimed the memory.
+            LeaseExpired: the encoder reclaimed the memory, before, while or after it was copied.
         """
         ...
 

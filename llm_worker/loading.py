@@ -15,7 +15,7 @@ from embedding_transport.types import DTYPES, ModelIdentity
 from llm_worker.config import LlmConfig
 from llm_worker.engine.config import EngineConfig
 from llm_worker.engine.kv_memory import kv_tokens_that_fit
-from llm_worker.engine.runner import MakeRunner, plain_runner
+from llm_worker.engine.runner import MakeRunner, PlainRunner
 from llm_worker.frontend.sampling_defaults import SamplingDefaults
 from llm_worker.models import build_decoder
 from llm_worker.models.decoder import TextDecoder
@@ -120,7 +120,7 @@ def choose_runner(
         on_progress: called with the number of graphs that are captured, and of all.
     """
     if decoder.device.type != "cuda":
-        return plain_runner
+        return PlainRunner
     from llm_worker.gpu.gpu_runner import GpuRunner  # needs Triton, which comes with torch's CUDA builds only
     from llm_worker.gpu.prefill_attention import causal_attention
 

@@ -52,6 +52,15 @@ class EngineStats:
     num_preempted: int
 
 
+@dataclass(frozen=True)
+class _Step:
+    """That has started, with the chunks that are being computed, on `begin` of the clock."""
+
+    chunks: list[Chunk]
+    output: StepOutput
+    begin: float
+
+
 class Engine:
     """Runs the model for many requests. Everything below `call` runs on the engine's own thread."""
 
@@ -176,6 +185,7 @@ class Engine:
                 self.outbox.send()
 
     def _run(self) -> None:
+        step: _Step | None = None  # that has started and is to be followed before it is through
         try:
             while not self._closing:
                 chunks = self._scheduler.schedule()
@@ -185,10 +195,19 @@ class Engine:
                     sequence.ask_for_kv()
                 if not (chunks and self._forward_pass.only_starts):
                     self.outbox.send()
-                landed = self._land_kv()
-                if chunks:
-                    self._step(chunks)
-                if chunks or landed:
+                landed = step is None and self._land_kv()
+                following = self._start(chunks) if chunks else None
+                # What the step before made is told while the GPU computes: listeners would delay what starts its work.
+                self.outbox.send()
+                if step is not None:
+                    self._finish(step)
+                    self.outbox.send()
+                had_work = bool(chunks or landed or step)
+                step = following
+                if step is not None and not (self._can_be_followed(step) and self._forward_pass.until_nearly_done()):
+                    self._finish(step)
+                    step = None
+                if had_work:
                     self._run_calls()
                 else:
                     self._calls.get()()
@@ -284,40 +303,81 @@ class Engine:
         except Exception as error:
             self._landing_failed(chunk, error)
             return True
+        self._scheduler.started(chunk)
         self._scheduler.computed(chunk)
         sequence.release_kv()
         sequence.land_s += time.perf_counter() - begin
         return True
 
-    def _step(self, chunks: list[Chunk]) -> None:
-        start = time.perf_counter()
+    def _start(self, chunks: list[Chunk]) -> _Step | None:
+        """None where it failed."""
+        begin = time.perf_counter()
         try:
             with torch.inference_mode():
                 output = self._forward_pass(chunks)
-                # What the step before made is told while the GPU computes: listeners would delay what starts its work.
-                self.outbox.send()
-                next_tokens = self._sample(output)
         except Exception as error:
-            _log.exception("a step of %d sequences failed", len(chunks))
-            for chunk in chunks:
-                self.on_fail(chunk.sequence, InternalError(f"the step failed: {type(error).__name__}"))
+            self._step_failed(chunks, error)
+            return None
+        for chunk in chunks:
+            if chunk in output.failed:
+                self._landing_failed(chunk, output.failed[chunk])
+            else:
+                self._scheduler.started(chunk)
+        return _Step([chunk for chunk in chunks if chunk not in output.failed], output, begin)
+
+    def _can_be_followed(self, step: _Step) -> bool:
+        """Whether what comes next does not depend on the tokens that it makes."""
+        return all(chunk.sequence.ends_with_next_token for chunk in step.output.sampling)
+
+    def _finish(self, step: _Step) -> None:
+        """Waits for its result, and takes it in as far as it still counts."""
+        output = step.output
+        try:
+            output.wait()
+            lost = self._lost(output)
+            sampling = [chunk for chunk in output.sampling if chunk.counts and chunk not in lost]
+            with torch.inference_mode(), self._forward_pass.beside_the_next_step():
+                next_tokens = self._sample(output, sampling)
+        except Exception as error:
+            self._step_failed([chunk for chunk in step.chunks if chunk.counts], error)
             return
-        self._account([chunk for chunk in chunks if chunk not in output.failed], time.perf_counter() - start)
-        for chunk, reason in output.failed.items():
+        computed = [chunk for chunk in step.chunks if chunk.counts and chunk not in lost]
+        self._account(computed, time.perf_counter() - step.begin)
+        for chunk, reason in lost.items():
             self._landing_failed(chunk, reason)
-        for chunk, next_token in zip(output.sampling, next_tokens, strict=True):
+        for chunk, next_token in zip(sampling, next_tokens, strict=True):
             self._emit(chunk.sequence, next_token)
 
-    def _sample(self, output: StepOutput) -> list[NextToken]:
-        """The next tokens of chunks that end at their sequence's last token."""
-        if not output.sampling:
+    def _lost(self, output: StepOutput) -> dict[Chunk, Exception]:
+        """Chunks whose media rows were taken back before, or while, they were landed."""
+        lost: dict[Chunk, Exception] = {}
+        for chunk, all_rows in output.landed.items():
+            try:
+                for rows in all_rows if chunk.counts else ():
+                    rows.check()
+            except Exception as error:  # of one request, and nothing to the others
+                lost[chunk] = error
+        return lost
+
+    def _sample(self, output: StepOutput, chunks: list[Chunk]) -> list[NextToken]:
+        """The next tokens of these chunks, which end at their sequence's last token."""
+        if not chunks:
             return []
-        sequences = [chunk.sequence for chunk in output.sampling]
-        return sample(output.logits_BV, [each.sampling for each in sequences], [each.generator for each in sequences])
+        logits_BV = output.logits_BV
+        if chunks != output.sampling:
+            logits_BV = logits_BV[[output.sampling.index(chunk) for chunk in chunks]]
+        sequences = [chunk.sequence for chunk in chunks]
+        return sample(logits_BV, [each.sampling for each in sequences], [each.generator for each in sequences])
+
+    def _step_failed(self, chunks: list[Chunk], error: Exception) -> None:
+        _log.error("a step of %d sequences failed", len(chunks), exc_info=error)
+        for chunk in chunks:
+            self.on_fail(chunk.sequence, InternalError(f"the step failed: {type(error).__name__}"))
 
     def _landing_failed(self, chunk: Chunk, error: Exception) -> None:
         """The chunk does not count. Rows that were lost on the way are asked for again, else the request fails."""
         sequence = chunk.sequence
+        sequence.go_back(chunk.start)
         if isinstance(error, LeaseExpired) and sequence.num_lost_rows < _MAX_LOST_ROWS:
             _log.warning("request %s: %s", sequence.request_id, error)
             sequence.num_lost_rows += 1
@@ -335,11 +395,11 @@ class Engine:
         self._num_steps += 1
         for chunk in chunks:
             sequence = chunk.sequence
-            if sequence.is_decoding:
-                self._num_decode_tokens += chunk.length
-            else:
+            if chunk.is_prompt:
                 self._num_prefill_tokens += chunk.length
                 sequence.prefill_s += duration_s
+            else:
+                self._num_decode_tokens += chunk.length
             self._scheduler.computed(chunk)
             if sequence.rows and sequence.prompt is not None:
                 sequence.release_landed_rows()

@@ -6,29 +6,40 @@ Shapes: B rows to sample from, C hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
+from embedding_transport.types import EmbeddingRows
 from llm_worker.engine.config import EngineConfig
 from llm_worker.engine.host_twin import HostTwin
 from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
 from llm_worker.engine.kv_cache import KvCache
-from llm_worker.engine.runner import MakeRunner, plain_runner
+from llm_worker.engine.runner import MakeRunner, PlainRunner
 from llm_worker.engine.scheduler import Chunk
 from llm_worker.models.decoder import StepInputs, TextDecoder
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """logits_BV: in the model's dtype, one row for each chunk of `sampling`.
+    """Of a step that has started; a GPU may still be computing it.
 
-    failed: chunks whose media rows could not be landed, with the reason: what was computed for them does not count.
+    logits_BV: in the model's dtype, one row for each chunk of `sampling`.
+    landed: media rows in the step, by chunk. They must pass their check when it is computed.
+    failed: chunks whose media rows could not be landed, with the reason: what is computed for them does not count.
     """
 
     sampling: list[Chunk]
     logits_BV: torch.Tensor
+    landed: dict[Chunk, list[EmbeddingRows]]
     failed: dict[Chunk, Exception]
+    _computed: torch.cuda.Event | None
+
+    def wait(self) -> None:
+        """Until it is computed."""
+        if self._computed is not None:
+            self._computed.synchronize()
 
 
 class ForwardPass:
@@ -37,7 +48,7 @@ class ForwardPass:
     only_starts: a step is computed while its logits are on their way back already, as on a GPU.
     """
 
-    def __init__(self, decoder: TextDecoder, config: EngineConfig, make_runner: MakeRunner = plain_runner) -> None:
+    def __init__(self, decoder: TextDecoder, config: EngineConfig, make_runner: MakeRunner = PlainRunner) -> None:
         """
         Args:
             make_runner: what runs the decoder over buffers and cache.
@@ -48,9 +59,11 @@ class ForwardPass:
         self.buffer = InputEmbedBuffer(decoder, config.max_num_batched_tokens)
         self._sampled_rows = HostTwin((config.max_num_seqs,), torch.int64, decoder.device)
         self._run_decoder = make_runner(decoder, self.kv_cache, self.buffer)
+        # Of high priority: what is small does not wait for all of a step.
+        self._beside = torch.cuda.Stream(decoder.device, priority=-1) if self.only_starts else None
 
     def __call__(self, chunks: Many[Chunk]) -> StepOutput:
-        """Runs a step of these chunks; their KV is in the cache afterwards."""
+        """Starts a step of these chunks; their KV is in the cache afterwards."""
         inputs, failed = self.buffer.write(chunks)
         last_rows = {
             chunk: slice_.start + slice_.length - 1
@@ -58,8 +71,14 @@ class ForwardPass:
             if chunk.samples and chunk not in failed
         }
         logits_BV = self.run(inputs, list(last_rows.values()))
+        # A video has many landings.
+        landed = {
+            chunk: list({id(each.rows): each.rows for each in landings}.values())
+            for chunk, landings in self.buffer.landed.items()
+        }
         self.buffer.landed = {}  # or it would hold on to encoders' memory until the next step
-        return StepOutput(list(last_rows), logits_BV, failed)
+        computed = torch.cuda.current_stream(self.decoder.device).record_event() if self.only_starts else None
+        return StepOutput(list(last_rows), logits_BV, landed, failed, computed)
 
     def run(self, inputs: StepInputs, rows: list[int]) -> torch.Tensor:
         """Logits of these rows of the step, [B, V] in the model's dtype."""
@@ -71,3 +90,11 @@ class ForwardPass:
         self._sampled_rows.begin()[: len(rows)] = rows
         self._sampled_rows.send()
         return self.decoder.logits(hidden_TC.index_select(0, self._sampled_rows.tensor[: len(rows)]))
+
+    def until_nearly_done(self) -> bool:
+        """See `Runner.until_nearly_done`."""
+        return self._run_decoder.until_nearly_done()
+
+    def beside_the_next_step(self) -> AbstractContextManager[object]:
+        """Within it, a GPU does what is launched while a step that has started goes on."""
+        return torch.cuda.stream(self._beside) if self._beside is not None else nullcontext()

@@ -97,11 +97,7 @@ class InputEmbedBuffer:
         )
 
     def land(self, landing: Landing) -> None:
-        """Copies the rows to their tokens.
-
-        Raises:
-            LeaseExpired: see EmbeddingRows.copy_to.
-        """
+        """Copies the rows to their tokens; see EmbeddingRows.copy_to."""
         main_TC, deepstack_NTC = self.places(landing.start, landing.stop)
         landing.rows.copy_to(main_TC, deepstack_NTC, landing.first_row)
 

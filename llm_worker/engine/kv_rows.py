@@ -66,6 +66,9 @@ def land_kv(rows: EmbeddingRows, first_row: int, layers_L2SKD: torch.Tensor, slo
         rows.copy_to(staged_TW, None, first_row + part.start)
         kv_L2TKD = staged_TW.view(-1, layers, two, heads, head_dim).permute(1, 2, 0, 3, 4)
         layers_L2SKD.index_copy_(2, slots.to(layers_L2SKD.device), kv_L2TKD)
+    if layers_L2SKD.is_cuda:
+        torch.cuda.current_stream(layers_L2SKD.device).synchronize()
+    rows.check()
 
 
 def _parts(slots_T: torch.Tensor) -> list[tuple[slice, torch.Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 
@@ -11,11 +11,29 @@ from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
 from llm_worker.engine.kv_cache import KvCache
 from llm_worker.models.decoder import StepInputs, TextDecoder
 
-# A step's inputs to hidden states after the last norm, [T, C], which are valid until the next step.
-Runner: TypeAlias = Callable[[StepInputs], torch.Tensor]
+
+class Runner(Protocol):
+    def __call__(self, inputs: StepInputs) -> torch.Tensor:
+        """Hidden states after the last norm, [T, C]; valid until the next step."""
+        ...
+
+    def until_nearly_done(self) -> bool:
+        """Waits until the last step is about to end, and another one should follow it; False if that cannot be told."""
+        ...
+
+
 MakeRunner: TypeAlias = Callable[[TextDecoder, KvCache, InputEmbedBuffer], Runner]
 
 
-def plain_runner(decoder: TextDecoder, kv_cache: KvCache, buffer: InputEmbedBuffer) -> Runner:
+class PlainRunner:
     """The decoder as it is."""
-    return lambda inputs: decoder(inputs, kv_cache.layers)
+
+    def __init__(self, decoder: TextDecoder, kv_cache: KvCache, buffer: InputEmbedBuffer) -> None:
+        self._decoder, self._layers = decoder, kv_cache.layers
+
+    def __call__(self, inputs: StepInputs) -> torch.Tensor:
+        hidden_TC: torch.Tensor = self._decoder(inputs, self._layers)
+        return hidden_TC
+
+    def until_nearly_done(self) -> bool:
+        return False

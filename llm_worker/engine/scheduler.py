@@ -23,16 +23,30 @@ from llm_worker.engine.sequence import Sequence
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Tokens [start, stop) of a sequence run in this step; `samples` where they end at its last token."""
+    """Tokens [start, stop) of a sequence run in this step; `samples` where they end at its last token.
+
+    attempt: of the sequence, when the chunk was made.
+    """
 
     sequence: Sequence
     start: int
     stop: int
     samples: bool
+    attempt: int = 0
 
     @property
     def length(self) -> int:
         return self.stop - self.start
+
+    @property
+    def is_prompt(self) -> bool:
+        """Of what was there before anything was generated."""
+        return self.sequence.prompt is None or self.start < self.sequence.num_prompt_tokens
+
+    @property
+    def counts(self) -> bool:
+        """Whether its sequence still runs and has not lost what the chunk builds on."""
+        return not self.sequence.finished and self.attempt == self.sequence.attempt
 
 
 class Scheduler:
@@ -115,7 +129,8 @@ class Scheduler:
         decoding: list[Sequence] = []
         prefilling: list[Sequence] = []
         for sequence in self.running:
-            (decoding if sequence.is_decoding else prefilling).append(sequence)
+            if sequence.num_runnable > sequence.num_computed:
+                (decoding if sequence.is_decoding else prefilling).append(sequence)
         # Prompts get some of every step, however many decode.
         budget = self._max_num_batched_tokens
         if decoding:
@@ -128,14 +143,18 @@ class Scheduler:
             stop = min(sequence.num_runnable, start + budget)
             if stop > start:
                 samples = sequence.prompt is not None and stop == len(sequence.token_ids)
-                chunks.append(Chunk(sequence, start, stop, samples))
+                chunks.append(Chunk(sequence, start, stop, samples, sequence.attempt))
                 budget -= stop - start
         return chunks
+
+    def started(self, chunk: Chunk) -> None:
+        """The chunk is being computed: later ones of its sequence can follow."""
+        chunk.sequence.num_computed = chunk.stop
 
     def computed(self, chunk: Chunk) -> None:
         """The chunk has run, or its KV was landed; its full blocks can be used by others from now on."""
         sequence, block_size = chunk.sequence, self._kv_cache.block_size
-        sequence.num_computed = chunk.stop
+        sequence.num_settled = chunk.stop
         first, stop = chunk.start // block_size, chunk.stop // block_size
         if self._prefix_cache and stop > first:
             for index, content_hash in enumerate(sequence.hashes(block_size, stop)[first:], first):
@@ -199,6 +218,7 @@ class Scheduler:
     def _use(self, sequence: Sequence, matched: list[int]) -> None:
         num_cached = len(matched) * self._kv_cache.block_size
         sequence.num_computed = max(sequence.num_computed, num_cached)
+        sequence.num_settled = max(sequence.num_settled, num_cached)
         # What a preempted sequence finds is mostly its own.
         if num_cached > sequence.num_cached and not sequence.preempted:
             self.num_cached_tokens += num_cached - sequence.num_cached

@@ -24,7 +24,8 @@ class Sequence:
     """Owned by the engine's thread.
 
     token_ids: the text in front of the first media item, then the whole prompt, then what was generated.
-    num_computed: tokens whose KV is in the cache.
+    num_computed: tokens whose KV is in the cache, or will be when the steps that have started are through.
+    num_settled: of them, those whose steps are through. attempt: how often what was computed was lost.
     matched: what the cache knows of this prompt was looked up. num_cached: tokens of the prompt that it had at first.
     preempted: it was computed before, and lost it.
     coming: media items whose rows somebody is about to hand over; request_rows asks for others.
@@ -44,6 +45,8 @@ class Sequence:
     rows: dict[int, EmbeddingRows] = field(default_factory=dict)
     blocks: BlockTable = field(default_factory=BlockTable)
     num_computed: int = 0
+    num_settled: int = 0
+    attempt: int = 0
     max_total_tokens: int = 0
     matched: bool = False
     num_cached: int = 0
@@ -148,16 +151,27 @@ class Sequence:
         assert self.prompt is not None
         return self.prompt.next_position + index - self.num_prompt_tokens
 
+    @property
+    def ends_with_next_token(self) -> bool:
+        """Whatever that is."""
+        return self.prompt is not None and len(self.token_ids) + 1 >= self.max_total_tokens
+
+    def go_back(self, num_tokens: int) -> None:
+        """Everything behind these tokens is lost, also what steps that have started make of it."""
+        self.attempt += 1
+        self.num_computed = min(self.num_computed, num_tokens)
+        self.num_settled = min(self.num_settled, num_tokens)
+
     def give_up(self) -> None:
         """What was computed is lost; media rows that are still here can be used again."""
-        self.num_computed = 0
+        self.go_back(0)
         self.matched = False
         self.preempted = True
 
     def release_landed_rows(self) -> None:
         """Releases the rows of every item whose last row is in the cache, and those of KV that is."""
         assert self.prompt is not None
-        self.release_rows(self.rows.keys() - self.prompt.items_from(self.num_computed))
+        self.release_rows(self.rows.keys() - self.prompt.items_from(self.num_settled))
         if self.is_decoding:
             self.release_kv()
 

@@ -25,6 +25,8 @@ _log = logging.getLogger(__name__)
 # Up to here launches take longer than what they launch: attention is in the graph, too. Above, its own kernels for
 # long prompts are worth their launches.
 _MAX_SHORT_STEP = 512
+# Of a long step: what they take is enough to prepare the next one in.
+_LAST_LAYERS = 4
 
 
 class GpuRunner:
@@ -53,6 +55,8 @@ class GpuRunner:
         self._work = StepWork(decoder, kv_cache, buffer, max_num_seqs, max_model_len, max_short_step)
         self._kv_cache, self._causal, self._device = kv_cache, causal, decoder.device
         self._max_num_seqs = max_num_seqs
+        # Of the last step, if that was a long one.
+        self._nearly_done: torch.cuda.Event | None = None
         self._decode: dict[int, Work] = {}
         # Without and with media.
         self._short: dict[int, dict[bool, Work]] = {}
@@ -69,6 +73,7 @@ class GpuRunner:
         """Hidden states after the last norm, [T, C]; valid until the next step."""
         num_tokens, sequences, work = len(inputs.slot_mapping_T), inputs.sequences, self._work
         has_media = inputs.deepstack_NTC is not None
+        self._nearly_done = None
         if num_tokens == len(sequences) and num_tokens <= self._max_num_seqs and not has_media:
             size = smallest(self._decode, num_tokens)
             work.tables.write(sequences, work.decode_splits(size), None)
@@ -81,10 +86,18 @@ class GpuRunner:
             pieces = self._long[smallest(self._long, num_tokens)][has_media]
             attention = StepAttention(sequences, work.tables, self._causal, self._device)
             pieces[0]()
-            for piece, (k_cache, v_cache) in zip(pieces[1:], self._kv_cache.layers, strict=True):
+            for index, (piece, (k_cache, v_cache)) in enumerate(zip(pieces[1:], self._kv_cache.layers, strict=True)):
                 attention(work.q_MHD, k_cache, v_cache, work.attended_MHD)
                 piece()
+                if index == len(pieces) - 2 - _LAST_LAYERS and self._device.type == "cuda":
+                    self._nearly_done = torch.cuda.current_stream(self._device).record_event()
         return work.hidden_MC[:num_tokens]
+
+    def until_nearly_done(self) -> bool:
+        if self._nearly_done is None:
+            return False
+        self._nearly_done.synchronize()
+        return True
 
     def _capture_all(
         self, capture: Capture, max_tokens: int, max_short_step: int, on_progress: Callable[[int, int], None]

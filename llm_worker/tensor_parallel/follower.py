@@ -76,7 +76,7 @@ class Follower:
         self._forward_pass.run(inputs, step.sampled_rows)
 
     def _land(self, landing: PoolLanding) -> None:
-        """Rank 0 has checked the lease, and checks it again when all have read from it."""
+        """Rank 0 checks the lease when all have read from it."""
         buffer = self._forward_pass.buffer
         shape = (landing.num_rows, self._row_width)
         rows_TW = self._pools[landing.pool].rows(landing.offset, shape, buffer.embeds_MC.dtype)

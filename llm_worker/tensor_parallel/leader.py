@@ -12,13 +12,11 @@ from collections.abc import Sequence as Many
 
 import torch
 
-from embedding_transport.errors import LeaseExpired
 from embedding_transport.received_rows import LeasedRows
 from llm_worker.engine.config import EngineConfig
-from llm_worker.engine.forward_pass import ForwardPass, StepOutput
+from llm_worker.engine.forward_pass import ForwardPass
 from llm_worker.engine.input_embed_buffer import Landing
 from llm_worker.engine.runner import MakeRunner
-from llm_worker.engine.scheduler import Chunk
 from llm_worker.models.decoder import StepInputs, TextDecoder
 from llm_worker.tensor_parallel.channel import Channel, Kind
 from llm_worker.tensor_parallel.group import TorchGroup
@@ -54,29 +52,18 @@ class LeadingForwardPass(ForwardPass):
         self._group, self._channels, self._on_failure = group, channels, on_failure
         self._pools = SharedPools(channels)
         self._encoder = StepEncoder()
-        self._lost: dict[Chunk, Exception] = {}
         self._in_lockstep = True
-
-    def __call__(self, chunks: Many[Chunk]) -> StepOutput:
-        output = super().__call__(chunks)
-        if not self._lost:
-            return output
-        kept = [index for index, chunk in enumerate(output.sampling) if chunk not in self._lost]
-        sampling = [output.sampling[index] for index in kept]
-        return StepOutput(sampling, output.logits_BV[kept], {**output.failed, **self._lost})
 
     def run(self, inputs: StepInputs, rows: list[int]) -> torch.Tensor:
         if not self._in_lockstep:
             raise RuntimeError("ranks may be at different steps since one has failed: the worker is about to end")
         try:
             self._tell(inputs, rows)
-            logits_BV = super().run(inputs, rows)
-            self._lost = self._check_leases()
+            return super().run(inputs, rows)
         except Exception as error:
             self._in_lockstep = False
             self._on_failure(error)
             raise
-        return logits_BV
 
     def _tell(self, inputs: StepInputs, rows: list[int]) -> None:
         num_tokens = len(inputs.slot_mapping_T)
@@ -110,18 +97,3 @@ class LeadingForwardPass(ForwardPass):
         if not isinstance(rows, LeasedRows) or number is None:
             return None
         return PoolLanding(number, rows.lease.offset, rows.num_tokens, landing.first_row, landing.start, landing.stop)
-
-    def _check_leases(self) -> dict[Chunk, Exception]:
-        """Chunks whose leases have ended since rank 0 has landed their rows: others may have come too late."""
-        lost: dict[Chunk, Exception] = {}
-        if self.buffer.landed and self.decoder.device.type == "cuda":
-            # A pool in shared memory is read without waiting for a GPU.
-            torch.cuda.current_stream(self.decoder.device).synchronize()
-        for chunk, landings in self.buffer.landed.items():
-            # A video has many landings.
-            for rows in {id(landing.rows): landing.rows for landing in landings}.values():
-                try:
-                    rows.check()
-                except LeaseExpired as error:
-                    lost[chunk] = error
-        return lost

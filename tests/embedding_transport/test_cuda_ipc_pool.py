@@ -36,6 +36,7 @@ for line in sys.stdin:
     try:
         mapping.check(offset, lease_id, generation, length)
         copy_rows(rows, landed[:, : width // 2], deepstack, 0)
+        torch.cuda.synchronize(device)
         mapping.check(offset, lease_id, generation, length)
         print((landed.float().sum() + deepstack.float().sum()).item(), flush=True)
     except LeaseExpired:

@@ -46,6 +46,7 @@ def landed(event: RowsEvent, identity: ModelIdentity) -> torch.Tensor:
     split = num_tokens // 3
     event.rows.copy_to(main[:split], deepstack[:, :split], 0)
     event.rows.copy_to(main[split:], deepstack[:, split:], split)
+    event.rows.check()
     return torch.cat([main, *deepstack], dim=1)
 
 

@@ -17,6 +17,7 @@ from llm_worker.engine.engine import Engine
 from llm_worker.engine.forward_pass import ForwardPass
 from llm_worker.engine.request import ExpandedPrompt, MediaSpan, SamplingParams, TokenOutput
 from llm_worker.engine.request_handle import RequestHandle
+from llm_worker.engine.runner import MakeRunner, PlainRunner
 from llm_worker.models import build_decoder
 from tests.llm_worker.engine.tensor_rows import TensorRows
 
@@ -69,10 +70,10 @@ def _spans(kinds: list[int], rows: list[TensorRows]) -> Iterator[MediaSpan]:
 
 
 @contextmanager
-def running_engine(folder: Path, **config: int) -> Iterator[Engine]:
+def running_engine(folder: Path, make_runner: MakeRunner = PlainRunner, **config: int) -> Iterator[Engine]:
     decoder = build_decoder(open_checkpoint(str(folder)), torch.device("cpu"), torch.float32)
     limits = EngineConfig(**{"num_blocks": 64, "block_size": 8, "max_model_len": 512, **config})
-    engine = Engine(ForwardPass(decoder, limits), limits)
+    engine = Engine(ForwardPass(decoder, limits, make_runner), limits)
     engine.start()
     try:
         yield engine

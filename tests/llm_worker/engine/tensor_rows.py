@@ -8,7 +8,7 @@ from embedding_transport.types import ItemTimings
 
 
 class TensorRows:
-    """[num_tokens, row_width]; `error` is raised by copy_to where set."""
+    """[num_tokens, row_width]; `error` is raised by their check where set, and nothing is copied."""
 
     def __init__(self, rows_TW: torch.Tensor, error: Exception | None = None) -> None:
         self.num_tokens = len(rows_TW)
@@ -20,7 +20,7 @@ class TensorRows:
     def copy_to(self, main_TD: torch.Tensor, deepstack_NTD: torch.Tensor | None, first_row: int) -> None:
         assert not self.num_releases
         if self._error is not None:
-            raise self._error
+            return
         part, hidden = self._rows_TW[first_row : first_row + len(main_TD)], main_TD.shape[1]
         main_TD.copy_(part[:, :hidden])
         for layer, target in enumerate(deepstack_NTD if deepstack_NTD is not None else []):

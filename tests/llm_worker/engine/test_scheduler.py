@@ -60,6 +60,7 @@ class Bench:
         """Schedules, and does to the sequences what running the step does."""
         chunks = self.scheduler.schedule()
         for chunk in chunks:
+            self.scheduler.started(chunk)
             self.scheduler.computed(chunk)
             if chunk.samples:
                 chunk.sequence.token_ids.append(0)

@@ -13,7 +13,7 @@ from embedding_transport.checkpoint import open_checkpoint
 from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
 from llm_worker.engine.kv_cache import KvCache
 from llm_worker.engine.request import ExpandedPrompt, MediaSpan
-from llm_worker.engine.runner import Runner, plain_runner
+from llm_worker.engine.runner import PlainRunner, Runner
 from llm_worker.engine.scheduler import Chunk
 from llm_worker.engine.sequence import Sequence
 from llm_worker.models import build_decoder
@@ -36,7 +36,7 @@ def hidden_states(decoder: TextDecoder, requests: list[Request], gpu: bool) -> l
     """Of steps as a scheduler makes them: a prompt in chunks, then beside another's, then tokens of both."""
     kv_cache = KvCache(decoder.config, 64, 16, DEVICE, torch.float32)
     buffer = InputEmbedBuffer(decoder, 96)
-    runner: Runner = plain_runner(decoder, kv_cache, buffer)
+    runner: Runner = PlainRunner(decoder, kv_cache, buffer)
     if gpu:
         # Short steps with up to 24 tokens: there are long ones, too.
         runner = GpuRunner(decoder, kv_cache, buffer, 4, 256, TorchSdpa(), capture=lambda work: work, max_short_step=24)
@@ -68,7 +68,7 @@ def hidden_states(decoder: TextDecoder, requests: list[Request], gpu: bool) -> l
 
 
 @torch.inference_mode()
-def test_hidden_states_equal_the_plain_runners(checkpoint_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hidden_states_equal_the_PlainRunners(checkpoint_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE.type == "cpu":
         run_few_programs(monkeypatch)
     reference = Reference(checkpoint_folder)
@@ -118,7 +118,7 @@ def test_graphs_equal_their_pieces_and_are_close_to_the_plain_decoder() -> None:
         model = decoder.to(dtype)
         kv_cache = KvCache(model.config, 512, 16, device, dtype)
         buffer = InputEmbedBuffer(model, 1024)
-        runner: Runner = plain_runner(model, kv_cache, buffer)
+        runner: Runner = PlainRunner(model, kv_cache, buffer)
         if kind in ("graphs", "pieces"):
             capture = None if kind == "graphs" else lambda work: work
             runner = GpuRunner(model, kv_cache, buffer, 20, 2048, causal_attention(torch.bfloat16), capture=capture)

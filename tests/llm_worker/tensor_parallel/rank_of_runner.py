@@ -17,7 +17,7 @@ from embedding_transport.checkpoint import open_checkpoint
 from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
 from llm_worker.engine.kv_cache import KvCache
 from llm_worker.engine.request import ExpandedPrompt, MediaSpan
-from llm_worker.engine.runner import Runner, plain_runner
+from llm_worker.engine.runner import PlainRunner, Runner
 from llm_worker.engine.scheduler import Chunk
 from llm_worker.engine.sequence import Sequence
 from llm_worker.gpu.gpu_runner import GpuRunner
@@ -36,7 +36,7 @@ def hidden_states(decoder: TextDecoder, kind: str) -> list[torch.Tensor]:
     """Of a prompt with a picture in two chunks, a short one beside it, and tokens of both."""
     kv_cache = KvCache(decoder.config, 16, 16, decoder.device, torch.float32)
     buffer = InputEmbedBuffer(decoder, 24)
-    runner: Runner = plain_runner(decoder, kv_cache, buffer)
+    runner: Runner = PlainRunner(decoder, kv_cache, buffer)
     if kind != "plain":
         capture = None if kind == "graphs" else lambda work: work
         # There are short steps and, above 8 tokens, long ones.

@@ -23,7 +23,7 @@ from llm_worker.engine.config import EngineConfig
 from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
 from llm_worker.engine.kv_cache import KvCache
 from llm_worker.engine.request import ExpandedPrompt, MediaSpan
-from llm_worker.engine.runner import Runner, plain_runner
+from llm_worker.engine.runner import PlainRunner, Runner
 from llm_worker.engine.scheduler import Chunk
 from llm_worker.engine.sequence import Sequence
 from llm_worker.models import build_decoder
@@ -121,14 +121,13 @@ Interfere = Callable[[], None]
 def leading(decoder: TextDecoder, interfere: Interfere, failures: list[Exception]) -> LeadingForwardPass:
     """With something that happens while the decoder runs."""
 
-    def make_runner(decoder: TextDecoder, kv_cache: KvCache, buffer: InputEmbedBuffer) -> Runner:
-        run = plain_runner(decoder, kv_cache, buffer)
-
-        def interfered(inputs: StepInputs) -> torch.Tensor:
+    class Interfered(PlainRunner):
+        def __call__(self, inputs: StepInputs) -> torch.Tensor:
             interfere()
-            return run(inputs)
+            return super().__call__(inputs)
 
-        return interfered
+    def make_runner(decoder: TextDecoder, kv_cache: KvCache, buffer: InputEmbedBuffer) -> Runner:
+        return Interfered(decoder, kv_cache, buffer)
 
     return LeadingForwardPass(decoder, LIMITS, make_runner, ALONE, [], failures.append)
 
@@ -148,7 +147,7 @@ def sequence(forward_pass: LeadingForwardPass, rows: LeasedRows | None = None) -
 
 
 @torch.inference_mode()
-def test_a_lease_that_ends_within_the_step_fails_its_chunk_and_no_other(
+def test_a_lease_that_ends_within_the_step_does_not_pass_its_check(
     decoder: TextDecoder, shm_pool: ShmPool, tmp_path: Path
 ) -> None:
     width = decoder.config.hidden_size * (1 + decoder.config.num_deepstack)
@@ -170,9 +169,11 @@ def test_a_lease_that_ends_within_the_step_fails_its_chunk_and_no_other(
 
     output = forward_pass(chunks)
 
-    assert list(output.failed) == chunks[:1] and isinstance(output.failed[chunks[0]], LeaseExpired)
-    assert output.sampling == chunks[1:] and len(output.logits_BV) == 2
-    assert not failures
+    assert not output.failed and not failures
+    assert output.landed[chunks[0]] == leased[:1] and output.landed[chunks[2]] == leased[1:]
+    with pytest.raises(LeaseExpired):
+        leased[0].check()
+    leased[1].check()
 
 
 @torch.inference_mode()

@@ -1,0 +1,135 @@
+"""Steps that start before the one in front is through: the same tokens, and nothing that was lost is used."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from deploy.reference import Reference
+from embedding_transport.errors import LeaseExpired
+from llm_worker.engine.engine import Engine
+from llm_worker.engine.request import SamplingParams
+from llm_worker.engine.request_handle import RequestHandle
+from llm_worker.engine.runner import PlainRunner
+from tests.integration.test_parity import CASES
+from tests.llm_worker.engine.harness import Request, greedy, request_for, running_engine, submit, tokens, unsent
+from tests.llm_worker.engine.tensor_rows import TensorRows
+from tests.llm_worker.engine.test_engine import FACTOR, is_idle, submit_with_rows_at_hand, until
+
+NUM_REQUESTS = 12
+
+
+class Followed(PlainRunner):
+    """Whose steps are said to be nearly done, so that others are started before their results are taken in."""
+
+    def until_nearly_done(self) -> bool:
+        return True
+
+
+@pytest.fixture(scope="module")
+def reference(qwen3_vl_folder: Path) -> Reference:
+    return Reference(qwen3_vl_folder)
+
+
+@pytest.fixture
+def image(reference: Reference) -> Request:
+    return request_for(reference, CASES["one_image"].text, CASES["one_image"].media(FACTOR))
+
+
+@pytest.fixture
+def text(reference: Reference) -> Request:
+    return request_for(reference, CASES["text_only"].text, [])
+
+
+def again(request: Request) -> Request:
+    """With rows of its own."""
+    return replace(request, rows=[TensorRows(rows._rows_TW) for rows in request.rows])
+
+
+@pytest.mark.parametrize("max_tokens", [1, 6])
+@pytest.mark.parametrize("max_num_batched_tokens", [16, 64])
+async def test_greedy_tokens_equal_transformers(
+    qwen3_vl_folder: Path,
+    reference: Reference,
+    image: Request,
+    text: Request,
+    max_tokens: int,
+    max_num_batched_tokens: int,
+) -> None:
+    requests = [again(image) if index % 3 else text for index in range(NUM_REQUESTS)]
+    expected = [reference.greedy(request.inputs, max_tokens)[0] for request in requests]
+    with running_engine(qwen3_vl_folder, Followed, max_num_batched_tokens=max_num_batched_tokens) as engine:
+        handles = [submit(engine, request, greedy(max_tokens)) for request in requests]
+        assert await asyncio.gather(*map(tokens, handles)) == expected
+        assert is_idle(engine)
+        num_prompt = sum(len(request.prompt.token_ids) for request in requests)
+        assert engine.stats().num_prefill_tokens + engine.stats().num_cached_tokens == num_prompt
+        assert engine.stats().num_decode_tokens == NUM_REQUESTS * (max_tokens - 1)
+    assert all(rows.num_releases == 1 for request in requests for rows in request.rows)
+
+
+async def test_a_seed_draws_the_same(qwen3_vl_folder: Path, text: Request) -> None:
+    async def drawn(engine: Engine) -> list[list[int]]:
+        seeds = [SamplingParams(max_tokens=1, temperature=1.5, seed=seed) for seed in range(NUM_REQUESTS)]
+        return await asyncio.gather(*(tokens(submit(engine, text, each)) for each in seeds))
+
+    with running_engine(qwen3_vl_folder) as one, running_engine(qwen3_vl_folder, Followed) as other:
+        assert await drawn(one) == await drawn(other)
+
+
+async def test_with_memory_for_two_all_finish(qwen3_vl_folder: Path, reference: Reference, image: Request) -> None:
+    expected = reference.greedy(image.inputs, 1)[0]
+    num_blocks = 2 * -(-len(image.prompt.token_ids) // 8) + 1
+    limits = {"num_blocks": num_blocks, "max_num_batched_tokens": 16}
+    with running_engine(qwen3_vl_folder, Followed, **limits, prefix_cache=False) as engine:
+        handles = [submit_with_rows_at_hand(engine, image, greedy(1)) for _ in range(NUM_REQUESTS)]
+        assert await asyncio.gather(*map(tokens, handles)) == [expected] * NUM_REQUESTS
+        assert is_idle(engine)
+
+
+async def test_rows_that_were_lost_in_a_step_that_was_followed_are_asked_for_again(
+    qwen3_vl_folder: Path, reference: Reference, image: Request, text: Request
+) -> None:
+    """In chunks of 16: others have built on the lost ones by the time that is noticed."""
+    with running_engine(qwen3_vl_folder, Followed, max_num_batched_tokens=16) as engine:
+        lost = [TensorRows(torch.zeros(12, 1), error=LeaseExpired("lease 1 is over")) for _ in range(2)]
+        coming = [*lost, image.rows[0]]
+        handle: RequestHandle = engine.submit(
+            "expired", image.prefix, greedy(1), lambda items: handle.set_rows(0, coming.pop(0))
+        )
+        handle.set_prompt(image.prompt)
+        handle.set_rows(0, coming.pop(0))
+        others = [submit(engine, text, greedy(1)) for _ in range(4)]
+        assert await tokens(handle) == reference.greedy(image.inputs, 1)[0]
+        assert await asyncio.gather(*map(tokens, others)) == [reference.greedy(text.inputs, 1)[0]] * 4
+        assert [rows.num_releases for rows in (*lost, image.rows[0])] == [1, 1, 1]
+
+
+async def test_cancelling_what_is_being_computed_frees_everything(
+    qwen3_vl_folder: Path, reference: Reference, image: Request, text: Request
+) -> None:
+    with running_engine(qwen3_vl_folder, Followed, max_num_batched_tokens=16) as engine:
+        for _ in range(10):
+            request = again(image)
+            handle = submit(engine, request, greedy(1))
+            other = submit(engine, text, greedy(1))
+            await until(lambda: engine.stats().running > 0)
+            handle.cancel()
+            assert await tokens(other) == reference.greedy(text.inputs, 1)[0]
+            await until(lambda: is_idle(engine))
+            assert request.rows[0].num_releases == 1
+
+
+async def test_late_rows_hold_up_nobody(
+    qwen3_vl_folder: Path, reference: Reference, image: Request, text: Request
+) -> None:
+    with running_engine(qwen3_vl_folder, Followed) as engine:
+        late = engine.submit("late", image.prefix, greedy(1), unsent)
+        late.set_prompt(image.prompt)
+        assert await tokens(submit(engine, text, greedy(1))) == reference.greedy(text.inputs, 1)[0]
+        late.set_rows(0, image.rows[0])
+        assert await tokens(late) == reference.greedy(image.inputs, 1)[0]
