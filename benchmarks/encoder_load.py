@@ -51,12 +51,14 @@ class LoadClient:
 
     @classmethod
     @asynccontextmanager
-    async def started(cls, addresses: Sequence[str], seed: int) -> AsyncIterator[LoadClient]:
+    async def started(cls, addresses: Sequence[str], seed: int, gpu: int) -> AsyncIterator[LoadClient]:
         """
         Args:
             seed: different for each client, and so are their pictures.
+            gpu: on which it lands rows.
         """
-        command = [sys.executable, "-m", "benchmarks.encoder_load", "--seed", str(seed), "--addresses", *addresses]
+        command = [sys.executable, "-m", "benchmarks.encoder_load", "--seed", str(seed), "--gpu", str(gpu)]
+        command += ["--addresses", *addresses]
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=_LINE_LIMIT_BYTES)
         try:
@@ -107,9 +109,8 @@ class Measured:
 class _Landing:
     """A worker's input buffers."""
 
-    def __init__(self) -> None:
-        # Where there are several GPUs, the worker has one of its own.
-        self.gpu = torch.device("cuda", torch.cuda.device_count() - 1) if torch.cuda.is_available() else None
+    def __init__(self, gpu: int) -> None:
+        self.gpu = torch.device("cuda", gpu) if torch.cuda.is_available() else None
         self._main = torch.empty((_MAX_TOKENS, _HIDDEN), dtype=torch.bfloat16, device=self.gpu)
         self._deepstack = torch.empty((_NUM_DEEPSTACK, _MAX_TOKENS, _HIDDEN), dtype=torch.bfloat16, device=self.gpu)
 
@@ -129,8 +130,8 @@ class _Landing:
         measured.nbytes += rows.num_tokens * (1 + _NUM_DEEPSTACK) * _HIDDEN * 2
 
 
-async def _serve(addresses: list[str], seed: int) -> None:
-    landing = _Landing()
+async def _serve(addresses: list[str], seed: int, gpu: int) -> None:
+    landing = _Landing(gpu)
     while line := await asyncio.to_thread(sys.stdin.readline):
         await _measure(addresses, seed, Load(**json.loads(line)), landing)
 
@@ -181,8 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--addresses", nargs="+", required=True, help="of the encoders")
     parser.add_argument("--seed", type=int, required=True, help="different for each client, and so are their pictures")
+    parser.add_argument("--gpu", type=int, default=0, help="on which rows are landed, if there is any")
     options = parser.parse_args(arguments)
-    asyncio.run(_serve(options.addresses, options.seed))
+    asyncio.run(_serve(options.addresses, options.seed, options.gpu))
     return 0
 
 

@@ -17,11 +17,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import product
 from pathlib import Path
 
+import torch
+
 from benchmarks.checkpoints import save_qwen3_vl_8b
 from benchmarks.encoder_load import Load, LoadClient
 from embedding_transport.row_peer import TransportChoice
 
-_SIZES = ((560, 560), (1920, 1080))
 _POOL_NBYTES = 6 << 30
 _PORT = 50151  # of the first of several encoders
 _MAX_QUEUED_PATCHES = 1 << 20
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=512, help="of each size; default: %(default)s")
     parser.add_argument("--in-flight", nargs="+", type=int, default=[1, 64], help="requests; default: %(default)s")
     parser.add_argument("--transports", nargs="+", default=["cuda_ipc", "grpc"], help="default: %(default)s")
+    parser.add_argument("--sizes", nargs="+", default=["560x560", "1920x1080"], help="default: %(default)s")
     parser.add_argument("--dp", type=int, default=1, help="encoders, one a GPU; default: %(default)s")
     parser.add_argument("--clients", type=int, help="processes that ask; default: two an encoder")
     parser.add_argument("--encoder-flags", nargs="*", default=[], help="more flags for the encoder, without dashes")
@@ -48,9 +50,15 @@ async def _measure(checkpoint: Path, options: argparse.Namespace) -> None:
     async with AsyncExitStack() as stack:
         flags = [f"--{flag}" for flag in options.encoder_flags]
         addresses = await stack.enter_async_context(_encoders(checkpoint, options.dp, flags))
-        num_clients = options.clients or 2 * options.dp
-        clients = [await stack.enter_async_context(LoadClient.started(addresses, seed)) for seed in range(num_clients)]
-        for transport, size, in_flight in product(options.transports, _SIZES, options.in_flight):
+        num_gpus = max(1, torch.cuda.device_count())
+        # Workers have GPUs of their own, as far as there are any.
+        gpus = list(range(options.dp, num_gpus)) or list(range(num_gpus))
+        clients = [
+            await stack.enter_async_context(LoadClient.started(addresses, seed, gpus[seed % len(gpus)]))
+            for seed in range(options.clients or 2 * options.dp)
+        ]
+        sizes = [_size(text) for text in options.sizes]
+        for transport, size, in_flight in product(options.transports, sizes, options.in_flight):
             num_requests = options.requests if in_flight > 1 else options.requests // 8
             print(await _row(clients, transport, size, num_requests, in_flight), flush=True)
 
@@ -70,6 +78,11 @@ async def _row(
     rate, mb_per_s = len(request_ms) / seconds, sum(each.nbytes for each in all_measured) / seconds / 1e6
     figures = f"{rate:.1f} | {mb_per_s:.0f} | {_percentiles(request_ms)} | {_percentiles(delivery_ms)} | {stages}"
     return f"| {size[0]}x{size[1]} | {transport} | {in_flight} | {figures} |"
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, height = map(int, text.split("x"))
+    return width, height
 
 
 def _percentiles(times_ms: list[float]) -> str:

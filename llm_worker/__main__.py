@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
+
+import torch.distributed as dist
 
 from embedding_transport.checkpoint import CheckpointError
 from embedding_transport.errors import VitrineError
@@ -17,4 +21,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if dist.is_initialized():
+        # At once: NCCL's own end waits for ranks that are gone, and for graphs that hold its sums.
+        logging.shutdown()
+        os._exit(status)
+    sys.exit(status)
