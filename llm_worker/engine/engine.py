@@ -8,6 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -200,12 +201,12 @@ class Engine:
                 # What the step before made is told while the GPU computes: listeners would delay what starts its work.
                 self.outbox.send()
                 if step is not None:
-                    self._finish(step)
+                    self._finish(step, followed=following is not None)
                     self.outbox.send()
                 had_work = bool(chunks or landed or step)
                 step = following
                 if step is not None and not (self._can_be_followed(step) and self._forward_pass.until_nearly_done()):
-                    self._finish(step)
+                    self._finish(step, followed=False)
                     step = None
                 if had_work:
                     self._run_calls()
@@ -329,14 +330,20 @@ class Engine:
         """Whether what comes next does not depend on the tokens that it makes."""
         return all(chunk.sequence.ends_with_next_token for chunk in step.output.sampling)
 
-    def _finish(self, step: _Step) -> None:
-        """Waits for its result, and takes it in as far as it still counts."""
+    def _finish(self, step: _Step, *, followed: bool) -> None:
+        """Waits for its result, and takes it in as far as it still counts.
+
+        Args:
+            followed: the next step has started.
+        """
         output = step.output
         try:
-            output.wait()
+            if followed or output.landed:
+                output.wait()
             lost = self._lost(output)
             sampling = [chunk for chunk in output.sampling if chunk.counts and chunk not in lost]
-            with torch.inference_mode(), self._forward_pass.beside_the_next_step():
+            beside = self._forward_pass.beside_the_next_step() if followed else nullcontext()
+            with torch.inference_mode(), beside:
                 next_tokens = self._sample(output, sampling)
         except Exception as error:
             self._step_failed([chunk for chunk in step.chunks if chunk.counts], error)

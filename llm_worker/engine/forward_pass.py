@@ -82,14 +82,16 @@ class ForwardPass:
 
     def run(self, inputs: StepInputs, rows: list[int]) -> torch.Tensor:
         """Logits of these rows of the step, [B, V] in the model's dtype."""
+        all_decode = rows == list(range(len(rows)))  # and need no gathering
+        if not all_decode:
+            self._sampled_rows.begin()[: len(rows)] = rows
+            self._sampled_rows.send()
         hidden_TC = self._run_decoder(inputs)
         if not rows:
             return hidden_TC.new_empty((0, self.decoder.config.vocab_size))
-        if rows == list(range(len(rows))):  # all decode, and need no gathering
-            return self.decoder.logits(hidden_TC[: len(rows)])
-        self._sampled_rows.begin()[: len(rows)] = rows
-        self._sampled_rows.send()
-        return self.decoder.logits(hidden_TC.index_select(0, self._sampled_rows.tensor[: len(rows)]))
+        if not all_decode:
+            hidden_TC = hidden_TC.index_select(0, self._sampled_rows.tensor[: len(rows)])
+        return self.decoder.logits(hidden_TC[: len(rows)])
 
     def until_nearly_done(self) -> bool:
         """See `Runner.until_nearly_done`."""
