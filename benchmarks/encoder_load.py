@@ -33,8 +33,9 @@ _LINE_LIMIT_BYTES = 64 * 1024 * 1024
 
 @dataclass(frozen=True)
 class Load:
-    """requests: in all; width, height: of the pictures, pixels."""
+    """addresses: of the encoders; requests: in all; width, height: of the pictures, pixels."""
 
+    addresses: list[str]
     transport: TransportChoice
     width: int
     height: int
@@ -51,14 +52,13 @@ class LoadClient:
 
     @classmethod
     @asynccontextmanager
-    async def started(cls, addresses: Sequence[str], seed: int, gpu: int) -> AsyncIterator[LoadClient]:
+    async def started(cls, seed: int, gpu: int) -> AsyncIterator[LoadClient]:
         """
         Args:
             seed: different for each client, and so are their pictures.
             gpu: on which it lands rows.
         """
         command = [sys.executable, "-m", "benchmarks.encoder_load", "--seed", str(seed), "--gpu", str(gpu)]
-        command += ["--addresses", *addresses]
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=_LINE_LIMIT_BYTES)
         try:
@@ -130,15 +130,15 @@ class _Landing:
         measured.nbytes += rows.num_tokens * (1 + _NUM_DEEPSTACK) * _HIDDEN * 2
 
 
-async def _serve(addresses: list[str], seed: int, gpu: int) -> None:
+async def _serve(seed: int, gpu: int) -> None:
     landing = _Landing(gpu)
     while line := await asyncio.to_thread(sys.stdin.readline):
-        await _measure(addresses, seed, Load(**json.loads(line)), landing)
+        await _measure(seed, Load(**json.loads(line)), landing)
 
 
-async def _measure(addresses: list[str], seed: int, load: Load, landing: _Landing) -> None:
+async def _measure(seed: int, load: Load, landing: _Landing) -> None:
     pictures = random_jpegs(_NUM_PICTURES, (load.width, load.height), seed)
-    client = EncoderClient(addresses, None, transport=load.transport, gpu=landing.gpu)
+    client = EncoderClient(load.addresses, None, transport=load.transport, gpu=landing.gpu)
     await client.start()
     await _ask_all(client, pictures, landing, Measured(), _WARM_UP, load.in_flight)
     print(_WARM, flush=True)
@@ -180,11 +180,10 @@ def _with_comment(jpeg: bytes, number: int) -> bytes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--addresses", nargs="+", required=True, help="of the encoders")
     parser.add_argument("--seed", type=int, required=True, help="different for each client, and so are their pictures")
     parser.add_argument("--gpu", type=int, default=0, help="on which rows are landed, if there is any")
     options = parser.parse_args(arguments)
-    asyncio.run(_serve(options.addresses, options.seed, options.gpu))
+    asyncio.run(_serve(options.seed, options.gpu))
     return 0
 
 

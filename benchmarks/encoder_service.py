@@ -48,26 +48,31 @@ async def _measure(checkpoint: Path, options: argparse.Namespace) -> None:
     print(f"| size | transport | in flight | img/s | MB/s | {times} |")
     print("|---|---|---|---|---|---|---|---|")
     async with AsyncExitStack() as stack:
-        flags = [f"--{flag}" for flag in options.encoder_flags]
-        addresses = await stack.enter_async_context(_encoders(checkpoint, options.dp, flags))
         num_gpus = max(1, torch.cuda.device_count())
         # Workers have GPUs of their own, as far as there are any.
         gpus = list(range(options.dp, num_gpus)) or list(range(num_gpus))
         clients = [
-            await stack.enter_async_context(LoadClient.started(addresses, seed, gpus[seed % len(gpus)]))
+            await stack.enter_async_context(LoadClient.started(seed, gpus[seed % len(gpus)]))
             for seed in range(options.clients or 2 * options.dp)
         ]
+        flags = [f"--{flag}" for flag in options.encoder_flags]
+        addresses = await stack.enter_async_context(_encoders(checkpoint, options.dp, flags))
         sizes = [_size(text) for text in options.sizes]
         for transport, size, in_flight in product(options.transports, sizes, options.in_flight):
             num_requests = options.requests if in_flight > 1 else options.requests // 8
-            print(await _row(clients, transport, size, num_requests, in_flight), flush=True)
+            print(await _row(clients, addresses, transport, size, num_requests, in_flight), flush=True)
 
 
 async def _row(
-    clients: list[LoadClient], transport: TransportChoice, size: tuple[int, int], num_requests: int, in_flight: int
+    clients: list[LoadClient],
+    addresses: list[str],
+    transport: TransportChoice,
+    size: tuple[int, int],
+    num_requests: int,
+    in_flight: int,
 ) -> str:
     asking = clients[: min(len(clients), in_flight)]
-    load = Load(transport, *size, num_requests // len(asking), in_flight // len(asking))
+    load = Load(addresses, transport, *size, num_requests // len(asking), in_flight // len(asking))
     await asyncio.gather(*(client.warm_up(load) for client in asking))
     all_measured = await asyncio.gather(*(client.measure() for client in asking))
     seconds = max(each.stop for each in all_measured) - min(each.start for each in all_measured)
