@@ -12,11 +12,11 @@ import triton.language as tl
 _COPIED_A_PROGRAM = 4096
 
 
-def land_rows(rows_TW: torch.Tensor, first_row: int, main_TC: torch.Tensor, deepstack_NTC: torch.Tensor | None) -> None:
-    """Copies rows from `first_row` on, main and deepstack parts in one launch, by the current GPU.
+def land_rows(rows_TW: torch.Tensor, main_TC: torch.Tensor, deepstack_NTC: torch.Tensor | None) -> None:
+    """Copies rows, main and deepstack parts in one launch, by the current GPU.
 
     Args:
-        rows_TW: of a whole item, contiguous, on the same GPU or mapped for it (`CudaIpcMapping`).
+        rows_TW: on the same GPU or mapped for it (`CudaIpcMapping`); contiguous.
         main_TC, deepstack_NTC: any stride between rows and layers; no deepstack for a model without.
     """
     num_tokens, hidden = main_TC.shape
@@ -24,21 +24,21 @@ def land_rows(rows_TW: torch.Tensor, first_row: int, main_TC: torch.Tensor, deep
     deepstack = main_TC if deepstack_NTC is None else deepstack_NTC
     grid = (num_tokens, triton.cdiv(width, _COPIED_A_PROGRAM))
     _land_rows[grid](
-        rows_TW, first_row, main_TC, deepstack, rows_TW.stride(0), main_TC.stride(0), deepstack.stride(-2),
+        rows_TW, main_TC, deepstack, rows_TW.stride(0), main_TC.stride(0), deepstack.stride(-2),
         0 if deepstack_NTC is None else deepstack_NTC.stride(0),
         HIDDEN=hidden, WIDTH=width, BLOCK=min(_COPIED_A_PROGRAM, triton.next_power_of_2(width)), num_warps=8,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["first_row"])
+@triton.jit
 def _land_rows(
-    rows, first_row, main, deepstack, row_stride, main_stride, deepstack_stride, layer_stride,
+    rows, main, deepstack, row_stride, main_stride, deepstack_stride, layer_stride,
     HIDDEN: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
-    value = tl.load(rows + (first_row + token) * row_stride + column, mask=inside)
+    value = tl.load(rows + token * row_stride + column, mask=inside)
     tl.store(main + token * main_stride + column, value, mask=column < HIDDEN)
     layer, within = column // HIDDEN - 1, column % HIDDEN
     to = deepstack + layer.to(tl.int64) * layer_stride + token * deepstack_stride + within

@@ -23,11 +23,12 @@ def copy_rows(rows_TW: torch.Tensor, main_TD: torch.Tensor, deepstack_NTD: torch
     num_rows, hidden = main_TD.shape
     part_TW = rows_TW[first_row : first_row + num_rows]
     assert len(part_TW) == num_rows, f"rows {first_row}..{first_row + num_rows} of {len(rows_TW)}"
-    if rows_TW.is_cuda:
+    if main_TD.is_cuda:
         from embedding_transport.land_rows import land_rows  # needs Triton, which comes with torch's CUDA builds only
 
         with torch.cuda.device(main_TD.device):
-            land_rows(rows_TW, first_row, main_TD, deepstack_NTD)
+            # Rows on the host go over in one piece, and to their places on the GPU.
+            land_rows(part_TW.to(main_TD.device, non_blocking=True), main_TD, deepstack_NTD)
         return
     main_TD.copy_(part_TW[:, :hidden])
     if deepstack_NTD is not None:

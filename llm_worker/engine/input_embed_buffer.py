@@ -13,6 +13,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 
+from embedding_transport.received_rows import copy_rows
 from embedding_transport.types import EmbeddingRows
 from llm_worker.engine.host_twin import HostTwin
 from llm_worker.engine.scheduler import Chunk
@@ -48,6 +49,10 @@ class InputEmbedBuffer:
         self.integers = HostTwin((5, max_num_batched_tokens), torch.int64, device)
         self._token_ids_M = self.integers.tensor[0]
         self.positions_3M, self.slot_mapping_M = self.integers.tensor[1:4], self.integers.tensor[4]
+        if device.type == "cuda":
+            # Compiles what lands rows: the first picture would wait for it.
+            row_1W = self.embeds_MC.new_zeros(1, config.hidden_size * (1 + config.num_deepstack))
+            copy_rows(row_1W, *self.places(0, 1), 0)
 
     def write(self, chunks: Many[Chunk]) -> tuple[StepInputs, dict[Chunk, Exception]]:
         """Fills the buffers with the step's tokens. Slots behind them are -1.

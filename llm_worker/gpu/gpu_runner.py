@@ -16,7 +16,7 @@ from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
 from llm_worker.engine.kv_cache import KvCache
 from llm_worker.gpu.capture import Capture, CudaGraphs, Work
 from llm_worker.gpu.ladders import decode_ladder, smallest, token_ladder
-from llm_worker.gpu.prefill_attention import CausalVarlen
+from llm_worker.gpu.prefill_attention import Bounds, CausalVarlen
 from llm_worker.gpu.step_attention import StepAttention
 from llm_worker.gpu.step_work import StepWork
 from llm_worker.models.decoder import StepInputs, TextDecoder
@@ -65,6 +65,8 @@ class GpuRunner:
         capture = capture if capture is not None else CudaGraphs(decoder.device)
         with torch.inference_mode():
             self._capture_all(capture, len(buffer.slot_mapping_M), max_short_step, on_progress)
+            if self._long:
+                self._warm_causal_up()
         if isinstance(capture, CudaGraphs):
             gib, seconds = capture.nbytes / 2**30, time.monotonic() - started
             _log.info("%d CUDA graphs, %.2f GiB, %.1f s", capture.num_graphs, gib, seconds)
@@ -116,6 +118,14 @@ class GpuRunner:
             on_progress(num_done, num_all)
             self._decode[size] = capture(self._work.decode_step(size))
         on_progress(num_all, num_all)
+
+    def _warm_causal_up(self) -> None:
+        """Some kernels are compiled when they are first used, which takes seconds: not while a long prompt waits."""
+        length = min(self._long)
+        q_THD, (k_cache_SKD, v_cache_SKD) = self._work.q_MHD[:length], self._kv_cache.layers[0]
+        k_LKD, v_LKD = (each.new_zeros((length, *each.shape[1:])) for each in (k_cache_SKD, v_cache_SKD))
+        cumulated = torch.tensor([0, length], dtype=torch.int32, device=self._device)
+        self._causal(q_THD, k_LKD, v_LKD, Bounds(cumulated, cumulated, length, length))
 
     def _pieces(self, size: int, capture: Capture) -> dict[bool, list[Work]]:
         """Those that do not differ are captured once."""

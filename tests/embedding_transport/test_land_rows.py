@@ -16,7 +16,7 @@ def test_rows_land_in_one_launch(num_layers: int) -> None:
     hidden, rows = 40, torch.randn(9, 40 * (1 + num_layers)).to(DEVICE)
     main = torch.zeros(20, hidden, device=DEVICE)
     deepstack = torch.zeros(num_layers, 20, hidden, device=DEVICE) if num_layers else None
-    land_rows(rows, 2, main[5:11], deepstack[:, 5:11] if deepstack is not None else None)
+    land_rows(rows[2:8], main[5:11], deepstack[:, 5:11] if deepstack is not None else None)
     assert torch.equal(main[5:11], rows[2:8, :hidden])
     assert not main[:5].any() and not main[11:].any()
     if deepstack is not None:
