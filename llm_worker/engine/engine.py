@@ -1,34 +1,26 @@
-"""The step loop: takes requests from asyncio, schedules, lands, runs the decoder, samples, hands tokens back."""
+"""The engine's thread: takes requests from asyncio, runs step after step, hands tokens back."""
 
 from __future__ import annotations
 
 import itertools
-import logging
 import queue
 import threading
-import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
-import torch
-
-from embedding_transport.errors import BadRequest, InternalError, LeaseExpired, Overloaded, VitrineError
+from embedding_transport.errors import BadRequest, InternalError, Overloaded, VitrineError
 from embedding_transport.types import EmbeddingRows
 from llm_worker.engine.config import EngineConfig
-from llm_worker.engine.forward_pass import ForwardPass, StepOutput
-from llm_worker.engine.kv_rows import CachedKv, land_kv
+from llm_worker.engine.forward_pass import ForwardPass
+from llm_worker.engine.kv_rows import CachedKv
 from llm_worker.engine.outbox import Outbox
 from llm_worker.engine.prefix_hashes import extend_prefix_hashes
-from llm_worker.engine.request import ExpandedPrompt, SamplingParams, TokenOutput
+from llm_worker.engine.request import ExpandedPrompt, SamplingParams
 from llm_worker.engine.request_handle import RequestHandle
-from llm_worker.engine.sampler import NextToken, sample, skip_draw
-from llm_worker.engine.scheduler import Chunk, Scheduler
+from llm_worker.engine.sampler import NextToken, skip_draw
+from llm_worker.engine.scheduler import Scheduler
 from llm_worker.engine.sequence import Sequence
-
-_log = logging.getLogger(__name__)
-# How often a request's media rows are asked for anew before it fails.
-_MAX_LOST_ROWS = 3
+from llm_worker.engine.steps import Step, Steps
 
 
 @dataclass
@@ -51,15 +43,6 @@ class EngineStats:
     num_decode_tokens: int
     num_cached_tokens: int
     num_preempted: int
-
-
-@dataclass(frozen=True)
-class _Step:
-    """That has started, with the chunks that are being computed, on `begin` of the clock."""
-
-    chunks: list[Chunk]
-    output: StepOutput
-    begin: float
 
 
 class Engine:
@@ -88,7 +71,7 @@ class Engine:
         self._num_live = 0
         self._closing = False
         self._thread_ended = False
-        self._num_steps = self._num_prefill_tokens = self._num_decode_tokens = 0
+        self._steps = Steps(forward_pass, self._scheduler, self._end, self.on_fail)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
@@ -169,9 +152,9 @@ class Engine:
             kv_blocks_kept=self._kv_cache.num_kept,
             kv_blocks_total=self._kv_cache.num_blocks,
             kv_blocks_evicted=self._kv_cache.num_evicted,
-            num_steps=self._num_steps,
-            num_prefill_tokens=self._num_prefill_tokens,
-            num_decode_tokens=self._num_decode_tokens,
+            num_steps=self._steps.num_steps,
+            num_prefill_tokens=self._steps.num_prefill_tokens,
+            num_decode_tokens=self._steps.num_decode_tokens,
             num_cached_tokens=self._scheduler.num_cached_tokens,
             num_preempted=self._scheduler.num_preempted,
         )
@@ -186,7 +169,8 @@ class Engine:
                 self.outbox.send()
 
     def _run(self) -> None:
-        step: _Step | None = None  # that has started and is to be followed before it is through
+        steps = self._steps
+        step: Step | None = None  # that has started and is to be followed before it is through
         try:
             while not self._closing:
                 chunks = self._scheduler.schedule()
@@ -196,17 +180,17 @@ class Engine:
                     sequence.ask_for_kv()
                 if not (chunks and self._forward_pass.only_starts):
                     self.outbox.send()
-                landed = step is None and self._land_kv()
-                following = self._start(chunks) if chunks else None
+                landed = step is None and steps.land_kv()
+                following = steps.start(chunks) if chunks else None
                 # What the step before made is told while the GPU computes: listeners would delay what starts its work.
                 self.outbox.send()
                 if step is not None:
-                    self._finish(step, followed=following is not None)
+                    steps.finish(step, followed=following is not None)
                     self.outbox.send()
                 had_work = bool(chunks or landed or step)
                 step = following
-                if step is not None and not (self._can_be_followed(step) and self._forward_pass.until_nearly_done()):
-                    self._finish(step, followed=False)
+                if step is not None and not (step.can_be_followed and self._forward_pass.until_nearly_done()):
+                    steps.finish(step, followed=False)
                     step = None
                 if had_work:
                     self._run_calls()
@@ -257,7 +241,7 @@ class Engine:
         sequence.prefill_s = prefill_ms / 1000
         sequence.num_cached = num_cached_tokens
         skip_draw(sequence.sampling, sequence.generator)
-        self._emit(sequence, first)
+        self._steps.take_token(sequence, first)
 
     def on_kv(self, sequence: Sequence, rows: EmbeddingRows) -> None:
         sequence.kv_coming = False
@@ -286,144 +270,3 @@ class Engine:
         self._scheduler.remove(sequence, keep_kv)
         with self._lock:
             self._num_live -= 1
-
-    # One step.
-
-    def _land_kv(self) -> bool:
-        """Lands the KV of one prompt that came from elsewhere; of one only, so that others need not wait for more."""
-        sequence = next((each for each in self._scheduler.running if each.kv is not None), None)
-        if sequence is None:
-            return False
-        assert sequence.kv is not None
-        begin = time.perf_counter()
-        chunk = Chunk(sequence, sequence.num_computed, sequence.num_prompt_tokens, samples=False)
-        try:
-            with torch.inference_mode():
-                slots_T = sequence.blocks.slots[chunk.start : chunk.stop]
-                land_kv(sequence.kv, chunk.start, self._kv_cache.layers, slots_T)
-        except Exception as error:
-            self._landing_failed(chunk, error)
-            return True
-        self._scheduler.started(chunk)
-        self._scheduler.computed(chunk)
-        sequence.release_kv()
-        sequence.land_s += time.perf_counter() - begin
-        return True
-
-    def _start(self, chunks: list[Chunk]) -> _Step | None:
-        """None where it failed."""
-        begin = time.perf_counter()
-        try:
-            with torch.inference_mode():
-                output = self._forward_pass(chunks)
-        except Exception as error:
-            self._step_failed(chunks, error)
-            return None
-        for chunk in chunks:
-            if chunk in output.failed:
-                self._landing_failed(chunk, output.failed[chunk])
-            else:
-                self._scheduler.started(chunk)
-        return _Step([chunk for chunk in chunks if chunk not in output.failed], output, begin)
-
-    def _can_be_followed(self, step: _Step) -> bool:
-        """Whether what comes next does not depend on the tokens that it makes."""
-        return all(chunk.sequence.ends_with_next_token for chunk in step.output.sampling)
-
-    def _finish(self, step: _Step, *, followed: bool) -> None:
-        """Waits for its result, and takes it in as far as it still counts.
-
-        Args:
-            followed: the next step has started.
-        """
-        output = step.output
-        try:
-            if followed or output.landed:
-                output.wait()
-            lost = self._lost(output)
-            sampling = [chunk for chunk in output.sampling if chunk.counts and chunk not in lost]
-            beside = self._forward_pass.beside_the_next_step() if followed else nullcontext()
-            with torch.inference_mode(), beside:
-                next_tokens = self._sample(output, sampling)
-        except Exception as error:
-            self._step_failed([chunk for chunk in step.chunks if chunk.counts], error)
-            return
-        computed = [chunk for chunk in step.chunks if chunk.counts and chunk not in lost]
-        self._account(computed, time.perf_counter() - step.begin)
-        for chunk, reason in lost.items():
-            self._landing_failed(chunk, reason)
-        for chunk, next_token in zip(sampling, next_tokens, strict=True):
-            self._emit(chunk.sequence, next_token)
-
-    def _lost(self, output: StepOutput) -> dict[Chunk, Exception]:
-        """Chunks whose media rows were taken back before, or while, they were landed."""
-        lost: dict[Chunk, Exception] = {}
-        for chunk, all_rows in output.landed.items():
-            try:
-                for rows in all_rows if chunk.counts else ():
-                    rows.check()
-            except Exception as error:  # of one request, and nothing to the others
-                lost[chunk] = error
-        return lost
-
-    def _sample(self, output: StepOutput, chunks: list[Chunk]) -> list[NextToken]:
-        """The next tokens of these chunks, which end at their sequence's last token."""
-        if not chunks:
-            return []
-        logits_BV = output.logits_BV
-        if chunks != output.sampling:
-            logits_BV = logits_BV[[output.sampling.index(chunk) for chunk in chunks]]
-        sequences = [chunk.sequence for chunk in chunks]
-        return sample(logits_BV, [each.sampling for each in sequences], [each.generator for each in sequences])
-
-    def _step_failed(self, chunks: list[Chunk], error: Exception) -> None:
-        _log.error("a step of %d sequences failed", len(chunks), exc_info=error)
-        for chunk in chunks:
-            self.on_fail(chunk.sequence, InternalError(f"the step failed: {type(error).__name__}"))
-
-    def _landing_failed(self, chunk: Chunk, error: Exception) -> None:
-        """The chunk does not count. Rows that were lost on the way are asked for again, else the request fails."""
-        sequence = chunk.sequence
-        sequence.go_back(chunk.start)
-        if isinstance(error, LeaseExpired) and sequence.num_lost_rows < _MAX_LOST_ROWS:
-            _log.warning("request %s: %s", sequence.request_id, error)
-            sequence.num_lost_rows += 1
-            if sequence.request_kv is not None:
-                sequence.release_kv()
-            else:
-                sequence.release_rows({span.item_index for span in sequence.spans_in(chunk.start, chunk.stop)})
-            return
-        if not isinstance(error, VitrineError):
-            _log.error("landing the rows of %s failed", sequence.request_id, exc_info=error)
-            error = InternalError(f"landing the media rows failed: {type(error).__name__}")
-        self.on_fail(sequence, error)
-
-    def _account(self, chunks: list[Chunk], duration_s: float) -> None:
-        self._num_steps += 1
-        for chunk in chunks:
-            sequence = chunk.sequence
-            if chunk.is_prompt:
-                self._num_prefill_tokens += chunk.length
-                sequence.prefill_s += duration_s
-            else:
-                self._num_decode_tokens += chunk.length
-            self._scheduler.computed(chunk)
-            if sequence.rows and sequence.prompt is not None:
-                sequence.release_landed_rows()
-
-    def _emit(self, sequence: Sequence, next_token: NextToken) -> None:
-        token_id = next_token.token_id
-        if token_id is None:
-            self.on_fail(sequence, InternalError("the model's output is not a number: there is no next token to draw"))
-            return
-        if sequence.first_token_at is None:
-            sequence.first_token_at = time.perf_counter()
-        sequence.token_ids.append(token_id)
-        finish_reason = None
-        if token_id in sequence.sampling.stop_token_ids:
-            finish_reason = "stop"
-        elif len(sequence.token_ids) >= sequence.max_total_tokens:
-            finish_reason = "length"
-        if finish_reason is not None:
-            self._end(sequence, sequence.keep_kv)
-        sequence.deliver(TokenOutput(token_id, next_token.logprobs, finish_reason), sequence.timings())

@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 # Up to here launches take longer than what they launch: attention is in the graph, too. Above, its own kernels for
 # long prompts are worth their launches.
 _MAX_SHORT_STEP = 512
-# Of a long step: what they take is enough to prepare the next one in.
+# Of a long step, half of all at most: what they take is enough to prepare the next one in.
 _LAST_LAYERS = 4
 
 
@@ -87,11 +87,12 @@ class GpuRunner:
         else:
             pieces = self._long[smallest(self._long, num_tokens)][has_media]
             attention = StepAttention(sequences, work.tables, self._causal, self._device)
+            num_first = max(len(pieces) - 1 - _LAST_LAYERS, len(pieces) // 2)
             pieces[0]()
             for index, (piece, (k_cache, v_cache)) in enumerate(zip(pieces[1:], self._kv_cache.layers, strict=True)):
                 attention(work.q_MHD, k_cache, v_cache, work.attended_MHD)
                 piece()
-                if index == len(pieces) - 2 - _LAST_LAYERS and self._device.type == "cuda":
+                if index + 1 == num_first and self._device.type == "cuda":
                     self._nearly_done = torch.cuda.current_stream(self._device).record_event()
         return work.hidden_MC[:num_tokens]
 

@@ -1,0 +1,196 @@
+"""What happens to the chunks of a step: landed, run, sampled from, and taken in as far as they count."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from embedding_transport.errors import InternalError, LeaseExpired, VitrineError
+from llm_worker.engine.forward_pass import ForwardPass, StepOutput
+from llm_worker.engine.kv_rows import land_kv
+from llm_worker.engine.request import TokenOutput
+from llm_worker.engine.sampler import NextToken, sample
+from llm_worker.engine.scheduler import Chunk, Scheduler
+from llm_worker.engine.sequence import Sequence
+
+_log = logging.getLogger(__name__)
+# How often a request's media rows are asked for anew before it fails.
+_MAX_LOST_ROWS = 3
+
+
+@dataclass(frozen=True)
+class Step:
+    """That has started, with the chunks that are being computed, on `begin` of the clock."""
+
+    chunks: list[Chunk]
+    output: StepOutput
+    begin: float
+
+    @property
+    def can_be_followed(self) -> bool:
+        """Whether what comes next does not depend on the tokens that it makes."""
+        return all(chunk.sequence.ends_with_next_token for chunk in self.output.sampling)
+
+
+class Steps:
+    """Belongs to the engine's thread.
+
+    num_steps, num_prefill_tokens, num_decode_tokens: since the start.
+    """
+
+    def __init__(
+        self,
+        forward_pass: ForwardPass,
+        scheduler: Scheduler,
+        end: Callable[[Sequence, bool], None],
+        fail: Callable[[Sequence, VitrineError], None],
+    ) -> None:
+        """
+        Args:
+            end: called with a sequence that has its last token, and whether its blocks are kept.
+            fail: called with one that cannot go on, and why.
+        """
+        self._forward_pass, self._scheduler = forward_pass, scheduler
+        self._end, self._fail = end, fail
+        self.num_steps = self.num_prefill_tokens = self.num_decode_tokens = 0
+
+    def land_kv(self) -> bool:
+        """Lands the KV of one prompt that came from elsewhere; of one only, so that others need not wait for more."""
+        sequence = next((each for each in self._scheduler.running if each.kv is not None), None)
+        if sequence is None:
+            return False
+        assert sequence.kv is not None
+        begin = time.perf_counter()
+        chunk = Chunk(sequence, sequence.num_computed, sequence.num_prompt_tokens, samples=False)
+        try:
+            with torch.inference_mode():
+                slots_T = sequence.blocks.slots[chunk.start : chunk.stop]
+                land_kv(sequence.kv, chunk.start, self._forward_pass.kv_cache.layers, slots_T)
+        except Exception as error:
+            self._landing_failed(chunk, error)
+            return True
+        self._scheduler.started(chunk)
+        self._scheduler.computed(chunk)
+        sequence.release_kv()
+        sequence.land_s += time.perf_counter() - begin
+        return True
+
+    def start(self, chunks: list[Chunk]) -> Step | None:
+        """None where it failed."""
+        begin = time.perf_counter()
+        try:
+            with torch.inference_mode():
+                output = self._forward_pass(chunks)
+        except Exception as error:
+            self._step_failed(chunks, error)
+            return None
+        for chunk in chunks:
+            if chunk in output.failed:
+                self._landing_failed(chunk, output.failed[chunk])
+            else:
+                self._scheduler.started(chunk)
+        return Step([chunk for chunk in chunks if chunk not in output.failed], output, begin)
+
+    def finish(self, step: Step, *, followed: bool) -> None:
+        """Waits for its result, and takes it in as far as it still counts.
+
+        Args:
+            followed: the next step has started.
+        """
+        output = step.output
+        try:
+            if followed or output.landed:
+                output.wait()
+            lost = self._lost(output)
+            sampling = [chunk for chunk in output.sampling if chunk.counts and chunk not in lost]
+            beside = self._forward_pass.beside_the_next_step() if followed else nullcontext()
+            with torch.inference_mode(), beside:
+                next_tokens = self._sample(output, sampling)
+        except Exception as error:
+            self._step_failed([chunk for chunk in step.chunks if chunk.counts], error)
+            return
+        computed = [chunk for chunk in step.chunks if chunk.counts and chunk not in lost]
+        self._account(computed, time.perf_counter() - step.begin)
+        for chunk, reason in lost.items():
+            self._landing_failed(chunk, reason)
+        for chunk, next_token in zip(sampling, next_tokens, strict=True):
+            self.take_token(chunk.sequence, next_token)
+
+    def take_token(self, sequence: Sequence, next_token: NextToken) -> None:
+        """Adds to the sequence's answer, which may end with it."""
+        token_id = next_token.token_id
+        if token_id is None:
+            self._fail(sequence, InternalError("the model's output is not a number: there is no next token to draw"))
+            return
+        if sequence.first_token_at is None:
+            sequence.first_token_at = time.perf_counter()
+        sequence.token_ids.append(token_id)
+        finish_reason = None
+        if token_id in sequence.sampling.stop_token_ids:
+            finish_reason = "stop"
+        elif len(sequence.token_ids) >= sequence.max_total_tokens:
+            finish_reason = "length"
+        if finish_reason is not None:
+            self._end(sequence, sequence.keep_kv)
+        sequence.deliver(TokenOutput(token_id, next_token.logprobs, finish_reason), sequence.timings())
+
+    def _lost(self, output: StepOutput) -> dict[Chunk, Exception]:
+        """Chunks whose media rows were taken back before, or while, they were landed."""
+        lost: dict[Chunk, Exception] = {}
+        for chunk, all_rows in output.landed.items():
+            try:
+                for rows in all_rows if chunk.counts else ():
+                    rows.check()
+            except Exception as error:  # of one request, and nothing to the others
+                lost[chunk] = error
+        return lost
+
+    def _sample(self, output: StepOutput, chunks: list[Chunk]) -> list[NextToken]:
+        """The next tokens of these chunks, which end at their sequence's last token."""
+        if not chunks:
+            return []
+        logits_BV = output.logits_BV
+        if chunks != output.sampling:
+            logits_BV = logits_BV[[output.sampling.index(chunk) for chunk in chunks]]
+        sequences = [chunk.sequence for chunk in chunks]
+        return sample(logits_BV, [each.sampling for each in sequences], [each.generator for each in sequences])
+
+    def _step_failed(self, chunks: list[Chunk], error: Exception) -> None:
+        _log.error("a step of %d sequences failed", len(chunks), exc_info=error)
+        for chunk in chunks:
+            self._fail(chunk.sequence, InternalError(f"the step failed: {type(error).__name__}"))
+
+    def _landing_failed(self, chunk: Chunk, error: Exception) -> None:
+        """The chunk does not count. Rows that were lost on the way are asked for again, else the request fails."""
+        sequence = chunk.sequence
+        sequence.go_back(chunk.start)
+        if isinstance(error, LeaseExpired) and sequence.num_lost_rows < _MAX_LOST_ROWS:
+            _log.warning("request %s: %s", sequence.request_id, error)
+            sequence.num_lost_rows += 1
+            if sequence.request_kv is not None:
+                sequence.release_kv()
+            else:
+                sequence.release_rows({span.item_index for span in sequence.spans_in(chunk.start, chunk.stop)})
+            return
+        if not isinstance(error, VitrineError):
+            _log.error("landing the rows of %s failed", sequence.request_id, exc_info=error)
+            error = InternalError(f"landing the media rows failed: {type(error).__name__}")
+        self._fail(sequence, error)
+
+    def _account(self, chunks: list[Chunk], duration_s: float) -> None:
+        self.num_steps += 1
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if chunk.is_prompt:
+                self.num_prefill_tokens += chunk.length
+                sequence.prefill_s += duration_s
+            else:
+                self.num_decode_tokens += chunk.length
+            self._scheduler.computed(chunk)
+            if sequence.rows and sequence.prompt is not None:
+                sequence.release_landed_rows()
