@@ -27,6 +27,7 @@ from llm_worker.engine.steps import Step, Steps
 class EngineStats:
     """Requests and KV blocks now; steps, tokens, preemptions and evicted blocks since the start.
 
+    running: or on the way to it, while media are encoded; waiting: for memory.
     queued_prefill_tokens: of prompts, not computed yet. kv_blocks_kept: held by nobody, but with content that may be
     used again. num_cached_tokens: of prompts, not computed because their KV was there.
     """
@@ -144,9 +145,11 @@ class Engine:
         return CachedKv(self._kv_cache.layers, sequence.blocks.slots[: sequence.num_prompt_tokens])
 
     def stats(self) -> EngineStats:
+        waiting = list(self._scheduler.waiting)
+        awaiting_media = sum(each.waits_for_media for each in waiting)
         return EngineStats(
-            running=len(self._scheduler.running),
-            waiting=len(self._scheduler.waiting),
+            running=len(self._scheduler.running) + awaiting_media,
+            waiting=len(waiting) - awaiting_media,
             queued_prefill_tokens=self._scheduler.num_queued_prefill_tokens,
             kv_blocks_used=self._kv_cache.num_blocks - self._kv_cache.num_free,
             kv_blocks_kept=self._kv_cache.num_kept,

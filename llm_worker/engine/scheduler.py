@@ -180,8 +180,7 @@ class Scheduler:
     def _admit(self) -> None:
         for sequence in list(self.waiting):
             if sequence.prompt is None:
-                has_work = sequence.token_ids or sequence.request_kv is not None
-                if not has_work or not self._begin(sequence):
+                if sequence.waits_for_media or not self._begin(sequence):
                     continue  # nothing to run ahead on, or no room to: later ones may have their whole prompt
             elif not self._begin(sequence):
                 return

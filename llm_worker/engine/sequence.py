@@ -80,6 +80,11 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def waits_for_media(self) -> bool:
+        """Whether nothing can be computed of it before the sizes of its media are known."""
+        return self.prompt is None and not self.token_ids and self.request_kv is None
+
+    @property
     def is_decoding(self) -> bool:
         """Whether its whole prompt is computed."""
         return self.prompt is not None and self.num_computed >= self.num_prompt_tokens
