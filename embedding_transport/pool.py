@@ -1,8 +1,8 @@
 """What every exported pool is: one probe page that starts with a random nonce, then blocks of rows.
 
 A block is a 64-byte header (magic, lease_id, generation, nbytes; little-endian u64) and the rows right behind it. The
-owner changes the generation before it uses a block anew, so a reader that compares the header before and after its copy
-knows what it copied.
+owner changes the generation before it uses a block anew, so a reader that compares the header after its copy knows what
+it copied.
 """
 
 from __future__ import annotations

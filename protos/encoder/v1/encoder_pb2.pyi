@@ -634,7 +634,7 @@ class Lease(_message.Message):
     lease_id: _builtins.int
     generation: _builtins.int
     """Changes whenever the block is used anew; written in the block's header for the reader to compare
-    before and after it copies.
+    when it has copied.
     """
     offset: _builtins.int
     """First byte of the rows, from the start of the pool. The 64-byte block header lies right before it."""
