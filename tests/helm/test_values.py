@@ -84,8 +84,8 @@ def test_the_schema_knows_every_value() -> None:
     schema = json.loads((CHART / "values.schema.json").read_text())
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     missing = [path for path in _paths_of_schema(schema, schema) if not _has(values, path)]
-    # `global` is Helm's own, for charts that include this one; workers alone choose encoder pools.
-    assert missing == ["global", "encoders.defaults.encoderPools"]
+    # `global` is Helm's own, for charts that include this one; the others are of workers alone.
+    assert missing == ["global", *(f"encoders.defaults.{key}" for key in ("role", "encoderPools", "prefillPools"))]
 
 
 def _paths_of_schema(part: dict[str, Any], schema: dict[str, Any], path: str = "") -> Iterator[str]:
@@ -143,4 +143,5 @@ def test_notes_say_how_to_call_it(values: str) -> None:
     assert set(called) <= services
     request = json.loads(text.split("--data '")[1].split("'")[0])
     assert request["model"] in ("Qwen/Qwen3-VL-8B-Instruct", "qwen3-vl-8b", "checkpoint")
-    assert ("https://demo-vitrine-llm" in text) == ("tls" in values)
+    has_tls = bool(values_of(values).get("tls", {}).get("llm", {}).get("secretName"))
+    assert ("https://demo-vitrine-llm" in text) == has_tls

@@ -50,8 +50,31 @@ tls_client_ca_file: /etc/vitrine/tls/ca.crt
 {{- $config := fromYaml (include "vitrine.commonConfig" .) -}}
 {{- $_ := set $config "port" 8000 -}}
 {{- $_ := set $config "grpc_port" 50052 -}}
+{{- $_ := set $config "role" $workload.settings.role -}}
+{{- if eq $workload.settings.role "decode" -}}
+{{- include "vitrine.setPrefillWorkers" (list $root $workload $config) -}}
+{{- else -}}
+{{- include "vitrine.setEncoders" (list $root $workload $config) -}}
+{{- end -}}
+{{- $colocation := $values.colocation -}}
+{{- if and $colocation.enabled $colocation.sharedMemoryHostPath -}}
+{{- $_ := set $config "shm_folder" "/var/run/vitrine/shm" -}}
+{{- else if eq $workload.settings.role "prefill" -}}
+{{- $_ := set $config "shm_folder" "" -}}
+{{- end -}}
+{{- if and (eq $workload.settings.role "prefill") (or (not $colocation.enabled) (eq $colocation.gpuSharing "none")) -}}
+{{- $_ := set $config "cuda_ipc_pool_bytes" 0 -}}
+{{- end -}}
+{{- mergeOverwrite $config $workload.settings.config | toYaml -}}
+{{- end -}}
+
+{{/* Sets what a worker needs to use encoders: (list $ workload config). */}}
+{{- define "vitrine.setEncoders" -}}
+{{- $root := index . 0 -}}
+{{- $values := $root.Values -}}
+{{- $config := index . 2 -}}
 {{- $encoders := list -}}
-{{- range include "vitrine.encoderPools" . | splitList " " -}}
+{{- range include "vitrine.encoderPools" (list $root (index . 1)) | splitList " " -}}
 {{- $service := include "vitrine.name" (list $root (printf "encoder-%s" .)) -}}
 {{- if eq $values.discovery "kubernetes" -}}
 {{- $encoders = append $encoders (printf "kubernetes:%s/%s:grpc" $root.Release.Namespace $service) -}}
@@ -60,9 +83,6 @@ tls_client_ca_file: /etc/vitrine/tls/ca.crt
 {{- end -}}
 {{- end -}}
 {{- $_ := set $config "encoders" (join "," $encoders) -}}
-{{- if and $values.colocation.enabled $values.colocation.sharedMemoryHostPath -}}
-{{- $_ := set $config "shm_folder" "/var/run/vitrine/shm" -}}
-{{- end -}}
 {{- if $values.tls.encoders.secretName -}}
 {{- $_ := set $config "encoder_ca_file" "/etc/vitrine/encoder-tls/ca.crt" -}}
 {{- $_ := set $config "encoder_server_name" $values.tls.encoders.serverName -}}
@@ -71,7 +91,31 @@ tls_client_ca_file: /etc/vitrine/tls/ca.crt
 {{- $_ := set $config "encoder_key_file" "/etc/vitrine/encoder-tls/tls.key" -}}
 {{- end -}}
 {{- end -}}
-{{- mergeOverwrite $config $workload.settings.config | toYaml -}}
+{{- end -}}
+
+{{/* Sets what a worker needs to use prefill workers, whose certificate is its own: (list $ workload config). */}}
+{{- define "vitrine.setPrefillWorkers" -}}
+{{- $root := index . 0 -}}
+{{- $values := $root.Values -}}
+{{- $config := index . 2 -}}
+{{- $workers := list -}}
+{{- range include "vitrine.prefillPools" (list $root (index . 1)) | splitList " " -}}
+{{- $service := include "vitrine.name" (list $root (printf "llm-%s" .)) -}}
+{{- if eq $values.discovery "kubernetes" -}}
+{{- $workers = append $workers (printf "kubernetes:%s/%s:grpc" $root.Release.Namespace $service) -}}
+{{- else -}}
+{{- $workers = append $workers (printf "dns:%s.%s.svc:50052" $service $root.Release.Namespace) -}}
+{{- end -}}
+{{- end -}}
+{{- $_ := set $config "prefill_workers" (join "," $workers) -}}
+{{- if $values.tls.llm.secretName -}}
+{{- $_ := set $config "encoder_ca_file" "/etc/vitrine/tls/ca.crt" -}}
+{{- $_ := set $config "encoder_server_name" (printf "%s.%s.svc" (include "vitrine.name" (list $root "llm")) $root.Release.Namespace) -}}
+{{- if $values.tls.llm.clientAuth -}}
+{{- $_ := set $config "encoder_cert_file" "/etc/vitrine/tls/tls.crt" -}}
+{{- $_ := set $config "encoder_key_file" "/etc/vitrine/tls/tls.key" -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 
 {{/* A pool's: (list $ workload). */}}

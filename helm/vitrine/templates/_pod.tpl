@@ -6,10 +6,14 @@
 {{- $settings := $workload.settings -}}
 {{- $isLlm := eq $workload.component "llm" -}}
 {{- $sharing := $values.colocation.gpuSharing -}}
+{{- $usesEncoderTls := and $isLlm (ne ($settings.role | default "") "decode") $values.tls.encoders.secretName -}}
 metadata:
   labels:
     # Not the chart's version: another chart alone must not restart pods.
     {{- merge (include "vitrine.poolSelectorLabels" . | fromYaml) $settings.podLabels | toYaml | nindent 4 }}
+    {{- if and $isLlm (ne $settings.role "prefill") }}
+    vitrine/users: "true"
+    {{- end }}
   annotations:
     # Services read their settings once, at the start.
     checksum/config: {{ include "vitrine.config" . | sha256sum }}
@@ -94,7 +98,7 @@ spec:
         {{- if $isLlm | ternary $values.tls.llm.secretName $values.tls.encoders.secretName }}
         - {name: tls, mountPath: /etc/vitrine/tls, readOnly: true}
         {{- end }}
-        {{- if and $isLlm $values.tls.encoders.secretName }}
+        {{- if $usesEncoderTls }}
         - {name: encoder-tls, mountPath: /etc/vitrine/encoder-tls, readOnly: true}
         {{- end }}
         {{- if $values.colocation.sharedMemoryHostPath }}
@@ -114,7 +118,7 @@ spec:
         secretName: {{ . }}
         defaultMode: 0440
     {{- end }}
-    {{- if and $isLlm $values.tls.encoders.secretName }}
+    {{- if $usesEncoderTls }}
     - name: encoder-tls
       secret:
         secretName: {{ default $values.tls.encoders.secretName $values.tls.encoders.clientSecretName }}

@@ -38,6 +38,43 @@ the pool's own merged in. Nothing in mode rayservice.
 {{- join " " $wanted -}}
 {{- end -}}
 
+{{/* Names of the prefill pools that a pool of role decode uses, separated by spaces: (list $ workload). */}}
+{{- define "vitrine.prefillPools" -}}
+{{- $root := index . 0 -}}
+{{- $workload := index . 1 -}}
+{{- $found := list -}}
+{{- range (include "vitrine.pools" $root | fromYaml).pools -}}
+{{- if and (eq .component "llm") (eq .settings.role "prefill") }}{{ $found = append $found .pool }}{{ end -}}
+{{- end -}}
+{{- if not $found -}}
+{{- fail (printf "llm.pools.%s has role decode, but there is no pool of role prefill" $workload.pool) -}}
+{{- end -}}
+{{- $wanted := $workload.settings.prefillPools | default $found -}}
+{{- range $wanted -}}
+{{- if not (has . $found) -}}
+{{- fail (printf "llm.pools.%s.prefillPools names %q, but pools of role prefill are only %s" $workload.pool . (join ", " $found)) -}}
+{{- end -}}
+{{- end -}}
+{{- join " " $wanted -}}
+{{- end -}}
+
+{{/* Whether some pool takes its prompts from others: "true" or nothing. */}}
+{{- define "vitrine.hasDecodePools" -}}
+{{- $found := "" -}}
+{{- range (include "vitrine.pools" . | fromYaml).pools -}}
+{{- if and (eq .component "llm") (eq .settings.role "decode") }}{{ $found = "true" }}{{ end -}}
+{{- end -}}
+{{- $found -}}
+{{- end -}}
+
+{{/* Selects the pods that users talk to: those of prefill pools only where nobody decodes. */}}
+{{- define "vitrine.userLabels" -}}
+{{ include "vitrine.selectorLabels" (list . "llm") }}
+{{- if eq (include "vitrine.hasDecodePools" .) "true" }}
+vitrine/users: "true"
+{{- end -}}
+{{- end -}}
+
 {{/* Labels that select a pool's pods: (list $ workload). */}}
 {{- define "vitrine.poolSelectorLabels" -}}
 {{- $workload := index . 1 -}}

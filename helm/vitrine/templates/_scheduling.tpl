@@ -1,5 +1,5 @@
 {{/*
-Affinity of a pool's pods: (list $ workload). To the pool's own value come, with colocation, worker to encoder, and where
+Affinity of a pool's pods: (list $ workload). To the pool's own value come, with colocation, worker to encoder, or to the worker that prefills, and where
 pods see every GPU of a node, one pod of a pool on a node: two would take the same GPU.
 */}}
 {{- define "vitrine.affinity" -}}
@@ -8,8 +8,10 @@ pods see every GPU of a node, one pod of a pool on a node: two would take the sa
 {{- $colocation := $root.Values.colocation -}}
 {{- $affinity := deepCopy $workload.settings.affinity -}}
 {{- if and $colocation.enabled (eq $workload.component "llm") -}}
-{{- $pools := dict "key" "vitrine/pool" "operator" "In" "values" (include "vitrine.encoderPools" . | splitList " ") -}}
-{{- $labels := include "vitrine.selectorLabels" (list $root "encoder") | fromYaml -}}
+{{- $decodes := eq $workload.settings.role "decode" -}}
+{{- $names := include (ternary "vitrine.prefillPools" "vitrine.encoderPools" $decodes) . | splitList " " -}}
+{{- $pools := dict "key" "vitrine/pool" "operator" "In" "values" $names -}}
+{{- $labels := include "vitrine.selectorLabels" (list $root (ternary "llm" "encoder" $decodes)) | fromYaml -}}
 {{- $term := dict "topologyKey" "kubernetes.io/hostname" "labelSelector" (dict "matchLabels" $labels "matchExpressions" (list $pools)) -}}
 {{- $podAffinity := $affinity.podAffinity | default dict -}}
 {{- if eq $colocation.affinity "required" -}}
