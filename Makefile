@@ -36,8 +36,8 @@ run: $(VENV)/.run-ready  ## Start an encoder and an LLM worker, ask about a pict
 serve: $(VENV)/.run-ready  ## The same services, staying up with an OpenAI endpoint on PORT
 	@$(LAUNCH) serve --port $(PORT) $(if $(MODEL),--model "$(MODEL)")
 
-test: $(VENV)/.dev-ready  ## Run all tests (TESTS=path for some of them)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
+test: $(VENV)/.dev-ready  ## Run all tests, two files at a time (TESTS=path for some of them)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 helm-test: $(VENV)/.dev-ready  ## Render the chart with many values and validate it against Kubernetes' schemas
 	$(BIN)/python -m pytest tests/helm
