@@ -71,49 +71,51 @@ tls_client_ca_file: /etc/vitrine/tls/ca.crt
 {{/* Sets what a worker needs to use encoders: (list $ workload config). */}}
 {{- define "vitrine.setEncoders" -}}
 {{- $root := index . 0 -}}
-{{- $values := $root.Values -}}
 {{- $config := index . 2 -}}
-{{- $encoders := list -}}
-{{- range include "vitrine.encoderPools" (list $root (index . 1)) | splitList " " -}}
-{{- $service := include "vitrine.name" (list $root (printf "encoder-%s" .)) -}}
-{{- if eq $values.discovery "kubernetes" -}}
-{{- $encoders = append $encoders (printf "kubernetes:%s/%s:grpc" $root.Release.Namespace $service) -}}
-{{- else -}}
-{{- $encoders = append $encoders (printf "dns:%s.%s.svc:50051" $service $root.Release.Namespace) -}}
-{{- end -}}
-{{- end -}}
-{{- $_ := set $config "encoders" (join "," $encoders) -}}
-{{- if $values.tls.encoders.secretName -}}
-{{- $_ := set $config "encoder_ca_file" "/etc/vitrine/encoder-tls/ca.crt" -}}
-{{- $_ := set $config "encoder_server_name" $values.tls.encoders.serverName -}}
-{{- if $values.tls.encoders.clientAuth -}}
-{{- $_ := set $config "encoder_cert_file" "/etc/vitrine/encoder-tls/tls.crt" -}}
-{{- $_ := set $config "encoder_key_file" "/etc/vitrine/encoder-tls/tls.key" -}}
-{{- end -}}
-{{- end -}}
+{{- $tls := $root.Values.tls.encoders -}}
+{{- $pools := include "vitrine.encoderPools" (list $root (index . 1)) -}}
+{{- $_ := set $config "encoders" (include "vitrine.addresses" (list $root "encoder" 50051 $pools)) -}}
+{{- include "vitrine.setTlsTowards" (list $config $tls "/etc/vitrine/encoder-tls" $tls.serverName) -}}
 {{- end -}}
 
 {{/* Sets what a worker needs to use prefill workers, whose certificate is its own: (list $ workload config). */}}
 {{- define "vitrine.setPrefillWorkers" -}}
 {{- $root := index . 0 -}}
-{{- $values := $root.Values -}}
 {{- $config := index . 2 -}}
-{{- $workers := list -}}
-{{- range include "vitrine.prefillPools" (list $root (index . 1)) | splitList " " -}}
-{{- $service := include "vitrine.name" (list $root (printf "llm-%s" .)) -}}
-{{- if eq $values.discovery "kubernetes" -}}
-{{- $workers = append $workers (printf "kubernetes:%s/%s:grpc" $root.Release.Namespace $service) -}}
+{{- $pools := include "vitrine.prefillPools" (list $root (index . 1)) -}}
+{{- $_ := set $config "prefill_workers" (include "vitrine.addresses" (list $root "llm" 50052 $pools)) -}}
+{{- $serverName := printf "%s.%s.svc" (include "vitrine.name" (list $root "llm")) $root.Release.Namespace -}}
+{{- include "vitrine.setTlsTowards" (list $config $root.Values.tls.llm "/etc/vitrine/tls" $serverName) -}}
+{{- end -}}
+
+{{/* Where a worker finds the pods of these pools, separated by spaces: (list $ component port pools). */}}
+{{- define "vitrine.addresses" -}}
+{{- $root := index . 0 -}}
+{{- $component := index . 1 -}}
+{{- $port := index . 2 -}}
+{{- $addresses := list -}}
+{{- range index . 3 | splitList " " -}}
+{{- $service := include "vitrine.name" (list $root (printf "%s-%s" $component .)) -}}
+{{- if eq $root.Values.discovery "kubernetes" -}}
+{{- $addresses = append $addresses (printf "kubernetes:%s/%s:grpc" $root.Release.Namespace $service) -}}
 {{- else -}}
-{{- $workers = append $workers (printf "dns:%s.%s.svc:50052" $service $root.Release.Namespace) -}}
+{{- $addresses = append $addresses (printf "dns:%s.%s.svc:%d" $service $root.Release.Namespace $port) -}}
 {{- end -}}
 {{- end -}}
-{{- $_ := set $config "prefill_workers" (join "," $workers) -}}
-{{- if $values.tls.llm.secretName -}}
-{{- $_ := set $config "encoder_ca_file" "/etc/vitrine/tls/ca.crt" -}}
-{{- $_ := set $config "encoder_server_name" (printf "%s.%s.svc" (include "vitrine.name" (list $root "llm")) $root.Release.Namespace) -}}
-{{- if $values.tls.llm.clientAuth -}}
-{{- $_ := set $config "encoder_cert_file" "/etc/vitrine/tls/tls.crt" -}}
-{{- $_ := set $config "encoder_key_file" "/etc/vitrine/tls/tls.key" -}}
+{{- join "," $addresses -}}
+{{- end -}}
+
+{{/* Sets how a worker trusts who it asks, and shows itself: (list config tls folder serverName). */}}
+{{- define "vitrine.setTlsTowards" -}}
+{{- $config := index . 0 -}}
+{{- $tls := index . 1 -}}
+{{- $folder := index . 2 -}}
+{{- if $tls.secretName -}}
+{{- $_ := set $config "encoder_ca_file" (printf "%s/ca.crt" $folder) -}}
+{{- $_ := set $config "encoder_server_name" (index . 3) -}}
+{{- if $tls.clientAuth -}}
+{{- $_ := set $config "encoder_cert_file" (printf "%s/tls.crt" $folder) -}}
+{{- $_ := set $config "encoder_key_file" (printf "%s/tls.key" $folder) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
