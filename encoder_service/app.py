@@ -37,7 +37,6 @@ from encoder_service.preprocess.settings import ProcessorSettings
 from encoder_service.server import EncoderServer, EncoderServicer, Serving
 from encoder_service.service import EncodeService
 from service_runtime.memory import spare_startup_objects
-from service_runtime.threads import take_short_turns
 
 if TYPE_CHECKING:
     from encoder_service.gpu.graphs import GpuTower
@@ -122,7 +121,6 @@ async def serve(config: EncoderConfig) -> None:
         TransportUnavailable: no room for a pool.
         ValueError: the media folder does not exist.
     """
-    take_short_turns()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

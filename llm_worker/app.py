@@ -41,7 +41,6 @@ from llm_worker.prefill.rpc import SERVICE as PREFILL_SERVICE
 from llm_worker.prefill.rpc import prefill_handlers
 from llm_worker.prefill.server import Prefilling, PrefillServicer
 from service_runtime.memory import spare_startup_objects
-from service_runtime.threads import take_short_turns
 
 if TYPE_CHECKING:
     from llm_worker.tensor_parallel.followers import Followers
@@ -74,7 +73,6 @@ async def serve(config: LlmConfig) -> None:
         CheckpointError: see `load_model` and `Followers.start`.
         OSError: a port cannot be listened on.
     """
-    take_short_turns()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

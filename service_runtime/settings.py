@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDic
 
 from service_runtime.logs import LogFormat, LogLevel, start_logging
 from service_runtime.memory import reuse_message_memory
+from service_runtime.threads import take_short_turns
 from service_runtime.tls import ServerTls
 from service_runtime.traces import start_tracing
 
@@ -133,6 +134,7 @@ def run_service(
         return 0
     start_logging(config.log_level, config.log_format)
     reuse_message_memory()
+    take_short_turns()
     expected: tuple[type[Exception], ...] = (OSError, ValueError, *failures)
     end_tracing = start_tracing(settings.service_name, config.otlp_endpoint)
     try:
