@@ -24,7 +24,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from benchmarks.pictures import random_jpegs
+from benchmarks.pictures import parse_size, random_jpegs
 from benchmarks.report import Row, table
 from deploy.launcher.ask import AskFailed, served_model, server_sent_events
 
@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="name to ask for; default: the first that is served")
     parser.add_argument("--num-prompts", type=int, default=256, help="default: %(default)s")
     parser.add_argument("--concurrency", type=int, default=32, help="requests in flight; default: %(default)s")
-    parser.add_argument("--image-size", type=_size, default=(560, 560), help="WIDTHxHEIGHT; default: 560x560")
+    parser.add_argument("--image-size", type=parse_size, default=(560, 560), help="WIDTHxHEIGHT; default: 560x560")
     parser.add_argument("--num-images", type=int, help="different ones, asked in turn; 0: text only; default: all are")
     parser.add_argument("--text-tokens", type=int, default=128, help="of text in a prompt; default: %(default)s")
     parser.add_argument("--max-tokens", type=int, default=1, help="of an answer; default: %(default)s")
@@ -211,11 +211,6 @@ async def _measure(options: argparse.Namespace) -> Load:
     async with ChatClient.connected(options.url, options.model) as client:
         bodies = [client.body(options.text_tokens, options.max_tokens, jpeg) for jpeg in pictures]
         return await run_load(client, bodies, options.concurrency)
-
-
-def _size(text: str) -> tuple[int, int]:
-    width, height = map(int, text.split("x"))
-    return width, height
 
 
 def _percentile_ms(seconds: list[float], percentile: float) -> float:

@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.checkpoints import save_qwen3_vl_8b
 from benchmarks.encoder_load import Load, LoadClient
+from benchmarks.pictures import parse_size, show_size
 from embedding_transport.row_peer import TransportChoice
 
 _POOL_NBYTES = 6 << 30
@@ -33,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=512, help="of each size; default: %(default)s")
     parser.add_argument("--in-flight", nargs="+", type=int, default=[1, 64], help="requests; default: %(default)s")
     parser.add_argument("--transports", nargs="+", default=["cuda_ipc", "grpc"], help="default: %(default)s")
-    parser.add_argument("--sizes", nargs="+", default=["560x560", "1920x1080"], help="default: %(default)s")
+    sizes = ["560x560", "1920x1080"]
+    parser.add_argument("--sizes", nargs="+", default=sizes, help="WIDTHxHEIGHT each; default: %(default)s")
     parser.add_argument("--dp", type=int, default=1, help="encoders, one a GPU; default: %(default)s")
     parser.add_argument("--clients", type=int, help="processes that ask; default: two an encoder")
     parser.add_argument("--encoder-flags", nargs="*", default=[], help="more flags for the encoder, without dashes")
@@ -57,7 +59,7 @@ async def _measure(checkpoint: Path, options: argparse.Namespace) -> None:
         ]
         flags = [f"--{flag}" for flag in options.encoder_flags]
         addresses = await stack.enter_async_context(_encoders(checkpoint, options.dp, flags))
-        sizes = [_size(text) for text in options.sizes]
+        sizes = map(parse_size, options.sizes)
         for transport, size, in_flight in product(options.transports, sizes, options.in_flight):
             num_requests = options.requests if in_flight > 1 else options.requests // 8
             print(await _row(clients, addresses, transport, size, num_requests, in_flight), flush=True)
@@ -82,12 +84,7 @@ async def _row(
     stages = ", ".join(f"{statistics.median(times):.1f}" for times in zip(*all_stages_ms, strict=True))
     rate, mb_per_s = len(request_ms) / seconds, sum(each.nbytes for each in all_measured) / seconds / 1e6
     figures = f"{rate:.1f} | {mb_per_s:.0f} | {_percentiles(request_ms)} | {_percentiles(delivery_ms)} | {stages}"
-    return f"| {size[0]}x{size[1]} | {transport} | {in_flight} | {figures} |"
-
-
-def _size(text: str) -> tuple[int, int]:
-    width, height = map(int, text.split("x"))
-    return width, height
+    return f"| {show_size(size)} | {transport} | {in_flight} | {figures} |"
 
 
 def _percentiles(times_ms: list[float]) -> str:

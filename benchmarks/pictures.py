@@ -8,6 +8,16 @@ import numpy as np
 from PIL import Image
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """(width, height) of WIDTHxHEIGHT."""
+    width, height = map(int, text.split("x"))
+    return width, height
+
+
+def show_size(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
 def random_jpegs(num_pictures: int, size: tuple[int, int], seed: int = 0) -> list[bytes]:
     """JPEG files of `size`, (width, height): one picture with detail at every scale, shifted differently each time."""
     rng = np.random.default_rng(seed)

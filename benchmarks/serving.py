@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.chat_load import ChatClient, Load, load_rows, run_load
 from benchmarks.checkpoints import save_qwen3_vl_8b, save_small_qwen3_vl
-from benchmarks.pictures import random_jpegs
+from benchmarks.pictures import random_jpegs, show_size
 from benchmarks.report import Row, table
 from deploy.launcher.ask import AskFailed
 from deploy.launcher.stack import Stack
@@ -112,7 +112,7 @@ async def _measure_pictures(client: ChatClient, workload: Workload, pictures: _P
     _say(f"{len(bodies)} prompts with a picture, {workload.concurrency} in flight")
     load = await run_load(client, bodies, workload.concurrency)
     _say_failures(load)
-    what = f"{_shown(workload.image_size)}, {workload.text_tokens} text tokens, {workload.concurrency} in flight"
+    what = f"{show_size(workload.image_size)}, {workload.text_tokens} text tokens, {workload.concurrency} in flight"
     return [Row(f"{what}: {row.figure}", row.measured, row.bar) for row in load_rows(load)]
 
 
@@ -124,7 +124,7 @@ async def _measure_decoding(client: ChatClient, workload: Workload, poured: list
     _say(f"{workload.num_streams} streams of {workload.stream_tokens} tokens")
     alone = await run_load(client, streams(workload.stream_tokens), workload.num_streams)
 
-    _say(f"the same while pictures of {_shown(workload.poured_size)} pour in")
+    _say(f"the same while pictures of {show_size(workload.poured_size)} pour in")
     images = [client.body(workload.text_tokens, 1, jpeg) for jpeg in poured]
     measured = asyncio.Event()
     until_measured = itertools.takewhile(lambda _: not measured.is_set(), itertools.cycle(images))
@@ -141,7 +141,7 @@ async def _measure_decoding(client: ChatClient, workload: Workload, poured: list
 
 def _decoding_rows(workload: Workload, alone: Load, beside: Load, images: Load) -> list[Row]:
     what = f"{workload.num_streams} decoding streams"
-    pictures = f"with {workload.num_pouring} pictures of {_shown(workload.poured_size)} in flight"
+    pictures = f"with {workload.num_pouring} pictures of {show_size(workload.poured_size)} in flight"
     num_failures = sum(len(load.failures) for load in (alone, beside, images))
     rows = [Row(f"{what}, {pictures}: failures", str(num_failures), "0")]
     if not (alone.answers and beside.answers):
@@ -168,10 +168,6 @@ def _gpus() -> tuple[dict[str, str], dict[str, str]]:
     if len(gpus) < 2:
         return {}, {}
     return {"CUDA_VISIBLE_DEVICES": gpus[0]}, {"CUDA_VISIBLE_DEVICES": f"{gpus[1]},{gpus[0]}"}
-
-
-def _shown(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
 
 
 def _say_failures(load: Load) -> None:
