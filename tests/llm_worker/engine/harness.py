@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -104,3 +105,26 @@ async def collect(handle: RequestHandle) -> list[TokenOutput]:
 
 async def tokens(handle: RequestHandle) -> list[int]:
     return [output.token_id for output in await collect(handle)]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def is_idle(engine: Engine) -> bool:
+    stats = engine.stats()
+    return (stats.running, stats.waiting, stats.kv_blocks_used) == (0, 0, 0)
+
+
+def submit_with_rows_at_hand(engine: Engine, request: Request, sampling: SamplingParams) -> RequestHandle:
+    """Rows are handed over as often as they are asked for."""
+
+    def send_rows(items: list[int]) -> None:
+        for item in items:
+            handle.set_rows(item, TensorRows(request.rows[item]._rows_TW))
+
+    handle = engine.submit("request", request.prefix, sampling, send_rows)
+    handle.set_prompt(request.prompt, coming=())
+    return handle

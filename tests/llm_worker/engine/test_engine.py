@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,46 +23,19 @@ from embedding_transport.errors import (
 from llm_worker.engine.engine import Engine
 from llm_worker.engine.request import ExpandedPrompt, SamplingParams
 from llm_worker.engine.request_handle import RequestHandle
-from tests.integration.test_parity import CASES
 from tests.llm_worker.engine.harness import (
     Request,
     collect,
     greedy,
-    request_for,
+    is_idle,
     running_engine,
     submit,
+    submit_with_rows_at_hand,
     tokens,
     unsent,
+    until,
 )
 from tests.llm_worker.engine.tensor_rows import TensorRows
-
-FACTOR = 32  # pixels along a merged token of the small Qwen3-VL
-
-
-@pytest.fixture(scope="module")
-def reference(qwen3_vl_folder: Path) -> Reference:
-    return Reference(qwen3_vl_folder)
-
-
-@pytest.fixture
-def image(reference: Reference) -> Request:
-    return request_for(reference, CASES["one_image"].text, CASES["one_image"].media(FACTOR))
-
-
-@pytest.fixture
-def text(reference: Reference) -> Request:
-    return request_for(reference, CASES["text_only"].text, [])
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
-def is_idle(engine: Engine) -> bool:
-    stats = engine.stats()
-    return (stats.running, stats.waiting, stats.kv_blocks_used) == (0, 0, 0)
 
 
 async def test_late_rows_hold_up_nobody_and_the_request_goes_on_when_they_come(
@@ -141,18 +113,6 @@ async def test_fail_raises_where_the_tokens_are_awaited(qwen3_vl_folder: Path, i
         with pytest.raises(MediaNotFound, match="no such image"):
             await collect(handle)
         await until(lambda: is_idle(engine))
-
-
-def submit_with_rows_at_hand(engine: Engine, request: Request, sampling: SamplingParams) -> RequestHandle:
-    """Rows are handed over as often as they are asked for."""
-
-    def send_rows(items: list[int]) -> None:
-        for item in items:
-            handle.set_rows(item, TensorRows(request.rows[item]._rows_TW))
-
-    handle = engine.submit("request", request.prefix, sampling, send_rows)
-    handle.set_prompt(request.prompt, coming=())
-    return handle
 
 
 @pytest.mark.parametrize("prefix_cache", [False, True])

@@ -15,10 +15,18 @@ from llm_worker.engine.engine import Engine
 from llm_worker.engine.request import SamplingParams
 from llm_worker.engine.request_handle import RequestHandle
 from llm_worker.engine.runner import PlainRunner
-from tests.integration.test_parity import CASES
-from tests.llm_worker.engine.harness import Request, greedy, request_for, running_engine, submit, tokens, unsent
+from tests.llm_worker.engine.harness import (
+    Request,
+    greedy,
+    is_idle,
+    running_engine,
+    submit,
+    submit_with_rows_at_hand,
+    tokens,
+    unsent,
+    until,
+)
 from tests.llm_worker.engine.tensor_rows import TensorRows
-from tests.llm_worker.engine.test_engine import FACTOR, is_idle, submit_with_rows_at_hand, until
 
 NUM_REQUESTS = 12
 
@@ -28,21 +36,6 @@ class Followed(PlainRunner):
 
     def until_nearly_done(self) -> bool:
         return True
-
-
-@pytest.fixture(scope="module")
-def reference(qwen3_vl_folder: Path) -> Reference:
-    return Reference(qwen3_vl_folder)
-
-
-@pytest.fixture
-def image(reference: Reference) -> Request:
-    return request_for(reference, CASES["one_image"].text, CASES["one_image"].media(FACTOR))
-
-
-@pytest.fixture
-def text(reference: Reference) -> Request:
-    return request_for(reference, CASES["text_only"].text, [])
 
 
 def again(request: Request) -> Request:

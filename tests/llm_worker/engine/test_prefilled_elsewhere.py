@@ -15,25 +15,17 @@ from llm_worker.engine.engine import Engine
 from llm_worker.engine.request import SamplingParams
 from llm_worker.engine.request_handle import RequestHandle
 from llm_worker.engine.sampler import NextToken
-from tests.integration.test_parity import CASES
-from tests.llm_worker.engine.harness import Request, collect, greedy, request_for, running_engine, tokens, unsent
+from tests.llm_worker.engine.harness import (
+    Request,
+    collect,
+    greedy,
+    is_idle,
+    running_engine,
+    tokens,
+    unsent,
+    until,
+)
 from tests.llm_worker.engine.tensor_rows import TensorRows
-from tests.llm_worker.engine.test_engine import FACTOR, is_idle, until
-
-
-@pytest.fixture(scope="module")
-def reference(qwen3_vl_folder: Path) -> Reference:
-    return Reference(qwen3_vl_folder)
-
-
-@pytest.fixture
-def image(reference: Reference) -> Request:
-    return request_for(reference, CASES["one_image"].text, CASES["one_image"].media(FACTOR))
-
-
-@pytest.fixture
-def text(reference: Reference) -> Request:
-    return request_for(reference, CASES["text_only"].text, [])
 
 
 @dataclass

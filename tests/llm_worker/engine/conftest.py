@@ -1,0 +1,28 @@
+"""Requests to the small Qwen3-VL, with what transformers makes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deploy.reference import Reference
+from tests.integration.test_parity import CASES
+from tests.llm_worker.engine.harness import Request, request_for
+
+FACTOR = 32  # pixels along a merged token of the small Qwen3-VL
+
+
+@pytest.fixture(scope="module")
+def reference(qwen3_vl_folder: Path) -> Reference:
+    return Reference(qwen3_vl_folder)
+
+
+@pytest.fixture
+def image(reference: Reference) -> Request:
+    return request_for(reference, CASES["one_image"].text, CASES["one_image"].media(FACTOR))
+
+
+@pytest.fixture
+def text(reference: Reference) -> Request:
+    return request_for(reference, CASES["text_only"].text, [])
