@@ -37,7 +37,7 @@ serve: $(VENV)/.run-ready  ## The same services, staying up with an OpenAI endpo
 	@$(LAUNCH) serve --port $(PORT) $(if $(MODEL),--model "$(MODEL)")
 
 test: $(VENV)/.dev-ready  ## Run all tests, two files at a time (TESTS=path for some of them)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 helm-test: $(VENV)/.dev-ready  ## Render the chart with many values and validate it against Kubernetes' schemas
 	$(BIN)/python -m pytest tests/helm
