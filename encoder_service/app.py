@@ -23,6 +23,7 @@ from embedding_transport.loading import LoadingStopped, ProgressLog, choose_devi
 from embedding_transport.types import DTYPES, ModelIdentity
 from encoder_service.codec import describe_to_proto, stats_to_proto
 from encoder_service.config import EncoderConfig
+from encoder_service.engine.admission import Admission
 from encoder_service.engine.batcher import Batcher
 from encoder_service.engine.cache import EmbeddingCache
 from encoder_service.engine.cost_model import CostModel, measured_cost
@@ -149,12 +150,11 @@ async def serve(config: EncoderConfig) -> None:
         exporter = RowExporter(pools, lease_ttl_s=config.lease_ttl_s)
         stack.push_async_callback(exporter.close)
         exporter.start()
+        admission = Admission(model.cost, max_patches=config.max_queued_patches, max_s=config.max_queued_s)
         batcher = Batcher(
             model.tower,
+            model.cost,
             max_batch_patches=config.max_batch_patches,
-            max_queued_patches=config.max_queued_patches,
-            max_queued_s=config.max_queued_s,
-            cost=model.cost,
             device=model.device,
             on_batch=metrics.observe_batch,
         )
@@ -169,6 +169,7 @@ async def serve(config: EncoderConfig) -> None:
         service = EncodeService(
             loader,
             Preprocessor(model.settings, limits, preprocess_device, DTYPES[model.identity.dtype]),
+            admission,
             batcher,
             cache,
             revision=model.identity.revision,
@@ -177,16 +178,14 @@ async def serve(config: EncoderConfig) -> None:
             metrics=metrics,
         )
         stack.callback(service.close)
-        metrics.watch_queue(
-            lambda: batcher.admitted_patches, lambda: batcher.waiting_patches, lambda: batcher.admitted_s
-        )
+        metrics.watch_queue(admission, lambda: batcher.waiting_patches)
         metrics.watch_exporter(exporter.stats)
         if model.gpu_stats is not None:
             metrics.watch_gpu(model.gpu_stats)
         description = describe_to_proto(
             model.identity, model.settings, exporter.transports, config.max_items, model.gpu_uuids
         )
-        stats = lambda: stats_to_proto(batcher.admitted_s, cache.stats(), exporter.stats())  # noqa: E731
+        stats = lambda: stats_to_proto(admission.seconds, cache.stats(), exporter.stats())  # noqa: E731
         spare_startup_objects()
         servicer.open(Serving(description, service, exporter, stats))
         await server.set_serving(True)

@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from embedding_transport.exporter import ExporterStats
+from encoder_service.engine.admission import Admission
 from encoder_service.engine.batcher import BatchReport
 from encoder_service.engine.cache import CacheStats
 
@@ -75,19 +76,23 @@ class EncoderMetrics:
         self.batch_items.observe(report.num_items)
         self.stage_seconds.labels("forward").observe(report.forward_s)
 
-    def watch_queue(
-        self,
-        admitted_patches: Callable[[], int],
-        waiting_patches: Callable[[], int],
-        admitted_s: Callable[[], float],
-    ) -> None:
+    def watch_queue(self, admission: Admission, waiting_patches: Callable[[], int]) -> None:
         """Reads the queue at each scrape."""
-        for name, help_text, read in (
-            ("queue_seconds", "Work between admission and the end of shipping, by the cost model.", admitted_s),
-            ("admitted_patches", "Patches of items between admission and the end of shipping.", admitted_patches),
-            ("queue_patches", "Patches ready for the tower that are in no batch yet.", waiting_patches),
-        ):
+
+        def gauge(name: str, help_text: str, read: Callable[[], float]) -> None:
             Gauge(f"vitrine_encoder_{name}", help_text, registry=self.registry).set_function(read)
+
+        gauge(
+            "queue_seconds",
+            "Work between admission and the end of shipping, by the cost model.",
+            lambda: admission.seconds,
+        )
+        gauge(
+            "admitted_patches",
+            "Patches of items between admission and the end of shipping.",
+            lambda: admission.num_patches,
+        )
+        gauge("queue_patches", "Patches ready for the tower that are in no batch yet.", waiting_patches)
 
     def watch_cache(self, stats: Callable[[], CacheStats]) -> None:
         """Reads the embedding cache at each scrape."""

@@ -21,7 +21,9 @@ import torch
 
 from embedding_transport.errors import BadRequest, InternalError, TooManyItems, VitrineError
 from embedding_transport.types import ItemTimings, Layout, MediaItem
-from encoder_service.engine.batcher import Batcher, Follower
+from encoder_service.engine.admission import Admission
+from encoder_service.engine.batch import Follower
+from encoder_service.engine.batcher import Batcher
 from encoder_service.engine.cache import EmbeddingCache, MadeRows
 from encoder_service.media.loader import MediaLoader
 from encoder_service.metrics import EncoderMetrics
@@ -71,6 +73,7 @@ class EncodeService:
         self,
         loader: MediaLoader,
         preprocessor: Preprocessor,
+        admission: Admission,
         batcher: Batcher,
         cache: EmbeddingCache,
         *,
@@ -87,6 +90,7 @@ class EncodeService:
         """
         self._loader = loader
         self._preprocessor = preprocessor
+        self._admission = admission
         self._batcher = batcher
         self._cache = cache
         self._max_items = max_items
@@ -147,7 +151,7 @@ class EncodeService:
             data = await self._loader.load(item)
         with self._stage("open", index) as opening:
             opened, layout, key = await self._in_thread(self._open, item, data, tenant)
-        admission = nullcontext() if self._cache.knows(key) else self._batcher.admit(layout.grid_thw, deadline)
+        admission = nullcontext() if self._cache.knows(key) else self._admission.admit(layout.grid_thw, deadline)
         with admission, replies.shipment(index) as shipment:
             await replies.layout(index, layout)
             make = functools.partial(self._make, index, opened, layout, deadline, shipment.follower)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,8 +20,10 @@ from embedding_transport.exporter import RowExporter
 from embedding_transport.shm_pool import ShmPool
 from embedding_transport.types import MediaItem, ModelIdentity
 from encoder_service.codec import describe_to_proto, stats_to_proto
+from encoder_service.engine.admission import Admission
 from encoder_service.engine.batcher import Batcher
 from encoder_service.engine.cache import EmbeddingCache
+from encoder_service.engine.cost_model import CostModel
 from encoder_service.media.limits import MediaLimits
 from encoder_service.media.loader import MediaLoader
 from encoder_service.metrics import EncoderMetrics
@@ -68,7 +71,7 @@ class RunningEncoder:
     identity: ModelIdentity
     tower: GatedTower
     preprocessor: Preprocessor
-    batcher: Batcher
+    admission: Admission
     service: EncodeService
     exporter: RowExporter
     servicer: EncoderServicer
@@ -107,12 +110,9 @@ async def run_encoder(
     metrics = EncoderMetrics()
     exporter = RowExporter([ShmPool(shm_folder, 8 << 20)] if shm_folder else [], lease_ttl_s=lease_ttl_s)
     exporter.start()
-    batcher = Batcher(
-        tower,
-        max_batch_patches=max_batch_patches,
-        max_queued_patches=max_queued_patches,
-        on_batch=metrics.observe_batch,
-    )
+    cost = CostModel(0.0, 0.0, 0.0)
+    admission = Admission(cost, max_patches=max_queued_patches, max_s=math.inf)
+    batcher = Batcher(tower, cost, max_batch_patches=max_batch_patches, on_batch=metrics.observe_batch)
     batcher.start()
     loader = MediaLoader(limits)
     preprocessor = Preprocessor(ProcessorSettings.from_checkpoint(checkpoint), limits)
@@ -120,6 +120,7 @@ async def run_encoder(
     service = EncodeService(
         loader,
         preprocessor,
+        admission,
         batcher,
         cache,
         revision=identity.revision,
@@ -128,19 +129,19 @@ async def run_encoder(
         metrics=metrics,
     )
     metrics.watch_cache(cache.stats)
-    metrics.watch_queue(lambda: batcher.admitted_patches, lambda: batcher.waiting_patches, lambda: batcher.admitted_s)
+    metrics.watch_queue(admission, lambda: batcher.waiting_patches)
     metrics.watch_exporter(exporter.stats)
     servicer = EncoderServicer(metrics)
     server = EncoderServer(servicer)
     address = await server.start("127.0.0.1", 0)
     if loaded:
         description = describe_to_proto(identity, preprocessor.settings, exporter.transports, MAX_ITEMS)
-        stats = lambda: stats_to_proto(batcher.admitted_s, cache.stats(), exporter.stats())  # noqa: E731
+        stats = lambda: stats_to_proto(admission.seconds, cache.stats(), exporter.stats())  # noqa: E731
         servicer.open(Serving(description, service, exporter, stats))
         await server.set_serving(True)
     async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
         yield RunningEncoder(
-            address, identity, tower, preprocessor, batcher, service, exporter, servicer, server, metrics, channel
+            address, identity, tower, preprocessor, admission, service, exporter, servicer, server, metrics, channel
         )
     tower.gate.set()
     await server.stop(0)

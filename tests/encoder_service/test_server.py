@@ -219,7 +219,7 @@ async def test_a_client_that_goes_away_stops_its_request_and_frees_leases(encode
         await asyncio.wait_for(encoder.servicer.idle(), 10)
     requests = "vitrine_encoder_requests_total"
     await eventually(lambda: encoder.metrics.registry.get_sample_value(requests, {"outcome": "cancelled"}) == 1)
-    assert encoder.batcher.admitted_patches == 0
+    assert encoder.admission.num_patches == 0
     # Its Ready was written, but whoever gives a request up wants none of its rows; the session goes on.
     assert encoder.exporter.stats().live_leases == 0
     assert encoder.exporter.stats().sessions == 1
@@ -285,10 +285,10 @@ async def test_overload_reaches_the_client_as_overload(qwen3_vl_folder: Path, tm
 
 
 async def test_a_call_that_ends_too_soon_for_what_is_queued_is_refused(encoder: RunningEncoder) -> None:
-    encoder.batcher._cost.per_patch_s = 0.5
+    encoder.admission._cost.per_patch_s = 0.5
     stub = encoder_pb2_grpc.EncoderStub(encoder.channel)
     request = encoder_pb2.EncodeRequest(items=[image_message(png(64, 64))])  # 16 patches
-    with encoder.batcher.admit((1, 4, 4)):
+    with encoder.admission.admit((1, 4, 4)):
         responses = [response async for response in stub.Encode(request, timeout=12)]
         assert [response.failed.code for response in responses] == ["overloaded"]
         assert "8 s of work are queued" in responses[0].failed.message

@@ -105,7 +105,7 @@ async def test_each_item_answers_with_its_layout_and_then_its_rows(encoder: Runn
         assert (second.rows_TW - encoder.rows_of(picture)).abs().max() < 1e-4
         assert second.timings.preprocess_ms > 0
         assert second.timings.forward_ms > 0
-    assert encoder.batcher.admitted_patches == 0
+    assert encoder.admission.num_patches == 0
 
 
 async def test_the_layout_does_not_wait_for_the_tower(encoder: RunningEncoder) -> None:
@@ -185,7 +185,7 @@ async def test_cancelling_stops_what_has_not_run(encoder: RunningEncoder) -> Non
         call.cancel()
         await asyncio.gather(call, return_exceptions=True)
         assert [type(event) for event in replies.events] == [LayoutEvent]
-        assert encoder.batcher.admitted_patches == 16, "only the blocker's patches are left"
+        assert encoder.admission.num_patches == 16, "only the blocker's patches are left"
     encoder.tower.gate.set()
     await blocker
     await encode(encoder, image(png(64, 64, 2)))
@@ -254,7 +254,7 @@ async def test_kept_rows_are_served_where_the_queue_is_full(qwen3_vl_folder: Pat
         await encode(encoder, image(png(96, 64)))
         encoder.tower.gate.clear()
         busy = asyncio.create_task(encode(encoder, image(png(256, 256, 3))))
-        while not encoder.batcher.admitted_patches:
+        while not encoder.admission.num_patches:
             await asyncio.sleep(0.01)
         assert rows_by_item(await encode(encoder, image(png(96, 64)))).keys() == {0}
         encoder.tower.gate.set()

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from embedding_transport.checkpoint import open_checkpoint
-from embedding_transport.errors import EncoderUnavailable, InternalError, Overloaded
-from encoder_service.engine.batcher import Batcher, BatchReport, EncodedItem
+from embedding_transport.errors import EncoderUnavailable, InternalError
+from encoder_service.engine.batch import EncodedItem
+from encoder_service.engine.batcher import Batcher, BatchReport
 from encoder_service.engine.cost_model import CostModel
 from encoder_service.models import build_tower
 from encoder_service.models.grids import GridTHW
@@ -34,20 +35,15 @@ def tower(qwen3_vl_folder: Path) -> GatedTower:
 
 @asynccontextmanager
 async def batching(
-    tower: GatedTower, *, max_batch_patches: int = 64, max_queued_patches: int = 1000, cost: CostModel | None = None
+    tower: GatedTower, *, max_batch_patches: int = 64, cost: CostModel | None = None
 ) -> AsyncIterator[tuple[Batcher, list[BatchReport]]]:
     tower.batches.clear()
     tower.entered.clear()
     tower.gate.set()
     tower.error = None
     reports: list[BatchReport] = []
-    batcher = Batcher(
-        tower,
-        max_batch_patches=max_batch_patches,
-        max_queued_patches=max_queued_patches,
-        cost=cost,
-        on_batch=reports.append,
-    )
+    cost = cost or CostModel(0.0, 0.0, 0.0)
+    batcher = Batcher(tower, cost, max_batch_patches=max_batch_patches, on_batch=reports.append)
     batcher.start()
     try:
         yield batcher, reports
@@ -120,19 +116,6 @@ async def test_near_deadlines_come_first_and_no_company_makes_them_late(tower: G
         await asyncio.gather(blocker, packed, *waiting)
     # WIDE has 1.7 s to spare (the model learns that it takes less), which one SMALL uses.
     assert tower.batches == [[SMALL], [SMALL], [LARGE], [WIDE, SMALL], [SMALL]]
-
-
-async def test_what_cannot_be_done_in_time_is_refused_while_there_is_other_work(tower: GatedTower) -> None:
-    async with batching(tower, cost=CostModel(0.0, 0.1, 0.0)) as (batcher, _):
-        soon = time.monotonic() + 3
-        with batcher.admit(WIDE, soon):  # 2.4 s
-            with pytest.raises(Overloaded, match=r"2\.4 s of work are queued") as refused, batcher.admit(SMALL, soon):
-                pass
-            assert refused.value.retry_after_s == pytest.approx(2.4)
-            with batcher.admit(SMALL, soon + 2):
-                pass
-        with batcher.admit(LARGE, soon):  # 6.4 s, but the model may be wrong and nothing else is lost
-            pass
 
 
 async def test_an_idle_tower_does_not_wait_for_company(tower: GatedTower) -> None:
@@ -267,17 +250,6 @@ async def test_closing_fails_what_has_not_run(tower: GatedTower) -> None:
                 await task
         with pytest.raises(EncoderUnavailable):
             await submit(batcher, SMALL)
-
-
-async def test_admission_ends_at_the_limit(tower: GatedTower) -> None:
-    async with batching(tower, max_queued_patches=100) as (batcher, _):
-        with batcher.admit((1, 6, 10)), batcher.admit((1, 4, 10)):
-            assert batcher.admitted_patches == 100
-            with pytest.raises(Overloaded, match="100 patches are queued and 1 more"), batcher.admit((1, 1, 1)):
-                pass
-        with batcher.admit((1, 20, 50)):  # nothing else is there, so it would never get in later either
-            assert batcher.admitted_patches == 1000
-        assert batcher.admitted_patches == 0
 
 
 async def test_two_hundred_at_once(tower: GatedTower) -> None:

@@ -10,8 +10,6 @@ import pytest
 import torch
 
 from embedding_transport.checkpoint import open_checkpoint
-from embedding_transport.errors import Overloaded
-from encoder_service.engine.batcher import Batcher
 from encoder_service.engine.cost_model import CostModel, Measured, measured_cost
 from encoder_service.models import VisionTower, build_tower
 
@@ -67,19 +65,3 @@ def tower(qwen3_vl_folder: Path) -> VisionTower:
 def test_a_real_tower_is_measured(tower: VisionTower) -> None:
     cost = measured_cost(tower, 3 * 2 * 16 * 16, torch.device("cpu"))
     assert 0 < cost.seconds((1, 16, 16)) < cost.seconds((1, 64, 64)) < 60
-
-
-async def test_admission_counts_seconds_and_says_when_to_come_again(tower: VisionTower) -> None:
-    cost = CostModel(0.0, 0.01, 0.0)
-    batcher = Batcher(tower, max_batch_patches=64, max_queued_patches=10_000, max_queued_s=5.0, cost=cost)
-    with batcher.admit((1, 20, 20)):  # 4 s
-        assert batcher.admitted_s == pytest.approx(4.0)
-        with pytest.raises(Overloaded, match=r"4\.0 s of work are queued") as refused, batcher.admit((1, 20, 10)):
-            pass
-        assert refused.value.retry_after_s == pytest.approx(1.0)
-        with batcher.admit((1, 10, 10)):
-            assert batcher.admitted_s == pytest.approx(5.0)
-    assert batcher.admitted_s == 0.0
-    with batcher.admit((1, 100, 100)):  # alone it may be larger than any bound
-        assert batcher.admitted_s == pytest.approx(100.0)
-    await batcher.close()

@@ -1,0 +1,80 @@
+"""Lets items in while there is room: in patches, which bounds memory, and in seconds of work, which bounds waiting."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from embedding_transport.errors import Overloaded
+from encoder_service.engine.cost_model import CostModel
+from encoder_service.models.grids import GridTHW
+
+
+class Admission:
+    """What is in work, from before an item's pixels are decoded until its rows have been shipped.
+
+    An item that alone is more than a bound is admitted when nothing else is.
+
+    Attributes:
+        num_patches: of all items in work.
+        seconds: of the tower's work that these items are, by `cost`.
+
+    Args:
+        max_patches, max_s: bounds of the two.
+    """
+
+    def __init__(self, cost: CostModel, *, max_patches: int, max_s: float) -> None:
+        self.num_patches = 0
+        self.seconds = 0.0
+        self._cost = cost
+        self._max_patches = max_patches
+        self._max_s = max_s
+
+    @contextmanager
+    def admit(self, grid_thw: GridTHW, deadline: float = math.inf) -> Iterator[None]:
+        """Holds room for an item.
+
+        Args:
+            deadline: when its request ends, seconds of the monotonic clock.
+
+        Raises:
+            Overloaded: the encoder holds as much as it may, or too much for the item to be done in time.
+        """
+        num_patches, seconds = math.prod(grid_thw), self._cost.seconds(grid_thw)
+        if self.num_patches:
+            self._check_room(num_patches, seconds)
+            self._check_deadline(seconds, deadline)
+        self.num_patches += num_patches
+        self.seconds += seconds
+        try:
+            yield
+        finally:
+            self.num_patches -= num_patches
+            # Sums of floats taken apart again leave dust.
+            self.seconds = max(0.0, self.seconds - seconds) if self.num_patches else 0.0
+
+    def _check_room(self, num_patches: int, seconds: float) -> None:
+        if self.num_patches + num_patches > self._max_patches:
+            raise Overloaded(
+                f"{self.num_patches} patches are queued and {num_patches} more would pass the limit of "
+                f"{self._max_patches}: retry later or add encoders",
+                retry_after_s=seconds,
+            )
+        too_much_s = self.seconds + seconds - self._max_s
+        if too_much_s > 0:
+            raise Overloaded(
+                f"{self.seconds:.1f} s of work are queued and {seconds:.2g} s more would pass the limit of "
+                f"{self._max_s:g} s: retry in {too_much_s:.1f} s or add encoders",
+                retry_after_s=too_much_s,
+            )
+
+    def _check_deadline(self, seconds: float, deadline: float) -> None:
+        left_s = deadline - time.monotonic()
+        if self.seconds + seconds > left_s:
+            raise Overloaded(
+                f"{self.seconds:.2g} s of work are queued and the item takes {seconds:.2g} s more, but its request "
+                f"ends in {left_s:.2g} s: give it more time or add encoders",
+                retry_after_s=self.seconds,
+            )

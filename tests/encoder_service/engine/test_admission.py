@@ -1,0 +1,50 @@
+"""How much is let in, and what whoever is refused is told."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+
+from embedding_transport.errors import Overloaded
+from encoder_service.engine.admission import Admission
+from encoder_service.engine.cost_model import CostModel
+
+
+def test_patches_are_bounded() -> None:
+    admission = Admission(CostModel(0.0, 0.0, 0.0), max_patches=100, max_s=math.inf)
+    with admission.admit((1, 6, 10)), admission.admit((1, 4, 10)):
+        assert admission.num_patches == 100
+        with pytest.raises(Overloaded, match="100 patches are queued and 1 more"), admission.admit((1, 1, 1)):
+            pass
+    with admission.admit((1, 20, 50)):  # nothing else is there, so it would never get in later either
+        assert admission.num_patches == 1000
+    assert admission.num_patches == 0
+
+
+def test_seconds_are_bounded_and_the_refused_are_told_when_to_come_again() -> None:
+    admission = Admission(CostModel(0.0, 0.01, 0.0), max_patches=10_000, max_s=5.0)
+    with admission.admit((1, 20, 20)):  # 4 s
+        assert admission.seconds == pytest.approx(4.0)
+        with pytest.raises(Overloaded, match=r"4\.0 s of work are queued") as refused, admission.admit((1, 20, 10)):
+            pass
+        assert refused.value.retry_after_s == pytest.approx(1.0)
+        with admission.admit((1, 10, 10)):
+            assert admission.seconds == pytest.approx(5.0)
+    assert admission.seconds == 0.0
+    with admission.admit((1, 100, 100)):  # alone it may be larger than any bound
+        assert admission.seconds == pytest.approx(100.0)
+
+
+def test_what_cannot_be_done_in_time_is_refused_while_there_is_other_work() -> None:
+    admission = Admission(CostModel(0.0, 0.1, 0.0), max_patches=1000, max_s=math.inf)
+    soon = time.monotonic() + 3
+    with admission.admit((1, 4, 6), soon):  # 2.4 s
+        with pytest.raises(Overloaded, match=r"2\.4 s of work are queued") as refused, admission.admit((1, 4, 4), soon):
+            pass
+        assert refused.value.retry_after_s == pytest.approx(2.4)
+        with admission.admit((1, 4, 4), soon + 2):
+            pass
+    with admission.admit((1, 8, 8), soon):  # 6.4 s, but the model may be wrong and nothing else is lost
+        pass
