@@ -3,20 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
-from embedding_transport.pool import Block, ExportPool
-
-
-@dataclass(frozen=True)
-class Held:
-    """A block, the pool it is of, and the lease that its header names."""
-
-    pool: ExportPool
-    block: Block
-    lease_id: int
+from embedding_transport.lending import Held
 
 
 class EarlyWrite:

@@ -1,11 +1,9 @@
-"""The shipping side of the transports: sessions, the exported pools with their leases, and rows as chunks."""
+"""The shipping side of the transports: rows of an item go into a pool under a lease, or leave as chunks."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,29 +14,19 @@ import torch
 
 from embedding_transport.chunk_codec import encode_chunk
 from embedding_transport.cuda_ipc_pool import CudaIpcPool
-from embedding_transport.early_write import EarlyWrite, Held
-from embedding_transport.errors import BadRequest, EncoderUnavailable, Overloaded, TransportUnavailable
-from embedding_transport.leases import LeaseCounts, LeaseTable
-from embedding_transport.pool import Block, ExportPool
+from embedding_transport.early_write import EarlyWrite
+from embedding_transport.errors import EncoderUnavailable, TransportUnavailable
+from embedding_transport.leases import LeaseCounts
+from embedding_transport.lending import Held, Lending
+from embedding_transport.pool import ExportPool
 from embedding_transport.row_source import RowSource
+from embedding_transport.sessions import Session, Sessions
 from embedding_transport.shm_pool import ShmPool
-from embedding_transport.types import PROTOCOL_VERSION, ItemTimings
-from embedding_transport.wire import offer_to_proto, timings_to_proto
+from embedding_transport.types import ItemTimings
+from embedding_transport.wire import timings_to_proto
 from protos.encoder.v1 import encoder_pb2
 
 CHUNK_NBYTES = 1024 * 1024
-_POOL_WAIT_S = 10.0
-_EXPIRY_INTERVAL_S = 0.5
-
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Session:
-    """What a peer has negotiated. pool: None where rows go as bytes; takes_bytes: those that do not fit it may, too."""
-
-    pool: ExportPool | None
-    takes_bytes: bool
 
 
 @dataclass(frozen=True)
@@ -98,74 +86,26 @@ class RowExporter:
     ) -> None:
         self._chunk_nbytes = chunk_nbytes
         self._pools = list(pools)
-        self._leases: LeaseTable[Held] = LeaseTable(lease_ttl_s, clock, self._take_back)
-        self._block_freed = asyncio.Event()
-        # Whoever waits for room is served in turn: small items must not starve a large one.
-        self._turn = asyncio.Lock()
-        self._sessions: dict[str, _Session] = {}
+        self._lending = Lending(lease_ttl_s, clock)
+        self._sessions = Sessions(self._pools, lease_ttl_s, self._lending.reclaim)
         self._num_oversize_items = 0
-        self._draining = asyncio.Event()
-        self._expiry: asyncio.Task[None] | None = None
-        self.transports: tuple[str, ...] = (*(pool.transport for pool in pools), "grpc")
+        self.transports = self._sessions.transports
         self._shipped_nbytes = dict.fromkeys(self.transports, 0)
 
     def start(self) -> None:
         """Begins to expire leases; needs a running event loop."""
-        self._expiry = asyncio.create_task(self._expire_leases())
+        self._lending.start()
 
     async def close(self) -> None:
-        if self._expiry is not None:
-            self._expiry.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._expiry
+        await self._lending.close()
         for pool in self._pools:
             pool.close()
 
-    async def connect(
+    def connect(
         self, requests: AsyncIterator[encoder_pb2.ConnectRequest]
     ) -> AsyncIterator[encoder_pb2.ConnectResponse]:
-        """The whole Connect call. When it ends, for whatever reason, the session's leases are reclaimed.
-
-        Raises:
-            BadRequest: the peer does not follow the protocol.
-            TransportUnavailable: no transport in common, or the peer's probe failed and it allows no other.
-        """
-        hello = await anext(requests, None)
-        if hello is None or hello.WhichOneof("message") != "hello":
-            raise BadRequest("Connect begins with hello")
-        if hello.hello.protocol_version != PROTOCOL_VERSION:
-            raise BadRequest(f"protocol version {hello.hello.protocol_version}: this service speaks {PROTOCOL_VERSION}")
-        pool: ExportPool | None = None
-        for offered in self._pools:
-            if offered.transport in hello.hello.transports:
-                yield encoder_pb2.ConnectResponse(offer=offer_to_proto(offered))
-                answer = await anext(requests, None)
-                if answer is None or answer.WhichOneof("message") != "probe_result":
-                    raise BadRequest("an offer is answered with probe_result")
-                if secrets.compare_digest(answer.probe_result.nonce, offered.nonce):
-                    pool = offered
-                    break
-                reason = answer.probe_result.error or "wrong nonce"
-                _log.warning("%s does not reach a peer: %s", offered.transport, reason)
-        takes_bytes = "grpc" in hello.hello.transports
-        if pool is None and not takes_bytes:
-            raise TransportUnavailable(
-                f"none of {list(hello.hello.transports)} reaches this service, which offers {list(self.transports)}"
-            )
-        transport = pool.transport if pool is not None else "grpc"
-        session_id = secrets.token_hex(16)
-        self._sessions[session_id] = _Session(pool, takes_bytes)
-        try:
-            yield encoder_pb2.ConnectResponse(
-                session=encoder_pb2.Session(session_id=session_id, transport=transport, lease_ttl_s=self._leases.ttl_s)
-            )
-            async for response in self._hold(requests):
-                yield response
-        finally:
-            del self._sessions[session_id]
-            num_reclaimed = self._leases.reclaim(session_id)
-            if num_reclaimed:
-                _log.info("reclaimed %d leases of a peer that is gone", num_reclaimed)
+        """The whole Connect call, see `Sessions.connect`. When it ends, in whatever way, its leases are reclaimed."""
+        return self._sessions.connect(requests)
 
     @contextlib.contextmanager
     def early_write(self, session_id: str) -> Iterator[EarlyWrite]:
@@ -174,14 +114,11 @@ class RowExporter:
         pool = session.pool if session is not None else None
 
         def take(rows_TW: torch.Tensor) -> Held | None:
-            # Whoever waits for room was there before.
-            if pool is None or not pool.can_follow(rows_TW) or self._turn.locked():
+            if pool is None or not pool.can_follow(rows_TW):
                 return None
-            lease_id = self._leases.reserve_id()
-            block = pool.allocate(rows_TW.nbytes, lease_id)
-            return None if block is None else Held(pool, block, lease_id)
+            return self._lending.take_now(pool, rows_TW.nbytes)
 
-        early = EarlyWrite(take, self._take_back)
+        early = EarlyWrite(take, self._lending.give_back)
         try:
             yield early
         finally:
@@ -210,10 +147,9 @@ class RowExporter:
         session = self._sessions.get(session_id)
         if session_id and session is None:
             raise EncoderUnavailable(f"session {session_id} is not open: connect again")
-        pool = session.pool if session is not None else None
         held = early.taken() if early is not None else None
-        if held is None and session is not None and pool is not None:
-            held = await self._write(session_id, session, pool, rows)
+        if held is None and session is not None:
+            held = await self._write(session, rows)
         if held is not None:
             export_ms = (time.perf_counter() - start) * 1000
             yield self._leased(session_id, held, item_index, replace(timings, export_ms=export_ms))
@@ -224,26 +160,20 @@ class RowExporter:
 
     def release(self, session_id: str, lease_ids: Sequence[int]) -> tuple[int, int]:
         """Gives leases back; returns how many, and how many were not this session's."""
-        return self._leases.release(session_id, lease_ids)
+        return self._lending.release(session_id, lease_ids)
 
     def start_draining(self) -> None:
         """Tells every peer to send nothing new."""
-        self._draining.set()
+        self._sessions.start_draining()
 
     async def drained(self, timeout_s: float) -> bool:
         """Waits until no lease is left; False if that took longer than `timeout_s` seconds."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                while self._leases:
-                    await self._next_free()
-        except TimeoutError:
-            return False
-        return True
+        return await self._lending.drained(timeout_s)
 
     def stats(self) -> ExporterStats:
         return ExporterStats(
-            leases=replace(self._leases.counts),
-            live_leases=len(self._leases),
+            leases=replace(self._lending.leases.counts),
+            live_leases=len(self._lending.leases),
             sessions=len(self._sessions),
             pool_nbytes={pool.transport: pool.nbytes for pool in self._pools},
             pool_used_nbytes={pool.transport: pool.used_nbytes for pool in self._pools},
@@ -251,20 +181,21 @@ class RowExporter:
             oversize_items=self._num_oversize_items,
         )
 
-    async def _hold(
-        self, requests: AsyncIterator[encoder_pb2.ConnectRequest]
-    ) -> AsyncIterator[encoder_pb2.ConnectResponse]:
-        """Stays until the peer closes its side, passing on the news that this encoder is draining."""
-        peer_gone = asyncio.ensure_future(anext(requests, None))
-        draining = asyncio.ensure_future(self._draining.wait())
+    async def _write(self, session: Session, rows: RowSource) -> Held | None:
+        """The rows in a block of the session's pool; None if they must go as bytes."""
+        pool = session.pool
+        if pool is None or not self._fits(rows.nbytes, pool, session.takes_bytes):
+            return None
+        held = await self._lending.take(pool, rows.nbytes)
         try:
-            await asyncio.wait([peer_gone, draining], return_when=asyncio.FIRST_COMPLETED)
-            if not peer_gone.done():
-                yield encoder_pb2.ConnectResponse(draining=encoder_pb2.Draining())
-                await peer_gone
-        finally:
-            peer_gone.cancel()
-            draining.cancel()
+            # Off the loop: 64 MiB take long enough to stall every other stream.
+            await _uncancelled(asyncio.to_thread(pool.write, held.block, rows))
+            if self._sessions.get(session.session_id) is None:
+                raise EncoderUnavailable(f"session {session.session_id} has ended: connect again")
+        except BaseException:
+            self._lending.give_back(held)
+            raise
+        return held
 
     def _fits(self, nbytes: int, pool: ExportPool, takes_bytes: bool) -> bool:
         """Whether rows go by lease; larger ones than the pool could ever hold go as bytes, and are counted."""
@@ -278,25 +209,9 @@ class RowExporter:
         self._num_oversize_items += 1
         return False
 
-    async def _write(self, session_id: str, session: _Session, pool: ExportPool, rows: RowSource) -> Held | None:
-        """The rows in a block of the pool; None if they must go as bytes."""
-        if not self._fits(rows.nbytes, pool, session.takes_bytes):
-            return None
-        lease_id = self._leases.reserve_id()
-        held = Held(pool, await self._allocate(pool, rows.nbytes, lease_id), lease_id)
-        try:
-            # Off the loop: 64 MiB take long enough to stall every other stream.
-            await _uncancelled(asyncio.to_thread(pool.write, held.block, rows))
-            if session_id not in self._sessions:
-                raise EncoderUnavailable(f"session {session_id} has ended: connect again")
-        except BaseException:
-            self._take_back(held)
-            raise
-        return held
-
     def _leased(self, session_id: str, held: Held, item_index: int, timings: ItemTimings) -> encoder_pb2.EncodeResponse:
         block = held.block
-        self._leases.grant(held.lease_id, session_id, held)
+        self._lending.lend(session_id, held)
         self._shipped_nbytes[held.pool.transport] += block.nbytes
         lease = encoder_pb2.Lease(
             lease_id=held.lease_id, generation=block.generation, offset=block.offset, nbytes=block.nbytes
@@ -305,18 +220,6 @@ class RowExporter:
             ready=encoder_pb2.Ready(item_index=item_index, lease=lease, timings=timings_to_proto(timings))
         )
 
-    async def _allocate(self, pool: ExportPool, nbytes: int, lease_id: int) -> Block:
-        try:
-            async with asyncio.timeout(_POOL_WAIT_S), self._turn:
-                while (block := pool.allocate(nbytes, lease_id)) is None:
-                    await self._next_free()
-        except TimeoutError as error:
-            raise Overloaded(
-                f"no room for {nbytes} bytes of rows in the {pool.transport} pool within {_POOL_WAIT_S:g} s: "
-                f"{pool.used_nbytes} of {pool.nbytes} bytes are leased; release faster or make the pool larger"
-            ) from error
-        return block
-
     def _chunks(self, item_index: int, rows_TW: torch.Tensor, timings: ItemTimings) -> Iterator[bytes]:
         data = memoryview(rows_TW.view(torch.uint8).flatten().numpy())  # type: ignore[arg-type]
         for start in range(0, data.nbytes, self._chunk_nbytes):
@@ -324,21 +227,6 @@ class RowExporter:
             last = start + part.nbytes == data.nbytes
             yield encode_chunk(item_index, start, part, timings_to_proto(timings) if last else None)
             self._shipped_nbytes["grpc"] += part.nbytes
-
-    async def _next_free(self) -> None:
-        self._block_freed.clear()
-        await self._block_freed.wait()
-
-    def _take_back(self, held: Held) -> None:
-        held.pool.free(held.block)
-        self._block_freed.set()
-
-    async def _expire_leases(self) -> None:
-        while True:
-            await asyncio.sleep(min(_EXPIRY_INTERVAL_S, self._leases.ttl_s / 4))
-            num_expired = self._leases.expire()
-            if num_expired:
-                _log.warning("%d leases expired: peers did not release them in time", num_expired)
 
 
 async def _uncancelled(work: Coroutine[Any, Any, object]) -> None:

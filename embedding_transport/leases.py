@@ -1,4 +1,4 @@
-"""Who may read which exported block, and until when. The same table serves shared memory and, later, CUDA IPC."""
+"""Who may read which exported block, and until when; the same for all pools."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from embedding_transport import exporter as exporter_module
+from embedding_transport import lending
 from embedding_transport.encoder_client import EncoderClient
 from embedding_transport.errors import BadRequest, EncoderUnavailable, Overloaded, TransportUnavailable, VitrineError
 from embedding_transport.exporter import RowExporter
@@ -103,7 +104,7 @@ async def test_an_unknown_session_is_told_to_connect_again(tmp_path: Path) -> No
 
 
 async def test_a_pool_that_stays_full_is_overload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporter_module, "_POOL_WAIT_S", 0.1)
+    monkeypatch.setattr(lending, "_POOL_WAIT_S", 0.1)
     async with running_stub(tmp_path, pool_bytes=16 << 10) as (address, _, _):
         client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
         await client.start()
