@@ -1,7 +1,8 @@
 """What shipping rows costs: throughput and CPU time of each transport between two processes on this host.
 
 Each figure covers one item from the encode call to its rows lying in the worker's input buffers: export into the pool
-or chunks, the way over, and the landing copy. Run `python -m benchmarks.transports`; it prints a Markdown table.
+or chunks, the way over, and the landing copy. Run `python -m benchmarks.transports`; it prints two Markdown tables:
+one item at a time, and several connections at once, each kept busy by a worker process of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 
 from embedding_transport.encoder_client import EncoderClient
 from embedding_transport.encoder_rpc import encoder_handlers
-from embedding_transport.exporter import RowExporter
+from embedding_transport.exporter import CHUNK_NBYTES, RowExporter
 from embedding_transport.row_peer import TransportChoice
 from embedding_transport.row_source import TensorSource
 from embedding_transport.session_rpc import SessionServicer
@@ -41,6 +42,9 @@ SIZES_MIB = (1, 10, 64)
 CHUNKS_KIB = (256, 1024, 2048, 4096)
 # Rows of Qwen3-VL-8B: 32 KiB each.
 IDENTITY = ModelIdentity("benchmark", "1", "qwen3_vl", 4096, (8, 16, 24), "bfloat16")
+# Encoder processes, worker processes, items in flight in each worker. Worker i asks encoder i modulo their number.
+CONNECTIONS = ((1, 1, 1), (1, 1, 4), (1, 4, 1), (4, 4, 1))
+_CONNECTIONS_SIZE_MIB, _CONNECTIONS_S = 10, 5.0
 _WARM_UPS = 3
 _REPEATS = {1: 60, 10: 25, 64: 10}
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -102,37 +106,59 @@ async def serve(shm_folder: Path, chunk_nbytes: int) -> None:
 @contextlib.asynccontextmanager
 async def running_server(shm_folder: Path, chunk_nbytes: int) -> AsyncIterator[tuple[str, int]]:
     """Address and process id."""
-    command = [sys.executable, "-m", "benchmarks.transports", "--serve", str(shm_folder), str(chunk_nbytes)]
-    process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+    async with _running("--serve", str(shm_folder), str(chunk_nbytes)) as process:
+        yield await _line(process), process.pid
+
+
+@contextlib.asynccontextmanager
+async def _running(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """This program again, with these arguments."""
+    command = [sys.executable, "-m", "benchmarks.transports", *arguments]
+    process = await asyncio.create_subprocess_exec(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
-        assert process.stdout is not None
-        yield (await process.stdout.readline()).decode().strip(), process.pid
+        yield process
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            process.kill()
         await process.wait()
 
 
-async def measure(client: EncoderClient, server_pid: int, size_mib: int) -> Cost:
-    num_tokens = size_mib * MIB // IDENTITY.row_nbytes
-    item = MediaItem("image", data=str(num_tokens).encode())
-    main_TD = torch.zeros(num_tokens, IDENTITY.out_hidden_size, dtype=DTYPES[IDENTITY.dtype])
-    deepstack_NTD = torch.zeros(3, *main_TD.shape, dtype=main_TD.dtype)
-    nbytes = num_tokens * IDENTITY.row_nbytes
+async def _line(process: asyncio.subprocess.Process) -> str:
+    assert process.stdout is not None
+    line = (await process.stdout.readline()).decode()
+    assert line, "a process of the benchmark ended"
+    return line.strip()
 
-    async def ship() -> float:
+
+class Worker:
+    """Asks for items of one size and lands them in buffers of its own."""
+
+    def __init__(self, client: EncoderClient, size_mib: int) -> None:
+        num_tokens = size_mib * MIB // IDENTITY.row_nbytes
+        self.nbytes = num_tokens * IDENTITY.row_nbytes
+        self._client = client
+        self._item = MediaItem("image", data=str(num_tokens).encode())
+        self._main_TD = torch.zeros(num_tokens, IDENTITY.out_hidden_size, dtype=DTYPES[IDENTITY.dtype])
+        self._deepstack_NTD = torch.zeros(3, *self._main_TD.shape, dtype=self._main_TD.dtype)
+
+    async def ship(self) -> float:
+        """One item; seconds it took."""
         start = time.perf_counter()
-        async for event in client.encode([item], "benchmark"):
+        async for event in self._client.encode([self._item], "benchmark"):
             if isinstance(event, RowsEvent):
-                event.rows.copy_to(main_TD, deepstack_NTD, 0)
+                event.rows.copy_to(self._main_TD, self._deepstack_NTD, 0)
                 event.rows.check()
                 event.rows.release()
         return time.perf_counter() - start
 
+
+async def measure(client: EncoderClient, server_pid: int, size_mib: int) -> Cost:
+    worker = Worker(client, size_mib)
     for _ in range(_WARM_UPS):
-        await ship()
+        await worker.ship()
     own_cpu_s, server_cpu_s = _own_cpu_s(), _cpu_s(server_pid)
-    rates = sorted([nbytes / await ship() / 1e9 for _ in range(_REPEATS[size_mib])])
-    shipped_gb = nbytes * len(rates) / 1e9
+    rates = sorted([worker.nbytes / await worker.ship() / 1e9 for _ in range(_REPEATS[size_mib])])
+    shipped_gb = worker.nbytes * len(rates) / 1e9
     return Cost(
         statistics.median(rates),
         (rates[len(rates) // 10], rates[-1 - len(rates) // 10]),
@@ -160,6 +186,53 @@ async def measure_all() -> None:
                         flush=True,
                     )
                 await client.close()
+    print(f"\n| encoders | workers | in flight in each | grpc, {_CONNECTIONS_SIZE_MIB} MiB, GB/s of all |")
+    print("|---|---|---|---|")
+    for num_encoders, num_workers, num_in_flight in CONNECTIONS:
+        gb_per_s = await measure_together(num_encoders, num_workers, num_in_flight)
+        print(f"| {num_encoders} | {num_workers} | {num_in_flight} | {gb_per_s:.2f} |", flush=True)
+
+
+async def ask(address: str, num_in_flight: int) -> None:
+    """A worker process: says when it is warm, begins with a line on stdin, prints how many bytes a second came."""
+    client = EncoderClient([address], IDENTITY, transport="grpc")
+    await client.start()
+    workers = [Worker(client, _CONNECTIONS_SIZE_MIB) for _ in range(num_in_flight)]
+    for worker in workers:
+        for _ in range(_WARM_UPS):
+            await worker.ship()
+    print("warm", flush=True)
+    await asyncio.to_thread(sys.stdin.readline)
+    start = time.perf_counter()
+
+    async def keep_asking(worker: Worker) -> int:
+        nbytes = 0
+        while time.perf_counter() < start + _CONNECTIONS_S:
+            await worker.ship()
+            nbytes += worker.nbytes
+        return nbytes
+
+    shipped_nbytes = sum(await asyncio.gather(*map(keep_asking, workers)))
+    print(shipped_nbytes / (time.perf_counter() - start), flush=True)
+    await client.close()
+
+
+async def measure_together(num_encoders: int, num_workers: int, num_in_flight: int) -> float:
+    """GB/s of all connections, while all are busy."""
+    async with contextlib.AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm")))
+        servers = [await stack.enter_async_context(running_server(folder, CHUNK_NBYTES)) for _ in range(num_encoders)]
+        asking = [
+            await stack.enter_async_context(_running("--ask", servers[index % num_encoders][0], str(num_in_flight)))
+            for index in range(num_workers)
+        ]
+        for worker in asking:
+            await _line(worker)
+        for worker in asking:
+            assert worker.stdin is not None
+            worker.stdin.write(b"\n")
+        rates = await asyncio.gather(*map(_line, asking))
+    return sum(map(float, rates)) / 1e9
 
 
 def _size(kib: int) -> str:
@@ -180,12 +253,15 @@ def _cpu_s(pid: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--serve", nargs=2, metavar=("SHM_FOLDER", "CHUNK_NBYTES"), help=argparse.SUPPRESS)
+    parser.add_argument("--ask", nargs=2, metavar=("ADDRESS", "NUM_IN_FLIGHT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    torch.set_num_threads(1)
     reuse_message_memory()  # as the services do
     if options.serve:
         asyncio.run(serve(Path(options.serve[0]), int(options.serve[1])))
+    elif options.ask:
+        asyncio.run(ask(options.ask[0], int(options.ask[1])))
     else:
-        torch.set_num_threads(1)
         asyncio.run(measure_all())
 
 

@@ -16,7 +16,7 @@ from encoder_service.models.grids import GridTHW
 
 _log = logging.getLogger(__name__)
 
-# Batches that are measured at start-up, until they have taken _MAX_PROBES_S together. The first is not so small that
+# Batches that are measured at start-up, until one takes longer than _LONGEST_PROBE_S. The first is not so small that
 # what a forward costs at least would look like the price of a patch.
 _PROBES: tuple[tuple[GridTHW, int], ...] = (
     ((1, 16, 16), 1),
@@ -27,7 +27,7 @@ _PROBES: tuple[tuple[GridTHW, int], ...] = (
     ((1, 64, 64), 4),
     ((1, 128, 128), 1),
 )
-_MAX_PROBES_S, _REPEATED_S = 1.0, 0.1
+_LONGEST_PROBE_S = 0.1
 # Weight of the newest batch in what measurements at start-up are corrected by.
 _CORRECTION_RATE = 0.1
 _CORRECTION_BOUNDS = (0.02, 50.0)
@@ -86,22 +86,21 @@ class CostModel:
 
 
 def measured_cost(tower: VisionTower, patch_width: int, device: torch.device) -> CostModel:
-    """Runs batches of growing size through the tower; a second or two.
+    """Runs batches of growing size through the tower; about a second.
 
     Args:
         patch_width: pixel values in a patch row.
     """
     found: list[Measured] = []
-    began = time.monotonic()
     for grid, count in _PROBES:
         grids = [grid] * count
         patches_PX = torch.zeros((math.prod(grid) * count, patch_width), device=device)
         seconds = _time(tower, patches_PX, grids)
-        if seconds < _REPEATED_S or not found:
+        if seconds < _LONGEST_PROBE_S or not found:
             # The first forward makes what later ones use, and a pause of the machine is not the tower's.
             seconds = min(seconds, _time(tower, patches_PX, grids))
         found.append(Measured(tuple(grids), seconds))
-        if time.monotonic() - began > _MAX_PROBES_S:
+        if seconds > _LONGEST_PROBE_S:
             break
     cost = CostModel.fitted(found)
     _log.info(

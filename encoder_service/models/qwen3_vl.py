@@ -70,7 +70,8 @@ class Qwen3VLTower(nn.Module):
         self.row_width = config.out_hidden_size * (1 + len(config.deepstack_visual_indexes))
         self.merge_unit = config.merge_unit
         self.patch_embed = PatchEmbed(config, bias=True)
-        self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
+        # The usual initialization would import all of torch's compiler to fill a weight that is loaded anyway: 1.3 s.
+        self.pos_embed = nn.Embedding.from_pretrained(torch.empty(config.num_position_embeddings, config.hidden_size))
         self.blocks = nn.ModuleList(
             Block(config, lambda size: nn.LayerNorm(size, eps=_NORM_EPS), Mlp(config)) for _ in range(config.depth)
         )
