@@ -179,6 +179,7 @@ def _upstream(
     config: LlmConfig, model: LoadedModel, kv_format: KvFormat, max_model_len: int, metrics: LlmMetrics
 ) -> tuple[Upstream, MakeFeed]:
     """Who works for this worker, and how its requests use them."""
+    known = KnownLayouts()
     gpu, shm_folder = model.decoder.device if model.decoder.device.type == "cuda" else None, Path(config.shm_folder)
     if config.role == "decode":
         workers = PrefillClient(
@@ -190,7 +191,7 @@ def _upstream(
             on_hand_over=metrics.kv_hand_over.observe,
         )
         metrics.watch_prefill_workers(workers.stats)
-        return workers, partial(PrefillFeed, workers)
+        return workers, partial(PrefillFeed, workers, known)
     encoders = EncoderClient(
         [],
         model.identity,
@@ -202,7 +203,7 @@ def _upstream(
         tls=config.encoder_tls(),
     )
     metrics.watch_encoders(encoders.stats)
-    return encoders, partial(MediaFeed, encoders, KnownLayouts())
+    return encoders, partial(MediaFeed, encoders, known)
 
 
 async def _start_followers(config: LlmConfig, server: LlmServer, stack: AsyncExitStack) -> Followers:

@@ -93,8 +93,9 @@ class Engine:
         prefix_token_ids: list[int],
         sampling: SamplingParams,
         send_rows: Callable[[list[int]], None],
-        send_kv: Callable[[], None] | None = None,
+        send_kv: Callable[[int], None] | None = None,
         keep_kv: bool = False,
+        prompt: ExpandedPrompt | None = None,
     ) -> RequestHandle:
         """Takes a request in. Its prefix, the text in front of the first media item, is prefilled at once.
 
@@ -102,8 +103,10 @@ class Engine:
             send_rows: called on the caller's event loop when rows of these items are needed that are not coming: they
                 were not announced, or they are lost. Then `set_rows` is due, or `fail`.
             send_kv: where the prompt is computed elsewhere, called likewise once there is room for its KV, and when it
-                is lost. Then `set_prompt`, `set_first_token` and `set_kv` are due, or `fail`.
+                is lost, with the first token whose KV is missing. Then `set_prompt`, `set_first_token` and `set_kv` are
+                due, or `fail`.
             keep_kv: the blocks of a request that got its last token are kept until `cancel`.
+            prompt: the whole one, where it is known by now: `set_prompt` is not due then.
 
         Raises:
             Overloaded: too many requests are waiting.
@@ -127,7 +130,7 @@ class Engine:
                     f"{self._num_live} requests are running or waiting, the limit is {limit}: try again later"
                 )
             self._num_live += 1
-        self.call(self._on_submit, sequence)
+        self.call(self._on_submit, sequence, prompt)
         return handle
 
     def missing_items(self, prompt: ExpandedPrompt) -> set[int]:
@@ -212,8 +215,10 @@ class Engine:
 
     # Calls from the handles.
 
-    def _on_submit(self, sequence: Sequence) -> None:
+    def _on_submit(self, sequence: Sequence, prompt: ExpandedPrompt | None) -> None:
         self._scheduler.add(sequence)
+        if prompt is not None:
+            self.on_prompt(sequence, prompt, set())
         if self._closing:
             self._on_close()
 

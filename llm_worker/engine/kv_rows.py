@@ -31,6 +31,10 @@ class CachedKv(RowSource):
         self._layers_L2SKD = layers_L2SKD
         self._slots_T = slots_T
 
+    def from_row(self, first_row: int) -> CachedKv:
+        """That of the tokens from this one on."""
+        return CachedKv(self._layers_L2SKD, self._slots_T[first_row:])
+
     def copy_to(self, target_TW: torch.Tensor) -> None:
         if target_TW.is_cuda:
             for rows, slots_T in _parts(self._slots_T):

@@ -26,7 +26,7 @@ class RequestHandle:
         engine: Engine,
         request_id: str,
         send_rows: Callable[[list[int]], None],
-        send_kv: Callable[[], None] | None,
+        send_kv: Callable[[int], None] | None,
     ) -> None:
         self.request_id = request_id
         self.timings = EngineTimings()
@@ -59,7 +59,7 @@ class RequestHandle:
         self._engine.call(self._engine.on_first_token, self.sequence, first, prefill_ms, num_cached_tokens)
 
     def set_kv(self, rows: EmbeddingRows) -> None:
-        """Hands the prompt's KV over, one row a token (see `kv_rows.py`), as `set_rows` does with media rows."""
+        """Hands over the KV that was asked for, a row a token (see `kv_rows.py`), as `set_rows` does media rows."""
         self._engine.call(self._engine.on_kv, self.sequence, rows)
 
     def kv(self) -> CachedKv:
@@ -100,10 +100,10 @@ class RequestHandle:
         """Has the rows of these items handed over, (again); called on the engine's thread."""
         self._on_loop(functools.partial(self._send_rows, items))
 
-    def request_kv(self) -> None:
-        """Has the prompt's KV handed over, (again); called on the engine's thread."""
+    def request_kv(self, first_row: int) -> None:
+        """Has the KV of the prompt's tokens from this one on handed over, (again); called on the engine's thread."""
         assert self._send_kv is not None
-        self._on_loop(self._send_kv)
+        self._on_loop(functools.partial(self._send_kv, first_row))
 
     def _on_loop(self, function: Callable[[], None]) -> None:
         self._engine.outbox.put(self._loop, function)

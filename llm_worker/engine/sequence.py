@@ -16,7 +16,7 @@ from llm_worker.models.paged_attention import BlockTable
 
 Deliver = Callable[[TokenOutput | VitrineError, EngineTimings], None]
 RequestRows = Callable[[list[int]], None]
-RequestKv = Callable[[], None]
+RequestKv = Callable[[int], None]
 
 
 @dataclass(eq=False)
@@ -29,8 +29,8 @@ class Sequence:
     matched: what the cache knows of this prompt was looked up. num_cached: tokens of the prompt that it had at first.
     preempted: it was computed before, and lost it.
     coming: media items whose rows somebody is about to hand over; request_rows asks for others.
-    request_kv: asks for the KV of the prompt, which is computed elsewhere; None where it is computed here.
-    kv: its rows, until they have landed; kv_coming: they were asked for.
+    request_kv: asks for the prompt's KV from a token on, if that is computed elsewhere; None where it is computed here.
+    kv: its rows, until they have landed; kv_coming: they were asked for; kv_first: from this token on.
     keep_kv: its blocks are kept when it has its last token.
     """
 
@@ -54,6 +54,7 @@ class Sequence:
     coming: set[int] = field(default_factory=set)
     kv: EmbeddingRows | None = None
     kv_coming: bool = False
+    kv_first: int = 0
     keep_kv: bool = False
     num_lost_rows: int = 0
     prefix_hashes: list[bytes] = field(default_factory=list)
@@ -127,10 +128,14 @@ class Sequence:
         return sorted(missing)
 
     def ask_for_kv(self) -> None:
-        """Asks for the prompt's KV where it is missing and not coming."""
-        if self.request_kv is not None and not (self.is_decoding or self.kv_coming or self.kv is not None):
-            self.kv_coming = True
-            self.request_kv()
+        """Asks for what is missing of the prompt's KV, unless it is coming."""
+        if self.request_kv is None or self.is_decoding or self.kv_coming:
+            return
+        if self.kv_first > self.num_computed:
+            self.release_kv()  # what it goes on from was lost meanwhile
+        if self.kv is None:
+            self.kv_coming, self.kv_first = True, self.num_computed
+            self.request_kv(self.kv_first)
 
     def spans_in(self, start: int, stop: int) -> list[MediaSpan]:
         """Media spans that overlap tokens [start, stop)."""

@@ -70,7 +70,7 @@ class Steps:
         try:
             with torch.inference_mode():
                 slots_T = sequence.blocks.slots[chunk.start : chunk.stop]
-                land_kv(sequence.kv, chunk.start, self._forward_pass.kv_cache.layers, slots_T)
+                land_kv(sequence.kv, chunk.start - sequence.kv_first, self._forward_pass.kv_cache.layers, slots_T)
         except Exception as error:
             self._landing_failed(chunk, error)
             return True

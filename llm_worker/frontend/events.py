@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from embedding_transport.row_source import RowSource
 from embedding_transport.types import Layout, MediaItem
+from llm_worker.engine.kv_rows import CachedKv
 from llm_worker.engine.request import SamplingParams, TokenLogprobs
 
 
@@ -62,7 +62,7 @@ class PromptKnown(Started):
 class FirstToken(Delta):
     """The prompt is computed. kv: of its tokens; timings and num_cached_tokens: up to here, as in Finished."""
 
-    kv: RowSource = field(kw_only=True)
+    kv: CachedKv = field(kw_only=True)
     timings: StageTimings = field(kw_only=True)
     num_cached_tokens: int = field(kw_only=True)
 

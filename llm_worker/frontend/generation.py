@@ -114,7 +114,7 @@ class Generator:
         handle: RequestHandle | None = None
         try:
             plan = await asyncio.to_thread(self._plan, request)
-            handle = feed.begin(plan, keep_kv)
+            handle = await feed.begin(plan, keep_kv)
             yield feed, handle
         finally:
             if handle is not None:

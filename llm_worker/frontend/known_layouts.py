@@ -16,11 +16,15 @@ class KnownLayouts:
     def __init__(self) -> None:
         self._layouts: OrderedDict[bytes, Layout] = OrderedDict()
 
-    def get(self, key: bytes | None) -> Layout | None:
-        if key is None or key not in self._layouts:
-            return None
-        self._layouts.move_to_end(key)
-        return self._layouts[key]
+    def all_of(self, keys: Sequence[bytes | None]) -> list[Layout] | None:
+        """Layouts of these items; None unless all are known."""
+        found: list[Layout] = []
+        for key in keys:
+            if key is None or key not in self._layouts:
+                return None
+            self._layouts.move_to_end(key)
+            found.append(self._layouts[key])
+        return found
 
     def put(self, key: bytes | None, layout: Layout) -> None:
         if key is not None:

@@ -12,6 +12,7 @@ from llm_worker.frontend.events import GenerationRequest
 from llm_worker.frontend.known_layouts import KnownLayouts, layout_keys
 from llm_worker.frontend.prompt_feed import PromptContext, PromptFeed
 from llm_worker.frontend.stages import ItemArrival
+from llm_worker.prompt.placeholders import PlaceholderPlan
 
 
 class MediaFeed(PromptFeed):
@@ -36,20 +37,20 @@ class MediaFeed(PromptFeed):
         if not self._closed:
             self._spawn(self._encode(items))
 
-    def _submit(self, prefix_token_ids: list[int], keep_kv: bool) -> RequestHandle:
+    def _submit(self, plan: PlaceholderPlan, keep_kv: bool) -> RequestHandle:
         request = self.request
         return self._context.engine.submit(
-            request.request_id, prefix_token_ids, request.sampling, self.send_rows, keep_kv=keep_kv
+            request.request_id, self._head_start(plan), request.sampling, self.send_rows, keep_kv=keep_kv
         )
 
     async def _run(self) -> None:
         media = self.request.media
         self._keys = await asyncio.to_thread(layout_keys, media) if media else []
-        layouts = [self._known.get(key) for key in self._keys]
-        if not all(layouts):
+        layouts = self._known.all_of(self._keys)
+        if layouts is None:
             await self._encode(list(range(len(media))))
             return
-        self._layouts = {index: layout for index, layout in enumerate(layouts) if layout is not None}
+        self._layouts = dict(enumerate(layouts))
         plan, handle = await asyncio.shield(self._begun)
         prompt = self._expanded(plan)
         missing = await asyncio.to_thread(self._context.engine.missing_items, prompt) if media else set()
@@ -67,8 +68,9 @@ class MediaFeed(PromptFeed):
                 if isinstance(event, RowsEvent):
                     await self._set_rows(index, event.rows)
                 else:
-                    await self._add_layout(index, event.layout)
+                    # First, so that one that was known wrong fails no request after this one.
                     self._known.put(self._keys[index], event.layout)
+                    await self._add_layout(index, event.layout)
 
     async def _set_rows(self, index: int, rows: EmbeddingRows) -> None:
         try:

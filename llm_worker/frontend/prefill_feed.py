@@ -10,6 +10,7 @@ from embedding_transport.types import LayoutEvent, RowsEvent
 from llm_worker.engine.request import ExpandedPrompt
 from llm_worker.engine.request_handle import RequestHandle
 from llm_worker.frontend.events import GenerationRequest
+from llm_worker.frontend.known_layouts import KnownLayouts, layout_keys
 from llm_worker.frontend.prompt_feed import PromptContext, PromptFeed
 from llm_worker.frontend.stages import ItemArrival
 from llm_worker.prefill.client import PrefillClient
@@ -18,38 +19,55 @@ from llm_worker.prompt.placeholders import PlaceholderPlan
 
 
 class PrefillFeed(PromptFeed):
-    """Nothing is asked for before the engine has room: what waits, waits here, and holds nothing elsewhere."""
+    """Nothing is asked for before the engine has room: what waits, waits here, and holds nothing elsewhere.
 
-    def __init__(self, client: PrefillClient, context: PromptContext, request: GenerationRequest) -> None:
+    Where the layouts of all items are known, so is the prompt, and only that KV is sent which the engine does not have.
+    """
+
+    def __init__(
+        self, client: PrefillClient, known: KnownLayouts, context: PromptContext, request: GenerationRequest
+    ) -> None:
         super().__init__(context, request)
         self._client = client
+        self._known = known
+        self._keys: list[bytes | None] = []
         self._has_token = False
 
     def start(self) -> None:
         """There is nothing to be done without tokens."""
 
-    def begin(self, plan: PlaceholderPlan, keep_kv: bool = False) -> RequestHandle:
-        handle = super().begin(plan, keep_kv)
-        if not self.request.media:
-            self._set_prompt(plan, handle)
-        return handle
+    async def begin(self, plan: PlaceholderPlan, keep_kv: bool = False) -> RequestHandle:
+        if self.request.media:
+            self._keys = await asyncio.to_thread(layout_keys, self.request.media)
+        layouts = self._known.all_of(self._keys)
+        if layouts is not None:
+            self._layouts = dict(enumerate(layouts))
+            self.prompt.set_result(self._expanded(plan))
+        return await super().begin(plan, keep_kv)
 
-    def send_kv(self) -> None:
-        """The engine has room for the prompt's KV, (again)."""
+    def send_kv(self, first_row: int) -> None:
+        """The engine has room for the prompt's KV and lacks that of the tokens from this one on, (again)."""
         if not self._closed:
-            self._spawn(self._prefill())
+            self._spawn(self._prefill(first_row))
 
-    def _submit(self, prefix_token_ids: list[int], keep_kv: bool) -> RequestHandle:
-        request = self.request
-        return self._context.engine.submit(
-            request.request_id, prefix_token_ids, request.sampling, _no_rows, self.send_kv, keep_kv
+    def _submit(self, plan: PlaceholderPlan, keep_kv: bool) -> RequestHandle:
+        request, engine = self.request, self._context.engine
+        if self.prompt.done():
+            prefix, prompt = [], self.prompt.result()
+        else:
+            prefix, prompt = self._head_start(plan), None
+        return engine.submit(
+            request.request_id, prefix, request.sampling, _no_rows, self.send_kv, keep_kv=keep_kv, prompt=prompt
         )
 
-    async def _prefill(self) -> None:
+    async def _prefill(self, first_row: int) -> None:
         plan, handle = await asyncio.shield(self._begun)
-        async with aclosing(self._client.prefill(self.request, plan.token_ids, not self._has_token)) as events:
+        needs_token = not self._has_token
+        async with aclosing(self._client.prefill(self.request, plan.token_ids, needs_token, first_row)) as events:
             async for event in events:
                 if isinstance(event, LayoutEvent):
+                    # First, so that one that was known wrong fails no request after this one.
+                    self._known.put(self._keys[event.item_index], event.layout)
                     await self._add_layout(event.item_index, event.layout)
                 elif isinstance(event, Prefilled):
                     self._check(event)
@@ -58,7 +76,7 @@ class PrefillFeed(PromptFeed):
                         self.arrivals.append(ItemArrival(0, event.media_timings, self.since_arrival_ms()))
                     handle.set_first_token(event.first, event.prefill_ms, event.num_cached_tokens)
                 else:
-                    self._hand_over(event, handle)
+                    self._hand_over(event, handle, first_row)
 
     def _check(self, prefilled: Prefilled) -> None:
         num_tokens, vocab_size = len(self._known_prompt().token_ids), self._context.engine.vocab_size
@@ -67,11 +85,11 @@ class PrefillFeed(PromptFeed):
         if prefilled.first.token_id is None or prefilled.first.token_id >= vocab_size:
             raise InternalError(f"the prefill worker's token is {prefilled.first.token_id}, there are {vocab_size}")
 
-    def _hand_over(self, event: RowsEvent, handle: RequestHandle) -> None:
-        num_tokens = len(self._known_prompt().token_ids)
+    def _hand_over(self, event: RowsEvent, handle: RequestHandle, first_row: int) -> None:
+        num_tokens = len(self._known_prompt().token_ids) - first_row
         if event.rows.num_tokens != num_tokens:
             event.rows.release()
-            raise InternalError(f"KV of {event.rows.num_tokens} tokens for a prompt of {num_tokens}")
+            raise InternalError(f"KV of {event.rows.num_tokens} tokens came where {num_tokens} are missing")
         handle.set_kv(event.rows)
 
     def _known_prompt(self) -> ExpandedPrompt:

@@ -62,7 +62,7 @@ class PromptFeed(ABC):
     def start(self) -> None:
         """Begins with what needs no tokens."""
 
-    def begin(self, plan: PlaceholderPlan, keep_kv: bool = False) -> RequestHandle:
+    async def begin(self, plan: PlaceholderPlan, keep_kv: bool = False) -> RequestHandle:
         """The prompt is tokenized: hands the request to the engine.
 
         Args:
@@ -71,11 +71,7 @@ class PromptFeed(ABC):
         Raises:
             Overloaded: too many requests are waiting.
         """
-        # Without media the whole prompt follows at once: a head start would only race with it, and how the prompt
-        # is cut into chunks shows in the last bits of the logits.
-        has_head_start = self.request.media and plan.num_prefix_tokens >= _MIN_HEAD_START
-        prefix = plan.token_ids[: plan.num_prefix_tokens] if has_head_start else []
-        handle = self._submit(prefix, keep_kv)
+        handle = self._submit(plan, keep_kv)
         self._begun.set_result((plan, handle))
         return handle
 
@@ -91,7 +87,14 @@ class PromptFeed(ABC):
         self.prompt.cancel()
 
     @abstractmethod
-    def _submit(self, prefix_token_ids: list[int], keep_kv: bool) -> RequestHandle: ...
+    def _submit(self, plan: PlaceholderPlan, keep_kv: bool) -> RequestHandle: ...
+
+    def _head_start(self, plan: PlaceholderPlan) -> list[int]:
+        """Tokens that the engine may begin with before the prompt is known."""
+        # Without media the whole prompt follows at once: a head start would only race with it, and how the prompt
+        # is cut into chunks shows in the last bits of the logits.
+        has_head_start = self.request.media and plan.num_prefix_tokens >= _MIN_HEAD_START
+        return plan.token_ids[: plan.num_prefix_tokens] if has_head_start else []
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(self._failing_the_request(work))

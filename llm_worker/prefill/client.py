@@ -73,7 +73,7 @@ class PrefillClient(PeerFleet[PrefillPeer]):
         return ClientStats(self._num_requests, self._num_retries, self.num_fallbacks, dict(self._received_nbytes))
 
     async def prefill(
-        self, request: GenerationRequest, token_ids: list[int], needs_token: bool
+        self, request: GenerationRequest, token_ids: list[int], needs_token: bool, first_row: int = 0
     ) -> AsyncGenerator[PrefillEvent]:
         """Computes a prompt: yields LayoutEvents, again where a worker was lost, one Prefilled, one RowsEvent with KV.
 
@@ -82,6 +82,7 @@ class PrefillClient(PeerFleet[PrefillPeer]):
         Args:
             token_ids: the request's prompt, tokenized.
             needs_token: False where only the KV is missing: then there is no Prefilled either.
+            first_row: the KV of the tokens before it is here, and is not sent.
 
         Raises:
             PrefillUnavailable: no prefill worker is left.
@@ -98,7 +99,7 @@ class PrefillClient(PeerFleet[PrefillPeer]):
             peer = self._choose(key, lost, overloaded)
             peer.in_flight += 1
             try:
-                async with aclosing(self._prefill_on(peer, request, token_ids)) as events:
+                async with aclosing(self._prefill_on(peer, request, token_ids, first_row)) as events:
                     async for event in events:
                         if not isinstance(event, Prefilled):
                             yield event
@@ -126,11 +127,11 @@ class PrefillClient(PeerFleet[PrefillPeer]):
         return usable[ranked(key, {address: peer.in_flight for address, peer in usable.items()})[0]]
 
     async def _prefill_on(
-        self, peer: PrefillPeer, request: GenerationRequest, token_ids: list[int]
+        self, peer: PrefillPeer, request: GenerationRequest, token_ids: list[int], first_row: int
     ) -> AsyncGenerator[PrefillEvent]:
         connection = peer.connection
         assert connection is not None
-        message = request_to_proto(request, token_ids, connection.session_id, self._format)
+        message = request_to_proto(request, token_ids, connection.session_id, self._format, first_row)
         receiver = PrefillReceiver(
             peer,
             connection,
@@ -138,6 +139,7 @@ class PrefillClient(PeerFleet[PrefillPeer]):
             self._buffers,
             merge_size=self._merge_size,
             max_prompt_tokens=self._max_prompt_tokens,
+            first_row=first_row,
         )
         call = prefill_method(connection.channel)(message, timeout=self._timeout_s, metadata=outgoing_metadata())
         try:

@@ -8,7 +8,7 @@ from embedding_transport.errors import PrefillMismatch
 from embedding_transport.types import DTYPES, ModelIdentity
 from llm_worker.models.config import TextConfig
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 @dataclass(frozen=True)

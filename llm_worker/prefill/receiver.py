@@ -29,6 +29,7 @@ class PrefillReceiver:
     Args:
         merge_size: patches merged into one token along each side.
         max_prompt_tokens: the longest prompt whose KV is taken in.
+        first_row: of the KV that was asked for.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class PrefillReceiver:
         *,
         merge_size: int,
         max_prompt_tokens: int,
+        first_row: int,
     ) -> None:
         self.complete = False
         self.hand_over_s = 0.0
@@ -49,6 +51,7 @@ class PrefillReceiver:
         self._buffers = buffers
         self._merge_size = merge_size
         self._max_prompt_tokens = max_prompt_tokens
+        self._first_row = first_row
         self._kv: ItemReceiver | None = None
         self._prefilled_at = 0.0
 
@@ -80,13 +83,14 @@ class PrefillReceiver:
 
     def _take_prefilled(self, message: prefill_pb2.Prefilled) -> Prefilled:
         num_tokens, kv_format = message.num_prompt_tokens, self._connection.description
-        if self._kv is not None or not 1 <= num_tokens <= self._max_prompt_tokens:
+        if self._kv is not None or not self._first_row < num_tokens <= self._max_prompt_tokens:
             raise InternalError(
-                f"prefill worker {self._peer.address} computed a prompt of {num_tokens} tokens: "
-                f"at most {self._max_prompt_tokens} are taken in, once"
+                f"prefill worker {self._peer.address} computed a prompt of {num_tokens} tokens: at most "
+                f"{self._max_prompt_tokens} are taken in, once, and there are {self._first_row} of it here"
             )
         max_nbytes = self._max_prompt_tokens * kv_format.row_nbytes
-        self._kv = ItemReceiver(self._peer, self._connection, num_tokens, kv_format, self._buffers, max_nbytes)
+        num_rows = num_tokens - self._first_row
+        self._kv = ItemReceiver(self._peer, self._connection, num_rows, kv_format, self._buffers, max_nbytes)
         self._prefilled_at = time.perf_counter()
         self.complete = self._request.sampling.is_last(message.token_id)
         return prefilled_from_proto(message)

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import grpc
 
-from embedding_transport.errors import PrefillUnavailable
+from embedding_transport.errors import BadRequest, PrefillUnavailable
 from embedding_transport.exporter import RowExporter
 from embedding_transport.grpc_status import abort
 from embedding_transport.session_rpc import SessionServicer
@@ -90,21 +90,27 @@ class PrefillServicer(SessionServicer, prefill_pb2_grpc.PrefillServicer):  # typ
                 request.request_id, request.prompt, request.sampling, prefilling.served.defaults
             )
             with self._running.one(), serving_span("prefill", metadata_carrier(context.invocation_metadata())):
-                await self._prefill(generation, request.session_id, prefilling, context)
+                await self._prefill(generation, request, prefilling, context)
         except Exception as error:
             await abort(context, error)
 
     async def _prefill(
-        self, generation: GenerationRequest, session_id: str, prefilling: Prefilling, context: PrefillContext
+        self,
+        generation: GenerationRequest,
+        request: prefill_pb2.PrefillRequest,
+        prefilling: Prefilling,
+        context: PrefillContext,
     ) -> None:
         known: PromptKnown | None = None
         leases: list[int] = []
-        exporter = prefilling.exporter
+        exporter, session_id, first_row = prefilling.exporter, request.session_id, request.first_row
         try:
             async with aclosing(self._metrics.watch(prefilling.served.generator.prefill(generation))) as events:
                 async for event in events:
                     if isinstance(event, PromptKnown):
                         known = event
+                        if first_row >= known.num_prompt_tokens:
+                            raise BadRequest(f"KV from row {first_row} on of {known.num_prompt_tokens} tokens")
                         for index, layout in enumerate(event.layouts):
                             await context.write(prefill_pb2.PrefillResponse(layout=layout_to_proto(index, layout)))
                     elif isinstance(event, FirstToken):
@@ -112,7 +118,8 @@ class PrefillServicer(SessionServicer, prefill_pb2_grpc.PrefillServicer):  # typ
                         await context.write(prefill_pb2.PrefillResponse(prefilled=prefilled_to_proto(known, event)))
                         if generation.sampling.is_last(event.token_ids[0]):
                             continue
-                        async with aclosing(exporter.export(session_id, 0, event.kv, ItemTimings())) as responses:
+                        kv = event.kv.from_row(first_row)
+                        async with aclosing(exporter.export(session_id, 0, kv, ItemTimings())) as responses:
                             async for response in responses:
                                 if isinstance(response, bytes):
                                     await context.write(response)

@@ -45,11 +45,11 @@ def format_from_proto(message: prefill_pb2.KvFormat) -> KvFormat:
 
 
 def request_to_proto(
-    request: GenerationRequest, token_ids: list[int], session_id: str, kv_format: KvFormat
+    request: GenerationRequest, token_ids: list[int], session_id: str, kv_format: KvFormat, first_row: int
 ) -> prefill_pb2.PrefillRequest:
     """
     Args:
-        token_ids: the request's prompt, tokenized.
+        token_ids: the request's prompt, tokenized. first_row: of the KV that is wanted.
     """
     return prefill_pb2.PrefillRequest(
         request_id=request.request_id,
@@ -57,6 +57,7 @@ def request_to_proto(
         format=format_to_proto(kv_format),
         prompt=prompt_to_proto(token_ids, request.media),
         sampling=sampling_to_proto(request.sampling),
+        first_row=first_row,
     )
 
 

@@ -112,14 +112,32 @@ async def test_one_token_needs_no_kv(split: Split) -> None:
 async def test_a_prompt_that_comes_again_is_not_computed_again(split: Split) -> None:
     decoding, prefilling = split.decoding.worker_processes["shm"], split.prefill_workers[0]
     computed = 'vitrine_llm_computed_tokens_total{phase="prefill"}'
+    shipped = 'vitrine_llm_kv_shipped_bytes_total{transport="shm"}'
     request = text_request(split.decoding, prompt="Once upon a time there was a worker that knew " * 3)
+    before = await metric(prefilling, shipped)
     first = (await post(decoding, "/v1/completions", request))[1]
-    between = await metric(prefilling, computed)
+    between, shipped_first = await metric(prefilling, computed), await metric(prefilling, shipped) - before
     again = (await post(decoding, "/v1/completions", request))[1]
     assert again["choices"] == first["choices"]
     cached = again["usage"]["prompt_tokens_details"]["cached_tokens"]
     assert cached >= first["usage"]["prompt_tokens"] - 16
     assert await metric(prefilling, computed) - between == again["usage"]["prompt_tokens"] - cached
+    # Nor is its KV sent again, as far as it fills blocks.
+    assert await metric(prefilling, shipped) - before - shipped_first <= shipped_first * 16 / cached
+
+
+async def test_a_picture_that_comes_again_is_known_before_its_kv_is_asked_for(split: Split) -> None:
+    prefilling, shipped = split.prefill_workers[0], 'vitrine_llm_kv_shipped_bytes_total{transport="shm"}'
+    case = CASES["one_image"]
+    async with split.decoding.connected() as fleet:
+        media, worker = case.media(fleet.factor), fleet.worker("shm")
+        before = await metric(prefilling, shipped)
+        first = await worker.generate(case.text, media, NUM_TOKENS)
+        between = await metric(prefilling, shipped)
+        again = await worker.generate(case.text, media, NUM_TOKENS)
+    assert again.token_ids == first.token_ids
+    num_tokens = first.started.num_prompt_tokens
+    assert await metric(prefilling, shipped) - between <= (between - before) * 16 / num_tokens
 
 
 async def test_a_client_that_goes_away_frees_everything_on_both(split: Split, media_server: MediaServer) -> None:

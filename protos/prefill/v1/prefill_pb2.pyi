@@ -92,10 +92,15 @@ class PrefillRequest(_message.Message):
     FORMAT_FIELD_NUMBER: _builtins.int
     PROMPT_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
+    FIRST_ROW_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """For logs and traces."""
     session_id: _builtins.str
     """From Connect; empty for rows as bytes."""
+    first_row: _builtins.int
+    """The first token whose row is sent: the caller has the keys and values of those before it. Less than the prompt's
+    number of tokens.
+    """
     @_builtins.property
     def format(self) -> Global___KvFormat:
         """The caller's own, which must be that of Describe."""
@@ -114,10 +119,11 @@ class PrefillRequest(_message.Message):
         format: Global___KvFormat | None = ...,
         prompt: _llm_pb2.Prompt | None = ...,
         sampling: _llm_pb2.SamplingParams | None = ...,
+        first_row: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_row", b"first_row", "format", b"format", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -139,7 +145,7 @@ class PrefillResponse(_message.Message):
 
     @_builtins.property
     def ready(self) -> _encoder_pb2.Ready:
-        """The prompt's rows; item_index is 0."""
+        """The prompt's rows from first_row on; item_index is 0."""
 
     @_builtins.property
     def chunk(self) -> _encoder_pb2.Chunk: ...
@@ -175,7 +181,7 @@ class Prefilled(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     num_prompt_tokens: _builtins.int
-    """Tokens of the expanded prompt, and so rows."""
+    """Tokens of the expanded prompt."""
     token_id: _builtins.int
     """The first token of the answer."""
     num_cached_tokens: _builtins.int

@@ -15,6 +15,7 @@ from llm_worker.engine.engine import Engine
 from llm_worker.engine.request import SamplingParams
 from llm_worker.engine.request_handle import RequestHandle
 from llm_worker.engine.sampler import NextToken
+from llm_worker.engine.sequence import Sequence
 from tests.llm_worker.engine.harness import (
     Request,
     collect,
@@ -51,23 +52,36 @@ async def prefilled(engine: Engine, request: Request, sampling: SamplingParams) 
 
 
 class Continued:
-    """A request of the decoding engine: hands `prefilled` over whenever it is asked to, at most `limit` times."""
+    """A request of the decoding engine: hands `prefilled` over whenever it is asked to, at most `limit` times.
+
+    Args:
+        known: the prompt is known before its KV is asked for.
+    """
 
     def __init__(
-        self, engine: Engine, request: Request, sampling: SamplingParams, prefilled: Prefilled, limit: int = 99
+        self,
+        engine: Engine,
+        request: Request,
+        sampling: SamplingParams,
+        prefilled: Prefilled,
+        limit: int = 99,
+        known: bool = False,
     ) -> None:
         self.rows: list[TensorRows] = []
+        self.first_rows: list[int] = []
         self.errors: list[Exception] = []
-        self._request, self._prefilled, self._limit = request, prefilled, limit
-        self.handle: RequestHandle = engine.submit("decode", request.prefix, sampling, unsent, self._send_kv)
+        self._request, self._prefilled, self._limit, self._known = request, prefilled, limit, known
+        prefix, prompt = ([], request.prompt) if known else (request.prefix, None)
+        self.handle: RequestHandle = engine.submit("decode", prefix, sampling, unsent, self._send_kv, prompt=prompt)
 
-    def _send_kv(self) -> None:
+    def _send_kv(self, first_row: int) -> None:
+        self.first_rows.append(first_row)
         if len(self.rows) == self._limit:
             return
-        if not self.rows:
+        if not self.rows and not self._known:
             self.handle.set_prompt(self._request.prompt)
         self.handle.set_first_token(self._prefilled.first, 5.0, 3)
-        self.rows.append(TensorRows(self._prefilled.kv, self.errors.pop() if self.errors else None))
+        self.rows.append(TensorRows(self._prefilled.kv[first_row:], self.errors.pop() if self.errors else None))
         self.handle.set_kv(self.rows[-1])
 
 
@@ -152,19 +166,42 @@ async def test_who_gave_way_gets_its_prompt_again_and_computes_only_what_it_gene
         assert second.stats().num_prefill_tokens == 0
 
 
-async def test_a_prompt_whose_kv_is_known_needs_only_its_first_token(
-    qwen3_vl_folder: Path, reference: Reference, text: Request
+@pytest.mark.parametrize("kind", ["text", "image"])
+async def test_kv_that_is_there_is_not_asked_for(
+    qwen3_vl_folder: Path, reference: Reference, kind: str, request: pytest.FixtureRequest
 ) -> None:
     """KV that landed is in the prefix cache, for a repeated prompt."""
+    asked: Request = request.getfixturevalue(kind)
+    asked = replace(asked, prompt=replace(asked.prompt, content_hashes=(b"picture",)))
+    num_tokens, expected = len(asked.prompt.token_ids), reference.greedy(asked.inputs, 8)[0]
     with running_engine(qwen3_vl_folder) as first, running_engine(qwen3_vl_folder) as second:
-        done = await prefilled(first, text, greedy(8))
-        assert await tokens(Continued(second, text, greedy(8), done).handle) == reference.greedy(text.inputs, 8)[0]
-        kept = second.stats().kv_blocks_kept
-        assert kept >= len(text.prompt.token_ids) // 8
-        continued = Continued(second, text, greedy(8), done)
-        assert await tokens(continued.handle) == reference.greedy(text.inputs, 8)[0]
-        assert second.stats().num_cached_tokens > 0
-        assert continued.rows[0].num_releases == 1
+        done = await prefilled(first, asked, greedy(8))
+        assert await tokens(Continued(second, asked, greedy(8), done).handle) == expected
+        assert second.stats().kv_blocks_kept >= num_tokens // 8
+        for known, first_row in ((False, len(asked.prefix[:-1]) // 8 * 8), (True, (num_tokens - 1) // 8 * 8)):
+            continued = Continued(second, asked, greedy(8), done, known=known)
+            assert await tokens(continued.handle) == expected
+            assert continued.first_rows == [first_row]
+            assert continued.rows[0].num_releases == 1
+        assert second.stats().num_cached_tokens >= first_row > 0
+
+
+@pytest.mark.parametrize("is_here", [True, False])
+def test_kv_behind_what_was_lost_meanwhile_is_asked_for_anew(is_here: bool) -> None:
+    asked: list[int] = []
+    rows = TensorRows(torch.zeros(8, 4))
+    sequence = Sequence("request", 0, [1] * 24, greedy(8), lambda output, timings: None, unsent, asked.append)
+    sequence.num_computed = 16
+    sequence.ask_for_kv()
+    if not is_here:
+        sequence.give_up()
+    sequence.kv, sequence.kv_coming = rows, False
+    if is_here:
+        sequence.give_up()
+    sequence.ask_for_kv()
+    assert (asked, rows.num_releases, sequence.kv) == ([16, 0], 1, None)
+    sequence.ask_for_kv()
+    assert asked == [16, 0], "it is coming"
 
 
 async def test_cancelling_while_the_kv_is_on_its_way_frees_everything(qwen3_vl_folder: Path, text: Request) -> None:

@@ -81,7 +81,8 @@ class MadeUp(prefill_pb2_grpc.PrefillServicer):
             if not isinstance(answer, str):
                 await context.write(answer)
                 continue
-            async for response in self.exporter.export(request.session_id, 0, TensorSource(KV), ItemTimings()):
+            rows = TensorSource(KV[request.first_row :])
+            async for response in self.exporter.export(request.session_id, 0, rows, ItemTimings()):
                 is_bytes = isinstance(response, bytes)
                 await context.write(response if is_bytes else prefill_pb2.PrefillResponse(ready=response.ready))
 
@@ -123,9 +124,11 @@ def request(**sampling: object) -> GenerationRequest:
     return GenerationRequest("request", [1, 2], (MediaItem("image", data=b"x", video_fps=2.0),), params)
 
 
-async def ask(client: PrefillClient, asked: GenerationRequest | None = None, token: bool = True) -> list[PrefillEvent]:
+async def ask(
+    client: PrefillClient, asked: GenerationRequest | None = None, token: bool = True, first_row: int = 0
+) -> list[PrefillEvent]:
     await client.wait_ready(10)
-    return [event async for event in client.prefill(asked or request(), [1, 2, 3], token)]
+    return [event async for event in client.prefill(asked or request(), [1, 2, 3], token, first_row)]
 
 
 @pytest.mark.parametrize("transport", ["shm", "grpc"])
@@ -148,6 +151,21 @@ async def test_rows_come_as_they_were_sent(tmp_path: Path, transport: str) -> No
         assert (list(sent.prompt.token_ids.ids), sent.prompt.media[0].data) == ([1, 2, 3], b"x")
         assert (sent.sampling.temperature, sent.sampling.seed) == (0.5, 2**64 - 1)
         assert (list(sent.sampling.stop_token_ids), sent.sampling.ignore_eos) == ([9], True)
+
+
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
+async def test_rows_that_are_here_do_not_come(tmp_path: Path, transport: str) -> None:
+    async with connected(tmp_path, transport) as (worker, client):
+        worker.answers = [prefilled(), "export"]
+        rows = [event.rows for event in await ask(client, first_row=3) if isinstance(event, RowsEvent)]
+        landed = torch.zeros(NUM_TOKENS - 3, FORMAT.row_width)
+        rows[0].copy_to(landed, None, 0)
+        assert torch.equal(landed, KV[3:])
+        rows[0].release()
+        assert client.stats().received_nbytes[transport] == KV[3:].nbytes
+        worker.answers = [prefilled(3)]
+        with pytest.raises(InternalError, match="3 of it"):
+            await ask(client, first_row=3)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +222,7 @@ async def test_a_first_token_that_is_the_last_comes_alone(tmp_path: Path) -> Non
         lambda ours: replace(ours, num_layers=3),
         lambda ours: replace(ours, num_key_value_heads=2),
         lambda ours: replace(ours, head_dim=8),
-        lambda ours: replace(ours, protocol_version=2),
+        lambda ours: replace(ours, protocol_version=1),
     ],
 )
 async def test_other_rows_are_refused_before_anything_is_sent(

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import grpc
 import pytest
+import torch
 
 from embedding_transport.checkpoint import open_checkpoint
-from embedding_transport.errors import PrefillMismatch, PrefillUnavailable
+from embedding_transport.errors import BadRequest, PrefillMismatch, PrefillUnavailable
 from embedding_transport.exporter import RowExporter
 from embedding_transport.grpc_status import error_from_rpc
 from embedding_transport.shm_pool import ShmPool
@@ -100,6 +101,24 @@ async def test_a_generated_client_understands_it(qwen3_vl_folder: Path, tmp_path
         assert [each.WhichOneof("event") for each in events] == ["prefilled", "chunk"]
         num_tokens = events[0].prefilled.num_prompt_tokens
         assert sum(len(each.chunk.data) for each in events[1:]) == num_tokens * worker.kv_format.row_nbytes
+        await worker.worker.until_idle()
+
+
+async def test_rows_that_the_caller_has_are_not_sent(qwen3_vl_folder: Path, tmp_path: Path) -> None:
+    async with running(qwen3_vl_folder, tmp_path) as worker:
+        request = worker.request()
+        (prefilled, whole) = [each async for each in worker.stub.Prefill(request)]
+        request.first_row = 2
+        (_, part) = [each async for each in worker.stub.Prefill(request)]
+        expected, found = (
+            torch.frombuffer(bytearray(each.chunk.data), dtype=torch.float32).view(-1, worker.kv_format.row_width)
+            for each in (whole, part)
+        )
+        torch.testing.assert_close(found, expected[2:], atol=1e-5, rtol=1e-5)
+        request.first_row = prefilled.prefilled.num_prompt_tokens
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            [each async for each in worker.stub.Prefill(request)]
+        assert isinstance(error_from_rpc(caught.value), BadRequest)
         await worker.worker.until_idle()
 
 
