@@ -127,7 +127,7 @@ class PeerFleet(ABC, Generic[PeerT]):
         """Disconnects once nothing is under way there and none of its rows are held, or if it is gone."""
         _log.info("%s %s is not one of ours any more", peer.service, peer.address)
         try:
-            while peer.connection is not None and (peer.in_flight or peer.num_held):  # noqa: ASYNC110 it counts up, too
+            while peer.has_session and (peer.in_flight or peer.num_held):  # noqa: ASYNC110 it counts up, too
                 await asyncio.sleep(_LEAVING_POLL_S)
         finally:
             await peer.close()

@@ -92,6 +92,7 @@ class RowPeer(ABC, Generic[DescriptionT]):
     """Keeps one service connected, and gives its leases back. Lives on one event loop.
 
     service: its name in messages; unavailable: the error of one that cannot be reached.
+    connection: for what is new, None also while it drains; has_session: what is under way and held there goes on.
     in_flight: what it is working on for us; num_held: leases of its rows that we have not given back.
     """
 
@@ -104,6 +105,7 @@ class RowPeer(ABC, Generic[DescriptionT]):
         self.num_held = 0
         self.num_fallbacks = 0
         self.connection: Connection[DescriptionT] | None = None
+        self.has_session = False
         self.error = self.unavailable(f"{self.service} {address} is not connected yet")
         self.attempted = asyncio.Event()
         self._transports = options.transports
@@ -164,6 +166,7 @@ class RowPeer(ABC, Generic[DescriptionT]):
                         raise
                     self._report(self.unavailable(f"{self.service} {self.address} cancelled the connection"))
                 finally:
+                    self.has_session = False
                     if self.connection is not None:
                         self.connection = None
                         backoff_s = _FIRST_BACKOFF_S
@@ -187,6 +190,7 @@ class RowPeer(ABC, Generic[DescriptionT]):
             async with asyncio.timeout(self._options.connect_timeout_s):
                 session, mapping = await self._negotiate(call)
             self.connection = Connection(channel, description, session.session_id, session.transport, mapping)
+            self.has_session = True
             _log.info("connected to %s %s, transport %s", self.service, self.address, session.transport)
             self.attempted.set()
             self._on_change()

@@ -347,3 +347,35 @@ async def test_encoders_come_and_go_under_load_and_nothing_is_lost(tmp_path: Pat
         await client.close()
         for stub in (first, second, third):
             assert stub[1].exporter.stats().leases.reclaimed == 0, "rows were taken back that were still held"
+
+
+@pytest.mark.parametrize("leaves_first", [True, False])
+async def test_an_encoder_that_drains_and_leaves_finishes_what_it_has(tmp_path: Path, leaves_first: bool) -> None:
+    """As a pod does that ends: it is taken off the list and told to stop, in either order."""
+    async with running_stub(tmp_path) as (address, servicer, _):
+        client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+        asking = asyncio.create_task(encode_all(client, [item("a 5"), item("hang 5")]))
+        async with asyncio.timeout(5):
+            while not servicer.hangs:
+                await asyncio.sleep(0.01)
+        peer = client._peers[0]
+        if leaves_first:
+            client.set_addresses([])
+        servicer.exporter.start_draining()
+        async with asyncio.timeout(5):
+            while peer.connection is not None:
+                await asyncio.sleep(0.01)
+        client.set_addresses([])
+        await asyncio.sleep(0.3)  # several looks at whether it can be let go
+        servicer.go_on.set()
+        rows = await asyncio.wait_for(asking, 5)
+        await asyncio.sleep(0.3)
+        for event in rows.values():
+            landed(event, IDENTITY)
+            event.rows.release()
+        async with asyncio.timeout(5):
+            while servicer.exporter.stats().sessions:
+                await asyncio.sleep(0.01)
+        assert servicer.exporter.stats().leases.reclaimed == 0
+        await client.close()
