@@ -149,7 +149,6 @@ class RowPeer(ABC, Generic[DescriptionT]):
                     channel = open_channel(self.address, self._options.tls)
                     await stack.enter_async_context(channel)
                     await self._serve_connection(channel)
-                    self.error = self.unavailable(f"{self.service} {self.address} is shutting down")
                 except VitrineError as error:
                     self._report(error)
                 except grpc.aio.AioRpcError as error:
@@ -191,6 +190,8 @@ class RowPeer(ABC, Generic[DescriptionT]):
                 session, mapping = await self._negotiate(call)
             self.connection = Connection(channel, description, session.session_id, session.transport, mapping)
             self.has_session = True
+            # Shown once it drains, and after an orderly end.
+            self.error = self.unavailable(f"{self.service} {self.address} is shutting down")
             _log.info("connected to %s %s, transport %s", self.service, self.address, session.transport)
             self.attempted.set()
             self._on_change()

@@ -152,6 +152,19 @@ async def test_without_another_encoder_it_is_unavailable(tmp_path: Path, lost: t
         await client.close()
 
 
+async def test_without_another_encoder_a_draining_one_is_named_as_such(tmp_path: Path) -> None:
+    async with running_stub(tmp_path) as (address, servicer, _):
+        client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+        servicer.exporter.start_draining()
+        async with asyncio.timeout(5):
+            while client.ready:
+                await asyncio.sleep(0.01)
+        with pytest.raises(EncoderUnavailable, match=f"{address} is shutting down"):
+            await encode(client, "a 5")
+        await client.close()
+
+
 async def test_a_caller_that_is_cancelled_is_cancelled(tmp_path: Path) -> None:
     async with running_stub(tmp_path) as (address, servicer, _):
         client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
