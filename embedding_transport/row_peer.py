@@ -164,6 +164,8 @@ class RowPeer(ABC, Generic[DescriptionT]):
                     if is_own_cancellation():
                         raise
                     self._report(self.unavailable(f"{self.service} {self.address} cancelled the connection"))
+                except Exception as error:  # of a service that talks nonsense, or of mapping its pool
+                    self._report(self.unavailable(f"{self.service} {self.address} cannot be connected to: {error!r}"))
                 finally:
                     self.has_session = False
                     if self.connection is not None:

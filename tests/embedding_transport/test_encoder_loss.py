@@ -16,6 +16,7 @@ import grpc
 import pytest
 
 from embedding_transport.encoder_client import EncoderClient
+from embedding_transport.encoder_rpc import SERVICE
 from embedding_transport.errors import EncoderUnavailable, InternalError, LeaseExpired, TransportUnavailable
 from embedding_transport.grpc_status import abort
 from embedding_transport.types import MediaItem, RowsEvent
@@ -189,6 +190,25 @@ async def test_connects_again_however_the_connection_broke(tmp_path: Path, servi
         await client.wait_ready(5)
         assert len(await encode(client, "a 5")) == 1
         await client.close()
+
+
+async def test_connects_again_after_an_answer_that_is_none(tmp_path: Path) -> None:
+    async def describe(request: bytes, context: object) -> bytes:
+        return b"\xff"
+
+    other = grpc.aio.server()
+    methods = {"Describe": grpc.unary_unary_rpc_method_handler(describe)}
+    other.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
+    port = other.add_insecure_port("127.0.0.1:0")
+    await other.start()
+    client = EncoderClient([f"127.0.0.1:{port}"], IDENTITY, shm_folder=tmp_path)
+    await client.start()
+    assert "cannot be connected to" in str(client.status()[0].error)
+    await other.stop(None)
+    async with running_stub(tmp_path, port=port):
+        await client.wait_ready(10)
+        assert len(await encode(client, "a 5")) == 1
+    await client.close()
 
 
 async def test_a_session_the_encoder_no_longer_knows_is_a_lost_encoder(tmp_path: Path) -> None:
