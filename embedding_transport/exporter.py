@@ -86,7 +86,7 @@ class RowExporter:
     ) -> None:
         self._chunk_nbytes = chunk_nbytes
         self._pools = list(pools)
-        self._lending = Lending(lease_ttl_s, clock)
+        self._lending = Lending(self._pools, lease_ttl_s, clock)
         self._sessions = Sessions(self._pools, lease_ttl_s, self._lending.reclaim)
         self._num_oversize_items = 0
         self.transports = self._sessions.transports

@@ -1,4 +1,4 @@
-"""Blocks of the exported pools, lent to peers under leases; whoever waits for room is served in turn."""
+"""Blocks of the exported pools, lent to peers under leases; whoever waits for room in one is served in turn."""
 
 from __future__ import annotations
 
@@ -31,15 +31,16 @@ class Lending:
     """Lives on one event loop.
 
     Args:
+        pools: whose blocks are lent.
         lease_ttl_s: life of a lease that nobody releases, seconds.
         clock: seconds, monotonic.
     """
 
-    def __init__(self, lease_ttl_s: float, clock: Callable[[], float]) -> None:
+    def __init__(self, pools: Sequence[ExportPool], lease_ttl_s: float, clock: Callable[[], float]) -> None:
         self.leases: LeaseTable[Held] = LeaseTable(lease_ttl_s, clock, self.give_back)
         self._block_freed = asyncio.Event()
-        # Small items must not starve a large one.
-        self._turn = asyncio.Lock()
+        # Small items must not starve a large one, nor a full pool those who want another.
+        self._turns = {pool: asyncio.Lock() for pool in pools}
         self._expiry: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -54,7 +55,7 @@ class Lending:
 
     def take_now(self, pool: ExportPool, nbytes: int) -> Held | None:
         """A block if there is room for it and nobody waits; from any thread."""
-        return None if self._turn.locked() else self._take(pool, nbytes)
+        return None if self._turns[pool].locked() else self._take(pool, nbytes)
 
     async def take(self, pool: ExportPool, nbytes: int) -> Held:
         """A block, once there is room for it.
@@ -63,7 +64,7 @@ class Lending:
             Overloaded: the pool stayed full.
         """
         try:
-            async with asyncio.timeout(_POOL_WAIT_S), self._turn:
+            async with asyncio.timeout(_POOL_WAIT_S), self._turns[pool]:
                 while (held := self._take(pool, nbytes)) is None:
                     await self._next_free()
         except TimeoutError as error:

@@ -98,7 +98,7 @@ async def test_without_room_or_session_rows_are_written_when_they_are_exported(t
 
 
 async def test_who_waits_for_room_is_served_before_rows_that_are_written_early(tmp_path: Path) -> None:
-    async with session(tmp_path) as (exporter, pool, connection), exporter._lending._turn:
+    async with session(tmp_path) as (exporter, pool, connection), exporter._lending._turns[pool]:
         with exporter.early_write(connection.session_id) as early:
             early.follow(ROWS)
             assert pool.used_nbytes == 0

@@ -22,6 +22,7 @@ from embedding_transport.errors import BadRequest, EncoderUnavailable, Overloade
 from embedding_transport.exporter import RowExporter
 from embedding_transport.grpc_status import error_from_rpc
 from embedding_transport.row_source import TensorSource
+from embedding_transport.shm_pool import ShmPool
 from embedding_transport.types import ItemTimings, MediaItem, RowsEvent
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from tests.embedding_transport.encoder_stub import IDENTITY, running_stub, synthetic_rows
@@ -157,6 +158,23 @@ async def test_waiting_for_room_is_first_come_first_served(tmp_path: Path) -> No
         held.rows.release()
         await asyncio.gather(large, small)
         await client.close()
+
+
+async def test_who_waits_for_room_in_one_pool_stands_in_nobodys_way_in_another(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    full, other = ShmPool(tmp_path, 4096), ShmPool(tmp_path / "other", 4096)
+    lender = lending.Lending([full, other], lease_ttl_s=30, clock=time.monotonic)
+    held = await lender.take(full, 4000)
+    waiting = asyncio.create_task(lender.take(full, 100))
+    await asyncio.sleep(0)
+    assert lender.take_now(full, 1) is None, "whoever waits is served first"
+    lender.give_back(await asyncio.wait_for(lender.take(other, 4000), 1))
+    assert lender.take_now(other, 4000) is not None
+    assert not waiting.done()
+    lender.give_back(held)
+    await asyncio.wait_for(waiting, 1)
+    for pool in (full, other):
+        pool.close()
 
 
 async def test_a_block_is_written_to_its_end_however_often_its_export_is_cancelled() -> None:
