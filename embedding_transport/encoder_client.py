@@ -89,6 +89,10 @@ class EncoderClient(PeerFleet[EncoderPeer]):
                 return await stub.GetStats(encoder_pb2.GetStatsRequest(), timeout=timeout_s)
             except grpc.aio.AioRpcError:
                 return None
+            except asyncio.CancelledError:
+                if is_own_cancellation():
+                    raise
+                return None  # the connection was closed meanwhile
 
         connected = {peer.address: peer.connection for peer in self._peers if peer.connection is not None}
         answers = await asyncio.gather(*map(ask, connected.values()))

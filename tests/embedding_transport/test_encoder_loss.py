@@ -112,6 +112,16 @@ class ForgetsSessions(StubServicer):
             yield response
 
 
+class HangsInStats(StubServicer):
+    """Answers everything but GetStats."""
+
+    is_asked = False
+
+    async def GetStats(self, request, context):  # type: ignore[no-untyped-def, override]
+        self.is_asked = True
+        await asyncio.sleep(60)
+
+
 class Says(StubServicer):
     """Answers every Encode with `responses`."""
 
@@ -399,4 +409,17 @@ async def test_a_channel_closed_under_a_request_is_a_lost_encoder(tmp_path: Path
         await connection.channel.close()
         with pytest.raises(EncoderUnavailable, match="lost"):
             await asyncio.wait_for(hanging, 5)
+        await client.close()
+
+
+async def test_an_encoder_that_is_let_go_while_it_is_asked_for_its_stats_is_left_out(tmp_path: Path) -> None:
+    async with running_stub(tmp_path, servicer_class=HangsInStats) as (address, servicer, _):
+        client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+        asking = asyncio.create_task(client.encoder_stats(timeout_s=5))
+        async with asyncio.timeout(5):
+            while not servicer.is_asked:  # type: ignore[attr-defined]
+                await asyncio.sleep(0.01)
+        client.set_addresses([])
+        assert await asking == {}
         await client.close()
