@@ -20,6 +20,6 @@ class FileSource:
             try:
                 lines = [line.partition("#")[0].strip() for line in self._path.read_text().splitlines()]
                 yield [line for line in lines if line]
-            except OSError as error:
+            except (OSError, UnicodeError) as error:
                 _log.warning("the list of encoders cannot be read: %s", error)
             await asyncio.sleep(self._interval_s)

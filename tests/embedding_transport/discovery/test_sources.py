@@ -67,7 +67,7 @@ async def test_a_real_name() -> None:
     assert "127.0.0.1:7" in shown[0]
 
 
-async def test_a_file_that_changes_vanishes_and_comes_back(tmp_path: Path) -> None:
+async def test_a_file_that_changes_vanishes_breaks_and_comes_back(tmp_path: Path) -> None:
     file = tmp_path / "encoders"
     sources = [*parse_sources("a:1"), FileSource(file, interval_s=0.01)]
     async with following(sources) as shown:
@@ -75,6 +75,8 @@ async def test_a_file_that_changes_vanishes_and_comes_back(tmp_path: Path) -> No
         file.write_text("b:2\n\n# c:3\nd:4  # the last\n")
         await until(lambda: shown[-1] == ["a:1", "b:2", "d:4"])
         file.unlink()
+        await asyncio.sleep(0.05)
+        file.write_bytes(b"e:5 # half of a character: \xc3")
         await asyncio.sleep(0.05)
         file.write_text("d:4\n")
         await until(lambda: shown[-1] == ["a:1", "d:4"])
