@@ -7,17 +7,23 @@ from typing import Any
 
 from embedding_transport.chunk_codec import ChunkView
 from embedding_transport.errors import InternalError
-from embedding_transport.received_rows import MAX_ITEM_NBYTES, ChunkAssembly, HostBufferPool, HostRows, LeasedRows
+from embedding_transport.received_rows import ChunkAssembly, HostBufferPool, HostRows, LeasedRows
 from embedding_transport.row_peer import Connection, RowPeer
 from embedding_transport.types import DTYPES, RowFormat
 from embedding_transport.wire import timings_from_proto
 from protos.encoder.v1 import encoder_pb2
+
+# Far above any real item (the longest video of Qwen3-VL-8B is 400 MB): a length that is a lie must not take all memory.
+_MAX_ITEM_NBYTES = 4 * 1024**3
 
 
 class ItemReceiver:
     """Checks what comes against the size; close it when the call is over.
 
     done: its rows have been handed out.
+
+    Raises:
+        InternalError: more rows than any item has.
     """
 
     def __init__(
@@ -27,15 +33,19 @@ class ItemReceiver:
         num_tokens: int,
         row_format: RowFormat,
         buffers: HostBufferPool,
-        max_nbytes: int = MAX_ITEM_NBYTES,
+        max_nbytes: int = _MAX_ITEM_NBYTES,
     ) -> None:
+        if num_tokens * row_format.row_nbytes > max_nbytes:
+            raise InternalError(
+                f"{peer.service} {peer.address} announced {num_tokens} rows of {row_format.row_nbytes} bytes: at most "
+                f"{max_nbytes} bytes are taken in for one item"
+            )
         self.done = False
         self._peer = peer
         self._connection = connection
         self._num_tokens = num_tokens
         self._format = row_format
         self._buffers = buffers
-        self._max_nbytes = max_nbytes
         self._assembly: ChunkAssembly | None = None
         self._first_chunk_at = 0.0
 
@@ -65,11 +75,11 @@ class ItemReceiver:
         """The rows, once this was the last chunk.
 
         Raises:
-            InternalError: a chunk out of order or past the end, or more rows than any item has.
+            InternalError: a chunk out of order or past the end.
         """
         self._check_wanted()
         if self._assembly is None:
-            self._assembly = ChunkAssembly(self._num_tokens, self._format, self._buffers, self._max_nbytes)
+            self._assembly = ChunkAssembly(self._num_tokens, self._format, self._buffers)
             self._first_chunk_at = time.perf_counter()
         self._assembly.add(chunk)
         if not self._assembly.complete:

@@ -14,8 +14,6 @@ from embedding_transport.types import DTYPES, ItemTimings, RowFormat
 from protos.encoder.v1 import encoder_pb2
 
 _MAX_KEPT_NBYTES = 512 * 1024 * 1024
-# Far above any real item (the longest video of Qwen3-VL-8B is 400 MB): a length that is a lie must not take all memory.
-MAX_ITEM_NBYTES = 4 * 1024**3
 
 
 def copy_rows(rows_TW: torch.Tensor, main_TD: torch.Tensor, deepstack_NTD: torch.Tensor | None, first_row: int) -> None:
@@ -103,21 +101,10 @@ class HostRows:
 
 
 class ChunkAssembly:
-    """Fills one item's host buffer from its chunks, which come in order and without gaps.
+    """Fills one item's host buffer from its chunks, which come in order and without gaps."""
 
-    Raises:
-        InternalError: more than `max_nbytes`.
-    """
-
-    def __init__(
-        self, num_tokens: int, row_format: RowFormat, pool: HostBufferPool, max_nbytes: int = MAX_ITEM_NBYTES
-    ) -> None:
+    def __init__(self, num_tokens: int, row_format: RowFormat, pool: HostBufferPool) -> None:
         self.nbytes = num_tokens * row_format.row_nbytes
-        if self.nbytes > max_nbytes:
-            raise InternalError(
-                f"an item of {num_tokens} rows of {row_format.row_nbytes} bytes: at most {max_nbytes} bytes "
-                "are taken in for one item"
-            )
         self._shape = (num_tokens, row_format.row_width)
         self._dtype = DTYPES[row_format.dtype]
         self._pool = pool

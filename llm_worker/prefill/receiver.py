@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from embedding_transport.chunk_codec import ChunkView
-from embedding_transport.errors import InternalError
+from embedding_transport.errors import InternalError, PromptTooLong
 from embedding_transport.item_receiver import ItemReceiver
 from embedding_transport.received_rows import HostBufferPool
 from embedding_transport.row_peer import Connection
@@ -59,6 +59,7 @@ class PrefillReceiver:
         """
         Raises:
             InternalError, TransportUnavailable: the prefill worker does not follow the protocol.
+            PromptTooLong: a media item alone is longer than any prompt.
         """
         if isinstance(response, ChunkView):
             return self._take_rows(response)
@@ -79,6 +80,11 @@ class PrefillReceiver:
         index = message.item_index
         if index >= len(self._request.media):
             raise InternalError(f"prefill worker {self._peer.address} sent a layout of item {index} unasked for")
+        if message.num_tokens > self._max_prompt_tokens:
+            raise PromptTooLong(
+                f"media item {index} has {message.num_tokens} tokens, prompt and answer at most "
+                f"{self._max_prompt_tokens}: send a smaller one or raise --max-model-len"
+            )
         return LayoutEvent(index, layout_from_proto(message, self._request.media[index], self._merge_size))
 
     def _take_prefilled(self, message: prefill_pb2.Prefilled) -> Prefilled:

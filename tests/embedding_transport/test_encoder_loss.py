@@ -19,6 +19,7 @@ from embedding_transport.encoder_client import EncoderClient
 from embedding_transport.encoder_rpc import SERVICE
 from embedding_transport.errors import EncoderUnavailable, InternalError, LeaseExpired, TransportUnavailable
 from embedding_transport.grpc_status import abort
+from embedding_transport.row_peer import TransportChoice
 from embedding_transport.types import MediaItem, RowsEvent
 from protos.encoder.v1 import encoder_pb2
 from service_runtime import grpc_channel
@@ -133,12 +134,11 @@ class Says(StubServicer):
 
 
 class Boasts(StubServicer):
-    """Announces more rows than any memory holds, and starts to send them."""
+    """Announces more rows than any memory holds."""
 
     async def Encode(self, request, context):  # type: ignore[no-untyped-def, override]
         num_tokens = 1 << 30
         yield encoder_pb2.EncodeResponse(layout=encoder_pb2.Layout(grid_thw=[1, 2, 2 << 30], num_tokens=num_tokens))
-        yield encoder_pb2.EncodeResponse(chunk=encoder_pb2.Chunk(data=b"1234"))
 
 
 @pytest.mark.parametrize("lost", [CancelsEncode, Drains])
@@ -293,11 +293,14 @@ async def test_a_lease_of_another_generation_is_not_read(tmp_path: Path) -> None
         assert servicer.exporter.stats().leases.unknown >= 1  # a release that close interrupts is sent again
 
 
-async def test_more_rows_than_could_be_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
+async def test_more_rows_than_could_be_are_refused_before_a_prompt_is_made_of_them(
+    tmp_path: Path, transport: TransportChoice
+) -> None:
     async with running_stub(tmp_path, servicer_class=Boasts) as (address, _, _):
-        client = EncoderClient([address], IDENTITY, transport="grpc")
+        client = EncoderClient([address], IDENTITY, transport=transport, shm_folder=tmp_path)
         await client.start()
-        with pytest.raises(InternalError):
+        with pytest.raises(InternalError, match=f"{1 << 30} rows"):
             await encode(client, "a 5")
         await client.close()
 

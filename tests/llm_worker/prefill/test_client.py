@@ -13,7 +13,13 @@ import pytest
 import torch
 
 from embedding_transport.chunk_codec import encode_chunk
-from embedding_transport.errors import InternalError, PrefillMismatch, PrefillUnavailable, TransportUnavailable
+from embedding_transport.errors import (
+    InternalError,
+    PrefillMismatch,
+    PrefillUnavailable,
+    PromptTooLong,
+    TransportUnavailable,
+)
 from embedding_transport.exporter import RowExporter
 from embedding_transport.grpc_status import abort
 from embedding_transport.row_peer import ConnectOptions
@@ -51,8 +57,8 @@ def chunk(start: int, stop: int) -> bytes:
     return encode_chunk(0, start, data)
 
 
-def layout(item_index: int = 0) -> prefill_pb2.PrefillResponse:
-    message = encoder_pb2.Layout(item_index=item_index, grid_thw=[1, 4, 4], num_tokens=4)
+def layout(item_index: int = 0, num_tokens: int = 4) -> prefill_pb2.PrefillResponse:
+    message = encoder_pb2.Layout(item_index=item_index, grid_thw=[1, 2, 2 * num_tokens], num_tokens=num_tokens)
     return prefill_pb2.PrefillResponse(layout=message)
 
 
@@ -185,6 +191,7 @@ async def test_rows_that_are_here_do_not_come(tmp_path: Path, transport: str) ->
         ([prefilled(), chunk(0, 16), chunk(0, 16)], InternalError),
         ([prefilled(4), chunk(0, KV.nbytes)], InternalError),
         ([layout(1)], InternalError),
+        ([layout(0, MAX_TOKENS + 1)], PromptTooLong),
         ([prefill_pb2.PrefillResponse()], InternalError),
         ([b"\x1a\xff"], InternalError),
         ([], PrefillUnavailable),
