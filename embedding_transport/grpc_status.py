@@ -1,20 +1,23 @@
 """Errors on gRPC: one table from error code to status, and the way back.
 
-The stable code travels in the trailing metadata, so that a caller need not guess it from the status.
+The stable code travels in the trailing metadata, so that a caller need not guess it from the status. So does when it is
+worth trying again, under the key that gRPC's own clients heed where they retry (gRFC A6).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from typing import Any, NoReturn
 
 import grpc
 
-from embedding_transport.errors import InternalError, VitrineError, error_from_code
+from embedding_transport.errors import InternalError, Overloaded, VitrineError, error_from_code
 
 ERROR_CODE_KEY = "vitrine-error-code"
-RETRY_AFTER_S = 1
+RETRY_KEY = "grpc-retry-pushback-ms"
+_LEAST_RETRY_S = 1.0
 # The message travels in the trailers, percent-encoded (up to three bytes for one), and trailers are refused from 8 KiB.
 _MAX_MESSAGE_NBYTES = 2048
 
@@ -56,7 +59,10 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -
     if not isinstance(error, VitrineError):
         _log.error("internal error", exc_info=error)
         error = InternalError("internal error: the service's log has more")
-    context.set_trailing_metadata(((ERROR_CODE_KEY, error.code),))
+    metadata = [(ERROR_CODE_KEY, error.code)]
+    if isinstance(error, Overloaded):
+        metadata.append((RETRY_KEY, str(math.ceil(max(error.retry_after_s, _LEAST_RETRY_S) * 1000))))
+    context.set_trailing_metadata(tuple(metadata))
     await context.abort(STATUS_BY_CODE[error.code], _sendable(str(error)))
 
 
@@ -76,6 +82,9 @@ def is_own_cancellation() -> bool:
 
 def error_from_rpc(error: grpc.aio.AioRpcError) -> VitrineError | None:
     """The error a peer ended the call with, or None where the call failed below it (no connection, cancelled, ...)."""
-    metadata = error.trailing_metadata() or ()
-    code = next((value for key, value in metadata if key == ERROR_CODE_KEY), None)
-    return None if code is None else error_from_code(str(code), error.details() or "")
+    metadata = {key: str(value) for key, value in error.trailing_metadata() or ()}
+    if ERROR_CODE_KEY not in metadata:
+        return None
+    retry_ms = metadata.get(RETRY_KEY, "")
+    retry_after_s = int(retry_ms) / 1000 if retry_ms.isdecimal() and len(retry_ms) < 10 else 0.0
+    return error_from_code(metadata[ERROR_CODE_KEY], error.details() or "", retry_after_s)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import grpc
 import pytest
 
-from embedding_transport.errors import InternalError, MediaNotFound, VitrineError, error_from_code
+from embedding_transport.errors import InternalError, MediaNotFound, Overloaded, VitrineError, error_from_code
 from embedding_transport.grpc_status import STATUS_BY_CODE, abort, error_from_rpc
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 
@@ -54,6 +54,27 @@ async def test_round_trip(
     again = error_from_rpc(caught.value)
     assert again is not None
     assert (again.code, str(again)) == (error.code, "what was wrong: 42")
+
+
+@pytest.mark.parametrize(("after_s", "says_s"), [(0.0, 1.0), (2.5004, 2.501), (90.0, 90.0)])
+async def test_who_is_overloaded_says_when_to_try_again(
+    failing: tuple[Failing, encoder_pb2_grpc.EncoderAsyncStub], after_s: float, says_s: float
+) -> None:
+    servicer, stub = failing
+    servicer.error = Overloaded("full", after_s)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Describe(encoder_pb2.DescribeRequest())
+    again = error_from_rpc(caught.value)
+    assert isinstance(again, Overloaded)
+    assert again.retry_after_s == pytest.approx(says_s)
+
+
+def test_a_time_to_try_again_that_is_none_is_passed_over() -> None:
+    for said in ("-1", "soon", "", "9" * 5000):
+        metadata = grpc.aio.Metadata(("vitrine-error-code", "overloaded"), ("grpc-retry-pushback-ms", said))
+        error = error_from_rpc(grpc.aio.AioRpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.aio.Metadata(), metadata))
+        assert isinstance(error, Overloaded)
+        assert error.retry_after_s == 0.0
 
 
 @pytest.mark.parametrize("message", ["x" * 100_000, "é" * 9000, "\0" * 5000, "a lone \udcff", "two\nlines, 100 %"])
