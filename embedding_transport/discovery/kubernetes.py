@@ -95,7 +95,7 @@ class KubernetesSource:
         async with session.get(self._path, params=params, headers=_headers(server), ssl=context or True) as got:
             if got.status != 410:  # Gone: too much has happened since
                 got.raise_for_status()
-                await got.content.readline()
+                await got.content.readany()  # whatever it says: all are listed anew
 
 
 def _headers(server: ApiServer) -> dict[str, str]:
