@@ -223,6 +223,8 @@ class EncoderClient(PeerFleet[EncoderPeer]):
             if receiver.num_missing:
                 raise _EncoderLost(f"it ended the stream with {receiver.num_missing} items missing")
         except grpc.aio.AioRpcError as error:
+            if not receiver.num_missing:
+                return
             named = error_from_rpc(error)
             if named is not None and not isinstance(named, EncoderUnavailable):
                 raise named from error
@@ -230,7 +232,8 @@ class EncoderClient(PeerFleet[EncoderPeer]):
         except asyncio.CancelledError:
             if is_own_cancellation():
                 raise
-            raise _EncoderLost("the connection was closed") from None
+            if receiver.num_missing:
+                raise _EncoderLost("the connection was closed") from None
         except EncoderUnavailable as error:  # of an item: the encoder is shutting down, or knows our session no more
             raise _EncoderLost(str(error)) from error
         finally:

@@ -65,13 +65,11 @@ class HostBufferPool:
 
     def take(self, nbytes: int) -> torch.Tensor:
         """A flat uint8 tensor of at least `nbytes` bytes, contents undefined."""
-        fitting = [buffer for buffer in self._kept if buffer.nbytes >= nbytes]
+        fitting = [(buffer.nbytes, index) for index, buffer in enumerate(self._kept) if buffer.nbytes >= nbytes]
         if not fitting:
             # Powers of two, so that the next item of about this size fits.
             return torch.empty(1 << max(nbytes - 1, 1).bit_length(), dtype=torch.uint8)
-        smallest = min(fitting, key=lambda buffer: buffer.nbytes)
-        self._kept = [buffer for buffer in self._kept if buffer is not smallest]
-        return smallest
+        return self._kept.pop(min(fitting)[1])  # another thread gives back at the end of the list
 
     def give_back(self, buffer: torch.Tensor) -> None:
         if sum(kept.nbytes for kept in self._kept) + buffer.nbytes <= _MAX_KEPT_NBYTES:

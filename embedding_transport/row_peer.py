@@ -218,22 +218,26 @@ class RowPeer(ABC, Generic[DescriptionT]):
         await call.write(encoder_pb2.ConnectRequest(hello=hello))
         response = await _read(call)
         mapping: PoolMapping | None = None
+        offered = ""
         while response.WhichOneof("message") == "offer":
+            offered = response.offer.transport
             mapping, result = await asyncio.to_thread(self._probe, response.offer)
             await call.write(encoder_pb2.ConnectRequest(probe_result=result))
             response = await _read(call)
         if response.WhichOneof("message") != "session":
             raise TransportUnavailable(f"{self.service} {self.address} answered with {response.WhichOneof('message')}")
-        if response.session.transport != self._transports[0]:
-            self.num_fallbacks += 1
-            _log.warning(
-                "no %s with %s %s: rows come by %s",
-                self._transports[0],
-                self.service,
-                self.address,
-                response.session.transport,
+        transport = response.session.transport
+        possible = {"grpc"} if mapping is None else {"grpc", offered}
+        if transport not in possible & set(self._transports):
+            raise TransportUnavailable(
+                f"{self.service} {self.address} would send rows by {transport!r}, asked for is "
+                f"{' or '.join(self._transports)}"
             )
-        return response.session, mapping if response.session.transport != "grpc" else None
+        if transport != self._transports[0]:
+            self.num_fallbacks += 1
+            wanted = self._transports[0]
+            _log.warning("no %s with %s %s: rows come by %s", wanted, self.service, self.address, transport)
+        return response.session, mapping if transport != "grpc" else None
 
     def _probe(self, offer: encoder_pb2.Offer) -> tuple[PoolMapping | None, encoder_pb2.ProbeResult]:
         """Maps the offered pool and reads its nonce; blocking.
@@ -244,10 +248,11 @@ class RowPeer(ABC, Generic[DescriptionT]):
         try:
             mapping, pool = self._map(offer)
             return mapping, encoder_pb2.ProbeResult(nonce=mapping.read(pool.probe_offset, pool.probe_nbytes))
-        except TransportUnavailable as error:
+        except Exception as error:  # CUDA has many: the next transport may do
+            reason = str(error) if isinstance(error, TransportUnavailable) else repr(error)
             if len(self._transports) == 1:
-                raise TransportUnavailable(f"{self.service} {self.address}: {error}") from error
-            return None, encoder_pb2.ProbeResult(error=str(error))
+                raise TransportUnavailable(f"{self.service} {self.address}: {reason}") from error
+            return None, encoder_pb2.ProbeResult(error=reason)
 
     def _map(self, offer: encoder_pb2.Offer) -> tuple[PoolMapping, encoder_pb2.ShmPool | encoder_pb2.CudaIpcPool]:
         if offer.WhichOneof("pool") == "cuda_ipc":

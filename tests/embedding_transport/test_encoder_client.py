@@ -5,19 +5,24 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
 
+from embedding_transport import row_peer
 from embedding_transport.encoder_client import EncoderClient
 from embedding_transport.errors import (
     EncoderMismatch,
     EncoderUnavailable,
+    InternalError,
     LeaseExpired,
     NotAnImage,
     Overloaded,
     TransportUnavailable,
 )
+from embedding_transport.grpc_status import abort
+from embedding_transport.row_peer import TransportChoice
 from embedding_transport.types import DTYPES, LayoutEvent, MediaItem, ModelIdentity, RowsEvent
 from protos.encoder.v1 import encoder_pb2
 from tests.embedding_transport.encoder_stub import IDENTITY, StubServicer, running_stub, synthetic_rows
@@ -92,6 +97,55 @@ async def test_strict_shared_memory_fails_loudly(tmp_path: Path) -> None:
             with pytest.raises(TransportUnavailable):
                 await client.start()
             await client.close()
+
+
+async def test_what_cannot_be_mapped_for_whatever_reason_is_not_insisted_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> NoReturn:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(row_peer, "ShmMapping", refuse)
+    async with running_stub(tmp_path) as (address, _, _):
+        client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+        assert client.status()[0].transport == "grpc"
+        await client.close()
+        client = EncoderClient([address], IDENTITY, transport="shm", shm_folder=tmp_path)
+        with pytest.raises(TransportUnavailable, match="out of memory"):
+            await client.start()
+        await client.close()
+
+
+@pytest.mark.parametrize(("said", "transport"), [("carrier_pigeon", "auto"), ("shm", "grpc"), ("grpc", "shm")])
+async def test_a_transport_that_was_not_asked_for_is_refused(
+    tmp_path: Path, said: str, transport: TransportChoice
+) -> None:
+    class OfItsOwnMind(StubServicer):
+        async def Connect(self, request_iterator, context):  # type: ignore[no-untyped-def]
+            session = encoder_pb2.Session(session_id="session", transport=said, lease_ttl_s=30)
+            yield encoder_pb2.ConnectResponse(session=session)
+
+    async with running_stub(tmp_path, servicer_class=OfItsOwnMind) as (address, _, _):
+        client = EncoderClient([address], IDENTITY, transport=transport, shm_folder=tmp_path)
+        with pytest.raises(TransportUnavailable, match=said):
+            await client.start()
+        await client.close()
+
+
+async def test_an_error_behind_the_last_rows_takes_nothing_from_them(tmp_path: Path) -> None:
+    class LateFailure(StubServicer):
+        async def Encode(self, request, context):  # type: ignore[no-untyped-def]
+            async for response in super().Encode(request, context):
+                yield response
+            await abort(context, InternalError("too late"))
+
+    async with running_stub(tmp_path, servicer_class=LateFailure) as (address, _, _):
+        client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+        rows = await encode_all(client, [item("a 5"), item("b 3")])
+        assert [rows[index].rows.num_tokens for index in range(2)] == [5, 3]
+        await client.close()
 
 
 @pytest.mark.parametrize(
