@@ -146,7 +146,7 @@ async def serve(config: LlmConfig) -> None:
         watching.cancel()
         _log.info("draining for at most %g s", config.drain_timeout_s)
         await server.set_not_serving_for_good()
-        await asyncio.gather(runner.cleanup(), _stop(server, prefill, config.drain_timeout_s))
+        await asyncio.gather(runner.cleanup(), _stop(server, servicer, prefill, config.drain_timeout_s))
     _log.info("stopped")
 
 
@@ -167,11 +167,11 @@ async def _prepare(
     return model, await asyncio.to_thread(make_forward_pass, model.decoder, limits, make_runner), limits
 
 
-async def _stop(server: LlmServer, prefill: PrefillServicer | None, timeout_s: float) -> None:
+async def _stop(server: LlmServer, servicer: LlmServicer, prefill: PrefillServicer | None, timeout_s: float) -> None:
     if prefill is None:
         await server.stop(timeout_s)
     else:
-        await prefill.drain(timeout_s)
+        await asyncio.gather(servicer.drain(timeout_s), prefill.drain(timeout_s))
         await server.stop(_STOP_GRACE_S)
 
 

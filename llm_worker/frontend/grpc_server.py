@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import asdict
@@ -23,6 +25,7 @@ from llm_worker.frontend.wire import (
 from llm_worker.metrics import LlmMetrics
 from protos.llm.v1 import llm_pb2, llm_pb2_grpc
 from service_runtime.grpc_server import ServiceServer
+from service_runtime.running_calls import RunningCalls
 from service_runtime.traces import metadata_carrier, serving_span
 
 SERVICE = llm_pb2.DESCRIPTOR.services_by_name["Llm"].full_name
@@ -30,23 +33,36 @@ SERVICE = llm_pb2.DESCRIPTOR.services_by_name["Llm"].full_name
 GenerateContext: TypeAlias = grpc.aio.ServicerContext[llm_pb2.GenerateRequest, llm_pb2.GenerateResponse]
 PrefillContext: TypeAlias = grpc.aio.ServicerContext[llm_pb2.PrefillRequest, llm_pb2.PrefillResponse]
 
+_log = logging.getLogger(__name__)
+
 
 class LlmServicer(llm_pb2_grpc.LlmServicer):
-    """Answers UNAVAILABLE until `open` is called."""
+    """Answers UNAVAILABLE until `open` is called, and once it drains."""
 
     def __init__(self, metrics: LlmMetrics) -> None:
         self._metrics = metrics
         self._served: ServedModel | None = None
+        self._draining = False
+        self._running = RunningCalls()
 
     def open(self, served: ServedModel) -> None:
         self._served = served
+
+    async def drain(self, timeout_s: float) -> None:
+        """Takes no new calls and finishes those under way: for a port that has others that never end."""
+        self._draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._running.idle()
+        except TimeoutError:
+            _log.warning("%d requests still ran after %g s and are cut off", self._running.count, timeout_s)
 
     # A coroutine that writes, not a generator: when the client goes away the cancellation is raised inside it.
     async def Generate(self, request: llm_pb2.GenerateRequest, context: GenerateContext) -> None:  # type: ignore[override]
         try:
             served = self._loaded()
             generation = generation_from_proto(request.request_id, request.prompt, request.sampling, served.defaults)
-            with serving_span("generate", metadata_carrier(context.invocation_metadata())):
+            with self._running.one(), serving_span("generate", metadata_carrier(context.invocation_metadata())):
                 await self._generate(generation, served, context)
         except Exception as error:
             await abort(context, error)
@@ -58,7 +74,7 @@ class LlmServicer(llm_pb2_grpc.LlmServicer):
             if not request.sampling.HasField("logprobs"):
                 request.sampling.logprobs = 0
             generation = generation_from_proto(request.request_id, request.prompt, request.sampling, served.defaults)
-            with serving_span("prefill", metadata_carrier(context.invocation_metadata())):
+            with self._running.one(), serving_span("prefill", metadata_carrier(context.invocation_metadata())):
                 delta, finished = await _first_token(self._metrics.watch(served.generator.generate(generation)))
         except Exception as error:
             await abort(context, error)
@@ -83,6 +99,8 @@ class LlmServicer(llm_pb2_grpc.LlmServicer):
     def _loaded(self) -> ServedModel:
         if self._served is None:
             raise EncoderUnavailable("the worker is still loading its model: try again when it is SERVING")
+        if self._draining:
+            raise EncoderUnavailable("the worker is shutting down: send the request to another one")
         return self._served
 
 

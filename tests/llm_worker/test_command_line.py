@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import socket
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+import grpc
 import pytest
 
 from llm_worker.__main__ import main
+from protos.llm.v1 import llm_pb2, llm_pb2_grpc
 from tests.integration.fleet import ServiceProcess
 
 NO_ENCODER = ["--encoders", "127.0.0.1:9"]
@@ -98,3 +101,22 @@ def test_without_any_encoder_text_is_served_and_ready_says_why_not(qwen3_vl_fold
         status = worker.stop()
     assert status == 0, "\n".join(worker.lines)
     assert any("loading language weights" in line for line in worker.lines)
+
+
+async def test_a_prefill_worker_finishes_its_own_answers_before_it_ends(qwen3_vl_folder: Path) -> None:
+    """Its port does not wait for calls by itself: sessions of decode workers never end."""
+    flags = ["--model", str(qwen3_vl_folder), "--role", "prefill", "--port", "0", "--grpc-port", "0", *NO_ENCODER]
+    worker = ServiceProcess("llm_worker", *flags, "--connect-timeout-s", "1")
+    try:
+        address = worker.wait_serving()["grpc"]
+        sampling = llm_pb2.SamplingParams(max_tokens=1500, ignore_eos=True)
+        request = llm_pb2.GenerateRequest(prompt=llm_pb2.Prompt(text="Hello"), sampling=sampling)
+        async with grpc.aio.insecure_channel(address) as channel:
+            responses = aiter(llm_pb2_grpc.LlmStub(channel).Generate(request))
+            assert (await anext(responses)).WhichOneof("event") == "started"
+            worker.process.send_signal(signal.SIGTERM)
+            *_, last = [response async for response in responses]
+        assert last.finished.num_completion_tokens == 1500
+    finally:
+        status = worker.stop()
+    assert status == 0, "\n".join(worker.lines)

@@ -60,3 +60,19 @@ async def test_until_the_model_is_loaded_it_is_unavailable() -> None:
         assert "loading" in (caught.value.details() or "")
     finally:
         await server.stop(0)
+
+
+async def test_once_it_drains_it_is_unavailable(qwen3_vl_folder: Path) -> None:
+    servicer = LlmServicer(LlmMetrics())
+    server = LlmServer(servicer)
+    address = await server.start("127.0.0.1", 0)
+    try:
+        async with serving(qwen3_vl_folder) as worker, grpc.aio.insecure_channel(address) as channel:
+            servicer.open(worker.served)
+            await servicer.drain(1.0)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await llm_pb2_grpc.LlmStub(channel).Prefill(llm_pb2.PrefillRequest(prompt=llm_pb2.Prompt(text="Hello")))
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "shutting down" in (caught.value.details() or "")
+    finally:
+        await server.stop(0)
