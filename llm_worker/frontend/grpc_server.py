@@ -83,6 +83,7 @@ class LlmServicer(llm_pb2_grpc.LlmServicer):
             first_token=logprobs_to_proto(delta.logprobs[0]),
             text=delta.text,
             timings=timings_to_proto(finished.timings),
+            num_cached_tokens=finished.num_cached_tokens,
         )
 
     async def _generate(self, generation: GenerationRequest, served: ServedModel, context: GenerateContext) -> None:

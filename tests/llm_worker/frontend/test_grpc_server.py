@@ -49,6 +49,11 @@ async def test_unset_sampling_is_the_checkpoints(stub: llm_pb2_grpc.LlmAsyncStub
     assert first.first_token.sampled.logprob < 0
 
 
+async def test_prefill_says_how_much_of_the_prompt_was_there(stub: llm_pb2_grpc.LlmAsyncStub) -> None:
+    request = llm_pb2.PrefillRequest(prompt=llm_pb2.Prompt(text="x" * 40))
+    assert [(await stub.Prefill(request)).num_cached_tokens for _ in range(2)] == [0, 32]
+
+
 async def test_until_the_model_is_loaded_it_is_unavailable() -> None:
     server = LlmServer(LlmServicer(LlmMetrics()))
     address = await server.start("127.0.0.1", 0)
