@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import uuid
 from typing import Any, NoReturn
 
 import grpc
@@ -52,13 +53,14 @@ _log = logging.getLogger(__name__)
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
-    """Ends the call with the error's status, message and code; other exceptions are logged and named no further.
+    """Ends the call with the error's status, message and code; of other exceptions a number is told, for the log.
 
     Long messages are cut: with trailers past gRPC's limit the peer would get neither message nor code.
     """
     if not isinstance(error, VitrineError):
-        _log.error("internal error", exc_info=error)
-        error = InternalError("internal error: the service's log has more")
+        number = uuid.uuid4().hex[:8]
+        _log.error("internal error %s", number, exc_info=error)
+        error = InternalError(f"internal error {number}: the service's log has more")
     metadata = [(ERROR_CODE_KEY, error.code)]
     if isinstance(error, Overloaded):
         metadata.append((RETRY_KEY, str(math.ceil(max(error.retry_after_s, _LEAST_RETRY_S) * 1000))))

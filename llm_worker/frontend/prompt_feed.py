@@ -15,6 +15,7 @@ from llm_worker.engine.engine import Engine
 from llm_worker.engine.request import ExpandedPrompt
 from llm_worker.engine.request_handle import RequestHandle
 from llm_worker.frontend.events import GenerationRequest
+from llm_worker.frontend.http_errors import as_vitrine_error
 from llm_worker.frontend.stages import ItemArrival
 from llm_worker.prompt.config import PromptConfig
 from llm_worker.prompt.expand import expand_prompt
@@ -104,11 +105,8 @@ class PromptFeed(ABC):
     async def _failing_the_request(self, work: Coroutine[Any, Any, None]) -> None:
         try:
             await work
-        except VitrineError as error:
-            await self._fail(error)
         except Exception as error:
-            await self._fail(InternalError(f"taking the media in failed: {type(error).__name__}"))
-            raise
+            await self._fail(as_vitrine_error(error))
 
     async def _fail(self, error: VitrineError) -> None:
         if not self.prompt.done():

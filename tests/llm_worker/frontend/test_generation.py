@@ -12,6 +12,7 @@ import pytest
 from embedding_transport.errors import (
     BadRequest,
     EncoderUnavailable,
+    InternalError,
     NotAnImage,
     PlaceholderMismatch,
     TooManyItems,
@@ -19,6 +20,7 @@ from embedding_transport.errors import (
 )
 from embedding_transport.types import MediaItem
 from llm_worker.engine.request import SamplingParams
+from llm_worker.frontend import prompt_feed
 from llm_worker.frontend.events import Delta, Finished, GenerationEvent, GenerationRequest, Started
 from llm_worker.frontend.generation import Generator
 from tests.embedding_transport.encoder_stub import StubServicer, running_stub
@@ -109,6 +111,23 @@ async def test_what_fails_leaves_nothing_behind(
         await run(worker.generator, asked)
     await worker.until_idle()
     assert (await run(worker.generator, request(IMAGE, ("one 6",))))[2].num_completion_tokens == 12
+
+
+async def test_a_fault_of_ours_is_in_the_log_under_the_number_that_the_client_gets(
+    worker: Serving, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("the reason")
+
+    monkeypatch.setattr(prompt_feed, "expand_prompt", fail)
+    for asked in (request("Hello"), request(IMAGE, ("one 6",))):
+        caplog.clear()
+        with pytest.raises(InternalError) as caught:
+            await run(worker.generator, asked)
+        assert "the reason" in caplog.text and "the reason" not in str(caught.value)
+        number = str(caught.value).split(":")[0]
+        assert number in caplog.text
+    await worker.until_idle()
 
 
 async def test_a_repeated_picture_needs_no_encoder(worker: Serving, stub: tuple[str, StubServicer]) -> None:
