@@ -14,6 +14,7 @@ from llm_worker.frontend.sampling_defaults import SamplingDefaults
 from protos.llm.v1 import llm_pb2
 
 _MAX_TOP_LOGPROBS = 20
+_MAX_UINT32 = 2**32 - 1
 _KINDS: dict[int, MediaKind] = {llm_pb2.MEDIA_KIND_IMAGE: "image", llm_pb2.MEDIA_KIND_VIDEO: "video"}
 _KIND_TO_PROTO: dict[MediaKind, llm_pb2.MediaKind.ValueType] = {
     "image": llm_pb2.MEDIA_KIND_IMAGE,
@@ -124,13 +125,14 @@ def _media_item_to_proto(item: MediaItem) -> llm_pb2.MediaItem:
 
 def sampling_to_proto(sampling: SamplingParams) -> llm_pb2.SamplingParams:
     """Everything said: the receiver's defaults play no part."""
+    # JSON has no limit where these fields have 32 bits. What is beyond means the same.
     return llm_pb2.SamplingParams(
-        max_tokens=sampling.max_tokens or 0,
+        max_tokens=min(sampling.max_tokens or 0, _MAX_UINT32),
         temperature=sampling.temperature,
         top_p=sampling.top_p,
-        top_k=sampling.top_k,
+        top_k=min(sampling.top_k, _MAX_UINT32),
         seed=sampling.seed % 2**64 if sampling.seed is not None else None,
-        stop_token_ids=sorted(sampling.stop_token_ids),
+        stop_token_ids=sorted(each for each in sampling.stop_token_ids if 0 <= each <= _MAX_UINT32),
         ignore_eos=True,  # those of the model are among the stop tokens
         logprobs=sampling.logprobs,
     )

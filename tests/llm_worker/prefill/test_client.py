@@ -174,6 +174,17 @@ async def test_rows_that_are_here_do_not_come(tmp_path: Path, transport: str) ->
             await ask(client, first_row=3)
 
 
+async def test_numbers_that_protobuf_cannot_hold_mean_what_they_mean_on_one_worker(tmp_path: Path) -> None:
+    """JSON has no limits: no token has such an id, and no context or vocabulary is that large."""
+    async with connected(tmp_path) as (worker, client):
+        worker.answers = [prefilled(), "export"]
+        huge = request(max_tokens=10**30, top_k=2**40, stop_token_ids=frozenset([-1, 9, 2**32]))
+        assert [type(event) for event in await ask(client, huge)] == [Prefilled, RowsEvent]
+        (sent,) = worker.requests
+        assert (sent.sampling.max_tokens, sent.sampling.top_k) == (2**32 - 1, 2**32 - 1)
+        assert list(sent.sampling.stop_token_ids) == [9]
+
+
 @pytest.mark.parametrize(
     ("answers", "error"),
     [
