@@ -36,6 +36,7 @@ class Serving:
     served: ServedModel
     engine: Engine
     prompt_config: PromptConfig
+    known: KnownLayouts
 
     @property
     def generator(self) -> Generator:
@@ -75,12 +76,12 @@ async def serving(
         await encoders.start()
     tokenizer = PromptTokenizer(checkpoint) if with_tokenizer else None
     config = PromptConfig.from_checkpoint(checkpoint)
-    make_feed = partial(MediaFeed, encoders, KnownLayouts())
+    known = KnownLayouts()
+    make_feed = partial(MediaFeed, encoders, known)
     generator = Generator(PromptContext(engine, config, tokenizer), make_feed, MAX_ITEMS)
     try:
-        yield Serving(
-            ServedModel(checkpoint.model, generator, SamplingDefaults.from_checkpoint(checkpoint)), engine, config
-        )
+        served = ServedModel(checkpoint.model, generator, SamplingDefaults.from_checkpoint(checkpoint))
+        yield Serving(served, engine, config, known)
     finally:
         await encoders.close()
         await asyncio.to_thread(engine.close)

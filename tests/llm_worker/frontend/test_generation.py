@@ -23,6 +23,7 @@ from llm_worker.engine.request import SamplingParams
 from llm_worker.frontend import prompt_feed
 from llm_worker.frontend.events import Delta, Finished, GenerationEvent, GenerationRequest, Started
 from llm_worker.frontend.generation import Generator
+from llm_worker.frontend.known_layouts import layout_keys
 from tests.embedding_transport.encoder_stub import StubServicer, running_stub
 from tests.llm_worker.frontend.serving import MAX_ITEMS, Serving, identity, serving
 
@@ -147,6 +148,19 @@ async def test_a_repeated_picture_needs_no_encoder(worker: Serving, stub: tuple[
     _, deltas, finished = await run(worker.generator, request(prompt, ("three 30", "one 40")))
     assert stub[1].num_items == 6 and finished.num_cached_tokens <= 16  # no block with a picture in it
     await worker.until_idle()
+
+
+async def test_a_layout_that_is_no_longer_true_is_believed_once(worker: Serving) -> None:
+    """An encoder may come back with other settings of its processor, and make something else of the same picture."""
+    asked = request(IMAGE, ("one 6",))
+    await run(worker.generator, request(IMAGE, ("two 9",)))
+    other = worker.known.get(*layout_keys([MediaItem("image", data=b"two 9")]))
+    assert other is not None
+    worker.known.put(*layout_keys(asked.media), other)
+    with pytest.raises(InternalError, match="changed in between"):
+        await run(worker.generator, asked)
+    await worker.until_idle()
+    assert (await run(worker.generator, asked))[0].num_media_tokens == 6
 
 
 async def test_rows_whose_kv_was_lost_are_fetched_again(
