@@ -139,6 +139,7 @@ def test_other_prompts_are_refused(prompt: Any) -> None:
 def test_null_is_left_out() -> None:
     names = set(CompletionRequest.model_fields) - {"model", "prompt"}
     assert completion("a", **dict.fromkeys(names)) == completion("a")
+    assert not completion("a", stream_options={"include_usage": None}).include_usage
 
 
 def test_broken_base64_is_refused(qwen3_vl_folder: Path) -> None:
