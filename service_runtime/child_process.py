@@ -83,7 +83,13 @@ class Child:
 
     async def _print_output(self) -> None:
         assert self._process.stdout is not None
-        async for line in self._process.stdout:
+        while True:
+            try:
+                line = await self._process.stdout.readline()
+            except ValueError:  # longer than the limit, and dropped; unread output would bring the service to a halt
+                continue
+            if not line:
+                return
             text = line.decode(errors="replace").rstrip()
             print(f"[{self.name}] {text}", flush=True)
             self._on_line(text)
