@@ -55,7 +55,7 @@ class ServiceSettings(BaseSettings):
 
         Raises:
             SystemExit: --help, or an unknown or malformed flag.
-            ValueError: the file cannot be read.
+            ValueError: the file cannot be read, or the environment has a setting that there is not.
             pydantic.ValidationError: a value is missing or out of range, or the file has an unknown key.
         """
         file = cls._config_file(arguments)
@@ -67,7 +67,17 @@ class ServiceSettings(BaseSettings):
             raise ValueError(f"--config {file}: it must hold settings as `name: value`, not a {type(in_file).__name__}")
         in_environment = EnvSettingsSource(cls)()
         given = {name: value for name, value in in_file.items() if name not in in_environment}
-        return cls(_cli_parse_args=list(arguments), **given)  # type: ignore[call-arg]
+        settings = cls(_cli_parse_args=list(arguments), **given)  # type: ignore[call-arg]
+        cls._check_environment()
+        return settings
+
+    @classmethod
+    def _check_environment(cls) -> None:
+        """Pydantic looks for the variables it knows, and sees no others."""
+        prefix = cls.model_config.get("env_prefix", "")
+        ours = [name for name in os.environ if name.upper().startswith(prefix)]
+        if unknown := sorted(name for name in ours if name[len(prefix) :].lower() not in cls.model_fields):
+            raise ValueError(f"{', '.join(unknown)}: no such settings in the environment; see --help")
 
     @classmethod
     def _config_file(cls, arguments: Sequence[str]) -> Path | None:

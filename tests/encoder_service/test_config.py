@@ -80,6 +80,20 @@ def test_unknown_flags_are_refused(flags: list[str], capsys: pytest.CaptureFixtu
     assert "unrecognized arguments" in capsys.readouterr().err
 
 
+def test_unknown_environment_variables_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VITRINE_ENCODER_MAX_ITEM", "3")
+    monkeypatch.setenv("VITRINE_LLM_MAX_WAITING", "3")  # another service's
+    monkeypatch.setattr("sys.argv", ["encoder_service", "--model", "m", "--print-config"])
+    assert main() == 2
+    said = capsys.readouterr().err
+    assert "VITRINE_ENCODER_MAX_ITEM:" in said and "VITRINE_LLM" not in said
+    with pytest.raises(SystemExit) as stopped:
+        read(["--help"])
+    assert stopped.value.code == 0
+
+
 @pytest.mark.parametrize(
     "flags",
     [
