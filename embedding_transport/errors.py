@@ -28,6 +28,11 @@ VitrineError
 
 from __future__ import annotations
 
+import logging
+import uuid
+
+_log = logging.getLogger(__name__)
+
 
 class VitrineError(Exception):
     """Base of all errors that a caller may see. The message says what was wrong, with the values, and what to do."""
@@ -146,3 +151,12 @@ def error_from_code(code: str, message: str, retry_after_s: float = 0.0) -> Vitr
         return Overloaded(message, retry_after_s)
     error = _BY_CODE.get(code)
     return error(message) if error else InternalError(f"{code}: {message}")
+
+
+def as_vitrine_error(error: Exception) -> VitrineError:
+    """The error itself, or for a foreign one an InternalError whose number is in the log beside the details."""
+    if isinstance(error, VitrineError):
+        return error
+    number = uuid.uuid4().hex[:8]
+    _log.error("internal error %s", number, exc_info=error)
+    return InternalError(f"internal error {number}: the service's log has more")

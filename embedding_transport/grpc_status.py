@@ -7,14 +7,12 @@ worth trying again, under the key that gRPC's own clients heed where they retry 
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
-import uuid
 from typing import Any, NoReturn
 
 import grpc
 
-from embedding_transport.errors import InternalError, Overloaded, VitrineError, error_from_code
+from embedding_transport.errors import Overloaded, VitrineError, as_vitrine_error, error_from_code
 
 ERROR_CODE_KEY = "vitrine-error-code"
 RETRY_KEY = "grpc-retry-pushback-ms"
@@ -49,18 +47,13 @@ STATUS_BY_CODE: dict[str, grpc.StatusCode] = {
     "internal_error": _Status.INTERNAL,
 }
 
-_log = logging.getLogger(__name__)
-
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
     """Ends the call with the error's status, message and code; of other exceptions a number is told, for the log.
 
     Long messages are cut: with trailers past gRPC's limit the peer would get neither message nor code.
     """
-    if not isinstance(error, VitrineError):
-        number = uuid.uuid4().hex[:8]
-        _log.error("internal error %s", number, exc_info=error)
-        error = InternalError(f"internal error {number}: the service's log has more")
+    error = as_vitrine_error(error)
     metadata = [(ERROR_CODE_KEY, error.code)]
     if isinstance(error, Overloaded):
         metadata.append((RETRY_KEY, str(math.ceil(max(error.retry_after_s, _LEAST_RETRY_S) * 1000))))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
-import uuid
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from embedding_transport.errors import BadRequest, InternalError, Overloaded, VitrineError
+from embedding_transport.errors import BadRequest, Overloaded, VitrineError, as_vitrine_error
 
 STATUS_BY_CODE: dict[str, int] = {
     "invalid_request": 400,
@@ -41,8 +39,6 @@ STATUS_BY_CODE: dict[str, int] = {
 _RETRY_AFTER_S = 1
 _TYPE_BY_STATUS = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
-_log = logging.getLogger(__name__)
-
 
 def error_body(error: VitrineError) -> dict[str, object]:
     """OpenAI's error object."""
@@ -56,15 +52,6 @@ def error_response(error: VitrineError) -> web.Response:
     # Whole seconds, as HTTP has it.
     headers = {"Retry-After": str(max(_RETRY_AFTER_S, math.ceil(retry_after_s)))} if status in (429, 503) else None
     return web.json_response(error_body(error), status=status, headers=headers)
-
-
-def as_vitrine_error(error: Exception) -> VitrineError:
-    """The error itself, or for a foreign one an InternalError whose number is in the log beside the details."""
-    if isinstance(error, VitrineError):
-        return error
-    number = uuid.uuid4().hex[:8]
-    _log.error("internal error %s", number, exc_info=error)
-    return InternalError(f"internal error {number}: the worker's log has more")
 
 
 @web.middleware

@@ -12,10 +12,10 @@ from typing import Any
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from embedding_transport.errors import BadRequest, EncoderUnavailable, UnknownModel
+from embedding_transport.errors import BadRequest, EncoderUnavailable, UnknownModel, as_vitrine_error
 from llm_worker.frontend.events import Delta, Finished, GenerationEvent, GenerationRequest
 from llm_worker.frontend.generation import Generator
-from llm_worker.frontend.http_errors import as_vitrine_error, error_body, errors_as_openai
+from llm_worker.frontend.http_errors import error_body, errors_as_openai
 from llm_worker.frontend.openai_answers import AnswerKind, AnswerWriter
 from llm_worker.frontend.openai_prompt import chat_to_generation, completion_to_generation
 from llm_worker.frontend.openai_types import ChatRequest, CompletionRequest, parse_request

@@ -9,13 +9,12 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from embedding_transport.errors import InternalError, VitrineError
+from embedding_transport.errors import InternalError, VitrineError, as_vitrine_error
 from embedding_transport.types import Layout
 from llm_worker.engine.engine import Engine
 from llm_worker.engine.request import ExpandedPrompt
 from llm_worker.engine.request_handle import RequestHandle
 from llm_worker.frontend.events import GenerationRequest
-from llm_worker.frontend.http_errors import as_vitrine_error
 from llm_worker.frontend.stages import ItemArrival
 from llm_worker.prompt.config import PromptConfig
 from llm_worker.prompt.expand import expand_prompt

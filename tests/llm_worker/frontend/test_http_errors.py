@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from embedding_transport.errors import Overloaded, VitrineError
+from embedding_transport.errors import Overloaded, VitrineError, as_vitrine_error
 from embedding_transport.grpc_status import STATUS_BY_CODE as GRPC_STATUS_BY_CODE
-from llm_worker.frontend.http_errors import STATUS_BY_CODE, as_vitrine_error, error_response
+from llm_worker.frontend.http_errors import STATUS_BY_CODE, error_response
 from tests.embedding_transport.test_grpc_status import ERRORS
 
 DOCS = Path(__file__).parents[3] / "docs" / "errors.md"
