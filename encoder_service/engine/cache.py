@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from embedding_transport.grpc_status import is_own_cancellation
 from embedding_transport.row_copies import host_rows, own_rows
 
 
@@ -124,8 +125,8 @@ class EmbeddingCache:
             try:
                 return await asyncio.shield(others)
             except asyncio.CancelledError:
-                if not others.cancelled():
-                    raise  # it is us who are cancelled
+                if is_own_cancellation():  # the maker may be cancelled as well, at the same moment
+                    raise
 
     async def _make(self, key: bytes, make: Callable[[], Awaitable[MadeRows]]) -> MadeRows:
         done = asyncio.get_running_loop().create_future()

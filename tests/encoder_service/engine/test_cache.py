@@ -123,6 +123,21 @@ async def test_if_the_maker_is_cancelled_another_makes_them() -> None:
     assert make.num_calls == 2
 
 
+async def test_nobody_makes_them_where_all_are_cancelled_at_once() -> None:
+    kept, make = cache(10), Maker(rows(4))
+    make.gate.clear()
+    asked = [asyncio.create_task(kept.rows(b"a", make)) for _ in range(3)]
+    await asyncio.sleep(0)
+    for task in asked:
+        task.cancel()
+    await asyncio.wait(asked, timeout=0.1)
+    make.gate.set()  # lets them end that should have ended
+    await asyncio.wait(asked)
+    assert [task.cancelled() for task in asked] == [True] * 3
+    assert make.num_calls == 1
+    assert not kept.knows(b"a")
+
+
 async def test_one_who_waits_can_be_cancelled_alone() -> None:
     kept, make = cache(10), Maker(rows(4))
     make.gate.clear()
