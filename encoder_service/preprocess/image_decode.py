@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from embedding_transport.errors import MediaTooLarge, MediaTruncated, NotAnImage
+from embedding_transport.errors import MediaError, MediaTooLarge, MediaTruncated, NotAnImage
 from encoder_service.preprocess import nvjpeg
 from encoder_service.preprocess.file_length import is_cut_short
 
@@ -48,15 +48,12 @@ class EncodedImage:
         try:
             self._image = Image.open(io.BytesIO(data), formats=FORMATS)
             width, height = self._image.size
+            _check_size(width, height, max_pixels)
             self._orientation = _orientation(self._image, data)
+        except MediaError:
+            raise
         except Exception as error:  # decoders raise anything from struct.error to SyntaxError on hostile files
             raise self._refusal(error) from error
-        if width * height > max_pixels:
-            raise MediaTooLarge(
-                f"an image of {width}x{height} pixels: at most {max_pixels} are accepted, scale it down"
-            )
-        if width < 1 or height < 1:
-            raise NotAnImage(f"the image has {width}x{height} pixels")
         turned = self._orientation >= 5
         # Upright size, pixels.
         self.height, self.width = (width, height) if turned else (height, width)
@@ -114,6 +111,13 @@ def decode_together(images: Sequence[EncodedImage], device: torch.device) -> lis
     """
     decoded = nvjpeg.decode([image._data for image in images], device)
     return [_upright(pixels, image._orientation) for pixels, image in zip(decoded, images, strict=True)]
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise MediaTooLarge(f"an image of {width}x{height} pixels: at most {max_pixels} are accepted, scale it down")
+    if width < 1 or height < 1:
+        raise NotAnImage(f"the image has {width}x{height} pixels")
 
 
 def _orientation(image: Image.Image, data: bytes) -> int:

@@ -32,9 +32,9 @@ def preprocessor(tmp_path: Path) -> Preprocessor:
     return Preprocessor(settings(tmp_path, "qwen2_5_vl", QWEN25_IMAGE | {"max_pixels": 200_000}), LIMITS)
 
 
-def _header_only_png(width: int, height: int) -> bytes:
+def _header_only_png(width: int, height: int, *behind: tuple[bytes, bytes]) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return png([(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")])
+    return png([(b"IHDR", header), (b"IDAT", zlib.compress(b"")), *behind, (b"IEND", b"")])
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,11 @@ def test_bomb_is_refused_from_its_header(preprocessor: Preprocessor) -> None:
     with pytest.raises(MediaTooLarge, match="1001x1000"):
         preprocessor.open("image", encode(Image.new("1", (1001, 1000))))
     preprocessor.open("image", encode(Image.new("1", (1000, 1000))))
+
+
+def test_bomb_is_refused_before_its_pixels_are_decoded_for_the_exif_behind_them(preprocessor: Preprocessor) -> None:
+    with pytest.raises(MediaTooLarge, match="1001x1000"):  # has no pixels: decoding would fail otherwise
+        preprocessor.open("image", _header_only_png(1001, 1000, (b"eXIf", b"")))
 
 
 def test_aspect_ratio_is_refused_before_decoding(preprocessor: Preprocessor) -> None:
