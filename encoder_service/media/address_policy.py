@@ -7,16 +7,19 @@ connected to, whatever the name resolves to the next time.
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 
 from aiohttp.abc import AbstractResolver, ResolveResult
-from aiohttp.resolver import ThreadedResolver
 from yarl import URL
 
 from embedding_transport.errors import MediaNotAllowed
 
 _NAT64 = IPv6Network("64:ff9b::/96")
+_MAX_LOOKUPS = 32
 
 
 def check_address(address: str, allow_private: bool) -> None:
@@ -54,22 +57,41 @@ def check_host(url: URL, allow_private: bool) -> None:
 
 
 class CheckedResolver(AbstractResolver):
-    """Resolves names by the system's resolver and hands on only names all of whose addresses are allowed."""
+    """Resolves names by the system's resolver and hands on only names all of whose addresses are allowed.
+
+    On threads of its own: a name whose servers do not answer holds one for many seconds, which nothing else waits for.
+    """
 
     def __init__(self, allow_private: bool) -> None:
         self._allow_private = allow_private
-        self._resolver = ThreadedResolver()
+        self._threads = ThreadPoolExecutor(_MAX_LOOKUPS, thread_name_prefix="encoder-resolve")
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        results = await self._resolver.resolve(host, port, family)
-        for result in results:
-            check_address(result["host"], self._allow_private)
+        """
+        Raises:
+            MediaNotAllowed: one of the addresses is refused.
+            OSError, UnicodeError: no such name.
+        """
+        look_up = functools.partial(
+            socket.getaddrinfo, host, port, family, socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG
+        )
+        found = await asyncio.get_running_loop().run_in_executor(self._threads, look_up)
+        numeric = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
+        results: list[ResolveResult] = []
+        for found_family, _, proto, _, (address, *_) in found:
+            check_address(str(address), self._allow_private)
+            results.append(
+                ResolveResult(
+                    hostname=host, host=str(address), port=port, family=found_family, proto=proto, flags=numeric
+                )
+            )
         return results
 
     async def close(self) -> None:
-        await self._resolver.close()
+        """Drops lookups that have not begun."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _refusal(address: IPv4Address | IPv6Address, allow_private: bool) -> str:

@@ -31,6 +31,7 @@ class MediaLoader:
 
     def __init__(self, limits: MediaLimits) -> None:
         self._limits = limits
+        self._resolver = CheckedResolver(limits.allow_private_addresses)
         self._session: aiohttp.ClientSession | None = None
 
     async def load(self, item: MediaItem) -> bytes:
@@ -61,6 +62,7 @@ class MediaLoader:
         """Closes connections. Loads under way fail."""
         if self._session is not None:
             await self._session.close()
+        await self._resolver.close()
 
     async def _download(self, url: URL) -> bytes:
         try:
@@ -132,7 +134,7 @@ class MediaLoader:
         # Made on first use: it belongs to the running event loop.
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(resolver=CheckedResolver(self._limits.allow_private_addresses)),
+                connector=aiohttp.TCPConnector(resolver=self._resolver),
                 cookie_jar=aiohttp.DummyCookieJar(),  # one caller's cookies are not another's
                 headers={"User-Agent": "vitrine", "Accept-Encoding": "identity"},
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._limits.connect_timeout_s),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -183,6 +186,27 @@ async def test_no_such_host_and_no_server(loader: MediaLoader) -> None:
             await loader.load(MediaItem("image", url=f"http://{host}/x.png"))
     with pytest.raises(MediaUnreachable, match="connection failed"):
         await loader.load(MediaItem("image", url=f"http://127.0.0.1:{unused_port()}/x.png"))
+
+
+async def test_names_that_are_looked_up_for_long_hold_up_nothing_else(
+    loader: MediaLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered = threading.Event()
+    look_up = socket.getaddrinfo
+
+    def slow(*arguments: Any, **named: Any) -> Any:
+        assert answered.wait(20)
+        return look_up(*arguments, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    items = [MediaItem("image", url=f"http://{index}.invalid/x.png") for index in range(40)]
+    downloads = [asyncio.create_task(loader.load(item)) for item in items]
+    try:
+        await asyncio.sleep(0.05)
+        assert await asyncio.wait_for(loader.load(MediaItem("image", url="data:;base64,aGk=")), 0.5) == b"hi"
+    finally:
+        answered.set()
+        await asyncio.gather(*downloads, return_exceptions=True)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "0x7f.1", "2130706433"])
