@@ -124,6 +124,7 @@ class Batcher:
             return await entry.result
         finally:
             self._unfinished.discard(entry)
+            self._waiting.discard(entry)
 
     async def _form_batches(self) -> None:
         loop = asyncio.get_running_loop()

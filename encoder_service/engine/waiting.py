@@ -29,6 +29,11 @@ class Waiting:
     def add(self, entry: Entry) -> None:
         insort(self._entries, entry, key=lambda each: each.due)
 
+    def discard(self, entry: Entry) -> None:
+        """Lets go of an entry, and of its patches, unless it is in a batch already."""
+        if entry in self._entries:
+            self._entries.remove(entry)
+
     def take(self) -> list[Entry]:
         """The next batch: entries as they are due, less cancelled ones, while they fit.
 

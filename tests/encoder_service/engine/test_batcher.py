@@ -149,6 +149,7 @@ async def test_cancelled_items_do_not_run(tower: GatedTower) -> None:
         packed.cancel()
         waiting.cancel()
         await asyncio.gather(packed, waiting, return_exceptions=True)
+        assert batcher.waiting_patches == 16, "a cancelled item's patches are kept"
         tower.gate.set()
         await asyncio.gather(blocker, kept)
     assert tower.batches == [[SMALL], [SMALL]]
