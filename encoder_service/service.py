@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
@@ -151,10 +151,15 @@ class EncodeService:
             data = await self._loader.load(item)
         with self._stage("open", index) as opening:
             opened, layout, key = await self._in_thread(self._open, item, data, tenant)
-        admission = nullcontext() if self._cache.knows(key) else self._admission.admit(layout.grid_thw, deadline)
-        with admission, replies.shipment(index) as shipment:
+        with ExitStack() as room, replies.shipment(index) as shipment:
+            admit = functools.partial(room.enter_context, self._admission.admit(layout.grid_thw, deadline))
+            is_known = self._cache.knows(key)
+            if not is_known:
+                admit()
             await replies.layout(index, layout)
-            make = functools.partial(self._make, index, opened, layout, deadline, shipment.follower)
+            # Known rows may leave the cache and their maker may be cancelled: then they are made here after all.
+            late = admit if is_known else None
+            make = functools.partial(self._make, index, opened, layout, deadline, shipment.follower, late)
             made = await self._cache.rows(key, make)
             # Shipping to a slow reader takes long: hold no more than the rows meanwhile.
             del opened, data, make
@@ -168,8 +173,16 @@ class EncodeService:
                 await shipment.send(made.rows_TW, timings)
 
     async def _make(
-        self, index: int, opened: OpenedMedia, layout: Layout, deadline: float, follower: Follower
+        self,
+        index: int,
+        opened: OpenedMedia,
+        layout: Layout,
+        deadline: float,
+        follower: Follower,
+        admit: Callable[[], None] | None,
     ) -> MadeRows:
+        if admit is not None:
+            admit()
         with self._stage("preprocess", index) as preprocess:
             make = self._gathering.patches(opened) if opened.is_gathered else self._in_thread(opened.patches)
             patches_PX = await make

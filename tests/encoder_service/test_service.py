@@ -259,3 +259,21 @@ async def test_kept_rows_are_served_where_the_queue_is_full(qwen3_vl_folder: Pat
         assert rows_by_item(await encode(encoder, image(png(96, 64)))).keys() == {0}
         encoder.tower.gate.set()
         await busy
+
+
+async def test_whoever_makes_rows_after_all_is_counted(encoder: RunningEncoder) -> None:
+    encoder.tower.gate.clear()
+    replies = Kept(), Kept()
+    calls = []
+    for each in replies:
+        calls.append(asyncio.create_task(encoder.service.encode([image(png(96, 64))], each)))
+        await asyncio.wait_for(each.arrived.acquire(), 10)
+        assert encoder.admission.num_patches == 24, "the second waits for the first one's rows"
+    calls[0].cancel()
+    await asyncio.gather(calls[0], return_exceptions=True)
+    await asyncio.sleep(0.05)
+    assert encoder.admission.num_patches == 24
+    encoder.tower.gate.set()
+    await calls[1]
+    assert rows_by_item(replies[1].events).keys() == {0}
+    assert encoder.admission.num_patches == 0
