@@ -37,6 +37,7 @@ from encoder_service.preprocess.preprocessor import Preprocessor
 from encoder_service.preprocess.settings import ProcessorSettings
 from encoder_service.server import EncoderServer, EncoderServicer, Serving
 from encoder_service.service import EncodeService
+from service_runtime.logs import log_at_any_level
 from service_runtime.memory import spare_startup_objects
 
 if TYPE_CHECKING:
@@ -189,7 +190,8 @@ async def serve(config: EncoderConfig) -> None:
         spare_startup_objects()
         servicer.open(Serving(description, service, exporter, stats))
         await server.set_serving(True)
-        _log.info("SERVING %s over %s", model.identity.model, ", ".join(exporter.transports))
+        # With --dp the process in front waits for this line.
+        log_at_any_level(_log, "SERVING %s over %s", model.identity.model, ", ".join(exporter.transports))
 
         await stop.wait()
         await _drain(server, servicer, exporter, config.drain_timeout_s)

@@ -31,6 +31,11 @@ def start_logging(level: LogLevel, log_format: LogFormat) -> None:
     root.addHandler(handler)
 
 
+def log_at_any_level(logger: logging.Logger, message: str, *arguments: object) -> None:
+    """A line of level info that comes whatever the log's level is: for what other processes wait to read."""
+    logger.handle(logger.makeRecord(logger.name, logging.INFO, __file__, 0, message, arguments, None))
+
+
 class _TextFormatter(logging.Formatter):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s %(request)s%(message)s")
