@@ -21,6 +21,8 @@ _log = logging.getLogger(__name__)
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.5, 30.0
 # On top of the time the ranks may take to drain.
 _STOP_MARGIN_S = 10.0
+# Values of CUDA_VISIBLE_DEVICES that hide all.
+_NO_GPU = ("", "-1")
 
 
 async def serve_ranks(config: EncoderConfig) -> None:
@@ -28,6 +30,7 @@ async def serve_ranks(config: EncoderConfig) -> None:
 
     Raises:
         EncoderUnavailable: a rank ended before it ever served; there is no sense in starting it again.
+        ValueError: fewer GPUs are visible than there are to be ranks.
     """
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -85,8 +88,18 @@ def rank_environment(config: EncoderConfig, rank: int, environment: Mapping[str,
 
     Args:
         environment: ours, which may restrict the visible GPUs already.
+
+    Raises:
+        ValueError: it leaves no GPU for this rank.
     """
     ports = {name: number + rank for name in ("port", "metrics_port") if (number := getattr(config, name))}
     settings = config.as_environment(dp=1, **ports)
-    visible = [each for each in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
-    return settings | {"CUDA_VISIBLE_DEVICES": visible[rank] if rank < len(visible) else str(rank)}
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return settings | {"CUDA_VISIBLE_DEVICES": str(rank)}
+    if config.device == "cpu" or visible in _NO_GPU:
+        return settings
+    gpus = [each for each in visible.split(",") if each]
+    if rank >= len(gpus):
+        raise ValueError(f"--dp {config.dp} is more than the {len(gpus)} GPUs of CUDA_VISIBLE_DEVICES={visible}")
+    return settings | {"CUDA_VISIBLE_DEVICES": gpus[rank]}

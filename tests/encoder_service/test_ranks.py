@@ -26,15 +26,25 @@ DP = 3
 
 def test_each_rank_has_its_ports_and_its_gpu() -> None:
     config = EncoderConfig(model="folder", port=7000, metrics_port=9000, dp=4, cuda_graphs=False)
-    found = [rank_environment(config, rank, {"CUDA_VISIBLE_DEVICES": "5,2"}) for rank in range(3)]
+    found = [rank_environment(config, rank, {"CUDA_VISIBLE_DEVICES": "5,2,GPU-7"}) for rank in range(3)]
     assert [each["VITRINE_ENCODER_PORT"] for each in found] == ["7000", "7001", "7002"]
     assert [each["VITRINE_ENCODER_METRICS_PORT"] for each in found] == ["9000", "9001", "9002"]
-    assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == ["5", "2", "2"]
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == ["5", "2", "GPU-7"]
     assert found[0]["VITRINE_ENCODER_DP"] == "1"
     assert found[0]["VITRINE_ENCODER_CUDA_GRAPHS"] == "False"
     free = rank_environment(EncoderConfig(model="folder", port=0, dp=2), 1, {})
     assert free["VITRINE_ENCODER_PORT"] == "0"
     assert free["CUDA_VISIBLE_DEVICES"] == "1"
+
+
+def test_ranks_share_no_gpu_and_take_none_that_is_hidden() -> None:
+    config = EncoderConfig(model="folder", dp=3)
+    with pytest.raises(ValueError, match=r"--dp 3 .* CUDA_VISIBLE_DEVICES=5,2"):
+        rank_environment(config, 2, {"CUDA_VISIBLE_DEVICES": "5,2"})
+    for hidden in ("", "-1"):
+        assert "CUDA_VISIBLE_DEVICES" not in rank_environment(config, 2, {"CUDA_VISIBLE_DEVICES": hidden})
+    on_cpu = EncoderConfig(model="folder", dp=3, device="cpu")
+    assert rank_environment(on_cpu, 2, {"CUDA_VISIBLE_DEVICES": "5,2"})["VITRINE_ENCODER_DEVICE"] == "cpu"
 
 
 async def encode(client: EncoderClient, pictures: list[bytes]) -> dict[int, torch.Tensor]:
