@@ -31,7 +31,8 @@ def sample_frames(
         return list(range(num_source_frames))
     low, high = settings.video_min_frames, settings.video_max_frames
     if settings.model_type != "qwen2_5_vl":
-        num_frames = min(max(int(num_source_frames / source_fps * fps), low), high, num_source_frames)
+        # Rounded down last: a huge rate has made it infinite.
+        num_frames = int(min(max(num_source_frames / source_fps * fps, low), high, num_source_frames))
         indices: list[int] = np.linspace(0, num_source_frames - 1, num_frames).round().astype(int).tolist()
         return indices
     group = settings.temporal_patch_size

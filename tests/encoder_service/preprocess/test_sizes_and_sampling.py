@@ -89,6 +89,7 @@ def test_sampled_frames_equal_transformers(family_settings: ProcessorSettings, v
 
 def test_one_frame_and_every_frame(family_settings: ProcessorSettings) -> None:
     assert sample_frames(family_settings, 1, 30.0) == [0]
+    assert sample_frames(family_settings, 4, 0.01, 1e308) == [0, 1, 2, 3]
     unsampled = ProcessorSettings(**{**vars(family_settings), "video_fps": 0.0})
     assert sample_frames(unsampled, 5, 30.0) == [0, 1, 2, 3, 4]
     assert timestamps_s([0, 1, 2], 2.0, 2) == (0.25, 1.0)
