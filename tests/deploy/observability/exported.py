@@ -13,7 +13,9 @@ from embedding_transport.encoder_client import ClientStats
 from embedding_transport.errors import VitrineError
 from embedding_transport.exporter import ExporterStats
 from embedding_transport.leases import LeaseCounts
+from encoder_service.engine.admission import Admission
 from encoder_service.engine.cache import CacheStats
+from encoder_service.engine.cost_model import CostModel
 from encoder_service.metrics import EncoderMetrics, GpuStats
 from llm_worker.engine.engine import EngineStats
 from llm_worker.metrics import LlmMetrics
@@ -55,7 +57,7 @@ def exported() -> dict[str, Labels]:
 
 def _encoder_metrics() -> EncoderMetrics:
     metrics = EncoderMetrics()
-    metrics.watch_queue(lambda: 0, lambda: 0, lambda: 0.0)
+    metrics.watch_queue(Admission(CostModel(0.0, 0.0, 0.0), max_patches=1, max_s=1.0), lambda: 0)
     metrics.watch_cache(lambda: CacheStats(nbytes={"gpu": 0, "host": 0}))
     metrics.watch_gpu(lambda: GpuStats(0, 0, 0, 0, 0))
     metrics.watch_exporter(lambda: ExporterStats(LeaseCounts(), 0, 0, TRANSPORTS, TRANSPORTS, TRANSPORTS, 0))
