@@ -17,7 +17,7 @@ from embedding_transport.encode_receiver import EncodeReceiver
 from embedding_transport.encoder_peer import EncoderDescription, EncoderPeer
 from embedding_transport.encoder_rpc import encode_method
 from embedding_transport.errors import EncoderUnavailable, InternalError, Overloaded
-from embedding_transport.grpc_status import error_from_rpc, is_own_cancellation
+from embedding_transport.grpc_status import error_from_rpc
 from embedding_transport.merge import merged
 from embedding_transport.peer_fleet import PeerFleet
 from embedding_transport.received_rows import HostBufferPool, LeasedRows
@@ -32,6 +32,7 @@ from embedding_transport.types import (
 )
 from embedding_transport.wire import item_to_proto
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from service_runtime.cancellation import is_own_cancellation
 from service_runtime.tls import ClientTls
 from service_runtime.traces import outgoing_metadata
 

@@ -6,7 +6,6 @@ worth trying again, under the key that gRPC's own clients heed where they retry 
 
 from __future__ import annotations
 
-import asyncio
 import math
 from typing import Any, NoReturn
 
@@ -67,12 +66,6 @@ def _sendable(message: str) -> str:
     if len(encoded) <= _MAX_MESSAGE_NBYTES:
         return encoded.decode()
     return encoded[: _MAX_MESSAGE_NBYTES - 3].decode(errors="ignore") + "..."
-
-
-def is_own_cancellation() -> bool:
-    """Whether a CancelledError is meant for this task: grpc raises one, too, where a call or its channel was ended."""
-    task = asyncio.current_task()
-    return task is None or task.cancelling() > 0
 
 
 def error_from_rpc(error: grpc.aio.AioRpcError) -> VitrineError | None:

@@ -16,11 +16,12 @@ import torch
 
 from embedding_transport.cuda_ipc_pool import CudaIpcMapping
 from embedding_transport.errors import TransportUnavailable, VitrineError
-from embedding_transport.grpc_status import error_from_rpc, is_own_cancellation
+from embedding_transport.grpc_status import error_from_rpc
 from embedding_transport.pool import PoolMapping
 from embedding_transport.shm_pool import ShmMapping
 from embedding_transport.types import PROTOCOL_VERSION
 from protos.encoder.v1 import encoder_pb2
+from service_runtime.cancellation import is_own_cancellation
 from service_runtime.grpc_channel import open_channel
 from service_runtime.tls import ClientTls
 

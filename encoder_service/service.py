@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
@@ -21,7 +21,7 @@ import torch
 
 from embedding_transport.errors import BadRequest, InternalError, TooManyItems, VitrineError
 from embedding_transport.types import ItemTimings, Layout, MediaItem
-from encoder_service.engine.admission import Admission
+from encoder_service.engine.admission import Admission, Room
 from encoder_service.engine.batch import Follower
 from encoder_service.engine.batcher import Batcher
 from encoder_service.engine.cache import EmbeddingCache, MadeRows
@@ -151,15 +151,10 @@ class EncodeService:
             data = await self._loader.load(item)
         with self._stage("open", index) as opening:
             opened, layout, key = await self._in_thread(self._open, item, data, tenant)
-        with ExitStack() as room, replies.shipment(index) as shipment:
-            admit = functools.partial(room.enter_context, self._admission.admit(layout.grid_thw, deadline))
-            is_known = self._cache.knows(key)
-            if not is_known:
-                admit()
+        admission = self._admission.admit(layout.grid_thw, deadline, late=self._cache.knows(key))
+        with admission as room, replies.shipment(index) as shipment:
             await replies.layout(index, layout)
-            # Known rows may leave the cache and their maker may be cancelled: then they are made here after all.
-            late = admit if is_known else None
-            make = functools.partial(self._make, index, opened, layout, deadline, shipment.follower, late)
+            make = functools.partial(self._make, index, opened, layout, deadline, shipment.follower, room)
             made = await self._cache.rows(key, make)
             # Shipping to a slow reader takes long: hold no more than the rows meanwhile.
             del opened, data, make
@@ -179,10 +174,9 @@ class EncodeService:
         layout: Layout,
         deadline: float,
         follower: Follower,
-        admit: Callable[[], None] | None,
+        room: Room,
     ) -> MadeRows:
-        if admit is not None:
-            admit()
+        room.take()  # late where known rows have left the cache since, or their maker was cancelled
         with self._stage("preprocess", index) as preprocess:
             make = self._gathering.patches(opened) if opened.is_gathered else self._in_thread(opened.patches)
             patches_PX = await make

@@ -33,27 +33,32 @@ class Admission:
         self._max_s = max_s
 
     @contextmanager
-    def admit(self, grid_thw: GridTHW, deadline: float = math.inf) -> Iterator[None]:
-        """Holds room for an item.
+    def admit(self, grid_thw: GridTHW, deadline: float = math.inf, *, late: bool = False) -> Iterator[Room]:
+        """Holds room for an item until it ends.
 
         Args:
             deadline: when its request ends, seconds of the monotonic clock.
+            late: not before the room's `take` is called.
 
+        Raises:
+            Overloaded: see `Room.take`.
+        """
+        room = Room(self, math.prod(grid_thw), self._cost.seconds(grid_thw), deadline)
+        if not late:
+            room.take()
+        try:
+            yield room
+        finally:
+            room.give_back()
+
+    def check(self, num_patches: int, seconds: float, deadline: float) -> None:
+        """
         Raises:
             Overloaded: the encoder holds as much as it may, or too much for the item to be done in time.
         """
-        num_patches, seconds = math.prod(grid_thw), self._cost.seconds(grid_thw)
         if self.num_patches:
             self._check_room(num_patches, seconds)
             self._check_deadline(seconds, deadline)
-        self.num_patches += num_patches
-        self.seconds += seconds
-        try:
-            yield
-        finally:
-            self.num_patches -= num_patches
-            # Sums of floats taken apart again leave dust.
-            self.seconds = max(0.0, self.seconds - seconds) if self.num_patches else 0.0
 
     def _check_room(self, num_patches: int, seconds: float) -> None:
         if self.num_patches + num_patches > self._max_patches:
@@ -78,3 +83,32 @@ class Admission:
                 f"ends in {left_s:.2g} s: give it more time or add encoders",
                 retry_after_s=self.seconds,
             )
+
+
+class Room:
+    """What one item takes of an admission."""
+
+    def __init__(self, admission: Admission, num_patches: int, seconds: float, deadline: float) -> None:
+        self._admission = admission
+        self._num_patches, self._seconds, self._deadline = num_patches, seconds, deadline
+        self._held = False
+
+    def take(self) -> None:
+        """Once, however often it is called.
+
+        Raises:
+            Overloaded: see `Admission.check`.
+        """
+        if not self._held:
+            self._admission.check(self._num_patches, self._seconds, self._deadline)
+            self._admission.num_patches += self._num_patches
+            self._admission.seconds += self._seconds
+            self._held = True
+
+    def give_back(self) -> None:
+        if self._held:
+            self._held = False
+            admission = self._admission
+            admission.num_patches -= self._num_patches
+            # Sums of floats taken apart again leave dust.
+            admission.seconds = max(0.0, admission.seconds - self._seconds) if admission.num_patches else 0.0

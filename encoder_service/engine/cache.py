@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from embedding_transport.grpc_status import is_own_cancellation
 from embedding_transport.row_copies import host_rows, own_rows
+from service_runtime.cancellation import is_own_cancellation
 
 
 @dataclass(frozen=True)

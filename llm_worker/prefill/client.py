@@ -15,7 +15,7 @@ from embedding_transport.chunk_codec import parse_response
 from embedding_transport.content_routing import ranked
 from embedding_transport.encoder_client import ClientStats
 from embedding_transport.errors import EncoderUnavailable, Overloaded, PrefillUnavailable
-from embedding_transport.grpc_status import error_from_rpc, is_own_cancellation
+from embedding_transport.grpc_status import error_from_rpc
 from embedding_transport.peer_fleet import PeerFleet
 from embedding_transport.received_rows import HostBufferPool, LeasedRows
 from embedding_transport.row_peer import ConnectOptions
@@ -28,6 +28,7 @@ from llm_worker.prefill.receiver import PrefillEvent, PrefillReceiver
 from llm_worker.prefill.rpc import prefill_method
 from llm_worker.prefill.wire import Prefilled, request_to_proto
 from protos.prefill.v1 import prefill_pb2
+from service_runtime.cancellation import is_own_cancellation
 from service_runtime.traces import outgoing_metadata
 
 # Prompts that begin alike go to the same worker, whose prefix cache knows them: so many of their tokens decide.
