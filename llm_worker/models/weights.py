@@ -8,11 +8,13 @@ import torch
 
 from embedding_transport.checkpoint import Checkpoint, CheckpointError, TensorPart
 from embedding_transport.dummy_weights import configured_dtype
+from llm_worker.models.config import MODEL_TYPES
 from llm_worker.models.decoder import TextDecoder
 from llm_worker.models.sharding import part_of_rank
 
 # Where the decoder's tensors live, newest spelling first. Qwen2.5-VL's checkpoints have them right below "model.".
 _PREFIXES = ("model.language_model.", "language_model.model.", "model.")
+_A_NORM = "layers.0.input_layernorm.weight"
 
 
 def load_language_weights(
@@ -58,11 +60,21 @@ def load_language_weights(
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """Element type of the language weights on disk, read from one norm's weight; of dummies what config.json says."""
+    """Element type of the language weights on disk, read from one norm's weight; of dummies what config.json says.
+
+    Raises:
+        CheckpointError: there is no such weight, as in models that have no decoder here.
+    """
     if checkpoint.load_format == "dummy":
         return configured_dtype(checkpoint)
-    name = next(name for name in checkpoint.tensor_names() if name.endswith("layers.0.input_layernorm.weight"))
-    return next(checkpoint.read_tensors([name]))[1].dtype
+    names = [name for name in checkpoint.tensor_names() if name.endswith(_A_NORM)]
+    if not names:
+        model_type = checkpoint.config.get("model_type")
+        raise CheckpointError(
+            f"no {_A_NORM} in {checkpoint.folder} (model_type {model_type!r}): these are not the weights of "
+            f"{', '.join(MODEL_TYPES)}"
+        )
+    return next(checkpoint.read_tensors(names[:1]))[1].dtype
 
 
 def _as_shaped(name: str, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:

@@ -16,6 +16,7 @@ from embedding_transport.checkpoint import Checkpoint, CheckpointError, open_che
 from llm_worker.models import build_decoder
 from llm_worker.models.config import text_config
 from llm_worker.models.decoder import TextDecoder
+from llm_worker.models.weights import stored_dtype
 
 CPU = torch.device("cpu")
 
@@ -94,6 +95,15 @@ def test_wrong_checkpoints_are_named(tmp_path: Path) -> None:
         rewrite(folder, change)
         with pytest.raises(CheckpointError, match=says):
             load(folder)
+
+
+def test_a_model_whose_weights_have_other_names_is_named(tmp_path: Path) -> None:
+    folder = save_random_checkpoint(tmp_path, "qwen3_vl")
+    tensors = load_file(folder / "model.safetensors")
+    assert stored_dtype(open_checkpoint(str(folder))) == torch.float32
+    save_file({name.replace("layernorm", "norm"): each for name, each in tensors.items()}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"input_layernorm.*'qwen3_vl'"):
+        stored_dtype(open_checkpoint(str(folder)))
 
 
 def config_of(tmp_path: Path, config: dict[str, object]) -> Checkpoint:
