@@ -19,7 +19,8 @@ from llm_worker.engine.scheduler import Chunk, Scheduler
 from llm_worker.engine.sequence import Sequence
 
 _log = logging.getLogger(__name__)
-# How often a request's media rows are asked for anew before it fails.
+# How often a request's media rows are asked for anew before it fails, with none landed in between: all of a request
+# that waited for long may be lost, and are found so one chunk after the other.
 _MAX_LOST_ROWS = 3
 
 
@@ -116,6 +117,9 @@ class Steps:
             return
         computed = [chunk for chunk in step.chunks if chunk.counts and chunk not in lost]
         self._account(computed, time.perf_counter() - step.begin)
+        for chunk in computed:
+            if output.landed.get(chunk):
+                chunk.sequence.num_lost_rows = 0
         for chunk, reason in lost.items():
             self._landing_failed(chunk, reason)
         for chunk, next_token in zip(sampling, next_tokens, strict=True):

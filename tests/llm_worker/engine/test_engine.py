@@ -21,7 +21,7 @@ from embedding_transport.errors import (
     VitrineError,
 )
 from llm_worker.engine.engine import Engine
-from llm_worker.engine.request import ExpandedPrompt, SamplingParams
+from llm_worker.engine.request import ExpandedPrompt, MediaSpan, SamplingParams
 from llm_worker.engine.request_handle import RequestHandle
 from tests.llm_worker.engine.harness import (
     Request,
@@ -216,6 +216,31 @@ async def test_expired_rows_are_asked_for_again(qwen3_vl_folder: Path, reference
         handle.set_rows(0, coming.pop(0))
         assert await tokens(handle) == reference.greedy(image.inputs, 8)[0]
         assert [rows.num_releases for rows in (*lost, image.rows[0])] == [1, 1, 1]
+
+
+async def test_each_of_many_pictures_may_expire_once(
+    qwen3_vl_folder: Path, reference: Reference, image: Request
+) -> None:
+    """As those of a request that waited for memory for longer than leases last."""
+    span = image.prompt.spans[0]
+    kept_back, length = len(image.prompt.token_ids) - span.stop, span.length // 6
+    spans = tuple(MediaSpan(item, span.start + item * length, length, 0) for item in range(6))
+    prompt = replace(image.prompt, spans=spans)
+    assert kept_back and span.length == 6 * length
+    parts = image.rows[0]._rows_TW.split(length)
+    with running_engine(qwen3_vl_folder, max_num_batched_tokens=length) as engine:
+        lost = [TensorRows(part, error=LeaseExpired("lease 1 is over")) for part in parts]
+
+        def send_rows(items: list[int]) -> None:
+            for item in items:
+                handle.set_rows(item, TensorRows(parts[item]))
+
+        handle = engine.submit("expired", image.prefix, greedy(8), send_rows)
+        handle.set_prompt(prompt)
+        for item, rows in enumerate(lost):
+            handle.set_rows(item, rows)
+        assert await tokens(handle) == reference.greedy(image.inputs, 8)[0]
+        assert [rows.num_releases for rows in lost] == [1] * 6
 
 
 async def test_rows_that_expire_again_and_again_fail_their_request_and_no_other(
