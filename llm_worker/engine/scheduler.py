@@ -129,8 +129,10 @@ class Scheduler:
         decoding: list[Sequence] = []
         prefilling: list[Sequence] = []
         for sequence in self.running:
-            if sequence.num_runnable > sequence.num_computed:
-                (decoding if sequence.is_decoding else prefilling).append(sequence)
+            num_left = sequence.num_runnable - sequence.num_computed
+            if num_left > 0:
+                # What was lost of an answer is computed anew as prompts are.
+                (decoding if sequence.is_decoding and num_left == 1 else prefilling).append(sequence)
         # Prompts get some of every step, however many decode.
         budget = self._max_num_batched_tokens
         if decoding:

@@ -179,6 +179,18 @@ def test_a_long_answer_takes_memory_as_it_grows_and_what_it_took_away_is_compute
     assert second.positions(0, 9).tolist() == [list(range(9))] * 3
 
 
+def test_what_is_computed_anew_behind_its_prompt_does_not_make_decoding_wait(folder: Path) -> None:
+    bench = Bench(folder, budget=32, mixed_step_tokens=8)
+    first, second = bench.add_whole(4), bench.add_whole(4)
+    bench.step()
+    # As after it gave its blocks up, once its prompt is there again.
+    first.token_ids += [0] * 40
+    first.max_total_tokens = 60
+    assert plain(bench.step()) == [("1", 4, 5, True), ("0", 4, 11, False)]
+    bench.scheduler.remove(second)
+    assert plain(bench.step()) == [("0", 11, 43, False)]
+
+
 def test_equal_beginnings_are_computed_once(folder: Path) -> None:
     bench = Bench(folder, budget=100, prefix_cache=True)
     span = MediaSpan(0, 6, 8, 0)
