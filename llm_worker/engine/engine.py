@@ -109,8 +109,10 @@ class Engine:
             prompt: the whole one, where it is known by now: `set_prompt` is not due then.
 
         Raises:
+            PromptTooLong: the prefix leaves no room by itself.
             Overloaded: too many requests are waiting.
         """
+        self._scheduler.check_room(len(prefix_token_ids))
         limit = self._config.max_num_seqs + self._config.max_waiting
         handle = RequestHandle(self, request_id, send_rows, send_kv)
         sequence = Sequence(

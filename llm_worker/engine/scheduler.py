@@ -109,14 +109,22 @@ class Scheduler:
             PromptTooLong: there is no room for the prompt and one more token.
         """
         num_prompt = sequence.num_prompt_tokens
-        if num_prompt >= self._max_model_len:
-            raise PromptTooLong(
-                f"the prompt has {num_prompt} tokens, the context holds {self._max_model_len} including the answer: "
-                "shorten the text, send fewer or smaller images, or start the worker with a larger --max-model-len"
-            )
+        self.check_room(num_prompt)
         wanted = sequence.sampling.max_tokens
         room = self._max_model_len - num_prompt
         sequence.max_total_tokens = num_prompt + (room if wanted is None else min(wanted, room))
+
+    def check_room(self, num_tokens: int) -> None:
+        """From any thread.
+
+        Raises:
+            PromptTooLong: there is no room for a prompt of so many tokens and one more.
+        """
+        if num_tokens >= self._max_model_len:
+            raise PromptTooLong(
+                f"the prompt has {num_tokens} tokens, the context holds {self._max_model_len} including the answer: "
+                "shorten the text, send fewer or smaller images, or start the worker with a larger --max-model-len"
+            )
 
     def schedule(self) -> list[Chunk]:
         """The next step's chunks; empty where nothing can run now."""

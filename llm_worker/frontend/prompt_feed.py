@@ -69,6 +69,7 @@ class PromptFeed(ABC):
             keep_kv: see `Engine.submit`.
 
         Raises:
+            PromptTooLong: the text in front of the first media item leaves no room by itself.
             Overloaded: too many requests are waiting.
         """
         handle = self._submit(plan, keep_kv)

@@ -187,6 +187,18 @@ async def test_too_long_prompts_are_refused_and_long_answers_cut(
         assert [output.finish_reason for output in outputs] == [None, None, "length"]
 
 
+async def test_text_that_is_too_long_by_itself_is_refused_before_its_media_are_known(qwen3_vl_folder: Path) -> None:
+    """A GPU's tables have no place for more blocks, and KV would be waited for that is never asked for."""
+    with running_engine(qwen3_vl_folder, max_model_len=64) as engine:
+        for send_kv in (None, lambda: None):
+            with pytest.raises(PromptTooLong, match="64"):
+                engine.submit("too long", [1] * 64, greedy(4), unsent, send_kv)
+        assert engine.stats().num_steps == 0
+        engine.submit("fits", [1] * 63, greedy(4), unsent)
+        await until(lambda: engine.stats().num_prefill_tokens == 62)
+        assert (engine.stats().running, engine.stats().waiting) == (1, 0)
+
+
 async def test_stop_tokens_end_a_generation(qwen3_vl_folder: Path, reference: Reference, text: Request) -> None:
     expected = reference.greedy(text.inputs, 16)[0]
     stop = expected[5]
