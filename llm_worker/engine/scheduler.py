@@ -189,7 +189,8 @@ class Scheduler:
 
     def _admit(self) -> None:
         for sequence in list(self.waiting):
-            if sequence.prompt is None:
+            # A prompt that is computed elsewhere becomes known only after this, one whose media are encoded anyway.
+            if sequence.prompt is None and sequence.request_kv is None:
                 if sequence.waits_for_media or not self._begin(sequence):
                     continue  # nothing to run ahead on, or no room to: later ones may have their whole prompt
             elif not self._begin(sequence):

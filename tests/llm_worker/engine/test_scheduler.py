@@ -272,6 +272,21 @@ def test_text_that_has_no_room_to_run_ahead_lets_others_pass(folder: Path) -> No
     assert bench.scheduler.waiting == [early]
 
 
+def test_who_is_not_asked_for_before_there_is_room_is_not_passed(folder: Path) -> None:
+    """The prompt of one that is computed elsewhere becomes known after that only: others could pass it for ever."""
+    bench = Bench(folder, num_blocks=5)
+    running = bench.add_whole(8)
+    bench.step()
+    elsewhere = bench.add(8)
+    elsewhere.request_kv = lambda: None
+    small = bench.add_whole(2)
+    assert [chunk.sequence for chunk in bench.step()] == [running]
+    assert bench.scheduler.waiting == [elsewhere, small]
+    bench.scheduler.remove(running)
+    bench.step()
+    assert bench.scheduler.running == [elsewhere, small]
+
+
 def test_longest_answer(folder: Path) -> None:
     bench = Bench(folder)
     assert bench.add_whole(10).max_total_tokens == 14
