@@ -141,8 +141,9 @@ class LlmConfig(ServiceSettings):
 
     def engine_config(self, max_position_embeddings: int, kv_tokens_that_fit: int) -> EngineConfig:
         max_model_len = min(self.max_model_len or max_position_embeddings, max_position_embeddings)
-        # More than all requests can have together is of use only to the prefix cache.
-        kv_cache_tokens = self.kv_cache_tokens or min(kv_tokens_that_fit, self.max_num_seqs * max_model_len)
+        # More than all requests can have together, in whole blocks, is of use only to the prefix cache.
+        longest = -(-max_model_len // _BLOCK_SIZE) * _BLOCK_SIZE
+        kv_cache_tokens = self.kv_cache_tokens or min(kv_tokens_that_fit, self.max_num_seqs * longest)
         return EngineConfig(
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_num_seqs=self.max_num_seqs,

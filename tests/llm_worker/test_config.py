@@ -72,6 +72,13 @@ def test_the_kv_cache_is_counted_in_tokens() -> None:
     assert 1000 - config.block_size < config.num_blocks * config.block_size <= 1000
 
 
+def test_whole_blocks_hold_the_longest_requests() -> None:
+    config = read([*NEEDED, "--max-model-len", "1000", "--max-num-seqs", "3"]).engine_config(4096, 5000)
+    assert config.num_blocks == 3 * 63
+    config = read([*NEEDED, "--max-model-len", "1000", "--max-num-seqs", "3"]).engine_config(4096, 2999)
+    assert config.num_blocks == 2999 // 16
+
+
 def test_a_config_cannot_be_changed() -> None:
     config = read(NEEDED)
     with pytest.raises(ValidationError):
