@@ -141,7 +141,7 @@ class Scheduler:
             if num_left > 0:
                 # What was lost of an answer is computed anew as prompts are.
                 (decoding if sequence.is_decoding and num_left == 1 else prefilling).append(sequence)
-        # Prompts get some of every step, however many decode.
+        # Prompts get some of every step, however many decode, while there is a place for another sequence.
         budget = self._max_num_batched_tokens
         if decoding:
             least = max(1, self._mixed_step_tokens // 4)

@@ -48,7 +48,7 @@ class StepWork:
         self._kv_cache, self._buffer = kv_cache, buffer
         self._num_deepstack, self._max_num_seqs = config.num_deepstack, max_num_seqs
         heads = (len(buffer.slot_mapping_M), config.num_attention_heads, config.head_dim)
-        # Rows of padding are never written: they stay zero.
+        # Rows of padding hold what earlier steps left: every row is computed by itself.
         self.q_MHD = torch.zeros(heads, dtype=decoder.dtype, device=device)
         self.attended_MHD = torch.zeros_like(self.q_MHD)
         self.hidden_MC = torch.zeros_like(buffer.embeds_MC)
