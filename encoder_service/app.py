@@ -152,12 +152,16 @@ async def serve(config: EncoderConfig) -> None:
         stack.push_async_callback(exporter.close)
         exporter.start()
         admission = Admission(model.cost, max_patches=config.max_queued_patches, max_s=config.max_queued_s)
+        gpu_lost = asyncio.Event()
+        watching = asyncio.create_task(_end_with_gpu(gpu_lost, server))
+        stack.callback(watching.cancel)
         batcher = Batcher(
             model.tower,
             model.cost,
             max_batch_patches=config.max_batch_patches,
             device=model.device,
             on_batch=metrics.observe_batch,
+            on_gpu_lost=gpu_lost.set,
         )
         stack.push_async_callback(batcher.close)
         batcher.start()
@@ -196,6 +200,14 @@ async def serve(config: EncoderConfig) -> None:
         await stop.wait()
         await _drain(server, servicer, exporter, config.drain_timeout_s)
     _log.info("stopped")
+
+
+async def _end_with_gpu(lost: asyncio.Event, server: EncoderServer) -> None:
+    await lost.wait()
+    _log.error("the encoder ends: its GPU does nothing more for this process")
+    await server.set_not_serving_for_good()
+    # No orderly way leads out: whatever is freed on the way is freed on the GPU.
+    os._exit(1)
 
 
 async def _drain(server: EncoderServer, servicer: EncoderServicer, exporter: RowExporter, timeout_s: float) -> None:

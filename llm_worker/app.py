@@ -110,7 +110,10 @@ async def serve(config: LlmConfig) -> None:
             return
 
         decoder = model.decoder
-        engine = Engine(forward_pass, limits)
+        gpu_lost = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        engine = Engine(forward_pass, limits, on_gpu_lost=lambda: loop.call_soon_threadsafe(gpu_lost.set))
+        stack.callback(asyncio.create_task(_end_with_gpu(gpu_lost, server)).cancel)
         engine.start()
         stack.push_async_callback(asyncio.to_thread, engine.close)
         kv_format = KvFormat.of(model.identity, decoder.config)
@@ -226,6 +229,14 @@ async def _end_with(followers: Followers, server: LlmServer) -> None:
     _log.error("the worker ends: %s", await followers.failure())
     await server.set_not_serving_for_good()
     # No orderly way leads out: other threads may be in a collective, waiting for a rank that is gone.
+    os._exit(1)
+
+
+async def _end_with_gpu(lost: asyncio.Event, server: LlmServer) -> None:
+    await lost.wait()
+    _log.error("the worker ends: its GPU does nothing more for this process")
+    await server.set_not_serving_for_good()
+    # No orderly way leads out: whatever is freed on the way is freed on the GPU.
     os._exit(1)
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from embedding_transport.errors import EncoderUnavailable, InternalError, VitrineError
+from embedding_transport.gpu_faults import is_lost
 from encoder_service.engine.batch import Batch, EncodedItem, Entry, Follower, Launched
 from encoder_service.engine.cost_model import CostModel
 from encoder_service.engine.waiting import Waiting
@@ -50,6 +51,7 @@ class Batcher:
         max_batch_patches: int,
         device: torch.device = _CPU,
         on_batch: Callable[[BatchReport], None] = lambda report: None,
+        on_gpu_lost: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
@@ -58,10 +60,12 @@ class Batcher:
             max_batch_patches: a batch takes items up to this many patches; a larger item runs alone.
             device: the tower's; on a GPU two batches are under way at once.
             on_batch: called on the event loop after each batch.
+            on_gpu_lost: called there where the GPU will run no other batch after one that failed.
         """
         self._tower = tower
         self._cost = cost
         self._on_batch = on_batch
+        self._on_gpu_lost = on_gpu_lost
         self._waiting = Waiting(cost, max_batch_patches)
         self._unfinished: set[Entry] = set()
         self._arrived = asyncio.Event()
@@ -138,6 +142,7 @@ class Batcher:
             except Exception:
                 _fail_batch(entries)
                 self._channel_free.release()
+                await self._look_at_gpu()
                 continue
             self._channel.put_nowait(batch)
 
@@ -156,26 +161,35 @@ class Batcher:
                 _fail_batch(batch.entries)
                 self._may_launch.release()
                 batch.end_followers()
+                await self._look_at_gpu()
                 continue
             task = asyncio.create_task(self._finish(batch, launched))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     async def _finish(self, batch: Batch, launched: Launched) -> None:
+        forward_s: float | None = None
         try:
             forward_s = await asyncio.get_running_loop().run_in_executor(self._waiting_thread, launched.wait)
         except Exception:
             _fail_batch(batch.entries)
-            return
         finally:
             self._may_launch.release()
             batch.end_followers()
+        if forward_s is None:
+            await self._look_at_gpu()
+            return
         self._cost.observe([entry.grid_thw for entry in batch.entries], forward_s)
         self._on_batch(BatchReport(len(batch.entries), len(batch.patches_PX), forward_s))
         for entry, rows_TW in zip(batch.entries, launched.rows, strict=True):
             if not entry.result.done():
                 queue_ms = (launched.started - entry.queued_at) * 1e3
                 entry.result.set_result(EncodedItem(rows_TW, queue_ms, forward_s * 1e3))
+
+    async def _look_at_gpu(self) -> None:
+        """After a batch that failed."""
+        if await asyncio.get_running_loop().run_in_executor(self._waiting_thread, is_lost, self._device):
+            self._on_gpu_lost()
 
 
 def _fail_batch(entries: list[Entry]) -> None:

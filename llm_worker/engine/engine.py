@@ -49,10 +49,13 @@ class EngineStats:
 class Engine:
     """Runs the model for many requests. Everything below `call` runs on the engine's own thread."""
 
-    def __init__(self, forward_pass: ForwardPass, config: EngineConfig) -> None:
+    def __init__(
+        self, forward_pass: ForwardPass, config: EngineConfig, on_gpu_lost: Callable[[], object] = lambda: None
+    ) -> None:
         """
         Args:
             forward_pass: made with the same config.
+            on_gpu_lost: called on the engine's thread where the GPU will run no other step after one that failed.
         """
         self.outbox = Outbox()
         self._forward_pass = forward_pass
@@ -72,7 +75,7 @@ class Engine:
         self._num_live = 0
         self._closing = False
         self._thread_ended = False
-        self._steps = Steps(forward_pass, self._scheduler, self._end, self.on_fail)
+        self._steps = Steps(forward_pass, self._scheduler, self._end, self.on_fail, on_gpu_lost)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
@@ -113,7 +116,6 @@ class Engine:
             Overloaded: too many requests are waiting.
         """
         self._scheduler.check_room(len(prefix_token_ids))
-        limit = self._config.max_num_seqs + self._config.max_waiting
         handle = RequestHandle(self, request_id, send_rows, send_kv)
         sequence = Sequence(
             request_id,
@@ -127,13 +129,19 @@ class Engine:
         )
         handle.sequence = sequence
         with self._lock:
-            if self._num_live >= limit:
-                raise Overloaded(
-                    f"{self._num_live} requests are running or waiting, the limit is {limit}: try again later"
-                )
+            self.check_room()
             self._num_live += 1
         self.call(self._on_submit, sequence, prompt)
         return handle
+
+    def check_room(self) -> None:
+        """
+        Raises:
+            Overloaded: as many requests are running or waiting as may.
+        """
+        limit = self._config.max_num_seqs + self._config.max_waiting
+        if self._num_live >= limit:
+            raise Overloaded(f"{self._num_live} requests are running or waiting, the limit is {limit}: try again later")
 
     def missing_items(self, prompt: ExpandedPrompt) -> set[int]:
         """Media items of the prompt whose KV is not in the cache now; it may be evicted any moment. From any thread."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from embedding_transport.errors import InternalError, LeaseExpired, VitrineError
+from embedding_transport.gpu_faults import is_lost
 from llm_worker.engine.forward_pass import ForwardPass, StepOutput
 from llm_worker.engine.kv_rows import land_kv
 from llm_worker.engine.request import TokenOutput
@@ -50,14 +51,16 @@ class Steps:
         scheduler: Scheduler,
         end: Callable[[Sequence, bool], None],
         fail: Callable[[Sequence, VitrineError], None],
+        on_gpu_lost: Callable[[], object],
     ) -> None:
         """
         Args:
             end: called with a sequence that has its last token, and whether its blocks are kept.
             fail: called with one that cannot go on, and why.
+            on_gpu_lost: called where the GPU will run no other step after one that failed.
         """
         self._forward_pass, self._scheduler = forward_pass, scheduler
-        self._end, self._fail = end, fail
+        self._end, self._fail, self._on_gpu_lost = end, fail, on_gpu_lost
         self.num_steps = self.num_prefill_tokens = self.num_decode_tokens = 0
 
     def land_kv(self) -> bool:
@@ -168,13 +171,15 @@ class Steps:
         _log.error("a step of %d sequences failed", len(chunks), exc_info=error)
         for chunk in chunks:
             self._fail(chunk.sequence, InternalError(f"the step failed: {type(error).__name__}"))
+        if is_lost(self._forward_pass.decoder.device):
+            self._on_gpu_lost()
 
     def _landing_failed(self, chunk: Chunk, error: Exception) -> None:
         """The chunk does not count. Rows that were lost on the way are asked for again, else the request fails."""
         sequence = chunk.sequence
         sequence.go_back(chunk.start)
         if isinstance(error, LeaseExpired) and sequence.num_lost_rows < _MAX_LOST_ROWS:
-            _log.warning("request %s: %s", sequence.request_id, error)
+            _log.warning("request %r: %s", sequence.request_id[:64], error)
             sequence.num_lost_rows += 1
             if sequence.request_kv is not None:
                 sequence.release_kv()
@@ -182,7 +187,7 @@ class Steps:
                 sequence.release_rows({span.item_index for span in sequence.spans_in(chunk.start, chunk.stop)})
             return
         if not isinstance(error, VitrineError):
-            _log.error("landing the rows of %s failed", sequence.request_id, exc_info=error)
+            _log.error("landing the rows of %r failed", sequence.request_id[:64], exc_info=error)
             error = InternalError(f"landing the media rows failed: {type(error).__name__}")
         self._fail(sequence, error)
 

@@ -14,6 +14,7 @@ import torch
 
 from embedding_transport.checkpoint import open_checkpoint
 from embedding_transport.errors import EncoderUnavailable, InternalError
+from encoder_service.engine import batcher as batcher_module
 from encoder_service.engine.batch import EncodedItem
 from encoder_service.engine.batcher import Batcher, BatchReport
 from encoder_service.engine.cost_model import CostModel
@@ -164,6 +165,34 @@ async def test_a_failing_forward_fails_its_batch_and_nothing_else(tower: GatedTo
         tower.error = None
         await submit(batcher, SMALL)
     assert len(reports) == 1
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+@pytest.mark.parametrize("fails", ["packing", "forward"])
+async def test_it_says_so_when_the_gpu_is_lost(
+    tower: GatedTower, fails: str, is_lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batcher_module, "is_lost", lambda device: is_lost)
+    told: list[str] = []
+    tower.error = RuntimeError("an illegal memory access was encountered") if fails == "forward" else None
+    batcher = Batcher(tower, CostModel(0.0, 0.0, 0.0), max_batch_patches=64, on_gpu_lost=lambda: told.append("lost"))
+    batcher.start()
+    try:
+        blocker = await block_tower(tower, batcher) if fails == "packing" else None
+        widths = [7, PATCH_WIDTH] if fails == "packing" else [PATCH_WIDTH]
+        tasks = [asyncio.create_task(batcher.encode(torch.zeros(16, width), SMALL)) for width in widths]
+        await asyncio.sleep(0.05)
+        tower.gate.set()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert {type(each) for each in results} == {InternalError}
+        if blocker is not None:
+            await blocker
+        await asyncio.sleep(0.05)
+        assert told == (["lost"] if is_lost else [])
+    finally:
+        tower.error = None
+        tower.gate.set()
+        await batcher.close()
 
 
 class Noted:

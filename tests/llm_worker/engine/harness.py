@@ -71,10 +71,15 @@ def _spans(kinds: list[int], rows: list[TensorRows]) -> Iterator[MediaSpan]:
 
 
 @contextmanager
-def running_engine(folder: Path, make_runner: MakeRunner = PlainRunner, **config: int) -> Iterator[Engine]:
+def running_engine(
+    folder: Path,
+    make_runner: MakeRunner = PlainRunner,
+    on_gpu_lost: Callable[[], None] = lambda: None,
+    **config: int,
+) -> Iterator[Engine]:
     decoder = build_decoder(open_checkpoint(str(folder)), torch.device("cpu"), torch.float32)
     limits = EngineConfig(**{"num_blocks": 64, "block_size": 8, "max_model_len": 512, **config})
-    engine = Engine(ForwardPass(decoder, limits, make_runner), limits)
+    engine = Engine(ForwardPass(decoder, limits, make_runner), limits, on_gpu_lost)
     engine.start()
     try:
         yield engine

@@ -20,6 +20,7 @@ from embedding_transport.errors import (
     PromptTooLong,
     VitrineError,
 )
+from llm_worker.engine import steps
 from llm_worker.engine.engine import Engine
 from llm_worker.engine.request import ExpandedPrompt, MediaSpan, SamplingParams
 from llm_worker.engine.request_handle import RequestHandle
@@ -292,6 +293,22 @@ async def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(
             await collect(submit(engine, text, greedy(4)))
         assert "secret detail" not in str(caught.value)
         assert await tokens(submit(engine, text, greedy(4))) == reference.greedy(text.inputs, 4)[0]
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+async def test_it_says_so_when_the_gpu_is_lost(
+    qwen3_vl_folder: Path, text: Request, is_lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> torch.Tensor:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(steps, "is_lost", lambda device: is_lost)
+    told: list[str] = []
+    with running_engine(qwen3_vl_folder, on_gpu_lost=lambda: told.append("lost")) as engine:
+        monkeypatch.setattr(engine._forward_pass.decoder, "forward", fail)
+        with pytest.raises(InternalError):
+            await collect(submit(engine, text, greedy(4)))
+    assert told == (["lost"] if is_lost else [])
 
 
 async def test_a_prompt_that_does_not_begin_with_its_prefix_is_our_fault(qwen3_vl_folder: Path) -> None:
