@@ -64,7 +64,9 @@ class EncoderConfig(ServiceSettings):
     cache_host_bytes: int = Field(512 * MIB, ge=0, description="rows kept in host memory, bytes; 0 is off")
 
     max_items: int = Field(64, ge=1, description="images and videos accepted in one request")
-    max_batch_patches: int = Field(45056, ge=1, description="patches in one batch; a larger item runs alone")
+    max_batch_patches: int = Field(
+        45056, ge=4, multiple_of=4, description="patches in one batch; a larger item runs alone"
+    )
     max_queued_patches: int = Field(262_144, ge=1, description="patches in work before items are refused as overload")
     max_queued_s: float = Field(30.0, gt=0, description="work, in seconds, before items are refused as overload")
 

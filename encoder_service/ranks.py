@@ -13,6 +13,8 @@ import signal
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from embedding_transport.errors import EncoderUnavailable
 from encoder_service.config import EncoderConfig
 from service_runtime.child_process import Child
@@ -96,6 +98,8 @@ def rank_environment(config: EncoderConfig, rank: int, environment: Mapping[str,
     settings = config.as_environment(dp=1, **ports)
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
+        if config.device != "cpu" and 0 < (num_gpus := torch.cuda.device_count()) <= rank:
+            raise ValueError(f"--dp {config.dp} is more than the {num_gpus} GPUs of this machine")
         return settings | {"CUDA_VISIBLE_DEVICES": str(rank)}
     if config.device == "cpu" or visible in _NO_GPU:
         return settings

@@ -16,7 +16,8 @@ _MAX_NBYTES = 1 << 28
 
 
 class Kind(IntEnum):
-    """LOADED: the answerer's weights are there. STEP: of a StepEncoder. MAP: a pool's number (8 bytes) and its
+    """LOADED: the answerer's weights are there, and how many blocks of keys and values (8 bytes) it
+    has room for. STEP: of a StepEncoder. MAP: a pool's number (8 bytes) and its
     PoolSource as JSON, answered by MAPPED with what went wrong, empty if nothing did. UNMAP: a pool's number.
     """
 

@@ -39,9 +39,9 @@ class Follower:
 
     def __init__(self, config: LlmConfig, group: TorchGroup, channel: Channel) -> None:
         model = load_model(config, lambda: False, group=group)
-        channel.send(Kind.LOADED)
         decoder = model.decoder
         limits = engine_config(config, decoder)
+        channel.send(Kind.LOADED, NUMBER.pack(limits.num_blocks))
         self._forward_pass = ForwardPass(decoder, limits, choose_runner(decoder, limits))
         self._group, self._channel = group, channel
         self._row_width = decoder.config.hidden_size * (1 + decoder.config.num_deepstack)

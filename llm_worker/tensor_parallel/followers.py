@@ -65,7 +65,7 @@ class Followers:
         """That of rank 0, after `join`; blocking until the others have loaded their weights.
 
         Raises:
-            ChannelClosed: a rank is gone.
+            ChannelClosed, CheckpointError: see `LeadingForwardPass`.
         """
         assert self._group is not None
         return LeadingForwardPass(

@@ -12,6 +12,7 @@ from collections.abc import Sequence as Many
 
 import torch
 
+from embedding_transport.checkpoint import CheckpointError
 from embedding_transport.received_rows import LeasedRows
 from llm_worker.engine.config import EngineConfig
 from llm_worker.engine.forward_pass import ForwardPass
@@ -21,7 +22,7 @@ from llm_worker.models.decoder import StepInputs, TextDecoder
 from llm_worker.tensor_parallel.channel import Channel, Kind
 from llm_worker.tensor_parallel.group import TorchGroup
 from llm_worker.tensor_parallel.handed_out import hand_out_rows
-from llm_worker.tensor_parallel.shared_pools import SharedPools
+from llm_worker.tensor_parallel.shared_pools import NUMBER, SharedPools
 from llm_worker.tensor_parallel.step import PoolLanding, Step, StepEncoder
 
 
@@ -45,9 +46,15 @@ class LeadingForwardPass(ForwardPass):
 
         Raises:
             ChannelClosed: a rank is gone.
+            CheckpointError: one has room for more or fewer keys and values than this one.
         """
-        for channel in channels:
-            channel.expect(Kind.LOADED)
+        for rank, channel in enumerate(channels, 1):
+            (num_blocks,) = NUMBER.unpack(channel.expect(Kind.LOADED))
+            if num_blocks != config.num_blocks:
+                raise CheckpointError(
+                    f"rank {rank} has memory for {num_blocks} blocks of keys and values, rank 0 for "
+                    f"{config.num_blocks}: take GPUs of one kind, or say how many tokens with --kv-cache-tokens"
+                )
         super().__init__(decoder, config, make_runner)
         self._group, self._channels, self._on_failure = group, channels, on_failure
         self._pools = SharedPools(channels)

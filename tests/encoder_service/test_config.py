@@ -22,9 +22,9 @@ def test_flags_win_over_the_environment_and_that_over_defaults(monkeypatch: pyte
 
 def test_a_file_comes_after_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "encoder.yaml"
-    file.write_text("model: m\nport: 1\nmax_items: 2\nmax_batch_patches: 3\nallowed_media_folder: /media\n")
+    file.write_text("model: m\nport: 1\nmax_items: 2\nmax_batch_patches: 4\nallowed_media_folder: /media\n")
     monkeypatch.setenv("VITRINE_ENCODER_MAX_ITEMS", "20")
-    monkeypatch.setenv("VITRINE_ENCODER_MAX_BATCH_PATCHES", "30")
+    monkeypatch.setenv("VITRINE_ENCODER_MAX_BATCH_PATCHES", "40")
     config = read(["--config", str(file), "--max-batch-patches", "300"])
     assert (config.port, config.max_items, config.max_batch_patches) == (1, 20, 300)
     assert config.allowed_media_folder == Path("/media")

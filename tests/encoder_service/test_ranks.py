@@ -24,7 +24,8 @@ from tests.integration.fleet import ServiceProcess
 DP = 3
 
 
-def test_each_rank_has_its_ports_and_its_gpu() -> None:
+def test_each_rank_has_its_ports_and_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     config = EncoderConfig(model="folder", port=7000, metrics_port=9000, dp=4, cuda_graphs=False)
     found = [rank_environment(config, rank, {"CUDA_VISIBLE_DEVICES": "5,2,GPU-7"}) for rank in range(3)]
     assert [each["VITRINE_ENCODER_PORT"] for each in found] == ["7000", "7001", "7002"]
@@ -37,10 +38,13 @@ def test_each_rank_has_its_ports_and_its_gpu() -> None:
     assert free["CUDA_VISIBLE_DEVICES"] == "1"
 
 
-def test_ranks_share_no_gpu_and_take_none_that_is_hidden() -> None:
+def test_ranks_share_no_gpu_and_take_none_that_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     config = EncoderConfig(model="folder", dp=3)
     with pytest.raises(ValueError, match=r"--dp 3 .* CUDA_VISIBLE_DEVICES=5,2"):
         rank_environment(config, 2, {"CUDA_VISIBLE_DEVICES": "5,2"})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="--dp 3 is more than the 2 GPUs"):
+        rank_environment(config, 2, {})
     for hidden in ("", "-1"):
         assert "CUDA_VISIBLE_DEVICES" not in rank_environment(config, 2, {"CUDA_VISIBLE_DEVICES": hidden})
     on_cpu = EncoderConfig(model="folder", dp=3, device="cpu")

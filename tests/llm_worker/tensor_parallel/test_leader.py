@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from embedding_transport.checkpoint import open_checkpoint
+from embedding_transport.checkpoint import CheckpointError, open_checkpoint
 from embedding_transport.errors import LeaseExpired
 from embedding_transport.pool import PROBE_NBYTES, PoolMapping
 from embedding_transport.pool_source import map_source
@@ -144,6 +144,16 @@ def sequence(forward_pass: LeadingForwardPass, rows: LeasedRows | None = None) -
     made.rows = {0: rows} if rows is not None else {}
     assert forward_pass.kv_cache.grow(made.blocks, 12)
     return made
+
+
+@pytest.mark.parametrize("num_blocks", [LIMITS.num_blocks - 1, LIMITS.num_blocks + 1])
+def test_ranks_with_other_room_for_keys_and_values_are_refused(
+    decoder: TextDecoder, channels: tuple[Channel, Channel], num_blocks: int
+) -> None:
+    ours, theirs = channels
+    theirs.send(Kind.LOADED, NUMBER.pack(num_blocks))
+    with pytest.raises(CheckpointError, match=f"rank 1 has memory for {num_blocks} blocks .* rank 0 for 8"):
+        LeadingForwardPass(decoder, LIMITS, PlainRunner, ALONE, [ours], on_failure=lambda error: None)
 
 
 @torch.inference_mode()
