@@ -109,6 +109,7 @@ class EncoderServicer(SessionServicer, encoder_pb2_grpc.EncoderServicer):  # typ
         serving = self._loaded()
         if self._draining:
             raise EncoderUnavailable("the encoder is shutting down: send the request to another one")
+        serving.service.check_number(len(request.items))  # before there is any work in millions of them
         items = [item_from_proto(index, message) for index, message in enumerate(request.items)]
         left_s = context.time_remaining()
         deadline = math.inf if left_s is None else time.monotonic() + left_s

@@ -116,12 +116,9 @@ class EncodeService:
             deadline: when the request ends, seconds of the monotonic clock.
 
         Raises:
-            BadRequest: no items; TooManyItems: more than this encoder takes in one request.
+            BadRequest, TooManyItems: see `check_number`.
         """
-        if not items:
-            raise BadRequest("the request has no media items: give at least one")
-        if len(items) > self._max_items:
-            raise TooManyItems(f"{len(items)} media items: at most {self._max_items} are accepted in one request")
+        self.check_number(len(items))
         runs = [self._run_item(index, item, replies, tenant, deadline) for index, item in enumerate(items)]
         if len(runs) == 1:  # most requests: no task of its own
             await runs[0]
@@ -129,6 +126,16 @@ class EncodeService:
         async with asyncio.TaskGroup() as tasks:
             for run in runs:
                 tasks.create_task(run)
+
+    def check_number(self, num_items: int) -> None:
+        """
+        Raises:
+            BadRequest: no items; TooManyItems: more than this encoder takes in one request.
+        """
+        if not num_items:
+            raise BadRequest("the request has no media items: give at least one")
+        if num_items > self._max_items:
+            raise TooManyItems(f"{num_items} media items: at most {self._max_items} are accepted in one request")
 
     async def _run_item(self, index: int, item: MediaItem, replies: Replies, tenant: str, deadline: float) -> None:
         """One item from start to end."""

@@ -134,7 +134,8 @@ class MediaLoader:
         # Made on first use: it belongs to the running event loop.
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(resolver=self._resolver),
+                # No limit: who is slow shall not make others wait. Limited is what a request may ask for.
+                connector=aiohttp.TCPConnector(resolver=self._resolver, limit=0),
                 cookie_jar=aiohttp.DummyCookieJar(),  # one caller's cookies are not another's
                 headers={"User-Agent": "vitrine", "Accept-Encoding": "identity"},
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._limits.connect_timeout_s),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 _ISO_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")
+# An hour of video in fragments of 0.1 s has 72,000.
+_MAX_BOXES = 200_000
 _EBML_ID, _SEGMENT_ID = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 
 
@@ -29,14 +31,18 @@ def _declared_nbytes(data: bytes) -> int:
 
 def _end_of_iso_boxes(data: bytes) -> int:
     offset = 0
-    while len(data) - offset >= 16:
+    for _ in range(_MAX_BOXES):
+        if len(data) - offset < 16:
+            return offset
+        if not data[offset + 4 : offset + 8].isascii():
+            return 0  # something else behind the last box
         nbytes = int.from_bytes(data[offset : offset + 4], "big")
         if nbytes == 1:  # a 64-bit size follows
             nbytes = int.from_bytes(data[offset + 8 : offset + 16], "big")
         if nbytes < 8:  # 0: the box runs to the end of the file; others are not valid
             return 0
         offset += nbytes
-    return offset
+    return 0
 
 
 def _end_of_ebml_element(data: bytes, start: int) -> int:

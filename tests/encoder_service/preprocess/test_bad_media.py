@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import random
 import struct
+import time
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from embedding_transport.errors import (
@@ -21,6 +23,7 @@ from embedding_transport.errors import (
     NotAVideo,
 )
 from encoder_service.media.limits import MediaLimits
+from encoder_service.preprocess.file_length import is_cut_short
 from encoder_service.preprocess.preprocessor import Preprocessor
 from tests.encoder_service.preprocess.samples import QWEN25_IMAGE, encode, photo, png, settings, video
 
@@ -114,6 +117,19 @@ def test_truncated_video(
     data = video(30, container=container, codec=codec, pixel_format=pixel_format)
     with pytest.raises(MediaTruncated):
         preprocessor.open("video", data[: int(len(data) * share)]).patches()
+
+
+@pytest.mark.parametrize("junk", [b"\xff" * 40, b"\0" * 40, b"\0\0\1\0\xfe\xdc\xba\x98" + b"\1" * 40])
+def test_a_whole_video_with_something_behind_it(preprocessor: Preprocessor, junk: bytes) -> None:
+    data = video(8)
+    assert torch.equal(preprocessor.open("video", data + junk).patches(), preprocessor.open("video", data).patches())
+
+
+def test_a_file_of_nothing_but_boxes_is_given_up_soon() -> None:
+    boxes = b"\0\0\0\x18ftypisom" + bytes(12) + b"\0\0\0\x08free" * (2 << 20)
+    start = time.process_time()
+    assert not is_cut_short(boxes)
+    assert time.process_time() - start < 0.5
 
 
 def test_damaged_video(preprocessor: Preprocessor) -> None:
