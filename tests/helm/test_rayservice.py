@@ -10,7 +10,9 @@ import yaml
 from helm_python import HelmRenderError
 from ray.serve.schema import ServeDeploySchema
 
+from deploy.ray_serve.application import _STOP_MARGIN_S, _options
 from deploy.ray_serve.config import ServeArguments
+from deploy.ray_serve.llm import QUEUED_TOKENS
 from tests.helm.rendering import of_kind, pods, pods_of, render, rendered, values_of
 
 
@@ -52,6 +54,15 @@ def test_the_application_and_its_grpc_service_are_there() -> None:
     for function in config["grpc_options"]["grpc_servicer_functions"]:
         module, _, name = function.rpartition(".")
         assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_pods_end_no_sooner_than_the_replicas_in_them() -> None:
+    found = arguments(values_of("rayservice"))
+    settings = [pool.service_settings(found.model).model_dump() for pool in (found.encoders, found.llm)]
+    drain_s = max(each["drain_timeout_s"] for each in settings)
+    options = _options(found.llm, QUEUED_TOKENS, 1.0, drain_s + _STOP_MARGIN_S)
+    for pod in pods("rayservice").values():
+        assert pod.spec["terminationGracePeriodSeconds"] > options["graceful_shutdown_timeout_s"] > 2 * drain_s
 
 
 def test_pools_become_arguments() -> None:

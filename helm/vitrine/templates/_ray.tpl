@@ -94,7 +94,8 @@ spec:
   enableServiceLinks: false
   {{- $encoder := include "vitrine.rayPool" (list $root "encoders") | fromYaml }}
   {{- $llm := include "vitrine.rayPool" (list $root "llm") | fromYaml }}
-  terminationGracePeriodSeconds: {{ add (max $encoder.drainTimeoutSeconds $llm.drainTimeoutSeconds) 10 }}
+  # A replica first waits for its requests, then for its process to drain, with 5 s to spare each time.
+  terminationGracePeriodSeconds: {{ add (mul 2 (add (max $encoder.drainTimeoutSeconds $llm.drainTimeoutSeconds) 5)) 10 }}
   securityContext:
     {{- toYaml $values.podSecurityContext | nindent 4 }}
   {{- with $values.images.pullSecrets }}
