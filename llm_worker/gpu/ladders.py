@@ -10,7 +10,7 @@ _MULTIPLE = 8
 def token_ladder(max_tokens: int) -> list[int]:
     """Token counts in ascending order up to `max_tokens`: powers of two and seven sizes between two of them.
 
-    From 64 tokens on a step pays for 12.5 % more than it has at most, and for 6 % on average; below, for 7 more at most.
+    From 64 tokens on a step pays for 12.5 % more than it has at most, 6 % on average; below, for 7 more at most.
     """
     sizes = set(range(_MULTIPLE, 8 * _MULTIPLE, _MULTIPLE))
     octave = 8 * _MULTIPLE
