@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 class RequestHandle:
-    """A request as the frontend holds it: iterate over its tokens. Belongs to the event loop that submitted it."""
+    """A request as the frontend holds it: iterate over its tokens. Belongs to the event loop that submitted it.
+
+    failed: why it ended early, once it has.
+    """
 
     def __init__(
         self,
@@ -36,6 +39,7 @@ class RequestHandle:
         self._send_kv = send_kv
         self._loop = asyncio.get_running_loop()
         self._outputs: asyncio.Queue[TokenOutput | VitrineError] = asyncio.Queue()
+        self.failed: asyncio.Future[VitrineError] = self._loop.create_future()
 
     def set_prompt(self, prompt: ExpandedPrompt, coming: Iterable[int] | None = None) -> None:
         """The whole prompt; it begins with the prefix that was submitted.
@@ -92,6 +96,8 @@ class RequestHandle:
 
         def put() -> None:
             self.timings = timings
+            if isinstance(output, VitrineError) and not self.failed.done():
+                self.failed.set_result(output)
             self._outputs.put_nowait(output)
 
         self._on_loop(put)

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from embedding_transport.errors import BadRequest, TooManyItems
 from llm_worker.engine.request import ExpandedPrompt, TokenOutput
@@ -72,7 +72,7 @@ class Generator:
             VitrineError: why it could not be done.
         """
         async with self._running(request) as (feed, handle):
-            prompt = await feed.prompt
+            prompt = await _prompt_of(feed, handle)
             yield Started(len(prompt.token_ids), prompt.num_media_tokens)
             async for event in self._stream(request, prompt, handle, feed):
                 yield event
@@ -85,7 +85,7 @@ class Generator:
         """
         request = replace(request, sampling=replace(request.sampling, max_tokens=1))
         async with self._running(request, keep_kv=True) as (feed, handle):
-            prompt = await feed.prompt
+            prompt = await _prompt_of(feed, handle)
             yield PromptKnown(len(prompt.token_ids), prompt.num_media_tokens, feed.layouts)
             async for output in handle:
                 engine = handle.timings
@@ -180,3 +180,16 @@ class Generator:
 
 def _delta(output: TokenOutput, text: str) -> Delta:
     return Delta([output.token_id], text, [output.logprobs] if output.logprobs is not None else [])
+
+
+async def _prompt_of(feed: PromptFeed, handle: RequestHandle) -> ExpandedPrompt:
+    """The prompt, once it is known; it may never be where the engine has given the request up.
+
+    Raises:
+        VitrineError: why the request ended before.
+    """
+    waited_for: list[asyncio.Future[Any]] = [feed.prompt, handle.failed]
+    await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
+    if not feed.prompt.done():
+        raise handle.failed.result()
+    return feed.prompt.result()

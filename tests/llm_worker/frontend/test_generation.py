@@ -24,6 +24,7 @@ from llm_worker.frontend import prompt_feed
 from llm_worker.frontend.events import Delta, Finished, GenerationEvent, GenerationRequest, Started
 from llm_worker.frontend.generation import Generator
 from llm_worker.frontend.known_layouts import layout_keys
+from llm_worker.frontend.media_feed import MediaFeed
 from tests.embedding_transport.encoder_stub import StubServicer, running_stub
 from tests.llm_worker.frontend.serving import MAX_ITEMS, Serving, identity, serving
 
@@ -128,6 +129,22 @@ async def test_a_fault_of_ours_is_in_the_log_under_the_number_that_the_client_ge
         assert "the reason" in caplog.text and "the reason" not in str(caught.value)
         number = str(caught.value).split(":")[0]
         assert number in caplog.text
+    await worker.until_idle()
+
+
+async def test_what_fails_before_the_prompt_is_known_is_told_at_once(
+    worker: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("the reason")
+
+    async def no_layout(*arguments: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(worker.engine._forward_pass.decoder, "forward", fail)
+    monkeypatch.setattr(MediaFeed, "_encode", no_layout)
+    with pytest.raises(InternalError, match="the step failed"):
+        await asyncio.wait_for(run(worker.generator, request("word " * 80 + IMAGE, ("one 6",))), 5)
     await worker.until_idle()
 
 
