@@ -29,6 +29,8 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as smart_resize_video
 from transformers.video_utils import VideoMetadata
 
+from embedding_transport.types import MediaKind
+
 VIDEO_FPS = 2.0
 
 
@@ -36,7 +38,7 @@ VIDEO_FPS = 2.0
 class Media:
     """One encoded file and what it is."""
 
-    kind: str
+    kind: MediaKind
     data: bytes
 
 

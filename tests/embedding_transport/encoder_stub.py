@@ -43,7 +43,7 @@ class StubServicer(encoder_pb2_grpc.EncoderServicer):
         self.num_items = 0
         self.hangs = False
 
-    async def Describe(self, request, context):  # type: ignore[no-untyped-def, override]
+    async def Describe(self, request, context):  # type: ignore[no-untyped-def]
         identity = self.identity
         return describe(
             identity,
@@ -51,14 +51,14 @@ class StubServicer(encoder_pb2_grpc.EncoderServicer):
             transports=self.exporter.transports,
         )
 
-    async def Connect(self, request_iterator, context):  # type: ignore[no-untyped-def, override]
+    async def Connect(self, request_iterator, context):  # type: ignore[no-untyped-def]
         try:
             async for response in self.exporter.connect(request_iterator):
                 yield response
         except Exception as error:
             await abort(context, error)
 
-    async def Encode(self, request, context):  # type: ignore[no-untyped-def, override]
+    async def Encode(self, request, context):  # type: ignore[no-untyped-def]
         self.num_encodes += 1
         self.num_items += len(request.items)
         self.hangs = any(item.data.startswith(b"hang") for item in request.items)
@@ -84,7 +84,7 @@ class StubServicer(encoder_pb2_grpc.EncoderServicer):
         except Exception as error:
             await abort(context, error)
 
-    async def Release(self, request, context):  # type: ignore[no-untyped-def, override]
+    async def Release(self, request, context):  # type: ignore[no-untyped-def]
         released, unknown = self.exporter.release(request.session_id, request.lease_ids)
         return encoder_pb2.ReleaseResponse(num_released=released, num_unknown=unknown)
 

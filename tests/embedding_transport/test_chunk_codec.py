@@ -78,7 +78,7 @@ def test_lengths_that_are_lies_are_refused() -> None:
 
 
 class Damaged(StubServicer):
-    async def Encode(self, request, context):  # type: ignore[no-untyped-def, override]
+    async def Encode(self, request, context):  # type: ignore[no-untyped-def]
         yield request.items[0].data
 
 

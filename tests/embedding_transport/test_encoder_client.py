@@ -57,7 +57,7 @@ def landed(event: RowsEvent, identity: ModelIdentity) -> torch.Tensor:
 
 @pytest.mark.parametrize("transport", ["shm", "grpc"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-async def test_rows_arrive_bit_for_bit(tmp_path: Path, transport: str, dtype: str) -> None:
+async def test_rows_arrive_bit_for_bit(tmp_path: Path, transport: TransportChoice, dtype: str) -> None:
     identity = replace(IDENTITY, dtype=dtype, out_hidden_size=512)
     items = [item("a 7"), item("b 1200"), item("c 1")]  # 1200 rows are several chunks
     async with running_stub(tmp_path, identity, pool_bytes=64 << 20) as (address, servicer, _):
@@ -65,6 +65,7 @@ async def test_rows_arrive_bit_for_bit(tmp_path: Path, transport: str, dtype: st
         await client.start()
         rows = await encode_all(client, items)
         for index, expected in enumerate(items):
+            assert expected.data is not None
             num_tokens = int(expected.data.split()[-1])
             assert torch.equal(landed(rows[index], identity), synthetic_rows(expected.data, num_tokens, identity))
             assert rows[index].rows.timings.forward_ms == 5
@@ -162,7 +163,8 @@ async def test_an_error_behind_the_last_rows_takes_nothing_from_them(tmp_path: P
 )
 async def test_mismatch_names_the_field_and_both_values(tmp_path: Path, field: str, value: object) -> None:
     async with running_stub(tmp_path) as (address, _, _):
-        client = EncoderClient([address], replace(IDENTITY, **{field: value}), shm_folder=tmp_path)
+        expected = replace(IDENTITY, **{field: value})  # type: ignore[arg-type]
+        client = EncoderClient([address], expected, shm_folder=tmp_path)
         with pytest.raises(EncoderMismatch, match=field) as caught:
             await client.start()
         assert repr(value) in str(caught.value) and repr(getattr(IDENTITY, field)) in str(caught.value)
@@ -309,7 +311,7 @@ async def test_cancelled_requests_leave_no_load_behind(tmp_path: Path) -> None:
 
 def busy_servicer(retry_after_s: float) -> type[StubServicer]:
     class BusyServicer(StubServicer):
-        async def Encode(self, request, context):  # type: ignore[no-untyped-def, override]
+        async def Encode(self, request, context):  # type: ignore[no-untyped-def]
             self.num_encodes += 1
             failed = encoder_pb2.Failed(item_index=0, code="overloaded", message="full", retry_after_s=retry_after_s)
             yield encoder_pb2.EncodeResponse(failed=failed)

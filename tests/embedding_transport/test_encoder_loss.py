@@ -65,7 +65,7 @@ async def encode(client: EncoderClient, *texts: str) -> list[RowsEvent]:
 class CancelsEncode(StubServicer):
     """Ends every Encode with CANCELLED, as a proxy or a stopping server does."""
 
-    async def Encode(self, request, context):  # type: ignore[no-untyped-def, override]
+    async def Encode(self, request, context):  # type: ignore[no-untyped-def]
         content_hash = hashlib.sha256(request.items[0].data).digest()
         layout = encoder_pb2.Layout(grid_thw=[1, 2, 10], num_tokens=5, content_hash=content_hash)
         yield encoder_pb2.EncodeResponse(layout=layout)
@@ -77,13 +77,12 @@ class Drains(StubServicer):
 
     async def Encode(self, request, context):  # type: ignore[no-untyped-def, override]
         await abort(context, EncoderUnavailable("the encoder is shutting down"))
-        yield
 
 
 class CancelsFirstConnect(StubServicer):
     num_connects = 0
 
-    async def Connect(self, request_iterator, context):  # type: ignore[no-untyped-def, override]
+    async def Connect(self, request_iterator, context):  # type: ignore[no-untyped-def]
         self.num_connects += 1
         if self.num_connects == 1:
             await context.abort(grpc.StatusCode.CANCELLED, "not now")
@@ -96,7 +95,7 @@ class BreaksFirstConnect(StubServicer):
 
     num_connects = 0
 
-    async def Connect(self, request_iterator, context):  # type: ignore[no-untyped-def, override]
+    async def Connect(self, request_iterator, context):  # type: ignore[no-untyped-def]
         self.num_connects += 1
         if self.num_connects == 1:
             return
@@ -107,7 +106,7 @@ class BreaksFirstConnect(StubServicer):
 class ForgetsSessions(StubServicer):
     """Like an encoder that was started anew on the same address."""
 
-    async def Encode(self, request, context):  # type: ignore[no-untyped-def, override]
+    async def Encode(self, request, context):  # type: ignore[no-untyped-def]
         request.session_id = "0" * 32
         async for response in super().Encode(request, context):
             yield response
@@ -118,7 +117,7 @@ class HangsInStats(StubServicer):
 
     is_asked = False
 
-    async def GetStats(self, request, context):  # type: ignore[no-untyped-def, override]
+    async def GetStats(self, request, context):  # type: ignore[no-untyped-def]
         self.is_asked = True
         await asyncio.sleep(60)
 
@@ -128,7 +127,7 @@ class Says(StubServicer):
 
     responses: list[encoder_pb2.EncodeResponse]
 
-    async def Encode(self, request, context):  # type: ignore[no-untyped-def, override]
+    async def Encode(self, request, context):  # type: ignore[no-untyped-def]
         for response in self.responses:
             yield response
 
@@ -136,7 +135,7 @@ class Says(StubServicer):
 class Boasts(StubServicer):
     """Announces more rows than any memory holds."""
 
-    async def Encode(self, request, context):  # type: ignore[no-untyped-def, override]
+    async def Encode(self, request, context):  # type: ignore[no-untyped-def]
         num_tokens = 1 << 30
         yield encoder_pb2.EncodeResponse(layout=encoder_pb2.Layout(grid_thw=[1, 2, 2 << 30], num_tokens=num_tokens))
 
@@ -207,7 +206,9 @@ async def test_connects_again_after_an_answer_that_is_none(tmp_path: Path) -> No
         return b"\xff"
 
     other = grpc.aio.server()
-    methods = {"Describe": grpc.unary_unary_rpc_method_handler(describe)}
+    methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+        "Describe": grpc.unary_unary_rpc_method_handler(describe)
+    }
     other.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
     port = other.add_insecure_port("127.0.0.1:0")
     await other.start()

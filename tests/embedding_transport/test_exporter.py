@@ -59,8 +59,7 @@ async def connect(address: str, *requests: encoder_pb2.ConnectRequest) -> AsyncI
             for request in requests:
                 await call.write(request)
                 response = await call.read()
-                if response is grpc.aio.EOF:
-                    await call  # raises the status
+                assert isinstance(response, encoder_pb2.ConnectResponse)
                 yield response
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) or error from error

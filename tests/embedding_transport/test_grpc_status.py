@@ -24,13 +24,13 @@ class Failing(encoder_pb2_grpc.EncoderServicer):
     def __init__(self) -> None:
         self.error: Exception = InternalError("unset")
 
-    async def Describe(self, request, context):  # type: ignore[no-untyped-def, override]
+    async def Describe(self, request, context):  # type: ignore[no-untyped-def]
         await abort(context, self.error)
 
 
 @pytest.fixture
 async def failing() -> AsyncIterator[tuple[Failing, encoder_pb2_grpc.EncoderAsyncStub]]:
-    servicer, server = Failing(), grpc.aio.server()
+    servicer, server = Failing(), grpc.aio.server()  # type: ignore[abstract]
     encoder_pb2_grpc.add_EncoderServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -39,13 +39,13 @@ def test_free_list_never_overlaps_and_joins_what_comes_back() -> None:
             free_list.give_back(start, held.pop(start))
             continue
         nbytes = rng.randint(1, 5000)
-        start = free_list.take(nbytes)
-        if start is None:
+        taken = free_list.take(nbytes)
+        if taken is None:
             num_refused += 1
             continue
-        assert start % 64 == 0 and start + nbytes <= POOL_NBYTES
-        assert all(start + nbytes <= other or other + length <= start for other, length in held.items())
-        held[start] = nbytes
+        assert taken % 64 == 0 and taken + nbytes <= POOL_NBYTES
+        assert all(taken + nbytes <= other or other + length <= taken for other, length in held.items())
+        held[taken] = nbytes
     assert num_refused, "the pool was never full: the test proves little"
     for start, nbytes in held.items():
         free_list.give_back(start, nbytes)

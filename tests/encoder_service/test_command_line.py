@@ -77,9 +77,8 @@ async def test_the_process_encodes_a_picture_as_transformers_does(qwen3_vl_folde
     assert list(layout.grid_thw) == processed["image_grid_thw"][0].tolist()
     data = b"".join(r.chunk.data for r in responses if r.WhichOneof("event") == "chunk")
     rows = torch.frombuffer(bytearray(data), dtype=torch.float32).view(layout.num_tokens, -1)
-    expected = reference_rows(
-        reference_from_folder(qwen3_vl_folder), processed["pixel_values"], [tuple(layout.grid_thw)]
-    )
+    t, h, w = layout.grid_thw
+    expected = reference_rows(reference_from_folder(qwen3_vl_folder), processed["pixel_values"], [(t, h, w)])
     assert (rows - expected).abs().max() <= 1e-4
 
 

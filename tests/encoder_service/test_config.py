@@ -114,7 +114,7 @@ def test_values_out_of_range_are_refused(flags: list[str]) -> None:
 def test_a_config_cannot_be_changed() -> None:
     config = read(["--model", "m"])
     with pytest.raises(ValidationError):
-        config.port = 1
+        config.port = 1  # type: ignore[misc]
 
 
 def test_help_describes_every_flag(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import grpc
 import pytest
@@ -15,6 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from embedding_transport.encoder_client import EncoderClient
 from embedding_transport.errors import Overloaded
 from embedding_transport.grpc_status import ERROR_CODE_KEY
+from embedding_transport.row_peer import TransportChoice
 from embedding_transport.types import EmbeddingRows, LayoutEvent, MediaItem
 from encoder_service.metrics import EncoderMetrics
 from encoder_service.server import EncoderServer, EncoderServicer
@@ -22,6 +24,8 @@ from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from tests.encoder_service.models.reference import reference_from_folder, reference_rows
 from tests.encoder_service.running import MAX_ITEMS, RunningEncoder, image, image_message, png, run_encoder
 from tests.integration.media_server import serve_media
+
+Session: TypeAlias = grpc.aio.StreamStreamCall[encoder_pb2.ConnectRequest, encoder_pb2.ConnectResponse]
 
 
 @pytest.fixture
@@ -86,7 +90,8 @@ async def test_rows_as_bytes_equal_transformers(checkpoint_folder: Path, tmp_pat
         (layout,) = (r.layout for r in responses if r.WhichOneof("event") == "layout" and r.layout.item_index == index)
         chunks = [r.chunk for r in responses if r.WhichOneof("event") == "chunk" and r.chunk.item_index == index]
         patches = preprocessor.open("image", picture).patches()
-        expected = reference_rows(reference, patches, [tuple(layout.grid_thw)])
+        t, h, w = layout.grid_thw
+        expected = reference_rows(reference, patches, [(t, h, w)])
         got = torch.frombuffer(bytearray(b"".join(chunk.data for chunk in chunks)), dtype=torch.float32)
         assert (got.view(layout.num_tokens, -1) - expected).abs().max() <= 1e-4
         assert chunks[-1].timings.forward_ms > 0
@@ -95,7 +100,7 @@ async def test_rows_as_bytes_equal_transformers(checkpoint_folder: Path, tmp_pat
 
 @pytest.mark.parametrize("transport", ["shm", "grpc"])
 async def test_the_client_gets_the_same_rows_over_either_transport(
-    encoder: RunningEncoder, tmp_path: Path, transport: str
+    encoder: RunningEncoder, tmp_path: Path, transport: TransportChoice
 ) -> None:
     pictures = [png(96, 64, 1), png(512, 512, 2)]
     client = EncoderClient([encoder.address], encoder.identity, transport=transport, shm_folder=tmp_path)
@@ -156,7 +161,7 @@ async def test_until_the_model_is_loaded_everything_is_unavailable(qwen3_vl_fold
     async with run_encoder(qwen3_vl_folder, tmp_path, loaded=False) as encoder:
         for service in ("", "vitrine.encoder.v1.Encoder"):
             assert await health_of(encoder.channel, service) == health_pb2.HealthCheckResponse.NOT_SERVING
-        calls = [
+        calls: list[Awaitable[object]] = [
             stub(encoder).Describe(encoder_pb2.DescribeRequest()),
             encode(encoder, encoder_pb2.EncodeRequest(items=[image_message(b"x")])),
             stub(encoder).Release(encoder_pb2.ReleaseRequest()),
@@ -195,15 +200,23 @@ async def test_draining_refuses_new_requests_and_finishes_running_ones(encoder: 
     assert {r.WhichOneof("event") for r in await running} == {"layout", "chunk"}
 
 
-async def connect(encoder: RunningEncoder) -> tuple[str, object]:
+async def connect(encoder: RunningEncoder) -> tuple[str, Session]:
     """An open session that takes leases, without reading any memory."""
     call = stub(encoder).Connect()
     await call.write(encoder_pb2.ConnectRequest(hello=encoder_pb2.Hello(protocol_version=1, transports=["shm"])))
     offer = await call.read()
-    assert offer.WhichOneof("message") == "offer"
+    assert isinstance(offer, encoder_pb2.ConnectResponse) and offer.WhichOneof("message") == "offer"
     result = encoder_pb2.ProbeResult(nonce=encoder.exporter._pools[0].nonce)
     await call.write(encoder_pb2.ConnectRequest(probe_result=result))
-    return (await call.read()).session.session_id, call
+    response = await call.read()
+    assert isinstance(response, encoder_pb2.ConnectResponse)
+    return response.session.session_id, call
+
+
+async def reads_layout(call: grpc.aio.UnaryStreamCall[encoder_pb2.EncodeRequest, encoder_pb2.EncodeResponse]) -> bool:
+    """Whether the next response is a layout."""
+    response = await call.read()
+    return isinstance(response, encoder_pb2.EncodeResponse) and response.WhichOneof("event") == "layout"
 
 
 async def test_a_client_that_goes_away_stops_its_request_and_frees_leases(encoder: RunningEncoder) -> None:
@@ -212,7 +225,7 @@ async def test_a_client_that_goes_away_stops_its_request_and_frees_leases(encode
         slow = encoder_pb2.MediaItem(kind=encoder_pb2.MEDIA_KIND_IMAGE, url=server.url("/hangs"))
         request = encoder_pb2.EncodeRequest(session_id=session_id, items=[slow, image_message(png(64, 64))])
         call = stub(encoder).Encode(request)
-        assert (await call.read()).WhichOneof("event") == "layout"
+        assert await reads_layout(call)
         await eventually(lambda: encoder.exporter.stats().live_leases == 1)
         await server.num_waiting.acquire()
         call.cancel()
@@ -231,7 +244,7 @@ async def test_a_peer_that_gives_up_during_the_forward_leaves_nothing_in_the_poo
     encoder.tower.gate.clear()
     request = encoder_pb2.EncodeRequest(session_id=session_id, items=[image_message(png(64, 64))])
     call = stub(encoder).Encode(request)
-    assert (await call.read()).WhichOneof("event") == "layout"
+    assert await reads_layout(call)
     assert await asyncio.to_thread(encoder.tower.entered.wait, 10)
     call.cancel()
     await asyncio.wait_for(encoder.servicer.idle(), 10)
@@ -318,7 +331,7 @@ async def test_leases_that_never_reached_the_client_are_released(encoder: Runnin
     session_id, session = await connect(encoder)
     request = encoder_pb2.EncodeRequest(session_id=session_id, items=[image_message(png(64, 64))])
     context = StuckContext()
-    call = asyncio.create_task(encoder.servicer.Encode(request, context))
+    call = asyncio.create_task(encoder.servicer.Encode(request, context))  # type: ignore[arg-type]
     await asyncio.wait_for(context.stuck.wait(), 10)
     assert encoder.exporter.stats().live_leases == 1
     call.cancel()

@@ -116,7 +116,7 @@ async def grpc_error(fleet: Fleet, prompt: llm_pb2.Prompt) -> grpc.aio.AioRpcErr
 
 
 def error_code(error: grpc.aio.AioRpcError) -> str:
-    return dict(error.trailing_metadata() or ())["vitrine-error-code"]
+    return str(dict(error.trailing_metadata() or ())["vitrine-error-code"])
 
 
 @pytest.mark.parametrize("name", list(BAD_MEDIA))

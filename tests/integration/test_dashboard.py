@@ -14,9 +14,11 @@ from PIL import Image
 
 from tests.integration.fleet import Fleet, ServiceProcess, start_fleet
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
+pytest.importorskip("selenium", reason="selenium is not installed")
+
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
 
 CHROMIUM, CHROMEDRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 REPOSITORY = Path(__file__).parents[2]
@@ -79,12 +81,14 @@ def test_a_picture_is_asked_about_and_the_fleet_is_shown(tiny_fleet: Fleet, brow
     until(browser, lambda: "first token" in text("#answer-note"))
     assert text("#answer").isdecimal()
     until(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "#recent .request"))
-    shown = {bar.get_attribute("class").split("-")[-1] for bar in browser.find_elements(By.CSS_SELECTOR, ".lanes .bar")}
+    bars = browser.find_elements(By.CSS_SELECTOR, ".lanes .bar")
+    shown = {(bar.get_attribute("class") or "").split("-")[-1] for bar in bars}
     assert shown == {"load", "preprocess", "queue", "forward", "ship", "land", "prefill", "decode"}
     assert "1 media" in text("#recent .what")
 
     screenshot = Image.open(io.BytesIO(browser.get_screenshot_as_png()))
-    assert len(screenshot.convert("RGB").getcolors(1 << 20)) > 100, "the page is blank"
+    colors = screenshot.convert("RGB").getcolors(screenshot.width * screenshot.height)
+    assert colors is not None and len(colors) > 100, "the page is blank"
     assert browser.get_log("browser") == []
 
 

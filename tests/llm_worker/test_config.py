@@ -82,7 +82,7 @@ def test_whole_blocks_hold_the_longest_requests() -> None:
 def test_a_config_cannot_be_changed() -> None:
     config = read(NEEDED)
     with pytest.raises(ValidationError):
-        config.port = 1
+        config.port = 1  # type: ignore[misc]
 
 
 def test_help_describes_every_flag(capsys: pytest.CaptureFixture[str]) -> None:

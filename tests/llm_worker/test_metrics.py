@@ -36,7 +36,7 @@ def value(metrics: LlmMetrics, name: str, **labels: str) -> float | None:
 
 async def test_events_pass_unchanged_and_are_counted() -> None:
     metrics = LlmMetrics()
-    given = [Started(10, 4), Delta([1], "a"), Delta([2, 3], "b"), FINISHED]
+    given: list[GenerationEvent] = [Started(10, 4), Delta([1], "a"), Delta([2, 3], "b"), FINISHED]
     assert await run(metrics, events(*given)) == given
     assert value(metrics, "requests_total", outcome="ok") == 1
     assert [value(metrics, "tokens_total", kind=kind) for kind in ("prompt", "media", "generated")] == [10, 4, 3]

@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve._private.common import ReplicaState
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from deploy.ray_serve.application import build
@@ -40,7 +41,7 @@ class Running:
     def num_running(self, deployment: str) -> int:
         """Replicas that serve."""
         states = serve.status().applications[APPLICATION].deployments[deployment].replica_states
-        return int(states.get("RUNNING", 0))
+        return states.get(ReplicaState.RUNNING, 0)
 
     def encoder_addresses(self) -> list[str]:
         """Of the encoders that serve and whose process lives."""

@@ -30,7 +30,7 @@ EXAMPLE = Path(config_module.__file__).with_name("config.yaml")
 
 def deployments(arguments: dict[str, Any]) -> dict[str, Any]:
     """What Ray Serve makes of them, by deployment."""
-    application = call_user_app_builder_with_args_if_necessary(build, arguments)
+    application = call_user_app_builder_with_args_if_necessary(build, arguments)  # type: ignore[arg-type]
     return {each.name: each for each in build_app(application, name="vitrine").deployments}
 
 
@@ -57,7 +57,7 @@ def deployments(arguments: dict[str, Any]) -> dict[str, Any]:
 )
 def test_wrong_arguments_are_refused_by_name(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
-        call_user_app_builder_with_args_if_necessary(build, arguments)
+        call_user_app_builder_with_args_if_necessary(build, arguments)  # type: ignore[arg-type]
 
 
 def test_arguments_of_the_command_line_reach_the_deployments() -> None:

@@ -35,7 +35,7 @@ async def test_router_counts_requests_that_come_together() -> None:
     for number in range(20):
         metadata = RequestMetadata(request_id=str(number), internal_request_id=str(number))
         request = PendingRequest(args=[KEYS[0], []], kwargs={}, metadata=metadata)
-        ranks = await router.choose_replicas(replicas, request)
+        ranks = await router.choose_replicas(replicas, request)  # type: ignore[arg-type]
         assert sorted(replica.replica_metadata["address"] for [replica] in ranks) == ADDRESSES
         assert request.routing_context.should_backoff
         chosen[ranks[0][0].replica_metadata["address"]] += 1

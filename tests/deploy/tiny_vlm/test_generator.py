@@ -39,7 +39,8 @@ def held_out(kind: Kind, count: int) -> Iterator[tuple[Sample, Question]]:
 def distance(pixels: np.ndarray, color: str) -> np.ndarray:
     """Of every pixel from the nearest anchor of `color`."""
     anchors = np.array(COLORS[color], dtype=float)
-    return np.linalg.norm(pixels[..., None, :].astype(float) - anchors, axis=-1).min(-1)
+    nearest: np.ndarray = np.linalg.norm(pixels[..., None, :].astype(float) - anchors, axis=-1).min(-1)
+    return nearest
 
 
 def test_equal_arguments_give_equal_samples(train: list[Sample]) -> None:

@@ -56,7 +56,8 @@ def _answer_logits(reference: Reference, media: list[Media], question: str, answ
     inputs = reference.inputs(f"{prompt}{answer}<|im_end|>", media)
     num_answer = len(reference.tokenizer.encode(f"{answer}<|im_end|>"))
     with torch.inference_mode():
-        return reference.model(**inputs).logits[0, -num_answer - 1 : -1]
+        logits: torch.Tensor = reference.model(**inputs).logits
+    return logits[0, -num_answer - 1 : -1]
 
 
 def test_a_few_steps_on_the_cpu_lower_the_loss_and_write_a_checkpoint(tmp_path: Path) -> None:

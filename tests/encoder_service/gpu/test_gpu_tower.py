@@ -62,15 +62,15 @@ class Case:
     def check(self, grids: list[tuple[int, int, int]], seed: int = 0) -> torch.Tensor:
         """Rows of the graphed tower, after each of them was found close to the plain one's."""
         patches_PX = self.patches(grids, seed)
-        rows_TW = self.graphed.forward(patches_PX, grids)
+        rows_TW: torch.Tensor = self.graphed.forward(patches_PX, grids)
         assert cosine(rows_TW, self.plain.forward(patches_PX, grids), self.plain.out_hidden_size).min() >= MIN_COSINE
         return rows_TW
 
 
 def cosine(rows_TW: torch.Tensor, expected_TW: torch.Tensor, width: int) -> torch.Tensor:
     """Of every block of every row; NaN anywhere fails any comparison."""
-    blocks = (each.float().unflatten(1, (-1, width)) for each in (rows_TW, expected_TW))
-    return F.cosine_similarity(*blocks, dim=-1)
+    blocks, expected = (each.float().unflatten(1, (-1, width)) for each in (rows_TW, expected_TW))
+    return F.cosine_similarity(blocks, expected, dim=-1)
 
 
 @pytest.fixture(scope="module", params=["qwen3_vl", "qwen2_5_vl"])

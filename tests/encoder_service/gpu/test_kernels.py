@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,7 @@ def test_layer_norm_adds_what_is_missing_and_ends_garbage(tables: BatchTables, p
     real = NUM_PATCHES // patches_a_row
     x[real:] = NAN
     out = norms.layer_norm(ResidualStream(x), shift, weight, bias, tables.cu_seqlens)
+    assert isinstance(out, torch.Tensor)
     expected = F.layer_norm(x[:real] + shift.repeat(patches_a_row), weight.shape, weight, bias, 1e-6)
     torch.testing.assert_close(out[:real], expected, atol=1e-5, rtol=1e-5)
     assert (out[real:] == 0).all()
@@ -122,6 +124,7 @@ def test_rms_norm_adds_what_is_missing_and_ends_garbage(tables: BatchTables) -> 
     x = random(NUM_PATCHES + PADDING, channels)
     x[NUM_PATCHES:] = NAN
     out = norms.rms_norm(ResidualStream(x), shift, weight, tables.cu_seqlens)
+    assert isinstance(out, torch.Tensor)
     expected = F.rms_norm(x[:NUM_PATCHES] + shift, (channels,), weight, 1e-6)
     torch.testing.assert_close(out[:NUM_PATCHES], expected, atol=1e-5, rtol=1e-5)
     assert (out[NUM_PATCHES:] == 0).all()
@@ -136,7 +139,9 @@ def test_a_norm_settles_what_the_stream_is_owed(tables: BatchTables, patches_a_r
     plain = norms.layer_norm(ResidualStream(settled.clone()), shift, weight, bias, tables.cu_seqlens)
     stream = ResidualStream(x)
     stream.owe(owed)
-    assert torch.equal(norms.layer_norm(stream, shift, weight, bias, tables.cu_seqlens), plain)
+    out = norms.layer_norm(stream, shift, weight, bias, tables.cu_seqlens)
+    assert isinstance(out, torch.Tensor) and isinstance(plain, torch.Tensor)
+    assert torch.equal(out, plain)
     assert torch.equal(x[:NUM_PATCHES], settled[:NUM_PATCHES])
     assert stream.settle() is None
 
@@ -165,10 +170,13 @@ def test_norms_into_fp8(tables: BatchTables) -> None:
     shift, weight, bias = random(3, channels)
     x = random(NUM_PATCHES + PADDING, channels)
     x[NUM_PATCHES:] = NAN
-    for norm, arguments in ((norms.layer_norm, (weight, bias)), (norms.rms_norm, (weight,))):
-        plain = norm(ResidualStream(x), shift, *arguments, tables.cu_seqlens)
+    for norm in (
+        partial(norms.layer_norm, ResidualStream(x), shift, weight, bias, tables.cu_seqlens),
+        partial(norms.rms_norm, ResidualStream(x), shift, weight, tables.cu_seqlens),
+    ):
+        plain = norm()
         assert isinstance(plain, torch.Tensor)
-        assert_close_in_fp8(norm(ResidualStream(x), shift, *arguments, tables.cu_seqlens, fp8=True), plain)
+        assert_close_in_fp8(norm(fp8=True), plain)
 
 
 def test_gated_silu() -> None:
@@ -185,8 +193,10 @@ def test_window_attention(tables: BatchTables) -> None:
     out = kernels.window_attention(q, k, v, tables.window_cu_seqlens, WINDOW**2 * MERGE**2, HEAD_DIM**-0.5)
     for start, stop in zip(tables.window_cu_seqlens[:-1].tolist(), tables.window_cu_seqlens[1:].tolist(), strict=True):
         if start < stop:
-            heads_first = (each[start:stop].transpose(0, 1)[None] for each in (q[..., :HEAD_DIM], k[..., :HEAD_DIM], v))
-            expected = F.scaled_dot_product_attention(*heads_first)[0].transpose(0, 1)
+            query, key, value = (
+                each[start:stop].transpose(0, 1)[None] for each in (q[..., :HEAD_DIM], k[..., :HEAD_DIM], v)
+            )
+            expected = F.scaled_dot_product_attention(query, key, value)[0].transpose(0, 1)
             torch.testing.assert_close(out[start:stop], expected, atol=1e-5, rtol=1e-5)
 
 

@@ -104,7 +104,8 @@ async def server() -> AsyncIterator[TestServer]:
     app.router.add_get("/broken", _broken)
     app.router.add_get("/gzip", _gzip)
     app.router.add_get("/cookie", _cookie)
-    async with TestServer(app) as started:
+    started = TestServer(app)
+    async with started:
         yield started
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from embedding_transport.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from embedding_transport.checkpoint import Checkpoint, CheckpointError, ChoosePart, open_checkpoint
 from encoder_service.models import build_tower
 
 CPU = torch.device("cpu")
@@ -31,8 +31,13 @@ class WatchedCheckpoint(Checkpoint):
 
     names_read: list[str]
 
-    def read_tensors(self, names: list[str], device: str | torch.device = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in super().read_tensors(names, device):
+    def read_tensors(
+        self,
+        names: list[str],
+        device: str | torch.device = "cpu",
+        choose_part: ChoosePart = lambda name, shape: None,
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in super().read_tensors(names, device, choose_part):
             self.__dict__.setdefault("names_read", []).append(name)
             yield name, tensor
 

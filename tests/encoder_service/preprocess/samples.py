@@ -98,6 +98,7 @@ def video(
     file = io.BytesIO()
     with av.open(file, "w", format=container) as output:
         stream = output.add_stream(codec, rate=fps)
+        assert isinstance(stream, av.VideoStream)
         stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
         background = np.asarray(photo(width, height))
         for index in range(num_frames):

@@ -78,7 +78,7 @@ def running_engine(
     **config: int,
 ) -> Iterator[Engine]:
     decoder = build_decoder(open_checkpoint(str(folder)), torch.device("cpu"), torch.float32)
-    limits = EngineConfig(**{"num_blocks": 64, "block_size": 8, "max_model_len": 512, **config})
+    limits = EngineConfig(**{"num_blocks": 64, "block_size": 8, "max_model_len": 512, **config})  # type: ignore[arg-type]
     engine = Engine(ForwardPass(decoder, limits, make_runner), limits, on_gpu_lost)
     engine.start()
     try:

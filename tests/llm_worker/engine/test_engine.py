@@ -178,8 +178,8 @@ async def test_too_long_prompts_are_refused_and_long_answers_cut(
     qwen3_vl_folder: Path, reference: Reference, text: Request
 ) -> None:
     num_prompt = len(text.prompt.token_ids)
-    for limit in ({"max_model_len": num_prompt}, {"num_blocks": num_prompt // 8}):
-        with running_engine(qwen3_vl_folder, **limit) as engine:
+    for max_model_len, num_blocks in ((num_prompt, 64), (512, num_prompt // 8)):
+        with running_engine(qwen3_vl_folder, max_model_len=max_model_len, num_blocks=num_blocks) as engine:
             with pytest.raises(PromptTooLong, match=str(num_prompt)):
                 await collect(submit(engine, text, greedy(4)))
             assert is_idle(engine)
@@ -191,7 +191,7 @@ async def test_too_long_prompts_are_refused_and_long_answers_cut(
 async def test_text_that_is_too_long_by_itself_is_refused_before_its_media_are_known(qwen3_vl_folder: Path) -> None:
     """A GPU's tables have no place for more blocks, and KV would be waited for that is never asked for."""
     with running_engine(qwen3_vl_folder, max_model_len=64) as engine:
-        for send_kv in (None, lambda: None):
+        for send_kv in (None, lambda first_row: None):
             with pytest.raises(PromptTooLong, match="64"):
                 engine.submit("too long", [1] * 64, greedy(4), unsent, send_kv)
         assert engine.stats().num_steps == 0

@@ -77,8 +77,9 @@ async def test_a_seed_draws_the_same(qwen3_vl_folder: Path, text: Request) -> No
 async def test_with_memory_for_two_all_finish(qwen3_vl_folder: Path, reference: Reference, image: Request) -> None:
     expected = reference.greedy(image.inputs, 1)[0]
     num_blocks = 2 * -(-len(image.prompt.token_ids) // 8) + 1
-    limits = {"num_blocks": num_blocks, "max_num_batched_tokens": 16}
-    with running_engine(qwen3_vl_folder, Followed, **limits, prefix_cache=False) as engine:
+    with running_engine(
+        qwen3_vl_folder, Followed, num_blocks=num_blocks, max_num_batched_tokens=16, prefix_cache=False
+    ) as engine:
         handles = [submit_with_rows_at_hand(engine, image, greedy(1)) for _ in range(NUM_REQUESTS)]
         assert await asyncio.gather(*map(tokens, handles)) == [expected] * NUM_REQUESTS
         assert is_idle(engine)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from embedding_transport.checkpoint import open_checkpoint
-from llm_worker.engine.kv_cache import BlockTable, KvCache
+from llm_worker.engine.kv_cache import KvCache
 from llm_worker.models.config import text_config
+from llm_worker.models.paged_attention import BlockTable
 
 
 @pytest.fixture

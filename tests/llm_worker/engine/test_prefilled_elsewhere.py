@@ -199,7 +199,7 @@ def test_kv_behind_what_was_lost_meanwhile_is_asked_for_anew(is_here: bool) -> N
     if is_here:
         sequence.give_up()
     sequence.ask_for_kv()
-    assert (asked, rows.num_releases, sequence.kv) == ([16, 0], 1, None)
+    assert (asked, rows.num_releases, sequence.kv) == ([16, 0], 1, None)  # type: ignore[comparison-overlap]
     sequence.ask_for_kv()
     assert asked == [16, 0], "it is coming"
 

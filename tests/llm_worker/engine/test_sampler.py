@@ -101,7 +101,7 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
         each.logprobs for each in sample(LOGITS.expand(4, -1), params, [torch.Generator()] * 4)
     )
     assert two is not None and none is not None and all_of_them is not None and not_asked is None
-    assert (two.token_id, two.logprob) == (0, pytest.approx(float(expected[0])))
+    assert two.token_id == 0 and two.logprob == pytest.approx(float(expected[0]))
     assert [token_id for token_id, _ in two.top] == [0, 1]
     assert [value for _, value in two.top] == pytest.approx(expected[:2].tolist())
     assert none.top == ()

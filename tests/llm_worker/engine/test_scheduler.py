@@ -278,7 +278,7 @@ def test_who_is_not_asked_for_before_there_is_room_is_not_passed(folder: Path) -
     running = bench.add_whole(8)
     bench.step()
     elsewhere = bench.add(8)
-    elsewhere.request_kv = lambda: None
+    elsewhere.request_kv = lambda first_row: None
     small = bench.add_whole(2)
     assert [chunk.sequence for chunk in bench.step()] == [running]
     assert bench.scheduler.waiting == [elsewhere, small]

@@ -80,9 +80,7 @@ def test_hidden_states_equal_the_PlainRunners(checkpoint_folder: Path, monkeypat
     ]
     plain = hidden_states(decoder, requests, gpu=False)
     for step, (ours, expected) in enumerate(zip(hidden_states(decoder, requests, gpu=True), plain, strict=True)):
-        torch.testing.assert_close(
-            ours, expected, atol=5e-5, rtol=1e-4, msg=lambda text, step=step: f"step {step}: {text}"
-        )
+        torch.testing.assert_close(ours, expected, atol=5e-5, rtol=1e-4, msg=f"step {step}: {{}}".format)
     # Its weights lie elsewhere now, and are the same.
     for ours, expected in zip(hidden_states(decoder, requests, gpu=False), plain, strict=True):
         torch.testing.assert_close(ours, expected, atol=5e-5, rtol=1e-4)

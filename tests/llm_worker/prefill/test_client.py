@@ -71,7 +71,7 @@ class MadeUp(prefill_pb2_grpc.PrefillServicer):
         self.answers: list[Answer | str] = []
         self.requests: list[prefill_pb2.PrefillRequest] = []
 
-    async def Describe(self, request, context):  # type: ignore[no-untyped-def, override]
+    async def Describe(self, request, context):  # type: ignore[no-untyped-def]
         return format_to_proto(self.kv_format)
 
     async def Connect(self, requests, context):  # type: ignore[no-untyped-def, override]
@@ -89,10 +89,10 @@ class MadeUp(prefill_pb2_grpc.PrefillServicer):
                 continue
             rows = TensorSource(KV[request.first_row :])
             async for response in self.exporter.export(request.session_id, 0, rows, ItemTimings()):
-                is_bytes = isinstance(response, bytes)
-                await context.write(response if is_bytes else prefill_pb2.PrefillResponse(ready=response.ready))
+                message = response if isinstance(response, bytes) else prefill_pb2.PrefillResponse(ready=response.ready)
+                await context.write(message)
 
-    async def Release(self, request, context):  # type: ignore[no-untyped-def, override]
+    async def Release(self, request, context):  # type: ignore[no-untyped-def]
         num_released, num_unknown = self.exporter.release(request.session_id, request.lease_ids)
         return encoder_pb2.ReleaseResponse(num_released=num_released, num_unknown=num_unknown)
 

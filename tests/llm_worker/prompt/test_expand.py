@@ -10,7 +10,7 @@ import torch
 from deploy.reference import Media, Reference
 from embedding_transport.checkpoint import open_checkpoint
 from embedding_transport.errors import BadRequest, PlaceholderMismatch
-from embedding_transport.types import Layout
+from embedding_transport.types import Layout, MediaKind
 from llm_worker.prompt.config import PromptConfig
 from llm_worker.prompt.expand import expand_prompt
 from llm_worker.prompt.placeholders import plan_placeholders
@@ -78,7 +78,8 @@ class Family:
     def reference_times(self, indices: list[int], fps: float) -> list[float]:
         if self.config.tokens_per_second is not None:
             return [0.0] * -(-len(indices) // 2)
-        return self.reference.processor._calculate_timestamps(indices, fps, 2)
+        times: list[float] = self.reference.processor._calculate_timestamps(indices, fps, 2)
+        return times
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +136,9 @@ def test_the_prefix_is_the_text_before_the_first_placeholder(family: Family) -> 
         (VIDEO + IMAGE, ["image"]),
     ],
 )
-def test_counts_that_cannot_match_fail_before_anything_is_loaded(family: Family, text: str, kinds: list[str]) -> None:
+def test_counts_that_cannot_match_fail_before_anything_is_loaded(
+    family: Family, text: str, kinds: list[MediaKind]
+) -> None:
     with pytest.raises(PlaceholderMismatch):
         plan_placeholders(family.tokenizer.encode(text), kinds, family.config)
 

@@ -49,5 +49,5 @@ def test_two_ranks_compute_what_one_does(family: str, request: pytest.FixtureReq
             expected[int(name[-1])].cpu(),
             atol=5e-5,
             rtol=1e-4,
-            msg=lambda text, name=name: f"{name}: {text}",
+            msg=f"{name}: {{}}".format,
         )
