@@ -67,7 +67,7 @@ class ServiceSettings(BaseSettings):
             raise ValueError(f"--config {file}: it must hold settings as `name: value`, not a {type(in_file).__name__}")
         in_environment = EnvSettingsSource(cls)()
         given = {name: value for name, value in in_file.items() if name not in in_environment}
-        settings = cls(_cli_parse_args=list(arguments), **given)  # type: ignore[call-arg]
+        settings = cls(_cli_parse_args=list(arguments), **given)
         cls._check_environment()
         return settings
 
