@@ -324,9 +324,9 @@ async def test_an_overloaded_encoder_is_passed_over(tmp_path: Path) -> None:
         client = EncoderClient([busy[0], idle[0]], IDENTITY, shm_folder=tmp_path)
         await client.start()
         await client.wait_ready(10)
-        for name in "abcdefgh":  # some of them would go to the busy one
-            rows = await encode_all(client, [item(f"{name} 5")])
-            assert torch.equal(landed(rows[0], IDENTITY), synthetic_rows(f"{name} 5".encode(), 5, IDENTITY))
+        for number in range(32):  # some of them would go to the busy one
+            rows = await encode_all(client, [item(f"{number} 5")])
+            assert torch.equal(landed(rows[0], IDENTITY), synthetic_rows(f"{number} 5".encode(), 5, IDENTITY))
         assert busy[1].num_encodes == client.stats().retries > 0
         await client.close()
 

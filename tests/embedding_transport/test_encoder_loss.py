@@ -145,7 +145,7 @@ async def test_a_refused_request_goes_to_another_encoder(tmp_path: Path, lost: t
     async with running_stub(tmp_path, servicer_class=lost) as first, running_stub(tmp_path) as second:
         client = EncoderClient([first[0], second[0]], IDENTITY, shm_folder=tmp_path)
         await client.start()
-        for number in range(8):  # some of them are at home on the first
+        for number in range(32):  # some of them are at home on the first
             (event,) = await encode(client, f"{number} 5")
             event.rows.release()
         assert client.stats().retries > 0

@@ -117,7 +117,7 @@ async def test_items_of_a_request_come_back_under_their_own_index() -> None:
 async def test_another_encoder_goes_on_where_a_lost_one_stopped(dies_after: int) -> None:
     async with serving(Encoder(dies_after), Encoder()) as addresses:
         replicas = Replicas(addresses)
-        contents = [f"picture {number}".encode() for number in range(8)]
+        contents = [f"picture {number}".encode() for number in range(32)]
         for content in contents:
             assert await collect(forwarder(replicas), request(content)) == [ROWS]
     assert len(replicas.chosen) > len(contents), "none went to the one that dies"

@@ -130,15 +130,15 @@ async def test_an_answer_is_sent_on_as_it_comes_and_holds_its_worker() -> None:
 
 @pytest.mark.parametrize("trouble", [0, 503])
 async def test_another_worker_answers_for_one_that_cannot(trouble: int) -> None:
-    bad, good = Worker(*[trouble] * 20), Worker()
+    bad, good = Worker(*[trouble] * 32), Worker()
     async with serving(bad, good) as addresses:
         replicas = Replicas(addresses)
         async with forwarding(replicas) as forwarder:
-            for _ in range(8):
+            for _ in range(32):
                 asked = await Asked().forward(forwarder)
                 assert (asked.status, b"".join(asked.pieces)) == (200, b"onetwo")
     assert bad.asked, "none went to the bad one"
-    assert len(good.asked) == 8
+    assert len(good.asked) == 32
 
 
 async def test_a_request_waits_for_the_only_worker() -> None:
