@@ -157,7 +157,7 @@ async def test_a_client_that_goes_away_frees_everything_on_both(split: Split, me
         call = llm_pb2_grpc.LlmStub(channel).Generate(llm_pb2.GenerateRequest(prompt=prompt))
         async with asyncio.timeout(20):
             await media_server.num_waiting.acquire()
-        assert await metric(prefilling, "vitrine_llm_running") == 1
+        await until_metric(prefilling, "vitrine_llm_running", 1)
         call.cancel()
     for process in (decoding, prefilling):
         await until_metric(process, "vitrine_llm_running", 0)
