@@ -29,6 +29,7 @@ from tests.encoder_service.running import run_encoder
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and listens on 127.0.0.2"),
+    pytest.mark.timeout(480),  # Ray starts a dozen processes, and a test waits several times
     pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning"),  # its heir does nothing yet
 ]
 
