@@ -24,6 +24,8 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _CHUNK_BYTES = 64 * 1024
 _MAX_URL_LENGTH = 8192
 _MAX_SHOWN = 100
+# As many slow servers do not hold up the others yet, and file descriptors are left.
+_MAX_CONNECTIONS = 512
 
 
 class MediaLoader:
@@ -134,8 +136,7 @@ class MediaLoader:
         # Made on first use: it belongs to the running event loop.
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                # No limit: who is slow shall not make others wait. Limited is what a request may ask for.
-                connector=aiohttp.TCPConnector(resolver=self._resolver, limit=0),
+                connector=aiohttp.TCPConnector(resolver=self._resolver, limit=_MAX_CONNECTIONS),
                 cookie_jar=aiohttp.DummyCookieJar(),  # one caller's cookies are not another's
                 headers={"User-Agent": "vitrine", "Accept-Encoding": "identity"},
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._limits.connect_timeout_s),
