@@ -28,6 +28,8 @@ HOST = "127.0.0.2"
 _SERVICER = "protos.encoder.v1.encoder_pb2_grpc.add_EncoderServicer_to_server"
 _MARK = "VITRINE_TEST_RUN"
 _GONE_TIMEOUT_S = 30.0
+# Of Ray Serve: on a busy machine a proxy is not there within the 5 s after which it is killed and begun anew.
+_PROXY_TIMEOUT_VARIABLE, _PROXY_TIMEOUT_S = "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "50"
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ def running_application(arguments: dict[str, Any]) -> Iterator[Running]:
     """Leaves no process behind, or fails."""
     folder = tempfile.mkdtemp(prefix="vr-")  # a short name: Ray puts sockets deep below it
     mark = os.environ[_MARK] = uuid.uuid4().hex
+    os.environ[_PROXY_TIMEOUT_VARIABLE] = _PROXY_TIMEOUT_S
     http_port, grpc_port = _free_port(), _free_port()
     try:
         ray.init(
@@ -87,7 +90,7 @@ def running_application(arguments: dict[str, Any]) -> Iterator[Running]:
     finally:
         serve.shutdown()
         ray.shutdown()
-        del os.environ[_MARK]
+        del os.environ[_MARK], os.environ[_PROXY_TIMEOUT_VARIABLE]
         shutil.rmtree(folder, ignore_errors=True)
     deadline = time.monotonic() + _GONE_TIMEOUT_S
     while left := _processes(mark):
