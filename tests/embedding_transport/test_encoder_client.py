@@ -393,6 +393,9 @@ async def test_encoders_come_and_go_under_load_and_nothing_is_lost(tmp_path: Pat
             client.set_addresses(addresses)
             await asyncio.sleep(0.05)
             assert {status.address for status in client.status()} == set(addresses)
+            async with asyncio.timeout(10):  # the next list may have the new ones alone
+                while not all(status.ready for status in client.status()):
+                    await asyncio.sleep(0.01)
         await asking
         assert min(stub[1].num_items for stub in (first, second, third)) > 0
         async with asyncio.timeout(5):
