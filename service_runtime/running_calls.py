@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_log = logging.getLogger(__name__)
 
 
 class RunningCalls:
@@ -30,3 +33,11 @@ class RunningCalls:
     async def idle(self) -> None:
         """Returns when none is under way."""
         await self._idle.wait()
+
+    async def drained(self, timeout_s: float) -> None:
+        """Returns when none is under way, or with a line in the log after `timeout_s` seconds."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.idle()
+        except TimeoutError:
+            _log.warning("%d requests still ran after %g s and are cut off", self.count, timeout_s)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import asdict
@@ -33,8 +31,6 @@ SERVICE = llm_pb2.DESCRIPTOR.services_by_name["Llm"].full_name
 GenerateContext: TypeAlias = grpc.aio.ServicerContext[llm_pb2.GenerateRequest, llm_pb2.GenerateResponse]
 PrefillContext: TypeAlias = grpc.aio.ServicerContext[llm_pb2.PrefillRequest, llm_pb2.PrefillResponse]
 
-_log = logging.getLogger(__name__)
-
 
 class LlmServicer(llm_pb2_grpc.LlmServicer):
     """Answers UNAVAILABLE until `open` is called, and once it drains."""
@@ -51,11 +47,7 @@ class LlmServicer(llm_pb2_grpc.LlmServicer):
     async def drain(self, timeout_s: float) -> None:
         """Takes no new calls and finishes those under way: for a port that has others that never end."""
         self._draining = True
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._running.idle()
-        except TimeoutError:
-            _log.warning("%d requests still ran after %g s and are cut off", self._running.count, timeout_s)
+        await self._running.drained(timeout_s)
 
     # A coroutine that writes, not a generator: when the client goes away the cancellation is raised inside it.
     async def Generate(self, request: llm_pb2.GenerateRequest, context: GenerateContext) -> None:  # type: ignore[override]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from contextlib import aclosing
@@ -61,11 +60,7 @@ class PrefillServicer(SessionServicer, prefill_pb2_grpc.PrefillServicer):  # typ
         exporter = self._prefilling.exporter
         exporter.start_draining()
         deadline = time.monotonic() + timeout_s
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._running.idle()
-        except TimeoutError:
-            _log.warning("%d prompts still ran after %g s and are cut off", self._running.count, timeout_s)
+        await self._running.drained(timeout_s)
         if not await exporter.drained(max(0.0, deadline - time.monotonic())):
             _log.warning("%d leases were not released in time", exporter.stats().live_leases)
 

@@ -15,8 +15,12 @@ from tests.llm_worker.frontend.serving import serving
 
 
 @pytest.fixture
-async def stub(qwen3_vl_folder: Path) -> AsyncIterator[llm_pb2_grpc.LlmAsyncStub]:
-    servicer = LlmServicer(LlmMetrics())
+def servicer() -> LlmServicer:
+    return LlmServicer(LlmMetrics())
+
+
+@pytest.fixture
+async def stub(servicer: LlmServicer, qwen3_vl_folder: Path) -> AsyncIterator[llm_pb2_grpc.LlmAsyncStub]:
     server = LlmServer(servicer)
     address = await server.start("127.0.0.1", 0)
     try:
@@ -67,17 +71,9 @@ async def test_until_the_model_is_loaded_it_is_unavailable() -> None:
         await server.stop(0)
 
 
-async def test_once_it_drains_it_is_unavailable(qwen3_vl_folder: Path) -> None:
-    servicer = LlmServicer(LlmMetrics())
-    server = LlmServer(servicer)
-    address = await server.start("127.0.0.1", 0)
-    try:
-        async with serving(qwen3_vl_folder) as worker, grpc.aio.insecure_channel(address) as channel:
-            servicer.open(worker.served)
-            await servicer.drain(1.0)
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await llm_pb2_grpc.LlmStub(channel).Prefill(llm_pb2.PrefillRequest(prompt=llm_pb2.Prompt(text="Hello")))
-        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert "shutting down" in (caught.value.details() or "")
-    finally:
-        await server.stop(0)
+async def test_once_it_drains_it_is_unavailable(servicer: LlmServicer, stub: llm_pb2_grpc.LlmAsyncStub) -> None:
+    await servicer.drain(1.0)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Prefill(llm_pb2.PrefillRequest(prompt=llm_pb2.Prompt(text="Hello")))
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert "shutting down" in (caught.value.details() or "")
