@@ -204,10 +204,8 @@ async def serve(config: EncoderConfig) -> None:
 
 async def _end_with_gpu(lost: asyncio.Event, server: EncoderServer) -> None:
     await lost.wait()
-    _log.error("the encoder ends: its GPU does nothing more for this process")
-    await server.set_not_serving_for_good()
     # No orderly way leads out: whatever is freed on the way is freed on the GPU.
-    os._exit(1)
+    await server.end_process("the encoder ends: its GPU does nothing more for this process")
 
 
 async def _drain(server: EncoderServer, servicer: EncoderServicer, exporter: RowExporter, timeout_s: float) -> None:

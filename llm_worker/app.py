@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
@@ -226,18 +225,14 @@ async def _start_followers(config: LlmConfig, server: LlmServer, stack: AsyncExi
 
 
 async def _end_with(followers: Followers, server: LlmServer) -> None:
-    _log.error("the worker ends: %s", await followers.failure())
-    await server.set_not_serving_for_good()
     # No orderly way leads out: other threads may be in a collective, waiting for a rank that is gone.
-    os._exit(1)
+    await server.end_process(f"the worker ends: {await followers.failure()}")
 
 
 async def _end_with_gpu(lost: asyncio.Event, server: LlmServer) -> None:
     await lost.wait()
-    _log.error("the worker ends: its GPU does nothing more for this process")
-    await server.set_not_serving_for_good()
     # No orderly way leads out: whatever is freed on the way is freed on the GPU.
-    os._exit(1)
+    await server.end_process("the worker ends: its GPU does nothing more for this process")
 
 
 async def _follow(config: LlmConfig, upstream: Upstream) -> asyncio.Task[None]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
+from typing import NoReturn
+
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -9,6 +13,7 @@ from grpc_reflection.v1alpha import reflection
 from service_runtime.grpc_channel import CHANNEL_OPTIONS
 from service_runtime.tls import ServerTls
 
+_log = logging.getLogger(__name__)
 _OPTIONS = [
     *CHANNEL_OPTIONS,
     # Without this two services on one port would both start and share its connections.
@@ -58,6 +63,12 @@ class ServiceServer:
     async def set_not_serving_for_good(self) -> None:
         """Later calls of `set_serving` change nothing."""
         await self._health.enter_graceful_shutdown()
+
+    async def end_process(self, reason: str) -> NoReturn:
+        """Tells the log and whoever asks for the health, and ends the process at once, without any clean-up."""
+        _log.error("%s", reason)
+        await self.set_not_serving_for_good()
+        os._exit(1)
 
     async def stop(self, grace_s: float) -> None:
         """Takes no new calls and ends those under way after `grace_s` seconds."""
