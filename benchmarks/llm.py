@@ -1,7 +1,8 @@
 """What the worker's GPU path reaches: `python -m benchmarks.llm` prints one Markdown table.
 
 Qwen3-VL-8B's decoder with random weights in bfloat16. A time is that of a whole step as the engine runs it: inputs to
-the GPU, landing, the decoder, logits, the next tokens back on the host. The floor is the larger of two times: that of
+the GPU, landing, the decoder, logits, the next tokens back on the host. Of decoding it is from one step's tokens to the
+next one's: each step starts before the one in front is through. The floor is the larger of two times: that of
 the operations at 790 TFLOP/s, what a large bf16 product reaches on an H200, and that of reading weights and KV at 4.8
 TB/s.
 """
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import torch
 
@@ -26,7 +28,7 @@ from embedding_transport.types import ItemTimings
 from llm_worker.engine.config import EngineConfig
 from llm_worker.engine.forward_pass import ForwardPass
 from llm_worker.engine.request import ExpandedPrompt, MediaSpan, SamplingParams
-from llm_worker.engine.sampler import sample
+from llm_worker.engine.sampler import Choice, choose
 from llm_worker.engine.scheduler import Chunk
 from llm_worker.engine.sequence import Sequence as Request
 from llm_worker.gpu.gpu_runner import GpuRunner
@@ -39,7 +41,7 @@ _BATCHES, _CONTEXT = (1, 32, 128), 1024
 _MAX_TOKENS, _MAX_NUM_SEQS, _BLOCK_SIZE = 8192, 128, 16
 _TEXT_TOKENS, _MEDIA_TOKENS = 6, 324  # 560x560
 _LANDED_TOKENS = 2040  # 1920x1080
-_WARM_UPS, _REPEATS, _SLOW_REPEATS = 3, 20, 5
+_WARM_UPS, _REPEATS, _SLOW_REPEATS, _DECODE_STEPS = 3, 20, 5, 50
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -120,11 +122,27 @@ class _Worker:
 
     def step(self, chunks: list[Chunk], forward_pass: ForwardPass) -> list[int | None]:
         """As the engine's; the next tokens."""
-        output = forward_pass(chunks)
+        return [each.token_id for each in self._start(chunks, forward_pass, None).read()]
+
+    def decode_ms(self, requests: Sequence[Request], num_steps: int) -> float:
+        """From one step's tokens to the next one's, median."""
+        chunks = [Chunk(request, request.num_computed, request.num_computed + 1, True) for request in requests]
+        in_front = self._start(chunks, self.graphed, None)
+        for place, request in enumerate(requests):
+            request.token_ids[-1] = ~place
+        times = [time.perf_counter()]
+        for _ in range(num_steps):
+            following = self._start(chunks, self.graphed, in_front)
+            in_front.read()
+            times.append(time.perf_counter())
+            in_front = following
+        in_front.read()
+        return statistics.median(end - begin for begin, end in pairwise(times)) * 1e3
+
+    def _start(self, chunks: list[Chunk], forward_pass: ForwardPass, in_front: Choice | None) -> Choice:
+        output = forward_pass(chunks, in_front.chosen_B if in_front is not None else None)
         assert not output.failed, output.failed
-        sampling = [chunk.sequence.sampling for chunk in chunks]
-        generators = [chunk.sequence.generator for chunk in chunks]
-        return [each.token_id for each in sample(output.logits_BV, sampling, generators)]
+        return choose(output.logits_BV, [chunk.sequence.sampling for chunk in chunks], [0.0] * len(chunks))
 
 
 def _prefill_row(worker: _Worker, reference: TransformersDecoder, num_tokens: int) -> str:
@@ -142,8 +160,7 @@ def _prefill_row(worker: _Worker, reference: TransformersDecoder, num_tokens: in
 
 def _decode_row(worker: _Worker, reference: TransformersDecoder, batch: int) -> str:
     requests = [worker.decoding(_CONTEXT) for _ in range(batch)]
-    chunks = [Chunk(request, _CONTEXT, _CONTEXT + 1, True) for request in requests]
-    ms = _median_ms(lambda: worker.step(chunks, worker.graphed), _REPEATS)
+    ms = worker.decode_ms(requests, _DECODE_STEPS)
     worker.free(requests)
     cache = reference.filled_cache(batch, _CONTEXT)
     token_ids_BT = torch.randint(1000, 100000, (batch, 1), device="cuda")

@@ -17,7 +17,7 @@ from llm_worker.engine.outbox import Outbox
 from llm_worker.engine.prefix_hashes import extend_prefix_hashes
 from llm_worker.engine.request import ExpandedPrompt, SamplingParams
 from llm_worker.engine.request_handle import RequestHandle
-from llm_worker.engine.sampler import NextToken, skip_draw
+from llm_worker.engine.sampler import NextToken
 from llm_worker.engine.scheduler import Scheduler
 from llm_worker.engine.sequence import Sequence
 from llm_worker.engine.steps import Step, Steps
@@ -196,8 +196,8 @@ class Engine:
                     sequence.ask_for_kv()
                 if not (chunks and self._forward_pass.only_starts):
                     self.outbox.send()
-                landed = step is None and steps.land_kv()
-                following = steps.start(chunks) if chunks else None
+                landed = steps.land_kv()
+                following = steps.start(chunks, step) if chunks else None
                 # What the step before made is told while the GPU computes: listeners would delay what starts its work.
                 self.outbox.send()
                 if step is not None:
@@ -205,7 +205,7 @@ class Engine:
                     self.outbox.send()
                 had_work = bool(chunks or landed or step)
                 step = following
-                if step is not None and not (step.can_be_followed and self._forward_pass.until_nearly_done()):
+                if step is not None and not (steps.can_be_followed(step) and self._forward_pass.until_nearly_done()):
                     steps.finish(step, followed=False)
                     step = None
                 if had_work:
@@ -258,8 +258,7 @@ class Engine:
             return
         sequence.prefill_s = prefill_ms / 1000
         sequence.num_cached = num_cached_tokens
-        skip_draw(sequence.sampling, sequence.generator)
-        self._steps.take_token(sequence, first)
+        self._steps.take_token(sequence, sequence.num_prompt_tokens, first)
 
     def on_kv(self, sequence: Sequence, rows: EmbeddingRows) -> None:
         sequence.kv_coming = False

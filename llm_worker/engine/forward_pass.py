@@ -6,7 +6,6 @@ Shapes: B rows to sample from, C hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -34,19 +33,16 @@ class StepOutput:
     logits_BV: torch.Tensor
     landed: dict[Chunk, list[EmbeddingRows]]
     failed: dict[Chunk, Exception]
-    _computed: torch.cuda.Event | None
-
-    def wait(self) -> None:
-        """Until it is computed."""
-        if self._computed is not None:
-            self._computed.synchronize()
 
 
 class ForwardPass:
     """A decoder, or one rank's part of it, with its KV cache and input buffers. Not thread-safe: one step at a time.
 
     only_starts: a step is computed while its logits are on their way back already, as on a GPU.
+    passes_tokens_on: a step can take tokens that the one in front chooses before they are known here.
     """
+
+    passes_tokens_on = True
 
     def __init__(self, decoder: TextDecoder, config: EngineConfig, make_runner: MakeRunner = PlainRunner) -> None:
         """
@@ -59,12 +55,14 @@ class ForwardPass:
         self.buffer = InputEmbedBuffer(decoder, config.max_num_batched_tokens)
         self._sampled_rows = HostTwin((config.max_num_seqs,), torch.int64, decoder.device)
         self._run_decoder = make_runner(decoder, self.kv_cache, self.buffer)
-        # Of high priority: what is small does not wait for all of a step.
-        self._beside = torch.cuda.Stream(decoder.device, priority=-1) if self.only_starts else None
 
-    def __call__(self, chunks: Many[Chunk]) -> StepOutput:
-        """Starts a step of these chunks; their KV is in the cache afterwards."""
-        inputs, failed = self.buffer.write(chunks)
+    def __call__(self, chunks: Many[Chunk], chosen_B: torch.Tensor | None = None) -> StepOutput:
+        """Starts a step of these chunks; their KV is in the cache afterwards.
+
+        Args:
+            chosen_B: what the step in front chooses, on the device, if that is not through; see `Sequence.token_ids`.
+        """
+        inputs, failed = self.buffer.write(chunks, chosen_B)
         last_rows = {
             chunk: slice_.start + slice_.length - 1
             for chunk, slice_ in zip(chunks, inputs.sequences, strict=True)
@@ -77,8 +75,7 @@ class ForwardPass:
             for chunk, landings in self.buffer.landed.items()
         }
         self.buffer.landed = {}  # or it would hold on to encoders' memory until the next step
-        computed = torch.cuda.current_stream(self.decoder.device).record_event() if self.only_starts else None
-        return StepOutput(list(last_rows), logits_BV, landed, failed, computed)
+        return StepOutput(list(last_rows), logits_BV, landed, failed)
 
     def run(self, inputs: StepInputs, rows: list[int]) -> torch.Tensor:
         """Logits of these rows of the step, [B, V] in the model's dtype."""
@@ -96,7 +93,3 @@ class ForwardPass:
     def until_nearly_done(self) -> bool:
         """See `Runner.until_nearly_done`."""
         return self._run_decoder.until_nearly_done()
-
-    def beside_the_next_step(self) -> AbstractContextManager[object]:
-        """Within it, a GPU does what is launched while a step that has started goes on."""
-        return torch.cuda.stream(self._beside) if self._beside is not None else nullcontext()

@@ -54,8 +54,13 @@ class InputEmbedBuffer:
             row_1W = self.embeds_MC.new_zeros(1, config.hidden_size * (1 + config.num_deepstack))
             copy_rows(row_1W, *self.places(0, 1), 0)
 
-    def write(self, chunks: Many[Chunk]) -> tuple[StepInputs, dict[Chunk, Exception]]:
+    def write(
+        self, chunks: Many[Chunk], chosen_B: torch.Tensor | None = None
+    ) -> tuple[StepInputs, dict[Chunk, Exception]]:
         """Fills the buffers with the step's tokens. Slots behind them are -1.
+
+        Args:
+            chosen_B: what the step in front chooses; see `Sequence.token_ids`.
 
         Returns:
             The inputs, and the chunks whose media rows could not be landed with the reason: their share of the step
@@ -69,7 +74,7 @@ class InputEmbedBuffer:
             for chunk, start in zip(chunks, starts, strict=True)
         ]
         has_media = any(chunk.sequence.spans_in(chunk.start, chunk.stop) for chunk in chunks)
-        inputs = self.bring_over(num_tokens, sequences, has_media and len(self.deepstack_NMC) > 0)
+        inputs = self.bring_over(num_tokens, sequences, has_media and len(self.deepstack_NMC) > 0, chosen_B)
 
         failed: dict[Chunk, Exception] = {}
         self.landed = {}
@@ -81,16 +86,27 @@ class InputEmbedBuffer:
                     failed[chunk] = error
         return inputs, failed
 
-    def bring_over(self, num_tokens: int, sequences: Many[SequenceSlice], with_deepstack: bool) -> StepInputs:
+    def bring_over(
+        self,
+        num_tokens: int,
+        sequences: Many[SequenceSlice],
+        with_deepstack: bool,
+        chosen_B: torch.Tensor | None = None,
+    ) -> StepInputs:
         """Fills the buffers from what `integers` has on the host; media rows are still to be landed.
 
         Args:
             with_deepstack: whether deepstack rows are to be landed.
+            chosen_B: see `write`.
         """
         self.integers.host[4, num_tokens:] = -1
         self.integers.send()
-        embeds_TC = self.embeds_MC[:num_tokens]
-        self._decoder.embed(self._token_ids_M[:num_tokens], embeds_TC)
+        embeds_TC, token_ids_T = self.embeds_MC[:num_tokens], self._token_ids_M[:num_tokens]
+        if chosen_B is not None and len(chosen_B):
+            # None is below 0 afterwards: a sequence that is about to fail has no token, and its step runs all the same.
+            chosen_T = chosen_B.index_select(0, token_ids_T.bitwise_not().clamp_min_(0))
+            token_ids_T = torch.where(token_ids_T < 0, chosen_T, token_ids_T).clamp_min_(0)
+        self._decoder.embed(token_ids_T, embeds_TC)
         if with_deepstack:
             self.deepstack_NMC[:, :num_tokens] = 0
         return StepInputs(

@@ -8,6 +8,9 @@ from itertools import takewhile
 
 import torch
 
+# The quotients of smaller temperatures overflow, and the best token already has all of the probability.
+_GREEDY_BELOW = 1e-5
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -24,6 +27,11 @@ class SamplingParams:
     seed: int | None = None
     stop_token_ids: frozenset[int] = frozenset()
     logprobs: int | None = None
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most probable token is taken, so that nothing is drawn."""
+        return self.temperature < _GREEDY_BELOW
 
     def is_last(self, first_token_id: int) -> bool:
         """Whether an answer that begins with this token ends with it."""

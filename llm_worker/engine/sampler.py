@@ -1,6 +1,8 @@
 """Chooses the next tokens of a batch of sequences where their logits are, and brings only the choice to the host.
 
-Shapes: B sequences, V vocabulary, S sequences that draw.
+Nothing here waits for a GPU but who reads the choice: the next step may start before it is known.
+
+Shapes: B sequences, V vocabulary, S sequences that draw, A that ask for logprobs, K most probable tokens.
 """
 
 from __future__ import annotations
@@ -12,9 +14,6 @@ import torch
 
 from llm_worker.engine.request import SamplingParams, TokenLogprobs
 
-# The quotients of smaller ones overflow, and the best token already has all of the probability.
-_GREEDY_BELOW = 1e-5
-
 
 @dataclass(frozen=True)
 class NextToken:
@@ -24,46 +23,77 @@ class NextToken:
     logprobs: TokenLogprobs | None
 
 
-def sample(
-    logits_BV: torch.Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator]
-) -> list[NextToken]:
+class Choice:
+    """Next tokens of a batch.
+
+    chosen_B: int64 on the device of the logits, behind which they may still be computed; -1 where there is none.
+    """
+
+    def __init__(
+        self,
+        chosen_B: torch.Tensor,
+        asking: dict[int, int],
+        logprobs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    ) -> None:
+        """
+        Args:
+            asking: rows that ask for logprobs, and for those of how many tokens.
+            logprobs: of the chosen tokens [A], of the most probable ones [A, K], and which these are [A, K].
+        """
+        self.chosen_B = chosen_B
+        self._asking = asking
+        # To memory that a GPU can write while the host goes on.
+        self._on_host = [each.to("cpu", non_blocking=True) for each in (chosen_B, *(logprobs or ()))]
+        self._arrived = torch.cuda.current_stream(chosen_B.device).record_event() if chosen_B.is_cuda else None
+
+    def wait(self) -> None:
+        """Until it is made, and with it the step whose logits it is made from."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+
+    def read(self) -> list[NextToken]:
+        self.wait()
+        token_ids = self._on_host[0].tolist()
+        logprobs: dict[int, TokenLogprobs] = {}
+        if self._asking:
+            own, values, indices = (each.tolist() for each in self._on_host[1:])
+            for place, (row, count) in enumerate(self._asking.items()):
+                top = tuple(zip(indices[place], values[place], strict=True))
+                logprobs[row] = TokenLogprobs(token_ids[row], own[place], top[:count])
+        return [
+            NextToken(token_id if token_id >= 0 else None, logprobs.get(row)) for row, token_id in enumerate(token_ids)
+        ]
+
+
+def choose(logits_BV: torch.Tensor, params: Sequence[SamplingParams], uniform: Sequence[float]) -> Choice:
     """For each sequence the most probable token at temperature 0, else one drawn from what top-k and top-p leave.
 
     Args:
         logits_BV: on any device; what is drawn from and reported is computed in float32.
-        generators: each sequence's own, on the CPU, so that its draws do not depend on its neighbours.
+        uniform: what each sequence draws by, from [0, 1); not looked at where it is greedy.
     """
     chosen_B = logits_BV.argmax(-1)
-    drawing = [row for row, each in enumerate(params) if each.temperature >= _GREEDY_BELOW]
+    drawing = [row for row, each in enumerate(params) if not each.is_greedy]
     if drawing:
-        rows = torch.tensor(drawing, device=logits_BV.device)
-        uniform = [float(torch.rand((), generator=generators[row], dtype=torch.float64)) for row in drawing]
-        chosen_B[rows] = _draw(logits_BV[rows].float(), [params[row] for row in drawing], uniform)
-    token_ids = chosen_B.tolist()
-    logprobs = _logprobs(logits_BV, chosen_B, params)
-    return [
-        NextToken(token_id if token_id >= 0 else None, each) for token_id, each in zip(token_ids, logprobs, strict=True)
-    ]
-
-
-def skip_draw(params: SamplingParams, generator: torch.Generator) -> None:
-    """Leaves a sequence's generator as if a token had been chosen here that was chosen elsewhere."""
-    if params.temperature >= _GREEDY_BELOW:
-        torch.rand((), generator=generator, dtype=torch.float64)
+        rows = _on(logits_BV.device, drawing)
+        drawn_S = _draw(logits_BV[rows].float(), [params[row] for row in drawing], [uniform[row] for row in drawing])
+        chosen_B.index_copy_(0, rows, drawn_S)
+    asking = {row: each.logprobs for row, each in enumerate(params) if each.logprobs is not None}
+    return Choice(chosen_B, asking, _logprobs(logits_BV, chosen_B, asking) if asking else None)
 
 
 def _draw(logits_SV: torch.Tensor, params: Sequence[SamplingParams], uniform: Sequence[float]) -> torch.Tensor:
     """A token of each row by inverting its distribution at a number from [0, 1); -1 where there is no distribution."""
     device = logits_SV.device
     temperature_S, top_p_S, uniform_S = (
-        torch.tensor(values, dtype=torch.float32, device=device)
+        _on(device, values, torch.float32)
         for values in ([each.temperature for each in params], [each.top_p for each in params], uniform)
     )
     vocab_size = logits_SV.shape[1]
     top_k = [min(each.top_k, vocab_size) if each.top_k > 0 else vocab_size for each in params]
     ordered_SV, index_SV = (logits_SV / temperature_S[:, None]).sort(dim=-1, descending=True)
     # Those as good as the k-th stay, too.
-    kth_S1 = ordered_SV.gather(1, torch.tensor(top_k, device=device)[:, None] - 1)
+    kth_S1 = ordered_SV.gather(1, _on(device, top_k)[:, None] - 1)
     probabilities_SV = ordered_SV.masked_fill(ordered_SV < kth_S1, -torch.inf).softmax(-1)
     # A token stays if those before it have not yet reached the mass. The first always does, however small top_p.
     before_SV = probabilities_SV.cumsum(-1) - probabilities_SV
@@ -79,19 +109,16 @@ def _draw(logits_SV: torch.Tensor, params: Sequence[SamplingParams], uniform: Se
 
 
 def _logprobs(
-    logits_BV: torch.Tensor, chosen_B: torch.Tensor, params: Sequence[SamplingParams]
-) -> list[TokenLogprobs | None]:
-    """Of the chosen tokens and of the most probable ones, before any sampling parameter; for those who ask."""
-    found: list[TokenLogprobs | None] = [None] * len(params)
-    asking = [row for row, each in enumerate(params) if each.logprobs is not None]
-    if not asking:
-        return found
-    rows = torch.tensor(asking, device=logits_BV.device)
-    logprobs_SV, chosen_S = logits_BV[rows].float().log_softmax(-1), chosen_B[rows]
-    num_top = min(max(params[row].logprobs or 0 for row in asking), logprobs_SV.shape[1])
-    values, indices = (each.tolist() for each in logprobs_SV.topk(num_top))
-    own = logprobs_SV.gather(1, chosen_S.clamp_min(0)[:, None])[:, 0].tolist()
-    for place, (row, token_id) in enumerate(zip(asking, chosen_S.tolist(), strict=True)):
-        top = zip(indices[place], values[place], strict=True)
-        found[row] = TokenLogprobs(token_id, own[place], tuple(top)[: params[row].logprobs])
-    return found
+    logits_BV: torch.Tensor, chosen_B: torch.Tensor, asking: dict[int, int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Before any sampling parameter; see `Choice`."""
+    rows = _on(logits_BV.device, list(asking))
+    logprobs_AV = logits_BV[rows].float().log_softmax(-1)
+    values_AK, indices_AK = logprobs_AV.topk(min(max(asking.values()), logprobs_AV.shape[1]))
+    own_A = logprobs_AV.gather(1, chosen_B[rows].clamp_min(0)[:, None])[:, 0]
+    return own_A, values_AK, indices_AK
+
+
+def _on(device: torch.device, values: Sequence[float], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """Copied there without waiting for what runs there."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)

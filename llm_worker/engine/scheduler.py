@@ -174,7 +174,7 @@ class Scheduler:
         """Blocks for every token that a running sequence knows, at the cost of those that came after it."""
         if sequence.prompt is not None and not sequence.matched:
             self._match_further(sequence)
-        while not self._kv_cache.grow(sequence.blocks, len(sequence.token_ids)):
+        while not self._kv_cache.grow(sequence.blocks, sequence.num_to_hold):
             last = self.running[-1]
             self._preempt(last)
             if last is sequence:

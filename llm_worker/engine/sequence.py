@@ -23,7 +23,8 @@ RequestKv = Callable[[int], None]
 class Sequence:
     """Owned by the engine's thread.
 
-    token_ids: the text in front of the first media item, then the whole prompt, then what was generated.
+    token_ids: the text in front of the first media item, then the whole prompt, then what was generated. Below 0 where
+    a step that has started is to tell: ~token_id is its place among those that the step chooses.
     num_computed: tokens whose KV is in the cache, or will be when the steps that have started are through.
     num_settled: of them, those whose steps are through. attempt: how often what was computed was lost.
     matched: what the cache knows of this prompt was looked up. num_cached: tokens of the prompt that it had at first.
@@ -66,11 +67,12 @@ class Sequence:
 
     def __post_init__(self) -> None:
         seed = self.sampling.seed
-        self.generator = torch.Generator()
+        self._generator = torch.Generator()
         if seed is not None:
-            self.generator.manual_seed(seed % 2**64)  # torch takes 64 bits, JSON has no limit
+            self._generator.manual_seed(seed % 2**64)  # torch takes 64 bits, JSON has no limit
         else:
-            self.generator.seed()
+            self._generator.seed()
+        self._uniform: list[float] = []
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -91,6 +93,11 @@ class Sequence:
         return self.prompt is not None and self.num_computed >= self.num_prompt_tokens
 
     @property
+    def num_to_hold(self) -> int:
+        """Known tokens that need a place in the cache; an answer's last one is never run."""
+        return min(len(self.token_ids), self.max_total_tokens - 1) if self.is_decoding else len(self.token_ids)
+
+    @property
     def num_runnable(self) -> int:
         """Tokens that could be computed now: all up to the first media rows that are not here yet."""
         if self.request_kv is not None and not self.is_decoding:
@@ -99,7 +106,7 @@ class Sequence:
             # One is kept back: should nothing follow, the last token has yet to run to be sampled from.
             return max(len(self.token_ids) - 1, 0)
         if self.is_decoding:
-            return len(self.token_ids)
+            return self.num_to_hold
         late = (
             span.start
             for span in self.prompt.spans
@@ -161,14 +168,17 @@ class Sequence:
         assert self.prompt is not None
         return self.prompt.next_position + index - self.num_prompt_tokens
 
-    @property
-    def ends_with_next_token(self) -> bool:
-        """Whatever that is."""
-        return self.prompt is not None and len(self.token_ids) + 1 >= self.max_total_tokens
+    def uniform(self, index: int) -> float:
+        """What the answer's token `index` is drawn by, from [0, 1); the same however often it is drawn."""
+        while len(self._uniform) <= index:
+            self._uniform.append(float(torch.rand((), generator=self._generator, dtype=torch.float64)))
+        return self._uniform[index]
 
     def go_back(self, num_tokens: int) -> None:
         """Everything behind these tokens is lost, also what steps that have started make of it."""
         self.attempt += 1
+        while self.token_ids and self.token_ids[-1] < 0:
+            self.token_ids.pop()
         self.num_computed = min(self.num_computed, num_tokens)
         self.num_settled = min(self.num_settled, num_tokens)
 

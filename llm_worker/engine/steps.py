@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ from embedding_transport.gpu_faults import is_lost
 from llm_worker.engine.forward_pass import ForwardPass, StepOutput
 from llm_worker.engine.kv_rows import land_kv
 from llm_worker.engine.request import TokenOutput
-from llm_worker.engine.sampler import NextToken, sample
+from llm_worker.engine.sampler import Choice, NextToken, choose
 from llm_worker.engine.scheduler import Chunk, Scheduler
 from llm_worker.engine.sequence import Sequence
 
@@ -27,16 +26,12 @@ _MAX_LOST_ROWS = 3
 
 @dataclass(frozen=True)
 class Step:
-    """That has started, with the chunks that are being computed, on `begin` of the clock."""
+    """That has started: the chunks that are computed, and the tokens that come out. begin: on the clock."""
 
     chunks: list[Chunk]
     output: StepOutput
+    choice: Choice
     begin: float
-
-    @property
-    def can_be_followed(self) -> bool:
-        """Whether what comes next does not depend on the tokens that it makes."""
-        return all(chunk.sequence.ends_with_next_token for chunk in self.output.sampling)
 
 
 class Steps:
@@ -84,12 +79,17 @@ class Steps:
         sequence.land_s += time.perf_counter() - begin
         return True
 
-    def start(self, chunks: list[Chunk]) -> Step | None:
-        """None where it failed."""
+    def start(self, chunks: list[Chunk], in_front: Step | None = None) -> Step | None:
+        """None where it failed.
+
+        Args:
+            in_front: the step that is not finished yet, whose tokens may be among these chunks'.
+        """
         begin = time.perf_counter()
         try:
             with torch.inference_mode():
-                output = self._forward_pass(chunks)
+                output = self._forward_pass(chunks, in_front.choice.chosen_B if in_front is not None else None)
+                choice = self._choose(output)
         except Exception as error:
             self._step_failed(chunks, error)
             return None
@@ -98,7 +98,15 @@ class Steps:
                 self._landing_failed(chunk, output.failed[chunk])
             else:
                 self._scheduler.started(chunk)
-        return Step([chunk for chunk in chunks if chunk not in output.failed], output, begin)
+        for place, chunk in enumerate(output.sampling):
+            chunk.sequence.token_ids.append(~place)
+        return Step([chunk for chunk in chunks if chunk not in output.failed], output, choice, begin)
+
+    def can_be_followed(self, step: Step) -> bool:
+        """Whether what comes next can start before the tokens are known that the step makes."""
+        return self._forward_pass.passes_tokens_on or all(
+            chunk.sequence.num_runnable <= chunk.stop for chunk in step.output.sampling
+        )
 
     def finish(self, step: Step, *, followed: bool) -> None:
         """Waits for its result, and takes it in as far as it still counts.
@@ -109,12 +117,9 @@ class Steps:
         output = step.output
         try:
             if followed or output.landed:
-                output.wait()
+                step.choice.wait()
             lost = self._lost(output)
-            sampling = [chunk for chunk in output.sampling if chunk.counts and chunk not in lost]
-            beside = self._forward_pass.beside_the_next_step() if followed else nullcontext()
-            with torch.inference_mode(), beside:
-                next_tokens = self._sample(output, sampling)
+            next_tokens = step.choice.read() if output.sampling else []
         except Exception as error:
             self._step_failed([chunk for chunk in step.chunks if chunk.counts], error)
             return
@@ -125,22 +130,23 @@ class Steps:
                 chunk.sequence.num_lost_rows = 0
         for chunk, reason in lost.items():
             self._landing_failed(chunk, reason)
-        for chunk, next_token in zip(sampling, next_tokens, strict=True):
-            self.take_token(chunk.sequence, next_token)
+        for chunk, next_token in zip(output.sampling, next_tokens, strict=True):
+            if chunk.counts:
+                self.take_token(chunk.sequence, chunk.stop, next_token)
 
-    def take_token(self, sequence: Sequence, next_token: NextToken) -> None:
-        """Adds to the sequence's answer, which may end with it."""
+    def take_token(self, sequence: Sequence, index: int, next_token: NextToken) -> None:
+        """Makes it the token at `index` of the sequence, which may end with it."""
         token_id = next_token.token_id
         if token_id is None:
             self._fail(sequence, InternalError("the model's output is not a number: there is no next token to draw"))
             return
         if sequence.first_token_at is None:
             sequence.first_token_at = time.perf_counter()
-        sequence.token_ids.append(token_id)
+        sequence.token_ids[index : index + 1] = [token_id]
         finish_reason = None
         if token_id in sequence.sampling.stop_token_ids:
             finish_reason = "stop"
-        elif len(sequence.token_ids) >= sequence.max_total_tokens:
+        elif index + 1 >= sequence.max_total_tokens:
             finish_reason = "length"
         if finish_reason is not None:
             self._end(sequence, sequence.keep_kv)
@@ -157,15 +163,11 @@ class Steps:
                 lost[chunk] = error
         return lost
 
-    def _sample(self, output: StepOutput, chunks: list[Chunk]) -> list[NextToken]:
-        """The next tokens of these chunks, which end at their sequence's last token."""
-        if not chunks:
-            return []
-        logits_BV = output.logits_BV
-        if chunks != output.sampling:
-            logits_BV = logits_BV[[output.sampling.index(chunk) for chunk in chunks]]
-        sequences = [chunk.sequence for chunk in chunks]
-        return sample(logits_BV, [each.sampling for each in sequences], [each.generator for each in sequences])
+    def _choose(self, output: StepOutput) -> Choice:
+        """The next tokens of the chunks that end at their sequence's last token."""
+        sequences = [chunk.sequence for chunk in output.sampling]
+        uniform = [0.0 if each.sampling.is_greedy else each.uniform(each.num_generated) for each in sequences]
+        return choose(output.logits_BV, [each.sampling for each in sequences], uniform)
 
     def _step_failed(self, chunks: list[Chunk], error: Exception) -> None:
         _log.error("a step of %d sequences failed", len(chunks), exc_info=error)

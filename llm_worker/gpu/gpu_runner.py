@@ -55,7 +55,7 @@ class GpuRunner:
         self._work = StepWork(decoder, kv_cache, buffer, max_num_seqs, max_model_len, max_short_step)
         self._kv_cache, self._causal, self._device = kv_cache, causal, decoder.device
         self._max_num_seqs = max_num_seqs
-        # Of the last step, if that was a long one.
+        # Of the last step, unless that was a short one of prompts.
         self._nearly_done: torch.cuda.Event | None = None
         self._decode: dict[int, Work] = {}
         # Without and with media.
@@ -79,10 +79,13 @@ class GpuRunner:
         if num_tokens == len(sequences) and num_tokens <= self._max_num_seqs and not has_media:
             size = smallest(self._decode, num_tokens)
             work.tables.write(sequences, work.decode_splits(size), None)
+            self._nearly_done = self._event()  # as soon as it begins: those that decode wait for nothing
             self._decode[size]()
         elif num_tokens <= max(self._short, default=0):
             size = smallest(self._short, num_tokens)
             work.tables.write(sequences, *work.short_splits(size))
+            if any(each.length == 1 for each in sequences):
+                self._nearly_done = self._event()
             self._short[size][has_media]()
         else:
             pieces = self._long[smallest(self._long, num_tokens)][has_media]
@@ -92,8 +95,8 @@ class GpuRunner:
             for index, (piece, (k_cache, v_cache)) in enumerate(zip(pieces[1:], self._kv_cache.layers, strict=True)):
                 attention(work.q_MHD, k_cache, v_cache, work.attended_MHD)
                 piece()
-                if index + 1 == num_first and self._device.type == "cuda":
-                    self._nearly_done = torch.cuda.current_stream(self._device).record_event()
+                if index + 1 == num_first:
+                    self._nearly_done = self._event()
         return work.hidden_MC[:num_tokens]
 
     def until_nearly_done(self) -> bool:
@@ -101,6 +104,9 @@ class GpuRunner:
             return False
         self._nearly_done.synchronize()
         return True
+
+    def _event(self) -> torch.cuda.Event | None:
+        return torch.cuda.current_stream(self._device).record_event() if self._device.type == "cuda" else None
 
     def _capture_all(
         self, capture: Capture, max_tokens: int, max_short_step: int, on_progress: Callable[[int, int], None]

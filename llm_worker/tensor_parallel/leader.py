@@ -29,6 +29,8 @@ from llm_worker.tensor_parallel.step import PoolLanding, Step, StepEncoder
 class LeadingForwardPass(ForwardPass):
     """A forward pass that all ranks run together, and none alone: after a step that failed here there is no other."""
 
+    passes_tokens_on = False  # the other ranks get them from the host
+
     def __init__(
         self,
         decoder: TextDecoder,

@@ -1,4 +1,5 @@
-"""Steps that start before the one in front is through: the same tokens, and nothing that was lost is used."""
+"""Steps that start before the one in front is through, and before its tokens are known: the same tokens, and nothing
+that was lost is used."""
 
 from __future__ import annotations
 
@@ -65,40 +66,83 @@ async def test_greedy_tokens_equal_transformers(
     assert all(rows.num_releases == 1 for request in requests for rows in request.rows)
 
 
-async def test_a_seed_draws_the_same(qwen3_vl_folder: Path, text: Request) -> None:
+async def test_nothing_comes_behind_a_stop_token(qwen3_vl_folder: Path, reference: Reference, text: Request) -> None:
+    """By the time that it is known, the next step has run on from it."""
+    expected = reference.greedy(text.inputs, 12)[0]
+    stop = expected[5]
+    sampling = SamplingParams(max_tokens=12, temperature=0.0, stop_token_ids=frozenset([stop]))
+    with running_engine(qwen3_vl_folder, Followed) as engine:
+        for _ in range(2):  # and what it left in the cache is not found by the next
+            handles = [submit(engine, text, sampling), submit(engine, text, greedy(12))]
+            stopped, whole = await asyncio.gather(*map(tokens, handles))
+            assert stopped == expected[: expected.index(stop) + 1]
+            assert whole == expected
+        assert is_idle(engine)
+
+
+async def test_the_last_token_of_an_answer_is_not_run(qwen3_vl_folder: Path, text: Request) -> None:
+    with running_engine(qwen3_vl_folder, Followed) as engine:
+        await tokens(engine.submit("alone", [], greedy(5), unsent, prompt=text.prompt))
+        await until(lambda: is_idle(engine))
+        assert engine.stats().num_steps == 5
+
+
+async def test_a_preempted_answer_goes_on_with_the_same_tokens(
+    qwen3_vl_folder: Path, reference: Reference, text: Request
+) -> None:
+    """Also where it is drawn: a token that was not known yet when its sequence was preempted is drawn once more."""
+    num_prompt = len(text.prompt.token_ids)
+    sampling = [SamplingParams(max_tokens=40, temperature=1.5, seed=seed) for seed in range(4)]
+    with running_engine(qwen3_vl_folder) as engine:
+        expected = [await tokens(submit(engine, text, each)) for each in sampling]
+    with running_engine(
+        qwen3_vl_folder, Followed, num_blocks=-(-(num_prompt + 40) // 8) * 2, prefix_cache=False
+    ) as engine:
+        handles = [submit(engine, text, each) for each in sampling]
+        assert await asyncio.gather(*map(tokens, handles)) == expected
+        assert engine.stats().num_preempted > 0
+        assert is_idle(engine)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 6])
+async def test_a_seed_draws_the_same(qwen3_vl_folder: Path, text: Request, max_tokens: int) -> None:
     async def drawn(engine: Engine) -> list[list[int]]:
-        seeds = [SamplingParams(max_tokens=1, temperature=1.5, seed=seed) for seed in range(NUM_REQUESTS)]
+        seeds = [SamplingParams(max_tokens=max_tokens, temperature=1.5, seed=seed) for seed in range(NUM_REQUESTS)]
         return await asyncio.gather(*(tokens(submit(engine, text, each)) for each in seeds))
 
     with running_engine(qwen3_vl_folder) as one, running_engine(qwen3_vl_folder, Followed) as other:
         assert await drawn(one) == await drawn(other)
 
 
-async def test_with_memory_for_two_all_finish(qwen3_vl_folder: Path, reference: Reference, image: Request) -> None:
-    expected = reference.greedy(image.inputs, 1)[0]
+@pytest.mark.parametrize("max_tokens", [1, 6])
+async def test_with_memory_for_two_all_finish(
+    qwen3_vl_folder: Path, reference: Reference, image: Request, max_tokens: int
+) -> None:
+    expected = reference.greedy(image.inputs, max_tokens)[0]
     num_blocks = 2 * -(-len(image.prompt.token_ids) // 8) + 1
     with running_engine(
         qwen3_vl_folder, Followed, num_blocks=num_blocks, max_num_batched_tokens=16, prefix_cache=False
     ) as engine:
-        handles = [submit_with_rows_at_hand(engine, image, greedy(1)) for _ in range(NUM_REQUESTS)]
+        handles = [submit_with_rows_at_hand(engine, image, greedy(max_tokens)) for _ in range(NUM_REQUESTS)]
         assert await asyncio.gather(*map(tokens, handles)) == [expected] * NUM_REQUESTS
         assert is_idle(engine)
 
 
+@pytest.mark.parametrize("max_tokens", [1, 6])
 async def test_rows_that_were_lost_in_a_step_that_was_followed_are_asked_for_again(
-    qwen3_vl_folder: Path, reference: Reference, image: Request, text: Request
+    qwen3_vl_folder: Path, reference: Reference, image: Request, text: Request, max_tokens: int
 ) -> None:
     """In chunks of 16: others have built on the lost ones by the time that is noticed."""
     with running_engine(qwen3_vl_folder, Followed, max_num_batched_tokens=16) as engine:
         lost = [TensorRows(torch.zeros(12, 1), error=LeaseExpired("lease 1 is over")) for _ in range(2)]
         coming = [*lost, image.rows[0]]
         handle: RequestHandle = engine.submit(
-            "expired", image.prefix, greedy(1), lambda items: handle.set_rows(0, coming.pop(0))
+            "expired", image.prefix, greedy(max_tokens), lambda items: handle.set_rows(0, coming.pop(0))
         )
         handle.set_prompt(image.prompt)
         handle.set_rows(0, coming.pop(0))
         others = [submit(engine, text, greedy(1)) for _ in range(4)]
-        assert await tokens(handle) == reference.greedy(image.inputs, 1)[0]
+        assert await tokens(handle) == reference.greedy(image.inputs, max_tokens)[0]
         assert await asyncio.gather(*map(tokens, others)) == [reference.greedy(text.inputs, 1)[0]] * 4
         assert [rows.num_releases for rows in (*lost, image.rows[0])] == [1, 1, 1]
 
@@ -109,7 +153,7 @@ async def test_cancelling_what_is_being_computed_frees_everything(
     with running_engine(qwen3_vl_folder, Followed, max_num_batched_tokens=16) as engine:
         for wait_ms in range(12):  # at any moment of it
             request = again(image)
-            handle = submit(engine, request, greedy(1))
+            handle = submit(engine, request, greedy(1 + wait_ms))
             other = submit(engine, text, greedy(1))
             await asyncio.sleep(wait_ms / 1000)
             handle.cancel()

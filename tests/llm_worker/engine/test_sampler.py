@@ -6,17 +6,21 @@ import pytest
 import torch
 
 from llm_worker.engine.request import SamplingParams
-from llm_worker.engine.sampler import sample
+from llm_worker.engine.sampler import choose
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
 NUM_DRAWS = 20_000
 
 
 def draws(logits_V: torch.Tensor, sampling: SamplingParams, count: int, seed: int = 0) -> list[int]:
-    """Tokens drawn one after the other by one generator, in one batch."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = sample(logits_V.expand(count, -1), [sampling] * count, [generator] * count)
+    """Tokens drawn in one batch."""
+    drawn = choose(logits_V.expand(count, -1), [sampling] * count, uniform(count, seed)).read()
     return [each.token_id for each in drawn if each.token_id is not None]
+
+
+def uniform(count: int, seed: int = 0) -> list[float]:
+    numbers: list[float] = torch.rand(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return numbers
 
 
 def draw(sampling: SamplingParams) -> torch.Tensor:
@@ -60,17 +64,16 @@ def test_the_smallest_values_a_request_may_hold_are_greedy(sampling: SamplingPar
     assert set(draws(100 * LOGITS, sampling, 20)) == {0}
 
 
-def test_equal_seeds_draw_equally_whoever_is_beside() -> None:
+def test_equal_numbers_draw_equally_whoever_is_beside() -> None:
     sampling = SamplingParams(top_p=0.95)
     alone = draws(LOGITS, sampling, 50, seed=1)
     assert alone == draws(LOGITS, sampling, 50, seed=1) != draws(LOGITS, sampling, 50, seed=2)
-    generator = torch.Generator().manual_seed(1)
     others = [SamplingParams(top_k=2), sampling, SamplingParams(temperature=0.0), SamplingParams(temperature=9.0)]
     logits_BV = torch.stack([LOGITS.flip(0), LOGITS, LOGITS, 3 * LOGITS])
     beside = []
-    for _ in range(50):
-        generators = [torch.Generator(), generator, torch.Generator(), torch.Generator()]
-        beside.append(sample(logits_BV, others, generators)[1].token_id)
+    for own, *of_others in zip(uniform(50, 1), *(uniform(50, seed) for seed in (2, 3, 4)), strict=True):
+        numbers = [of_others[0], own, *of_others[1:]]
+        beside.append(choose(logits_BV, others, numbers).read()[1].token_id)
     assert beside == alone
 
 
@@ -89,8 +92,7 @@ def test_the_last_of_the_kept_tokens_is_never_passed() -> None:
 
 def test_what_is_no_number_is_not_drawn_from_and_leaves_the_others_alone() -> None:
     logits_BV = torch.stack([LOGITS, torch.full_like(LOGITS, torch.nan), LOGITS])
-    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
-    first, broken, last = sample(logits_BV, [SamplingParams(top_k=1)] * 3, generators)
+    first, broken, last = choose(logits_BV, [SamplingParams(top_k=1)] * 3, uniform(3)).read()
     assert (first.token_id, broken.token_id, last.token_id) == (0, None, 0)
 
 
@@ -98,7 +100,7 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
     expected = LOGITS.log_softmax(-1)
     params = [SamplingParams(temperature=0.0, logprobs=count) for count in (2, 0, 20, None)]
     two, none, all_of_them, not_asked = (
-        each.logprobs for each in sample(LOGITS.expand(4, -1), params, [torch.Generator()] * 4)
+        each.logprobs for each in choose(LOGITS.expand(4, -1), params, uniform(4)).read()
     )
     assert two is not None and none is not None and all_of_them is not None and not_asked is None
     assert two.token_id == 0 and two.logprob == pytest.approx(float(expected[0]))
@@ -106,6 +108,6 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
     assert [value for _, value in two.top] == pytest.approx(expected[:2].tolist())
     assert none.top == ()
     assert len(all_of_them.top) == len(LOGITS)
-    drawn = sample(LOGITS[None], [SamplingParams(temperature=5.0, top_p=0.9, logprobs=1)], [torch.Generator()])[0]
+    (drawn,) = choose(LOGITS[None], [SamplingParams(temperature=5.0, top_p=0.9, logprobs=1)], uniform(1)).read()
     assert drawn.logprobs is not None and drawn.token_id is not None
     assert drawn.logprobs.logprob == pytest.approx(float(expected[drawn.token_id]))

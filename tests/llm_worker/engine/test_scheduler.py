@@ -295,3 +295,13 @@ def test_longest_answer(folder: Path) -> None:
         bench.add_whole(200)
     with pytest.raises(PromptTooLong, match="the context holds 16"):
         Bench(folder, num_blocks=4).add_whole(16)
+
+
+def test_answers_whose_last_tokens_are_on_their_way_need_no_more_memory(folder: Path) -> None:
+    """Their prompts and all but the last of their four tokens fill two blocks each; a fifth is for one of them."""
+    bench = Bench(folder, num_blocks=5)
+    sequences = [bench.add_whole(5) for _ in range(2)]
+    for _ in range(4):
+        assert len(bench.step()) == 2
+    assert [len(each.token_ids) for each in sequences] == [9, 9] and bench.step() == []
+    assert bench.scheduler.num_preempted == 0 and bench.scheduler.running == sequences
