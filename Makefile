@@ -19,7 +19,7 @@ GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu)
 LAUNCH = $(BIN)/python -m deploy.launcher
 LAUNCH_ARGS = $(if $(MODEL),--model "$(MODEL)") $(if $(IMAGE),--image "$(IMAGE)") $(if $(PROMPT),--prompt "$(PROMPT)")
 
-PACKAGES := protos embedding_transport encoder_service llm_worker deploy benchmarks
+PACKAGES := protos service_runtime gpu_kernels embedding_transport encoder_service llm_worker deploy benchmarks
 # Ruff bans these, too, but its bans can be silenced.
 UNSAFE := '^[^\#]*((import|from) +(c?[Pp]ickle|dill|cloudpickle|shelve|marshal)\b|torch\.load\(|allow_pickle *= *True)'
 

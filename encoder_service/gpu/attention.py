@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from encoder_service.gpu.timing import median_ms
+from gpu_kernels.timing import graphed_median_ms
 
 _log = logging.getLogger(__name__)
 
@@ -132,10 +132,4 @@ def _time_ms(
     def once() -> None:
         attention(q, k, v, bounds, _PROBE_LENGTH, head_dim**-0.5)
 
-    once()  # compiles
-    # As it will run: launched from Python, the host's speed would decide.
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        once()
-    graph.replay()
-    return median_ms(graph.replay, _PROBE_REPEATS)
+    return graphed_median_ms(once, _PROBE_REPEATS)

@@ -260,27 +260,6 @@ def _turn(
         tl.store(to + pad, zeros, mask=stored & (index + pad < PADDED))
 
 
-def gated_silu(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up of rows [P, 2 * I] that hold gate and up side by side; [P, I], new memory."""
-    num_rows, width = gate_up.shape
-    out = gate_up.new_empty((num_rows, width // 2))
-    block = 1024
-    _gated_silu[(num_rows, triton.cdiv(width // 2, block))](gate_up, out, width // 2, BLOCK=block)
-    return out
-
-
-@triton.jit
-def _gated_silu(gate_up, out, width, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    kept = index < width
-    gate = tl.load(gate_up + row * 2 * width + index, mask=kept, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * width + width + index, mask=kept, other=0.0).to(tl.float32)
-    # Rounded in between, as the reference does.
-    active = (gate * tl.sigmoid(gate)).to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + row * width + index, (active * up).to(out.dtype.element_ty), mask=kept)
-
-
 def window_attention(
     q_PHE: torch.Tensor, k_PHE: torch.Tensor, v_PHD: torch.Tensor, bounds: torch.Tensor, max_length: int, scale: float
 ) -> torch.Tensor:

@@ -95,13 +95,20 @@ class AttentionBranch:
 
     def over_frames(self, normed_PC: Rows, cos_sin: torch.Tensor, tables: BatchTables) -> torch.Tensor:
         """[P, C]; every patch sees its frame."""
-        q, k, v = kernels.turn(self._qkv(normed_PC), cos_sin, self._num_heads, self._attention.padded_head_dim)
+        q, k, v = self._turned(normed_PC, cos_sin, self._attention.padded_head_dim)
         return self._attention(q, k, v, tables.cu_seqlens, tables.max_seqlen, self._head_dim**-0.5).flatten(1)
 
     def over_windows(
         self, normed_PC: Rows, cos_sin: torch.Tensor, tables: BatchTables, max_length: int
     ) -> torch.Tensor:
         """[P, C]; every patch sees its window, which has at most `max_length` patches."""
-        q, k, v = kernels.turn(self._qkv(normed_PC), cos_sin, self._num_heads, self._head_dim)
+        q, k, v = self._turned(normed_PC, cos_sin, self._head_dim)
         scale = self._head_dim**-0.5
         return kernels.window_attention(q, k, v, tables.window_cu_seqlens, max_length, scale).flatten(1)
+
+    def _turned(
+        self, normed_PC: Rows, cos_sin: torch.Tensor, padded_head_dim: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        qkv = self._qkv(normed_PC)
+        assert isinstance(qkv, torch.Tensor)
+        return kernels.turn(qkv, cos_sin, self._num_heads, padded_head_dim)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from encoder_service.gpu import fp8, kernels
+from encoder_service.gpu import fp8
 from encoder_service.gpu.fp8 import Fp8Rows, Rows
 from encoder_service.gpu.residual import ResidualStream
+from gpu_kernels.one_kernel import Activation
+from gpu_kernels.product import AddedProduct, Product
 
 
 class Linear:
@@ -20,29 +22,14 @@ class Linear:
         self._weight_IO = weight_OI.t()
         self._bias_O = bias_O
 
-    def __call__(self, x_PI: Rows) -> torch.Tensor:
-        assert isinstance(x_PI, torch.Tensor)
+    def __call__(self, x_PI: torch.Tensor) -> torch.Tensor:
         if self._bias_O is None:
             return x_PI @ self._weight_IO
         return torch.addmm(self._bias_O, x_PI, self._weight_IO)
 
-    def gelu_tanh(self, x_PI: Rows) -> Rows:
-        """GELU by tanh of the product, inside it."""
-        assert self._bias_O is not None and isinstance(x_PI, torch.Tensor)
-        return torch._addmm_activation(self._bias_O, x_PI, self._weight_IO, use_gelu=True)
-
     def gelu(self, x_PI: torch.Tensor) -> torch.Tensor:
         """Exact GELU of the product."""
         return F.gelu(self(x_PI))
-
-    def gated_silu(self, x_PI: Rows) -> Rows:
-        """silu of the product's left half times its right half, [P, O / 2]."""
-        return kernels.gated_silu(self(x_PI))
-
-    def add_to(self, stream: ResidualStream, x_PI: Rows) -> None:
-        """Adds the product to the stream."""
-        assert self._bias_O is None and isinstance(x_PI, torch.Tensor)
-        stream.x_PC.addmm_(x_PI, self._weight_IO)
 
     def into(self, out_PO: torch.Tensor, x_PI: torch.Tensor) -> None:
         """Writes the product into `out_PO`, which may be a slice of wider rows."""
@@ -50,18 +37,50 @@ class Linear:
         torch.addmm(self._bias_O, x_PI, self._weight_IO, out=out_PO)
 
 
-class Fp8Linear:
-    """y = x W^T + b in e4m3, one scale a row of x and of W; y in bfloat16. Rows in another dtype are quantized first.
+class BlockLinear:
+    """A block's product from normed rows on, and the activation behind it; see `Product`."""
 
-    Both widths must be multiples of 16.
+    def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor, activation: Activation | None) -> None:
+        self._product = Product(weight_OI, bias_O, activation)
+
+    def __call__(self, x_PI: Rows) -> Rows:
+        assert isinstance(x_PI, torch.Tensor)
+        return self._product(x_PI)
+
+
+class ResidualLinear:
+    """A block's product back to the residual stream, without its bias."""
+
+    def __init__(self, weight_OI: torch.Tensor) -> None:
+        self._product = AddedProduct(weight_OI)
+
+    def add_to(self, stream: ResidualStream, x_PI: Rows) -> None:
+        assert isinstance(x_PI, torch.Tensor)
+        self._product(stream.x_PC, x_PI)
+
+
+class Fp8BlockLinear:
+    """`BlockLinear` in e4m3, one scale a row of x and of W. Rows in another dtype are quantized first.
+
+    Without an activation the result is bfloat16, behind one it is quantized anew. Both widths must be multiples of 16.
     """
 
-    def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
+    def __init__(
+        self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None, activation: Activation | None = None
+    ) -> None:
         weight = fp8.quantized_weight(weight_OI)
         self._weight_IO, self._scale_1O = weight.values.t(), weight.scale.t().contiguous()
         self._bias_O = None if bias_O is None else bias_O.to(torch.bfloat16)
+        self._activation = activation
 
-    def __call__(self, x_PI: Rows) -> torch.Tensor:
+    def __call__(self, x_PI: Rows) -> Rows:
+        product_PO = self.product(x_PI)
+        if self._activation == "gelu_tanh":
+            return fp8.quantized_gelu_tanh(product_PO)
+        return fp8.quantized_gated_silu(product_PO) if self._activation == "gated_silu" else product_PO
+
+    def product(self, x_PI: Rows) -> torch.Tensor:
+        """[P, O] bfloat16, without the activation."""
         rows = x_PI if isinstance(x_PI, Fp8Rows) else fp8.quantized(x_PI)
         return torch._scaled_mm(
             rows.values,
@@ -73,19 +92,22 @@ class Fp8Linear:
             use_fast_accum=True,
         )
 
-    def gelu_tanh(self, x_PI: Rows) -> Rows:
-        """GELU by tanh of the product."""
-        return fp8.quantized_gelu_tanh(self(x_PI))
 
-    def gated_silu(self, x_PI: Rows) -> Rows:
-        """silu of the product's left half times its right half, [P, O / 2]."""
-        return fp8.quantized_gated_silu(self(x_PI))
+class Fp8ResidualLinear:
+    """`ResidualLinear` in e4m3; the stream adds it at its next norm."""
+
+    def __init__(self, weight_OI: torch.Tensor) -> None:
+        self._linear = Fp8BlockLinear(weight_OI)
 
     def add_to(self, stream: ResidualStream, x_PI: Rows) -> None:
-        """Adds the product to the stream, at its next norm."""
-        stream.owe(self(x_PI))
+        stream.owe(self._linear.product(x_PI))
 
 
-def block_linear(weight_OI: torch.Tensor, bias_O: torch.Tensor | None, *, fp8: bool) -> Linear | Fp8Linear:
-    """One of a block's products."""
-    return (Fp8Linear if fp8 else Linear)(weight_OI, bias_O)
+def block_linear(
+    weight_OI: torch.Tensor, bias_O: torch.Tensor, activation: Activation | None = None, *, fp8: bool
+) -> BlockLinear | Fp8BlockLinear:
+    return (Fp8BlockLinear if fp8 else BlockLinear)(weight_OI, bias_O, activation)
+
+
+def residual_linear(weight_OI: torch.Tensor, *, fp8: bool) -> ResidualLinear | Fp8ResidualLinear:
+    return (Fp8ResidualLinear if fp8 else ResidualLinear)(weight_OI)

@@ -18,7 +18,7 @@ from encoder_service.gpu.attention import PackedAttention
 from encoder_service.gpu.batch_tables import BatchTables
 from encoder_service.gpu.fp8 import Rows
 from encoder_service.gpu.layers import AttentionBranch, FusedTower
-from encoder_service.gpu.linear import Linear, block_linear
+from encoder_service.gpu.linear import Linear, block_linear, residual_linear
 from encoder_service.gpu.residual import ResidualStream
 from encoder_service.models.layers import Block
 from encoder_service.models.qwen2_5_vl import GatedMlp, Qwen2_5VLTower, RMSNorm
@@ -90,14 +90,14 @@ class _Layer:
         self._max_window = max_window
         self._fp8 = fp8
         self._attend = AttentionBranch(block.attn, attention, fp8=fp8)
-        self._proj = block_linear(block.attn.proj.weight, None, fp8=fp8)
+        self._proj = residual_linear(block.attn.proj.weight, fp8=fp8)
         gate, up, down = block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj
         width = -(-gate.out_features // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
         padding = width - gate.out_features
         gate_up_weight = torch.cat([F.pad(each.weight, (0, 0, 0, padding)) for each in (gate, up)])
         gate_up_bias = torch.cat([F.pad(each.bias, (0, padding)) for each in (gate, up)])
-        self._gate_up = block_linear(gate_up_weight, gate_up_bias, fp8=fp8)
-        self._down = block_linear(F.pad(down.weight, (0, padding)), None, fp8=fp8)
+        self._gate_up = block_linear(gate_up_weight, gate_up_bias, "gated_silu", fp8=fp8)
+        self._down = residual_linear(F.pad(down.weight, (0, padding)), fp8=fp8)
         self._shift_before = shift
         self._shift_between = shift + block.attn.proj.bias.float()
         self.shift_after = self._shift_between + down.bias.float()
@@ -111,7 +111,7 @@ class _Layer:
             attended_PC = self._attend.over_windows(normed_PC, cos_sin, tables, self._max_window)
         self._proj.add_to(stream, attended_PC)
         normed_PC = _rms_norm(stream, self._shift_between, self._norm2, tables, fp8=self._fp8)
-        self._down.add_to(stream, self._gate_up.gated_silu(normed_PC))
+        self._down.add_to(stream, self._gate_up(normed_PC))
 
 
 def _rms_norm(

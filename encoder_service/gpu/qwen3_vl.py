@@ -14,7 +14,7 @@ from encoder_service.gpu.attention import PackedAttention
 from encoder_service.gpu.batch_tables import BatchTables
 from encoder_service.gpu.fp8 import Rows
 from encoder_service.gpu.layers import AttentionBranch, FusedTower
-from encoder_service.gpu.linear import Linear, block_linear
+from encoder_service.gpu.linear import Linear, block_linear, residual_linear
 from encoder_service.gpu.residual import ResidualStream
 from encoder_service.models.layers import Block
 from encoder_service.models.qwen3_vl import Merger, Mlp, Qwen3VLTower
@@ -76,9 +76,9 @@ class _Layer:
         self._norm1, self._norm2 = block.norm1, block.norm2
         self._fp8 = fp8
         self._attend = AttentionBranch(block.attn, attention, fp8=fp8)
-        self._proj = block_linear(block.attn.proj.weight, None, fp8=fp8)
-        self._fc1 = block_linear(block.mlp.linear_fc1.weight, block.mlp.linear_fc1.bias, fp8=fp8)
-        self._fc2 = block_linear(block.mlp.linear_fc2.weight, None, fp8=fp8)
+        self._proj = residual_linear(block.attn.proj.weight, fp8=fp8)
+        self._fc1 = block_linear(block.mlp.linear_fc1.weight, block.mlp.linear_fc1.bias, "gelu_tanh", fp8=fp8)
+        self._fc2 = residual_linear(block.mlp.linear_fc2.weight, fp8=fp8)
         self._shift_before = shift
         self._shift_between = shift + block.attn.proj.bias.float()
         self.shift_after = self._shift_between + block.mlp.linear_fc2.bias.float()
@@ -88,7 +88,7 @@ class _Layer:
         normed_PC = _layer_norm(stream, self._shift_before, self._norm1, tables, fp8=self._fp8)
         self._proj.add_to(stream, self._attend.over_frames(normed_PC, cos_sin, tables))
         normed_PC = _layer_norm(stream, self._shift_between, self._norm2, tables, fp8=self._fp8)
-        self._fc2.add_to(stream, self._fc1.gelu_tanh(normed_PC))
+        self._fc2.add_to(stream, self._fc1(normed_PC))
 
 
 class _Merger:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from gpu_kernels.product import Product
 from llm_worker.gpu import kernels
 from llm_worker.gpu.few_rows import FEW, few_rows_linear, few_rows_linear_add, few_rows_silu_mul
 from llm_worker.models.decoder import DecoderLayer, Mlp, RMSNorm, TextDecoder
@@ -55,6 +56,7 @@ class FusedLayer:
         self._mlp = layer.mlp
         if isinstance(layer.mlp, Mlp):
             self._gate_up_weight = _side_by_side([layer.mlp.gate_proj, layer.mlp.up_proj])
+            self._gate_up = Product(self._gate_up_weight, activation="gated_silu")
         self._input_norm, self._post_norm = layer.input_layernorm, layer.post_attention_layernorm
 
     def before_attention(
@@ -92,8 +94,7 @@ class FusedLayer:
         elif len(x_TC) in FEW:
             self._add_product(x_TC, few_rows_silu_mul(normed_TC, self._gate_up_weight), self._mlp.down_proj.weight)
         else:
-            active_TX = kernels.silu_mul(F.linear(normed_TC, self._gate_up_weight))
-            self._add_product(x_TC, active_TX, self._mlp.down_proj.weight)
+            self._add_product(x_TC, self._gate_up(normed_TC), self._mlp.down_proj.weight)
 
     def _add_product(self, to_TC: torch.Tensor, x_TX: torch.Tensor, weight: torch.Tensor) -> None:
         """Adds x @ weight.T, summed over all ranks, in place."""

@@ -182,24 +182,3 @@ def _turn_and_write(
             to = k_cache + (slot * KV_HEADS + head - HEADS) * (2 * HALF) + index
             tl.store(to, turned_first, mask=kept)
             tl.store(to + HALF, turned_second, mask=kept)
-
-
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up of rows [T, 2 * I] that hold gate and up side by side; [T, I], new memory."""
-    num_tokens, width = gate_up.shape
-    out = gate_up.new_empty((num_tokens, width // 2))
-    block = 1024
-    _silu_mul[(num_tokens, triton.cdiv(width // 2, block))](gate_up, out, width // 2, BLOCK=block)
-    return out
-
-
-@triton.jit
-def _silu_mul(gate_up, out, width, BLOCK: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < width
-    gate = tl.load(gate_up + token * 2 * width + index, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + token * 2 * width + width + index, mask=inside, other=0.0).to(tl.float32)
-    # Rounded in between, as the reference does.
-    active = (gate * tl.sigmoid(gate)).to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + token * width + index, (active * up).to(out.dtype.element_ty), mask=inside)

@@ -179,12 +179,6 @@ def test_norms_into_fp8(tables: BatchTables) -> None:
         assert_close_in_fp8(norm(fp8=True), plain)
 
 
-def test_gated_silu() -> None:
-    gate_up = random(5, 2 * 77)
-    expected = F.silu(gate_up[:, :77]) * gate_up[:, 77:]
-    torch.testing.assert_close(kernels.gated_silu(gate_up), expected, atol=1e-6, rtol=1e-5)
-
-
 def test_window_attention(tables: BatchTables) -> None:
     padded = 32
     q, k = F.pad(random(2, NUM_PATCHES + PADDING, HEADS, HEAD_DIM), (0, padded - HEAD_DIM)).unbind()

@@ -17,3 +17,13 @@ def median_ms(work: Callable[[], object], repeats: int) -> float:
     torch.cuda.synchronize()
     times: list[float] = sorted(start.elapsed_time(end) for start, end in marks)
     return times[repeats // 2]
+
+
+def graphed_median_ms(work: Callable[[], object], repeats: int) -> float:
+    """Of `work` as a CUDA graph: launched from Python, the host's speed would decide."""
+    work()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    graph.replay()
+    return median_ms(graph.replay, repeats)

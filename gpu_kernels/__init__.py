@@ -1,0 +1,1 @@
+"""Kernels that both services run on a GPU."""

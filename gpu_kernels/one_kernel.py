@@ -1,0 +1,76 @@
+"""A product and what follows it as one kernel, by quack-kernels on a Hopper GPU: the activation takes results from
+registers, while the next tile is multiplied already.
+
+Shapes: P rows, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+Activation: TypeAlias = Literal["gelu_tanh", "gated_silu"]
+
+_HOPPER = 9
+_NAMES = {None: None, "gelu_tanh": "gelu_tanh_approx", "gated_silu": "swiglu"}
+
+
+@functools.cache
+def _quack() -> Any:
+    """Raises ImportError where it is not installed."""
+    import quack.cache
+    import quack.gemm_interface
+
+    # It would load machine code from a folder in /tmp, whoever has put it there.
+    quack.cache.CACHE_ENABLED = False
+    return quack.gemm_interface
+
+
+@functools.cache
+def _tiles() -> Any:
+    """The best that gated activations take, too, of nine that were tried (docs/performance.md)."""
+    return _quack().GemmConfig(
+        tile_m=128, tile_n=192, pingpong=True, cluster_m=2, is_dynamic_persistent=False, device_capacity=_HOPPER
+    )
+
+
+def check_one_kernel(activation: Activation | None, bias_O: torch.Tensor | None, weight_IO: torch.Tensor) -> None:
+    """
+    Raises:
+        ImportError: quack-kernels is not installed.
+        ValueError: the GPU, the dtype or the combination is one that this does not do.
+    """
+    _quack()
+    if torch.cuda.get_device_capability(weight_IO.device)[0] != _HOPPER:
+        raise ValueError(
+            f"its tiles are chosen for Hopper GPUs, not for {torch.cuda.get_device_name(weight_IO.device)}"
+        )
+    if weight_IO.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"it is made for half precision, not for {weight_IO.dtype}")
+    if activation == "gated_silu" and bias_O is not None:
+        raise ValueError("gated activations want biases in an order of their own")
+
+
+def one_kernel(
+    x_PI: torch.Tensor, weight_IO: torch.Tensor, bias_O: torch.Tensor | None, activation: Activation | None
+) -> torch.Tensor:
+    """activation(x W + b), [P, O], or [P, O / 2] where it is gated; see `Product`. Check first."""
+    _, out_PO = _quack().gemm_act(
+        x_PI,
+        weight_IO,
+        bias=bias_O,
+        activation=_NAMES[activation],
+        store_preact=False,
+        tuned=False,
+        config=_tiles(),
+        concat_layout=("B",) if activation == "gated_silu" else None,
+    )
+    assert isinstance(out_PO, torch.Tensor)
+    return out_PO
+
+
+def one_kernel_add(to_PO: torch.Tensor, x_PI: torch.Tensor, weight_IO: torch.Tensor) -> None:
+    """Adds x W to `to_PO`. Check first."""
+    _quack().gemm_add_inplace(x_PI, weight_IO, to_PO, tuned=False)
