@@ -118,9 +118,10 @@ class _Landing:
         rows, timings = event.rows, event.rows.timings
         start = time.perf_counter()
         rows.copy_to(self._main[: rows.num_tokens], self._deepstack[:, : rows.num_tokens], 0)
+        check = rows.queue_check()
         if self.gpu is not None:
             torch.cuda.current_stream(self.gpu).synchronize()
-        rows.check()
+        check()
         rows.release()
         landed = time.perf_counter()
         land_ms = (landed - start) * 1000

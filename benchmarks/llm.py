@@ -221,6 +221,9 @@ class _TensorRows:
     def copy_to(self, main_TD: torch.Tensor, deepstack_NTD: torch.Tensor | None, first_row: int) -> None:
         copy_rows(self.rows_TW, main_TD, deepstack_NTD, first_row)
 
+    def queue_check(self) -> Callable[[], None]:
+        return self.check
+
     def check(self) -> None:
         pass
 

@@ -118,6 +118,12 @@ class CudaIpcMapping(PoolMapping):
     def source(self) -> PoolSource:
         return {"handle": self._handle.hex(), "nbytes": self.nbytes, "uuid": self._uuid}
 
+    def queue_header(self, offset: int) -> torch.Tensor:
+        header = torch.empty(HEADER_NBYTES, dtype=torch.uint8, pin_memory=True)
+        with torch.cuda.device(self._memory.device):
+            header.copy_(self._memory[offset - HEADER_NBYTES : offset], non_blocking=True)
+        return header
+
     def _bytes(self, offset: int, nbytes: int) -> bytes:
         if nbytes > PAGE_NBYTES:
             raise TransportUnavailable(f"{nbytes} bytes at once of a pool in GPU memory: at most {PAGE_NBYTES}")

@@ -165,13 +165,23 @@ class PoolMapping(ABC):
             raise TransportUnavailable(f"rows of {nbytes} bytes at {offset} do not lie in the pool of {self.nbytes}")
         return self._view(offset, shape, dtype)
 
-    def check(self, offset: int, lease_id: int, generation: int, nbytes: int) -> None:
-        """Compares the block's header with the lease: if they agree, whatever was read of the rows so far is right.
+    def queue_header(self, offset: int) -> torch.Tensor | None:
+        """For `check`: the header of the block with rows at `offset`, as the current stream will find it.
+
+        None where the host reads the pool by itself.
+        """
+        return None
+
+    def check(self, offset: int, lease_id: int, generation: int, nbytes: int, seen: torch.Tensor | None = None) -> None:
+        """Compares the block's header with the lease: if they agree, whatever was read of the rows before is right.
+
+        Args:
+            seen: the header from `queue_header`, whose stream is through; None to read it now.
 
         Raises:
             LeaseExpired: the owner has taken the block back.
         """
-        header = self._bytes(offset - HEADER_NBYTES, HEADER_NBYTES)
+        header = self._bytes(offset - HEADER_NBYTES, HEADER_NBYTES) if seen is None else seen.numpy().tobytes()
         if header != _packed_header(_MAGIC, lease_id, generation, nbytes):
             raise LeaseExpired(f"lease {lease_id} is no longer held: its owner took the rows back; ask for them again")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -48,8 +49,15 @@ class LeasedRows:
     def copy_to(self, main_TD: torch.Tensor, deepstack_NTD: torch.Tensor | None, first_row: int) -> None:
         copy_rows(self.rows_TW, main_TD, deepstack_NTD, first_row)
 
+    def queue_check(self) -> Callable[[], None]:
+        return functools.partial(self._check, self.mapping.queue_header(self.lease.offset))
+
     def check(self) -> None:
-        self.mapping.check(self.lease.offset, self.lease.lease_id, self.lease.generation, self.lease.nbytes)
+        self._check(None)
+
+    def _check(self, seen: torch.Tensor | None) -> None:
+        lease = self.lease
+        self.mapping.check(lease.offset, lease.lease_id, lease.generation, lease.nbytes, seen)
 
     def release(self) -> None:
         if not self._released:
@@ -88,6 +96,9 @@ class HostRows:
 
     def copy_to(self, main_TD: torch.Tensor, deepstack_NTD: torch.Tensor | None, first_row: int) -> None:
         copy_rows(self.rows_TW, main_TD, deepstack_NTD, first_row)
+
+    def queue_check(self) -> Callable[[], None]:
+        return self.check
 
     def check(self) -> None:
         """They are ours."""

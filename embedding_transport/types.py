@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, Protocol
@@ -128,6 +129,13 @@ class EmbeddingRows(Protocol):
             main_TD: destination of the main embedding, [T, out_hidden_size], any strides over T.
             deepstack_NTD: destination of the deepstack layers, [num_deepstack, T, out_hidden_size], or None.
             first_row: first row of this item to copy.
+        """
+        ...
+
+    def queue_check(self) -> Callable[[], None]:
+        """A `check` of what was copied so far, to be called when the current stream is through with all it was given.
+
+        On a GPU the stream has looked by then, which spares `check` its own look.
         """
         ...
 

@@ -5,12 +5,12 @@ Shapes: B rows to sample from, C hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 import torch
 
-from embedding_transport.types import EmbeddingRows
 from llm_worker.engine.config import EngineConfig
 from llm_worker.engine.host_twin import HostTwin
 from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
@@ -25,13 +25,13 @@ class StepOutput:
     """Of a step that has started; a GPU may still be computing it.
 
     logits_BV: in the model's dtype, one row for each chunk of `sampling`.
-    landed: media rows in the step, by chunk. They must pass their check when it is computed.
+    landed: checks of the media rows in the step, by chunk, to be called when it is computed.
     failed: chunks whose media rows could not be landed, with the reason: what is computed for them does not count.
     """
 
     sampling: list[Chunk]
     logits_BV: torch.Tensor
-    landed: dict[Chunk, list[EmbeddingRows]]
+    landed: dict[Chunk, list[Callable[[], None]]]
     failed: dict[Chunk, Exception]
 
 
@@ -71,7 +71,7 @@ class ForwardPass:
         logits_BV = self.run(inputs, list(last_rows.values()))
         # A video has many landings.
         landed = {
-            chunk: list({id(each.rows): each.rows for each in landings}.values())
+            chunk: [rows.queue_check() for rows in {id(each.rows): each.rows for each in landings}.values()]
             for chunk, landings in self.buffer.landed.items()
         }
         self.buffer.landed = {}  # or it would hold on to encoders' memory until the next step

@@ -155,10 +155,10 @@ class Steps:
     def _lost(self, output: StepOutput) -> dict[Chunk, Exception]:
         """Chunks whose media rows were taken back before, or while, they were landed."""
         lost: dict[Chunk, Exception] = {}
-        for chunk, all_rows in output.landed.items():
+        for chunk, checks in output.landed.items():
             try:
-                for rows in all_rows if chunk.counts else ():
-                    rows.check()
+                for check in checks if chunk.counts else ():
+                    check()
             except Exception as error:  # of one request, and nothing to the others
                 lost[chunk] = error
         return lost

@@ -34,10 +34,11 @@ for line in sys.stdin:
     landed = torch.zeros((tokens, width), dtype=torch.bfloat16, device=device)
     deepstack = torch.zeros((1, tokens, width // 2), dtype=torch.bfloat16, device=device)
     try:
-        mapping.check(offset, lease_id, generation, length)
         copy_rows(rows, landed[:, : width // 2], deepstack, 0)
+        queued = mapping.queue_header(offset)
         torch.cuda.synchronize(device)
-        mapping.check(offset, lease_id, generation, length)
+        for seen in (queued, None):
+            mapping.check(offset, lease_id, generation, length, seen)
         print((landed.float().sum() + deepstack.float().sum()).item(), flush=True)
     except LeaseExpired:
         print("expired", flush=True)

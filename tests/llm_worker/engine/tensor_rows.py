@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from embedding_transport.types import ItemTimings
@@ -25,6 +27,9 @@ class TensorRows:
         main_TD.copy_(part[:, :hidden])
         for layer, target in enumerate(deepstack_NTD if deepstack_NTD is not None else []):
             target.copy_(part[:, hidden * (1 + layer) : hidden * (2 + layer)])
+
+    def queue_check(self) -> Callable[[], None]:
+        return self.check
 
     def check(self) -> None:
         if self._error is not None:

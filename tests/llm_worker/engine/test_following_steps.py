@@ -4,6 +4,7 @@ that was lost is used."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -126,6 +127,35 @@ async def test_with_memory_for_two_all_finish(
         handles = [submit_with_rows_at_hand(engine, image, greedy(max_tokens)) for _ in range(NUM_REQUESTS)]
         assert await asyncio.gather(*map(tokens, handles)) == [expected] * NUM_REQUESTS
         assert is_idle(engine)
+
+
+class WatchedRows(TensorRows):
+    """`checked`: for each step that landed some of them, whether its own check was made."""
+
+    def __init__(self, rows_TW: torch.Tensor) -> None:
+        super().__init__(rows_TW)
+        self.checked: list[bool] = []
+
+    def queue_check(self) -> Callable[[], None]:
+        step = len(self.checked)
+        self.checked.append(False)
+
+        def check() -> None:
+            assert self.checked == [True] * step + [False] * (len(self.checked) - step)
+            self.checked[step] = True
+
+        return check
+
+
+async def test_every_step_makes_its_own_check_of_the_rows_that_it_landed(
+    qwen3_vl_folder: Path, reference: Reference, image: Request
+) -> None:
+    """The next one has landed others of the same rows by then, and the GPU has not yet looked behind these."""
+    rows = WatchedRows(image.rows[0]._rows_TW)
+    with running_engine(qwen3_vl_folder, Followed, max_num_batched_tokens=4) as engine:
+        handle = submit(engine, replace(image, rows=[rows]), greedy(2))
+        assert await tokens(handle) == reference.greedy(image.inputs, 2)[0]
+        assert rows.checked == [True] * len(rows.checked) and len(rows.checked) > 2
 
 
 @pytest.mark.parametrize("max_tokens", [1, 6])
