@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import binascii
 import uuid
+from contextlib import suppress
 from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from embedding_transport.errors import BadRequest
 from embedding_transport.types import MediaItem
@@ -14,6 +17,8 @@ from llm_worker.frontend.events import GenerationRequest
 from llm_worker.frontend.openai_types import ChatRequest, CompletionRequest, ImagePart, Message, TextPart, VideoPart
 from llm_worker.frontend.sampling_defaults import SamplingDefaults
 from llm_worker.prompt.tokenizer import PromptTokenizer
+
+_BASE64 = TypeAdapter(bytes, config=ConfigDict(val_json_bytes="base64"))
 
 
 def chat_to_generation(
@@ -93,7 +98,20 @@ def _item(kind: Any, url: str, video_fps: float | None) -> MediaItem:
     head, comma, payload = url.partition(",")
     if head.startswith("data:") and head.endswith(";base64") and comma:
         try:
-            return MediaItem(kind, data=base64.b64decode(payload, validate=True), video_fps=video_fps)
+            return MediaItem(kind, data=decode_base64(payload), video_fps=video_fps)
         except binascii.Error as error:
             raise BadRequest(f"a data: URL is not valid base64: {error}") from error
     return MediaItem(kind, url=url, video_fps=video_fps)
+
+
+def decode_base64(payload: str) -> bytes:
+    """What base64.b64decode makes of it with `validate`, in a fraction of the time that it holds the interpreter for.
+
+    Raises:
+        ValueError: as base64.b64decode does; binascii.Error where it is ASCII.
+    """
+    # Pydantic also takes what has no padding or is of the alphabet for URLs. All else that it takes means the same.
+    if len(payload) % 4 == 0 and "-" not in payload and "_" not in payload:
+        with suppress(ValidationError):
+            return _BASE64.validate_strings(payload)
+    return base64.b64decode(payload, validate=True)
