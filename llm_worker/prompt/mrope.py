@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from embedding_transport.types import Layout
@@ -32,30 +34,31 @@ def mrope_positions(
         num_tokens: length of the expanded prompt.
         spans: its media spans in order of their start.
     """
-    pieces: list[torch.Tensor] = []
+    # NumPy, as torch takes several times as long over so little.
+    positions_3N = np.empty((3, num_tokens), dtype=np.int64)
     token = position = 0
     for span in spans:
         num_text = span.start - token
-        pieces.append(torch.arange(position, position + num_text).expand(3, -1))
+        positions_3N[:, token : span.start] = np.arange(position, position + num_text)
         position += num_text
         layout = layouts[span.item_index]
-        grid_3N = _grid(span.length, layout, config)
-        pieces.append(grid_3N + position)
+        _, h, w = (size // config.merge_size for size in layout.grid_thw)
+        times_THW, rows_THW, columns_THW = positions_3N[:, span.start : span.stop].reshape(3, -1, h, w)
+        times_THW[:] = position + _times(len(times_THW), layout, config)[:, None, None]
+        rows_THW[:] = position + np.arange(h)[:, None]
+        columns_THW[:] = position + np.arange(w)
         # Time does not count: a video advances by its longer side, too.
-        position += max(layout.grid_thw[1:]) // config.merge_size
-        token = span.start + span.length
-    pieces.append(torch.arange(position, position + num_tokens - token).expand(3, -1))
-    positions_3N = torch.cat(pieces, dim=1)
-    return MropePositions(positions_3N, int(positions_3N.max()) + 1 if num_tokens else 0)
+        position += max(h, w)
+        token = span.stop
+    positions_3N[:, token:] = np.arange(position, position + num_tokens - token)
+    return MropePositions(torch.from_numpy(positions_3N), int(positions_3N.max()) + 1 if num_tokens else 0)
 
 
-def _grid(num_rows: int, layout: Layout, config: PromptConfig) -> torch.Tensor:
-    """Positions of one span from 0 on, [3, num_rows]."""
-    _, h, w = layout.grid_thw
-    h, w = h // config.merge_size, w // config.merge_size
-    times = torch.arange(num_rows // (h * w))
+def _times(num_times: int, layout: Layout, config: PromptConfig) -> npt.NDArray[np.int64]:
+    """Positions of a span's temporal patches from 0 on, [num_times]."""
+    times = np.arange(num_times)
     if layout.kind == "video" and config.tokens_per_second is not None:
         # float32 and truncation as in the source: a rounding here would move whole frames.
-        interval = config.tokens_per_second * torch.tensor(layout.second_per_grid_t, dtype=torch.float32)
-        times = (times * interval).long()
-    return torch.stack(torch.meshgrid(times, torch.arange(h), torch.arange(w), indexing="ij")).reshape(3, -1)
+        interval = np.float32(config.tokens_per_second) * np.float32(layout.second_per_grid_t)
+        times = (times.astype(np.float32) * interval).astype(np.int64)
+    return times
