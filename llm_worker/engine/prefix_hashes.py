@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import struct
 from array import array
-from collections import deque
 from collections.abc import Sequence
 
 from llm_worker.engine.request import ExpandedPrompt
@@ -28,22 +27,19 @@ def extend_prefix_hashes(
         prompt: None while only its text in front of the first media item is known.
     """
     first, stop = len(hashes) * block_size, num_blocks * block_size
-    tokens = array("q", token_ids[first:stop]).tobytes()
-    nbytes = 8 * block_size
-    # In order: of a video's hundreds only the next ones are looked at for a block.
-    spans = deque(prompt.spans_in(first, stop) if prompt is not None else ())
-    previous = hashes[-1] if hashes else b""
-    for number, start in enumerate(range(first, stop, block_size)):
-        media = b""
-        while spans and spans[0].stop <= start:
-            spans.popleft()
-        for span in spans:
-            if span.start >= start + block_size:
-                break
-            content_hash = prompt.content_hashes[span.item_index] if prompt and prompt.content_hashes else b""
-            if not content_hash:
-                return
+    tokens, nbytes = array("q", token_ids[first:stop]).tobytes(), 8 * block_size
+    contents = [tokens[begin : begin + nbytes] for begin in range(0, len(tokens), nbytes)]
+    for span in prompt.spans_in(first, stop) if prompt is not None else ():
+        content_hash = prompt.content_hashes[span.item_index] if prompt and prompt.content_hashes else b""
+        begin = max(span.start, first)
+        if not content_hash:
+            del contents[(begin - first) // block_size :]
+            break
+        for start in range(begin // block_size * block_size, min(span.stop, stop), block_size):
             begin = max(span.start, start)
-            media += content_hash + _PLACE.pack(begin - start, span.first_row + begin - span.start)
-        previous = hashlib.sha256(previous + tokens[number * nbytes : (number + 1) * nbytes] + media).digest()
+            place = _PLACE.pack(begin - start, span.first_row + begin - span.start)
+            contents[(start - first) // block_size] += content_hash + place
+    previous = hashes[-1] if hashes else b""
+    for content in contents:
+        previous = hashlib.sha256(previous + content).digest()
         hashes.append(previous)
