@@ -116,15 +116,15 @@ class Engine:
             Overloaded: too many requests are waiting.
         """
         self._scheduler.check_room(len(prefix_token_ids))
-        handle = RequestHandle(self, request_id, send_rows, send_kv)
+        handle = RequestHandle(self, request_id)
         sequence = Sequence(
             request_id,
             next(self._arrivals),
             list(prefix_token_ids),
             sampling,
             handle.deliver,
-            handle.request_rows,
-            handle.request_kv if send_kv is not None else None,
+            handle.on_loop(send_rows),
+            handle.on_loop(send_kv) if send_kv is not None else None,
             keep_kv=keep_kv,
         )
         handle.sequence = sequence
@@ -272,6 +272,7 @@ class Engine:
             self._end(sequence)
         else:
             self._kv_cache.free(sequence.blocks)
+        sequence.forget_listener()
 
     def on_fail(self, sequence: Sequence, error: VitrineError) -> None:
         if not sequence.finished:

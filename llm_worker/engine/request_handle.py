@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from embedding_transport.errors import VitrineError
 from embedding_transport.types import EmbeddingRows
@@ -17,6 +17,8 @@ from llm_worker.engine.sequence import Sequence
 if TYPE_CHECKING:
     from llm_worker.engine.engine import Engine
 
+T = TypeVar("T")
+
 
 class RequestHandle:
     """A request as the frontend holds it: iterate over its tokens. Belongs to the event loop that submitted it.
@@ -24,19 +26,11 @@ class RequestHandle:
     failed: why it ended early, once it has.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        request_id: str,
-        send_rows: Callable[[list[int]], None],
-        send_kv: Callable[[int], None] | None,
-    ) -> None:
+    def __init__(self, engine: Engine, request_id: str) -> None:
         self.request_id = request_id
         self.timings = EngineTimings()
         self.sequence: Sequence
         self._engine = engine
-        self._send_rows = send_rows
-        self._send_kv = send_kv
         self._loop = asyncio.get_running_loop()
         self._outputs: asyncio.Queue[TokenOutput | VitrineError] = asyncio.Queue()
         self.failed: asyncio.Future[VitrineError] = self._loop.create_future()
@@ -100,16 +94,8 @@ class RequestHandle:
                 self.failed.set_result(output)
             self._outputs.put_nowait(output)
 
-        self._on_loop(put)
+        self._engine.outbox.put(self._loop, put)
 
-    def request_rows(self, items: list[int]) -> None:
-        """Has the rows of these items handed over, (again); called on the engine's thread."""
-        self._on_loop(functools.partial(self._send_rows, items))
-
-    def request_kv(self, first_row: int) -> None:
-        """Has the KV of the prompt's tokens from this one on handed over, (again); called on the engine's thread."""
-        assert self._send_kv is not None
-        self._on_loop(functools.partial(self._send_kv, first_row))
-
-    def _on_loop(self, function: Callable[[], None]) -> None:
-        self._engine.outbox.put(self._loop, function)
+    def on_loop(self, function: Callable[[T], None]) -> Callable[[T], None]:
+        """Made for the engine's thread, which calls it: has the event loop call `function`."""
+        return lambda argument: self._engine.outbox.put(self._loop, functools.partial(function, argument))

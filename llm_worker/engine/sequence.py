@@ -204,6 +204,14 @@ class Sequence:
             self.kv.release()
             self.kv = None
 
+    def forget_listener(self) -> None:
+        """For one that has finished. Its listener refers to it, too, and is what holds the bytes of all media.
+
+        Together they would stay until a garbage collection, and one of many requests stops all threads for several ms.
+        """
+        self.deliver = self.request_rows = _ignore
+        self.request_kv = None
+
     def timings(self) -> EngineTimings:
         first = self.first_token_at
         return EngineTimings(
@@ -213,3 +221,7 @@ class Sequence:
             ttft_ms=(first - self.submitted_at) * 1000 if first is not None else 0.0,
             num_cached_tokens=self.num_cached,
         )
+
+
+def _ignore(*arguments: object) -> None:
+    """Nobody is there to be told."""

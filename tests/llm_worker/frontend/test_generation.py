@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
@@ -236,6 +238,21 @@ async def test_stop_strings_end_the_text_before_them_and_the_engines_work(worker
     assert finished.finish_reason == "stop"
     assert finished.num_completion_tokens < 40
     await worker.until_idle()
+
+
+async def test_what_is_over_goes_without_a_garbage_collection(worker: Serving) -> None:
+    asked = request(IMAGE, ("one 6",))
+    picture = weakref.ref(asked.media[0])
+    gc.collect()
+    gc.disable()
+    try:
+        await run(worker.generator, asked)
+        del asked
+        async with asyncio.timeout(10):
+            while picture() is not None:  # the engine's thread lets go of it
+                await asyncio.sleep(0.01)
+    finally:
+        gc.enable()
 
 
 async def test_without_a_tokenizer_ids_go_in_and_come_out(qwen3_vl_folder: Path) -> None:
