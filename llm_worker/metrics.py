@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
-from dataclasses import asdict
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -89,7 +88,7 @@ class LlmMetrics:
                         self._tokens.labels("generated").inc(len(event.token_ids))
                     elif isinstance(event, Finished):
                         outcome = "ok"
-                        for stage, ms in asdict(event.timings).items():
+                        for stage, ms in vars(event.timings).items():
                             if stage != "ttft_ms":
                                 self._stage_seconds.labels(stage.removesuffix("_ms")).observe(ms / 1e3)
                     yield event

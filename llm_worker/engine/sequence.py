@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -64,15 +65,7 @@ class Sequence:
     prefill_s: float = 0.0
     submitted_at: float = field(default_factory=time.perf_counter)
     first_token_at: float | None = None
-
-    def __post_init__(self) -> None:
-        seed = self.sampling.seed
-        self._generator = torch.Generator()
-        if seed is not None:
-            self._generator.manual_seed(seed % 2**64)  # torch takes 64 bits, JSON has no limit
-        else:
-            self._generator.seed()
-        self._uniform: list[float] = []
+    _uniform: list[float] = field(default_factory=list, init=False)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -173,6 +166,16 @@ class Sequence:
         while len(self._uniform) <= index:
             self._uniform.append(float(torch.rand((), generator=self._generator, dtype=torch.float64)))
         return self._uniform[index]
+
+    @cached_property
+    def _generator(self) -> torch.Generator:
+        """Made for those that draw."""
+        generator, seed = torch.Generator(), self.sampling.seed
+        if seed is not None:
+            generator.manual_seed(seed % 2**64)  # torch takes 64 bits, JSON has no limit
+        else:
+            generator.seed()
+        return generator
 
     def go_back(self, num_tokens: int) -> None:
         """Everything behind these tokens is lost, also what steps that have started make of it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -67,7 +67,7 @@ class AnswerWriter:
             "total_tokens": num_prompt + num_completion,
             "prompt_tokens_details": {"cached_tokens": finished.num_cached_tokens},
         }
-        timings = {name: round(value, 3) for name, value in asdict(finished.timings).items()}
+        timings = {name: round(value, 3) for name, value in vars(finished.timings).items()}
         return {"usage": usage, "timings": timings}
 
     @property
