@@ -1,7 +1,8 @@
 """Pictures that a GPU decodes, made into patches several at a time.
 
-One thread takes whatever waits, one call decodes all of it, and one wait for the GPU ends it: threads that each do one
-picture contend for the interpreter and for the decoder, and wait for the GPU as often as there are pictures.
+A thread takes whatever waits, one call decodes all of it, and one wait for the GPU ends it: threads that each do one
+picture contend for the interpreter and for the decoder, and wait for the GPU as often as there are pictures. There are
+two, so that one begins while the other waits for the GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from encoder_service.preprocess.preprocessor import OpenedMedia
 
 # More gain nothing, and every one waits for all of them.
 _MAX_TOGETHER = 16
+_NUM_THREADS = 2
 
 Result = torch.Tensor | Exception
 
@@ -25,25 +27,26 @@ class Gathering:
     """Belongs to one event loop.
 
     Args:
-        make: patches of each item, or why there are none; on a thread of its own.
+        make: patches of each item, or why there are none; on one of two threads.
     """
 
     def __init__(self, make: Callable[[Sequence[OpenedMedia]], list[Result]]) -> None:
         self._make = make
         self._waiting: deque[tuple[OpenedMedia, asyncio.Future[torch.Tensor]]] = deque()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder-gather")
-        self._working: asyncio.Task[None] | None = None
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="encoder-gather")
+        self._working: list[asyncio.Task[None]] = []
 
     def close(self) -> None:
         """Drops what has not begun and waits for the rest."""
-        self._thread.shutdown(cancel_futures=True)
+        self._threads.shutdown(cancel_futures=True)
 
     async def patches(self, opened: OpenedMedia) -> torch.Tensor:
         """See `OpenedMedia.patches`; cancelling drops what has not begun."""
         made: asyncio.Future[torch.Tensor] = asyncio.get_running_loop().create_future()
         self._waiting.append((opened, made))
-        if self._working is None or self._working.done():
-            self._working = asyncio.create_task(self._work())
+        self._working = [task for task in self._working if not task.done()]
+        if len(self._working) < _NUM_THREADS:
+            self._working.append(asyncio.create_task(self._work()))
         return await made
 
     async def _work(self) -> None:
@@ -63,6 +66,6 @@ class Gathering:
 
     async def _make_all(self, group: list[OpenedMedia]) -> list[Result]:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, self._make, group)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, self._make, group)
         except Exception as error:
             return [error] * len(group)
