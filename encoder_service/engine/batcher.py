@@ -3,9 +3,9 @@
     encode() -> waiting entries -> [former task: take, pack] -> channel of one batch -> [runner task: launch, followers]
              -> [a task a batch: wait for the GPU] -> rows
 
-The former owns the waiting entries; while one batch runs, the next is already packed. On a GPU the next is launched
-before the one in front has ended, so that the GPU never waits for Python. Nothing waits for company: when the tower is
-idle, whatever is there runs.
+The former owns the waiting entries; when a batch ends, the next is already packed. On a GPU the next is launched before
+the one in front has ended, so that the GPU never waits for Python. It is formed no earlier than that takes: what comes
+meanwhile goes along. Nothing waits for company: when the tower is idle, whatever is there runs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +24,14 @@ from embedding_transport.errors import EncoderUnavailable, InternalError, Vitrin
 from embedding_transport.gpu_faults import is_lost
 from encoder_service.engine.batch import Batch, EncodedItem, Entry, Follower, Launched
 from encoder_service.engine.cost_model import CostModel
+from encoder_service.engine.under_way import UnderWay
 from encoder_service.engine.waiting import Waiting
 from encoder_service.models import VisionTower
 from encoder_service.models.grids import GridTHW
 
 _log = logging.getLogger(__name__)
+# Before the tower should be free, by when a batch is formed: packing and launching take up to this long under load.
+_LEAD_S = 0.04
 _CPU = torch.device("cpu")
 
 
@@ -67,8 +71,10 @@ class Batcher:
         self._on_batch = on_batch
         self._on_gpu_lost = on_gpu_lost
         self._waiting = Waiting(cost, max_batch_patches)
+        self._under_way = UnderWay()
         self._unfinished: set[Entry] = set()
         self._arrived = asyncio.Event()
+        self._forms_later = False  # the former waits for the tower, not for an item
         self._channel: asyncio.Queue[Batch] = asyncio.Queue(maxsize=1)
         self._channel_free = asyncio.Semaphore(1)
         self._device = device
@@ -123,7 +129,8 @@ class Batcher:
         entry = Entry(patches_PX, grid_thw, asyncio.get_running_loop().create_future(), deadline, follower)
         self._waiting.add(entry)
         self._unfinished.add(entry)
-        self._arrived.set()
+        if not self._forms_later or self._waiting.is_full:
+            self._arrived.set()
         try:
             return await entry.result
         finally:
@@ -134,17 +141,35 @@ class Batcher:
         loop = asyncio.get_running_loop()
         while True:
             await self._channel_free.acquire()
-            while not (entries := self._waiting.take()):
-                self._arrived.clear()
-                await self._arrived.wait()
+            entries = await self._next_entries()
+            self._under_way.begin(entries, self._cost.batch_seconds([entry.grid_thw for entry in entries]))
             try:
                 batch = await loop.run_in_executor(self._packing_thread, Batch.packed, entries)
             except Exception:
                 _fail_batch(entries)
+                self._end(entries)
                 self._channel_free.release()
                 await self._look_at_gpu()
                 continue
             self._channel.put_nowait(batch)
+
+    async def _next_entries(self) -> list[Entry]:
+        """As soon as there are any, unless the tower is busy and others can still join them."""
+        while True:
+            spare_s = self._under_way.left_s - _LEAD_S
+            may_take = spare_s <= 0 or self._waiting.is_full
+            if may_take and (entries := self._waiting.take()):
+                return entries
+            self._arrived.clear()
+            self._forms_later = not may_take
+            with suppress(TimeoutError):
+                async with asyncio.timeout(spare_s if self._forms_later else None):
+                    await self._arrived.wait()
+
+    def _end(self, entries: list[Entry]) -> None:
+        """Of a batch; sooner than was thought, perhaps."""
+        self._under_way.end(entries)
+        self._arrived.set()
 
     async def _run_batches(self) -> None:
         loop = asyncio.get_running_loop()
@@ -154,12 +179,14 @@ class Batcher:
             self._channel_free.release()
             if all(entry.result.done() for entry in batch.entries):
                 self._may_launch.release()
+                self._end(batch.entries)
                 continue
             try:
                 launched = await loop.run_in_executor(self._forward_thread, batch.launch, self._tower, self._device)
             except Exception:
                 _fail_batch(batch.entries)
                 self._may_launch.release()
+                self._end(batch.entries)
                 batch.end_followers()
                 await self._look_at_gpu()
                 continue
@@ -175,6 +202,7 @@ class Batcher:
             _fail_batch(batch.entries)
         finally:
             self._may_launch.release()
+            self._end(batch.entries)
             batch.end_followers()
         if forward_s is None:
             await self._look_at_gpu()

@@ -77,9 +77,13 @@ class CostModel:
         patches, pairs = _patches_and_pairs((grid_thw,))
         return self._correction * (self.per_patch_s * patches + self.per_pair_s * pairs)
 
+    def batch_seconds(self, grid_thw: Sequence[GridTHW]) -> float:
+        """What a batch takes."""
+        return self.fixed_s + sum(map(self.seconds, grid_thw))
+
     def observe(self, grid_thw: Sequence[GridTHW], seconds: float) -> None:
         """Corrects the model, slowly, by how long a batch really took."""
-        expected = self.fixed_s + sum(map(self.seconds, grid_thw))
+        expected = self.batch_seconds(grid_thw)
         if expected > 0:
             corrected = self._correction * (1 + _CORRECTION_RATE * (min(seconds / expected, 2.0) - 1))
             self._correction = min(max(corrected, _CORRECTION_BOUNDS[0]), _CORRECTION_BOUNDS[1])

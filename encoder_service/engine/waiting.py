@@ -26,6 +26,11 @@ class Waiting:
     def num_patches(self) -> int:
         return sum(len(entry.patches_PX) for entry in self._entries)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether no other would fit into the next batch."""
+        return self.num_patches >= self._max_batch_patches
+
     def add(self, entry: Entry) -> None:
         insort(self._entries, entry, key=lambda each: each.due)
 

@@ -103,8 +103,6 @@ async def test_near_deadlines_come_first_and_no_company_makes_them_late(tower: G
     cost = CostModel(0.0, 0.1, 0.0)  # 1.6 s for SMALL, 2.4 s for WIDE
     async with batching(tower, cost=cost) as (batcher, _):
         blocker = await block_tower(tower, batcher)
-        packed = submit(batcher, SMALL)
-        await settle(batcher)
         now = time.monotonic()
         waiting = [
             submit(batcher, SMALL),
@@ -114,9 +112,37 @@ async def test_near_deadlines_come_first_and_no_company_makes_them_late(tower: G
         ]
         await asyncio.sleep(0.02)
         tower.gate.set()
-        await asyncio.gather(blocker, packed, *waiting)
+        await asyncio.gather(blocker, *waiting)
     # WIDE has 1.7 s to spare (the model learns that it takes less), which one SMALL uses.
-    assert tower.batches == [[SMALL], [SMALL], [LARGE], [WIDE, SMALL], [SMALL]]
+    assert tower.batches == [[SMALL], [LARGE], [WIDE, SMALL], [SMALL]]
+
+
+async def test_a_batch_behind_one_that_runs_is_formed_late_so_that_others_join_it(tower: GatedTower) -> None:
+    cost = CostModel(0.0, 10.0, 0.0)  # 160 s for SMALL
+    async with batching(tower, max_batch_patches=40, cost=cost) as (batcher, _):
+        blocker = await block_tower(tower, batcher)
+        early = submit(batcher, SMALL)
+        await asyncio.sleep(0.05)
+        assert batcher.waiting_patches == 16
+        late = submit(batcher, WIDE)
+        await settle(batcher)  # as no other would fit
+        last = [submit(batcher, SMALL), submit(batcher, SMALL)]
+        await asyncio.sleep(0.05)
+        tower.gate.set()
+        await asyncio.wait_for(asyncio.gather(blocker, early, late, *last), 10)
+    assert tower.batches == [[SMALL], [SMALL, WIDE], [SMALL, SMALL]]
+
+
+async def test_it_is_formed_when_the_one_in_front_should_be_nearly_through(tower: GatedTower) -> None:
+    cost = CostModel(0.2, 0.0, 0.0)
+    async with batching(tower, cost=cost) as (batcher, _):
+        blocker = await block_tower(tower, batcher)
+        early = submit(batcher, SMALL)
+        await asyncio.sleep(0.05)
+        assert batcher.waiting_patches == 16
+        await settle(batcher)
+        tower.gate.set()
+        await asyncio.gather(blocker, early)
 
 
 async def test_an_idle_tower_does_not_wait_for_company(tower: GatedTower) -> None:
