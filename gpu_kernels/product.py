@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from gpu_kernels.timing import graphed_median_ms
 _log = logging.getLogger(__name__)
 
 _PROBE_ROWS = (1024, 2048, 4096)
+# Additions gain later: not at 4096 rows, but at 41,472 (docs/performance.md).
+_ADD_PROBE_ROWS = (4096, 16384)
 _PROBE_REPEATS = 15
 # Less is not worth the time to compile it.
 _WORTH_IT = 0.98
@@ -86,6 +88,7 @@ def _rows_for_one_kernel(
         lambda x_PI: _by_cublas(x_PI, weight_IO, bias_O, activation),
         lambda x_PI: one_kernel(x_PI, weight_IO, bias_O, activation),
         weight_IO,
+        _PROBE_ROWS,
     )
 
 
@@ -95,13 +98,14 @@ def _rows_for_one_kernel_add(shape_OI: torch.Size, dtype: torch.dtype, device: t
     if device.type == "cpu":
         return math.inf
     weight_IO = torch.randn(shape_OI, dtype=dtype, device=device).t()
-    to_PO = torch.zeros((max(_PROBE_ROWS), shape_OI[0]), dtype=dtype, device=device)
+    to_PO = torch.zeros((max(_ADD_PROBE_ROWS), shape_OI[0]), dtype=dtype, device=device)
     return _rows_where_faster(
         f"{shape_OI[1]} to {shape_OI[0]}, added to rows",
         lambda: check_one_kernel(None, None, weight_IO),
         lambda x_PI: _add_by_cublas(to_PO[: len(x_PI)], x_PI, weight_IO),
         lambda x_PI: one_kernel_add(to_PO[: len(x_PI)], x_PI, weight_IO),
         weight_IO,
+        _ADD_PROBE_ROWS,
     )
 
 
@@ -111,11 +115,12 @@ def _rows_where_faster(
     usual: Callable[[torch.Tensor], object],
     in_one_kernel: Callable[[torch.Tensor], object],
     weight_IO: torch.Tensor,
+    probe_rows: Sequence[int],
 ) -> float:
     times: dict[int, tuple[float, float]] = {}
     try:
         check()
-        for num_rows in _PROBE_ROWS:
+        for num_rows in probe_rows:
             x_PI = torch.randn((num_rows, len(weight_IO)), dtype=weight_IO.dtype, device=weight_IO.device)
             usual_ms, one_kernel_ms = (
                 graphed_median_ms(functools.partial(work, x_PI), _PROBE_REPEATS) for work in (usual, in_one_kernel)
