@@ -130,6 +130,7 @@ class EncoderClient(PeerFleet[EncoderPeer]):
 
     async def _encode_all(self, request: _Request, indices: Sequence[int]) -> AsyncGenerator[EncodeEvent]:
         """These items of the request, on as many encoders as they belong to."""
+        await self._until_tried()
         groups = self._spread(request, indices)
         streams = [self._encode_group(request, peer, pending) for peer, pending in groups.items()]
         try:

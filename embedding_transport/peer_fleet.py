@@ -103,6 +103,12 @@ class PeerFleet(ABC, Generic[PeerT]):
         except TimeoutError:
             raise self._unavailable({}) from None
 
+    async def _until_tried(self) -> None:
+        """Waits while none is connected and some are tried for the first time: they may be there to replace others."""
+        while not self.ready and not all(peer.attempted.is_set() for peer in self._peers):
+            self._changed.clear()
+            await self._changed.wait()
+
     def status(self) -> list[PeerStatus]:
         return [
             PeerStatus(

@@ -97,6 +97,7 @@ class PrefillClient(PeerFleet[PrefillPeer]):
         while True:
             if not needs_token:
                 request = replace(request, sampling=_ANY_TOKEN)
+            await self._until_tried()
             peer = self._choose(key, lost, overloaded)
             peer.in_flight += 1
             try:
