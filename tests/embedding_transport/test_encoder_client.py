@@ -124,6 +124,7 @@ async def test_a_transport_that_was_not_asked_for_is_refused(
 ) -> None:
     class OfItsOwnMind(StubServicer):
         async def Connect(self, request_iterator, context):  # type: ignore[no-untyped-def]
+            await anext(aiter(request_iterator))  # or the client might write on a call that has ended
             session = encoder_pb2.Session(session_id="session", transport=said, lease_ttl_s=30)
             yield encoder_pb2.ConnectResponse(session=session)
 
