@@ -134,13 +134,14 @@ async def test_a_batch_behind_one_that_runs_is_formed_late_so_that_others_join_i
 
 
 async def test_it_is_formed_when_the_one_in_front_should_be_nearly_through(tower: GatedTower) -> None:
-    cost = CostModel(0.2, 0.0, 0.0)
-    async with batching(tower, cost=cost) as (batcher, _):
+    async with batching(tower, cost=CostModel(1.0, 0.0, 0.0)) as (batcher, _):
         blocker = await block_tower(tower, batcher)
         early = submit(batcher, SMALL)
         await asyncio.sleep(0.05)
         assert batcher.waiting_patches == 16
-        await settle(batcher)
+        async with asyncio.timeout(10):
+            while not batcher._channel.full():
+                await asyncio.sleep(0.01)
         tower.gate.set()
         await asyncio.gather(blocker, early)
 
