@@ -89,7 +89,8 @@ async def test_ranks_share_the_items_and_a_dead_one_is_replaced(qwen3_vl_folder:
         victim = children_of(encoder.process.pid)[0]
         os.kill(victim, signal.SIGKILL)
         during = await encode(client, pictures)
-        assert all(torch.equal(during[index], first[index]) for index in first)
+        for index, rows in first.items():  # in other batches, which may round otherwise
+            torch.testing.assert_close(during[index], rows, atol=1e-5, rtol=1e-4)
         await asyncio.sleep(0)
         deadline = time.monotonic() + 60
         while not any("starting it again" in line for line in encoder.lines):
