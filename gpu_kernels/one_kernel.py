@@ -36,20 +36,18 @@ def _tiles() -> Any:
     )
 
 
-def check_one_kernel(activation: Activation | None, bias_O: torch.Tensor | None, weight_IO: torch.Tensor) -> None:
+def check_one_kernel(activation: Activation | None, has_bias: bool, dtype: torch.dtype, device: torch.device) -> None:
     """
     Raises:
         ImportError: quack-kernels is not installed.
         ValueError: the GPU, the dtype or the combination is one that this does not do.
     """
     _quack()
-    if torch.cuda.get_device_capability(weight_IO.device)[0] != _HOPPER:
-        raise ValueError(
-            f"its tiles are chosen for Hopper GPUs, not for {torch.cuda.get_device_name(weight_IO.device)}"
-        )
-    if weight_IO.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"it is made for half precision, not for {weight_IO.dtype}")
-    if activation == "gated_silu" and bias_O is not None:
+    if torch.cuda.get_device_capability(device)[0] != _HOPPER:
+        raise ValueError(f"its tiles are chosen for Hopper GPUs, not for {torch.cuda.get_device_name(device)}")
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"it is made for half precision, not for {dtype}")
+    if activation == "gated_silu" and has_bias:
         raise ValueError("gated activations want biases in an order of their own")
 
 

@@ -9,6 +9,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from gpu_kernels.one_kernel import Activation, check_one_kernel, one_kernel, one
 from gpu_kernels.timing import graphed_median_ms
 
 _log = logging.getLogger(__name__)
+_Work: TypeAlias = Callable[[torch.Tensor], object]
 
 _PROBE_ROWS = (1024, 2048, 4096)
 # Additions gain later: not at 4096 rows, but at 41,472 (docs/performance.md).
@@ -78,50 +80,58 @@ def _rows_for_one_kernel(
     shape_OI: torch.Size, has_bias: bool, activation: Activation | None, dtype: torch.dtype, device: torch.device
 ) -> float:
     """From how many rows on one kernel is faster here: measured, and logged."""
-    if device.type == "cpu":
-        return math.inf
-    weight_IO = torch.randn(shape_OI, dtype=dtype, device=device).t()
-    bias_O = torch.randn(shape_OI[0], dtype=dtype, device=device) if has_bias else None
-    return _rows_where_faster(
-        f"{shape_OI[1]} to {shape_OI[0]}" + (f" with {activation}" if activation else ""),
-        lambda: check_one_kernel(activation, bias_O, weight_IO),
-        lambda x_PI: _by_cublas(x_PI, weight_IO, bias_O, activation),
-        lambda x_PI: one_kernel(x_PI, weight_IO, bias_O, activation),
-        weight_IO,
-        _PROBE_ROWS,
-    )
+
+    def make_works() -> tuple[_Work, _Work]:
+        weight_IO = torch.randn(shape_OI, dtype=dtype, device=device).t()
+        bias_O = torch.randn(shape_OI[0], dtype=dtype, device=device) if has_bias else None
+        return (
+            lambda x_PI: _by_cublas(x_PI, weight_IO, bias_O, activation),
+            lambda x_PI: one_kernel(x_PI, weight_IO, bias_O, activation),
+        )
+
+    what = f"{shape_OI[1]} to {shape_OI[0]}" + (f" with {activation}" if activation else "")
+    may = functools.partial(check_one_kernel, activation, has_bias, dtype, device)
+    return _rows_where_faster(what, may, make_works, _PROBE_ROWS, shape_OI[1], dtype, device)
 
 
 @functools.cache
 def _rows_for_one_kernel_add(shape_OI: torch.Size, dtype: torch.dtype, device: torch.device) -> float:
     """See `_rows_for_one_kernel`."""
-    if device.type == "cpu":
-        return math.inf
-    weight_IO = torch.randn(shape_OI, dtype=dtype, device=device).t()
-    to_PO = torch.zeros((max(_ADD_PROBE_ROWS), shape_OI[0]), dtype=dtype, device=device)
-    return _rows_where_faster(
-        f"{shape_OI[1]} to {shape_OI[0]}, added to rows",
-        lambda: check_one_kernel(None, None, weight_IO),
-        lambda x_PI: _add_by_cublas(to_PO[: len(x_PI)], x_PI, weight_IO),
-        lambda x_PI: one_kernel_add(to_PO[: len(x_PI)], x_PI, weight_IO),
-        weight_IO,
-        _ADD_PROBE_ROWS,
-    )
+
+    def make_works() -> tuple[_Work, _Work]:
+        weight_IO = torch.randn(shape_OI, dtype=dtype, device=device).t()
+        to_PO = torch.zeros((max(_ADD_PROBE_ROWS), shape_OI[0]), dtype=dtype, device=device)
+        return (
+            lambda x_PI: _add_by_cublas(to_PO[: len(x_PI)], x_PI, weight_IO),
+            lambda x_PI: one_kernel_add(to_PO[: len(x_PI)], x_PI, weight_IO),
+        )
+
+    may = functools.partial(check_one_kernel, None, False, dtype, device)
+    what = f"{shape_OI[1]} to {shape_OI[0]}, added to rows"
+    return _rows_where_faster(what, may, make_works, _ADD_PROBE_ROWS, shape_OI[1], dtype, device)
 
 
 def _rows_where_faster(
     what: str,
     check: Callable[[], None],
-    usual: Callable[[torch.Tensor], object],
-    in_one_kernel: Callable[[torch.Tensor], object],
-    weight_IO: torch.Tensor,
+    make_works: Callable[[], tuple[_Work, _Work]],
     probe_rows: Sequence[int],
+    num_inputs: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> float:
+    """
+    Args:
+        make_works: by cuBLAS and in one kernel.
+    """
+    if device.type == "cpu":
+        return math.inf
     times: dict[int, tuple[float, float]] = {}
     try:
         check()
+        usual, in_one_kernel = make_works()
         for num_rows in probe_rows:
-            x_PI = torch.randn((num_rows, len(weight_IO)), dtype=weight_IO.dtype, device=weight_IO.device)
+            x_PI = torch.randn((num_rows, num_inputs), dtype=dtype, device=device)
             usual_ms, one_kernel_ms = (
                 graphed_median_ms(functools.partial(work, x_PI), _PROBE_REPEATS) for work in (usual, in_one_kernel)
             )

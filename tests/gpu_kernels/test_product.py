@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_one_kernel(shape: tuple[int, int, bool, Activation | None], num_rows: i
     x = random(num_rows, num_inputs, seed=1, dtype=torch.bfloat16)
     weight = (random(num_outputs, num_inputs, seed=2) * 0.02).bfloat16()
     bias = random(num_outputs, seed=3, dtype=torch.bfloat16) if has_bias else None
-    check_one_kernel(activation, bias, weight.t())
+    check_one_kernel(activation, has_bias, weight.dtype, weight.device)
     found = one_kernel(x, weight.t(), bias, activation)
     assert found.dtype == torch.bfloat16
     outputs = expected(x, weight, bias, activation)
@@ -115,4 +116,39 @@ def test_from_where_it_is_faster_on_one_kernel_is_taken(monkeypatch: pytest.Monk
 def test_what_one_kernel_does_not_do_is_refused() -> None:
     weight = random(24, 32)
     with pytest.raises((ImportError, ValueError)):
-        check_one_kernel(None, None, weight.t())
+        check_one_kernel(None, False, weight.dtype, weight.device)
+
+
+@pytest.mark.parametrize(
+    ("one_kernel_ms", "rows_from"),
+    [((2.0, 0.9, 0.9), 2048), ((0.9, 2.0, 0.9), 4096), ((0.9, 0.9, 0.99), math.inf), ((0.5, 0.5, 0.5), 1024)],
+)
+def test_one_kernel_is_taken_from_where_it_stays_faster(
+    monkeypatch: pytest.MonkeyPatch, one_kernel_ms: tuple[float, ...], rows_from: float
+) -> None:
+    """Measured by made-up times, on a device that computes nothing."""
+    times = iter([ms for own in one_kernel_ms for ms in (1.0, own)])
+
+    def next_time(work: Callable[[], object], repeats: int) -> float:
+        work()
+        return next(times)
+
+    monkeypatch.setattr(product, "graphed_median_ms", next_time)
+    monkeypatch.setattr(product, "check_one_kernel", lambda *arguments: None)
+    monkeypatch.setattr(product, "one_kernel", product._by_cublas)
+    measure = product._rows_for_one_kernel.__wrapped__
+    assert measure(torch.Size((20, 24)), True, None, torch.bfloat16, torch.device("meta")) == rows_from
+
+
+def test_additions_are_measured_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([1.0, 2.0, 1.0, 0.9])
+
+    def next_time(work: Callable[[], object], repeats: int) -> float:
+        work()
+        return next(times)
+
+    monkeypatch.setattr(product, "graphed_median_ms", next_time)
+    monkeypatch.setattr(product, "check_one_kernel", lambda *arguments: None)
+    monkeypatch.setattr(product, "one_kernel_add", product._add_by_cublas)
+    measure = product._rows_for_one_kernel_add.__wrapped__
+    assert measure(torch.Size((20, 24)), torch.bfloat16, torch.device("meta")) == 16384
