@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from benchmarks.line_process import LineProcess
 from benchmarks.pictures import random_jpegs
 from embedding_transport.encoder_client import EncoderClient
 from embedding_transport.row_peer import TransportChoice
@@ -28,7 +29,6 @@ _NUM_PICTURES = 16  # asked in turn, each time with another comment in its file
 _NUM_DEEPSTACK, _HIDDEN = 3, 4096
 _MAX_TOKENS = 8192
 _WARM = "warm"
-_LINE_LIMIT_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,8 @@ class Load:
 class LoadClient:
     """A client process. Make it with `started`."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        assert process.stdin is not None and process.stdout is not None
-        self._process, self._to, self._from = process, process.stdin, process.stdout
+    def __init__(self, process: LineProcess) -> None:
+        self._process = process
 
     @classmethod
     @asynccontextmanager
@@ -58,39 +57,25 @@ class LoadClient:
             seed: different for each client, and so are their pictures.
             gpu: on which it lands rows.
         """
-        command = [sys.executable, "-m", "benchmarks.encoder_load", "--seed", str(seed), "--gpu", str(gpu)]
-        pipe = asyncio.subprocess.PIPE
-        process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=_LINE_LIMIT_BYTES)
-        try:
+        options = ["--seed", str(seed), "--gpu", str(gpu)]
+        async with LineProcess.started("benchmarks.encoder_load", *options) as process:
             yield cls(process)
-        finally:
-            process.terminate()
-            await process.wait()
 
     async def warm_up(self, load: Load) -> None:
         """
         Raises:
             RuntimeError: the client ended.
         """
-        await self._say(json.dumps(dataclasses.asdict(load)))
-        await self._hear()
+        await self._process.say(json.dumps(dataclasses.asdict(load)))
+        await self._process.hear()
 
     async def measure(self) -> Measured:
         """
         Raises:
             RuntimeError: the client ended.
         """
-        await self._say("")
-        return Measured(**json.loads(await self._hear()))
-
-    async def _say(self, line: str) -> None:
-        self._to.write(f"{line}\n".encode())
-        await self._to.drain()
-
-    async def _hear(self) -> str:
-        if line := await self._from.readline():
-            return line.decode()
-        raise RuntimeError("a client ended before it had measured: see above")
+        await self._process.say("")
+        return Measured(**json.loads(await self._process.hear()))
 
 
 @dataclass

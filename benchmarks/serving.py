@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import itertools
 import os
 import sys
 import tempfile
@@ -26,6 +25,7 @@ import torch
 from benchmarks.chat_load import ChatClient, Load, load_rows, run_load
 from benchmarks.checkpoints import save_qwen3_vl_8b, save_small_qwen3_vl
 from benchmarks.pictures import random_jpegs, show_size
+from benchmarks.pouring import Poured, Pouring
 from benchmarks.report import Row, table
 from deploy.launcher.ask import AskFailed
 from deploy.launcher.stack import Stack
@@ -33,7 +33,6 @@ from service_runtime.child_process import ChildFailed
 
 _SETTLE_S = 1.0  # until the pictures that pour in have filled every stage
 _WARM_UP_TOKENS = 8
-_NUM_POURED = 256  # different ones, asked in turn: at full size more than are asked for, so that no cache answers
 
 
 @dataclass(frozen=True)
@@ -84,24 +83,25 @@ async def _serve_and_measure(
         encoder_environment=encoder_environment,
         worker_environment=worker_environment,
     ) as stack:
-        drawing = asyncio.to_thread(_Pictures, workload)
-        pictures, _ = await asyncio.gather(drawing, stack.wait_ready())
-        _say(f"ready after {time.perf_counter() - start:.1f} s")
-        return await stack.unless_failed(_measure(stack.base_url, workload, pictures))
+        poured = Pouring.drawing(workload.poured_size, workload.num_pouring, workload.text_tokens)
+        async with poured as pouring:
+            drawing = asyncio.to_thread(_Pictures, workload)
+            pictures, _, _ = await asyncio.gather(drawing, pouring.drawn(), stack.wait_ready())
+            _say(f"ready after {time.perf_counter() - start:.1f} s")
+            return await stack.unless_failed(_measure(stack.base_url, workload, pictures, pouring))
 
 
 class _Pictures:
     def __init__(self, workload: Workload) -> None:
         self.warm_up = random_jpegs(workload.concurrency, workload.image_size, seed=0)
         self.asked = random_jpegs(workload.num_prompts, workload.image_size, seed=1)
-        self.poured = random_jpegs(_NUM_POURED, workload.poured_size, seed=2)
 
 
-async def _measure(url: str, workload: Workload, pictures: _Pictures) -> list[Row]:
+async def _measure(url: str, workload: Workload, pictures: _Pictures, pouring: Pouring) -> list[Row]:
     async with ChatClient.connected(url) as client:
         rows = [Row("transport of rows", await _transport(url))]
         rows += await _measure_pictures(client, workload, pictures)
-        return rows + await _measure_decoding(client, workload, pictures.poured)
+        return rows + await _measure_decoding(client, url, workload, pouring)
 
 
 async def _measure_pictures(client: ChatClient, workload: Workload, pictures: _Pictures) -> list[Row]:
@@ -111,12 +111,12 @@ async def _measure_pictures(client: ChatClient, workload: Workload, pictures: _P
     await run_load(client, warm_up, workload.concurrency)
     _say(f"{len(bodies)} prompts with a picture, {workload.concurrency} in flight")
     load = await run_load(client, bodies, workload.concurrency)
-    _say_failures(load)
+    _say_failures(load.failures)
     what = f"{show_size(workload.image_size)}, {workload.text_tokens} text tokens, {workload.concurrency} in flight"
     return [Row(f"{what}: {row.figure}", row.measured, row.bar) for row in load_rows(load)]
 
 
-async def _measure_decoding(client: ChatClient, workload: Workload, poured: list[bytes]) -> list[Row]:
+async def _measure_decoding(client: ChatClient, url: str, workload: Workload, pouring: Pouring) -> list[Row]:
     def streams(max_tokens: int) -> list[bytes]:
         return [client.body(workload.text_tokens, max_tokens) for _ in range(workload.num_streams)]
 
@@ -125,24 +125,19 @@ async def _measure_decoding(client: ChatClient, workload: Workload, poured: list
     alone = await run_load(client, streams(workload.stream_tokens), workload.num_streams)
 
     _say(f"the same while pictures of {show_size(workload.poured_size)} pour in")
-    images = [client.body(workload.text_tokens, 1, jpeg) for jpeg in poured]
-    measured = asyncio.Event()
-    until_measured = itertools.takewhile(lambda _: not measured.is_set(), itertools.cycle(images))
-    async with asyncio.TaskGroup() as group:
-        pouring = group.create_task(run_load(client, until_measured, workload.num_pouring))
-        await asyncio.sleep(_SETTLE_S)
-        beside = await run_load(client, streams(workload.stream_tokens), workload.num_streams)
-        measured.set()
-    images_load = pouring.result()
-    for load in (alone, beside, images_load):
-        _say_failures(load)
-    return _decoding_rows(workload, alone, beside, images_load)
+    await pouring.begin(url)
+    await asyncio.sleep(_SETTLE_S)
+    beside = await run_load(client, streams(workload.stream_tokens), workload.num_streams)
+    poured = await pouring.end()
+    for failures in (alone.failures, beside.failures, poured.failures):
+        _say_failures(failures)
+    return _decoding_rows(workload, alone, beside, poured)
 
 
-def _decoding_rows(workload: Workload, alone: Load, beside: Load, images: Load) -> list[Row]:
+def _decoding_rows(workload: Workload, alone: Load, beside: Load, poured: Poured) -> list[Row]:
     what = f"{workload.num_streams} decoding streams"
     pictures = f"with {workload.num_pouring} pictures of {show_size(workload.poured_size)} in flight"
-    num_failures = sum(len(load.failures) for load in (alone, beside, images))
+    num_failures = sum(len(each.failures) for each in (alone, beside, poured))
     rows = [Row(f"{what}, {pictures}: failures", str(num_failures), "0")]
     if not (alone.answers and beside.answers):
         return rows
@@ -151,7 +146,7 @@ def _decoding_rows(workload: Workload, alone: Load, beside: Load, images: Load) 
         Row(f"{what}: ITL, ms, median / p99", f"{alone.itl_ms(50):.2f} / {alone.itl_ms(99):.2f}"),
         Row(f"{what}, {pictures}: ITL, ms, median / p99", f"{beside.itl_ms(50):.2f} / {beside.itl_ms(99):.2f}"),
         Row(f"{what}: p99 ITL with pictures / without", f"{beside.itl_ms(99) / alone.itl_ms(99):.2f}"),
-        Row("pictures/s meanwhile", f"{images.requests_per_s:.1f}"),
+        Row("pictures/s meanwhile", f"{poured.requests_per_s:.1f}"),
     ]
 
 
@@ -170,8 +165,8 @@ def _gpus() -> tuple[dict[str, str], dict[str, str]]:
     return {"CUDA_VISIBLE_DEVICES": gpus[0]}, {"CUDA_VISIBLE_DEVICES": f"{gpus[1]},{gpus[0]}"}
 
 
-def _say_failures(load: Load) -> None:
-    for failure in load.failures[:3]:
+def _say_failures(failures: list[str]) -> None:
+    for failure in failures[:3]:
         _say(f"failed: {failure}")
 
 

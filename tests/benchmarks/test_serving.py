@@ -42,7 +42,7 @@ def test_services_end_with_it() -> None:
             if "[llm]" in line and "LISTENING" in line:
                 break
         children = children_of(process.pid)
-        assert len(children) == 2
+        assert len(children) == 3, "encoder, worker and the pictures that pour in"
         process.kill()
         process.stderr.read()
     deadline = time.monotonic() + 15.0
