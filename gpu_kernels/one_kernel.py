@@ -7,7 +7,7 @@ Shapes: P rows, I inputs, O outputs.
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 
@@ -15,6 +15,22 @@ Activation: TypeAlias = Literal["gelu_tanh", "gated_silu"]
 
 _HOPPER = 9
 _NAMES = {None: None, "gelu_tanh": "gelu_tanh_approx", "gated_silu": "swiglu"}
+
+
+class Tiles(NamedTuple):
+    """Of the result, in rows and outputs; neighbours of a cluster share what they read of the weight or of the rows."""
+
+    rows: int
+    outputs: int
+    cluster_rows: int
+    cluster_outputs: int
+
+    def __str__(self) -> str:
+        return f"tiles of {self.rows}x{self.outputs}, {self.cluster_rows}x{self.cluster_outputs} together"
+
+
+# The best of some twenty at one size or another (docs/performance.md), and such as gated activations take, too.
+ALL_TILES = (Tiles(128, 192, 2, 1), Tiles(128, 192, 1, 2), Tiles(192, 128, 1, 2))
 
 
 @functools.cache
@@ -29,10 +45,15 @@ def _quack() -> Any:
 
 
 @functools.cache
-def _tiles() -> Any:
-    """The best that gated activations take, too, of nine that were tried (docs/performance.md)."""
+def _config(tiles: Tiles) -> Any:
     return _quack().GemmConfig(
-        tile_m=128, tile_n=192, pingpong=True, cluster_m=2, is_dynamic_persistent=False, device_capacity=_HOPPER
+        tile_m=tiles.rows,
+        tile_n=tiles.outputs,
+        cluster_m=tiles.cluster_rows,
+        cluster_n=tiles.cluster_outputs,
+        pingpong=True,
+        is_dynamic_persistent=False,
+        device_capacity=_HOPPER,
     )
 
 
@@ -52,7 +73,11 @@ def check_one_kernel(activation: Activation | None, has_bias: bool, dtype: torch
 
 
 def one_kernel(
-    x_PI: torch.Tensor, weight_IO: torch.Tensor, bias_O: torch.Tensor | None, activation: Activation | None
+    tiles: Tiles,
+    x_PI: torch.Tensor,
+    weight_IO: torch.Tensor,
+    bias_O: torch.Tensor | None,
+    activation: Activation | None,
 ) -> torch.Tensor:
     """activation(x W + b), [P, O], or [P, O / 2] where it is gated; see `Product`. Check first."""
     _, out_PO = _quack().gemm_act(
@@ -62,7 +87,7 @@ def one_kernel(
         activation=_NAMES[activation],
         store_preact=False,
         tuned=False,
-        config=_tiles(),
+        config=_config(tiles),
         concat_layout=("B",) if activation == "gated_silu" else None,
     )
     assert isinstance(out_PO, torch.Tensor)

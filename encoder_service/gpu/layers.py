@@ -11,7 +11,7 @@ from encoder_service.gpu import kernels
 from encoder_service.gpu.attention import PackedAttention
 from encoder_service.gpu.batch_tables import BatchTables
 from encoder_service.gpu.fp8 import Rows
-from encoder_service.gpu.linear import Linear, block_linear
+from encoder_service.gpu.linear import BlockLinears, Linear
 from encoder_service.models.config import VisionConfig
 from encoder_service.models.layers import Attention
 from encoder_service.models.qwen2_5_vl import Qwen2_5VLTower
@@ -87,8 +87,8 @@ class FusedTower(ABC):
 class AttentionBranch:
     """From normed rows to what attention makes of them; the projection back is left to the caller."""
 
-    def __init__(self, module: Attention, attention: PackedAttention, *, fp8: bool) -> None:
-        self._qkv = block_linear(module.qkv.weight, module.qkv.bias, fp8=fp8)
+    def __init__(self, module: Attention, attention: PackedAttention, linears: BlockLinears) -> None:
+        self._qkv = linears.from_normed(module.qkv.weight, module.qkv.bias)
         self._attention = attention
         self._num_heads = module.num_heads
         self._head_dim = module.proj.in_features // module.num_heads

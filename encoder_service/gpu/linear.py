@@ -5,6 +5,8 @@ Shapes: P rows, I inputs, O outputs.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
@@ -40,8 +42,10 @@ class Linear:
 class BlockLinear:
     """A block's product from normed rows on, and the activation behind it; see `Product`."""
 
-    def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor, activation: Activation | None) -> None:
-        self._product = Product(weight_OI, bias_O, activation)
+    def __init__(
+        self, weight_OI: torch.Tensor, bias_O: torch.Tensor, activation: Activation | None, sizes: tuple[int, ...]
+    ) -> None:
+        self._product = Product(weight_OI, bias_O, activation, sizes)
 
     def __call__(self, x_PI: Rows) -> Rows:
         assert isinstance(x_PI, torch.Tensor)
@@ -51,8 +55,8 @@ class BlockLinear:
 class ResidualLinear:
     """A block's product back to the residual stream, without its bias."""
 
-    def __init__(self, weight_OI: torch.Tensor) -> None:
-        self._product = AddedProduct(weight_OI)
+    def __init__(self, weight_OI: torch.Tensor, sizes: tuple[int, ...]) -> None:
+        self._product = AddedProduct(weight_OI, sizes)
 
     def add_to(self, stream: ResidualStream, x_PI: Rows) -> None:
         assert isinstance(x_PI, torch.Tensor)
@@ -103,11 +107,22 @@ class Fp8ResidualLinear:
         stream.owe(self._linear.product(x_PI))
 
 
-def block_linear(
-    weight_OI: torch.Tensor, bias_O: torch.Tensor, activation: Activation | None = None, *, fp8: bool
-) -> BlockLinear | Fp8BlockLinear:
-    return (Fp8BlockLinear if fp8 else BlockLinear)(weight_OI, bias_O, activation)
+@dataclass(frozen=True)
+class BlockLinears:
+    """Makes the products of a tower's blocks.
 
+    fp8: in e4m3. sizes: numbers of patches that will come, ascending; see `Product`.
+    """
 
-def residual_linear(weight_OI: torch.Tensor, *, fp8: bool) -> ResidualLinear | Fp8ResidualLinear:
-    return (Fp8ResidualLinear if fp8 else ResidualLinear)(weight_OI)
+    fp8: bool = False
+    sizes: tuple[int, ...] = ()
+
+    def from_normed(
+        self, weight_OI: torch.Tensor, bias_O: torch.Tensor, activation: Activation | None = None
+    ) -> BlockLinear | Fp8BlockLinear:
+        if self.fp8:
+            return Fp8BlockLinear(weight_OI, bias_O, activation)
+        return BlockLinear(weight_OI, bias_O, activation, self.sizes)
+
+    def to_residual(self, weight_OI: torch.Tensor) -> ResidualLinear | Fp8ResidualLinear:
+        return Fp8ResidualLinear(weight_OI) if self.fp8 else ResidualLinear(weight_OI, self.sizes)

@@ -18,7 +18,7 @@ from encoder_service.gpu.attention import PackedAttention
 from encoder_service.gpu.batch_tables import BatchTables
 from encoder_service.gpu.fp8 import Rows
 from encoder_service.gpu.layers import AttentionBranch, FusedTower
-from encoder_service.gpu.linear import Linear, block_linear, residual_linear
+from encoder_service.gpu.linear import BlockLinears, Linear
 from encoder_service.gpu.residual import ResidualStream
 from encoder_service.models.layers import Block
 from encoder_service.models.qwen2_5_vl import GatedMlp, Qwen2_5VLTower, RMSNorm
@@ -28,10 +28,10 @@ _WIDTH_MULTIPLE = 16
 
 
 class FusedQwen2_5VL(FusedTower):
-    def __init__(self, tower: Qwen2_5VLTower, attention: PackedAttention, *, fp8: bool = False) -> None:
+    def __init__(self, tower: Qwen2_5VLTower, attention: PackedAttention, linears: BlockLinears) -> None:
         """
         Args:
-            fp8: the products of the blocks in e4m3.
+            linears: makes the products of the blocks.
 
         Raises:
             ValueError: an activation that has no fused form.
@@ -44,7 +44,7 @@ class FusedQwen2_5VL(FusedTower):
         for index, block in enumerate(tower.blocks):
             assert isinstance(block, Block)
             windows_of = None if index in config.fullatt_block_indexes else max_window
-            self._layers.append(_Layer(block, attention, shift, windows_of, fp8))
+            self._layers.append(_Layer(block, attention, shift, windows_of, linears))
             shift = self._layers[-1].shift_after
         self._shift = shift
         self._merger_norm = tower.merger.ln_q
@@ -78,7 +78,12 @@ class FusedQwen2_5VL(FusedTower):
 
 class _Layer:
     def __init__(
-        self, block: Block, attention: PackedAttention, shift: torch.Tensor, max_window: int | None, fp8: bool
+        self,
+        block: Block,
+        attention: PackedAttention,
+        shift: torch.Tensor,
+        max_window: int | None,
+        linears: BlockLinears,
     ) -> None:
         """
         Args:
@@ -88,16 +93,16 @@ class _Layer:
         assert isinstance(block.mlp, GatedMlp)
         self._norm1, self._norm2 = block.norm1, block.norm2
         self._max_window = max_window
-        self._fp8 = fp8
-        self._attend = AttentionBranch(block.attn, attention, fp8=fp8)
-        self._proj = residual_linear(block.attn.proj.weight, fp8=fp8)
+        self._fp8 = linears.fp8
+        self._attend = AttentionBranch(block.attn, attention, linears)
+        self._proj = linears.to_residual(block.attn.proj.weight)
         gate, up, down = block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj
         width = -(-gate.out_features // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
         padding = width - gate.out_features
         gate_up_weight = torch.cat([F.pad(each.weight, (0, 0, 0, padding)) for each in (gate, up)])
         gate_up_bias = torch.cat([F.pad(each.bias, (0, padding)) for each in (gate, up)])
-        self._gate_up = block_linear(gate_up_weight, gate_up_bias, "gated_silu", fp8=fp8)
-        self._down = residual_linear(F.pad(down.weight, (0, padding)), fp8=fp8)
+        self._gate_up = linears.from_normed(gate_up_weight, gate_up_bias, "gated_silu")
+        self._down = linears.to_residual(F.pad(down.weight, (0, padding)))
         self._shift_before = shift
         self._shift_between = shift + block.attn.proj.bias.float()
         self.shift_after = self._shift_between + down.bias.float()

@@ -14,17 +14,17 @@ from encoder_service.gpu.attention import PackedAttention
 from encoder_service.gpu.batch_tables import BatchTables
 from encoder_service.gpu.fp8 import Rows
 from encoder_service.gpu.layers import AttentionBranch, FusedTower
-from encoder_service.gpu.linear import Linear, block_linear, residual_linear
+from encoder_service.gpu.linear import BlockLinears, Linear
 from encoder_service.gpu.residual import ResidualStream
 from encoder_service.models.layers import Block
 from encoder_service.models.qwen3_vl import Merger, Mlp, Qwen3VLTower
 
 
 class FusedQwen3VL(FusedTower):
-    def __init__(self, tower: Qwen3VLTower, attention: PackedAttention, *, fp8: bool = False) -> None:
+    def __init__(self, tower: Qwen3VLTower, attention: PackedAttention, linears: BlockLinears) -> None:
         """
         Args:
-            fp8: the products of the blocks in e4m3.
+            linears: makes the products of the blocks.
 
         Raises:
             ValueError: an activation that has no fused form.
@@ -37,7 +37,7 @@ class FusedQwen3VL(FusedTower):
         shift = torch.zeros(config.hidden_size, device=self.device)
         for block in tower.blocks:
             assert isinstance(block, Block)
-            self._layers.append(_Layer(block, attention, shift, fp8))
+            self._layers.append(_Layer(block, attention, shift, linears))
             shift = self._layers[-1].shift_after
         self._deepstack: dict[int, _Merger] = {}
         for index, merger in zip(tower.deepstack_visual_indexes, tower.deepstack_merger_list, strict=True):
@@ -70,15 +70,15 @@ class FusedQwen3VL(FusedTower):
 
 
 class _Layer:
-    def __init__(self, block: Block, attention: PackedAttention, shift: torch.Tensor, fp8: bool) -> None:
+    def __init__(self, block: Block, attention: PackedAttention, shift: torch.Tensor, linears: BlockLinears) -> None:
         """`shift`: the biases the residual stream lacks before this block, [C]; `shift_after`: behind it."""
         assert isinstance(block.mlp, Mlp)
         self._norm1, self._norm2 = block.norm1, block.norm2
-        self._fp8 = fp8
-        self._attend = AttentionBranch(block.attn, attention, fp8=fp8)
-        self._proj = residual_linear(block.attn.proj.weight, fp8=fp8)
-        self._fc1 = block_linear(block.mlp.linear_fc1.weight, block.mlp.linear_fc1.bias, "gelu_tanh", fp8=fp8)
-        self._fc2 = residual_linear(block.mlp.linear_fc2.weight, fp8=fp8)
+        self._fp8 = linears.fp8
+        self._attend = AttentionBranch(block.attn, attention, linears)
+        self._proj = linears.to_residual(block.attn.proj.weight)
+        self._fc1 = linears.from_normed(block.mlp.linear_fc1.weight, block.mlp.linear_fc1.bias, "gelu_tanh")
+        self._fc2 = linears.to_residual(block.mlp.linear_fc2.weight)
         self._shift_before = shift
         self._shift_between = shift + block.attn.proj.bias.float()
         self.shift_after = self._shift_between + block.mlp.linear_fc2.bias.float()

@@ -9,8 +9,9 @@ import torch
 
 from encoder_service.gpu.accuracy import measured_accuracy
 from encoder_service.gpu.attention import fastest_attention
-from encoder_service.gpu.graphs import GpuTower
+from encoder_service.gpu.graphs import GpuTower, ladder
 from encoder_service.gpu.layers import FusedTower
+from encoder_service.gpu.linear import BlockLinears
 from encoder_service.gpu.qwen2_5_vl import FusedQwen2_5VL
 from encoder_service.gpu.qwen3_vl import FusedQwen3VL
 from encoder_service.models.qwen2_5_vl import Qwen2_5VLTower
@@ -44,11 +45,12 @@ def gpu_tower(
     if fp8 and torch.cuda.get_device_capability(device) < _FIRST_WITH_FP8:
         raise ValueError(f"{torch.cuda.get_device_name(device)} has no FP8 products: serve without --quantization fp8")
     attention = fastest_attention(config.num_heads, config.head_dim, device, torch.bfloat16)
+    linears = BlockLinears(fp8, tuple(dict.fromkeys(bucket.num_patches for bucket in ladder(max_graph_patches))))
     fused: FusedTower
     if isinstance(plain, Qwen3VLTower):
-        fused = FusedQwen3VL(plain, attention, fp8=fp8)
+        fused = FusedQwen3VL(plain, attention, linears)
     else:
-        fused = FusedQwen2_5VL(plain, attention, fp8=fp8)
+        fused = FusedQwen2_5VL(plain, attention, linears)
     if fp8:
         _log.info("FP8, %s", measured_accuracy(plain, fused))
     tower = GpuTower(fused, max_graph_patches, on_progress)

@@ -19,16 +19,17 @@ from llm_worker.models.rotary import axis_of_frequency
 
 
 class FusedDecoder:
-    def __init__(self, decoder: TextDecoder) -> None:
+    def __init__(self, decoder: TextDecoder, sizes: tuple[int, ...]) -> None:
         """
         Args:
             decoder: its weights are put side by side where they are multiplied together, and shared.
+            sizes: numbers of tokens that steps will have, ascending; see `Product`.
         """
         config = decoder.config
         self._axis = axis_of_frequency(config).to(decoder.device, torch.int32)
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=decoder.device) / config.head_dim
         self._inverse_frequencies = 1.0 / config.rope_theta**exponents
-        self.layers = [FusedLayer(layer) for layer in decoder.layers if isinstance(layer, DecoderLayer)]
+        self.layers = [FusedLayer(layer, sizes) for layer in decoder.layers if isinstance(layer, DecoderLayer)]
         self._norm = decoder.norm
 
     def write_rope_table(self, positions_3T: torch.Tensor, cos_sin_T2F: torch.Tensor) -> None:
@@ -41,7 +42,7 @@ class FusedDecoder:
 
 
 class FusedLayer:
-    def __init__(self, layer: DecoderLayer) -> None:
+    def __init__(self, layer: DecoderLayer, sizes: tuple[int, ...]) -> None:
         self._group = layer.group
         attention = layer.self_attn
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
@@ -56,7 +57,7 @@ class FusedLayer:
         self._mlp = layer.mlp
         if isinstance(layer.mlp, Mlp):
             self._gate_up_weight = _side_by_side([layer.mlp.gate_proj, layer.mlp.up_proj])
-            self._gate_up = Product(self._gate_up_weight, activation="gated_silu")
+            self._gate_up = Product(self._gate_up_weight, activation="gated_silu", sizes=sizes)
         self._input_norm, self._post_norm = layer.input_layernorm, layer.post_attention_layernorm
 
     def before_attention(

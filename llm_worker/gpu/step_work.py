@@ -5,6 +5,7 @@ Shapes: M tokens at most, C hidden size, H query heads, D head dim.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,11 +14,15 @@ from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
 from llm_worker.engine.kv_cache import KvCache
 from llm_worker.gpu.capture import Work
 from llm_worker.gpu.fused_decoder import FusedDecoder
+from llm_worker.gpu.ladders import decode_ladder, token_ladder
+from llm_worker.gpu.side_stream import SideStream
 from llm_worker.gpu.step_tables import StepTables, Tiles
 from llm_worker.gpu.tile_attention import tile_attention
 from llm_worker.models.decoder import TextDecoder
 
 _TOKENS_A_TILE = 16
+# Of single tokens beside chunks: what 16 of them fill a GPU with. Memory for it is there for all.
+_SINGLE_SPLITS = 8
 
 
 class _Part(NamedTuple):
@@ -44,7 +49,8 @@ class StepWork:
         max_short_step: int,
     ) -> None:
         config, device = decoder.config, decoder.device
-        self._fused = FusedDecoder(decoder)
+        sizes = {*token_ladder(len(buffer.slot_mapping_M)), *decode_ladder(max_num_seqs)}
+        self._fused = FusedDecoder(decoder, tuple(sorted(sizes)))
         self._kv_cache, self._buffer = kv_cache, buffer
         self._num_deepstack, self._max_num_seqs = config.num_deepstack, max_num_seqs
         heads = (len(buffer.slot_mapping_M), config.num_attention_heads, config.head_dim)
@@ -52,6 +58,7 @@ class StepWork:
         self.q_MHD = torch.zeros(heads, dtype=decoder.dtype, device=device)
         self.attended_MHD = torch.zeros_like(self.q_MHD)
         self.hidden_MC = torch.zeros_like(buffer.embeds_MC)
+        self._side_stream = SideStream(device)
         self._cos_sin_M2F = torch.zeros((heads[0], 2, config.head_dim // 2), dtype=decoder.dtype, device=device)
         num_kv_heads = config.num_key_value_heads
         self.tables = StepTables(
@@ -69,15 +76,13 @@ class StepWork:
         return self.tables.singles.splits(size)
 
     def short_splits(self, size: int) -> tuple[int, int]:
-        """Of single tokens and of chunks, at most, in short steps of that size: such as fill a GPU if all are such."""
-        tables = self.tables
-        num_singles, num_chunks = min(size, self._max_num_seqs), -(-size // _TOKENS_A_TILE)
-        return tables.singles.splits(num_singles), tables.chunks.splits(num_chunks)
+        """Of single tokens and of chunks, at most, in short steps of that size; of chunks, such as fill a GPU alone."""
+        return _SINGLE_SPLITS, self.tables.chunks.splits(-(-size // _TOKENS_A_TILE))
 
     def decode_step(self, size: int) -> Work:
         """For `size` sequences with a token each, none of it of media."""
         singles = _Part(self.tables.singles, size, self.decode_splits(size))
-        return self._whole_step(size, [singles], media=False)
+        return self._whole_step(size, singles, None, media=False)
 
     def short_step(self, size: int, *, media: bool) -> Work:
         """For any sequences that have `size` tokens together."""
@@ -85,7 +90,7 @@ class StepWork:
         num_singles, num_chunks = min(size, self._max_num_seqs), -(-size // _TOKENS_A_TILE) + self._max_num_seqs
         singles = _Part(self.tables.singles, num_singles, single_splits)
         chunks = _Part(self.tables.chunks, num_chunks, chunk_splits)
-        return self._whole_step(size, [singles, chunks], media=media)
+        return self._whole_step(size, singles, chunks, media=media)
 
     @property
     def num_pieces(self) -> int:
@@ -116,16 +121,21 @@ class StepWork:
 
         return run
 
-    def _whole_step(self, size: int, parts: list[_Part], *, media: bool) -> Work:
+    def _whole_step(self, size: int, singles: _Part, chunks: _Part | None, *, media: bool) -> Work:
         """All pieces and the attention between them."""
         pieces = [self.piece(index, size, media=media) for index in range(self.num_pieces)]
         q_THD, attended_THD = self.q_MHD[:size], self.attended_MHD[:size]
 
+        def attend(part: _Part, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+            tile_attention(q_THD, k_cache, v_cache, self.tables, *part, attended_THD)
+
         def run() -> None:
             pieces[0]()
-            for piece, (k_cache, v_cache) in zip(pieces[1:], self._kv_cache.layers, strict=True):
-                for tiles, max_tiles, most_splits in parts:
-                    tile_attention(q_THD, k_cache, v_cache, self.tables, tiles, max_tiles, most_splits, attended_THD)
+            for piece, kv in zip(pieces[1:], self._kv_cache.layers, strict=True):
+                if chunks is None:
+                    attend(singles, *kv)
+                else:
+                    self._side_stream.both(partial(attend, singles, *kv), partial(attend, chunks, *kv))
                 piece()
 
         return run

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +12,16 @@ import torch.nn.functional as F
 pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 from gpu_kernels import product  # noqa: E402
+from gpu_kernels.fastest import FastestWays  # noqa: E402
 from gpu_kernels.gated_silu import gated_silu  # noqa: E402
-from gpu_kernels.one_kernel import Activation, check_one_kernel, one_kernel, one_kernel_add  # noqa: E402
+from gpu_kernels.one_kernel import (  # noqa: E402
+    ALL_TILES,
+    Activation,
+    Tiles,
+    check_one_kernel,
+    one_kernel,
+    one_kernel_add,
+)
 from gpu_kernels.product import AddedProduct, Product  # noqa: E402
 
 # Inputs and outputs of Qwen3-VL-8B's products that go through `Product`: of tower and decoder.
@@ -80,14 +88,15 @@ def test_one_kernel_adds(num_inputs: int, num_rows: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_rows", [1, 129, 4100])
 @pytest.mark.parametrize("shape", TRUE_SHAPES, ids=lambda shape: f"{shape[0]}-{shape[1]}")
-def test_one_kernel(shape: tuple[int, int, bool, Activation | None], num_rows: int) -> None:
+@pytest.mark.parametrize("tiles", ALL_TILES, ids=str)
+def test_one_kernel(tiles: Tiles, shape: tuple[int, int, bool, Activation | None], num_rows: int) -> None:
     pytest.importorskip("quack", reason="quack-kernels is not installed")
     num_inputs, num_outputs, has_bias, activation = shape
     x = random(num_rows, num_inputs, seed=1, dtype=torch.bfloat16)
     weight = (random(num_outputs, num_inputs, seed=2) * 0.02).bfloat16()
     bias = random(num_outputs, seed=3, dtype=torch.bfloat16) if has_bias else None
     check_one_kernel(activation, has_bias, weight.dtype, weight.device)
-    found = one_kernel(x, weight.t(), bias, activation)
+    found = one_kernel(tiles, x, weight.t(), bias, activation)
     assert found.dtype == torch.bfloat16
     outputs = expected(x, weight, bias, activation)
     assert F.cosine_similarity(found.float(), outputs, dim=-1).min() > 0.99999
@@ -95,22 +104,13 @@ def test_one_kernel(shape: tuple[int, int, bool, Activation | None], num_rows: i
 
 
 @pytest.mark.gpu
-def test_from_where_it_is_faster_on_one_kernel_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_faster_on_this_gpu_is_taken() -> None:
     pytest.importorskip("quack", reason="quack-kernels is not installed")
-    taken: list[int] = []
-
-    def noted(x: torch.Tensor, *others: object) -> torch.Tensor:
-        taken.append(len(x))
-        return one_kernel(x, *others)  # type: ignore[arg-type]
-
     weight, bias = random(4304, 1152, dtype=torch.bfloat16), random(4304, dtype=torch.bfloat16)
-    by_size = Product(weight, bias, "gelu_tanh")
-    rows_from = by_size._one_kernel_from
-    assert rows_from < math.inf, "a Hopper GPU gains by it"
-    monkeypatch.setattr(product, "one_kernel", noted)
-    for num_rows in (int(rows_from) - 1, int(rows_from)):
-        by_size(random(num_rows, 1152, dtype=torch.bfloat16))
-    assert taken == [rows_from]
+    multiply = Product(weight, bias, "gelu_tanh", sizes=(64, 8192))
+    assert multiply._ways.at(8192) is not product._by_cublas, "a Hopper GPU gains by one kernel"
+    x = random(8192, 1152, dtype=torch.bfloat16)
+    assert F.cosine_similarity(multiply(x).float(), expected(x, weight, bias, "gelu_tanh"), dim=-1).min() > 0.9999
 
 
 def test_what_one_kernel_does_not_do_is_refused() -> None:
@@ -120,35 +120,39 @@ def test_what_one_kernel_does_not_do_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("one_kernel_ms", "rows_from"),
-    [((2.0, 0.9, 0.9), 2048), ((0.9, 2.0, 0.9), 4096), ((0.9, 0.9, 0.99), math.inf), ((0.5, 0.5, 0.5), 1024)],
+    "make",
+    [
+        lambda weight, sizes: Product(weight, None, "gated_silu", sizes),
+        lambda weight, sizes: AddedProduct(weight, sizes),
+    ],
+    ids=["product", "added"],
 )
-def test_one_kernel_is_taken_from_where_it_stays_faster(
-    monkeypatch: pytest.MonkeyPatch, one_kernel_ms: tuple[float, ...], rows_from: float
+def test_without_one_kernel_cublas_is_taken(
+    make: Callable[[torch.Tensor, tuple[int, ...]], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Measured by made-up times, on a device that computes nothing."""
-    times = iter([ms for own in one_kernel_ms for ms in (1.0, own)])
-
-    def next_time(work: Callable[[], object], repeats: int) -> float:
-        work()
-        return next(times)
-
-    monkeypatch.setattr(product, "graphed_median_ms", next_time)
+    """On a device that computes nothing; so does a kernel that does not compile, and memory that is missing."""
+    weight, usual = torch.empty(20, 24, device="meta"), (product._by_cublas, product._add_by_cublas)
     monkeypatch.setattr(product, "check_one_kernel", lambda *arguments: None)
-    monkeypatch.setattr(product, "one_kernel", product._by_cublas)
-    measure = product._rows_for_one_kernel.__wrapped__
-    assert measure(torch.Size((20, 24)), True, None, torch.bfloat16, torch.device("meta")) == rows_from
+    monkeypatch.setattr(product, "fastest_ways", failing)
+    assert make(weight, (3, 5))._ways.at(4) in usual
+    assert make(weight, ())._ways.at(4) in usual
 
 
-def test_additions_are_measured_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([1.0, 2.0, 1.0, 0.9])
+def failing(*arguments: object) -> object:
+    raise RuntimeError("no memory")
 
-    def next_time(work: Callable[[], object], repeats: int) -> float:
-        work()
-        return next(times)
 
-    monkeypatch.setattr(product, "graphed_median_ms", next_time)
+def test_all_ways_are_measured_at_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[tuple[dict[str, object], tuple[int, ...]]] = []
+
+    def noted(what: str, ways: dict[str, object], work: object, sizes: tuple[int, ...]) -> FastestWays[object]:
+        measured.append((ways, sizes))
+        return FastestWays((), list(ways.values())[-1:])
+
     monkeypatch.setattr(product, "check_one_kernel", lambda *arguments: None)
-    monkeypatch.setattr(product, "one_kernel_add", product._add_by_cublas)
-    measure = product._rows_for_one_kernel_add.__wrapped__
-    assert measure(torch.Size((20, 24)), torch.bfloat16, torch.device("meta")) == 16384
+    monkeypatch.setattr(product, "fastest_ways", noted)
+    weight = torch.empty(28, 24, device="meta")
+    last_way: Any = Product(weight, None, None, (3, 5))._ways.at(4)
+    assert last_way.func is one_kernel and last_way.args == ALL_TILES[-1:]
+    assert AddedProduct(weight, (3, 6))._ways.at(4) is one_kernel_add
+    assert [(len(ways), sizes) for ways, sizes in measured] == [(1 + len(ALL_TILES), (3, 5)), (2, (3, 6))]

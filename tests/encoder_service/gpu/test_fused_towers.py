@@ -19,6 +19,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_gpu_tower.py runs the real thing")
 from encoder_service.gpu.accuracy import measured_accuracy  # noqa: E402
 from encoder_service.gpu.batch_tables import BatchTables, Layouts, TableShape  # noqa: E402
+from encoder_service.gpu.linear import BlockLinears  # noqa: E402
 from encoder_service.gpu.qwen2_5_vl import FusedQwen2_5VL  # noqa: E402
 from encoder_service.gpu.qwen3_vl import FusedQwen3VL  # noqa: E402
 
@@ -62,7 +63,7 @@ def plain_and_fused(request: pytest.FixtureRequest, family: str, *, fp8: bool) -
     plain = build_tower(open_checkpoint(str(folder)), torch.device("cpu"), torch.float32)
     config = plain.config
     attention = PlainAttention(config.head_dim + 16)
-    fused: Any = (FusedQwen3VL if family == "qwen3_vl" else FusedQwen2_5VL)(plain, attention, fp8=fp8)  # type: ignore[arg-type]
+    fused: Any = (FusedQwen3VL if family == "qwen3_vl" else FusedQwen2_5VL)(plain, attention, BlockLinears(fp8))  # type: ignore[arg-type]
     return plain, fused
 
 

@@ -77,6 +77,7 @@ def cosine(rows_TW: torch.Tensor, expected_TW: torch.Tensor, width: int) -> torc
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     from encoder_service.gpu.attention import fastest_attention
     from encoder_service.gpu.graphs import GpuTower
+    from encoder_service.gpu.linear import BlockLinears
     from encoder_service.gpu.qwen2_5_vl import FusedQwen2_5VL
     from encoder_service.gpu.qwen3_vl import FusedQwen3VL
 
@@ -91,7 +92,8 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     low = copy.deepcopy(plain).to(torch.bfloat16)
     config = plain.config
     attention = fastest_attention(config.num_heads, config.head_dim, torch.device("cuda"), torch.bfloat16)
-    fused: Any = (FusedQwen3VL if request.param == "qwen3_vl" else FusedQwen2_5VL)(low, attention)
+    linears = BlockLinears(sizes=(MAX_GRAPH_PATCHES,))
+    fused: Any = (FusedQwen3VL if request.param == "qwen3_vl" else FusedQwen2_5VL)(low, attention, linears)
     yield Case(plain, low, fused, GpuTower(fused, MAX_GRAPH_PATCHES), config.patch_width)
 
 

@@ -1,0 +1,64 @@
+"""The choice between ways by times that are made up."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+
+from gpu_kernels import fastest
+from gpu_kernels.fastest import FastestWays, fastest_ways
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes that were measured by the usual way. Work says its own milliseconds."""
+    sizes: list[int] = []
+    monkeypatch.setattr(fastest, "graphed_median_ms", lambda work, repeats: work())
+    return sizes
+
+
+def choose(
+    measured: list[int], sizes: list[int], slim_ms: Callable[[int], float] = lambda size: 1.0
+) -> FastestWays[str]:
+    def work(way: str, size: int) -> Callable[[], float]:
+        if way == "usual":
+            measured.append(size)
+        ms = {"usual": 1.0, "slim": slim_ms(size), "never": 2.0}[way]
+        return lambda: ms
+
+    return fastest_ways("work", {name: name for name in ("usual", "slim", "never")}, work, sizes)
+
+
+def test_each_size_has_its_own(measured: list[int]) -> None:
+    ways = choose(measured, [64, 128, 192], lambda size: 0.5 if size == 128 else 1.5)
+    assert [ways.at(size) for size in (1, 64, 65, 128, 129, 192)] == ["usual"] * 2 + ["slim"] * 2 + ["usual"] * 2
+
+
+@pytest.mark.parametrize(("ms", "way"), [(0.99, "usual"), (0.97, "slim")])
+def test_who_is_hardly_faster_is_not_taken(measured: list[int], ms: float, way: str) -> None:
+    assert choose(measured, [64], lambda size: ms).at(64) == way
+
+
+def test_above_the_largest_its_way_is_taken(measured: list[int]) -> None:
+    assert choose(measured, [64, 128], lambda size: 0.5 if size == 128 else 1.5).at(1 << 20) == "slim"
+
+
+def test_large_sizes_have_one_measurement_together(measured: list[int]) -> None:
+    ways = choose(measured, [8000, 8192, 8200, 12000, 45056], lambda size: 0.5 if size > 8192 else 1.5)
+    assert measured == [8000, 8192, 16384]
+    assert [ways.at(size) for size in (8192, 8200, 45056)] == ["usual", "slim", "slim"]
+    measured.clear()
+    choose(measured, [8192, 10000])
+    assert measured == [8192, 10000]
+
+
+def test_the_log_says_what_was_chosen(measured: list[int], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        choose(measured, [64, 128, 192], lambda size: 0.5 if size != 128 else 1.5)
+    assert "of 3 sizes 2 by slim, 1 by usual; the largest by usual 1.000 ms, slim 0.500 ms" in caplog.text
+
+
+def test_a_single_way_needs_no_sizes() -> None:
+    assert FastestWays((), ["only"]).at(5) == "only"
