@@ -13,6 +13,9 @@ import math
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from gpu_kernels.early_start import starts_early
 
 # Columns of `places`: row, column, rows and columns of the frame, the patch's number in merge-block order.
 PLACE_WIDTH, SOURCE_COLUMN = 5, 4
@@ -225,10 +228,11 @@ def turn(
     half = width // (3 * num_heads) // 2
     chunk = math.gcd(half, 4)
     q, k = qkv_PX.new_empty((2, num_patches, num_heads, padded_head_dim)).unbind()
-    num_chunks = num_patches * num_heads * (half // chunk)
+    num_chunks, early = num_patches * num_heads * (half // chunk), starts_early(qkv_PX.device)
     _turn[(triton.cdiv(num_chunks, _CHUNKS_A_PROGRAM), 2)](
         qkv_PX, cos_sin, q, q.numel(), num_chunks,
         HEADS=num_heads, HALF=half, PADDED=padded_head_dim, CHUNK=chunk, BLOCK=_CHUNKS_A_PROGRAM,
+        EARLY=early, launch_pdl=early,
     )  # fmt: skip
     return q, k, qkv_PX.view(num_patches, 3, num_heads, 2 * half)[:, 2]
 
@@ -237,7 +241,11 @@ def turn(
 def _turn(
     qkv, cos_sin, out, out_stride, num_chunks,
     HEADS: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     # A lane takes CHUNK neighbours of the left half of a head and their partners of the right half.
     PER_HEAD: tl.constexpr = HALF // CHUNK
     lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]

@@ -8,9 +8,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from encoder_service.gpu.fp8 import Fp8Rows, Rows, store_fp8
 from encoder_service.gpu.residual import ResidualStream
+from gpu_kernels.early_start import starts_early
 
 EPS = 1e-6  # of every norm of both families
 
@@ -68,12 +70,12 @@ def _norm(
     values, scales = (out.values, out.scale) if isinstance(out, Fp8Rows) else (out, out)
     # One warp for two rows of up to 2048 measured fastest: no exchange between warps, gains read once for both.
     block = triton.next_power_of_2(width)
-    rows = 2 if block <= 2048 else 1
+    rows, early = 2 if block <= 2048 else 1, starts_early(x.device)
     _norm_rows[(triton.cdiv(len(x), rows),)](
         x, x if owed_PC is None else owed_PC, shift_C, weight, weight if bias is None else bias, values, scales,
         len(x), cu_seqlens, len(cu_seqlens) - 1, EPS,
         WIDTH=width, SHIFT_WIDTH=len(shift_C), OWED=owed_PC is not None, LAYER_NORM=bias is not None, QUANTIZED=fp8,
-        ROWS=rows, BLOCK=block, num_warps=max(1, block // 2048),
+        ROWS=rows, BLOCK=block, EARLY=early, num_warps=max(1, block // 2048), launch_pdl=early,
     )  # fmt: skip
     return out
 
@@ -82,8 +84,11 @@ def _norm(
 def _norm_rows(
     x, owed, shift, weight, bias, values, scales, num_rows, cu_seqlens, num_segments, eps,
     WIDTH: tl.constexpr, SHIFT_WIDTH: tl.constexpr, OWED: tl.constexpr, LAYER_NORM: tl.constexpr,
-    QUANTIZED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    QUANTIZED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     index = tl.arange(0, BLOCK)[None, :]
     inside = index < WIDTH

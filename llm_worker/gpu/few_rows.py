@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from llm_worker.gpu.early_start import starts_early
+from gpu_kernels.early_start import starts_early
 
 # With more, the libraries' products are as fast.
 FEW = (1, 2, 4)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from llm_worker.gpu.early_start import starts_early
+from gpu_kernels.early_start import starts_early
 
 # As few programs as fill a GPU, a head; with so many tokens each at most.
 _PROGRAMS_A_HEAD, _MAX_TOKENS_A_PROGRAM = 32, 16

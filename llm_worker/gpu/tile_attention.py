@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from llm_worker.gpu.early_start import starts_early
+from gpu_kernels.early_start import starts_early
 from llm_worker.gpu.step_tables import KEYS_A_STEP, MAX_PROGRAMS, MAX_SPLITS, StepTables, Tiles
 
 # Products of tiles want 16 rows.
