@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from embedding_transport.errors import Overloaded
 from embedding_transport.row_copies import host_rows, own_rows
 from service_runtime.cancellation import is_own_cancellation
 
@@ -103,7 +104,8 @@ class EmbeddingCache:
     async def rows(self, key: bytes, make: Callable[[], Awaitable[MadeRows]]) -> MadeRows:
         """Kept rows, those of an equal item in flight, or what `make` makes.
 
-        If the one who makes them is cancelled, the next one waiting makes them anew; if it fails, all fail alike.
+        If the one who makes them is cancelled or refused, the next one waiting makes them anew; if it fails, all fail
+        alike.
 
         Args:
             key: equal for equal rows, and for nothing else.
@@ -135,7 +137,7 @@ class EmbeddingCache:
             made = await make()
         except BaseException as error:
             del self._in_flight[key]
-            if isinstance(error, asyncio.CancelledError):
+            if isinstance(error, (asyncio.CancelledError, Overloaded)):  # which says nothing of the others' requests
                 done.cancel()
             else:
                 done.set_exception(error)

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 import torch
 
-from embedding_transport.errors import NotAnImage
+from embedding_transport.errors import NotAnImage, Overloaded
 from encoder_service.engine.cache import EmbeddingCache, MadeRows
 
 ROW_NBYTES = 4 * 8
@@ -105,6 +105,21 @@ async def test_if_the_maker_fails_all_fail_alike_and_the_next_tries_anew() -> No
     assert [type(result) for result in results] == [NotAnImage] * 3
     assert make.num_calls == 1
     assert len((await kept.rows(b"a", Maker(rows(4)))).rows_TW) == 4
+
+
+async def test_if_the_maker_is_refused_another_makes_them() -> None:
+    """Its request may end sooner than those of the others."""
+    kept, refused, make = cache(10), Maker(Overloaded("no time")), Maker(rows(4))
+    refused.gate.clear()
+    first = asyncio.create_task(kept.rows(b"a", refused))
+    await asyncio.sleep(0)
+    others = [asyncio.create_task(kept.rows(b"a", make)) for _ in range(2)]
+    await asyncio.sleep(0)
+    refused.gate.set()
+    with pytest.raises(Overloaded):
+        await first
+    assert [len(made.rows_TW) for made in await asyncio.gather(*others)] == [4, 4]
+    assert make.num_calls == 1
 
 
 async def test_if_the_maker_is_cancelled_another_makes_them() -> None:
