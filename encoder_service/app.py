@@ -27,6 +27,7 @@ from encoder_service.engine.admission import Admission
 from encoder_service.engine.batcher import Batcher
 from encoder_service.engine.cache import EmbeddingCache
 from encoder_service.engine.cost_model import CostModel, measured_cost
+from encoder_service.media.held_bytes import HeldBytes
 from encoder_service.media.loader import MediaLoader
 from encoder_service.metrics import EncoderMetrics, GpuStats
 from encoder_service.models import VisionTower, build_tower
@@ -165,7 +166,7 @@ async def serve(config: EncoderConfig) -> None:
         )
         stack.push_async_callback(batcher.close)
         batcher.start()
-        loader = MediaLoader(limits)
+        loader, held = MediaLoader(limits), HeldBytes(config.max_held_media_bytes)
         stack.push_async_callback(loader.close)
         cache = EmbeddingCache(gpu_nbytes=config.cache_gpu_bytes, host_nbytes=config.cache_host_bytes)
         metrics.watch_cache(cache.stats)
@@ -173,6 +174,7 @@ async def serve(config: EncoderConfig) -> None:
         num_cpus = os.cpu_count() or 1
         service = EncodeService(
             loader,
+            held,
             Preprocessor(model.settings, limits, preprocess_device, DTYPES[model.identity.dtype]),
             admission,
             batcher,
@@ -183,7 +185,7 @@ async def serve(config: EncoderConfig) -> None:
             metrics=metrics,
         )
         stack.callback(service.close)
-        metrics.watch_queue(admission, lambda: batcher.waiting_patches)
+        metrics.watch_queue(admission, lambda: held.nbytes, lambda: batcher.waiting_patches)
         metrics.watch_exporter(exporter.stats)
         if model.gpu_stats is not None:
             metrics.watch_gpu(model.gpu_stats)

@@ -74,6 +74,9 @@ class EncoderConfig(ServiceSettings):
     allow_private_addresses: bool = Field(False, description="lets media URLs lead to private and loopback addresses")
     max_media_bytes: int = Field(64 * MIB, ge=1, description="size of one encoded image or video, bytes")
     max_image_pixels: int = Field(64 * MIB, ge=1, description="pixels in one image or video frame before resizing")
+    max_held_media_bytes: int = Field(
+        2048 * MIB, ge=1, description="encoded images and videos in work before items are refused as overload, bytes"
+    )
     media_timeout_s: float = Field(30.0, gt=0, description="longest download of one item, s")
 
     def media_limits(self) -> MediaLimits:

@@ -76,7 +76,9 @@ class EncoderMetrics:
         self.batch_items.observe(report.num_items)
         self.stage_seconds.labels("forward").observe(report.forward_s)
 
-    def watch_queue(self, admission: Admission, waiting_patches: Callable[[], int]) -> None:
+    def watch_queue(
+        self, admission: Admission, held_bytes: Callable[[], int], waiting_patches: Callable[[], int]
+    ) -> None:
         """Reads the queue at each scrape."""
 
         def gauge(name: str, help_text: str, read: Callable[[], float]) -> None:
@@ -92,6 +94,7 @@ class EncoderMetrics:
             "Patches of items between admission and the end of shipping.",
             lambda: admission.num_patches,
         )
+        gauge("held_media_bytes", "Bytes of encoded images and videos, from their arrival to their end.", held_bytes)
         gauge("queue_patches", "Patches ready for the tower that are in no batch yet.", waiting_patches)
 
     def watch_cache(self, stats: Callable[[], CacheStats]) -> None:

@@ -25,6 +25,7 @@ from encoder_service.engine.admission import Admission, Room
 from encoder_service.engine.batch import Follower
 from encoder_service.engine.batcher import Batcher
 from encoder_service.engine.cache import EmbeddingCache, MadeRows
+from encoder_service.media.held_bytes import HeldBytes, Hold
 from encoder_service.media.loader import MediaLoader
 from encoder_service.metrics import EncoderMetrics
 from encoder_service.preprocess.gathering import Gathering
@@ -72,6 +73,7 @@ class EncodeService:
     def __init__(
         self,
         loader: MediaLoader,
+        held: HeldBytes,
         preprocessor: Preprocessor,
         admission: Admission,
         batcher: Batcher,
@@ -84,11 +86,13 @@ class EncodeService:
     ) -> None:
         """
         Args:
+            held: of encoded media that items in work have.
             revision: of the model; part of an item's content hash.
             max_items: accepted in one request.
             num_threads: items decoded and preprocessed at once.
         """
         self._loader = loader
+        self._held = held
         self._preprocessor = preprocessor
         self._admission = admission
         self._batcher = batcher
@@ -141,7 +145,8 @@ class EncodeService:
         """One item from start to end."""
         outcome = "cancelled"
         try:
-            await self._encode_item(index, item, replies, tenant, deadline)
+            with self._held.item() as hold:
+                await self._encode_item(index, item, replies, tenant, deadline, hold)
             outcome = "ok"
         except VitrineError as error:
             outcome = error.code
@@ -153,9 +158,11 @@ class EncodeService:
         finally:
             self._metrics.items.labels(item.kind, outcome).inc()
 
-    async def _encode_item(self, index: int, item: MediaItem, replies: Replies, tenant: str, deadline: float) -> None:
+    async def _encode_item(
+        self, index: int, item: MediaItem, replies: Replies, tenant: str, deadline: float, hold: Hold
+    ) -> None:
         with self._stage("load", index) as load:
-            data = await self._loader.load(item)
+            data = await self._loader.load(item, hold)
         with self._stage("open", index) as opening:
             opened, layout, key = await self._in_thread(self._open, item, data, tenant)
         admission = self._admission.admit(layout.grid_thw, deadline, late=self._cache.knows(key))

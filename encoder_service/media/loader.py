@@ -17,6 +17,7 @@ from embedding_transport.errors import (
 )
 from embedding_transport.types import MediaItem
 from encoder_service.media.address_policy import CheckedResolver, check_host
+from encoder_service.media.held_bytes import Hold
 from encoder_service.media.limits import MediaLimits
 from encoder_service.media.sources import decode_data_url, read_file_url
 
@@ -36,8 +37,11 @@ class MediaLoader:
         self._resolver = CheckedResolver(limits.allow_private_addresses)
         self._session: aiohttp.ClientSession | None = None
 
-    async def load(self, item: MediaItem) -> bytes:
+    async def load(self, item: MediaItem, hold: Hold = lambda nbytes: None) -> bytes:
         """The encoded file of `item`, at most `max_bytes` long. Its content is not looked at.
+
+        Args:
+            hold: called with bytes as they come; what it raises ends the load.
 
         Raises:
             MediaNotAllowed: scheme, address or folder is refused by this encoder.
@@ -51,14 +55,18 @@ class MediaLoader:
         if item.data is not None:
             if len(item.data) > limits.max_bytes:
                 raise MediaTooLarge(f"a {item.kind} of {len(item.data)} bytes: at most {limits.max_bytes} are accepted")
+            hold(len(item.data))
             return item.data
         url = item.url or ""
         scheme = url.partition(":")[0].lower() if ":" in url[:16] else ""
+        if scheme not in ("data", "file"):
+            return await self._download(_parse(url), hold)
         if scheme == "data":
-            return await asyncio.to_thread(decode_data_url, url, limits.max_bytes)
-        if scheme == "file":
-            return await asyncio.to_thread(read_file_url, url, limits.allowed_folder, limits.max_bytes)
-        return await self._download(_parse(url))
+            data = await asyncio.to_thread(decode_data_url, url, limits.max_bytes)
+        else:
+            data = await asyncio.to_thread(read_file_url, url, limits.allowed_folder, limits.max_bytes)
+        hold(len(data))
+        return data
 
     async def close(self) -> None:
         """Closes connections. Loads under way fail."""
@@ -66,15 +74,15 @@ class MediaLoader:
             await self._session.close()
         await self._resolver.close()
 
-    async def _download(self, url: URL) -> bytes:
+    async def _download(self, url: URL, hold: Hold) -> bytes:
         try:
             async with asyncio.timeout(self._limits.timeout_s):
-                return await self._follow(url)
+                return await self._follow(url, hold)
         except TimeoutError as error:
             limit = f"{self._limits.timeout_s:g} s"
             raise MediaTimeout(f"{_shown(url)} did not arrive within {limit}: use a faster server") from error
 
-    async def _follow(self, url: URL) -> bytes:
+    async def _follow(self, url: URL, hold: Hold) -> bytes:
         """Downloads `url`, following redirects itself so that every hop passes the same checks."""
         for _ in range(self._limits.max_redirects + 1):
             self._check(url)
@@ -82,7 +90,7 @@ class MediaLoader:
                 # Not followed by aiohttp, which would ask only the resolver about the next hop.
                 async with self._open_session().get(url, allow_redirects=False) as response:
                     if response.status not in _REDIRECTS:
-                        return await self._read(url, response)
+                        return await self._read(url, response, hold)
                     location = response.headers.get("Location", "")
             except aiohttp.ConnectionTimeoutError as error:
                 raise MediaTimeout(
@@ -111,7 +119,7 @@ class MediaLoader:
         except MediaNotAllowed as error:
             raise MediaNotAllowed(f"{_shown(url)}: {error}") from error
 
-    async def _read(self, url: URL, response: aiohttp.ClientResponse) -> bytes:
+    async def _read(self, url: URL, response: aiohttp.ClientResponse, hold: Hold) -> bytes:
         if response.status in (404, 410):
             raise MediaNotFound(f"{_shown(url)} does not exist (status {response.status}): check the URL")
         if response.status != 200:
@@ -129,6 +137,7 @@ class MediaLoader:
             nbytes += len(chunk)
             if nbytes > max_bytes:
                 raise too_large
+            hold(len(chunk))
             chunks.append(chunk)
         return b"".join(chunks)
 

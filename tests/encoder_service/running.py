@@ -24,6 +24,7 @@ from encoder_service.engine.admission import Admission
 from encoder_service.engine.batcher import Batcher
 from encoder_service.engine.cache import EmbeddingCache
 from encoder_service.engine.cost_model import CostModel
+from encoder_service.media.held_bytes import HeldBytes
 from encoder_service.media.limits import MediaLimits
 from encoder_service.media.loader import MediaLoader
 from encoder_service.metrics import EncoderMetrics
@@ -92,6 +93,7 @@ async def run_encoder(
     *,
     max_batch_patches: int = 4096,
     max_queued_patches: int = 100_000,
+    max_held_media_bytes: int = 1 << 30,
     lease_ttl_s: float = 30.0,
     cache_bytes: int = 0,
     loaded: bool = True,
@@ -114,11 +116,12 @@ async def run_encoder(
     admission = Admission(cost, max_patches=max_queued_patches, max_s=math.inf)
     batcher = Batcher(tower, cost, max_batch_patches=max_batch_patches, on_batch=metrics.observe_batch)
     batcher.start()
-    loader = MediaLoader(limits)
+    loader, held = MediaLoader(limits), HeldBytes(max_held_media_bytes)
     preprocessor = Preprocessor(ProcessorSettings.from_checkpoint(checkpoint), limits)
     cache = EmbeddingCache(gpu_nbytes=0, host_nbytes=cache_bytes)
     service = EncodeService(
         loader,
+        held,
         preprocessor,
         admission,
         batcher,
@@ -129,7 +132,7 @@ async def run_encoder(
         metrics=metrics,
     )
     metrics.watch_cache(cache.stats)
-    metrics.watch_queue(admission, lambda: batcher.waiting_patches)
+    metrics.watch_queue(admission, lambda: held.nbytes, lambda: batcher.waiting_patches)
     metrics.watch_exporter(exporter.stats)
     servicer = EncoderServicer(metrics)
     server = EncoderServer(servicer)

@@ -94,6 +94,25 @@ def rows_by_item(events: list[Event]) -> dict[int, Rows]:
     return {event.item_index: event for event in events if isinstance(event, Rows)}
 
 
+async def test_encoded_media_in_work_is_bounded(qwen3_vl_folder: Path, tmp_path: Path) -> None:
+    picture, large = png(96, 64, 1), png(128, 96, 2)
+    async with run_encoder(qwen3_vl_folder, tmp_path, max_held_media_bytes=len(picture) + 1) as encoder:
+        encoder.tower.gate.clear()
+        first = asyncio.create_task(encode(encoder, image(picture)))
+        while not encoder.admission.num_patches:
+            await asyncio.sleep(0.01)
+        [refused] = await encode(encoder, image(large))
+        assert isinstance(refused, ItemFailed) and refused.error.code == "overloaded"
+        assert f"{len(picture)} bytes of images and videos are in work" in str(refused.error)
+        held = "vitrine_encoder_held_media_bytes"
+        assert encoder.metrics.registry.get_sample_value(held) == len(picture)
+        encoder.tower.gate.set()
+        await first
+        assert encoder.metrics.registry.get_sample_value(held) == 0
+        # Alone it may be larger.
+        assert rows_by_item(await encode(encoder, image(large)))
+
+
 async def test_each_item_answers_with_its_layout_and_then_its_rows(encoder: RunningEncoder) -> None:
     pictures = [png(96, 64, 1), png(64, 64, 2), png(96, 64, 1)]
     events = await encode(encoder, *map(image, pictures))

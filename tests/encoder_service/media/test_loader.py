@@ -21,6 +21,7 @@ from embedding_transport.errors import (
     MediaTimeout,
     MediaTooLarge,
     MediaUnreachable,
+    Overloaded,
 )
 from embedding_transport.types import MediaItem
 from encoder_service.media.limits import MediaLimits
@@ -123,6 +124,20 @@ def _item(server: TestServer, path: str) -> MediaItem:
 @pytest.mark.parametrize("path", ["/body", "/chunked?times=1", "/slow?seconds=0.05", "/countdown/2"])
 async def test_downloads(server: TestServer, loader: MediaLoader, path: str) -> None:
     assert await loader.load(_item(server, path)) == BODY
+
+
+@pytest.mark.parametrize("path", ["/body", "/chunked?times=1", "/slow?seconds=0.05"])
+async def test_bytes_are_held_as_they_come(server: TestServer, loader: MediaLoader, path: str) -> None:
+    held: list[int] = []
+    for item in (_item(server, path), MediaItem("image", data=BODY), MediaItem("image", url="data:;base64,aGk=")):
+        await loader.load(item, held.append)
+    assert sum(held) == 2 * len(BODY) + len(b"hi")
+
+    def full(nbytes: int) -> None:
+        raise Overloaded(f"no room for {nbytes} bytes")
+
+    with pytest.raises(Overloaded):
+        await loader.load(_item(server, path), full)
 
 
 async def test_name_instead_of_address(server: TestServer, loader: MediaLoader) -> None:
