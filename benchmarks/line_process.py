@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 _LINE_LIMIT_BYTES = 64 * 1024 * 1024
 
@@ -15,6 +15,7 @@ class LineProcess:
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdin is not None and process.stdout is not None
+        self.pid = process.pid
         self._to, self._from = process.stdin, process.stdout
 
     @classmethod
@@ -28,7 +29,7 @@ class LineProcess:
         try:
             yield cls(process)
         finally:
-            if process.returncode is None:
+            with suppress(ProcessLookupError):  # it has ended
                 process.terminate()
             await process.wait()
 
@@ -37,10 +38,11 @@ class LineProcess:
         await self._to.drain()
 
     async def hear(self) -> str:
-        """
+        """A line without its end.
+
         Raises:
             RuntimeError: it ended.
         """
         if line := await self._from.readline():
-            return line.decode()
+            return line.decode().strip()
         raise RuntimeError("a client ended before it had measured: see above")

@@ -13,7 +13,6 @@ import contextlib
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ from pathlib import Path
 import grpc
 import torch
 
+from benchmarks.line_process import LineProcess
 from embedding_transport.encoder_client import EncoderClient
 from embedding_transport.encoder_rpc import encoder_handlers
 from embedding_transport.exporter import CHUNK_NBYTES, RowExporter
@@ -37,6 +37,7 @@ from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from service_runtime.grpc_channel import CHANNEL_OPTIONS
 from service_runtime.memory import reuse_message_memory
 
+_THIS = "benchmarks.transports"
 MIB = 1024 * 1024
 SIZES_MIB = (1, 10, 64)
 CHUNKS_KIB = (256, 1024, 2048, 4096)
@@ -106,28 +107,8 @@ async def serve(shm_folder: Path, chunk_nbytes: int) -> None:
 @contextlib.asynccontextmanager
 async def running_server(shm_folder: Path, chunk_nbytes: int) -> AsyncIterator[tuple[str, int]]:
     """Address and process id."""
-    async with _running("--serve", str(shm_folder), str(chunk_nbytes)) as process:
-        yield await _line(process), process.pid
-
-
-@contextlib.asynccontextmanager
-async def _running(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """This program again, with these arguments."""
-    command = [sys.executable, "-m", "benchmarks.transports", *arguments]
-    process = await asyncio.create_subprocess_exec(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):  # it has ended
-            process.kill()
-        await process.wait()
-
-
-async def _line(process: asyncio.subprocess.Process) -> str:
-    assert process.stdout is not None
-    line = (await process.stdout.readline()).decode()
-    assert line, "a process of the benchmark ended"
-    return line.strip()
+    async with LineProcess.started(_THIS, "--serve", str(shm_folder), str(chunk_nbytes)) as process:
+        yield await process.hear(), process.pid
 
 
 class Worker:
@@ -223,15 +204,16 @@ async def measure_together(num_encoders: int, num_workers: int, num_in_flight: i
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm")))
         servers = [await stack.enter_async_context(running_server(folder, CHUNK_NBYTES)) for _ in range(num_encoders)]
         asking = [
-            await stack.enter_async_context(_running("--ask", servers[index % num_encoders][0], str(num_in_flight)))
+            await stack.enter_async_context(
+                LineProcess.started(_THIS, "--ask", servers[index % num_encoders][0], str(num_in_flight))
+            )
             for index in range(num_workers)
         ]
         for worker in asking:
-            await _line(worker)
+            await worker.hear()
         for worker in asking:
-            assert worker.stdin is not None
-            worker.stdin.write(b"\n")
-        rates = await asyncio.gather(*map(_line, asking))
+            await worker.say("")
+        rates = await asyncio.gather(*(worker.hear() for worker in asking))
     return sum(map(float, rates)) / 1e9
 
 
