@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from bisect import bisect_left
 from collections import Counter
@@ -35,13 +36,13 @@ class FastestWays(Generic[Way]):
 
 
 def fastest_ways(
-    what: str, ways: dict[str, Way], work: Callable[[Way, int], Callable[[], object]], sizes: Sequence[int]
+    what: str, ways: dict[str, Way], work: Callable[[int], Callable[[Way], object]], sizes: Sequence[int]
 ) -> FastestWays[Way]:
     """
     Args:
         what: is done, for the log.
         ways: by name; the first is the usual one, which others must beat.
-        work: of a size, done in that way on the current device.
+        work: of a size, to be done in a given way on the current device.
         sizes: ascending, one at least.
     """
     usual = next(iter(ways))
@@ -50,7 +51,8 @@ def fastest_ways(
         measured.append(min(sizes[-1], _LARGEST))
     chosen: list[str] = []
     for size in measured:
-        ms = {name: graphed_median_ms(work(way, size), _REPEATS) for name, way in ways.items()}
+        done = work(size)
+        ms = {name: graphed_median_ms(functools.partial(done, way), _REPEATS) for name, way in ways.items()}
         fastest = min(ms, key=ms.__getitem__)
         chosen.append(fastest if ms[fastest] <= _WORTH_IT * ms[usual] else usual)
     counts = ", ".join(f"{count} by {name}" for name, count in Counter(chosen).most_common())

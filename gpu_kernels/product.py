@@ -95,9 +95,9 @@ def _ways_to_multiply(
         ways: dict[str, _Multiply] = {"cuBLAS": _by_cublas}
         ways |= {str(tiles): functools.partial(one_kernel, tiles) for tiles in ALL_TILES}
 
-        def work(way: _Multiply, size: int) -> Callable[[], object]:
+        def work(size: int) -> Callable[[_Multiply], object]:
             x_PI = torch.randn((size, shape_OI[1]), dtype=dtype, device=device)
-            return lambda: way(x_PI, weight_IO, bias_O, activation)
+            return lambda way: way(x_PI, weight_IO, bias_O, activation)
 
         return fastest_ways(what, ways, work, sizes)
 
@@ -114,10 +114,10 @@ def _ways_to_add(
         weight_IO = torch.randn(shape_OI, dtype=dtype, device=device).t()
         ways: dict[str, _Add] = {"cuBLAS": _add_by_cublas, "one kernel": one_kernel_add}
 
-        def work(way: _Add, size: int) -> Callable[[], object]:
+        def work(size: int) -> Callable[[_Add], object]:
             x_PI = torch.randn((size, shape_OI[1]), dtype=dtype, device=device)
             to_PO = torch.zeros((size, shape_OI[0]), dtype=dtype, device=device)
-            return lambda: way(to_PO, x_PI, weight_IO)
+            return lambda way: way(to_PO, x_PI, weight_IO)
 
         return fastest_ways(what, ways, work, sizes)
 
@@ -128,10 +128,9 @@ def _ways_to_add(
 def _measured_or_usual(
     what: str, measured: Callable[[], FastestWays[_Way]], usual: _Way, device: torch.device, sizes: tuple[int, ...]
 ) -> FastestWays[_Way]:
-    if device.type == "cpu" or not sizes:
-        return FastestWays((), [usual])
-    try:
-        return measured()
-    except Exception as error:  # it is here to be faster: without it the service runs as well
-        _log.info("%s by cuBLAS: %s", what, error)
-        return FastestWays((), [usual])
+    if device.type != "cpu" and sizes:
+        try:
+            return measured()
+        except Exception as error:  # it is here to be faster: without it the service runs as well
+            _log.info("%s by cuBLAS: %s", what, error)
+    return FastestWays((), [usual])

@@ -29,6 +29,7 @@ class FusedDecoder:
         self._axis = axis_of_frequency(config).to(decoder.device, torch.int32)
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=decoder.device) / config.head_dim
         self._inverse_frequencies = 1.0 / config.rope_theta**exponents
+        sizes = tuple(size for size in sizes if size not in FEW)  # which have products of their own
         self.layers = [FusedLayer(layer, sizes) for layer in decoder.layers if isinstance(layer, DecoderLayer)]
         self._norm = decoder.norm
 

@@ -13,7 +13,7 @@ from gpu_kernels.fastest import FastestWays, fastest_ways
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sizes that were measured by the usual way. Work says its own milliseconds."""
+    """Sizes that were measured. Work says its own milliseconds."""
     sizes: list[int] = []
     monkeypatch.setattr(fastest, "graphed_median_ms", lambda work, repeats: work())
     return sizes
@@ -22,11 +22,10 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def choose(
     measured: list[int], sizes: list[int], slim_ms: Callable[[int], float] = lambda size: 1.0
 ) -> FastestWays[str]:
-    def work(way: str, size: int) -> Callable[[], float]:
-        if way == "usual":
-            measured.append(size)
-        ms = {"usual": 1.0, "slim": slim_ms(size), "never": 2.0}[way]
-        return lambda: ms
+    def work(size: int) -> Callable[[str], float]:
+        measured.append(size)
+        ms = {"usual": 1.0, "slim": slim_ms(size), "never": 2.0}
+        return lambda way: ms[way]
 
     return fastest_ways("work", {name: name for name in ("usual", "slim", "never")}, work, sizes)
 
