@@ -97,15 +97,16 @@ class PeerFleet(ABC, Generic[PeerT]):
         """
         try:
             async with asyncio.timeout(timeout_s):
-                while not self.ready:
-                    self._changed.clear()
-                    await self._changed.wait()
+                await self._until(lambda: self.ready)
         except TimeoutError:
             raise self._unavailable({}) from None
 
     async def _until_tried(self) -> None:
         """Waits while none is connected and some are tried for the first time: they may be there to replace others."""
-        while not self.ready and not all(peer.attempted.is_set() for peer in self._peers):
+        await self._until(lambda: self.ready or all(peer.attempted.is_set() for peer in self._peers))
+
+    async def _until(self, holds: Callable[[], bool]) -> None:
+        while not holds():
             self._changed.clear()
             await self._changed.wait()
 

@@ -171,6 +171,11 @@ class Batcher:
         self._under_way.end(entries)
         self._arrived.set()
 
+    def _make_room(self, batch: Batch) -> None:
+        """The tower is free of the batch, whether it ran or not."""
+        self._may_launch.release()
+        self._end(batch.entries)
+
     async def _run_batches(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
@@ -178,15 +183,13 @@ class Batcher:
             batch = await self._channel.get()
             self._channel_free.release()
             if all(entry.result.done() for entry in batch.entries):
-                self._may_launch.release()
-                self._end(batch.entries)
+                self._make_room(batch)
                 continue
             try:
                 launched = await loop.run_in_executor(self._forward_thread, batch.launch, self._tower, self._device)
             except Exception:
                 _fail_batch(batch.entries)
-                self._may_launch.release()
-                self._end(batch.entries)
+                self._make_room(batch)
                 batch.end_followers()
                 await self._look_at_gpu()
                 continue
@@ -201,8 +204,7 @@ class Batcher:
         except Exception:
             _fail_batch(batch.entries)
         finally:
-            self._may_launch.release()
-            self._end(batch.entries)
+            self._make_room(batch)
             batch.end_followers()
         if forward_s is None:
             await self._look_at_gpu()
