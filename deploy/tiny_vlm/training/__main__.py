@@ -21,8 +21,10 @@ from deploy.tiny_vlm.data.generator import KINDS
 from deploy.tiny_vlm.training.architecture import generation_config, save_processor_configs, tiny_config
 from deploy.tiny_vlm.training.examples import Batch, BatchMaker
 from deploy.tiny_vlm.training.forward import answer_logits
+from deploy.tiny_vlm.training.muon import Float32Muon
 from deploy.tiny_vlm.training.packed_attention import use_packed_attention
 from deploy.tiny_vlm.training.tokenizer import save_tokenizer
+from embedding_transport.loading import cpu_has_bfloat16
 
 _WARMUP_STEPS = 150
 _END_OF_DECAY = 0.01
@@ -142,8 +144,12 @@ def _optimizers(model: Qwen3VLForConditionalGeneration) -> list[torch.optim.Opti
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
+    in_bfloat16 = model.device.type == "cuda" or cpu_has_bfloat16()
+    if not in_bfloat16:
+        print("Muon computes in float32: the CPU has no bfloat16 instructions", flush=True)
+    muon = torch.optim.Muon if in_bfloat16 else Float32Muon
     return [
-        torch.optim.Muon(matrices, weight_decay=_WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
+        muon(matrices, weight_decay=_WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, betas=_ADAMW_BETAS, weight_decay=0.0),
     ]
 

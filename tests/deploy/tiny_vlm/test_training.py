@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3VLForConditionalGeneration
 
 from deploy.reference import Media, Reference
@@ -16,6 +18,7 @@ from deploy.tiny_vlm.training import __main__ as training
 from deploy.tiny_vlm.training.architecture import tiny_config
 from deploy.tiny_vlm.training.examples import BatchMaker
 from deploy.tiny_vlm.training.forward import answer_logits
+from deploy.tiny_vlm.training.muon import Float32Muon
 from deploy.tiny_vlm.training.packed_attention import use_packed_attention
 
 # One question of every kind but video: its file is lossy, and a packed batch has the frames as they were drawn.
@@ -72,3 +75,32 @@ def test_a_few_steps_on_the_cpu_lower_the_loss_and_write_a_checkpoint(tmp_path: 
         with torch.inference_mode():
             losses.append(torch.nn.functional.cross_entropy(*answer_logits(model, batch)).item())
     assert losses[1] < losses[0] - 0.5
+
+
+class _ProductDtypes(TorchDispatchMode):
+    """Collects what matrix products are computed in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.seen.add(result.dtype)
+        return result
+
+
+def test_muon_in_float32_takes_the_step_of_torchs_muon() -> None:
+    steps, dtypes = [], []
+    for kind in (torch.optim.Muon, Float32Muon):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.zeros(48, 32))
+        weight.grad = torch.randn(48, 32)
+        with _ProductDtypes() as products:
+            kind([weight], lr=1.0, adjust_lr_fn="match_rms_adamw").step()
+        steps.append(weight.detach())
+        dtypes.append(products.seen)
+    assert dtypes == [{torch.bfloat16}, {torch.float32}]
+    assert steps[1].norm() > 1
+    torch.testing.assert_close(*steps, atol=0.02, rtol=0.0)

@@ -1,0 +1,33 @@
+"""Muon on CPUs that have no bfloat16 instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class Float32Muon(torch.optim.Muon):
+    """torch's Muon with its Newton-Schulz products in float32, for which torch has no option.
+
+    Torch casts each gradient to bfloat16 first. Without instructions for it, a CPU takes up to 90 times as long for
+    bfloat16 products as for float32 ones.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        with _CastToBfloat16Copies():
+            return super().step(closure)  # type: ignore[no-untyped-call]
+
+
+class _CastToBfloat16Copies(TorchFunctionMode):
+    """`tensor.bfloat16()` returns a copy in the tensor's own dtype: Muon changes the result in place."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.bfloat16:
+            return args[0].clone()
+        return func(*args, **(kwargs or {}))
