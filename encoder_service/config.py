@@ -8,7 +8,6 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from embedding_transport.checkpoint import LoadFormat
 from encoder_service.media.limits import MediaLimits
 from service_runtime.settings import ServiceSettings
 
@@ -24,7 +23,7 @@ class EncoderConfig(ServiceSettings):
     model: str = Field(description="checkpoint folder or hub id, such as Qwen/Qwen3-VL-2B-Instruct")
     revision: str | None = Field(None, description="hub branch, tag or commit; not used for folders")
     served_model_name: str | None = Field(None, description="name to serve under instead of hub id or folder name")
-    load_format: LoadFormat = Field(
+    load_format: Literal["auto", "dummy"] = Field(
         "auto", description="dummy: random weights, for measuring without their files; answers mean nothing"
     )
 

@@ -8,7 +8,6 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from embedding_transport.checkpoint import LoadFormat
 from embedding_transport.discovery import Source, parse_sources
 from llm_worker.engine.config import EngineConfig
 from service_runtime.settings import ServiceSettings
@@ -27,7 +26,7 @@ class LlmConfig(ServiceSettings):
     model: str = Field(description="checkpoint folder or hub id, the same as the encoders'")
     revision: str | None = Field(None, description="hub branch, tag or commit; not used for folders")
     served_model_name: str | None = Field(None, description="name to serve under instead of hub id or folder name")
-    load_format: LoadFormat = Field(
+    load_format: Literal["auto", "dummy"] = Field(
         "auto", description="dummy: random weights, for measuring without their files; answers mean nothing"
     )
 
