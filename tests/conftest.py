@@ -1,13 +1,41 @@
-"""Checkpoints that many tests share: small random ones of the true architectures, made once a session."""
+"""Small random checkpoints of the true architectures, made once a session, and which files share a test process."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from deploy.random_checkpoint import save_random_checkpoint
+
+if TYPE_CHECKING:
+    from xdist.remote import Producer
+    from xdist.scheduler import LoadFileScheduling
+
+# Files whose tests share a session's fleet, by the fixture that starts it. Each process of pytest-xdist has fixtures of
+# its own, so these files run in one of them.
+_FILES_OF_FLEET = {
+    "fleet_processes": ("test_parity.py", "test_canaries.py"),
+    "small_fleet": ("test_bad_input.py", "test_openai_client.py", "test_worker_process.py"),
+}
+_FLEET_OF_FILE = {f"tests/integration/{file}": fleet for fleet, files in _FILES_OF_FLEET.items() for file in files}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling | None:
+    """--dist loadfile takes files that share a fleet for one file."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class LoadFleetScheduling(LoadFileScheduling):  # type: ignore[misc]  # untyped
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return _FLEET_OF_FILE.get(file, file)
+
+    return LoadFleetScheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

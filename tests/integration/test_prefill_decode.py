@@ -24,16 +24,13 @@ from tests.integration.test_worker_process import base_url, metric, post, until_
 NUM_TOKENS = 32
 
 
-@pytest.fixture(scope="module")
-def each_split(checkpoint_folder: Path) -> Iterator[Split]:
-    with start_split(checkpoint_folder) as split:
-        yield split
+one_family = pytest.mark.parametrize("checkpoint_folder", ["qwen3_vl"], indirect=True)
 
 
 @pytest.fixture(scope="module")
-def split(qwen3_vl_folder: Path) -> Iterator[Split]:
+def split(checkpoint_folder: Path) -> Iterator[Split]:
     """Its encoder may fetch from loopback."""
-    with start_split(qwen3_vl_folder, encoder_flags=["--allow-private-addresses"]) as split:
+    with start_split(checkpoint_folder, encoder_flags=["--allow-private-addresses"]) as split:
         yield split
 
 
@@ -49,11 +46,9 @@ def text_request(fleet: Fleet, **fields: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("name", ["text_only", "image_and_video", "long_with_image_across_chunks"])
-async def test_greedy_tokens_equal_transformers(
-    each_split: Split, reference: Reference, name: str, transport: str
-) -> None:
+async def test_greedy_tokens_equal_transformers(split: Split, reference: Reference, name: str, transport: str) -> None:
     case = CASES[name]
-    async with each_split.decoding.connected() as fleet:
+    async with split.decoding.connected() as fleet:
         media = case.media(fleet.factor)
         expected_ids, expected_logprobs = reference.greedy(reference.inputs(case.text, media), NUM_TOKENS)
         generated = await fleet.worker(transport).generate(case.text, media, NUM_TOKENS, logprobs=0)
@@ -64,13 +59,14 @@ async def test_greedy_tokens_equal_transformers(
     if media and not generated.finished.num_cached_tokens:  # else its media were not looked at again
         assert generated.finished.timings.load_ms > 0
     assert generated.finished.timings.prefill_ms > 0
-    process = each_split.decoding.worker_processes[transport]
+    process = split.decoding.worker_processes[transport]
     # Nothing of the prompt was computed here.
     assert await metric(process, 'vitrine_llm_computed_tokens_total{phase="prefill"}') == 0
     assert await metric(process, f'vitrine_llm_kv_received_bytes_total{{transport="{transport}"}}') > 0
 
 
 @pytest.mark.parametrize("transport", ["shm", "grpc"])
+@one_family
 async def test_seeds_stop_strings_and_usage_are_as_on_one_worker(split: Split, transport: str) -> None:
     """The prefill worker answers users, too, all by itself."""
     one, decoding = split.prefill_workers[0], split.decoding.worker_processes[transport]
@@ -101,6 +97,7 @@ async def test_seeds_stop_strings_and_usage_are_as_on_one_worker(split: Split, t
     assert stopped["choices"][0]["finish_reason"] == "stop"
 
 
+@one_family
 async def test_one_token_needs_no_kv(split: Split) -> None:
     shipped = 'vitrine_llm_kv_shipped_bytes_total{transport="shm"}'
     before = await metric(split.prefill_workers[0], shipped)
@@ -109,6 +106,7 @@ async def test_one_token_needs_no_kv(split: Split) -> None:
     assert await metric(split.prefill_workers[0], shipped) == before
 
 
+@one_family
 async def test_a_prompt_that_comes_again_is_not_computed_again(split: Split) -> None:
     decoding, prefilling = split.decoding.worker_processes["shm"], split.prefill_workers[0]
     computed = 'vitrine_llm_computed_tokens_total{phase="prefill"}'
@@ -126,6 +124,7 @@ async def test_a_prompt_that_comes_again_is_not_computed_again(split: Split) -> 
     assert await metric(prefilling, shipped) - before - shipped_first <= shipped_first * 16 / cached
 
 
+@one_family
 async def test_a_picture_that_comes_again_is_known_before_its_kv_is_asked_for(split: Split) -> None:
     prefilling, shipped = split.prefill_workers[0], 'vitrine_llm_kv_shipped_bytes_total{transport="shm"}'
     case = CASES["one_image"]
@@ -140,6 +139,7 @@ async def test_a_picture_that_comes_again_is_known_before_its_kv_is_asked_for(sp
     assert await metric(prefilling, shipped) - between <= (between - before) * 16 / num_tokens
 
 
+@one_family
 async def test_a_client_that_goes_away_frees_everything_on_both(split: Split, media_server: MediaServer) -> None:
     decoding, prefilling = split.decoding.worker_processes["shm"], split.prefill_workers[0]
     # While it decodes.
@@ -165,6 +165,7 @@ async def test_a_client_that_goes_away_frees_everything_on_both(split: Split, me
     await until_metric(prefilling, "vitrine_llm_kv_leases_live", 0)
 
 
+@one_family
 async def test_the_page_of_a_decode_worker_shows_its_prefill_workers(split: Split) -> None:
     url = f"{base_url(split.decoding.worker_processes['grpc'])}/dashboard/data"
     async with aiohttp.ClientSession() as session, session.get(url) as response:
@@ -174,6 +175,7 @@ async def test_the_page_of_a_decode_worker_shows_its_prefill_workers(split: Spli
     assert shown["client"]["requests"] >= 0
 
 
+@one_family
 async def test_a_bad_request_is_the_clients_fault(split: Split) -> None:
     decoding = split.decoding.worker_processes["grpc"]
     request = {
