@@ -79,7 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _graphed(towers: Towers, *, fp8: bool) -> GpuTower:
-    return gpu_tower(towers.plain, _MAX_BATCH_PATCHES, lambda num_captured, num_graphs: None, fp8=fp8)
+    return gpu_tower(
+        towers.plain, towers.family.fuse, _MAX_BATCH_PATCHES, lambda num_captured, num_graphs: None, fp8=fp8
+    )
 
 
 def _row(case: Case, graphed: GpuTower, towers: Towers) -> str:

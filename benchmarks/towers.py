@@ -11,10 +11,9 @@ from transformers import PreTrainedModel, Qwen2_5_VLConfig, Qwen3VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
-from encoder_service.models.config import qwen2_5_vl_config, qwen3_vl_config
+from encoder_service.families import Family, qwen2_5_vl, qwen3_vl
+from encoder_service.models import PlainTower
 from encoder_service.models.grids import GridTHW
-from encoder_service.models.qwen2_5_vl import Qwen2_5VLTower
-from encoder_service.models.qwen3_vl import Qwen3VLTower
 
 # vision_config of Qwen/Qwen3-VL-8B-Instruct.
 QWEN3_VL_8B: dict[str, Any] = {
@@ -53,36 +52,35 @@ QWEN2_5_VL_7B: dict[str, Any] = {
 class Towers:
     """The plain tower and transformers', bfloat16 on the GPU, same weights."""
 
-    plain: Qwen3VLTower | Qwen2_5VLTower
+    plain: PlainTower
     transformers: PreTrainedModel
+    family: Family
 
 
 def qwen3_vl_8b(device: torch.device) -> Towers:
     """Weights at scales that keep the residual stream lively; seeded."""
     config = Qwen3VLConfig(vision_config=QWEN3_VL_8B).vision_config
-    plain = qwen3_vl_config({"vision_config": QWEN3_VL_8B})
     with device:
         reference = Qwen3VLVisionModel._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-        return _with_equal_weights(Qwen3VLTower(plain), reference)
+        return _with_equal_weights(qwen3_vl.FAMILY, QWEN3_VL_8B, reference)
 
 
 def qwen2_5_vl_7b(device: torch.device) -> Towers:
     """Weights as above."""
     config = Qwen2_5_VLConfig(vision_config=QWEN2_5_VL_7B).vision_config
-    plain = qwen2_5_vl_config({"vision_config": QWEN2_5_VL_7B})
     with device:
         reference = Qwen2_5_VisionTransformerPretrainedModel._from_config(
             config, dtype=torch.bfloat16, attn_implementation="sdpa"
         )
-        return _with_equal_weights(Qwen2_5VLTower(plain), reference)
+        return _with_equal_weights(qwen2_5_vl.FAMILY, QWEN2_5_VL_7B, reference)
 
 
-def _with_equal_weights(plain: Qwen3VLTower | Qwen2_5VLTower, reference: PreTrainedModel) -> Towers:
+def _with_equal_weights(family: Family, vision: dict[str, Any], reference: PreTrainedModel) -> Towers:
     torch.manual_seed(0)
     draw_weights(reference)
-    plain = plain.to(torch.bfloat16).eval()
+    plain = family.build({"vision_config": vision}).to(torch.bfloat16).eval()
     plain.load_state_dict(reference.state_dict())
-    return Towers(plain, reference.eval())
+    return Towers(plain, reference.eval(), family)
 
 
 @torch.no_grad()

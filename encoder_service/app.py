@@ -27,12 +27,11 @@ from encoder_service.engine.admission import Admission
 from encoder_service.engine.batcher import Batcher
 from encoder_service.engine.cache import EmbeddingCache
 from encoder_service.engine.cost_model import CostModel, measured_cost
+from encoder_service.families import Family, build_tower, family_of
 from encoder_service.media.held_bytes import HeldBytes
 from encoder_service.media.loader import MediaLoader
 from encoder_service.metrics import EncoderMetrics, GpuStats
-from encoder_service.models import VisionTower, build_tower
-from encoder_service.models.qwen2_5_vl import Qwen2_5VLTower
-from encoder_service.models.qwen3_vl import Qwen3VLTower
+from encoder_service.models import PlainTower, VisionTower
 from encoder_service.models.weights import stored_dtype
 from encoder_service.preprocess.preprocessor import Preprocessor
 from encoder_service.preprocess.settings import ProcessorSettings
@@ -79,15 +78,16 @@ def load_model(
     """
     _log.info("opening checkpoint %s", config.model)
     checkpoint = open_checkpoint(config.model, config.revision, config.served_model_name, config.load_format)
-    settings = ProcessorSettings.from_checkpoint(checkpoint)
+    family = family_of(checkpoint)
+    settings = ProcessorSettings.from_checkpoint(checkpoint, family.processor)
     device = choose_device(config.device)
-    dtype_name = choose_dtype(config.dtype, device, stored_dtype(checkpoint))
+    dtype_name = choose_dtype(config.dtype, device, stored_dtype(checkpoint, family.weights))
     has_fast_form = device.type == "cuda" and dtype_name == "bfloat16"
     if config.quantization == "fp8" and not has_fast_form:
         raise ValueError(f"--quantization fp8 needs bfloat16 on a GPU: this is {dtype_name} on {device.type}")
     progress = ProgressLog("loading visual weights", must_stop, partial(show, "weights"))
     plain = build_tower(checkpoint, device, DTYPES[dtype_name], progress)
-    fast = _accelerated(plain, config, must_stop, partial(show, "graphs")) if has_fast_form else None
+    fast = _accelerated(plain, family, config, must_stop, partial(show, "graphs")) if has_fast_form else None
     identity = ModelIdentity(
         model=checkpoint.model,
         revision=checkpoint.revision,
@@ -103,7 +103,8 @@ def load_model(
 
 
 def _accelerated(
-    plain: Qwen3VLTower | Qwen2_5VLTower,
+    plain: PlainTower,
+    family: Family,
     config: EncoderConfig,
     must_stop: Callable[[], bool],
     show: Callable[[float], None],
@@ -112,7 +113,7 @@ def _accelerated(
 
     max_graph_patches = config.max_batch_patches if config.cuda_graphs else 0
     progress = ProgressLog("capturing CUDA graphs", must_stop, show)
-    return gpu_tower(plain, max_graph_patches, progress, fp8=config.quantization == "fp8")
+    return gpu_tower(plain, family.fuse, max_graph_patches, progress, fp8=config.quantization == "fp8")
 
 
 async def serve(config: EncoderConfig) -> None:

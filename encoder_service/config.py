@@ -20,7 +20,7 @@ class EncoderConfig(ServiceSettings):
     service_name = "vitrine-encoder"
     model_config = SettingsConfigDict(env_prefix="VITRINE_ENCODER_", cli_prog_name="python -m encoder_service")
 
-    model: str = Field(description="checkpoint folder or hub id, such as Qwen/Qwen3-VL-2B-Instruct")
+    model: str = Field(description="checkpoint folder or hub id")
     revision: str | None = Field(None, description="hub branch, tag or commit; not used for folders")
     served_model_name: str | None = Field(None, description="name to serve under instead of hub id or folder name")
     load_format: Literal["auto", "dummy"] = Field(

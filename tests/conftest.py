@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from deploy.random_checkpoint import save_random_checkpoint
+from deploy.random_checkpoint import Family, save_random_checkpoint
 
 if TYPE_CHECKING:
     from xdist.remote import Producer
@@ -45,23 +45,45 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
-@pytest.fixture(scope="session")
-def qwen3_vl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_checkpoint(tmp_path_factory.mktemp("qwen3_vl"), "qwen3_vl")
+def _folder_of(family: Family) -> Any:
+    """A fixture: the family's checkpoint folder."""
+
+    @pytest.fixture(scope="session", name=f"{family}_folder")
+    def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return save_random_checkpoint(tmp_path_factory.mktemp(family), family)
+
+    return folder
 
 
-@pytest.fixture(scope="session")
-def qwen3_vl_moe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_checkpoint(tmp_path_factory.mktemp("qwen3_vl_moe"), "qwen3_vl_moe")
+qwen3_vl_folder = _folder_of("qwen3_vl")
+qwen3_vl_moe_folder = _folder_of("qwen3_vl_moe")
+qwen2_5_vl_folder = _folder_of("qwen2_5_vl")
+qwen3_5_folder = _folder_of("qwen3_5")
+qwen3_5_moe_folder = _folder_of("qwen3_5_moe")
+qwen4_exp_folder = _folder_of("qwen4_exp")
+qwen3_omni_moe_folder = _folder_of("qwen3_omni_moe")
+
+# Those that both services have, and those of which the encoder alone has its half.
+WHOLE_FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl")
+TOWER_FAMILIES = ("qwen3_5", "qwen3_5_moe", "qwen4_exp", "qwen3_omni_moe")
 
 
-@pytest.fixture(scope="session")
-def qwen2_5_vl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_checkpoint(tmp_path_factory.mktemp("qwen2_5_vl"), "qwen2_5_vl")
-
-
-@pytest.fixture(scope="session", params=["qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl"])
+@pytest.fixture(scope="session", params=WHOLE_FAMILIES)
 def checkpoint_folder(request: pytest.FixtureRequest) -> Path:
-    """Runs the test once for each of the three families."""
+    """Runs the test once for each family that can be served whole."""
+    folder: Path = request.getfixturevalue(f"{request.param}_folder")
+    return folder
+
+
+@pytest.fixture(scope="session", params=TOWER_FAMILIES)
+def tower_only_folder(request: pytest.FixtureRequest) -> Path:
+    """Runs the test once for each family of which there is a vision tower alone."""
+    folder: Path = request.getfixturevalue(f"{request.param}_folder")
+    return folder
+
+
+@pytest.fixture(scope="session", params=WHOLE_FAMILIES + TOWER_FAMILIES)
+def tower_folder(request: pytest.FixtureRequest) -> Path:
+    """Runs the test once for each family that has a vision tower here."""
     folder: Path = request.getfixturevalue(f"{request.param}_folder")
     return folder

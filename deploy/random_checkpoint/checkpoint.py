@@ -8,125 +8,48 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from transformers import (
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
-    Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen3VLConfig,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeForConditionalGeneration,
+    Qwen3OmniMoeForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
-    Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
+    Qwen4ExpForConditionalGeneration,
 )
 
 from deploy.random_checkpoint.byte_tokenizer import SPECIAL_TOKEN_IDS, printable_token_ids, save_byte_tokenizer
-
-Family = Literal["qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl"]
+from deploy.random_checkpoint.small_configs import Family, small_config
 
 _MODEL_CLASSES: dict[Family, type[PreTrainedModel]] = {
     "qwen3_vl": Qwen3VLForConditionalGeneration,
     "qwen3_vl_moe": Qwen3VLMoeForConditionalGeneration,
     "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+    "qwen3_5": Qwen3_5ForConditionalGeneration,
+    "qwen3_5_moe": Qwen3_5MoeForConditionalGeneration,
+    "qwen4_exp": Qwen4ExpForConditionalGeneration,
+    "qwen3_omni_moe": Qwen3OmniMoeForConditionalGeneration,
 }
 _PROCESSOR_NAMES: dict[Family, str] = {
     "qwen3_vl": "Qwen3VL",
     "qwen3_vl_moe": "Qwen3VL",
     "qwen2_5_vl": "Qwen2_5_VL",
+    "qwen3_5": "Qwen3VL",
+    "qwen3_5_moe": "Qwen3VL",
+    "qwen4_exp": "Qwen3VL",
+    "qwen3_omni_moe": "Qwen3OmniMoe",
 }
 
-_VOCAB_SIZE = 304
 _MIN_PIXELS = 64 * 64
 _MAX_PIXELS = 512 * 512
 _MAX_VIDEO_PIXELS = 16 * 128 * 128
 _LOGITS_STD = 6.0
-# Released checkpoints use millions, with 128 dims a head. With so few dims here that would leave most of them, and
-# with them whole M-RoPE axes, without any effect on the tokens.
-_ROPE_THETA = 300.0
-
-
-def special_token_ids() -> dict[str, int]:
-    """Fields of config.json that name the byte tokenizer's special tokens."""
-    return {
-        "image_token_id": SPECIAL_TOKEN_IDS["<|image_pad|>"],
-        "video_token_id": SPECIAL_TOKEN_IDS["<|video_pad|>"],
-        "vision_start_token_id": SPECIAL_TOKEN_IDS["<|vision_start|>"],
-        "vision_end_token_id": SPECIAL_TOKEN_IDS["<|vision_end|>"],
-    }
-
-
-def small_config(family: Family) -> PretrainedConfig:
-    """The family's architecture with every feature in place and dims small enough for a test.
-
-    Args:
-        family: which architecture; Qwen3-VL ones take deepstack after vision layers 1, 2 and 3.
-
-    Raises:
-        ValueError: `family` is none of `Family`.
-    """
-    special_ids = special_token_ids()
-    text: dict[str, Any] = {
-        "vocab_size": _VOCAB_SIZE,
-        "hidden_size": 96,
-        "intermediate_size": 192,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 8192,
-        "bos_token_id": SPECIAL_TOKEN_IDS["<|endoftext|>"],
-        "eos_token_id": SPECIAL_TOKEN_IDS["<|im_end|>"],
-        "tie_word_embeddings": False,
-    }
-    qwen3_text = text | {
-        "head_dim": 24,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": _ROPE_THETA,
-            "mrope_section": [6, 3, 3],
-            "mrope_interleaved": True,
-        },
-    }
-    qwen3_vision = {
-        "depth": 5,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_heads": 4,
-        "patch_size": 16,
-        "out_hidden_size": 96,
-        "num_position_embeddings": 144,
-        "deepstack_visual_indexes": [1, 2, 3],
-    }
-    if family == "qwen3_vl":
-        return Qwen3VLConfig(text_config=qwen3_text, vision_config=qwen3_vision, **special_ids)
-    if family == "qwen3_vl_moe":
-        experts = {
-            "num_experts": 8,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 64,
-            "norm_topk_prob": True,
-            "mlp_only_layers": [2],  # no released checkpoint has dense layers, but the architecture allows them
-        }
-        return Qwen3VLMoeConfig(text_config=qwen3_text | experts, vision_config=qwen3_vision, **special_ids)
-    if family == "qwen2_5_vl":
-        qwen2_5_text = text | {
-            "rope_parameters": {"rope_type": "default", "rope_theta": _ROPE_THETA, "mrope_section": [2, 3, 3]}
-        }
-        qwen2_5_vision = {
-            "depth": 4,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_heads": 4,
-            "patch_size": 14,
-            "window_size": 112,
-            "fullatt_block_indexes": [1, 3],
-            "tokens_per_second": 2,
-            "out_hidden_size": 96,
-        }
-        return Qwen2_5_VLConfig(text_config=qwen2_5_text, vision_config=qwen2_5_vision, **special_ids)
-    raise ValueError(f"unknown family {family!r}: expected one of {get_args(Family)}")
 
 
 def save_random_checkpoint(
@@ -174,7 +97,7 @@ def save_weightless_checkpoint(
     config.save_pretrained(folder)
     _generation_config().save_pretrained(folder)
     _write_processor_configs(folder, family, config, max_pixels)
-    save_byte_tokenizer(folder, config.text_config.vocab_size)
+    save_byte_tokenizer(folder, config.get_text_config().vocab_size)
     return folder
 
 
@@ -203,9 +126,11 @@ def _draw_weights(model: PreTrainedModel, generator: torch.Generator) -> None:
             parameter.copy_(noise * _LOGITS_STD / parameter.shape[-1] ** 0.5)
         else:
             parameter.copy_(noise * _gain(name) / _fan_in(parameter) ** 0.5)
-    if not model.config.tie_word_embeddings:
+    # The talking half of a model that has one is not in these checkpoints.
+    answering = getattr(model, "thinker", model)
+    if not answering.config.tie_word_embeddings:
         # A zero row has logit 0, far below the best of the others: only printable text comes out, and no early stop.
-        head = model.get_output_embeddings().weight
+        head = answering.get_output_embeddings().weight
         unprintable = torch.ones(head.shape[0], dtype=torch.bool)
         unprintable[printable_token_ids()] = False
         head[unprintable] = 0.0
@@ -224,27 +149,36 @@ def _fan_in(parameter: torch.Tensor) -> int:
 
 def _write_processor_configs(folder: Path, family: Family, config: PretrainedConfig, max_pixels: int) -> None:
     """Fields and names as the released checkpoints of the family write them, with limits that keep videos small."""
-    vision = config.vision_config
+    vision = getattr(config, "thinker_config", config).vision_config
     name = _PROCESSOR_NAMES[family]
     shared: dict[str, Any] = {
         "patch_size": vision.patch_size,
         "temporal_patch_size": vision.temporal_patch_size,
         "merge_size": vision.spatial_merge_size,
         "processor_class": f"{name}Processor",
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
     }
+    old_bounds: dict[str, Any] = {"min_pixels": _MIN_PIXELS, "max_pixels": max_pixels}
+    if family == "qwen3_omni_moe":
+        # No file for videos: their bounds stand in the processor's class.
+        _write_json(
+            folder / "preprocessor_config.json",
+            shared | old_bounds | {"image_processor_type": "Qwen2VLImageProcessor"},
+        )
+        return
     if family == "qwen2_5_vl":
         shared |= {
             "image_mean": [0.48145466, 0.4578275, 0.40821073],
             "image_std": [0.26862954, 0.26130258, 0.27577711],
         }
-        image = {"min_pixels": _MIN_PIXELS, "max_pixels": max_pixels, "image_processor_type": "Qwen2VLImageProcessor"}
+        image = old_bounds | {"image_processor_type": "Qwen2VLImageProcessor"}
         video = {
             "min_pixels": _MIN_PIXELS,
             "max_pixels": 128 * 128,
             "video_processor_type": "Qwen2VLVideoProcessor",
         }
     else:
-        shared |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
         image = {
             "size": {"shortest_edge": _MIN_PIXELS, "longest_edge": max_pixels},
             "image_processor_type": "Qwen2VLImageProcessorFast",

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from encoder_service.gpu.batch_tables import BatchTables, Layouts
 from encoder_service.gpu.layers import FusedTower
 from encoder_service.models.grids import GridTHW
-from encoder_service.models.qwen2_5_vl import Qwen2_5VLTower
-from encoder_service.models.qwen3_vl import Qwen3VLTower
+from encoder_service.models.tower import PlainTower
 
 _GRIDS = ((1, 24, 32), (1, 16, 16))
 
@@ -36,9 +35,7 @@ class Accuracy:
 
 
 @torch.inference_mode()
-def measured_accuracy(
-    plain: Qwen3VLTower | Qwen2_5VLTower, fused: FusedTower, grid_thw: Sequence[GridTHW] = _GRIDS
-) -> Accuracy:
+def measured_accuracy(plain: PlainTower, fused: FusedTower, grid_thw: Sequence[GridTHW] = _GRIDS) -> Accuracy:
     """Runs both on noise, which takes a second and needs room for the weights in float32."""
     grids = list(grid_thw)
     layouts = Layouts(grids, fused.merge_size, fused.window_tokens)

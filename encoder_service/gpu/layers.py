@@ -14,8 +14,7 @@ from encoder_service.gpu.fp8 import Rows
 from encoder_service.gpu.linear import BlockLinears, Linear
 from encoder_service.models.config import VisionConfig
 from encoder_service.models.layers import Attention
-from encoder_service.models.qwen2_5_vl import Qwen2_5VLTower
-from encoder_service.models.qwen3_vl import Qwen3VLTower
+from encoder_service.models.tower import PlainTower
 
 
 class Positions:
@@ -42,7 +41,7 @@ class Positions:
 class FusedTower(ABC):
     """A whole tower as kernel launches that read nothing back, so that they can be captured as a CUDA graph."""
 
-    def __init__(self, tower: Qwen3VLTower | Qwen2_5VLTower, fused_act: str, window_tokens: int) -> None:
+    def __init__(self, tower: PlainTower, fused_act: str, window_tokens: int) -> None:
         """
         Args:
             tower: the plain twin, on the GPU, bfloat16; weights are shared where their layout allows it.

@@ -8,14 +8,11 @@ from collections.abc import Callable
 import torch
 
 from encoder_service.gpu.accuracy import measured_accuracy
-from encoder_service.gpu.attention import fastest_attention
+from encoder_service.gpu.attention import PackedAttention, fastest_attention
 from encoder_service.gpu.graphs import GpuTower, ladder
 from encoder_service.gpu.layers import FusedTower
 from encoder_service.gpu.linear import BlockLinears
-from encoder_service.gpu.qwen2_5_vl import FusedQwen2_5VL
-from encoder_service.gpu.qwen3_vl import FusedQwen3VL
-from encoder_service.models.qwen2_5_vl import Qwen2_5VLTower
-from encoder_service.models.qwen3_vl import Qwen3VLTower
+from encoder_service.models.tower import PlainTower
 
 _log = logging.getLogger(__name__)
 # Scales of single rows need Hopper.
@@ -23,7 +20,8 @@ _FIRST_WITH_FP8 = (9, 0)
 
 
 def gpu_tower(
-    plain: Qwen3VLTower | Qwen2_5VLTower,
+    plain: PlainTower,
+    fuse: Callable[[PlainTower, PackedAttention, BlockLinears], FusedTower],
     max_graph_patches: int,
     on_progress: Callable[[int, int], None],
     *,
@@ -33,6 +31,7 @@ def gpu_tower(
 
     Args:
         plain: bfloat16, on a GPU.
+        fuse: makes its fused form; raises ValueError for an activation that has none.
         max_graph_patches: the largest batch that gets a graph; 0 for none.
         on_progress: called with (graphs captured, graphs in all) after each.
         fp8: the products of the blocks in e4m3; how far that is from float32 is logged.
@@ -46,11 +45,7 @@ def gpu_tower(
         raise ValueError(f"{torch.cuda.get_device_name(device)} has no FP8 products: serve without --quantization fp8")
     attention = fastest_attention(config.num_heads, config.head_dim, device, torch.bfloat16)
     linears = BlockLinears(fp8, tuple(dict.fromkeys(bucket.num_patches for bucket in ladder(max_graph_patches))))
-    fused: FusedTower
-    if isinstance(plain, Qwen3VLTower):
-        fused = FusedQwen3VL(plain, attention, linears)
-    else:
-        fused = FusedQwen2_5VL(plain, attention, linears)
+    fused = fuse(plain, attention, linears)
     if fp8:
         _log.info("FP8, %s", measured_accuracy(plain, fused))
     tower = GpuTower(fused, max_graph_patches, on_progress)

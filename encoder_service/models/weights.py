@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -10,13 +11,42 @@ from torch import nn
 from embedding_transport.checkpoint import Checkpoint, CheckpointError
 from embedding_transport.dummy_weights import configured_dtype
 
-# The older layout of released checkpoints and the newer one.
-_PREFIXES = ("visual.", "model.visual.")
+
+@dataclass(frozen=True)
+class VisualWeights:
+    """Where a checkpoint has the tensors of its vision tower, and what they are called there.
+
+    prefixes: of their names, one a layout in use.
+    renamed: parts of the names behind the prefix, and what the tower calls them; replaced in this order.
+    """
+
+    prefixes: tuple[str, ...] = ("visual.", "model.visual.")
+    renamed: tuple[tuple[str, str], ...] = ()
+
+    def names(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """The tower's names of all visual tensors of the checkpoint, and the checkpoint's names.
+
+        Raises:
+            CheckpointError: it holds none.
+        """
+        names = {self._own_name(name): name for name in checkpoint.tensor_names() if name.startswith(self.prefixes)}
+        if not names:
+            raise CheckpointError(
+                f"{checkpoint.folder} holds no tensors named {' or '.join(f'{each}*' for each in self.prefixes)}"
+            )
+        return names
+
+    def _own_name(self, name: str) -> str:
+        own = next(name.removeprefix(each) for each in self.prefixes if name.startswith(each))
+        for stored, ours in self.renamed:
+            own = own.replace(stored, ours)
+        return own
 
 
 def load_visual_weights(
     tower: nn.Module,
     checkpoint: Checkpoint,
+    weights: VisualWeights,
     device: torch.device,
     dtype: torch.dtype,
     on_progress: Callable[[int, int], None] = lambda num_loaded, num_tensors: None,
@@ -24,7 +54,7 @@ def load_visual_weights(
     """Fills `tower`, built on the meta device, with the checkpoint's visual tensors.
 
     Args:
-        tower: its parameter names are the checkpoint's, less the prefix.
+        weights: how the tower's parameter names follow from the checkpoint's.
         device, dtype: where the weights go and what they become.
         on_progress: called with (tensors loaded, tensors in all) after each.
 
@@ -32,26 +62,27 @@ def load_visual_weights(
         CheckpointError: a tensor is missing, is left over, or has another shape.
     """
     expected = tower.state_dict()
-    names = {_without_prefix(name): name for name in _visual_names(checkpoint)}
+    names = weights.names(checkpoint)
     missing, unexpected = sorted(expected.keys() - names.keys()), sorted(names.keys() - expected.keys())
     if missing or unexpected:
         raise CheckpointError(
             f"visual tensors of {checkpoint.folder} do not match its config.json: "
             f"{len(missing)} missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}"
         )
+    own_names = {stored: name for name, stored in names.items()}
     loaded: dict[str, torch.Tensor] = {}
-    for full_name, tensor in checkpoint.read_tensors(list(names.values())):
-        name = _without_prefix(full_name)
+    for stored, tensor in checkpoint.read_tensors(list(own_names)):
+        name = own_names[stored]
         if tensor.shape != expected[name].shape:
             raise CheckpointError(
-                f"{full_name} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected[name].shape)}"
+                f"{stored} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected[name].shape)}"
             )
         loaded[name] = tensor.to(device, dtype)
         on_progress(len(loaded), len(expected))
     tower.load_state_dict(loaded, strict=True, assign=True)
 
 
-def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+def stored_dtype(checkpoint: Checkpoint, weights: VisualWeights) -> torch.dtype:
     """Element type of the visual weights on disk, read from one tensor; of dummies what config.json says.
 
     Raises:
@@ -59,15 +90,5 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """
     if checkpoint.load_format == "dummy":
         return configured_dtype(checkpoint)
-    return next(checkpoint.read_tensors(_visual_names(checkpoint)[:1]))[1].dtype
-
-
-def _visual_names(checkpoint: Checkpoint) -> list[str]:
-    names = [name for name in checkpoint.tensor_names() if name.startswith(_PREFIXES)]
-    if not names:
-        raise CheckpointError(f"{checkpoint.folder} holds no tensors named {' or '.join(f'{p}*' for p in _PREFIXES)}")
-    return names
-
-
-def _without_prefix(name: str) -> str:
-    return name[name.index("visual.") + len("visual.") :]
+    name = next(iter(weights.names(checkpoint).values()))
+    return next(checkpoint.read_tensors([name]))[1].dtype

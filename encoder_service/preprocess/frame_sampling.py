@@ -1,7 +1,6 @@
 """Which frames of a video are looked at, and when they were.
 
-Source: transformers 5.23, `sample_frames` of models/qwen3_vl/video_processing_qwen3_vl.py and, for Qwen2.5-VL,
-models/qwen2_vl/video_processing_qwen2_vl.py; `_calculate_timestamps` of models/qwen3_vl/processing_qwen3_vl.py;
+Source: transformers 5.23, `sample_frames` and `_calculate_timestamps` of the processors that the families name;
 `VideoMetadata.sampled_fps` of video_utils.py.
 """
 
@@ -30,7 +29,7 @@ def sample_frames(
     if fps == 0 or num_source_frames < settings.temporal_patch_size:
         return list(range(num_source_frames))
     low, high = settings.video_min_frames, settings.video_max_frames
-    if settings.model_type != "qwen2_5_vl":
+    if settings.frame_sampling == "even":
         # Rounded down last: a huge rate has made it infinite.
         num_frames = int(min(max(num_source_frames / source_fps * fps, low), high, num_source_frames))
         indices: list[int] = np.linspace(0, num_source_frames - 1, num_frames).round().astype(int).tolist()

@@ -1,7 +1,7 @@
 """From pixels to rows of patches, by torch alone.
 
 Source: transformers 5.23, `TorchvisionBackend.rescale_and_normalize` (image_processing_backends.py) and `patchify` of
-the Qwen2-VL image and Qwen3-VL video processors. torchvision's uint8 resize is `torch.nn.functional.interpolate`
+the image and video processors that the families name. torchvision's uint8 resize is `torch.nn.functional.interpolate`
 underneath, so results equal that backend's bit for bit, with or without torchvision.
 
 Shapes: F frames, C = 3 channels, H and W pixels, P patches, D = C * temporal_patch_size * patch_size ** 2.

@@ -138,7 +138,7 @@ class _OpenedVideo:
         self._video = video
         self._work = work
         self._indices = sample_frames(settings, video.num_frames, video.fps, video_fps)
-        # transformers refuses a Qwen3-VL video shorter than one temporal patch; here it counts as one.
+        # transformers refuses some videos shorter than one temporal patch; here they count as one.
         num_frames = max(group, len(self._indices))
         height, width = self._size = resized_video_size(settings, num_frames, video.height, video.width)
         if num_frames * height * width > max_video_pixels:

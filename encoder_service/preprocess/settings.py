@@ -4,45 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from embedding_transport.checkpoint import Checkpoint, CheckpointError
 
-_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
-_CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
-_RESCALE_FACTOR = 1 / 255
 _BICUBIC = 3
-
-# Class attributes of transformers 5.23's processors, which stand where a checkpoint's file leaves a field out.
-_IMAGE_DEFAULTS: dict[str, Any] = {  # Qwen2VLImageProcessor, used by both families
-    "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
-    "patch_size": 14,
-    "image_mean": _CLIP_MEAN,
-    "image_std": _CLIP_STD,
-}
-_QWEN3_VIDEO_DEFAULTS: dict[str, Any] = {  # Qwen3VLVideoProcessor
-    "size": {"shortest_edge": 128 * 32 * 32, "longest_edge": 32 * 32 * 768},
-    "patch_size": 16,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-    "fps": 2,
-    "do_sample_frames": True,
-}
-_QWEN2_VIDEO_DEFAULTS: dict[str, Any] = {  # Qwen2VLVideoProcessor
-    "size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 28 * 28 * 768},
-    "patch_size": 14,
-    "image_mean": _CLIP_MEAN,
-    "image_std": _CLIP_STD,
-    # The class names no rate and does not sample: every frame would be fed. Qwen's own utilities sample at 2 a second.
-    "fps": 2,
-    "do_sample_frames": True,
-}
-_VIDEO_DEFAULTS = {
-    "qwen3_vl": _QWEN3_VIDEO_DEFAULTS,
-    "qwen3_vl_moe": _QWEN3_VIDEO_DEFAULTS,
-    "qwen2_5_vl": _QWEN2_VIDEO_DEFAULTS,
-}
+_RESCALE_FACTOR = 1 / 255
+# What transformers' processors of all families have where a checkpoint's file leaves a field out.
 _COMMON_DEFAULTS: dict[str, Any] = {
     "temporal_patch_size": 2,
     "merge_size": 2,
@@ -54,22 +24,44 @@ _COMMON_DEFAULTS: dict[str, Any] = {
     "rescale_factor": _RESCALE_FACTOR,
     "resample": _BICUBIC,
 }
+FrameSampling = Literal["even", "grouped"]
+VideoBounds = Literal["volume", "frame"]
+
+
+@dataclass(frozen=True)
+class ProcessorDefaults:
+    """How a family's processors prepare media where a checkpoint's files say nothing else.
+
+    image, video: fields that stand where the image or the video processor's file leaves them out, by their names there.
+    frame_sampling: see `frame_sampling.sample_frames`; video_bounds: see `smart_resize.resized_video_size`.
+    video_pixels_old_spelling: the video processor knows `min_pixels` and `max_pixels`, too.
+    video_fixed: fields of the video processor that a file does not change.
+    """
+
+    image: Mapping[str, Any]
+    video: Mapping[str, Any]
+    frame_sampling: FrameSampling
+    video_bounds: VideoBounds
+    video_pixels_old_spelling: bool
+    video_fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ProcessorSettings:
     """Everything that decides an item's grid and pixels, besides the item.
 
-    model_type: "qwen3_vl", "qwen3_vl_moe" or "qwen2_5_vl"; picks the frame sampling and the video resizing.
+    frame_sampling: "even" spreads any number of frames over the video, "grouped" takes whole temporal patches.
+    video_bounds: whether the bounds on pixels are for a video's "volume" or for each "frame".
     patch_size: side of a patch, pixels; temporal_patch_size: frames in one; merge_size: patches merged along each side.
     min_pixels, max_pixels: bounds of an image's area after resizing.
-    video_min_pixels, video_max_pixels: bounds of a video's volume after resizing (qwen2_5_vl: of one frame's area).
+    video_min_pixels, video_max_pixels: bounds of a video's volume, or of one frame's area, after resizing.
     video_fps: frames sampled per second of video; 0 takes every frame.
     video_min_frames, video_max_frames: bounds of the number of sampled frames.
     image_mean, image_std: per channel (R, G, B), of pixels scaled to 0..1.
     """
 
-    model_type: str
+    frame_sampling: FrameSampling
+    video_bounds: VideoBounds
     patch_size: int
     temporal_patch_size: int
     merge_size: int
@@ -84,8 +76,6 @@ class ProcessorSettings:
     image_std: tuple[float, float, float]
 
     def __post_init__(self) -> None:
-        if self.model_type not in _VIDEO_DEFAULTS:
-            raise ValueError(f"model_type {self.model_type!r} is not one of {', '.join(_VIDEO_DEFAULTS)}")
         for name in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "video_min_pixels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
@@ -111,20 +101,20 @@ class ProcessorSettings:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint) -> ProcessorSettings:
+    def from_checkpoint(cls, checkpoint: Checkpoint, defaults: ProcessorDefaults) -> ProcessorSettings:
         """Reads the checkpoint's processor files the way transformers 5.23 does.
 
         An image processor is read from `image_processor` in processor_config.json, else from preprocessor_config.json;
         a video processor from `video_processor` there, else from video_preprocessor_config.json, else from
-        preprocessor_config.json (so that Qwen2.5-VL's released checkpoints, which have no video file, bound a video's
-        frame as they bound an image).
+        preprocessor_config.json (so that released checkpoints that have no video file bound a video's frame as they
+        bound an image).
+
+        Args:
+            defaults: of the checkpoint's family.
 
         Raises:
             CheckpointError: a file is missing, or asks for something this encoder does not do, naming the field.
         """
-        model_type = str(checkpoint.config["model_type"])
-        if model_type not in _VIDEO_DEFAULTS:
-            raise CheckpointError(f"model_type {model_type!r} is not one of {', '.join(_VIDEO_DEFAULTS)}")
         nested = checkpoint.json("processor_config.json")
         image_file = nested.get("image_processor") or checkpoint.json("preprocessor_config.json")
         video_file = (
@@ -134,17 +124,17 @@ class ProcessorSettings:
         )
         if not image_file or not video_file:
             raise CheckpointError(f"{checkpoint.folder} has no preprocessor_config.json: get it from the model's page")
-        image = _COMMON_DEFAULTS | _IMAGE_DEFAULTS | image_file
-        video = _COMMON_DEFAULTS | _VIDEO_DEFAULTS[model_type] | video_file
+        image = {**_COMMON_DEFAULTS, **defaults.image, **image_file}
+        video = {**_COMMON_DEFAULTS, **defaults.video, **video_file, **defaults.video_fixed}
         if video["fps"] is None:
-            video["fps"] = _VIDEO_DEFAULTS[model_type]["fps"]
+            video["fps"] = defaults.video["fps"]
         _refuse_unsupported(image, video)
         min_pixels, max_pixels = _pixel_bounds(image)
-        # Qwen3VLVideoProcessor does not know the older spelling.
-        video_min_pixels, video_max_pixels = _pixel_bounds(video, old_spelling=model_type == "qwen2_5_vl")
+        video_min_pixels, video_max_pixels = _pixel_bounds(video, old_spelling=defaults.video_pixels_old_spelling)
         try:
             return cls(
-                model_type=model_type,
+                frame_sampling=defaults.frame_sampling,
+                video_bounds=defaults.video_bounds,
                 patch_size=image["patch_size"],
                 temporal_patch_size=image["temporal_patch_size"],
                 merge_size=image["merge_size"],

@@ -1,7 +1,7 @@
 """The size media is resized to: multiples of `factor`, inside the pixel bounds, near the aspect ratio.
 
-Source: transformers 5.23, `smart_resize` of models/qwen2_vl/image_processing_qwen2_vl.py (images, and each frame of a
-Qwen2.5-VL video) and models/qwen3_vl/video_processing_qwen3_vl.py (Qwen3-VL videos), without `cap_pixels_per_frame`.
+Source: transformers 5.23, `smart_resize` beside the image and video processors that the families name, without
+`cap_pixels_per_frame`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def resized_video_size(settings: ProcessorSettings, num_frames: int, height: int
         BadAspectRatio: one side is more than 200 times the other.
     """
     low, high, factor = settings.video_min_pixels, settings.video_max_pixels, settings.factor
-    if settings.model_type == "qwen2_5_vl":  # the bounds are for one frame
+    if settings.video_bounds == "frame":
         return _fit(1, height, width, factor, low, high)
     if height < factor or width < factor:
         scale = max(factor / height, factor / width)

@@ -10,9 +10,7 @@ from torch import nn
 
 from benchmarks.checkpoints import save_qwen3_vl_8b
 from embedding_transport.checkpoint import open_checkpoint
-from encoder_service.models.config import qwen3_vl_config
-from encoder_service.models.qwen3_vl import Qwen3VLTower
-from encoder_service.preprocess.settings import ProcessorSettings
+from encoder_service.families import family_of, processor_settings
 from llm_worker.models.config import text_config
 from llm_worker.models.decoder import TextDecoder
 from llm_worker.models.weights import stored_dtype
@@ -31,10 +29,10 @@ def test_qwen3_vl_8b(tmp_path: Path) -> None:
     assert (text.num_deepstack, text.tie_word_embeddings, text.max_position_embeddings) == (3, False, 262144)
     assert stored_dtype(checkpoint) == torch.bfloat16
     with torch.device("meta"):
-        decoder, tower = TextDecoder(text), Qwen3VLTower(qwen3_vl_config(checkpoint.config))
+        decoder, tower = TextDecoder(text), family_of(checkpoint).build(checkpoint.config)
     # The hub counts 8.77e9 for Qwen/Qwen3-VL-8B-Instruct.
     assert num_parameters(decoder, tower) == pytest.approx(8.77e9, rel=1e-3)
-    assert ProcessorSettings.from_checkpoint(checkpoint).max_pixels > 1920 * 1080
+    assert processor_settings(checkpoint).max_pixels > 1920 * 1080
 
     tokenizer, prompt = PromptTokenizer(checkpoint), PromptConfig.from_checkpoint(checkpoint)
     assert prompt.image_token_id in tokenizer.encode("<|vision_start|><|image_pad|><|vision_end|>")

@@ -12,7 +12,8 @@ from torch import nn
 from deploy.random_checkpoint import save_weightless_checkpoint, small_config
 from embedding_transport.checkpoint import CheckpointError, open_checkpoint
 from embedding_transport.dummy_weights import configured_dtype, draw_dummy_weights
-from encoder_service.models import build_tower
+from encoder_service.families import build_tower
+from encoder_service.models.weights import VisualWeights
 from encoder_service.models.weights import stored_dtype as stored_visual_dtype
 from llm_worker.models import build_decoder
 from llm_worker.models.weights import stored_dtype as stored_language_dtype
@@ -75,6 +76,15 @@ def test_both_halves_are_complete_without_files(tmp_path: Path, family: str, req
         assert all(each.device == CPU and each.isfinite().all() for each in weights.values())
 
 
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_omni_moe"])
+def test_a_tower_alone_is_complete_without_files(tmp_path: Path, family: str, request: pytest.FixtureRequest) -> None:
+    real = open_checkpoint(str(request.getfixturevalue(f"{family}_folder")))
+    folder = save_weightless_checkpoint(tmp_path, family, small_config(family))  # type: ignore[arg-type]
+    weights = build_tower(open_checkpoint(str(folder), load_format="dummy"), CPU, torch.float32).state_dict()
+    expected = build_tower(real, CPU, torch.float32).state_dict()
+    assert {name: each.shape for name, each in weights.items()} == {n: each.shape for n, each in expected.items()}
+
+
 @pytest.mark.parametrize(
     ("config", "dtype"),
     [
@@ -86,7 +96,7 @@ def test_both_halves_are_complete_without_files(tmp_path: Path, family: str, req
 def test_dtype_is_what_the_config_says(tmp_path: Path, config: dict[str, object], dtype: torch.dtype) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_vl"} | config))
     checkpoint = open_checkpoint(str(tmp_path), load_format="dummy")
-    assert stored_visual_dtype(checkpoint) == stored_language_dtype(checkpoint) == dtype
+    assert stored_visual_dtype(checkpoint, VisualWeights()) == stored_language_dtype(checkpoint) == dtype
 
 
 def test_a_dtype_that_is_not_served_is_named(tmp_path: Path) -> None:

@@ -24,14 +24,14 @@ from encoder_service.engine.admission import Admission
 from encoder_service.engine.batcher import Batcher
 from encoder_service.engine.cache import EmbeddingCache
 from encoder_service.engine.cost_model import CostModel
+from encoder_service.families import build_tower, processor_settings
 from encoder_service.media.held_bytes import HeldBytes
 from encoder_service.media.limits import MediaLimits
 from encoder_service.media.loader import MediaLoader
 from encoder_service.metrics import EncoderMetrics
-from encoder_service.models import VisionTower, build_tower
+from encoder_service.models import VisionTower
 from encoder_service.models.grids import GridTHW
 from encoder_service.preprocess.preprocessor import Preprocessor
-from encoder_service.preprocess.settings import ProcessorSettings
 from encoder_service.server import EncoderServer, EncoderServicer, Serving
 from encoder_service.service import EncodeService
 from protos.encoder.v1 import encoder_pb2
@@ -117,7 +117,7 @@ async def run_encoder(
     batcher = Batcher(tower, cost, max_batch_patches=max_batch_patches, on_batch=metrics.observe_batch)
     batcher.start()
     loader, held = MediaLoader(limits), HeldBytes(max_held_media_bytes)
-    preprocessor = Preprocessor(ProcessorSettings.from_checkpoint(checkpoint), limits)
+    preprocessor = Preprocessor(processor_settings(checkpoint), limits)
     cache = EmbeddingCache(gpu_nbytes=0, host_nbytes=cache_bytes)
     service = EncodeService(
         loader,

@@ -14,9 +14,9 @@ from PIL import Image
 
 from deploy.reference import Media, Reference
 from embedding_transport.checkpoint import open_checkpoint
+from encoder_service.families import processor_settings
 from encoder_service.media.limits import MediaLimits
 from encoder_service.preprocess.preprocessor import Preprocessor
-from encoder_service.preprocess.settings import ProcessorSettings
 from tests.integration.fleet import TRANSPORTS, Fleet
 from tests.integration.media import clip, picture
 
@@ -36,7 +36,7 @@ class Expected:
 
     def __init__(self, reference: Reference) -> None:
         self._reference = reference
-        settings = ProcessorSettings.from_checkpoint(open_checkpoint(str(reference.folder)))
+        settings = processor_settings(open_checkpoint(str(reference.folder)))
         self._preprocessor = Preprocessor(settings, MediaLimits())
         self._known: dict[tuple[str, tuple[bytes, ...]], list[int]] = {}
 

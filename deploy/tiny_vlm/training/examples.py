@@ -20,9 +20,9 @@ from deploy.tiny_vlm.data.generator import draw_question, draw_sample
 from deploy.tiny_vlm.data.sample import Clip, Question, Sample
 from embedding_transport.checkpoint import open_checkpoint
 from embedding_transport.types import Layout, MediaKind
+from encoder_service.families import processor_settings
 from encoder_service.preprocess.frame_sampling import sample_frames, timestamps_s
 from encoder_service.preprocess.patchify import cut_patches, resize
-from encoder_service.preprocess.settings import ProcessorSettings
 from encoder_service.preprocess.smart_resize import resized_image_size, resized_video_size
 from llm_worker.prompt.config import PromptConfig
 from llm_worker.prompt.expand import expand_prompt
@@ -77,7 +77,7 @@ class BatchMaker:
 
     def __init__(self, folder: Path) -> None:
         checkpoint = open_checkpoint(str(folder))
-        self._settings = ProcessorSettings.from_checkpoint(checkpoint)
+        self._settings = processor_settings(checkpoint)
         self._prompt_config = PromptConfig.from_checkpoint(checkpoint)
         self._tokenizer = PromptTokenizer(checkpoint)
 

@@ -18,7 +18,7 @@ from encoder_service.engine import batcher as batcher_module
 from encoder_service.engine.batch import EncodedItem
 from encoder_service.engine.batcher import Batcher, BatchReport
 from encoder_service.engine.cost_model import CostModel
-from encoder_service.models import build_tower
+from encoder_service.families import build_tower
 from encoder_service.models.grids import GridTHW
 from tests.encoder_service.models.reference import random_patches
 from tests.encoder_service.running import GatedTower

@@ -1,4 +1,4 @@
-"""The fused towers against the plain ones, without a GPU: kernels in Triton's interpreter, attention by plain torch.
+"""The fused towers against transformers', without a GPU: kernels in Triton's interpreter, attention by plain torch.
 
 What a GPU adds (bfloat16, flash-attn, graphs) is in test_gpu_tower.py.
 """
@@ -12,21 +12,23 @@ import pytest
 import torch
 
 from embedding_transport.checkpoint import open_checkpoint
-from encoder_service.models import build_tower
+from encoder_service.families import build_tower, family_of
 from encoder_service.models.attention import packed_attention
 from encoder_service.models.grids import GridTHW
+from tests.encoder_service.models.reference import random_patches, reference_from_folder, reference_rows
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_gpu_tower.py runs the real thing")
 from encoder_service.gpu.accuracy import measured_accuracy  # noqa: E402
 from encoder_service.gpu.batch_tables import BatchTables, Layouts, TableShape  # noqa: E402
 from encoder_service.gpu.linear import BlockLinears  # noqa: E402
-from encoder_service.gpu.qwen2_5_vl import FusedQwen2_5VL  # noqa: E402
-from encoder_service.gpu.qwen3_vl import FusedQwen3VL  # noqa: E402
 
 GRIDS = [(1, 10, 12), (2, 4, 4), (1, 2, 2)]
-FEW = [(1, 4, 6), (1, 2, 2)]  # Triton's interpreter takes its time
+# Triton's interpreter takes its time.
+FEW = [(1, 4, 6), (1, 2, 2)]
+IMAGE_AND_VIDEO = [(1, 2, 4), (2, 2, 2)]
 PADDING = 12
+MAX_DIFFERENCE = 1e-4
 NUM_EMPTY = 5
 
 
@@ -60,52 +62,52 @@ class PlainAttention:
         return out
 
 
-def plain_and_fused(request: pytest.FixtureRequest, family: str, *, fp8: bool) -> tuple[Any, Any]:
-    folder: Path = request.getfixturevalue(f"{family}_folder")
-    plain = build_tower(open_checkpoint(str(folder)), torch.device("cpu"), torch.float32)
-    config = plain.config
-    attention = PlainAttention(config.head_dim + 16)
-    fused: Any = (FusedQwen3VL if family == "qwen3_vl" else FusedQwen2_5VL)(plain, attention, BlockLinears(fp8))  # type: ignore[arg-type]
-    return plain, fused
+def plain_and_fused(folder: Path, *, fp8: bool) -> tuple[Any, Any]:
+    checkpoint = open_checkpoint(str(folder))
+    plain = build_tower(checkpoint, torch.device("cpu"), torch.float32)
+    attention = PlainAttention(plain.config.head_dim + 16)
+    return plain, family_of(checkpoint).fuse(plain, attention, BlockLinears(fp8))
 
 
-def plain_and_fused_rows(
-    request: pytest.FixtureRequest, family: str, grids: list[GridTHW], *, fp8: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    plain, fused = plain_and_fused(request, family, fp8=fp8)
-    config = plain.config
+def expected_and_fused_rows(folder: Path, grids: list[GridTHW], *, fp8: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """transformers' rows and those of the fused tower, which gets padding, too."""
+    plain, fused = plain_and_fused(folder, fp8=fp8)
     layouts = Layouts(grids, fused.merge_size, fused.window_tokens)
     exact = layouts.shape
     shape = TableShape(exact.num_segments + NUM_EMPTY, exact.num_windows + NUM_EMPTY, exact.max_seqlen)
     tables = BatchTables.of(torch.tensor(layouts.values(shape), dtype=torch.int32), shape)
-    patches_PX = torch.randn(
-        layouts.num_patches + PADDING, config.patch_width, generator=torch.Generator().manual_seed(0)
-    )
+    patches_PX = random_patches([*grids, (1, 1, PADDING)], plain.config.patch_width)
     rows_TW = torch.full((len(patches_PX) // fused.merge_unit, fused.row_width), float("nan"))
     fused.run(patches_PX, tables, rows_TW)
-
-    expected_TW = plain.forward(patches_PX[: layouts.num_patches], grids)
+    expected_TW = reference_rows(reference_from_folder(folder), patches_PX[: layouts.num_patches], grids)
     return expected_TW, rows_TW[: len(expected_TW)]
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
-def test_rows_equal_the_plain_towers(request: pytest.FixtureRequest, family: str) -> None:
-    expected_TW, rows_TW = plain_and_fused_rows(request, family, GRIDS, fp8=False)
-    # torch's fused product on a CPU has the exact GELU only; the tower has the one by tanh.
-    torch.testing.assert_close(rows_TW, expected_TW, atol=5e-3, rtol=5e-3)
-    assert (rows_TW - expected_TW).abs().mean() < 5e-4
+def test_rows_equal_transformers(request: pytest.FixtureRequest, family: str) -> None:
+    assert_rows_equal_transformers(request.getfixturevalue(f"{family}_folder"), GRIDS)
 
 
-def test_fp8_rows_are_close_to_the_plain_towers(request: pytest.FixtureRequest) -> None:
-    # The other family's windows need bfloat16 products, which Triton's interpreter gets wrong.
-    expected_TW, rows_TW = plain_and_fused_rows(request, "qwen3_vl", FEW, fp8=True)
+def test_rows_of_families_with_the_same_kernels_equal_transformers(tower_only_folder: Path) -> None:
+    assert_rows_equal_transformers(tower_only_folder, IMAGE_AND_VIDEO)
+
+
+def assert_rows_equal_transformers(folder: Path, grids: list[GridTHW]) -> None:
+    expected_TW, rows_TW = expected_and_fused_rows(folder, grids, fp8=False)
+    assert expected_TW.std() > 0.1, "weights too small for a difference to show"
+    assert (rows_TW - expected_TW).abs().max() <= MAX_DIFFERENCE
+
+
+def test_fp8_rows_are_close_to_transformers(qwen3_vl_folder: Path) -> None:
+    # The other tower's windows need bfloat16 products, which Triton's interpreter gets wrong.
+    expected_TW, rows_TW = expected_and_fused_rows(qwen3_vl_folder, FEW, fp8=True)
     assert torch.nn.functional.cosine_similarity(rows_TW, expected_TW, dim=1).min() > 0.99
     assert not torch.allclose(rows_TW, expected_TW, atol=5e-3, rtol=5e-3)
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
 def test_accuracy_is_measured_layer_by_layer(request: pytest.FixtureRequest, family: str) -> None:
-    plain, fused = plain_and_fused(request, family, fp8=False)
+    plain, fused = plain_and_fused(request.getfixturevalue(f"{family}_folder"), fp8=False)
     accuracy = measured_accuracy(plain, fused, FEW)
     assert len(accuracy.layers) == plain.config.depth
     assert len(accuracy.rows) == 1 + len(plain.deepstack_visual_indexes)

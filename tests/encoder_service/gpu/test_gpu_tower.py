@@ -12,9 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.towers import draw_weights
-from encoder_service.models.config import qwen2_5_vl_config, qwen3_vl_config
-from encoder_service.models.qwen2_5_vl import Qwen2_5VLTower
-from encoder_service.models.qwen3_vl import Qwen3VLTower
+from encoder_service.families import Family, qwen2_5_vl, qwen3_5, qwen3_omni, qwen3_vl
 
 pytestmark = pytest.mark.gpu
 
@@ -37,6 +35,12 @@ QWEN2_5_VL = SHARED | {
     "window_size": 112,
     "fullatt_block_indexes": [1, 3],
 }
+CASES: dict[str, tuple[Family, dict[str, Any]]] = {
+    "qwen3_vl": (qwen3_vl.FAMILY, {"vision_config": QWEN3_VL}),
+    "qwen3_5": (qwen3_5.FAMILY, {"vision_config": QWEN3_VL}),
+    "qwen3_omni": (qwen3_omni.FAMILY, {"thinker_config": {"vision_config": QWEN3_VL}}),
+    "qwen2_5_vl": (qwen2_5_vl.FAMILY, {"vision_config": QWEN2_5_VL}),
+}
 MIXED = [(1, 36, 36), (1, 20, 48), (3, 10, 12), (1, 44, 80), (1, 2, 2), (1, 8, 8), (1, 64, 40)]
 MIN_COSINE = 0.9995
 MAX_GRAPH_PATCHES = 12288
@@ -48,6 +52,7 @@ MIN_FP8_COSINE = 0.99
 
 @dataclass(frozen=True)
 class Case:
+    family: Family
     plain: Any
     low: Any  # the same in bfloat16
     fused: Any
@@ -73,28 +78,24 @@ def cosine(rows_TW: torch.Tensor, expected_TW: torch.Tensor, width: int) -> torc
     return F.cosine_similarity(blocks, expected, dim=-1)
 
 
-@pytest.fixture(scope="module", params=["qwen3_vl", "qwen2_5_vl"])
+@pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     from encoder_service.gpu.attention import fastest_attention
     from encoder_service.gpu.graphs import GpuTower
     from encoder_service.gpu.linear import BlockLinears
-    from encoder_service.gpu.qwen2_5_vl import FusedQwen2_5VL
-    from encoder_service.gpu.qwen3_vl import FusedQwen3VL
 
+    family, config_json = CASES[request.param]
     torch.manual_seed(0)
     with torch.device("cuda"):
-        if request.param == "qwen3_vl":
-            plain: Any = Qwen3VLTower(qwen3_vl_config({"vision_config": QWEN3_VL}))
-        else:
-            plain = Qwen2_5VLTower(qwen2_5_vl_config({"vision_config": QWEN2_5_VL}))
+        plain: Any = family.build(config_json)
     draw_weights(plain)
     plain = plain.eval()
     low = copy.deepcopy(plain).to(torch.bfloat16)
     config = plain.config
     attention = fastest_attention(config.num_heads, config.head_dim, torch.device("cuda"), torch.bfloat16)
     linears = BlockLinears(sizes=(MAX_GRAPH_PATCHES,))
-    fused: Any = (FusedQwen3VL if request.param == "qwen3_vl" else FusedQwen2_5VL)(low, attention, linears)
-    yield Case(plain, low, fused, GpuTower(fused, MAX_GRAPH_PATCHES), config.patch_width)
+    fused: Any = family.fuse(low, attention, linears)
+    yield Case(family, plain, low, fused, GpuTower(fused, MAX_GRAPH_PATCHES), config.patch_width)
 
 
 def test_every_row_is_close_to_fp32(case: Case) -> None:
@@ -117,7 +118,7 @@ def test_fp8_rows_are_close_to_fp32_and_the_same_with_graphs(case: Case) -> None
     grids = MIXED[:4]
     patches_PX = case.patches(grids)
     expected_TW = case.plain.forward(patches_PX, grids)
-    graphed, eager = (gpu_tower(case.low, size, lambda *_: None, fp8=True) for size in (8192, 0))
+    graphed, eager = (gpu_tower(case.low, case.family.fuse, size, lambda *_: None, fp8=True) for size in (8192, 0))
     rows_TW = graphed.forward(patches_PX, grids)
     assert cosine(rows_TW, expected_TW, case.plain.out_hidden_size).min() >= MIN_FP8_COSINE
     assert cosine(rows_TW, eager.forward(patches_PX, grids), 512).min() > 0.9999

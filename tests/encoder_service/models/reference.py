@@ -9,8 +9,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5VisionModel
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeVisionModel
+from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import Qwen3OmniMoeVisionEncoder
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVisionModel
+from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpVisionModel
 
 from encoder_service.models.grids import GridTHW
 
@@ -18,13 +22,18 @@ REFERENCE_CLASSES: dict[str, type[Any]] = {
     "qwen3_vl": Qwen3VLVisionModel,
     "qwen3_vl_moe": Qwen3VLMoeVisionModel,
     "qwen2_5_vl": Qwen2_5_VisionTransformerPretrainedModel,
+    "qwen3_5": Qwen3_5VisionModel,
+    "qwen3_5_moe": Qwen3_5MoeVisionModel,
+    "qwen4_exp": Qwen4ExpVisionModel,
+    "qwen3_omni_moe": Qwen3OmniMoeVisionEncoder,
 }
 
 
 def reference_from_folder(folder: Path) -> Any:
     """The vision tower of a checkpoint folder, fp32."""
     config = AutoConfig.from_pretrained(folder)
-    reference = REFERENCE_CLASSES[config.model_type]._from_config(config.vision_config, dtype=torch.float32)
+    vision = getattr(config, "thinker_config", config).vision_config
+    reference = REFERENCE_CLASSES[config.model_type]._from_config(vision, dtype=torch.float32)
     tensors = {
         name[name.index("visual.") + len("visual.") :]: tensor
         for path in folder.glob("*.safetensors")

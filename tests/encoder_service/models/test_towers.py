@@ -10,11 +10,9 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen3VLConfig, Qwen3VLMoeConfig
 
 from embedding_transport.checkpoint import open_checkpoint
-from encoder_service.models import VisionTower, build_tower
-from encoder_service.models.config import qwen2_5_vl_config, qwen3_vl_config
+from encoder_service.families import build_tower, qwen2_5_vl, qwen3_vl
+from encoder_service.models import VisionTower
 from encoder_service.models.grids import GridTHW
-from encoder_service.models.qwen2_5_vl import Qwen2_5VLTower
-from encoder_service.models.qwen3_vl import Qwen3VLTower
 from tests.encoder_service.models.reference import (
     random_patches,
     random_reference,
@@ -59,13 +57,13 @@ def assert_rows_equal(ours: VisionTower, reference: Any, grid_thw: list[GridTHW]
 
 
 @pytest.mark.parametrize("grid_thw", GRIDS.values(), ids=GRIDS.keys())
-def test_rows_equal_transformers(checkpoint_folder: Path, grid_thw: list[GridTHW]) -> None:
-    ours, reference = towers_of(checkpoint_folder)
+def test_rows_equal_transformers(tower_folder: Path, grid_thw: list[GridTHW]) -> None:
+    ours, reference = towers_of(tower_folder)
     assert_rows_equal(ours, reference, grid_thw)
 
 
-def test_an_image_does_not_depend_on_what_is_packed_beside_it(checkpoint_folder: Path) -> None:
-    ours, reference = towers_of(checkpoint_folder)
+def test_an_image_does_not_depend_on_what_is_packed_beside_it(tower_folder: Path) -> None:
+    ours, reference = towers_of(tower_folder)
     grid: GridTHW = (1, 10, 6)
     width = patch_width_of(reference)
     image, other = random_patches([grid], width, seed=1), random_patches([(1, 12, 8)], width, seed=2)
@@ -76,22 +74,22 @@ def test_an_image_does_not_depend_on_what_is_packed_beside_it(checkpoint_folder:
     assert (packed[:15] - ours.forward(other[:60], [grid])).abs().max() > 0.1, "rows do not depend on the image"
 
 
-def test_equal_patch_totals_with_different_segments_differ(checkpoint_folder: Path) -> None:
-    ours, reference = towers_of(checkpoint_folder)
+def test_equal_patch_totals_with_different_segments_differ(tower_folder: Path) -> None:
+    ours, reference = towers_of(tower_folder)
     for grid_thw in ([(1, 8, 16)], [(1, 16, 8)], [(2, 8, 8)], [(1, 8, 8), (1, 8, 8)]):
         assert_rows_equal(ours, reference, grid_thw)
 
 
-def test_frames_of_a_video_do_not_see_each_other(checkpoint_folder: Path) -> None:
-    ours, reference = towers_of(checkpoint_folder)
+def test_frames_of_a_video_do_not_see_each_other(tower_folder: Path) -> None:
+    ours, reference = towers_of(tower_folder)
     frames = random_patches([(2, 6, 6)], patch_width_of(reference))
     video, second = ours.forward(frames, [(2, 6, 6)]), ours.forward(frames[36:], [(1, 6, 6)])
     assert (video[9:] - second).abs().max() <= MAX_DIFFERENCE
 
 
-def test_bfloat16_follows_float32(checkpoint_folder: Path) -> None:
-    ours, reference = towers_of(checkpoint_folder)
-    half = build_tower(open_checkpoint(str(checkpoint_folder)), CPU, torch.bfloat16)
+def test_bfloat16_follows_float32(tower_folder: Path) -> None:
+    ours, reference = towers_of(tower_folder)
+    half = build_tower(open_checkpoint(str(tower_folder)), CPU, torch.bfloat16)
     patches = random_patches([(1, 6, 10)], patch_width_of(reference))
     rows = half.forward(patches, [(1, 6, 10)])
     assert rows.dtype == torch.bfloat16
@@ -144,10 +142,6 @@ def test_layers_at_true_dims_equal_transformers(family: str) -> None:
     reference = random_reference(family, config.vision_config)
     parsed = config.to_dict()
     with torch.device("meta"):
-        ours: Qwen3VLTower | Qwen2_5VLTower = (
-            Qwen2_5VLTower(qwen2_5_vl_config(parsed))
-            if family == "qwen2_5_vl"
-            else Qwen3VLTower(qwen3_vl_config(parsed))
-        )
+        ours = (qwen2_5_vl if family == "qwen2_5_vl" else qwen3_vl).FAMILY.build(parsed)
     ours.load_state_dict(reference.state_dict(), strict=True, assign=True)
     assert_rows_equal(ours, reference, [(1, 10, 18), (1, 2, 2), (2, 8, 8)])

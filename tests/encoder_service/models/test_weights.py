@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from embedding_transport.checkpoint import Checkpoint, CheckpointError, ChoosePart, open_checkpoint
-from encoder_service.models import build_tower
+from encoder_service.families import build_tower
 
 CPU = torch.device("cpu")
 
@@ -42,8 +42,8 @@ class WatchedCheckpoint(Checkpoint):
             yield name, tensor
 
 
-def test_only_visual_tensors_are_read(checkpoint_folder: Path) -> None:
-    checkpoint = open_checkpoint(str(checkpoint_folder))
+def test_only_visual_tensors_are_read(tower_folder: Path) -> None:
+    checkpoint = open_checkpoint(str(tower_folder))
     watched = WatchedCheckpoint(checkpoint.folder, checkpoint.model, checkpoint.revision)
     progress: list[tuple[int, int]] = []
     build_tower(watched, CPU, torch.float32, lambda done, total: progress.append((done, total)))
@@ -117,6 +117,20 @@ def test_descending_deepstack_layers_are_refused(qwen3_vl_folder: Path, tmp_path
     edit_config(folder, deepstack_visual_indexes=[3, 1, 2])
     with pytest.raises(CheckpointError, match="ascending"):
         build_tower(open_checkpoint(str(folder)), CPU, torch.float32)
+
+
+def test_the_vision_config_of_a_thinker_is_needed(qwen3_omni_moe_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(qwen3_omni_moe_folder, tmp_path / "checkpoint"))
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"thinker_config": None}))
+    with pytest.raises(CheckpointError, match="no thinker_config"):
+        build_tower(open_checkpoint(str(folder)), CPU, torch.float32)
+
+
+def test_deepstack_layers_that_a_family_does_not_have_are_not_read(qwen3_5_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(qwen3_5_folder, tmp_path / "checkpoint"))
+    edit_config(folder, deepstack_visual_indexes=[1, 2])
+    assert build_tower(open_checkpoint(str(folder)), CPU, torch.float32).deepstack_visual_indexes == ()
 
 
 def test_another_model_type_is_refused(folder_copy: Path) -> None:

@@ -31,7 +31,7 @@ def image_processor(config: dict[str, Any]) -> Any:
 
 
 def video_processor(model_type: str, config: dict[str, Any]) -> Any:
-    if model_type == "qwen2_5_vl":
+    if model_type in ("qwen2_5_vl", "qwen3_omni_moe"):
         return _modules()[_QWEN2_VIDEO].Qwen2VLVideoProcessor(**config)
     return _modules()[_QWEN3_VIDEO].Qwen3VLVideoProcessor(**config)
 

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from embedding_transport.checkpoint import Checkpoint
+from encoder_service.families import processor_settings
 from encoder_service.preprocess.settings import ProcessorSettings
 
 # The processor files of released checkpoints.
@@ -36,8 +37,12 @@ QWEN25_IMAGE: dict[str, Any] = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
-IMAGE_CONFIGS = {"qwen3_vl": QWEN3_IMAGE, "qwen2_5_vl": QWEN25_IMAGE}
-VIDEO_CONFIGS = {"qwen3_vl": QWEN3_VIDEO, "qwen2_5_vl": QWEN25_IMAGE}
+# One file for images, sounds and videos; what is of the sounds is left out here.
+OMNI_IMAGE: dict[str, Any] = QWEN3_IMAGE | {"size": None, "min_pixels": 3136, "max_pixels": 12845056}
+# What Qwen3OmniMoeProcessor hands to its video processor in every call.
+OMNI_VIDEO: dict[str, Any] = QWEN3_IMAGE | {"size": {"shortest_edge": 128 * 32 * 32, "longest_edge": 768 * 32 * 32}}
+IMAGE_CONFIGS = {"qwen3_vl": QWEN3_IMAGE, "qwen2_5_vl": QWEN25_IMAGE, "qwen3_omni_moe": OMNI_IMAGE}
+VIDEO_CONFIGS = {"qwen3_vl": QWEN3_VIDEO, "qwen2_5_vl": QWEN25_IMAGE, "qwen3_omni_moe": OMNI_VIDEO}
 
 
 def settings(
@@ -45,7 +50,7 @@ def settings(
 ) -> ProcessorSettings:
     """Settings read from a checkpoint folder that holds only the processor's files."""
     write_checkpoint(folder, model_type, image, video)
-    return ProcessorSettings.from_checkpoint(Checkpoint(folder, "model", "revision"))
+    return processor_settings(Checkpoint(folder, "model", "revision"))
 
 
 def write_checkpoint(folder: Path, model_type: str, image: dict[str, Any], video: dict[str, Any] | None) -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.models.qwen3_omni_moe.processing_qwen3_omni_moe import Qwen3OmniMoeProcessor
 
 from embedding_transport.checkpoint import Checkpoint, CheckpointError
-from encoder_service.preprocess.settings import ProcessorSettings
+from encoder_service.families import processor_settings
 from tests.encoder_service.preprocess import reference
-from tests.encoder_service.preprocess.samples import QWEN3_IMAGE, QWEN3_VIDEO, QWEN25_IMAGE, settings
+from tests.encoder_service.preprocess.samples import OMNI_IMAGE, QWEN3_IMAGE, QWEN3_VIDEO, QWEN25_IMAGE, settings
 
 SIZE = {"shortest_edge": 5000, "longest_edge": 90_000}
 QWEN25_BARE = {name: value for name, value in QWEN25_IMAGE.items() if name not in ("min_pixels", "max_pixels")}
@@ -25,6 +26,9 @@ QWEN25_BARE = {name: value for name, value in QWEN25_IMAGE.items() if name not i
         ("qwen3_vl", QWEN3_IMAGE, None),
         ("qwen3_vl", QWEN3_IMAGE, {"fps": 4, "min_frames": 8, "max_frames": 32}),
         ("qwen3_vl", QWEN3_IMAGE, {"min_pixels": 4000, "max_pixels": 8000}),  # a spelling this class does not know
+        ("qwen3_5", QWEN3_IMAGE, QWEN3_VIDEO),
+        ("qwen3_5_moe", QWEN3_IMAGE, {"fps": 1, "max_frames": 16}),
+        ("qwen4_exp", QWEN3_IMAGE, None),
         ("qwen2_5_vl", QWEN25_IMAGE, None),
         ("qwen2_5_vl", QWEN25_IMAGE, {}),
         ("qwen2_5_vl", QWEN25_BARE, {"size": SIZE}),
@@ -49,12 +53,22 @@ def test_fields_and_defaults_equal_transformers(
     assert ours.video_fps == (videos.fps or 2)
 
 
+@pytest.mark.parametrize("video", [None, QWEN3_VIDEO, {"min_pixels": 4000, "max_pixels": 8000}])
+def test_omni_videos_have_the_bounds_of_its_processor(tmp_path: Path, video: dict[str, Any] | None) -> None:
+    """Qwen3OmniMoeProcessor itself cannot be built without torchvision; its class attributes can be read."""
+    ours = settings(tmp_path, "qwen3_omni_moe", OMNI_IMAGE, video and QWEN3_IMAGE | video)
+    size = Qwen3OmniMoeProcessor.videos_kwargs["size"]
+    assert (ours.video_min_pixels, ours.video_max_pixels) == (size["shortest_edge"], size["longest_edge"])
+    assert (ours.min_pixels, ours.max_pixels) == (3136, 12845056)
+    assert (ours.frame_sampling, ours.video_bounds, ours.video_fps) == ("grouped", "frame", 2.0)
+
+
 def test_saved_by_transformers(tmp_path: Path) -> None:
     """Files with every field spelt out, as save_pretrained writes them, mean the same."""
     reference.image_processor(QWEN3_IMAGE).save_pretrained(tmp_path)
     reference.video_processor("qwen3_vl", QWEN3_VIDEO).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
-    saved = ProcessorSettings.from_checkpoint(Checkpoint(tmp_path, "model", "revision"))
+    saved = processor_settings(Checkpoint(tmp_path, "model", "revision"))
     (tmp_path / "plain").mkdir()
     assert saved == settings(tmp_path / "plain", "qwen3_vl", QWEN3_IMAGE, QWEN3_VIDEO)
 
@@ -89,7 +103,7 @@ def test_unusable_files_say_why(tmp_path: Path, image: dict[str, Any], video: di
 
 
 def test_unknown_model_type(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="'llava' is not one of"):
+    with pytest.raises(CheckpointError, match="'llava' has no vision tower"):
         settings(tmp_path, "llava", QWEN3_IMAGE)
 
 

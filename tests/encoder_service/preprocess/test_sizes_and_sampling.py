@@ -16,16 +16,19 @@ from encoder_service.preprocess.smart_resize import resized_image_size, resized_
 from tests.encoder_service.preprocess import reference
 from tests.encoder_service.preprocess.samples import IMAGE_CONFIGS, VIDEO_CONFIGS, settings
 
-FAMILIES = ["qwen3_vl", "qwen2_5_vl"]
+
+@pytest.fixture(params=["qwen3_vl", "qwen2_5_vl", "qwen3_omni_moe"])
+def model_type(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
-@pytest.fixture(params=FAMILIES)
-def family_settings(request: pytest.FixtureRequest, tmp_path: Path) -> ProcessorSettings:
-    return settings(tmp_path, request.param, IMAGE_CONFIGS[request.param], VIDEO_CONFIGS[request.param])
+@pytest.fixture
+def family_settings(model_type: str, tmp_path: Path) -> ProcessorSettings:
+    return settings(tmp_path, model_type, IMAGE_CONFIGS[model_type], VIDEO_CONFIGS[model_type])
 
 
-def test_image_sizes_equal_transformers(family_settings: ProcessorSettings) -> None:
-    processor = reference.image_processor(IMAGE_CONFIGS[family_settings.model_type])
+def test_image_sizes_equal_transformers(model_type: str, family_settings: ProcessorSettings) -> None:
+    processor = reference.image_processor(IMAGE_CONFIGS[model_type])
     rng = random.Random(0)
     for _ in range(3000):
         height, width = (int(2 ** rng.uniform(0, 14)) for _ in range(2))
@@ -40,8 +43,7 @@ def test_image_sizes_equal_transformers(family_settings: ProcessorSettings) -> N
         assert resized_height % family_settings.factor == resized_width % family_settings.factor == 0
 
 
-def test_video_sizes_equal_transformers(family_settings: ProcessorSettings) -> None:
-    model_type = family_settings.model_type
+def test_video_sizes_equal_transformers(model_type: str, family_settings: ProcessorSettings) -> None:
     processor = reference.video_processor(model_type, VIDEO_CONFIGS[model_type])
     rng = random.Random(1)
     compared = 0
@@ -69,8 +71,9 @@ def test_ratio_of_exactly_200_is_accepted(family_settings: ProcessorSettings) ->
 
 
 @pytest.mark.parametrize("video_fps", [None, 0.5, 1.0, 3.7, 30.0])
-def test_sampled_frames_equal_transformers(family_settings: ProcessorSettings, video_fps: float | None) -> None:
-    model_type = family_settings.model_type
+def test_sampled_frames_equal_transformers(
+    model_type: str, family_settings: ProcessorSettings, video_fps: float | None
+) -> None:
     processor = reference.video_processor(model_type, VIDEO_CONFIGS[model_type])
     for source_fps in (1.0, 5.0, 10.0, 23.976, 25.0, 29.97, 30.0, 60.0):
         for num_frames in [*range(2, 120), 239, 240, 241, 1000, 1799, 7001, 30011]:

@@ -70,6 +70,11 @@ def test_mp4_equals_transformers(tmp_path: Path, family: str, num_frames: int, f
     _assert_equals_transformers(tmp_path, family, data, frames, metadata)
 
 
+def test_a_video_with_the_bounds_of_omnis_processor_equals_transformers(tmp_path: Path) -> None:
+    data = video(23, 320, 200)
+    _assert_equals_transformers(tmp_path, "qwen3_omni_moe", data, *_read(tmp_path, data))
+
+
 @pytest.mark.parametrize("video_fps", [0.7, 4.0, 10.0])
 def test_rate_of_the_request_equals_transformers(tmp_path: Path, family: str, video_fps: float) -> None:
     data = video(31)

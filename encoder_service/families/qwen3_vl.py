@@ -1,4 +1,4 @@
-"""Qwen3-VL's vision tower, shared by its dense and MoE checkpoints.
+"""Qwen3-VL, dense and MoE, which share their vision tower.
 
 Shapes: P patches of all images, X pixel values a patch, C hidden size, T tokens, M merged width (C * merge_size ** 2),
 O out_hidden_size, W row width (O * (1 + num_deepstack)).
@@ -8,23 +8,64 @@ Source: transformers 5.23 `models/qwen3_vl/modeling_qwen3_vl.py`, Qwen3VLVisionM
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from embedding_transport.checkpoint import CheckpointError
+from encoder_service.families.family import Family
+from encoder_service.families.processors import VOLUME_BOUND
 from encoder_service.models import grids
-from encoder_service.models.config import Qwen3VLVisionConfig
-from encoder_service.models.layers import (
-    Block,
-    PatchEmbed,
-    Rotary,
-    Segments,
-    activation,
-    check_packed,
-    linear_into,
-)
+from encoder_service.models.config import VisionConfig, integer, integers, shared_fields, vision_section
+from encoder_service.models.layers import Block, Rotary, Segments, activation, check_packed, linear_into
+from encoder_service.models.tower import PlainTower
+
+if TYPE_CHECKING:
+    from encoder_service.gpu.attention import PackedAttention
+    from encoder_service.gpu.layers import FusedTower
+    from encoder_service.gpu.linear import BlockLinears
 
 _NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Qwen3VLVisionConfig(VisionConfig):
+    """num_position_embeddings: entries of the square position table; deepstack_visual_indexes: ascending layers."""
+
+    num_position_embeddings: int
+    deepstack_visual_indexes: tuple[int, ...]
+
+    @property
+    def positions_per_side(self) -> int:
+        return math.isqrt(self.num_position_embeddings)
+
+
+def vision_config(vision: Mapping[str, Any]) -> Qwen3VLVisionConfig:
+    """Reads a `vision_config`.
+
+    Raises:
+        CheckpointError: a field is missing or makes no sense.
+    """
+    deepstack = tuple(integers(vision, "deepstack_visual_indexes"))
+    num_position_embeddings = integer(vision, "num_position_embeddings")
+    parsed = Qwen3VLVisionConfig(
+        **shared_fields(vision),
+        num_position_embeddings=num_position_embeddings,
+        deepstack_visual_indexes=deepstack,
+    )
+    if math.isqrt(num_position_embeddings) ** 2 != num_position_embeddings:
+        raise CheckpointError(f"num_position_embeddings is {num_position_embeddings}, expected a square number")
+    # transformers emits the layers as it meets them, so only ascending indexes have one meaning.
+    if list(deepstack) != sorted(set(deepstack)) or any(not 0 <= index < parsed.depth for index in deepstack):
+        raise CheckpointError(
+            f"deepstack_visual_indexes are {list(deepstack)}, expected ascending numbers below depth {parsed.depth}"
+        )
+    return parsed
 
 
 class Mlp(nn.Module):
@@ -59,17 +100,11 @@ class Merger(nn.Module):
         linear_into(self.linear_fc2, F.gelu(self.linear_fc1(x_TM)), out_TO)
 
 
-class Qwen3VLTower(nn.Module):
-    """A `VisionTower`; see the protocol in `encoder_service.models`."""
+class Qwen3VLTower(PlainTower):
+    config: Qwen3VLVisionConfig
 
     def __init__(self, config: Qwen3VLVisionConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.deepstack_visual_indexes = config.deepstack_visual_indexes
-        self.out_hidden_size = config.out_hidden_size
-        self.row_width = config.out_hidden_size * (1 + len(config.deepstack_visual_indexes))
-        self.merge_unit = config.merge_unit
-        self.patch_embed = PatchEmbed(config, bias=True)
+        super().__init__(config, patch_bias=True, deepstack_visual_indexes=config.deepstack_visual_indexes)
         # The usual initialization would import all of torch's compiler to fill a weight that is loaded anyway: 1.3 s.
         self.pos_embed = nn.Embedding.from_pretrained(torch.empty(config.num_position_embeddings, config.hidden_size))
         self.blocks = nn.ModuleList(
@@ -110,3 +145,25 @@ class Qwen3VLTower(nn.Module):
         )
         taps_P4C = F.embedding(entries_P4.to(table.device), table)
         return (taps_P4C * weights_P4.to(table.device)[:, :, None]).sum(1)
+
+
+def build(config: Mapping[str, Any]) -> Qwen3VLTower:
+    """
+    Raises:
+        CheckpointError: a field of config.json is missing or makes no sense.
+    """
+    return Qwen3VLTower(vision_config(vision_section(config)))
+
+
+def fuse(tower: PlainTower, attention: PackedAttention, linears: BlockLinears) -> FusedTower:
+    """
+    Raises:
+        ValueError: an activation that has no fused form.
+    """
+    from encoder_service.families.qwen3_vl_gpu import FusedQwen3VL  # needs Triton
+
+    assert isinstance(tower, Qwen3VLTower)
+    return FusedQwen3VL(tower, attention, linears)
+
+
+FAMILY = Family(model_types=("qwen3_vl", "qwen3_vl_moe"), processor=VOLUME_BOUND, build=build, fuse=fuse)

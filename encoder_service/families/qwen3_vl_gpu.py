@@ -1,4 +1,4 @@
-"""Qwen3-VL's vision tower as fused kernels; `models/qwen3_vl.py` is the plain twin.
+"""Qwen3-VL's vision tower as fused kernels; `qwen3_vl.py` is the plain twin.
 
 Shapes: P patches with padding, X pixel values a patch, C hidden size, T tokens, W row width.
 """
@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from encoder_service.families.qwen3_vl import Merger, Mlp, Qwen3VLTower
 from encoder_service.gpu import kernels, norms
 from encoder_service.gpu.attention import PackedAttention
 from encoder_service.gpu.batch_tables import BatchTables
@@ -17,7 +18,6 @@ from encoder_service.gpu.layers import AttentionBranch, FusedTower
 from encoder_service.gpu.linear import BlockLinears, Linear
 from encoder_service.gpu.residual import ResidualStream
 from encoder_service.models.layers import Block
-from encoder_service.models.qwen3_vl import Merger, Mlp, Qwen3VLTower
 
 
 class FusedQwen3VL(FusedTower):

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's vision tower: most layers attend within windows, so tokens travel sorted by window.
+"""Qwen2.5-VL. In its vision tower most layers attend within windows, so tokens travel sorted by window.
 
 Shapes: P patches of all images, X pixel values a patch, C hidden size, T tokens, O out_hidden_size, which is also the
 row width.
@@ -8,14 +8,59 @@ Source: transformers 5.23 `models/qwen2_5_vl/modeling_qwen2_5_vl.py`, Qwen2_5_Vi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import nn
 
+from embedding_transport.checkpoint import CheckpointError
+from encoder_service.families.family import Family
+from encoder_service.families.processors import FRAME_BOUND
 from encoder_service.models import grids
-from encoder_service.models.config import Qwen2_5VLVisionConfig
-from encoder_service.models.layers import Block, PatchEmbed, Rotary, Segments, activation, check_packed
+from encoder_service.models.config import VisionConfig, integer, integers, shared_fields, vision_section
+from encoder_service.models.layers import Block, Rotary, Segments, activation, check_packed
+from encoder_service.models.tower import PlainTower
+
+if TYPE_CHECKING:
+    from encoder_service.gpu.attention import PackedAttention
+    from encoder_service.gpu.layers import FusedTower
+    from encoder_service.gpu.linear import BlockLinears
 
 _NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Qwen2_5VLVisionConfig(VisionConfig):
+    """window_size: side of an attention window in pixels; fullatt_block_indexes: layers that see a whole frame."""
+
+    window_size: int
+    fullatt_block_indexes: frozenset[int]
+
+    @property
+    def window_tokens(self) -> int:
+        """Side of an attention window in merged tokens."""
+        return self.window_size // self.spatial_merge_size // self.patch_size
+
+
+def vision_config(vision: Mapping[str, Any]) -> Qwen2_5VLVisionConfig:
+    """Reads a `vision_config`.
+
+    Raises:
+        CheckpointError: a field is missing or makes no sense.
+    """
+    parsed = Qwen2_5VLVisionConfig(
+        **shared_fields(vision),
+        window_size=integer(vision, "window_size"),
+        fullatt_block_indexes=frozenset(integers(vision, "fullatt_block_indexes")),
+    )
+    if parsed.window_tokens < 1:
+        raise CheckpointError(
+            f"window_size {parsed.window_size} is smaller than a merged token of "
+            f"{parsed.patch_size * parsed.spatial_merge_size} pixels"
+        )
+    return parsed
 
 
 class RMSNorm(nn.Module):
@@ -58,18 +103,11 @@ class Merger(nn.Module):
         return out_TO
 
 
-class Qwen2_5VLTower(nn.Module):
-    """A `VisionTower`; see the protocol in `encoder_service.models`."""
-
-    deepstack_visual_indexes: tuple[int, ...] = ()
+class Qwen2_5VLTower(PlainTower):
+    config: Qwen2_5VLVisionConfig
 
     def __init__(self, config: Qwen2_5VLVisionConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.out_hidden_size = config.out_hidden_size
-        self.row_width = config.out_hidden_size
-        self.merge_unit = config.merge_unit
-        self.patch_embed = PatchEmbed(config, bias=False)
+        super().__init__(config, patch_bias=False)
         self.blocks = nn.ModuleList(Block(config, RMSNorm, GatedMlp(config)) for _ in range(config.depth))
         self.merger = Merger(config)
 
@@ -95,3 +133,25 @@ class Qwen2_5VLTower(nn.Module):
 
     def _by_window(self, x_P: torch.Tensor, order_T: torch.Tensor) -> torch.Tensor:
         return x_P.unflatten(0, (-1, self.merge_unit))[order_T].flatten(0, 1)
+
+
+def build(config: Mapping[str, Any]) -> Qwen2_5VLTower:
+    """
+    Raises:
+        CheckpointError: a field of config.json is missing or makes no sense.
+    """
+    return Qwen2_5VLTower(vision_config(vision_section(config)))
+
+
+def fuse(tower: PlainTower, attention: PackedAttention, linears: BlockLinears) -> FusedTower:
+    """
+    Raises:
+        ValueError: an activation that has no fused form.
+    """
+    from encoder_service.families.qwen2_5_vl_gpu import FusedQwen2_5VL  # needs Triton
+
+    assert isinstance(tower, Qwen2_5VLTower)
+    return FusedQwen2_5VL(tower, attention, linears)
+
+
+FAMILY = Family(model_types=("qwen2_5_vl",), processor=FRAME_BOUND, build=build, fuse=fuse)

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's vision tower as fused kernels; `models/qwen2_5_vl.py` is the plain twin.
+"""Qwen2.5-VL's vision tower as fused kernels; `qwen2_5_vl.py` is the plain twin.
 
 Patches travel sorted by attention window, from the embedding to the merger.
 
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from encoder_service.families.qwen2_5_vl import GatedMlp, Qwen2_5VLTower, RMSNorm
 from encoder_service.gpu import kernels, norms
 from encoder_service.gpu.attention import PackedAttention
 from encoder_service.gpu.batch_tables import BatchTables
@@ -21,7 +22,6 @@ from encoder_service.gpu.layers import AttentionBranch, FusedTower
 from encoder_service.gpu.linear import BlockLinears, Linear
 from encoder_service.gpu.residual import ResidualStream
 from encoder_service.models.layers import Block
-from encoder_service.models.qwen2_5_vl import GatedMlp, Qwen2_5VLTower, RMSNorm
 
 # Matrix products want rows of 16 bytes, in FP8, too; published towers have 3420 wide MLPs.
 _WIDTH_MULTIPLE = 16
