@@ -15,7 +15,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 from benchmarks.checkpoints import QWEN3_VL_8B_TEXT, save_qwen3_vl_8b
 from benchmarks.towers import QWEN3_VL_8B, draw_weights
 from embedding_transport.checkpoint import open_checkpoint
-from llm_worker.models.config import text_config
+from llm_worker.families import text_config
 from llm_worker.models.decoder import TextDecoder
 
 NUM_DEEPSTACK = len(QWEN3_VL_8B["deepstack_visual_indexes"])

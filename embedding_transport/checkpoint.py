@@ -129,7 +129,7 @@ def open_checkpoint(
     """Finds `model` on local disk or downloads it from the hub.
 
     Args:
-        model: a folder with config.json, or a hub id such as "Qwen/Qwen3-VL-2B-Instruct".
+        model: a folder with config.json, or a hub id such as "organization/name".
         revision: hub branch, tag or commit; not used for folders.
         served_model_name: name to serve under instead of the hub id or folder name.
         load_format: with "dummy" weights are neither downloaded nor part of a folder's revision.

@@ -13,7 +13,7 @@ from embedding_transport.types import DTYPES, RowFormat
 from embedding_transport.wire import timings_from_proto
 from protos.encoder.v1 import encoder_pb2
 
-# Far above any real item (the longest video of Qwen3-VL-8B is 400 MB): a length that is a lie must not take all memory.
+# Far above any real item (the longest video of an 8B model is 400 MB): a length that is a lie must not take all memory.
 _MAX_ITEM_NBYTES = 4 * 1024**3
 
 

@@ -16,8 +16,8 @@ from llm_worker.config import LlmConfig
 from llm_worker.engine.config import EngineConfig
 from llm_worker.engine.kv_memory import kv_tokens_that_fit
 from llm_worker.engine.runner import MakeRunner, PlainRunner
+from llm_worker.families import build_decoder, family_of
 from llm_worker.frontend.sampling_defaults import SamplingDefaults
-from llm_worker.models import build_decoder
 from llm_worker.models.decoder import TextDecoder
 from llm_worker.models.rank_group import OneRank, RankGroup
 from llm_worker.models.weights import stored_dtype
@@ -71,6 +71,7 @@ def load_model(
     """
     _log.info("opening checkpoint %s", config.model)
     checkpoint = open_checkpoint(config.model, config.revision, config.served_model_name, config.load_format)
+    family = family_of(checkpoint)
     tokenizer = None if config.skip_tokenizer_init else PromptTokenizer(checkpoint)
     group = group if group is not None else OneRank()
     device = rank_device(config, group.rank)
@@ -91,7 +92,7 @@ def load_model(
         identity,
         decoder,
         tokenizer,
-        PromptConfig.from_checkpoint(checkpoint),
+        family.prompt_config(checkpoint),
         SamplingDefaults.from_checkpoint(checkpoint),
     )
 

@@ -43,7 +43,7 @@ class MediaSpan:
     """A run of placeholder positions that take consecutive rows of one media item.
 
     start: first position in the prompt; length: positions; first_row: row of the item that goes to `start`.
-    An image is one span; a Qwen3-VL video is one span a temporal patch (timestamps stand between them).
+    An image is one span; a timestamped video is one span a temporal patch.
     """
 
     item_index: int

@@ -76,7 +76,7 @@ def _sampling(
 
 def _template_message(message: Message) -> dict[str, Any]:
     """A message as chat templates expect it; media carry no address there, only their kind."""
-    # OpenAI's newer name for the same role: Qwen's templates would leave such a message out without a word.
+    # OpenAI's newer name for the same role: models' templates leave such a message out without a word.
     role = "system" if message.role == "developer" else message.role
     if not isinstance(message.content, list):
         return {"role": role, "content": message.content or ""}

@@ -1,4 +1,4 @@
-"""What the text decoder needs to know of config.json, for all three families and every spelling in use."""
+"""What the text decoder needs to know of config.json, for all families and every spelling in use."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from embedding_transport.checkpoint import Checkpoint, CheckpointError
-
-MODEL_TYPES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl")
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class TextConfig:
     """Dims and features of one decoder.
 
     mrope_section: frequencies that turn with the t, h and w position; mrope_interleaved: in turn, not in blocks.
-    qk_norm: Qwen3-VL normalizes each query and key head; qkv_bias: Qwen2.5-VL's projections have one.
+    qk_norm: each query and key head is normalized; qkv_bias: their projections and that of values have one.
     num_deepstack: rows added to the hidden states after each of the first layers.
     """
 
@@ -50,25 +48,28 @@ class TextConfig:
     moe: MoeConfig | None
 
 
-def text_config(checkpoint: Checkpoint) -> TextConfig:
-    """Reads config.json, flat (older Qwen2.5-VL) or nested.
+def read_text_config(
+    checkpoint: Checkpoint, *, mrope_interleaved: bool, qk_norm: bool, qkv_bias: bool, moe: bool
+) -> TextConfig:
+    """Reads config.json, flat (as some older ones are) or nested.
+
+    Args:
+        mrope_interleaved, qk_norm: see `TextConfig`.
+        qkv_bias: the family's projections have a bias; else config.json's `attention_bias` says so.
+        moe: the family's layers have experts.
 
     Raises:
-        CheckpointError: a model type or rope kind that is not supported, or a missing field.
+        CheckpointError: a rope kind that is not supported, or a missing field.
     """
     config = checkpoint.config
-    model_type = config["model_type"]
-    if model_type not in MODEL_TYPES:
-        raise CheckpointError(f"model_type {model_type!r} has no decoder here; supported are {', '.join(MODEL_TYPES)}")
     text: dict[str, Any] = config.get("text_config") or config
     rope = (text.get("rope_parameters") or {}) | (text.get("rope_scaling") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "mrope"):
         raise CheckpointError(f"rope_type {kind!r} is not supported, only default M-RoPE is")
-    qwen3 = model_type != "qwen2_5_vl"
     try:
         return TextConfig(
-            model_type=model_type,
+            model_type=config["model_type"],
             vocab_size=text["vocab_size"],
             hidden_size=text["hidden_size"],
             intermediate_size=text["intermediate_size"],
@@ -79,14 +80,14 @@ def text_config(checkpoint: Checkpoint) -> TextConfig:
             rms_norm_eps=text["rms_norm_eps"],
             rope_theta=float(rope.get("rope_theta") or text["rope_theta"]),
             mrope_section=tuple(rope["mrope_section"]),
-            mrope_interleaved=qwen3,
-            qk_norm=qwen3,
-            qkv_bias=not qwen3 or bool(text.get("attention_bias")),
+            mrope_interleaved=mrope_interleaved,
+            qk_norm=qk_norm,
+            qkv_bias=qkv_bias or bool(text.get("attention_bias")),
             # The whole model's word counts, as in transformers; the text model's where there is no other.
             tie_word_embeddings=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
             max_position_embeddings=text["max_position_embeddings"],
             num_deepstack=len(config["vision_config"].get("deepstack_visual_indexes") or ()),
-            moe=_moe_config(text) if model_type == "qwen3_vl_moe" else None,
+            moe=_moe_config(text) if moe else None,
         )
     except KeyError as error:
         raise CheckpointError(

@@ -1,12 +1,11 @@
-"""The text decoder of all three families; they differ in what config.json switches on.
+"""The text decoder of all families; they differ in what `TextConfig` switches on.
 
 It reads only the step's input buffers: text embeddings and image rows have been written there before.
 
 Shapes: T tokens of the step, C hidden size, N deepstack layers, H query heads, K key/value heads, D head dim,
 V vocabulary.
 
-Source: transformers 5.23 `models/qwen3_vl/modeling_qwen3_vl.py` (Qwen3VLTextModel), `models/qwen3_vl_moe` and
-`models/qwen2_5_vl`.
+Source: the text models of transformers 5.23 that the families name.
 """
 
 from __future__ import annotations

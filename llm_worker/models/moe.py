@@ -2,7 +2,7 @@
 
 Shapes: T tokens, C hidden size, E experts, K experts a token, I expert's intermediate size.
 
-Source: transformers 5.23 `models/qwen3_vl_moe/modeling_qwen3_vl_moe.py`, Qwen3VLMoeTextSparseMoeBlock.
+Source: the sparse MoE blocks of transformers 5.23's models that the families name.
 """
 
 from __future__ import annotations

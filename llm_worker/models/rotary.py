@@ -2,8 +2,7 @@
 
 Shapes: T tokens, H heads, D head dim, F frequencies (D / 2).
 
-Source: Qwen2-VL paper (arXiv 2409.12191), section 2.1; transformers 5.23 `models/qwen3_vl/modeling_qwen3_vl.py`,
-Qwen3VLTextRotaryEmbedding (interleaved), and `models/qwen2_5_vl/modeling_qwen2_5_vl.py` (in blocks).
+Source: arXiv 2409.12191, section 2.1; the text rotary embeddings of transformers 5.23's models that the families name.
 """
 
 from __future__ import annotations

@@ -8,11 +8,10 @@ import torch
 
 from embedding_transport.checkpoint import Checkpoint, CheckpointError, TensorPart
 from embedding_transport.dummy_weights import configured_dtype
-from llm_worker.models.config import MODEL_TYPES
 from llm_worker.models.decoder import TextDecoder
 from llm_worker.models.sharding import part_of_rank
 
-# Where the decoder's tensors live, newest spelling first. Qwen2.5-VL's checkpoints have them right below "model.".
+# Where the decoder's tensors live, newest spelling first; older checkpoints have them right below "model.".
 _PREFIXES = ("model.language_model.", "language_model.model.", "model.")
 _A_NORM = "layers.0.input_layernorm.weight"
 
@@ -71,8 +70,8 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     if not names:
         model_type = checkpoint.config.get("model_type")
         raise CheckpointError(
-            f"no {_A_NORM} in {checkpoint.folder} (model_type {model_type!r}): these are not the weights of "
-            f"{', '.join(MODEL_TYPES)}"
+            f"no {_A_NORM} in {checkpoint.folder} (model_type {model_type!r}): these are not the weights of a text "
+            "decoder"
         )
     return next(checkpoint.read_tensors(names[:1]))[1].dtype
 

@@ -13,7 +13,7 @@ class PromptConfig:
     """Special token ids, and how media tokens are placed.
 
     merge_size: patches merged into one token along each side.
-    tokens_per_second: Qwen2.5-VL's time positions per second of video; None for Qwen3-VL, whose timestamps are text.
+    tokens_per_second: time positions per second of video; None where a video's timestamps are text.
     """
 
     image_token_id: int
@@ -27,22 +27,30 @@ class PromptConfig:
     def placeholder_ids(self) -> dict[MediaKind, int]:
         return {"image": self.image_token_id, "video": self.video_token_id}
 
-    @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint) -> PromptConfig:
-        """
-        Raises:
-            CheckpointError: config.json lacks a field.
-        """
-        config = checkpoint.config
-        try:
-            vision = config["vision_config"]
-            return cls(
-                image_token_id=config["image_token_id"],
-                video_token_id=config["video_token_id"],
-                vision_start_token_id=config["vision_start_token_id"],
-                vision_end_token_id=config["vision_end_token_id"],
-                merge_size=vision["spatial_merge_size"],
-                tokens_per_second=vision["tokens_per_second"] if config["model_type"] == "qwen2_5_vl" else None,
-            )
-        except KeyError as error:
-            raise CheckpointError(f"config.json in {checkpoint.folder} has no {error.args[0]}") from error
+    @property
+    def timestamped_videos(self) -> bool:
+        """Whether each temporal patch of a video is a run of placeholders of its own behind its time as text."""
+        return self.tokens_per_second is None
+
+
+def read_prompt_config(checkpoint: Checkpoint, *, timestamped_videos: bool) -> PromptConfig:
+    """
+    Args:
+        timestamped_videos: see `PromptConfig`; else config.json has the `tokens_per_second`.
+
+    Raises:
+        CheckpointError: config.json lacks a field.
+    """
+    config = checkpoint.config
+    try:
+        vision = config["vision_config"]
+        return PromptConfig(
+            image_token_id=config["image_token_id"],
+            video_token_id=config["video_token_id"],
+            vision_start_token_id=config["vision_start_token_id"],
+            vision_end_token_id=config["vision_end_token_id"],
+            merge_size=vision["spatial_merge_size"],
+            tokens_per_second=None if timestamped_videos else vision["tokens_per_second"],
+        )
+    except KeyError as error:
+        raise CheckpointError(f"config.json in {checkpoint.folder} has no {error.args[0]}") from error

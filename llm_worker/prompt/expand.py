@@ -1,6 +1,6 @@
 """From token ids with placeholders and the items' layouts to the whole prompt.
 
-Source: transformers 5.23 `Qwen3VLProcessor.replace_video_token`, `Qwen2_5_VLProcessor.replace_video_token` and
+Source: transformers 5.23 `replace_video_token` of the processors that the families name, and
 `ProcessorMixin.get_text_with_replacements`, which leaves what surrounds a placeholder as it is.
 """
 
@@ -24,7 +24,7 @@ def expand_prompt(
     """
     Args:
         layouts: of the request's items, in order.
-        encode_text: the tokenizer, for the timestamps of Qwen3-VL's videos; None without one.
+        encode_text: the tokenizer, for timestamps that are text; None without one.
 
     Raises:
         PlaceholderMismatch: expanded placeholders that are not those of the items.
@@ -50,7 +50,7 @@ def _expand_each(
         done = position + 1
         layout = layouts[item_index]
         lengths = span_lengths(layout, config)
-        timestamped = layout.kind == "video" and config.tokens_per_second is None
+        timestamped = layout.kind == "video" and config.timestamped_videos
         first_row = 0
         for frame, length in enumerate(lengths):
             if timestamped:

@@ -1,7 +1,7 @@
 """M-RoPE positions of a prompt: text counts up, media tokens lie on a grid of time, row and column.
 
-Source: Qwen2-VL paper (arXiv 2409.12191), section 2.1; transformers 5.23 `get_rope_index` and `get_vision_position_ids`
-of models/qwen3_vl and models/qwen2_5_vl.
+Source: arXiv 2409.12191, section 2.1; `get_rope_index` and `get_vision_position_ids` of transformers 5.23's models that
+the families name.
 """
 
 from __future__ import annotations

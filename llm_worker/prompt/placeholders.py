@@ -58,8 +58,8 @@ def plan_placeholders(token_ids: list[int], kinds: Sequence[MediaKind], config: 
 
 
 def span_lengths(layout: Layout, config: PromptConfig) -> list[int]:
-    """Rows in each run of placeholders of an item: one run, but one a temporal patch for Qwen3-VL's videos."""
-    if layout.kind == "image" or config.tokens_per_second is not None:
+    """Rows in each run of placeholders of an item: one run, but one a temporal patch for timestamped videos."""
+    if layout.kind == "image" or not config.timestamped_videos:
         return [layout.num_tokens]
     num_frames = layout.grid_thw[0]
     return [layout.num_tokens // num_frames] * num_frames

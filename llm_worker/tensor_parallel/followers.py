@@ -14,8 +14,8 @@ from llm_worker.config import LlmConfig
 from llm_worker.engine.config import EngineConfig
 from llm_worker.engine.forward_pass import ForwardPass
 from llm_worker.engine.runner import MakeRunner
+from llm_worker.families import text_config
 from llm_worker.loading import rank_device
-from llm_worker.models.config import text_config
 from llm_worker.models.decoder import TextDecoder
 from llm_worker.models.sharding import config_of_rank
 from llm_worker.tensor_parallel.channel import Channel

@@ -11,10 +11,9 @@ from torch import nn
 from benchmarks.checkpoints import save_qwen3_vl_8b
 from embedding_transport.checkpoint import open_checkpoint
 from encoder_service.families import family_of, processor_settings
-from llm_worker.models.config import text_config
+from llm_worker.families import prompt_config, text_config
 from llm_worker.models.decoder import TextDecoder
 from llm_worker.models.weights import stored_dtype
-from llm_worker.prompt.config import PromptConfig
 from llm_worker.prompt.tokenizer import PromptTokenizer
 
 
@@ -34,7 +33,7 @@ def test_qwen3_vl_8b(tmp_path: Path) -> None:
     assert num_parameters(decoder, tower) == pytest.approx(8.77e9, rel=1e-3)
     assert processor_settings(checkpoint).max_pixels > 1920 * 1080
 
-    tokenizer, prompt = PromptTokenizer(checkpoint), PromptConfig.from_checkpoint(checkpoint)
+    tokenizer, prompt = PromptTokenizer(checkpoint), prompt_config(checkpoint)
     assert prompt.image_token_id in tokenizer.encode("<|vision_start|><|image_pad|><|vision_end|>")
     # Whatever token comes out, it has a text: clients see each come.
     assert all(tokenizer.detokenizer().push(token_id) for token_id in (65, 300, text.vocab_size - 1))

@@ -15,7 +15,7 @@ from embedding_transport.dummy_weights import configured_dtype, draw_dummy_weigh
 from encoder_service.families import build_tower
 from encoder_service.models.weights import VisualWeights
 from encoder_service.models.weights import stored_dtype as stored_visual_dtype
-from llm_worker.models import build_decoder
+from llm_worker.families import build_decoder
 from llm_worker.models.weights import stored_dtype as stored_language_dtype
 
 CPU = torch.device("cpu")

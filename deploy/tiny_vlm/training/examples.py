@@ -24,7 +24,7 @@ from encoder_service.families import processor_settings
 from encoder_service.preprocess.frame_sampling import sample_frames, timestamps_s
 from encoder_service.preprocess.patchify import cut_patches, resize
 from encoder_service.preprocess.smart_resize import resized_image_size, resized_video_size
-from llm_worker.prompt.config import PromptConfig
+from llm_worker.families import prompt_config
 from llm_worker.prompt.expand import expand_prompt
 from llm_worker.prompt.placeholders import plan_placeholders
 from llm_worker.prompt.tokenizer import PromptTokenizer
@@ -78,7 +78,7 @@ class BatchMaker:
     def __init__(self, folder: Path) -> None:
         checkpoint = open_checkpoint(str(folder))
         self._settings = processor_settings(checkpoint)
-        self._prompt_config = PromptConfig.from_checkpoint(checkpoint)
+        self._prompt_config = prompt_config(checkpoint)
         self._tokenizer = PromptTokenizer(checkpoint)
 
     def training_batch(self, indices: Sequence[int]) -> Batch:

@@ -19,7 +19,7 @@ from llm_worker.engine.forward_pass import ForwardPass
 from llm_worker.engine.request import ExpandedPrompt, MediaSpan, SamplingParams, TokenOutput
 from llm_worker.engine.request_handle import RequestHandle
 from llm_worker.engine.runner import MakeRunner, PlainRunner
-from llm_worker.models import build_decoder
+from llm_worker.families import build_decoder
 from tests.llm_worker.engine.tensor_rows import TensorRows
 
 

@@ -14,7 +14,7 @@ from llm_worker.engine.kv_cache import KvCache
 from llm_worker.engine.request import ExpandedPrompt, MediaSpan
 from llm_worker.engine.scheduler import Chunk
 from llm_worker.engine.sequence import Sequence
-from llm_worker.models import build_decoder
+from llm_worker.families import build_decoder
 from llm_worker.models.decoder import StepInputs, TextDecoder
 from tests.llm_worker.engine.harness import greedy, unsent
 from tests.llm_worker.engine.tensor_rows import TensorRows

@@ -10,7 +10,7 @@ import torch
 
 from embedding_transport.checkpoint import open_checkpoint
 from llm_worker.engine.kv_cache import KvCache
-from llm_worker.models.config import text_config
+from llm_worker.families import text_config
 from llm_worker.models.paged_attention import BlockTable
 
 

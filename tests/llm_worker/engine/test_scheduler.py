@@ -13,7 +13,7 @@ from llm_worker.engine.kv_cache import KvCache
 from llm_worker.engine.request import ExpandedPrompt, MediaSpan, SamplingParams
 from llm_worker.engine.scheduler import Chunk, Scheduler
 from llm_worker.engine.sequence import Sequence
-from llm_worker.models.config import text_config
+from llm_worker.families import text_config
 from tests.llm_worker.engine.tensor_rows import TensorRows
 
 BLOCK_SIZE = 4

@@ -17,13 +17,13 @@ from embedding_transport.types import ModelIdentity
 from llm_worker.engine.config import EngineConfig
 from llm_worker.engine.engine import Engine
 from llm_worker.engine.forward_pass import ForwardPass
+from llm_worker.families import build_decoder, prompt_config
 from llm_worker.frontend.generation import Generator
 from llm_worker.frontend.known_layouts import KnownLayouts
 from llm_worker.frontend.media_feed import MediaFeed
 from llm_worker.frontend.openai_http import ServedModel
 from llm_worker.frontend.prompt_feed import PromptContext
 from llm_worker.frontend.sampling_defaults import SamplingDefaults
-from llm_worker.models import build_decoder
 from llm_worker.prompt.config import PromptConfig
 from llm_worker.prompt.tokenizer import PromptTokenizer
 
@@ -75,7 +75,7 @@ async def serving(
     if encoder != NO_ENCODER:
         await encoders.start()
     tokenizer = PromptTokenizer(checkpoint) if with_tokenizer else None
-    config = PromptConfig.from_checkpoint(checkpoint)
+    config = prompt_config(checkpoint)
     known = KnownLayouts()
     make_feed = partial(MediaFeed, encoders, known)
     generator = Generator(PromptContext(engine, config, tokenizer), make_feed, MAX_ITEMS)

@@ -16,7 +16,7 @@ from llm_worker.engine.request import ExpandedPrompt, MediaSpan
 from llm_worker.engine.runner import PlainRunner, Runner
 from llm_worker.engine.scheduler import Chunk
 from llm_worker.engine.sequence import Sequence
-from llm_worker.models import build_decoder
+from llm_worker.families import build_decoder
 from llm_worker.models.decoder import TextDecoder
 from tests.integration.test_parity import CASES
 from tests.llm_worker.engine.harness import Request, greedy, request_for, unsent

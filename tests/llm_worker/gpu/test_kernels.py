@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from embedding_transport.checkpoint import open_checkpoint
-from llm_worker.models.config import text_config
+from llm_worker.families import text_config
 from llm_worker.models.decoder import RMSNorm
 from llm_worker.models.paged_attention import BlockTable, SequenceSlice, paged_attention, plan_attention
 from llm_worker.models.rotary import axis_of_frequency, rotary_at

@@ -13,7 +13,7 @@ from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
 from llm_worker.engine.kv_cache import KvCache
 from llm_worker.engine.scheduler import Chunk
 from llm_worker.engine.sequence import Sequence
-from llm_worker.models import build_decoder
+from llm_worker.families import build_decoder
 from tests.integration.test_parity import CASES
 from tests.llm_worker.engine.harness import greedy, request_for, unsent
 

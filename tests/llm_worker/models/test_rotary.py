@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from embedding_transport.checkpoint import open_checkpoint
-from llm_worker.models.config import TextConfig, text_config
+from llm_worker.families import text_config
+from llm_worker.models.config import TextConfig
 from llm_worker.models.rotary import axis_of_frequency, rotary_at
 
 

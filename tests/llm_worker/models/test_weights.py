@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from deploy.random_checkpoint import save_random_checkpoint, small_config
 from embedding_transport.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from llm_worker.models import build_decoder
-from llm_worker.models.config import text_config
+from llm_worker.families import build_decoder, text_config
 from llm_worker.models.decoder import TextDecoder
 from llm_worker.models.weights import stored_dtype
 

@@ -17,9 +17,9 @@ from embedding_transport.errors import BadRequest, PrefillMismatch, PrefillUnava
 from embedding_transport.exporter import RowExporter
 from embedding_transport.grpc_status import error_from_rpc
 from embedding_transport.shm_pool import ShmPool
+from llm_worker.families import text_config
 from llm_worker.frontend.grpc_server import LlmServer, LlmServicer
 from llm_worker.metrics import LlmMetrics
-from llm_worker.models.config import text_config
 from llm_worker.prefill.kv_format import KvFormat
 from llm_worker.prefill.rpc import SERVICE, prefill_handlers
 from llm_worker.prefill.server import Prefilling, PrefillServicer

@@ -11,7 +11,7 @@ from deploy.reference import Media, Reference
 from embedding_transport.checkpoint import open_checkpoint
 from embedding_transport.errors import BadRequest, PlaceholderMismatch
 from embedding_transport.types import Layout, MediaKind
-from llm_worker.prompt.config import PromptConfig
+from llm_worker.families import prompt_config
 from llm_worker.prompt.expand import expand_prompt
 from llm_worker.prompt.placeholders import plan_placeholders
 from llm_worker.prompt.tokenizer import PromptTokenizer
@@ -41,7 +41,7 @@ class Family:
     def __init__(self, folder: Path) -> None:
         checkpoint = open_checkpoint(str(folder))
         self.reference = Reference(folder)
-        self.config = PromptConfig.from_checkpoint(checkpoint)
+        self.config = prompt_config(checkpoint)
         self.tokenizer = PromptTokenizer(checkpoint)
         vision = self.reference.config.vision_config
         self.factor = vision.patch_size * vision.spatial_merge_size

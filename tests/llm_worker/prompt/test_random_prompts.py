@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from embedding_transport.checkpoint import open_checkpoint
 from embedding_transport.errors import PlaceholderMismatch
 from embedding_transport.types import Layout
+from llm_worker.families import prompt_config
 from llm_worker.prompt.config import PromptConfig
 from llm_worker.prompt.expand import expand_prompt
 from llm_worker.prompt.placeholders import plan_placeholders
@@ -106,7 +107,7 @@ def family(checkpoint_folder: Path) -> Family:
     checkpoint = open_checkpoint(str(checkpoint_folder))
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(checkpoint_folder))
-    return Family(PromptConfig.from_checkpoint(checkpoint), PromptTokenizer(checkpoint), model)
+    return Family(prompt_config(checkpoint), PromptTokenizer(checkpoint), model)
 
 
 def prompts(family: Family) -> Iterator[Segments]:

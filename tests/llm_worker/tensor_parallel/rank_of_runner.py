@@ -20,9 +20,9 @@ from llm_worker.engine.request import ExpandedPrompt, MediaSpan
 from llm_worker.engine.runner import PlainRunner, Runner
 from llm_worker.engine.scheduler import Chunk
 from llm_worker.engine.sequence import Sequence
+from llm_worker.families import build_decoder
 from llm_worker.gpu.gpu_runner import GpuRunner
 from llm_worker.gpu.prefill_attention import TorchSdpa
-from llm_worker.models import build_decoder
 from llm_worker.models.decoder import TextDecoder
 from llm_worker.tensor_parallel.group import TorchGroup
 from tests.llm_worker.engine.harness import greedy, unsent

@@ -26,7 +26,7 @@ from llm_worker.engine.request import ExpandedPrompt, MediaSpan
 from llm_worker.engine.runner import PlainRunner, Runner
 from llm_worker.engine.scheduler import Chunk
 from llm_worker.engine.sequence import Sequence
-from llm_worker.models import build_decoder
+from llm_worker.families import build_decoder
 from llm_worker.models.decoder import StepInputs, TextDecoder
 from llm_worker.tensor_parallel.channel import Channel, ChannelClosed, Kind
 from llm_worker.tensor_parallel.group import TorchGroup

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from embedding_transport.checkpoint import open_checkpoint
-from llm_worker.models import build_decoder
+from llm_worker.families import build_decoder
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from tests.llm_worker.tensor_parallel import rank_of_runner

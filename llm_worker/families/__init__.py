@@ -1,0 +1,83 @@
+"""The families of checkpoints that the worker serves: one file each, which alone knows what the family has of its own.
+
+docs/add_a_model_family.md says how one is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from embedding_transport.checkpoint import Checkpoint, CheckpointError
+from embedding_transport.dummy_weights import draw_dummy_weights
+from llm_worker.families import qwen2_5_vl, qwen3_vl, without_decoder
+from llm_worker.families.family import Family
+from llm_worker.models.config import TextConfig
+from llm_worker.models.decoder import TextDecoder
+from llm_worker.models.rank_group import RankGroup
+from llm_worker.models.sharding import config_of_rank
+from llm_worker.models.weights import load_language_weights
+from llm_worker.prompt.config import PromptConfig
+
+__all__ = ["FAMILIES", "Family", "build_decoder", "family_of", "prompt_config", "text_config"]
+
+FAMILIES = (qwen3_vl.FAMILY, qwen2_5_vl.FAMILY)
+
+
+def family_of(checkpoint: Checkpoint) -> Family:
+    """
+    Raises:
+        CheckpointError: no family has this model type; where the encoder has its vision tower, with what to do.
+    """
+    model_type = checkpoint.config["model_type"]
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    without_decoder.refuse(checkpoint)
+    served = ", ".join(each for family in FAMILIES for each in family.model_types)
+    raise CheckpointError(f"model_type {model_type!r} has no decoder here; supported are {served}")
+
+
+def text_config(checkpoint: Checkpoint) -> TextConfig:
+    """The dims and features of the checkpoint's decoder.
+
+    Raises:
+        CheckpointError: see `family_of` and `Family`.
+    """
+    return family_of(checkpoint).text_config(checkpoint)
+
+
+def prompt_config(checkpoint: Checkpoint) -> PromptConfig:
+    """What building a prompt needs to know of the checkpoint.
+
+    Raises:
+        CheckpointError: see `family_of` and `Family`.
+    """
+    return family_of(checkpoint).prompt_config(checkpoint)
+
+
+def build_decoder(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_progress: Callable[[int, int], None] = lambda num_loaded, num_tensors: None,
+    group: RankGroup | None = None,
+) -> TextDecoder:
+    """The checkpoint's text decoder with its weights (or dummies); the vision tower's tensors are not read.
+
+    Args:
+        group: the ranks that share it, of which ours reads its part alone; None for all of it.
+
+    Raises:
+        CheckpointError: a model type we have no decoder for, weights that do not match config.json, or a model that
+            cannot be cut into so many parts.
+    """
+    config = text_config(checkpoint)
+    with torch.device("meta"):
+        decoder = TextDecoder(config_of_rank(config, group.size) if group is not None else config, group)
+    if checkpoint.load_format == "dummy":
+        draw_dummy_weights(decoder, checkpoint, device, dtype, on_progress)
+    else:
+        load_language_weights(decoder, checkpoint, device, dtype, on_progress)
+    return decoder.eval().requires_grad_(False)

@@ -1,0 +1,26 @@
+"""What makes a family of vision-language checkpoints, as far as the worker is concerned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from embedding_transport.checkpoint import Checkpoint
+from llm_worker.models.config import TextConfig
+from llm_worker.prompt.config import PromptConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """Checkpoints whose text decoders and prompts follow the same rules.
+
+    model_types: config.json's words for them.
+    text_config: the decoder's dims and features.
+    prompt_config: special tokens, and how media tokens are placed.
+
+    Both readers raise CheckpointError where config.json lacks a field or asks for something that is not supported.
+    """
+
+    model_types: tuple[str, ...]
+    text_config: Callable[[Checkpoint], TextConfig]
+    prompt_config: Callable[[Checkpoint], PromptConfig]
