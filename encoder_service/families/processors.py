@@ -1,4 +1,8 @@
-"""Class attributes of transformers 5.23's image and video processors, which several families share."""
+"""Class attributes of transformers 5.23's image and video processors, which several families share.
+
+Source: `models/qwen2_vl/image_processing_qwen2_vl.py` and `video_processing_qwen2_vl.py`,
+`models/qwen3_vl/video_processing_qwen3_vl.py`; times of frames: `models/qwen3_vl/processing_qwen3_vl.py`.
+"""
 
 from __future__ import annotations
 

@@ -27,20 +27,29 @@ class VisualWeights:
         """The tower's names of all visual tensors of the checkpoint, and the checkpoint's names.
 
         Raises:
-            CheckpointError: it holds none.
+            CheckpointError: it holds none, or two for the same place.
         """
-        names = {self._own_name(name): name for name in checkpoint.tensor_names() if name.startswith(self.prefixes)}
+        names: dict[str, str] = {}
+        for stored in checkpoint.tensor_names():
+            if not stored.startswith(self.prefixes):
+                continue
+            name = self._own_name(stored)
+            if name in names:
+                raise CheckpointError(
+                    f"{names[name]} and {stored} in {checkpoint.folder} are one tensor of the tower: remove one of them"
+                )
+            names[name] = stored
         if not names:
             raise CheckpointError(
                 f"{checkpoint.folder} holds no tensors named {' or '.join(f'{each}*' for each in self.prefixes)}"
             )
         return names
 
-    def _own_name(self, name: str) -> str:
-        own = next(name.removeprefix(each) for each in self.prefixes if name.startswith(each))
-        for stored, ours in self.renamed:
-            own = own.replace(stored, ours)
-        return own
+    def _own_name(self, stored: str) -> str:
+        name = next(stored.removeprefix(each) for each in self.prefixes if stored.startswith(each))
+        for theirs, ours in self.renamed:
+            name = name.replace(theirs, ours)
+        return name
 
 
 def load_visual_weights(

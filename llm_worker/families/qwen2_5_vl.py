@@ -1,7 +1,7 @@
 """Qwen2.5-VL: biases in the projections, M-RoPE in blocks; a video's time is in the positions of its tokens.
 
-Source: transformers 5.23 `models/qwen2_5_vl/modeling_qwen2_5_vl.py` (Qwen2_5_VLTextModel, `get_rope_index`) and
-`processing_qwen2_5_vl.py` (`replace_video_token`).
+Source: transformers 5.23 `models/qwen2_5_vl/modeling_qwen2_5_vl.py` (Qwen2_5_VLTextModel, `get_rope_index`,
+`get_vision_position_ids`) and `processing_qwen2_5_vl.py` (`replace_video_token`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Qwen3-VL, dense and MoE: query and key norms, interleaved M-RoPE, deepstack; a video's timestamps are text.
 
-Source: transformers 5.23 `models/qwen3_vl/modeling_qwen3_vl.py` (Qwen3VLTextModel, `get_rope_index`) and
-`processing_qwen3_vl.py` (`replace_video_token`), and `models/qwen3_vl_moe`
+Source: transformers 5.23 `models/qwen3_vl/modeling_qwen3_vl.py` (Qwen3VLTextModel, Qwen3VLTextRotaryEmbedding,
+`get_rope_index`) and `processing_qwen3_vl.py` (`replace_video_token`); experts: `models/qwen3_vl_moe`
 (Qwen3VLMoeTextSparseMoeBlock).
 """
 

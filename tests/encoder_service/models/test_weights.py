@@ -75,6 +75,14 @@ def test_a_tensor_left_over_is_named(folder_copy: Path) -> None:
         build_tower(open_checkpoint(str(folder_copy)), CPU, torch.float32)
 
 
+def test_two_tensors_for_one_place_are_named(qwen3_omni_moe_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(qwen3_omni_moe_folder, tmp_path / "checkpoint"))
+    tensors = load_file(folder / "model.safetensors")
+    rewrite(folder, tensors | {"thinker.visual.merger.norm.weight": torch.ones(64)})
+    with pytest.raises(CheckpointError, match=r"thinker\.visual\.merger\.\S+ and thinker\.visual\.merger\.\S+ in"):
+        build_tower(open_checkpoint(str(folder)), CPU, torch.float32)
+
+
 def test_a_tensor_of_another_shape_is_named(folder_copy: Path) -> None:
     tensors = load_file(folder_copy / "model.safetensors")
     name = next(n for n in tensors if n.endswith("merger.ln_q.weight"))
