@@ -21,6 +21,7 @@ from embedding_transport.pool import PoolMapping
 from embedding_transport.shm_pool import ShmMapping
 from embedding_transport.types import PROTOCOL_VERSION
 from protos.encoder.v1 import encoder_pb2
+from service_runtime.backoff import Backoff
 from service_runtime.cancellation import is_own_cancellation
 from service_runtime.grpc_channel import open_channel
 from service_runtime.tls import ClientTls
@@ -143,7 +144,7 @@ class RowPeer(ABC, Generic[DescriptionT]):
     def _stub(self, channel: grpc.aio.Channel) -> RowStub: ...
 
     async def _keep_connected(self) -> None:
-        backoff_s = _FIRST_BACKOFF_S
+        backoff = Backoff(_FIRST_BACKOFF_S, _MAX_BACKOFF_S)
         while True:
             async with AsyncExitStack() as stack:
                 try:
@@ -168,14 +169,13 @@ class RowPeer(ABC, Generic[DescriptionT]):
                 except Exception as error:  # of a service that talks nonsense, or of mapping its pool
                     self._report(self.unavailable(f"{self.service} {self.address} cannot be connected to: {error!r}"))
                 finally:
+                    if self.has_session:
+                        backoff.reset()
                     self.has_session = False
-                    if self.connection is not None:
-                        self.connection = None
-                        backoff_s = _FIRST_BACKOFF_S
+                    self.connection = None
                     self.attempted.set()
                     self._on_change()
-            await asyncio.sleep(backoff_s)
-            backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
+            await backoff.pause()
 
     def _report(self, error: VitrineError) -> None:
         if str(error) != str(self.error):
@@ -279,8 +279,8 @@ class RowPeer(ABC, Generic[DescriptionT]):
             request = encoder_pb2.ReleaseRequest(session_id=session_id, lease_ids=lease_ids)
             try:
                 await stub.Release(request, timeout=_FLUSH_TIMEOUT_S)
-            except grpc.aio.AioRpcError as error:
-                _log.debug("release failed, the leases are reclaimed with the session or expire: %s", error.details())
+            except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:  # UsageError: the channel is closed already
+                _log.debug("release failed, the leases are reclaimed with the session or expire: %s", error)
             except asyncio.CancelledError:
                 for lease_id in lease_ids:  # for the last flush
                     self._to_release.put_nowait((session_id, lease_id))

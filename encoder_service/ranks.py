@@ -17,6 +17,7 @@ import torch
 
 from embedding_transport.errors import EncoderUnavailable
 from encoder_service.config import EncoderConfig
+from service_runtime.backoff import Backoff
 from service_runtime.child_process import Child
 
 _log = logging.getLogger(__name__)
@@ -65,16 +66,18 @@ class _Rank:
         Raises:
             ChildFailed: it never served.
         """
-        backoff_s = _FIRST_BACKOFF_S
+        backoff = Backoff(_FIRST_BACKOFF_S, _MAX_BACKOFF_S)
         while True:
             self._has_served_now = False
             self._child = await Child.start(self._name, ["encoder_service"], self._environment, self._note_serving)
             failure = await self._child.failed()
             if not self._has_served:
                 raise failure
-            backoff_s = _FIRST_BACKOFF_S if self._has_served_now else min(2 * backoff_s, _MAX_BACKOFF_S)
-            _log.error("%s; starting it again in %g s", failure, backoff_s)
-            await asyncio.sleep(backoff_s)
+            if self._has_served_now:
+                backoff.reset()
+            delay_s = backoff.next_s()
+            _log.error("%s; starting it again in %.1f s", failure, delay_s)
+            await asyncio.sleep(delay_s)
 
     async def stop(self, grace_s: float) -> None:
         if self._child is not None:

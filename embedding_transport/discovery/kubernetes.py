@@ -18,6 +18,8 @@ from typing import Any
 
 import aiohttp
 
+from service_runtime.backoff import Backoff
+
 _log = logging.getLogger(__name__)
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.5, 10.0
@@ -66,18 +68,18 @@ class KubernetesSource:
         """Raises ValueError outside of a pod."""
         server = self._server if self._server is not None else ApiServer.of_this_pod()
         context = ssl.create_default_context(cafile=server.ca_file) if server.ca_file else None
-        backoff_s = _FIRST_BACKOFF_S
+        backoff = Backoff(_FIRST_BACKOFF_S, _MAX_BACKOFF_S)
         async with aiohttp.ClientSession(server.url, timeout=_TIMEOUT) as session:
             while True:
                 try:
                     listed = await self._list(session, server, context)
                     yield _addresses(listed["items"], self._port)
-                    backoff_s = _FIRST_BACKOFF_S
+                    backoff.reset()
                     await self._wait_for_change(session, server, context, listed["metadata"]["resourceVersion"])
                 except (aiohttp.ClientError, TimeoutError, OSError, KeyError) as error:
-                    _log.warning("the endpoints of %s cannot be had: %r; again in %g s", self._name, error, backoff_s)
-                    await asyncio.sleep(backoff_s)
-                    backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
+                    delay_s = backoff.next_s()
+                    _log.warning("the endpoints of %s cannot be had: %r; again in %.1f s", self._name, error, delay_s)
+                    await asyncio.sleep(delay_s)
 
     async def _list(
         self, session: aiohttp.ClientSession, server: ApiServer, context: ssl.SSLContext | None
