@@ -1,27 +1,24 @@
-"""The client of an encoder fleet: picks an encoder for each item, takes the rows in, goes on elsewhere if it dies."""
+"""The client of an encoder fleet: picks an encoder for each item, receives its rows, goes elsewhere if it dies."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import grpc
 import torch
 
-from embedding_transport.chunk_codec import parse_response
-from embedding_transport.content_routing import ranked
-from embedding_transport.encode_receiver import EncodeReceiver
+from embedding_transport.chunk_codec import ChunkView, parse_response
 from embedding_transport.encoder_peer import EncoderDescription, EncoderPeer
 from embedding_transport.encoder_rpc import encode_method
-from embedding_transport.errors import EncoderUnavailable, InternalError, Overloaded
-from embedding_transport.grpc_status import error_from_rpc
-from embedding_transport.merge import merged
-from embedding_transport.peer_fleet import PeerFleet
-from embedding_transport.received_rows import HostBufferPool, LeasedRows
+from embedding_transport.errors import EncoderUnavailable, InternalError, Overloaded, VitrineError, error_from_code
+from embedding_transport.event_stream import EventStream
+from embedding_transport.fleet_client import Exchange, FleetClient
+from embedding_transport.received_rows import HostBufferPool
 from embedding_transport.row_peer import Connection, ConnectOptions, TransportChoice
+from embedding_transport.row_stream import RowStream
 from embedding_transport.types import (
     EncodeEvent,
     Layout,
@@ -30,24 +27,17 @@ from embedding_transport.types import (
     ModelIdentity,
     RowsEvent,
 )
-from embedding_transport.wire import item_to_proto
+from embedding_transport.wire import item_to_proto, layout_from_proto
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from service_runtime.cancellation import is_own_cancellation
+from service_runtime.retry import Attempts, RetryPolicy
 from service_runtime.tls import ClientTls
-from service_runtime.traces import outgoing_metadata
+
+# An encoder that cannot be reached or shuts down, or has no capacity. What it says of the item itself holds on all.
+ENCODE_RETRIES = RetryPolicy[VitrineError](elsewhere=(EncoderUnavailable, Overloaded))
 
 
-@dataclass
-class ClientStats:
-    """Since the start: requests, retries on another encoder, connections fallen back to bytes, bytes by transport."""
-
-    requests: int
-    retries: int
-    fallbacks: int
-    received_nbytes: dict[str, int]
-
-
-class EncoderClient(PeerFleet[EncoderPeer]):
+class EncoderClient(FleetClient[EncoderPeer]):
     """Encodes media on one of several encoders. Make and use it on one event loop.
 
     Args:
@@ -74,12 +64,9 @@ class EncoderClient(PeerFleet[EncoderPeer]):
         tls: ClientTls | None = None,
     ) -> None:
         options = ConnectOptions(transport, shm_folder, connect_timeout_s, gpu, tls)
-        super().__init__(addresses, lambda address: EncoderPeer(address, options, expected))
-        self._encode_timeout_s = encode_timeout_s
-        self._buffers = HostBufferPool()
-        self._num_requests = 0
-        self._num_retries = 0
-        self._received_nbytes = {"cuda_ipc": 0, "shm": 0, "grpc": 0}
+        super().__init__(
+            addresses, lambda address: EncoderPeer(address, options, expected), ENCODE_RETRIES, encode_timeout_s
+        )
 
     async def encoder_stats(self, timeout_s: float = 1.0) -> dict[str, encoder_pb2.GetStatsResponse]:
         """What each encoder says of itself, by address; those that do not answer in time are left out."""
@@ -88,7 +75,7 @@ class EncoderClient(PeerFleet[EncoderPeer]):
             try:
                 stub = encoder_pb2_grpc.EncoderStub(connection.channel)
                 return await stub.GetStats(encoder_pb2.GetStatsRequest(), timeout=timeout_s)
-            except grpc.aio.AioRpcError:
+            except (grpc.aio.AioRpcError, grpc.aio.UsageError):  # UsageError: its channel is closed already
                 return None
             except asyncio.CancelledError:
                 if is_own_cancellation():
@@ -99,12 +86,7 @@ class EncoderClient(PeerFleet[EncoderPeer]):
         answers = await asyncio.gather(*map(ask, connected.values()))
         return {address: answer for address, answer in zip(connected, answers, strict=True) if answer is not None}
 
-    def stats(self) -> ClientStats:
-        return ClientStats(self._num_requests, self._num_retries, self.num_fallbacks, dict(self._received_nbytes))
-
-    async def encode(
-        self, items: Sequence[MediaItem], request_id: str, tenant: str = ""
-    ) -> AsyncGenerator[EncodeEvent]:
+    def encode(self, items: Sequence[MediaItem], request_id: str, tenant: str = "") -> AsyncGenerator[EncodeEvent]:
         """Encodes the items of one request; yields a LayoutEvent and a RowsEvent for each, as they get there.
 
         The caller owns the rows it was given. Rows it was not given are released when the iteration ends or is closed.
@@ -120,159 +102,157 @@ class EncoderClient(PeerFleet[EncoderPeer]):
             VitrineError: the error of the first item that failed.
         """
         self._num_requests += 1
-        # Off the loop: a long video takes a while. One encoder needs no choice.
-        several = len(self._peers) > 1
-        keys = await asyncio.to_thread(lambda: [item.content_key for item in items]) if several else [b""] * len(items)
-        request = _Request(items, keys, request_id, tenant)
-        async with aclosing(self._encode_all(request, range(len(items)))) as events:
-            async for event in events:
-                yield event
+        request = _Request(items, request_id, tenant, self._policy)
+        return request.events.read(partial(self._encode_all, request))
 
-    async def _encode_all(self, request: _Request, indices: Sequence[int]) -> AsyncGenerator[EncodeEvent]:
-        """These items of the request, on as many encoders as they belong to."""
-        await self._until_tried()
-        groups = self._spread(request, indices)
-        streams = [self._encode_group(request, peer, pending) for peer, pending in groups.items()]
-        try:
-            async with aclosing(merged(streams, _release)) as events:
-                async for event in events:
-                    yield event
-        finally:
-            for peer, pending in groups.items():
-                peer.in_flight -= len(pending)
+    async def _encode_all(self, request: _Request) -> None:
+        if len(self._peers) > 1:  # one needs no choice
+            # Off the loop: a long video takes a while.
+            request.keys = await asyncio.to_thread(lambda: [item.content_key for item in request.items])
+        await self._encode(request, range(len(request.items)))
 
-    async def _encode_group(
-        self, request: _Request, peer: EncoderPeer, pending: dict[int, MediaItem]
-    ) -> AsyncGenerator[EncodeEvent]:
-        """On one encoder, and what is missing of it on others if it is lost or overloaded.
-
-        Args:
-            pending: items counted as in flight there; one that is not any more is taken out.
-        """
-        try:
-            async with aclosing(self._encode_on(peer, pending, request)) as events:
-                async for event in events:
-                    if isinstance(event, RowsEvent):
-                        del pending[event.item_index]
-                        peer.in_flight -= 1
-                    elif _is_repeated(event, request.layouts):
-                        continue
-                    yield event
-        except _EncoderLost as error:
-            request.lost[peer.address] = f"encoder {peer.address} was lost: {error}"
-        except Overloaded as error:
-            request.lost[peer.address] = f"encoder {peer.address} is overloaded: {error}"
-            request.overloaded.append(error)
-        missing = list(pending)
-        peer.in_flight -= len(missing)
-        pending.clear()
-        if missing:
-            async with aclosing(self._encode_all(request, missing)) as events:
-                async for event in events:
-                    yield event
-
-    def _spread(self, request: _Request, indices: Sequence[int]) -> dict[EncoderPeer, dict[int, MediaItem]]:
-        """Each item to the connected encoder with the highest rendezvous score, among those with load to spare.
-
-        They count as in flight there from now on, so that a request beside this one sees them.
+    async def _encode(self, request: _Request, indices: Sequence[int]) -> None:
+        """Starts these items on as many encoders as they belong to.
 
         Raises:
             EncoderUnavailable, Overloaded: no encoder is left.
         """
-        usable = [peer for peer in self._peers if peer.connection is not None and peer.address not in request.lost]
-        if not usable:
-            if request.overloaded:
-                raise min(request.overloaded, key=lambda error: error.retry_after_s)
-            raise self._unavailable(request.lost)
-        if request.lost:
-            self._num_retries += 1
-        by_address = {peer.address: peer for peer in usable}
-        groups: dict[EncoderPeer, dict[int, MediaItem]] = {}
+        usable = await self._usable(request.attempts)
+        shares: dict[str, _Share] = {}
         # The largest choose first, as far as that can be told from outside.
         for index in sorted(indices, key=lambda index: -len(request.items[index].data or b"")):
-            loads = {peer.address: peer.in_flight for peer in usable}
-            best = by_address[ranked(request.keys[index], loads)[0]]
-            best.in_flight += 1
-            groups.setdefault(best, {})[index] = request.items[index]
-        return groups
+            peer = self._choose(request.keys[index], usable)
+            shares.setdefault(peer.address, _Share(peer)).add(index)
+        for share in shares.values():
+            request.events.start(partial(self._encode_share, request, share), share.release)
 
-    async def _encode_on(
-        self, peer: EncoderPeer, pending: dict[int, MediaItem], request: _Request
-    ) -> AsyncGenerator[EncodeEvent]:
-        connection = peer.connection
-        assert connection is not None
-        indices = sorted(pending)
+    async def _encode_share(self, request: _Request, share: _Share) -> None:
+        """On one encoder, and what is missing of it on others if it is lost or overloaded."""
+        try:
+            await self._receive(share.peer, partial(self._begin, request, share), partial(request.emit, share))
+        except request.attempts.elsewhere as error:
+            request.attempts.failed(share.peer.address, error)
+        missing = sorted(share.pending)
+        share.release()
+        if missing:
+            await self._encode(request, missing)
+
+    def _begin(
+        self, request: _Request, share: _Share, connection: Connection[EncoderDescription]
+    ) -> Exchange[EncodeEvent]:
+        items = {index: request.items[index] for index in sorted(share.pending)}
         message = encoder_pb2.EncodeRequest(
             request_id=request.request_id,
             session_id=connection.session_id,
             tenant=request.tenant,
-            items=[item_to_proto(pending[index]) for index in indices],
+            items=map(item_to_proto, items.values()),
         )
-        receiver = EncodeReceiver(peer, connection, [pending[index] for index in indices], self._buffers)
-        call = encode_method(connection.channel)(message, timeout=self._encode_timeout_s, metadata=outgoing_metadata())
-        try:
-            async for raw in call:
-                for event in receiver.take(parse_response(raw, encoder_pb2.EncodeResponse)):
-                    if isinstance(event, RowsEvent):
-                        # An item larger than the pool comes as bytes although its session has one.
-                        transport = connection.transport if isinstance(event.rows, LeasedRows) else "grpc"
-                        self._received_nbytes[transport] += (
-                            event.rows.num_tokens * connection.description.identity.row_nbytes
-                        )
-                        yield RowsEvent(indices[event.item_index], event.rows)
-                    else:
-                        yield LayoutEvent(indices[event.item_index], event.layout)
-            if receiver.num_missing:
-                raise _EncoderLost(f"it ended the stream with {receiver.num_missing} items missing")
-        except grpc.aio.AioRpcError as error:
-            if not receiver.num_missing:
-                return
-            named = error_from_rpc(error)
-            if named is not None and not isinstance(named, EncoderUnavailable):
-                raise named from error
-            raise _EncoderLost(str(named or f"{error.code().name} {error.details()}")) from error
-        except asyncio.CancelledError:
-            if is_own_cancellation():
-                raise
-            if receiver.num_missing:
-                raise _EncoderLost("the connection was closed") from None
-        except EncoderUnavailable as error:  # of an item: the encoder is shutting down, or knows our session no more
-            raise _EncoderLost(str(error)) from error
-        finally:
-            call.cancel()
-            receiver.close()
+        return encode_method(connection.channel), message, _EncodeStream(share.peer, connection, items, self._buffers)
 
-    def _unavailable(self, lost: Mapping[str, str]) -> EncoderUnavailable:
-        return EncoderUnavailable(f"no encoder is left to encode on: {self._reasons(lost)}; start one or give it time")
+    def _unavailable(self, failures: Mapping[str, VitrineError]) -> EncoderUnavailable:
+        reasons = self._reasons(failures)
+        return EncoderUnavailable(f"no encoder is left to encode on: {reasons}; start one or give it time")
 
 
-@dataclass
+class _Share:
+    """Items of a request that go to one encoder. pending: those whose rows have not come; they count as in flight."""
+
+    def __init__(self, peer: EncoderPeer) -> None:
+        self.peer = peer
+        self.pending: set[int] = set()
+
+    def add(self, index: int) -> None:
+        self.pending.add(index)
+        self.peer.in_flight += 1
+
+    def remove(self, index: int) -> None:
+        self.pending.remove(index)
+        self.peer.in_flight -= 1
+
+    def release(self) -> None:
+        """Nothing more will come of it there."""
+        self.peer.in_flight -= len(self.pending)
+        self.pending.clear()
+
+
 class _Request:
-    """keys: of the items, by which they are routed; lost: encoders that failed this request, by address, and how."""
+    """keys: of the items, by which they are routed; layouts: of the items that have one, whichever encoder sent it."""
 
-    items: Sequence[MediaItem]
-    keys: Sequence[bytes]
-    request_id: str
-    tenant: str
-    layouts: dict[int, Layout] = field(default_factory=dict)
-    lost: dict[str, str] = field(default_factory=dict)
-    overloaded: list[Overloaded] = field(default_factory=list)
+    def __init__(
+        self, items: Sequence[MediaItem], request_id: str, tenant: str, policy: RetryPolicy[VitrineError]
+    ) -> None:
+        self.items = items
+        self.keys = [b""] * len(items)
+        self.request_id = request_id
+        self.tenant = tenant
+        self.attempts = Attempts(policy)
+        self.events: EventStream[EncodeEvent] = EventStream(_release)
+        self._layouts: dict[int, Layout] = {}
+
+    async def emit(self, share: _Share, event: EncodeEvent) -> None:
+        """
+        Raises:
+            InternalError: an encoder that was lost had sent another layout of the item.
+        """
+        index = event.item_index
+        if isinstance(event, RowsEvent):
+            share.remove(index)
+        else:
+            earlier = self._layouts.setdefault(index, event.layout)
+            if earlier != event.layout:
+                raise InternalError(f"item {index} has layout {event.layout} now and had {earlier} before")
+            if earlier is not event.layout:  # it was handed out before
+                return
+        await self.events.emit(event)
 
 
-class _EncoderLost(Exception):
-    """The encoder, or the way to it, is gone; the request is not at fault."""
+class _EncodeStream(RowStream[EncodeEvent]):
+    """The responses of one Encode call. items: those that it is about, in its order, by their index in the request."""
 
+    def __init__(
+        self,
+        peer: EncoderPeer,
+        connection: Connection[EncoderDescription],
+        items: Mapping[int, MediaItem],
+        buffers: HostBufferPool,
+    ) -> None:
+        super().__init__(peer, connection, connection.description.identity, buffers)
+        self._merge_size = connection.description.merge_size
+        self._items = list(items.items())
 
-def _is_repeated(event: LayoutEvent, layouts: dict[int, Layout]) -> bool:
-    """Whether this layout was handed out before, by an encoder that then died.
+    @property
+    def missing(self) -> str:
+        num_missing = len(self._items) - self._num_complete
+        return f"{num_missing} items" if num_missing else ""
 
-    Raises:
-        InternalError: it was another one then.
-    """
-    earlier = layouts.setdefault(event.item_index, event.layout)
-    if earlier != event.layout:
-        raise InternalError(f"item {event.item_index} has layout {event.layout} now and had {earlier} before")
-    return earlier is not event.layout
+    def take(self, raw: bytes) -> EncodeEvent | None:
+        response = parse_response(raw, encoder_pb2.EncodeResponse)
+        if isinstance(response, ChunkView):
+            return self._rows(response)
+        kind = response.WhichOneof("event")
+        if kind == "layout":
+            return self._layout(response.layout)
+        if kind == "ready":
+            return self._rows(response.ready)
+        if kind == "failed":
+            failed = response.failed
+            raise error_from_code(failed.code, failed.message, failed.retry_after_s)
+        raise InternalError(f"{self._sender} sent an event of kind {kind!r}")
+
+    def _layout(self, message: encoder_pb2.Layout) -> LayoutEvent:
+        if message.item_index >= len(self._items):
+            raise InternalError(f"{self._sender} sent a layout of item {message.item_index} of {len(self._items)}")
+        index, item = self._items[message.item_index]
+        layout = layout_from_proto(message, item, self._merge_size)
+        self._announce(message.item_index, layout.num_tokens)
+        return LayoutEvent(index, layout)
+
+    def _rows(self, message: encoder_pb2.Ready | ChunkView) -> RowsEvent | None:
+        rows = self._take_rows(message)
+        if rows is None:
+            return None
+        index, _ = self._items[message.item_index]
+        return RowsEvent(index, rows)
 
 
 def _release(event: EncodeEvent) -> None:

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import logging
 import uuid
+from collections.abc import Iterable
 
 _log = logging.getLogger(__name__)
 
@@ -136,6 +137,12 @@ class LeaseExpired(VitrineError):
 
 class InternalError(VitrineError):
     code = "internal_error"
+
+
+def soonest_overloaded(errors: Iterable[Exception]) -> Overloaded | None:
+    """Of the errors that are Overloaded the one whose peer is worth trying again first."""
+    overloaded = [error for error in errors if isinstance(error, Overloaded)]
+    return min(overloaded, key=lambda error: error.retry_after_s, default=None)
 
 
 def _subclasses(base: type[VitrineError]) -> list[type[VitrineError]]:

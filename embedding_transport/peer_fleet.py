@@ -122,12 +122,17 @@ class PeerFleet(ABC, Generic[PeerT]):
             for peer in self._peers
         ]
 
-    def _reasons(self, lost: Mapping[str, str]) -> str:
-        """Why none can be used. `lost`: those that failed a request, by address, and how."""
-        return "; ".join(lost.get(peer.address, str(peer.error)) for peer in self._peers) or "none was found"
+    def _reasons(self, failures: Mapping[str, VitrineError]) -> str:
+        """Why none can be used. `failures`: of one request, by the address of the peer that was lost."""
+
+        def reason(peer: PeerT) -> str:
+            failure = failures.get(peer.address)
+            return str(peer.error) if failure is None else f"{peer.service} {peer.address} was lost: {failure}"
+
+        return "; ".join(map(reason, self._peers)) or "none was found"
 
     @abstractmethod
-    def _unavailable(self, lost: Mapping[str, str]) -> VitrineError:
+    def _unavailable(self, failures: Mapping[str, VitrineError]) -> VitrineError:
         """The error of a request that no service is left for."""
 
     async def _let_go(self, peer: PeerT) -> None:

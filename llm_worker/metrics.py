@@ -11,9 +11,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from embedding_transport.encoder_client import ClientStats
 from embedding_transport.errors import InternalError, VitrineError
 from embedding_transport.exporter import ExporterStats
+from embedding_transport.fleet_client import ClientStats
 from llm_worker.engine.engine import EngineStats
 from llm_worker.frontend.events import Delta, Finished, GenerationEvent, Started
 

@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from functools import partial
 
 import grpc
 from ray.serve.handle import DeploymentHandle
 
 from deploy.ray_serve.encoder import EncoderReplica
-from deploy.ray_serve.patience import Patience
 from embedding_transport.content_routing import content_key
+from embedding_transport.encoder_client import ENCODE_RETRIES
 from embedding_transport.errors import (
     BadRequest,
     EncoderUnavailable,
@@ -21,19 +23,19 @@ from embedding_transport.errors import (
     Overloaded,
     TooManyItems,
     TransportUnavailable,
+    error_from_code,
+    soonest_overloaded,
 )
+from embedding_transport.event_stream import EventStream
 from embedding_transport.grpc_status import error_from_rpc
-from embedding_transport.merge import merged
+from encoder_service.codec import failed_to_proto
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from service_runtime.grpc_channel import open_channel
+from service_runtime.retry import Attempts
 
 Metadata = Sequence[tuple[str, str]]
 
 _DESCRIBE_TIMEOUT_S = 10.0
-# Nothing is wrong with the item: another encoder may take it.
-_ELSEWHERE = (EncoderUnavailable.code, Overloaded.code)
-# What a call ends with where the encoder was killed, or stopped waiting for it.
-_LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
 class EncodeForwarder:
@@ -47,7 +49,7 @@ class EncodeForwarder:
     def __init__(self, encoders: DeploymentHandle[EncoderReplica], max_items: int, retry_s: float) -> None:
         self._encoders = encoders
         self._max_items = max_items
-        self._retry_s = retry_s
+        self._policy = replace(ENCODE_RETRIES, budget_s=retry_s)
 
     async def describe(self) -> encoder_pb2.DescribeResponse:
         """What one of the encoders serves, less the transports that cannot be had here.
@@ -67,7 +69,7 @@ class EncodeForwarder:
         description.gpu_uuids[:] = []
         return description
 
-    async def encode(
+    def encode(
         self, request: encoder_pb2.EncodeRequest, metadata: Metadata = ()
     ) -> AsyncGenerator[encoder_pb2.EncodeResponse]:
         """
@@ -84,44 +86,79 @@ class EncodeForwarder:
             raise BadRequest("the request has no media items: give at least one")
         if len(request.items) > self._max_items:
             raise TooManyItems(f"{len(request.items)} media items: at most {self._max_items} are accepted at once")
+        events: EventStream[encoder_pb2.EncodeResponse] = EventStream(lambda response: None)
         # Of the choices that are made at the same time for one request Ray Serve forgets all but one.
         choosing = asyncio.Lock()
-        items = [self._encode_item(request, index, metadata, choosing) for index in range(len(request.items))]
-        async with aclosing(merged(items, lambda response: None)) as responses:
-            async for response in responses:
-                yield response
+
+        async def begin() -> None:
+            for index in range(len(request.items)):
+                events.start(partial(self._encode_item, request, index, metadata, choosing, events))
+
+        return events.read(begin)
 
     async def _encode_item(
-        self, request: encoder_pb2.EncodeRequest, index: int, metadata: Metadata, choosing: asyncio.Lock
-    ) -> AsyncGenerator[encoder_pb2.EncodeResponse]:
-        """Everything about one item. It ends with a Failed where no encoder could take it."""
+        self,
+        request: encoder_pb2.EncodeRequest,
+        index: int,
+        metadata: Metadata,
+        choosing: asyncio.Lock,
+        events: EventStream[encoder_pb2.EncodeResponse],
+    ) -> None:
+        """Emits everything about one item. It ends with a Failed where no encoder could take it."""
         item = request.items[index]
         alone = encoder_pb2.EncodeRequest(request_id=request.request_id, tenant=request.tenant, items=[item])
         key = content_key(item.data or None, item.url)
-        sent, patience = _Sent(index), Patience(self._retry_s)
-        failures: dict[str, encoder_pb2.Failed] = {}
+        sent, attempts = _Sent(index), Attempts(self._policy)
         while True:
             async with AsyncExitStack() as stack:
                 async with choosing:
-                    choice = self._encoders.choose_replica(key, sorted(failures))
+                    choice = self._encoders.choose_replica(key, sorted(attempts.failures))
                     address = (await stack.enter_async_context(choice)).replica_metadata["address"]
-                failure = failures.get(address)
                 # Those that failed come last. A lost one may be back by now; if it is overloaded, all of them are.
-                if failure is not None and failure.code == Overloaded.code:
+                if isinstance(attempts.failures.get(address), Overloaded):
                     break
-                failure = None
-                async with aclosing(_encode_on(address, alone, metadata)) as responses:
-                    async for response in responses:
-                        if response.failed.code in _ELSEWHERE:
-                            failure = failures[address] = response.failed
-                        elif sent.is_missing(response):
-                            yield response
-                if failure is None:
+                channel = await stack.enter_async_context(open_channel(address))
+                try:
+                    await self._forward(channel, address, alone, metadata, sent, events)
                     return
-            if not await patience.pause():
+                except attempts.elsewhere as error:
+                    attempts.failed(address, error)
+            if not await attempts.pause():
                 break
-        failure.item_index = index
-        yield encoder_pb2.EncodeResponse(failed=failure)
+        last = soonest_overloaded(attempts.failures.values()) or attempts.failures[address]
+        await events.emit(failed_to_proto(index, last))
+
+    async def _forward(
+        self,
+        channel: grpc.aio.Channel,
+        address: str,
+        request: encoder_pb2.EncodeRequest,
+        metadata: Metadata,
+        sent: _Sent,
+        events: EventStream[encoder_pb2.EncodeResponse],
+    ) -> None:
+        """Emits what the caller lacks of one encoder's responses.
+
+        Raises:
+            EncoderUnavailable: it was lost before it was done.
+            VitrineError: it refused the request.
+        """
+        stub: encoder_pb2_grpc.EncoderAsyncStub = encoder_pb2_grpc.EncoderStub(channel)
+        call = stub.Encode(request, metadata=metadata)
+        try:
+            while isinstance(response := await call.read(), encoder_pb2.EncodeResponse):
+                if response.HasField("failed"):
+                    failed = response.failed
+                    refusal = error_from_code(failed.code, failed.message, failed.retry_after_s)
+                    if isinstance(refusal, self._policy.elsewhere):
+                        raise refusal
+                if sent.is_missing(response):
+                    await events.emit(response)
+        except grpc.aio.AioRpcError as error:
+            lost = EncoderUnavailable(f"encoder {address} was lost: {error.details()}; try again")
+            raise error_from_rpc(error) or lost from error
+        finally:
+            call.cancel()
 
 
 class _Sent:
@@ -154,26 +191,3 @@ class _Sent:
             return bool(chunk.data)
         response.failed.item_index = self._index
         return True
-
-
-async def _encode_on(
-    address: str, request: encoder_pb2.EncodeRequest, metadata: Metadata
-) -> AsyncGenerator[encoder_pb2.EncodeResponse]:
-    """The encoder's responses; a Failed of our own comes last if it is lost before it is done."""
-    async with open_channel(address) as channel:
-        stub: encoder_pb2_grpc.EncoderAsyncStub = encoder_pb2_grpc.EncoderStub(channel)
-        call = stub.Encode(request, metadata=metadata)
-        try:
-            async for response in call:
-                yield response
-        except grpc.aio.AioRpcError as error:
-            named = error_from_rpc(error)
-            if named is not None and not isinstance(named, EncoderUnavailable):
-                raise named from error
-            if named is None and error.code() not in _LOST:
-                raise InternalError(f"encoder {address}: {error.code().name} {error.details()}") from error
-            message = f"encoder {address} was lost: {error.details()}; try again"
-            failed = encoder_pb2.Failed(code=EncoderUnavailable.code, message=message)
-            yield encoder_pb2.EncodeResponse(failed=failed)
-        finally:
-            call.cancel()

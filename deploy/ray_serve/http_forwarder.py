@@ -13,8 +13,8 @@ from starlette.types import Send
 from yarl import URL
 
 from deploy.ray_serve.llm import LlmReplica
-from deploy.ray_serve.patience import Patience
 from embedding_transport.errors import BadRequest
+from service_runtime.retry import Attempts, RetryPolicy
 
 _PATHS = "/v1/"
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10)
@@ -36,7 +36,7 @@ class HttpForwarder:
 
     def __init__(self, workers: DeploymentHandle[LlmReplica], retry_s: float) -> None:
         self._workers = workers
-        self._retry_s = retry_s
+        self._policy = RetryPolicy((_WorkerUnavailable,), retry_s)
         self._session = aiohttp.ClientSession(timeout=_TIMEOUT, auto_decompress=False)
 
     async def close(self) -> None:
@@ -49,21 +49,23 @@ class HttpForwarder:
             message = f"{request.method} {path}: only paths below {_PATHS} are served here"
             return await _error(404, BadRequest.code, message)(request.scope, request.receive, send)
         body = await request.body()
-        patience = Patience(self._retry_s)
-        tried: set[str] = set()
+        attempts = Attempts(self._policy)
         while True:
             # Any worker will do: nothing about a request says where its beginning is cached.
-            async with self._workers.choose_replica(os.urandom(8), sorted(tried)) as replica:
+            async with self._workers.choose_replica(os.urandom(8), sorted(attempts.failures)) as replica:
                 address = replica.replica_metadata["address"]
-                failure = await self._attempt(address, path, request, body, send)
-            if failure is None:
-                return
-            tried.add(address)
-            if not await patience.pause():
-                return await failure(request.scope, request.receive, send)
+                try:
+                    return await self._attempt(address, path, request, body, send)
+                except attempts.elsewhere as error:
+                    attempts.failed(address, error)
+            if not await attempts.pause():
+                return await attempts.failures[address].answer(request.scope, request.receive, send)
 
-    async def _attempt(self, address: str, path: str, request: Request, body: bytes, send: Send) -> Response | None:
-        """None once the worker's answer is sent, or else what to answer if this was the last attempt."""
+    async def _attempt(self, address: str, path: str, request: Request, body: bytes, send: Send) -> None:
+        """
+        Raises:
+            _WorkerUnavailable: nothing was sent.
+        """
         # `path` has been unquoted, and is quoted again here: what is in it cannot lead elsewhere.
         query = request.url.query
         url = URL.build(scheme="http", authority=address, path=quote(path), query_string=query, encoded=True)
@@ -72,16 +74,23 @@ class HttpForwarder:
             answer = await self._session.request(request.method, url, headers=headers, data=body)
             if answer.status == _UNAVAILABLE:
                 retry_after = {"Retry-After": answer.headers.get("Retry-After", "1")}
-                return Response(await answer.read(), answer.status, retry_after, answer.content_type)
+                raise _WorkerUnavailable(Response(await answer.read(), answer.status, retry_after, answer.content_type))
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
-            return _error(_UNAVAILABLE, _WORKER_LOST, f"the LLM worker was lost: {error!r}; try again")
+            lost = _error(_UNAVAILABLE, _WORKER_LOST, f"the LLM worker was lost: {error!r}; try again")
+            raise _WorkerUnavailable(lost) from error
         async with answer:
             raw_headers = [each for each in answer.raw_headers if each[0].decode().lower() not in _HOP_BY_HOP]
             await send({"type": "http.response.start", "status": answer.status, "headers": raw_headers})
             async for piece in answer.content.iter_any():
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
-        return None
+
+
+class _WorkerUnavailable(Exception):
+    """Another worker may serve the request. answer: for the client, if this was the last attempt."""
+
+    def __init__(self, answer: Response) -> None:
+        self.answer = answer
 
 
 def _error(status: int, code: str, message: str) -> Response:

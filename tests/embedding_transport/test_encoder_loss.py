@@ -16,6 +16,7 @@ import grpc
 import pytest
 
 from embedding_transport.encoder_client import EncoderClient
+from embedding_transport.encoder_peer import EncoderPeer
 from embedding_transport.encoder_rpc import SERVICE
 from embedding_transport.errors import EncoderUnavailable, InternalError, LeaseExpired, TransportUnavailable
 from embedding_transport.grpc_status import abort
@@ -413,6 +414,69 @@ async def test_a_channel_closed_under_a_request_is_a_lost_encoder(tmp_path: Path
         await connection.channel.close()
         with pytest.raises(EncoderUnavailable, match="lost"):
             await asyncio.wait_for(hanging, 5)
+        await client.close()
+
+
+async def disconnect(peer: EncoderPeer) -> None:
+    peer.connection = None
+
+
+async def close_channel(peer: EncoderPeer) -> None:
+    assert peer.connection is not None
+    await peer.connection.channel.close()
+
+
+class LosesTheFirstChoice(EncoderClient):
+    """Loses the encoder that was chosen first before the task that is to call it runs, as its connection's own may."""
+
+    lose = staticmethod(disconnect)
+    has_lost = False
+
+    async def _encode(self, request, indices):  # type: ignore[no-untyped-def]
+        await super()._encode(request, indices)
+        chosen = [peer for peer in self._peers if peer.in_flight]
+        if not self.has_lost:
+            self.has_lost = True
+            await self.lose(*chosen)
+
+
+class ClosesTheFirstChoice(LosesTheFirstChoice):
+    lose = staticmethod(close_channel)
+
+
+@pytest.mark.parametrize("client_class", [LosesTheFirstChoice, ClosesTheFirstChoice])
+async def test_an_encoder_lost_between_choice_and_use_is_a_lost_encoder(
+    tmp_path: Path, client_class: type[LosesTheFirstChoice]
+) -> None:
+    async with running_stub(tmp_path) as first, running_stub(tmp_path) as second:
+        client = client_class([first[0], second[0]], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+        await client.wait_ready(10)
+        (event,) = await encode(client, "a 5")
+        assert (event.rows.num_tokens, client.stats().retries) == (5, 1)
+        assert [status.in_flight for status in client.status()] == [0, 0]
+        await client.close()
+        alone = client_class([first[0]], IDENTITY, shm_folder=tmp_path)
+        await alone.start()
+        with pytest.raises(EncoderUnavailable, match=f"{first[0]} was lost"):
+            await encode(alone, "a 5")
+        await alone.close()
+
+
+async def test_an_encoder_whose_channel_is_closed_has_no_stats_and_takes_no_releases(tmp_path: Path) -> None:
+    async with running_stub(tmp_path) as (address, servicer, _):
+        client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+        (event,) = await encode(client, "a 5")
+        peer = client._peers[0]
+        await close_channel(peer)
+        assert await client.encoder_stats() == {}
+        event.rows.release()
+        async with asyncio.timeout(5):
+            while peer.num_held:  # or it would never be let go
+                await asyncio.sleep(0.01)
+            while servicer.exporter.stats().live_leases:
+                await asyncio.sleep(0.01)
         await client.close()
 
 

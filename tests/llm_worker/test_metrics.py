@@ -8,8 +8,8 @@ from contextlib import aclosing
 
 import pytest
 
-from embedding_transport.encoder_client import ClientStats
 from embedding_transport.errors import NotAnImage
+from embedding_transport.fleet_client import ClientStats
 from llm_worker.engine.engine import EngineStats
 from llm_worker.frontend.events import Delta, Finished, GenerationEvent, StageTimings, Started
 from llm_worker.metrics import LlmMetrics

@@ -9,9 +9,9 @@ from functools import cache
 
 from prometheus_client.metrics import MetricWrapperBase
 
-from embedding_transport.encoder_client import ClientStats
 from embedding_transport.errors import VitrineError
 from embedding_transport.exporter import ExporterStats
+from embedding_transport.fleet_client import ClientStats
 from embedding_transport.leases import LeaseCounts
 from encoder_service.engine.admission import Admission
 from encoder_service.engine.cache import CacheStats

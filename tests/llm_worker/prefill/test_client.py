@@ -30,8 +30,8 @@ from llm_worker.engine.request import SamplingParams
 from llm_worker.frontend.events import GenerationRequest
 from llm_worker.prefill.client import PrefillClient
 from llm_worker.prefill.kv_format import KvFormat
-from llm_worker.prefill.receiver import PrefillEvent
 from llm_worker.prefill.rpc import prefill_handlers
+from llm_worker.prefill.stream import PrefillEvent
 from llm_worker.prefill.wire import Prefilled, format_to_proto
 from protos.encoder.v1 import encoder_pb2
 from protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
