@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable
-from contextlib import aclosing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -70,28 +70,31 @@ class LlmMetrics:
     def show_progress(self, stage: str, part: float) -> None:
         self.start_progress.labels(stage).set(part)
 
-    async def watch(self, events: AsyncGenerator[GenerationEvent]) -> AsyncGenerator[GenerationEvent]:
-        """Passes a request's events on and measures them."""
+    @contextmanager
+    def watch(self) -> Iterator[Callable[[GenerationEvent], None]]:
+        """Measures one request, which is in flight inside; what this gives is to be called with each of its events."""
         outcome = "cancelled"
         previous = time.perf_counter()
         latency = self._ttft
+
+        def observe(event: GenerationEvent) -> None:
+            nonlocal outcome, previous, latency
+            if isinstance(event, Started):
+                self._tokens.labels("prompt").inc(event.num_prompt_tokens)
+                self._tokens.labels("media").inc(event.num_media_tokens)
+            elif isinstance(event, Delta):
+                now = time.perf_counter()
+                latency.observe(now - previous)
+                previous, latency = now, self._itl
+                self._tokens.labels("generated").inc(len(event.token_ids))
+            elif isinstance(event, Finished):
+                outcome = "ok"
+                for stage, ms in vars(event.timings).items():
+                    if stage != "ttft_ms":
+                        self._stage_seconds.labels(stage.removesuffix("_ms")).observe(ms / 1e3)
+
         try:
-            async with aclosing(events):
-                async for event in events:
-                    if isinstance(event, Started):
-                        self._tokens.labels("prompt").inc(event.num_prompt_tokens)
-                        self._tokens.labels("media").inc(event.num_media_tokens)
-                    elif isinstance(event, Delta):
-                        now = time.perf_counter()
-                        latency.observe(now - previous)
-                        previous, latency = now, self._itl
-                        self._tokens.labels("generated").inc(len(event.token_ids))
-                    elif isinstance(event, Finished):
-                        outcome = "ok"
-                        for stage, ms in vars(event.timings).items():
-                            if stage != "ttft_ms":
-                                self._stage_seconds.labels(stage.removesuffix("_ms")).observe(ms / 1e3)
-                    yield event
+            yield observe
         except (asyncio.CancelledError, GeneratorExit):
             raise
         except Exception as error:

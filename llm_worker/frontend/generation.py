@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -26,10 +26,14 @@ from llm_worker.frontend.prompt_feed import PromptContext, PromptFeed
 from llm_worker.frontend.stages import Stage, stage_timings, stages
 from llm_worker.frontend.stop_strings import StopStrings
 from llm_worker.prompt.placeholders import PlaceholderPlan, plan_placeholders
+from llm_worker.prompt.tokenizer import PromptTokenizer
 from service_runtime.logs import set_request_id
 from service_runtime.traces import past_span
 
 MakeFeed: TypeAlias = Callable[[PromptContext, GenerationRequest], PromptFeed]
+Watch: TypeAlias = AbstractContextManager[Callable[[GenerationEvent], None]]
+
+UNWATCHED: Watch = nullcontext(lambda event: None)
 
 _MAX_RECENT = 50
 
@@ -65,38 +69,64 @@ class Generator:
         self._max_items = max_items
         self.recent: deque[RecentRequest] = deque(maxlen=_MAX_RECENT)
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
+    # A token passes the handle's generator and one of these two, and no other: each would cost it one resumption more.
+
+    async def generate(self, request: GenerationRequest, watch: Watch = UNWATCHED) -> AsyncGenerator[GenerationEvent]:
         """Yields one Started, Deltas, one Finished. Closing the iteration cancels the request everywhere.
+
+        Args:
+            watch: entered for the whole request; each event is reported to what it gives.
 
         Raises:
             VitrineError: why it could not be done.
         """
-        async with self._running(request) as (feed, handle):
-            prompt = await _prompt_of(feed, handle)
-            yield Started(len(prompt.token_ids), prompt.num_media_tokens)
-            async for event in self._stream(request, prompt, handle, feed):
-                yield event
+        with watch as observe:
+            async with self._running(request) as (feed, handle):
+                prompt = await _prompt_of(feed, handle)
+                started = Started(len(prompt.token_ids), prompt.num_media_tokens)
+                observe(started)
+                yield started
+                text = _AnswerText(self.tokenizer, request.stop)
+                async for output in handle:
+                    delta, finish_reason = text.push(output)
+                    observe(delta)
+                    yield delta
+                    if finish_reason is not None:
+                        finished = self._finished(request, prompt, handle, feed, finish_reason, text.num_tokens)
+                        observe(finished)
+                        yield finished
+                        return
 
-    async def prefill(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
+    async def prefill(self, request: GenerationRequest, watch: Watch = UNWATCHED) -> AsyncGenerator[GenerationEvent]:
         """Yields one PromptKnown, one FirstToken, one Finished. The KV can be read until the iteration goes on.
+
+        Args:
+            watch: as of `generate`.
 
         Raises:
             VitrineError: why it could not be done.
         """
         request = replace(request, sampling=replace(request.sampling, max_tokens=1))
-        async with self._running(request, keep_kv=True) as (feed, handle):
-            prompt = await _prompt_of(feed, handle)
-            yield PromptKnown(len(prompt.token_ids), prompt.num_media_tokens, feed.layouts)
-            async for output in handle:
-                engine = handle.timings
-                yield FirstToken(
-                    [output.token_id],
-                    logprobs=[output.logprobs] if output.logprobs is not None else [],
-                    kv=handle.kv(),
-                    timings=stage_timings(feed.arrivals, engine),
-                    num_cached_tokens=engine.num_cached_tokens,
-                )
-                yield self._finished(request, prompt, handle, feed, output.finish_reason or "length", 1)
+        with watch as observe:
+            async with self._running(request, keep_kv=True) as (feed, handle):
+                prompt = await _prompt_of(feed, handle)
+                known = PromptKnown(len(prompt.token_ids), prompt.num_media_tokens, feed.layouts)
+                observe(known)
+                yield known
+                async for output in handle:
+                    engine = handle.timings
+                    first = FirstToken(
+                        [output.token_id],
+                        logprobs=[output.logprobs] if output.logprobs is not None else [],
+                        kv=handle.kv(),
+                        timings=stage_timings(feed.arrivals, engine),
+                        num_cached_tokens=engine.num_cached_tokens,
+                    )
+                    observe(first)
+                    yield first
+                    finished = self._finished(request, prompt, handle, feed, output.finish_reason or "length", 1)
+                    observe(finished)
+                    yield finished
 
     @asynccontextmanager
     async def _running(
@@ -136,26 +166,6 @@ class Generator:
             raise BadRequest(f"token ids must be in 0..{vocab_size - 1}, got {min(token_ids)}..{max(token_ids)}")
         return plan_placeholders(token_ids, [item.kind for item in request.media], self._prompt_config)
 
-    async def _stream(
-        self, request: GenerationRequest, prompt: ExpandedPrompt, handle: RequestHandle, feed: PromptFeed
-    ) -> AsyncGenerator[GenerationEvent]:
-        detokenizer = self.tokenizer.detokenizer() if self.tokenizer is not None else None
-        stop = StopStrings(request.stop)
-        num_tokens = 0
-        async for output in handle:
-            num_tokens += 1
-            ended_by_token = output.finish_reason == "stop"
-            text = ""
-            if detokenizer is not None and not ended_by_token:
-                text = stop.push(detokenizer.push(output.token_id))
-            finish_reason = "stop" if stop.found else output.finish_reason
-            if finish_reason is not None:
-                text += stop.flush()
-            yield _delta(output, text)
-            if finish_reason is not None:
-                yield self._finished(request, prompt, handle, feed, finish_reason, num_tokens)
-                return
-
     def _finished(
         self,
         request: GenerationRequest,
@@ -178,8 +188,24 @@ class Generator:
         return finished
 
 
-def _delta(output: TokenOutput, text: str) -> Delta:
-    return Delta([output.token_id], text, [output.logprobs] if output.logprobs is not None else [])
+class _AnswerText:
+    """An answer's tokens as text, which ends before a stop string. tokenizer: None for tokens without text."""
+
+    def __init__(self, tokenizer: PromptTokenizer | None, stop: Sequence[str]) -> None:
+        self.num_tokens = 0
+        self._detokenizer = tokenizer.detokenizer() if tokenizer is not None else None
+        self._stop = StopStrings(stop)
+
+    def push(self, output: TokenOutput) -> tuple[Delta, str | None]:
+        """The token with the text that is certain by now, and why the answer ends with it, if it does."""
+        self.num_tokens += 1
+        text = ""
+        if self._detokenizer is not None and output.finish_reason != "stop":
+            text = self._stop.push(self._detokenizer.push(output.token_id))
+        finish_reason = "stop" if self._stop.found else output.finish_reason
+        if finish_reason is not None:
+            text += self._stop.flush()
+        return Delta([output.token_id], text, [output.logprobs] if output.logprobs is not None else []), finish_reason
 
 
 async def _prompt_of(feed: PromptFeed, handle: RequestHandle) -> ExpandedPrompt:

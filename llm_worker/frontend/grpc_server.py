@@ -67,7 +67,7 @@ class LlmServicer(llm_pb2_grpc.LlmServicer):
                 request.sampling.logprobs = 0
             generation = generation_from_proto(request.request_id, request.prompt, request.sampling, served.defaults)
             with self._running.one(), serving_span("prefill", metadata_carrier(context.invocation_metadata())):
-                delta, finished = await _first_token(self._metrics.watch(served.generator.generate(generation)))
+                delta, finished = await _first_token(served.generator.generate(generation, self._metrics.watch()))
         except Exception as error:
             await abort(context, error)
         return llm_pb2.PrefillResponse(
@@ -79,7 +79,7 @@ class LlmServicer(llm_pb2_grpc.LlmServicer):
         )
 
     async def _generate(self, generation: GenerationRequest, served: ServedModel, context: GenerateContext) -> None:
-        async with aclosing(self._metrics.watch(served.generator.generate(generation))) as events:
+        async with aclosing(served.generator.generate(generation, self._metrics.watch())) as events:
             async for event in events:
                 if isinstance(event, Started):
                     started = llm_pb2.Started(request_id=generation.request_id, **asdict(event))

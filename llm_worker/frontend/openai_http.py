@@ -106,7 +106,7 @@ class OpenAiHttp:
         tokenizer = served.generator.tokenizer
         return_token_ids = request.return_token_ids or tokenizer is None
         writer = AnswerWriter(kind, generation.request_id, served.name, tokenizer, return_token_ids)
-        async with aclosing(self._metrics.watch(served.generator.generate(generation))) as events:
+        async with aclosing(served.generator.generate(generation, self._metrics.watch())) as events:
             if request.stream:
                 return await _stream(http, events, writer, request.include_usage)
             deltas: list[Delta] = []

@@ -100,7 +100,7 @@ class PrefillServicer(SessionServicer, prefill_pb2_grpc.PrefillServicer):  # typ
         leases: list[int] = []
         exporter, session_id, first_row = prefilling.exporter, request.session_id, request.first_row
         try:
-            async with aclosing(self._metrics.watch(prefilling.served.generator.prefill(generation))) as events:
+            async with aclosing(prefilling.served.generator.prefill(generation, self._metrics.watch())) as events:
                 async for event in events:
                     if isinstance(event, PromptKnown):
                         known = event

@@ -25,19 +25,25 @@ async def events(*given: GenerationEvent | Exception, gap_s: float = 0.0) -> Asy
         yield each
 
 
+async def watched(metrics: LlmMetrics, given: AsyncGenerator[GenerationEvent]) -> AsyncGenerator[GenerationEvent]:
+    """As a generator watches its own events."""
+    with metrics.watch() as observe:
+        async for event in given:
+            observe(event)
+            yield event
+
+
 async def run(metrics: LlmMetrics, given: AsyncGenerator[GenerationEvent]) -> list[GenerationEvent]:
-    async with aclosing(metrics.watch(given)) as watched:
-        return [event async for event in watched]
+    return [event async for event in watched(metrics, given)]
 
 
 def value(metrics: LlmMetrics, name: str, **labels: str) -> float | None:
     return metrics.registry.get_sample_value(f"vitrine_llm_{name}", labels)
 
 
-async def test_events_pass_unchanged_and_are_counted() -> None:
+async def test_events_are_counted() -> None:
     metrics = LlmMetrics()
-    given: list[GenerationEvent] = [Started(10, 4), Delta([1], "a"), Delta([2, 3], "b"), FINISHED]
-    assert await run(metrics, events(*given)) == given
+    await run(metrics, events(Started(10, 4), Delta([1], "a"), Delta([2, 3], "b"), FINISHED))
     assert value(metrics, "requests_total", outcome="ok") == 1
     assert [value(metrics, "tokens_total", kind=kind) for kind in ("prompt", "media", "generated")] == [10, 4, 3]
 
@@ -63,8 +69,8 @@ async def test_a_failure_is_counted_by_its_code(error: Exception, outcome: str) 
 async def test_leaving_is_cancelled_before_the_end_and_ok_after_it() -> None:
     metrics = LlmMetrics()
     for leave_at in (Delta, Finished):
-        async with aclosing(metrics.watch(events(Started(1, 0), Delta([1]), FINISHED))) as watched:
-            async for event in watched:
+        async with aclosing(watched(metrics, events(Started(1, 0), Delta([1]), FINISHED))) as seen:
+            async for event in seen:
                 if isinstance(event, leave_at):
                     break
     assert value(metrics, "requests_total", outcome="cancelled") == 1

@@ -16,7 +16,7 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from embedding_transport.errors import EncoderUnavailable
 from llm_worker.frontend.events import Delta, GenerationEvent, GenerationRequest
-from llm_worker.frontend.generation import Generator
+from llm_worker.frontend.generation import Generator, Watch
 from llm_worker.frontend.openai_http import OpenAiHttp, ServedModel
 from llm_worker.metrics import LlmMetrics
 from llm_worker.prompt.tokenizer import PromptTokenizer
@@ -35,9 +35,9 @@ class HeldGenerator:
     def tokenizer(self) -> PromptTokenizer | None:
         return self.generator.tokenizer
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
+    async def generate(self, request: GenerationRequest, watch: Watch) -> AsyncGenerator[GenerationEvent]:
         num_tokens = 0
-        async with aclosing(self.generator.generate(request)) as events:
+        async with aclosing(self.generator.generate(request, watch)) as events:
             async for event in events:
                 num_tokens += isinstance(event, Delta)
                 if num_tokens == 2:
