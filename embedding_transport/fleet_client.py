@@ -112,7 +112,8 @@ class FleetClient(PeerFleet[PeerT]):
             if stream.missing:
                 raise error_from_rpc(error) or peer.unavailable(f"{error.code().name} {error.details()}") from error
         except grpc.aio.UsageError as error:  # grpc's answer to a call on a channel that is closed
-            raise peer.unavailable("the connection was closed") from error
+            if stream.missing:
+                raise peer.unavailable("the connection was closed") from error
         except asyncio.CancelledError:
             if is_own_cancellation():
                 raise
