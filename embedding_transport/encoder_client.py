@@ -225,7 +225,7 @@ class _EncodeStream(RowStream[EncodeEvent]):
         num_missing = len(self._items) - self._num_complete
         return f"{num_missing} items" if num_missing else ""
 
-    def take(self, raw: bytes) -> EncodeEvent | None:
+    def receive(self, raw: bytes) -> EncodeEvent | None:
         response = parse_response(raw, encoder_pb2.EncodeResponse)
         if isinstance(response, ChunkView):
             return self._rows(response)
@@ -248,7 +248,7 @@ class _EncodeStream(RowStream[EncodeEvent]):
         return LayoutEvent(index, layout)
 
     def _rows(self, message: encoder_pb2.Ready | ChunkView) -> RowsEvent | None:
-        rows = self._take_rows(message)
+        rows = self._receive_rows(message)
         if rows is None:
             return None
         index, _ = self._items[message.item_index]

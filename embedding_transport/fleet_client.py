@@ -102,7 +102,7 @@ class FleetClient(PeerFleet[PeerT]):
             call = method(message, timeout=self._timeout_s, metadata=outgoing_metadata())
             # To its end, also once nothing is missing: a call that is cancelled takes its leases back.
             while isinstance(raw := await call.read(), bytes):
-                event = stream.take(raw)
+                event = stream.receive(raw)
                 if event is not None:
                     self._count(event, stream, connection)
                     await emit(event)

@@ -50,7 +50,7 @@ class RowStream(ABC, Generic[EventT]):
         """What has not come yet; empty once nothing more is needed."""
 
     @abstractmethod
-    def take(self, raw: bytes) -> EventT | None:
+    def receive(self, raw: bytes) -> EventT | None:
         """The next response, serialized; the event that it completes, if it does.
 
         Raises:
@@ -82,7 +82,7 @@ class RowStream(ABC, Generic[EventT]):
             )
         self._announced[index] = _ItemRows(num_tokens, self.row_format, self._buffers)
 
-    def _take_rows(self, message: encoder_pb2.Ready | ChunkView) -> LeasedRows | HostRows | None:
+    def _receive_rows(self, message: encoder_pb2.Ready | ChunkView) -> LeasedRows | HostRows | None:
         """An item's rows, once they are complete.
 
         Raises:

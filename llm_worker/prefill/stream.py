@@ -54,7 +54,7 @@ class PrefillStream(RowStream[PrefillEvent]):
     def missing(self) -> str:
         return "" if self._ends_here or self._num_complete else "KV"
 
-    def take(self, raw: bytes) -> PrefillEvent | None:
+    def receive(self, raw: bytes) -> PrefillEvent | None:
         """
         Raises:
             PromptTooLong: a media item alone is longer than any prompt.
@@ -94,5 +94,5 @@ class PrefillStream(RowStream[PrefillEvent]):
         return prefilled_from_proto(message)
 
     def _kv(self, message: encoder_pb2.Ready | ChunkView) -> RowsEvent | None:
-        rows = self._take_rows(message)
+        rows = self._receive_rows(message)
         return RowsEvent(_KV, rows) if rows is not None else None
