@@ -25,6 +25,7 @@ from benchmarks.decoders import NUM_DEEPSTACK, TransformersDecoder, qwen3_vl_8b_
 from benchmarks.exported_rows import exported_rows
 from embedding_transport.received_rows import copy_rows
 from embedding_transport.types import ItemTimings
+from gpu_kernels.packed_attention import installed_attention
 from llm_worker.engine.config import EngineConfig
 from llm_worker.engine.forward_pass import ForwardPass
 from llm_worker.engine.request import ExpandedPrompt, MediaSpan, SamplingParams
@@ -32,7 +33,6 @@ from llm_worker.engine.sampler import Choice, choose
 from llm_worker.engine.scheduler import Chunk
 from llm_worker.engine.sequence import Sequence as Request
 from llm_worker.gpu.gpu_runner import GpuRunner
-from llm_worker.gpu.prefill_attention import causal_attention
 from llm_worker.models.decoder import TextDecoder
 
 _CEILING_FLOP_PER_S, _CEILING_BYTES_PER_S = 790e12, 4.8e12
@@ -95,7 +95,7 @@ class _Worker:
             GpuRunner,
             max_num_seqs=_MAX_NUM_SEQS,
             max_model_len=_MAX_TOKENS,
-            causal=causal_attention(torch.bfloat16),
+            causal=installed_attention(torch.bfloat16),
             capture=None if graphs else lambda work: work,
         )
         return ForwardPass(self.decoder, config, make_runner)

@@ -1,4 +1,4 @@
-"""Matrix products with what follows them: by cuBLAS and another kernel, or by one kernel where that is faster.
+"""Matrix products with what follows them: by cuBLAS and another kernel, or by a fused epilogue GEMM if that is faster.
 
 Shapes: P rows, I inputs, O outputs.
 """
@@ -13,14 +13,14 @@ from typing import TypeAlias, TypeVar
 import torch
 import torch.nn.functional as F
 
-from gpu_kernels.fastest import FastestWays, fastest_ways
+from gpu_kernels.autotuner import Tuned, autotune
+from gpu_kernels.fused_gemm import ALL_TILES, Activation, check_fused_gemm, fused_gemm, fused_gemm_add
 from gpu_kernels.gated_silu import gated_silu
-from gpu_kernels.one_kernel import ALL_TILES, Activation, check_one_kernel, one_kernel, one_kernel_add
 
 _log = logging.getLogger(__name__)
 _Multiply: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, Activation | None], torch.Tensor]
 _Add: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-_Way = TypeVar("_Way")
+_Implementation = TypeVar("_Implementation")
 
 
 class Product:
@@ -38,15 +38,15 @@ class Product:
     ) -> None:
         """
         Args:
-            sizes: numbers of rows that will come, ascending: at each what is fastest is measured. By cuBLAS if empty.
+            sizes: numbers of rows that will come, ascending: the autotuner measures at each. By cuBLAS if empty.
         """
         self._weight_IO, self._bias_O, self._activation = weight_OI.t(), bias_O, activation
-        self._ways = _ways_to_multiply(
+        self._tuned = _tuned_multiply(
             weight_OI.shape, bias_O is not None, activation, weight_OI.dtype, weight_OI.device, sizes
         )
 
     def __call__(self, x_PI: torch.Tensor) -> torch.Tensor:
-        return self._ways.at(len(x_PI))(x_PI, self._weight_IO, self._bias_O, self._activation)
+        return self._tuned.at(len(x_PI))(x_PI, self._weight_IO, self._bias_O, self._activation)
 
 
 class AddedProduct:
@@ -58,10 +58,10 @@ class AddedProduct:
             sizes: see `Product`.
         """
         self._weight_IO = weight_OI.t()
-        self._ways = _ways_to_add(weight_OI.shape, weight_OI.dtype, weight_OI.device, sizes)
+        self._tuned = _tuned_add(weight_OI.shape, weight_OI.dtype, weight_OI.device, sizes)
 
     def __call__(self, to_PO: torch.Tensor, x_PI: torch.Tensor) -> None:
-        self._ways.at(len(x_PI))(to_PO, x_PI, self._weight_IO)
+        self._tuned.at(len(x_PI))(to_PO, x_PI, self._weight_IO)
 
 
 def _by_cublas(
@@ -80,57 +80,59 @@ def _add_by_cublas(to_PO: torch.Tensor, x_PI: torch.Tensor, weight_IO: torch.Ten
 
 
 @functools.cache
-def _ways_to_multiply(
+def _tuned_multiply(
     shape_OI: torch.Size,
     has_bias: bool,
     activation: Activation | None,
     dtype: torch.dtype,
     device: torch.device,
     sizes: tuple[int, ...],
-) -> FastestWays[_Multiply]:
-    def measured() -> FastestWays[_Multiply]:
-        check_one_kernel(activation, has_bias, dtype, device)
+) -> Tuned[_Multiply]:
+    def measured() -> Tuned[_Multiply]:
+        check_fused_gemm(activation, has_bias, dtype, device)
         weight_IO = torch.randn(shape_OI, dtype=dtype, device=device).t()
         bias_O = torch.randn(shape_OI[0], dtype=dtype, device=device) if has_bias else None
-        ways: dict[str, _Multiply] = {"cuBLAS": _by_cublas}
-        ways |= {str(tiles): functools.partial(one_kernel, tiles) for tiles in ALL_TILES}
+        implementations: dict[str, _Multiply] = {"cuBLAS": _by_cublas}
+        implementations |= {str(tiles): functools.partial(fused_gemm, tiles) for tiles in ALL_TILES}
 
         def work(size: int) -> Callable[[_Multiply], object]:
             x_PI = torch.randn((size, shape_OI[1]), dtype=dtype, device=device)
-            return lambda way: way(x_PI, weight_IO, bias_O, activation)
+            return lambda multiply: multiply(x_PI, weight_IO, bias_O, activation)
 
-        return fastest_ways(what, ways, work, sizes)
+        return autotune(what, implementations, work, sizes)
 
     what = f"products of {shape_OI[1]} to {shape_OI[0]}" + (f" with {activation}" if activation else "")
-    return _measured_or_usual(what, measured, _by_cublas, device, sizes)
+    return _measured_or_default(what, measured, _by_cublas, device, sizes)
 
 
 @functools.cache
-def _ways_to_add(
-    shape_OI: torch.Size, dtype: torch.dtype, device: torch.device, sizes: tuple[int, ...]
-) -> FastestWays[_Add]:
-    def measured() -> FastestWays[_Add]:
-        check_one_kernel(None, False, dtype, device)
+def _tuned_add(shape_OI: torch.Size, dtype: torch.dtype, device: torch.device, sizes: tuple[int, ...]) -> Tuned[_Add]:
+    def measured() -> Tuned[_Add]:
+        check_fused_gemm(None, False, dtype, device)
         weight_IO = torch.randn(shape_OI, dtype=dtype, device=device).t()
-        ways: dict[str, _Add] = {"cuBLAS": _add_by_cublas, "one kernel": one_kernel_add}
+        implementations: dict[str, _Add] = {"cuBLAS": _add_by_cublas, "fused epilogue": fused_gemm_add}
 
         def work(size: int) -> Callable[[_Add], object]:
             x_PI = torch.randn((size, shape_OI[1]), dtype=dtype, device=device)
             to_PO = torch.zeros((size, shape_OI[0]), dtype=dtype, device=device)
-            return lambda way: way(to_PO, x_PI, weight_IO)
+            return lambda add: add(to_PO, x_PI, weight_IO)
 
-        return fastest_ways(what, ways, work, sizes)
+        return autotune(what, implementations, work, sizes)
 
     what = f"products of {shape_OI[1]} to {shape_OI[0]}, added to rows"
-    return _measured_or_usual(what, measured, _add_by_cublas, device, sizes)
+    return _measured_or_default(what, measured, _add_by_cublas, device, sizes)
 
 
-def _measured_or_usual(
-    what: str, measured: Callable[[], FastestWays[_Way]], usual: _Way, device: torch.device, sizes: tuple[int, ...]
-) -> FastestWays[_Way]:
+def _measured_or_default(
+    what: str,
+    measured: Callable[[], Tuned[_Implementation]],
+    default: _Implementation,
+    device: torch.device,
+    sizes: tuple[int, ...],
+) -> Tuned[_Implementation]:
     if device.type != "cpu" and sizes:
         try:
             return measured()
         except Exception as error:  # it is here to be faster: without it the service runs as well
             _log.info("%s by cuBLAS: %s", what, error)
-    return FastestWays((), [usual])
+    return Tuned((), [default])

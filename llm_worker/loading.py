@@ -122,14 +122,14 @@ def choose_runner(
     """
     if decoder.device.type != "cuda":
         return PlainRunner
+    from gpu_kernels.packed_attention import installed_attention
     from llm_worker.gpu.gpu_runner import GpuRunner  # needs Triton, which comes with torch's CUDA builds only
-    from llm_worker.gpu.prefill_attention import causal_attention
 
     return partial(
         GpuRunner,
         max_num_seqs=config.max_num_seqs,
         max_model_len=config.max_model_len,
-        causal=causal_attention(decoder.dtype),
+        causal=installed_attention(decoder.dtype),
         # Which experts run is decided on the host: nothing that can be captured.
         capture=None if decoder.config.moe is None else lambda work: work,
         on_progress=on_progress,

@@ -11,9 +11,9 @@ from encoder_service.models.weights import VisualWeights
 from encoder_service.preprocess.settings import ProcessorDefaults
 
 if TYPE_CHECKING:
-    from encoder_service.gpu.attention import PackedAttention
     from encoder_service.gpu.layers import FusedTower
     from encoder_service.gpu.linear import BlockLinears
+    from gpu_kernels.packed_attention import PackedAttention
 
 
 @dataclass(frozen=True)

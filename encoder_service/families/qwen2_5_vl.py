@@ -24,9 +24,9 @@ from encoder_service.models.layers import Block, Rotary, Segments, activation, c
 from encoder_service.models.tower import PlainTower
 
 if TYPE_CHECKING:
-    from encoder_service.gpu.attention import PackedAttention
     from encoder_service.gpu.layers import FusedTower
     from encoder_service.gpu.linear import BlockLinears
+    from gpu_kernels.packed_attention import PackedAttention
 
 _NORM_EPS = 1e-6
 

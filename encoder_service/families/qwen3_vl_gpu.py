@@ -11,13 +11,13 @@ import torch
 
 from encoder_service.families.qwen3_vl import Merger, Mlp, Qwen3VLTower
 from encoder_service.gpu import kernels, norms
-from encoder_service.gpu.attention import PackedAttention
 from encoder_service.gpu.batch_tables import BatchTables
-from encoder_service.gpu.fp8 import Rows
 from encoder_service.gpu.layers import AttentionBranch, FusedTower
 from encoder_service.gpu.linear import BlockLinears, Linear
 from encoder_service.gpu.residual import ResidualStream
 from encoder_service.models.layers import Block
+from gpu_kernels.fp8 import Rows
+from gpu_kernels.packed_attention import PackedAttention
 
 
 class FusedQwen3VL(FusedTower):

@@ -1,4 +1,4 @@
-"""CUDA graphs of a tower over a ladder of batch sizes.
+"""CUDA graphs of a tower at a range of batch sizes, the capture sizes.
 
 A graph is captured for each bucket; a batch replays the smallest one it fits into. All graphs share one memory pool and
 one set of input and output buffers, so only one may run at a time.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 
@@ -20,6 +20,7 @@ from encoder_service.gpu.layers import FusedTower
 from encoder_service.metrics import GpuStats
 from encoder_service.models.grids import GridTHW
 from encoder_service.models.layers import check_packed_shapes
+from gpu_kernels.graph_capture import CudaGraphs, Work
 
 _SMALLEST_PATCHES = 256
 _MULTIPLE = 64
@@ -40,7 +41,7 @@ class Bucket:
         return layouts.num_patches <= self.num_patches and layouts.fits(self.shape)
 
 
-def ladder(max_patches: int) -> list[Bucket]:
+def capture_buckets(max_patches: int) -> list[Bucket]:
     """Buckets in ascending order up to `max_patches`; empty for 0.
 
     Empty segments cost attention launches that find nothing to do, so a size comes several times: for pictures, for a
@@ -75,7 +76,7 @@ class GpuTower:
         max_graph_patches: int,
         on_progress: Callable[[int, int], None] = lambda num_captured, num_graphs: None,
     ) -> None:
-        """Captures the whole ladder, which takes seconds.
+        """Captures all buckets, which takes seconds.
 
         Args:
             max_graph_patches: larger batches run without a graph; 0 for no graphs at all.
@@ -87,9 +88,9 @@ class GpuTower:
         self.row_width = tower.row_width
         self.merge_unit = tower.merge_unit
         self._num_replayed = self._num_eager = self._num_padding_patches = 0
-        self._buckets = ladder(max_graph_patches)
-        self._graphs: dict[Bucket, torch.cuda.CUDAGraph] = {}
-        started, free_before = time.monotonic(), _free_bytes(tower.device)
+        self._buckets = capture_buckets(max_graph_patches)
+        self._graphs: dict[Bucket, Work] = {}
+        started, capture = time.monotonic(), CudaGraphs(tower.device)
         device, dtype = tower.device, tower.dtype
         self._patches_PX = torch.zeros((max_graph_patches, tower.patch_width), dtype=dtype, device=device)
         self._rows_TW = torch.zeros(
@@ -97,12 +98,11 @@ class GpuTower:
         )
         largest_table = max((bucket.shape.size for bucket in self._buckets), default=0)
         self._table = torch.zeros(largest_table, dtype=torch.int32, device=device)
-        stream, pool = torch.cuda.Stream(tower.device), torch.cuda.graph_pool_handle()
         # Largest first: the smaller ones then live in the memory of the largest.
         for bucket in reversed(self._buckets):
-            self._graphs[bucket] = self._capture(bucket, stream, pool)
+            self._graphs[bucket] = capture(self._work(bucket))
             on_progress(len(self._graphs), len(self._buckets))
-        self._graph_nbytes = free_before - _free_bytes(tower.device)
+        self._graph_nbytes = capture.nbytes  # buffers included
         self.capture_s = time.monotonic() - started
 
     def stats(self) -> GpuStats:
@@ -127,7 +127,7 @@ class GpuTower:
         self._num_padding_patches += bucket.num_patches - len(patches_PX)
         self._patches_PX[: len(patches_PX)].copy_(patches_PX, non_blocking=True)
         self._table[: bucket.shape.size].copy_(layouts.table(bucket.shape), non_blocking=True)
-        self._graphs[bucket].replay()
+        self._graphs[bucket]()
         # A copy: the next batch overwrites the static rows.
         return self._rows_TW[: len(patches_PX) // self.merge_unit].clone()
 
@@ -147,21 +147,7 @@ class GpuTower:
         tower.run(patches_PX.to(tower.device, tower.dtype), BatchTables.of(table, layouts.shape), rows_TW)
         return rows_TW
 
-    def _capture(self, bucket: Bucket, stream: torch.cuda.Stream, pool: Any) -> torch.cuda.CUDAGraph:
+    def _work(self, bucket: Bucket) -> Work:
         patches_PX = self._patches_PX[: bucket.num_patches]
         rows_TW = self._rows_TW[: bucket.num_patches // self.merge_unit]
-        tables = BatchTables.of(self._table, bucket.shape)
-        with torch.cuda.stream(stream):
-            # Compiles and loads kernels, which a capture must not.
-            self._tower.run(patches_PX, tables, rows_TW)
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            self._tower.run(patches_PX, tables, rows_TW)
-        return graph
-
-
-def _free_bytes(device: torch.device) -> int:
-    torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)[0]
+        return partial(self._tower.run, patches_PX, BatchTables.of(self._table, bucket.shape), rows_TW)

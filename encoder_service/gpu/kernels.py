@@ -1,4 +1,4 @@
-"""Triton kernels for what lies between two matrix products.
+"""Triton kernels that know of pictures: patches, where they lie, learned positions, attention within windows.
 
 Every kernel takes packed rows, one a patch, of which only the first `cu_seqlens[-1]` belong to an image: the rest is
 padding up to the size a graph was captured at. Nothing here reads anything on the host, so all of it can be captured.
@@ -8,20 +8,14 @@ Shapes: P patches with padding, S attention segments (frames), C hidden size, H 
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-from gpu_kernels.early_start import starts_early
 
 # Columns of `places`: row, column, rows and columns of the frame, the patch's number in merge-block order.
 PLACE_WIDTH, SOURCE_COLUMN = 5, 4
 
 _PATCHES_A_PROGRAM = 64
-_CHUNKS_A_PROGRAM = 1024
 
 
 def image_patches(
@@ -140,33 +134,6 @@ def _place(
     tl.store(at + 4, tl.where(real, first + source, patch), mask=stored)
 
 
-def rotary_table(places: torch.Tensor, inverse_frequencies: torch.Tensor, cos_sin: torch.Tensor) -> None:
-    """Cosine and sine of every patch's angles, rows first, then columns.
-
-    Args:
-        places: of `place_patches`.
-        inverse_frequencies: [D / 4] float32.
-        cos_sin: [P, 2, D / 2] float32, filled.
-    """
-    num_frequencies = len(inverse_frequencies)
-    _rotary_table[(len(places),)](
-        places, inverse_frequencies, cos_sin, num_frequencies, BLOCK=triton.next_power_of_2(2 * num_frequencies)
-    )
-
-
-@triton.jit
-def _rotary_table(places, inverse_frequencies, cos_sin, num_frequencies, BLOCK: tl.constexpr):
-    patch = tl.program_id(0).to(tl.int64)
-    index = tl.arange(0, BLOCK)
-    kept = index < 2 * num_frequencies
-    position = tl.load(places + patch * 5 + index // num_frequencies, mask=kept, other=0)
-    frequency = tl.load(inverse_frequencies + index % num_frequencies, mask=kept, other=0.0)
-    angle = position.to(tl.float32) * frequency
-    at = cos_sin + patch * 4 * num_frequencies + index
-    tl.store(at, tl.cos(angle), mask=kept)
-    tl.store(at + 2 * num_frequencies, tl.sin(angle), mask=kept)
-
-
 def add_position_embeddings(x_PC: torch.Tensor, table: torch.Tensor, places: torch.Tensor, side: int) -> None:
     """Adds the learned table, sampled bilinearly with aligned corners at every patch, to `x_PC` in place.
 
@@ -210,62 +177,6 @@ def _taps(index, size, side):
 @triton.jit
 def _entry(table, entry, num_channels, channel, kept):
     return tl.load(table + entry * num_channels + channel, mask=kept, other=0.0).to(tl.float32)
-
-
-def turn(
-    qkv_PX: torch.Tensor, cos_sin: torch.Tensor, num_heads: int, padded_head_dim: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rotated queries and keys, each head padded with zeros, and the values.
-
-    Args:
-        qkv_PX: [P, 3 * H * D].
-        cos_sin: of `rotary_table`.
-
-    Returns:
-        q, k: [P, H, E], new memory; v: [P, H, D], a view of `qkv_PX`.
-    """
-    num_patches, width = qkv_PX.shape
-    half = width // (3 * num_heads) // 2
-    chunk = math.gcd(half, 4)
-    q, k = qkv_PX.new_empty((2, num_patches, num_heads, padded_head_dim)).unbind()
-    num_chunks, early = num_patches * num_heads * (half // chunk), starts_early(qkv_PX.device)
-    _turn[(triton.cdiv(num_chunks, _CHUNKS_A_PROGRAM), 2)](
-        qkv_PX, cos_sin, q, q.numel(), num_chunks,
-        HEADS=num_heads, HALF=half, PADDED=padded_head_dim, CHUNK=chunk, BLOCK=_CHUNKS_A_PROGRAM,
-        EARLY=early, launch_pdl=early,
-    )  # fmt: skip
-    return q, k, qkv_PX.view(num_patches, 3, num_heads, 2 * half)[:, 2]
-
-
-@triton.jit(do_not_specialize=["num_chunks"])
-def _turn(
-    qkv, cos_sin, out, out_stride, num_chunks,
-    HEADS: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
-):  # fmt: skip
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
-    # A lane takes CHUNK neighbours of the left half of a head and their partners of the right half.
-    PER_HEAD: tl.constexpr = HALF // CHUNK
-    lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
-    which = tl.program_id(1)
-    patch = (lane // (HEADS * PER_HEAD)).to(tl.int64)
-    head = lane // PER_HEAD % HEADS
-    index = lane % PER_HEAD * CHUNK + tl.arange(0, CHUNK)[None, :]
-    stored = lane < num_chunks
-    at = qkv + (patch * 3 + which) * (HEADS * 2 * HALF) + head * (2 * HALF) + index
-    left = tl.load(at, mask=stored, other=0.0).to(tl.float32)
-    right = tl.load(at + HALF, mask=stored, other=0.0).to(tl.float32)
-    at_angle = cos_sin + patch * (2 * HALF) + index
-    cos = tl.load(at_angle, mask=stored, other=0.0)
-    sin = tl.load(at_angle + HALF, mask=stored, other=0.0)
-    to = out + which * out_stride + (patch * HEADS + head) * PADDED + index
-    tl.store(to, (left * cos - right * sin).to(qkv.dtype.element_ty), mask=stored)
-    tl.store(to + HALF, (right * cos + left * sin).to(qkv.dtype.element_ty), mask=stored)
-    zeros = tl.zeros([BLOCK, CHUNK], qkv.dtype.element_ty)
-    for pad in tl.static_range(2 * HALF, PADDED, HALF):
-        tl.store(to + pad, zeros, mask=stored & (index + pad < PADDED))
 
 
 def window_attention(

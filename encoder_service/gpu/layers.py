@@ -8,13 +8,14 @@ from collections.abc import Callable
 import torch
 
 from encoder_service.gpu import kernels
-from encoder_service.gpu.attention import PackedAttention
 from encoder_service.gpu.batch_tables import BatchTables
-from encoder_service.gpu.fp8 import Rows
 from encoder_service.gpu.linear import BlockLinears, Linear
 from encoder_service.models.config import VisionConfig
 from encoder_service.models.layers import Attention
 from encoder_service.models.tower import PlainTower
+from gpu_kernels.fp8 import Rows
+from gpu_kernels.packed_attention import Bounds, PackedAttention
+from gpu_kernels.rotary import apply_rope, rope_table
 
 
 class Positions:
@@ -24,17 +25,18 @@ class Positions:
         self._merge_size = config.spatial_merge_size
         self._window_tokens = window_tokens
         self._half_head = config.head_dim // 2
-        # Of the rotary embedding along one axis, [head_dim / 4].
+        # A quarter of the head turns with the row, one with the column, at the same frequencies.
         steps = torch.arange(0, self._half_head, 2, dtype=torch.float32, device=device)
-        self._inverse_frequencies = 1.0 / config.rope_theta ** (steps / self._half_head)
+        self._inverse_frequencies = (1.0 / config.rope_theta ** (steps / self._half_head)).repeat(2)
+        self._axis = torch.arange(2, dtype=torch.int32, device=device).repeat_interleave(len(steps))
 
     def __call__(self, num_patches: int, tables: BatchTables) -> tuple[torch.Tensor, torch.Tensor]:
-        """`places` and `cos_sin`, see `kernels.place_patches` and `kernels.rotary_table`; padding included."""
+        """`places` and `cos_sin`, see `kernels.place_patches` and `rope_table`; padding included."""
         device = self._inverse_frequencies.device
         places = torch.empty((num_patches, kernels.PLACE_WIDTH), dtype=torch.int32, device=device)
         kernels.place_patches(tables.cu_seqlens, tables.frame_hw, self._merge_size, self._window_tokens, places)
         cos_sin = torch.empty((num_patches, 2, self._half_head), dtype=torch.float32, device=device)
-        kernels.rotary_table(places, self._inverse_frequencies, cos_sin)
+        rope_table(places[:, :2].T, self._inverse_frequencies, self._axis, cos_sin)
         return places, cos_sin
 
 
@@ -94,20 +96,21 @@ class AttentionBranch:
 
     def over_frames(self, normed_PC: Rows, cos_sin: torch.Tensor, tables: BatchTables) -> torch.Tensor:
         """[P, C]; every patch sees its frame."""
-        q, k, v = self._turned(normed_PC, cos_sin, self._attention.padded_head_dim)
-        return self._attention(q, k, v, tables.cu_seqlens, tables.max_seqlen, self._head_dim**-0.5).flatten(1)
+        q, k, v = self._rotated(normed_PC, cos_sin, self._attention.padded_head_dim(self._head_dim))
+        bounds = Bounds.of_self_attention(tables.cu_seqlens, tables.max_seqlen)
+        return self._attention(q, k, v, bounds, scale=self._head_dim**-0.5).flatten(1)
 
     def over_windows(
         self, normed_PC: Rows, cos_sin: torch.Tensor, tables: BatchTables, max_length: int
     ) -> torch.Tensor:
         """[P, C]; every patch sees its window, which has at most `max_length` patches."""
-        q, k, v = self._turned(normed_PC, cos_sin, self._head_dim)
+        q, k, v = self._rotated(normed_PC, cos_sin, self._head_dim)
         scale = self._head_dim**-0.5
         return kernels.window_attention(q, k, v, tables.window_cu_seqlens, max_length, scale).flatten(1)
 
-    def _turned(
+    def _rotated(
         self, normed_PC: Rows, cos_sin: torch.Tensor, padded_head_dim: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         qkv = self._qkv(normed_PC)
         assert isinstance(qkv, torch.Tensor)
-        return kernels.turn(qkv, cos_sin, self._num_heads, padded_head_dim)
+        return apply_rope(qkv, cos_sin, self._num_heads, padded_head_dim)

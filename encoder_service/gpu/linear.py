@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from encoder_service.gpu import fp8
-from encoder_service.gpu.fp8 import Fp8Rows, Rows
 from encoder_service.gpu.residual import ResidualStream
-from gpu_kernels.one_kernel import Activation
+from gpu_kernels import fp8
+from gpu_kernels.fp8 import Fp8Rows, Rows
+from gpu_kernels.fused_gemm import Activation
 from gpu_kernels.product import AddedProduct, Product
 
 
@@ -66,7 +66,7 @@ class ResidualLinear:
 class Fp8BlockLinear:
     """`BlockLinear` in e4m3, one scale a row of x and of W. Rows in another dtype are quantized first.
 
-    Without an activation the result is bfloat16, behind one it is quantized anew. Both widths must be multiples of 16.
+    Without an activation the result is bfloat16, behind one it is quantized again. Both widths must be multiples of 16.
     """
 
     def __init__(

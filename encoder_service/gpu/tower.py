@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 
 from encoder_service.gpu.accuracy import measured_accuracy
-from encoder_service.gpu.attention import PackedAttention, fastest_attention
-from encoder_service.gpu.graphs import GpuTower, ladder
+from encoder_service.gpu.graphs import GpuTower, capture_buckets
 from encoder_service.gpu.layers import FusedTower
 from encoder_service.gpu.linear import BlockLinears
 from encoder_service.models.tower import PlainTower
+from gpu_kernels.packed_attention import PackedAttention, autotuned_attention
 
 _log = logging.getLogger(__name__)
 # Scales of single rows need Hopper.
@@ -43,8 +43,10 @@ def gpu_tower(
     device = plain.patch_embed.proj.weight.device
     if fp8 and torch.cuda.get_device_capability(device) < _FIRST_WITH_FP8:
         raise ValueError(f"{torch.cuda.get_device_name(device)} has no FP8 products: serve without --quantization fp8")
-    attention = fastest_attention(config.num_heads, config.head_dim, device, torch.bfloat16)
-    linears = BlockLinears(fp8, tuple(dict.fromkeys(bucket.num_patches for bucket in ladder(max_graph_patches))))
+    attention = autotuned_attention(config.num_heads, config.head_dim, device, torch.bfloat16)
+    linears = BlockLinears(
+        fp8, tuple(dict.fromkeys(bucket.num_patches for bucket in capture_buckets(max_graph_patches)))
+    )
     fused = fuse(plain, attention, linears)
     if fp8:
         _log.info("FP8, %s", measured_accuracy(plain, fused))

@@ -11,9 +11,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from gpu_kernels.norms import add_rms_norm
 from gpu_kernels.product import Product
-from llm_worker.gpu import kernels
-from llm_worker.gpu.few_rows import FEW, few_rows_linear, few_rows_linear_add, few_rows_silu_mul
+from gpu_kernels.rotary import rope_and_store_kv, rope_table
+from gpu_kernels.skinny_gemm import SKINNY_ROWS, skinny_gated_silu, skinny_linear, skinny_linear_add
 from llm_worker.models.decoder import DecoderLayer, Mlp, RMSNorm, TextDecoder
 from llm_worker.models.rotary import axis_of_frequency
 
@@ -29,17 +30,17 @@ class FusedDecoder:
         self._axis = axis_of_frequency(config).to(decoder.device, torch.int32)
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=decoder.device) / config.head_dim
         self._inverse_frequencies = 1.0 / config.rope_theta**exponents
-        sizes = tuple(size for size in sizes if size not in FEW)  # which have products of their own
+        sizes = tuple(size for size in sizes if size not in SKINNY_ROWS)  # which have products of their own
         self.layers = [FusedLayer(layer, sizes) for layer in decoder.layers if isinstance(layer, DecoderLayer)]
         self._norm = decoder.norm
 
     def write_rope_table(self, positions_3T: torch.Tensor, cos_sin_T2F: torch.Tensor) -> None:
-        """What all layers of a step turn queries and keys by."""
-        kernels.rope_table(positions_3T, self._inverse_frequencies, self._axis, cos_sin_T2F)
+        """The angles that all layers of a step rotate queries and keys by."""
+        rope_table(positions_3T, self._inverse_frequencies, self._axis, cos_sin_T2F)
 
     def last_norm(self, x_TC: torch.Tensor, added: tuple[torch.Tensor, ...], out_TC: torch.Tensor) -> None:
         """The norm behind the last layer; `added`: what is due to the residual stream."""
-        kernels.add_rms_norm(x_TC, added, self._norm.weight, self._norm.eps, out_TC)
+        add_rms_norm(x_TC, added, self._norm.weight, self._norm.eps, out_TC)
 
 
 class FusedLayer:
@@ -72,10 +73,10 @@ class FusedLayer:
         q_THD: torch.Tensor,
     ) -> None:
         """Adds what is due to the residual stream, and writes queries, keys and values."""
-        normed_TC = kernels.add_rms_norm(x_TC, added, self._input_norm.weight, self._input_norm.eps)
-        linear = few_rows_linear if len(x_TC) in FEW else F.linear
+        normed_TC = add_rms_norm(x_TC, added, self._input_norm.weight, self._input_norm.eps)
+        linear = skinny_linear if len(x_TC) in SKINNY_ROWS else F.linear
         qkv_TX = linear(normed_TC, self._qkv_weight, self._qkv_bias)
-        kernels.turn_and_write(
+        rope_and_store_kv(
             qkv_TX,
             cos_sin_T2F,
             self._q_weight,
@@ -90,21 +91,21 @@ class FusedLayer:
     def after_attention(self, x_TC: torch.Tensor, attended_TX: torch.Tensor) -> None:
         """Adds attention's and the MLP's share to the residual stream."""
         self._add_product(x_TC, attended_TX, self._o_weight)
-        normed_TC = kernels.add_rms_norm(x_TC, (), self._post_norm.weight, self._post_norm.eps)
+        normed_TC = add_rms_norm(x_TC, (), self._post_norm.weight, self._post_norm.eps)
         if not isinstance(self._mlp, Mlp):
             x_TC.add_(self._group.all_reduce(self._mlp(normed_TC)))
-        elif len(x_TC) in FEW:
-            self._add_product(x_TC, few_rows_silu_mul(normed_TC, self._gate_up_weight), self._mlp.down_proj.weight)
+        elif len(x_TC) in SKINNY_ROWS:
+            self._add_product(x_TC, skinny_gated_silu(normed_TC, self._gate_up_weight), self._mlp.down_proj.weight)
         else:
             self._add_product(x_TC, self._gate_up(normed_TC), self._mlp.down_proj.weight)
 
     def _add_product(self, to_TC: torch.Tensor, x_TX: torch.Tensor, weight: torch.Tensor) -> None:
         """Adds x @ weight.T, summed over all ranks, in place."""
-        few = len(x_TX) in FEW
+        skinny = len(x_TX) in SKINNY_ROWS
         if self._group.size > 1:
-            to_TC.add_(self._group.all_reduce((few_rows_linear if few else F.linear)(x_TX, weight)))
-        elif few:
-            few_rows_linear_add(x_TX, weight, to_TC)
+            to_TC.add_(self._group.all_reduce((skinny_linear if skinny else F.linear)(x_TX, weight)))
+        elif skinny:
+            skinny_linear_add(x_TX, weight, to_TC)
         else:
             to_TC.addmm_(x_TX, weight.t())
 

@@ -12,11 +12,11 @@ from collections.abc import Callable
 
 import torch
 
+from gpu_kernels.graph_capture import Capture, CudaGraphs, Work
+from gpu_kernels.packed_attention import Bounds, PackedAttention
 from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
 from llm_worker.engine.kv_cache import KvCache
-from llm_worker.gpu.capture import Capture, CudaGraphs, Work
-from llm_worker.gpu.ladders import decode_ladder, smallest, token_ladder
-from llm_worker.gpu.prefill_attention import Bounds, CausalVarlen
+from llm_worker.gpu.capture_sizes import capture_size, decode_capture_sizes, token_capture_sizes
 from llm_worker.gpu.step_attention import StepAttention
 from llm_worker.gpu.step_work import StepWork
 from llm_worker.models.decoder import StepInputs, TextDecoder
@@ -39,7 +39,7 @@ class GpuRunner:
         buffer: InputEmbedBuffer,
         max_num_seqs: int,
         max_model_len: int,
-        causal: CausalVarlen,
+        causal: PackedAttention,
         capture: Capture | None = None,
         max_short_step: int = _MAX_SHORT_STEP,
         on_progress: Callable[[int, int], None] = lambda num_done, num_all: None,
@@ -77,18 +77,18 @@ class GpuRunner:
         has_media = inputs.deepstack_NTC is not None
         self._nearly_done = None
         if num_tokens == len(sequences) and num_tokens <= self._max_num_seqs and not has_media:
-            size = smallest(self._decode, num_tokens)
+            size = capture_size(self._decode, num_tokens)
             work.tables.write(sequences, work.decode_splits(size), None)
             self._nearly_done = self._event()  # as soon as it begins: those that decode wait for nothing
             self._decode[size]()
         elif num_tokens <= max(self._short, default=0):
-            size = smallest(self._short, num_tokens)
+            size = capture_size(self._short, num_tokens)
             work.tables.write(sequences, *work.short_splits(size))
             if any(each.length == 1 for each in sequences):
                 self._nearly_done = self._event()
             self._short[size][has_media]()
         else:
-            pieces = self._long[smallest(self._long, num_tokens)][has_media]
+            pieces = self._long[capture_size(self._long, num_tokens)][has_media]
             attention = StepAttention(sequences, work.tables, self._causal, self._device)
             num_first = max(len(pieces) - 1 - _LAST_LAYERS, len(pieces) // 2)
             pieces[0]()
@@ -112,7 +112,7 @@ class GpuRunner:
         self, capture: Capture, max_tokens: int, max_short_step: int, on_progress: Callable[[int, int], None]
     ) -> None:
         # The largest first: smaller ones find their memory in the pool.
-        tokens, batches = token_ladder(max_tokens)[::-1], decode_ladder(self._max_num_seqs)[::-1]
+        tokens, batches = token_capture_sizes(max_tokens)[::-1], decode_capture_sizes(self._max_num_seqs)[::-1]
         num_all = len(tokens) + len(batches)
         for num_done, size in enumerate(tokens):
             on_progress(num_done, num_all)
@@ -132,7 +132,8 @@ class GpuRunner:
         q_THD, (k_cache_SKD, v_cache_SKD) = self._work.q_MHD[:length], self._kv_cache.layers[0]
         k_LKD, v_LKD = (each.new_zeros((length, *each.shape[1:])) for each in (k_cache_SKD, v_cache_SKD))
         cumulated = torch.tensor([0, length], dtype=torch.int32, device=self._device)
-        self._causal(q_THD, k_LKD, v_LKD, Bounds(cumulated, cumulated, length, length))
+        bounds = Bounds.of_self_attention(cumulated, length)
+        self._causal(q_THD, k_LKD, v_LKD, bounds, scale=q_THD.shape[-1] ** -0.5, causal=True)
 
     def _pieces(self, size: int, capture: Capture) -> dict[bool, list[Work]]:
         """Those that do not differ are captured once."""

@@ -7,7 +7,7 @@ from itertools import takewhile
 
 import torch
 
-from llm_worker.gpu.prefill_attention import Bounds, CausalVarlen
+from gpu_kernels.packed_attention import Bounds, PackedAttention
 from llm_worker.gpu.step_tables import StepTables
 from llm_worker.gpu.tile_attention import tile_attention
 from llm_worker.models.paged_attention import SequenceSlice
@@ -17,7 +17,7 @@ class StepAttention:
     """For all layers of one step; sequences that decode come first among its tokens."""
 
     def __init__(
-        self, sequences: Sequence[SequenceSlice], tables: StepTables, causal: CausalVarlen, device: torch.device
+        self, sequences: Sequence[SequenceSlice], tables: StepTables, causal: PackedAttention, device: torch.device
     ) -> None:
         decoding = list(takewhile(lambda sequence: sequence.length == 1, sequences))
         chunks = sequences[len(decoding) :]
@@ -48,6 +48,8 @@ class StepAttention:
                 k_cache_SKD.index_select(0, self._slots_L),
                 v_cache_SKD.index_select(0, self._slots_L),
                 self._bounds,
+                scale=q_THD.shape[-1] ** -0.5,
+                causal=True,
             )
 
 

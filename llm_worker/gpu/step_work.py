@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import torch
 
+from gpu_kernels.auxiliary_stream import AuxiliaryStream
+from gpu_kernels.graph_capture import Work
 from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
 from llm_worker.engine.kv_cache import KvCache
-from llm_worker.gpu.capture import Work
+from llm_worker.gpu.capture_sizes import decode_capture_sizes, token_capture_sizes
 from llm_worker.gpu.fused_decoder import FusedDecoder
-from llm_worker.gpu.ladders import decode_ladder, token_ladder
-from llm_worker.gpu.side_stream import SideStream
 from llm_worker.gpu.step_tables import StepTables, Tiles
 from llm_worker.gpu.tile_attention import tile_attention
 from llm_worker.models.decoder import TextDecoder
@@ -49,7 +49,7 @@ class StepWork:
         max_short_step: int,
     ) -> None:
         config, device = decoder.config, decoder.device
-        sizes = {*token_ladder(len(buffer.slot_mapping_M)), *decode_ladder(max_num_seqs)}
+        sizes = {*token_capture_sizes(len(buffer.slot_mapping_M)), *decode_capture_sizes(max_num_seqs)}
         self._fused = FusedDecoder(decoder, tuple(sorted(sizes)))
         self._kv_cache, self._buffer = kv_cache, buffer
         self._num_deepstack, self._max_num_seqs = config.num_deepstack, max_num_seqs
@@ -58,7 +58,7 @@ class StepWork:
         self.q_MHD = torch.zeros(heads, dtype=decoder.dtype, device=device)
         self.attended_MHD = torch.zeros_like(self.q_MHD)
         self.hidden_MC = torch.zeros_like(buffer.embeds_MC)
-        self._side_stream = SideStream(device)
+        self._auxiliary_stream = AuxiliaryStream(device)
         self._cos_sin_M2F = torch.zeros((heads[0], 2, config.head_dim // 2), dtype=decoder.dtype, device=device)
         num_kv_heads = config.num_key_value_heads
         self.tables = StepTables(
@@ -135,7 +135,7 @@ class StepWork:
                 if chunks is None:
                     attend(singles, *kv)
                 else:
-                    self._side_stream.both(partial(attend, singles, *kv), partial(attend, chunks, *kv))
+                    self._auxiliary_stream.run_both(partial(attend, singles, *kv), partial(attend, chunks, *kv))
                 piece()
 
         return run

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gpu_kernels.early_start import starts_early
+from gpu_kernels.dependent_launch import has_dependent_launch
 from llm_worker.gpu.step_tables import KEYS_A_STEP, MAX_PROGRAMS, MAX_SPLITS, StepTables, Tiles
 
 # Products of tiles want 16 rows.
@@ -43,19 +43,19 @@ def tile_attention(
     # Of each split; then its largest score and its sum of weights.
     partial = q_THD.new_empty((num_tokens, num_heads, most_splits, head_dim), dtype=torch.float32)
     stats = q_THD.new_empty((num_tokens, num_heads, most_splits, 2), dtype=torch.float32)
-    block_d, early = max(_SMALLEST_TILE, triton.next_power_of_2(head_dim)), starts_early(q_THD.device)
+    block_d, pdl = max(_SMALLEST_TILE, triton.next_power_of_2(head_dim)), has_dependent_launch(q_THD.device)
     _attend_split[(min(MAX_PROGRAMS, max_tiles * num_kv_heads * most_splits),)](
         q_THD, k_cache_SKD, v_cache_SKD, tiles.tiles, tiles.counts, tables.blocks, partial, stats, out_THD,
         tiles.tiles.stride(0), tables.blocks.stride(0), most_splits, head_dim**-0.5,
         KV_HEADS=num_kv_heads, GROUP=group, TILE=max(_SMALLEST_TILE, triton.next_power_of_2(group * tokens)),
-        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_SIZE=tables.block_size, KEYS=KEYS_A_STEP, EARLY=early,
-        num_stages=2, launch_pdl=early,
+        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_SIZE=tables.block_size, KEYS=KEYS_A_STEP, PDL=pdl,
+        num_stages=2, launch_pdl=pdl,
     )  # fmt: skip
     if most_splits > 1:
         _join_splits[(min(MAX_PROGRAMS, max_tiles * tokens * num_heads),)](
             partial, stats, out_THD, tiles.tiles, tiles.counts, tiles.tiles.stride(0), most_splits,
-            HEADS=num_heads, TOKENS=tokens, HEAD_DIM=head_dim, BLOCK_D=block_d, SPLITS=MAX_SPLITS, EARLY=early,
-            num_warps=1, launch_pdl=early,
+            HEADS=num_heads, TOKENS=tokens, HEAD_DIM=head_dim, BLOCK_D=block_d, SPLITS=MAX_SPLITS, PDL=pdl,
+            num_warps=1, launch_pdl=pdl,
         )  # fmt: skip
 
 
@@ -64,9 +64,9 @@ def _attend_split(
     q, k_cache, v_cache, tiles, counts, blocks, partial, stats, out, tiles_stride, blocks_stride,
     most_splits, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:
+    if PDL:
         gdc_launch_dependents()
         gdc_wait()
     num_splits = tl.load(counts + 1)
@@ -126,9 +126,9 @@ def _attend_split(
 @triton.jit(do_not_specialize=["most_splits"])
 def _join_splits(
     partial, stats, out, tiles, counts, tiles_stride, most_splits, HEADS: tl.constexpr, TOKENS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:
+    if PDL:
         gdc_launch_dependents()
         gdc_wait()
     num_splits = tl.load(counts + 1)

@@ -12,16 +12,16 @@ import torch.nn.functional as F
 pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 from gpu_kernels import product  # noqa: E402
-from gpu_kernels.fastest import FastestWays  # noqa: E402
-from gpu_kernels.gated_silu import gated_silu  # noqa: E402
-from gpu_kernels.one_kernel import (  # noqa: E402
+from gpu_kernels.autotuner import Tuned  # noqa: E402
+from gpu_kernels.fused_gemm import (  # noqa: E402
     ALL_TILES,
     Activation,
     Tiles,
-    check_one_kernel,
-    one_kernel,
-    one_kernel_add,
+    check_fused_gemm,
+    fused_gemm,
+    fused_gemm_add,
 )
+from gpu_kernels.gated_silu import gated_silu  # noqa: E402
 from gpu_kernels.product import AddedProduct, Product  # noqa: E402
 
 # Inputs and outputs of Qwen3-VL-8B's products that go through `Product`: of tower and decoder.
@@ -76,12 +76,12 @@ def test_added_products() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_rows", [1, 129, 4100])
 @pytest.mark.parametrize("num_inputs", [1152, 4304])
-def test_one_kernel_adds(num_inputs: int, num_rows: int) -> None:
+def test_a_fused_gemm_adds(num_inputs: int, num_rows: int) -> None:
     pytest.importorskip("quack", reason="quack-kernels is not installed")
     x, to = (random(num_rows, width, seed=width, dtype=torch.bfloat16) for width in (num_inputs, 1152))
     weight = (random(1152, num_inputs, seed=2) * 0.02).bfloat16()
     added = to.clone()
-    one_kernel_add(added, x, weight.t())
+    fused_gemm_add(added, x, weight.t())
     torch.testing.assert_close(added.float(), to + expected(x, weight, None, None), atol=3e-2, rtol=2e-2)
 
 
@@ -89,14 +89,14 @@ def test_one_kernel_adds(num_inputs: int, num_rows: int) -> None:
 @pytest.mark.parametrize("num_rows", [1, 129, 4100])
 @pytest.mark.parametrize("shape", TRUE_SHAPES, ids=lambda shape: f"{shape[0]}-{shape[1]}")
 @pytest.mark.parametrize("tiles", ALL_TILES, ids=str)
-def test_one_kernel(tiles: Tiles, shape: tuple[int, int, bool, Activation | None], num_rows: int) -> None:
+def test_fused_gemms(tiles: Tiles, shape: tuple[int, int, bool, Activation | None], num_rows: int) -> None:
     pytest.importorskip("quack", reason="quack-kernels is not installed")
     num_inputs, num_outputs, has_bias, activation = shape
     x = random(num_rows, num_inputs, seed=1, dtype=torch.bfloat16)
     weight = (random(num_outputs, num_inputs, seed=2) * 0.02).bfloat16()
     bias = random(num_outputs, seed=3, dtype=torch.bfloat16) if has_bias else None
-    check_one_kernel(activation, has_bias, weight.dtype, weight.device)
-    found = one_kernel(tiles, x, weight.t(), bias, activation)
+    check_fused_gemm(activation, has_bias, weight.dtype, weight.device)
+    found = fused_gemm(tiles, x, weight.t(), bias, activation)
     assert found.dtype == torch.bfloat16
     outputs = expected(x, weight, bias, activation)
     assert F.cosine_similarity(found.float(), outputs, dim=-1).min() > 0.99999
@@ -108,15 +108,15 @@ def test_what_is_faster_on_this_gpu_is_taken() -> None:
     pytest.importorskip("quack", reason="quack-kernels is not installed")
     weight, bias = random(4304, 1152, dtype=torch.bfloat16), random(4304, dtype=torch.bfloat16)
     multiply = Product(weight, bias, "gelu_tanh", sizes=(64, 8192))
-    assert multiply._ways.at(8192) is not product._by_cublas, "a Hopper GPU gains by one kernel"
+    assert multiply._tuned.at(8192) is not product._by_cublas, "a Hopper GPU gains by a fused GEMM"
     x = random(8192, 1152, dtype=torch.bfloat16)
     assert F.cosine_similarity(multiply(x).float(), expected(x, weight, bias, "gelu_tanh"), dim=-1).min() > 0.9999
 
 
-def test_what_one_kernel_does_not_do_is_refused() -> None:
+def test_what_has_no_fused_gemm_is_refused() -> None:
     weight = random(24, 32)
     with pytest.raises((ImportError, ValueError)):
-        check_one_kernel(None, False, weight.dtype, weight.device)
+        check_fused_gemm(None, False, weight.dtype, weight.device)
 
 
 @pytest.mark.parametrize(
@@ -127,32 +127,32 @@ def test_what_one_kernel_does_not_do_is_refused() -> None:
     ],
     ids=["product", "added"],
 )
-def test_without_one_kernel_cublas_is_taken(
+def test_without_fused_gemms_cublas_is_taken(
     make: Callable[[torch.Tensor, tuple[int, ...]], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a device that computes nothing; so does a kernel that does not compile, and memory that is missing."""
     weight, usual = torch.empty(20, 24, device="meta"), (product._by_cublas, product._add_by_cublas)
-    monkeypatch.setattr(product, "check_one_kernel", lambda *arguments: None)
-    monkeypatch.setattr(product, "fastest_ways", failing)
-    assert make(weight, (3, 5))._ways.at(4) in usual
-    assert make(weight, ())._ways.at(4) in usual
+    monkeypatch.setattr(product, "check_fused_gemm", lambda *arguments: None)
+    monkeypatch.setattr(product, "autotune", failing)
+    assert make(weight, (3, 5))._tuned.at(4) in usual
+    assert make(weight, ())._tuned.at(4) in usual
 
 
 def failing(*arguments: object) -> object:
     raise RuntimeError("no memory")
 
 
-def test_all_ways_are_measured_at_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_implementations_are_measured_at_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[tuple[dict[str, object], tuple[int, ...]]] = []
 
-    def noted(what: str, ways: dict[str, object], work: object, sizes: tuple[int, ...]) -> FastestWays[object]:
-        measured.append((ways, sizes))
-        return FastestWays((), list(ways.values())[-1:])
+    def noted(what: str, implementations: dict[str, object], work: object, sizes: tuple[int, ...]) -> Tuned[object]:
+        measured.append((implementations, sizes))
+        return Tuned((), list(implementations.values())[-1:])
 
-    monkeypatch.setattr(product, "check_one_kernel", lambda *arguments: None)
-    monkeypatch.setattr(product, "fastest_ways", noted)
+    monkeypatch.setattr(product, "check_fused_gemm", lambda *arguments: None)
+    monkeypatch.setattr(product, "autotune", noted)
     weight = torch.empty(28, 24, device="meta")
-    last_way: Any = Product(weight, None, None, (3, 5))._ways.at(4)
-    assert last_way.func is one_kernel and last_way.args == ALL_TILES[-1:]
-    assert AddedProduct(weight, (3, 6))._ways.at(4) is one_kernel_add
-    assert [(len(ways), sizes) for ways, sizes in measured] == [(1 + len(ALL_TILES), (3, 5)), (2, (3, 6))]
+    last: Any = Product(weight, None, None, (3, 5))._tuned.at(4)
+    assert last.func is fused_gemm and last.args == ALL_TILES[-1:]
+    assert AddedProduct(weight, (3, 6))._tuned.at(4) is fused_gemm_add
+    assert [(len(each), sizes) for each, sizes in measured] == [(1 + len(ALL_TILES), (3, 5)), (2, (3, 6))]

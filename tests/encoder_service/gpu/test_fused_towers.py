@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, t
 from encoder_service.gpu.accuracy import measured_accuracy  # noqa: E402
 from encoder_service.gpu.batch_tables import BatchTables, Layouts, TableShape  # noqa: E402
 from encoder_service.gpu.linear import BlockLinears  # noqa: E402
+from gpu_kernels.packed_attention import Bounds  # noqa: E402
 
 GRIDS = [(1, 10, 12), (2, 4, 4), (1, 2, 2)]
 # Triton's interpreter takes its time.
@@ -37,36 +38,38 @@ class PlainAttention:
 
     name = "plain"
 
-    def __init__(self, padded_head_dim: int) -> None:
-        self.padded_head_dim = padded_head_dim
+    def padded_head_dim(self, head_dim: int) -> int:
+        return head_dim + 16
 
     def __call__(
         self,
-        q_PHE: torch.Tensor,
-        k_PHE: torch.Tensor,
-        v_PHD: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        max_seqlen: int,
+        q_THE: torch.Tensor,
+        k_LKE: torch.Tensor,
+        v_LKD: torch.Tensor,
+        bounds: Bounds,
+        *,
         scale: float,
+        causal: bool = False,
     ) -> torch.Tensor:
-        num_patches, _, head_dim = v_PHD.shape
-        num_real = int(cu_seqlens[-1])
-        bounds = torch.unique(cu_seqlens)  # without empty segments
+        assert not causal
+        num_patches, _, head_dim = v_LKD.shape
+        num_real = int(bounds.cu_queries[-1])
+        cu_seqlens = torch.unique(bounds.cu_queries)  # without empty segments
+        padded = q_THE.shape[-1]
         # Its own scale is by the width it sees, which is the padded one.
-        q = q_PHE[:num_real] * scale * self.padded_head_dim**0.5
-        v = torch.nn.functional.pad(v_PHD[:num_real], (0, self.padded_head_dim - head_dim))
-        out = torch.full((num_patches, *v_PHD.shape[1:]), float("nan"))
-        longest = int(bounds.diff().max())
-        assert longest <= max_seqlen
-        out[:num_real] = packed_attention(q, k_PHE[:num_real], v, bounds, longest)[..., :head_dim]
+        q = q_THE[:num_real] * scale * padded**0.5
+        v = torch.nn.functional.pad(v_LKD[:num_real], (0, padded - head_dim))
+        out = torch.full((num_patches, *v_LKD.shape[1:]), float("nan"))
+        longest = int(cu_seqlens.diff().max())
+        assert longest <= bounds.max_queries
+        out[:num_real] = packed_attention(q, k_LKE[:num_real], v, cu_seqlens, longest)[..., :head_dim]
         return out
 
 
 def plain_and_fused(folder: Path, *, fp8: bool) -> tuple[Any, Any]:
     checkpoint = open_checkpoint(str(folder))
     plain = build_tower(checkpoint, torch.device("cpu"), torch.float32)
-    attention = PlainAttention(plain.config.head_dim + 16)
-    return plain, family_of(checkpoint).fuse(plain, attention, BlockLinears(fp8))
+    return plain, family_of(checkpoint).fuse(plain, PlainAttention(), BlockLinears(fp8))
 
 
 def expected_and_fused_rows(folder: Path, grids: list[GridTHW], *, fp8: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -80,9 +80,9 @@ def cosine(rows_TW: torch.Tensor, expected_TW: torch.Tensor, width: int) -> torc
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
-    from encoder_service.gpu.attention import fastest_attention
     from encoder_service.gpu.graphs import GpuTower
     from encoder_service.gpu.linear import BlockLinears
+    from gpu_kernels.packed_attention import autotuned_attention
 
     family, config_json = CASES[request.param]
     torch.manual_seed(0)
@@ -92,7 +92,7 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     plain = plain.eval()
     low = copy.deepcopy(plain).to(torch.bfloat16)
     config = plain.config
-    attention = fastest_attention(config.num_heads, config.head_dim, torch.device("cuda"), torch.bfloat16)
+    attention = autotuned_attention(config.num_heads, config.head_dim, torch.device("cuda"), torch.bfloat16)
     linears = BlockLinears(sizes=(MAX_GRAPH_PATCHES,))
     fused: Any = family.fuse(low, attention, linears)
     yield Case(family, plain, low, fused, GpuTower(fused, MAX_GRAPH_PATCHES), config.patch_width)

@@ -16,9 +16,11 @@ from tests.encoder_service.preprocess.samples import QWEN3_IMAGE, settings
 
 pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-from encoder_service.gpu import fp8, kernels, norms  # noqa: E402
+from encoder_service.gpu import kernels, norms  # noqa: E402
 from encoder_service.gpu.batch_tables import BatchTables, Layouts, TableShape  # noqa: E402
 from encoder_service.gpu.residual import ResidualStream  # noqa: E402
+from gpu_kernels import fp8  # noqa: E402
+from gpu_kernels.rotary import apply_rope, rope_table  # noqa: E402
 
 GRIDS = [(1, 4, 6), (2, 2, 10), (1, 8, 8), (1, 14, 10)]
 NUM_PATCHES = sum(t * h * w for t, h, w in GRIDS)
@@ -47,7 +49,8 @@ def cos_sin_of(places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The table, and the inverse frequencies it was made from."""
     exponents = torch.arange(0, HEAD_DIM // 2, 2, dtype=torch.float32) / (HEAD_DIM // 2)
     table = torch.empty((len(places), 2, HEAD_DIM // 2), device=DEVICE)
-    kernels.rotary_table(places, (1.0 / 10_000.0**exponents).to(DEVICE), table)
+    axis = torch.arange(2, dtype=torch.int32).repeat_interleave(len(exponents)).to(DEVICE)
+    rope_table(places[:, :2].T, (1.0 / 10_000.0**exponents).repeat(2).to(DEVICE), axis, table)
     return table, exponents
 
 
@@ -92,15 +95,15 @@ def test_position_embeddings_are_interpolated(tables: BatchTables) -> None:
 
 
 @pytest.mark.parametrize("padded", [24, 32, 80])
-def test_queries_and_keys_turn(tables: BatchTables, padded: int) -> None:
+def test_queries_and_keys_are_rotated(tables: BatchTables, padded: int) -> None:
     qkv = random(NUM_PATCHES + PADDING, 3 * HEADS * HEAD_DIM)
     table, _ = cos_sin_of(places_of(tables, 0))
-    q, k, v = kernels.turn(qkv, table, HEADS, padded)
+    q, k, v = apply_rope(qkv, table, HEADS, padded)
     rotary = Rotary.at(grids.patch_positions(GRIDS, MERGE), HEAD_DIM, 10_000.0)
     apart = qkv[:NUM_PATCHES].view(NUM_PATCHES, 3, HEADS, HEAD_DIM).cpu()
-    for turned, plain in ((q, apart[:, 0]), (k, apart[:, 1])):
-        torch.testing.assert_close(turned[:NUM_PATCHES, :, :HEAD_DIM].cpu(), rotary.turn(plain))
-        assert (turned[:, :, HEAD_DIM:] == 0).all()
+    for rotated, plain in ((q, apart[:, 0]), (k, apart[:, 1])):
+        torch.testing.assert_close(rotated[:NUM_PATCHES, :, :HEAD_DIM].cpu(), rotary.turn(plain))
+        assert (rotated[:, :, HEAD_DIM:] == 0).all()
     assert torch.equal(v[:NUM_PATCHES].cpu(), apart[:, 2])
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 _FEW_PROGRAMS = {
-    "step_tables.MAX_PROGRAMS": 16,
-    "tile_attention.MAX_PROGRAMS": 16,
-    "few_rows._OUTPUTS_A_PROGRAM": 256,
-    "few_rows._INPUTS_A_STEP": 128,
-    "kernels._PROGRAMS_A_HEAD": 2,
+    "llm_worker.gpu.step_tables.MAX_PROGRAMS": 16,
+    "llm_worker.gpu.tile_attention.MAX_PROGRAMS": 16,
+    "gpu_kernels.skinny_gemm._OUTPUTS_A_PROGRAM": 256,
+    "gpu_kernels.skinny_gemm._INPUTS_A_STEP": 128,
+    "gpu_kernels.rotary._PROGRAMS_A_HEAD": 2,
 }
 
 
 def run_few_programs(patch: pytest.MonkeyPatch) -> None:
     for name, value in _FEW_PROGRAMS.items():
-        patch.setattr(f"llm_worker.gpu.{name}", value)
+        patch.setattr(name, value)

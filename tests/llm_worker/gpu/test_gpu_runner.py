@@ -24,9 +24,9 @@ from tests.llm_worker.engine.tensor_rows import TensorRows
 from tests.llm_worker.gpu.interpreted import run_few_programs
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from gpu_kernels.packed_attention import TorchSdpa, installed_attention
+from llm_worker.gpu.capture_sizes import decode_capture_sizes, token_capture_sizes
 from llm_worker.gpu.gpu_runner import GpuRunner
-from llm_worker.gpu.ladders import decode_ladder, token_ladder
-from llm_worker.gpu.prefill_attention import TorchSdpa, causal_attention
 
 # In float32, which kernels for a GPU take, too.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -86,10 +86,10 @@ def test_hidden_states_equal_the_PlainRunners(checkpoint_folder: Path, monkeypat
         torch.testing.assert_close(ours, expected, atol=5e-5, rtol=1e-4)
 
 
-def test_ladders() -> None:
-    assert decode_ladder(1) == [1]
-    assert decode_ladder(20) == [1, 2, 4, 8, 16, 20]
-    sizes = token_ladder(8192)
+def test_capture_sizes() -> None:
+    assert decode_capture_sizes(1) == [1]
+    assert decode_capture_sizes(20) == [1, 2, 4, 8, 16, 20]
+    sizes = token_capture_sizes(8192)
     assert (sizes[0], sizes[-1]) == (8, 8192)
     assert sizes == sorted(set(sizes))
     assert all(after <= before * 1.125 + 8 for before, after in pairwise(sizes))
@@ -119,7 +119,7 @@ def test_graphs_equal_their_pieces_and_are_close_to_the_plain_decoder() -> None:
         runner: Runner = PlainRunner(model, kv_cache, buffer)
         if kind in ("graphs", "pieces"):
             capture = None if kind == "graphs" else lambda work: work
-            runner = GpuRunner(model, kv_cache, buffer, 20, 2048, causal_attention(torch.bfloat16), capture=capture)
+            runner = GpuRunner(model, kv_cache, buffer, 20, 2048, installed_attention(torch.bfloat16), capture=capture)
         one = _request(kv_cache, 1, 900, MediaSpan(0, 100, 600, 0), TensorRows(rows.to(dtype)))
         others = [_request(kv_cache, 2 + each, 40 + each) for each in range(12)]
         steps = [

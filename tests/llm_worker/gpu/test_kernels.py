@@ -16,7 +16,9 @@ from llm_worker.models.rotary import axis_of_frequency, rotary_at
 
 pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-from llm_worker.gpu import few_rows, kernels  # noqa: E402
+from gpu_kernels import skinny_gemm  # noqa: E402
+from gpu_kernels.norms import add_rms_norm  # noqa: E402
+from gpu_kernels.rotary import rope_and_store_kv, rope_table  # noqa: E402
 from llm_worker.gpu.step_tables import StepTables, Tiles  # noqa: E402
 from llm_worker.gpu.tile_attention import tile_attention  # noqa: E402
 
@@ -34,14 +36,14 @@ def test_norm_adds_first(num_added: int) -> None:
     expected_x = x + sum(added, torch.zeros_like(x))
     norm = RMSNorm(72, 1e-6).to(DEVICE)
     norm.weight.data.copy_(weight)
-    out = kernels.add_rms_norm(x, added, weight, 1e-6)
+    out = add_rms_norm(x, added, weight, 1e-6)
     torch.testing.assert_close(x, expected_x)
     torch.testing.assert_close(out, norm(expected_x).detach())
 
 
 @pytest.mark.parametrize("num_tokens", [3, 600])
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
-def test_queries_and_keys_are_normed_turned_and_cached(
+def test_queries_and_keys_are_normed_rotated_and_cached(
     request: pytest.FixtureRequest, family: str, num_tokens: int
 ) -> None:
     folder: Path = request.getfixturevalue(f"{family}_folder")
@@ -51,7 +53,7 @@ def test_queries_and_keys_are_normed_turned_and_cached(
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=DEVICE) / head_dim
     axis = axis_of_frequency(config).int().to(DEVICE)
     cos_sin = torch.empty(num_tokens, 2, head_dim // 2, device=DEVICE)
-    kernels.rope_table(positions[:, :num_tokens], 1.0 / config.rope_theta**exponents, axis, cos_sin)
+    rope_table(positions[:, :num_tokens], 1.0 / config.rope_theta**exponents, axis, cos_sin)
 
     qkv = random(num_tokens, (HEADS + 2 * KV_HEADS) * head_dim)
     slots = torch.randperm(2 * num_tokens, generator=torch.Generator().manual_seed(1))[:num_tokens].to(DEVICE)
@@ -59,7 +61,7 @@ def test_queries_and_keys_are_normed_turned_and_cached(
     k_cache, v_cache = torch.zeros(2, 2 * num_tokens, KV_HEADS, head_dim, device=DEVICE).unbind()
     q_weight, k_weight = (random(head_dim), random(1 + head_dim)[1:].contiguous()) if config.qk_norm else (None, None)
     q = torch.empty(num_tokens, HEADS, head_dim, device=DEVICE)
-    kernels.turn_and_write(qkv, cos_sin, q_weight, k_weight, 1e-6, slots, k_cache, v_cache, q)
+    rope_and_store_kv(qkv, cos_sin, q_weight, k_weight, 1e-6, slots, k_cache, v_cache, q)
 
     plain_q, plain_k, plain_v = qkv.unflatten(1, (-1, head_dim)).split([HEADS, KV_HEADS, KV_HEADS], dim=1)
     if q_weight is not None and k_weight is not None:
@@ -81,14 +83,14 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 4])
-def test_products_of_few_rows(num_rows: int) -> None:
+def test_skinny_gemms(num_rows: int) -> None:
     x, weight, bias, to = random(num_rows, 1100), random(22, 1100), random(22), random(num_rows, 22)
-    assert_close(few_rows.few_rows_linear(x, weight, bias), F.linear(x, weight, bias))
-    assert_close(few_rows.few_rows_linear(x, weight), F.linear(x, weight))
+    assert_close(skinny_gemm.skinny_linear(x, weight, bias), F.linear(x, weight, bias))
+    assert_close(skinny_gemm.skinny_linear(x, weight), F.linear(x, weight))
     expected = F.silu(F.linear(x, weight[:11])) * F.linear(x, weight[11:])
-    assert_close(few_rows.few_rows_silu_mul(x, weight), expected)
+    assert_close(skinny_gemm.skinny_gated_silu(x, weight), expected)
     expected = to + F.linear(x, weight)
-    few_rows.few_rows_linear_add(x, weight, to)
+    skinny_gemm.skinny_linear_add(x, weight, to)
     assert_close(to, expected)
 
 

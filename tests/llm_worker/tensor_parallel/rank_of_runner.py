@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from embedding_transport.checkpoint import open_checkpoint
+from gpu_kernels.packed_attention import TorchSdpa
 from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
 from llm_worker.engine.kv_cache import KvCache
 from llm_worker.engine.request import ExpandedPrompt, MediaSpan
@@ -22,7 +23,6 @@ from llm_worker.engine.scheduler import Chunk
 from llm_worker.engine.sequence import Sequence
 from llm_worker.families import build_decoder
 from llm_worker.gpu.gpu_runner import GpuRunner
-from llm_worker.gpu.prefill_attention import TorchSdpa
 from llm_worker.models.decoder import TextDecoder
 from llm_worker.tensor_parallel.group import TorchGroup
 from tests.llm_worker.engine.harness import greedy, unsent

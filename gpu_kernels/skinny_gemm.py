@@ -1,4 +1,4 @@
-"""Matrix products of a few rows: nothing but reading the weights once, as fast as memory gives them.
+"""Skinny GEMMs: products of a few rows, which are as fast as memory delivers the weights, read once.
 
 Shapes: T tokens, C input width, O output width.
 """
@@ -10,26 +10,26 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gpu_kernels.early_start import starts_early
+from gpu_kernels.dependent_launch import has_dependent_launch
 
-# With more, the libraries' products are as fast.
-FEW = (1, 2, 4)
+# Numbers of rows that are taken; with more, the libraries' GEMMs are as fast.
+SKINNY_ROWS = (1, 2, 4)
 _OUTPUTS_A_PROGRAM, _INPUTS_A_STEP = 2, 2048
 
 
-def few_rows_linear(x_TC: torch.Tensor, weight_OC: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+def skinny_linear(x_TC: torch.Tensor, weight_OC: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
     """[T, O], new memory; T is 1, 2 or 4."""
     out_TO = x_TC.new_empty((len(x_TC), len(weight_OC)))
     _launch(x_TC, weight_OC, weight_OC if bias_O is None else bias_O, out_TO, has_bias=bias_O is not None)
     return out_TO
 
 
-def few_rows_linear_add(x_TC: torch.Tensor, weight_OC: torch.Tensor, to_TO: torch.Tensor) -> None:
+def skinny_linear_add(x_TC: torch.Tensor, weight_OC: torch.Tensor, to_TO: torch.Tensor) -> None:
     """Adds the product to `to_TO` in place; T is 1, 2 or 4."""
     _launch(x_TC, weight_OC, weight_OC, to_TO, adds=True)
 
 
-def few_rows_silu_mul(x_TC: torch.Tensor, gate_up_weight: torch.Tensor) -> torch.Tensor:
+def skinny_gated_silu(x_TC: torch.Tensor, gate_up_weight: torch.Tensor) -> torch.Tensor:
     """silu(x @ gate.T) * (x @ up.T), [T, O], new memory; T is 1, 2 or 4.
 
     Args:
@@ -52,20 +52,20 @@ def _launch(
 ) -> None:
     num_rows, width = x_TC.shape
     outputs = max(1, _OUTPUTS_A_PROGRAM // num_rows)
-    early = starts_early(x_TC.device)
-    _few_rows[(triton.cdiv(out_TO.shape[1], outputs),)](
+    pdl = has_dependent_launch(x_TC.device)
+    _skinny_gemm[(triton.cdiv(out_TO.shape[1], outputs),)](
         x_TC, weight, bias, out_TO, out_TO.shape[1],
         WIDTH=width, ROWS=num_rows, OUTPUTS=outputs, INPUTS=_INPUTS_A_STEP,
-        HAS_BIAS=has_bias, ADDS=adds, GATED=gated, EARLY=early, launch_pdl=early,
+        HAS_BIAS=has_bias, ADDS=adds, GATED=gated, PDL=pdl, launch_pdl=pdl,
     )  # fmt: skip
 
 
 @triton.jit
-def _few_rows(
+def _skinny_gemm(
     x, weight, bias, out, num_outputs, WIDTH: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
-    INPUTS: tl.constexpr, HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, GATED: tl.constexpr, EARLY: tl.constexpr,
+    INPUTS: tl.constexpr, HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:
+    if PDL:
         gdc_launch_dependents()
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     row, column = tl.arange(0, ROWS), tl.arange(0, INPUTS)
@@ -81,7 +81,7 @@ def _few_rows(
     up_factors = factors
     if GATED:
         up_factors = tl.load(at_up, mask=loaded, other=0.0, eviction_policy="evict_first")
-    if EARLY:
+    if PDL:
         gdc_wait()
     values = tl.load(at_x, mask=(column < WIDTH)[None, :], other=0.0).to(tl.float32)[:, None, :]
     total = values * factors.to(tl.float32)[None, :, :]

@@ -1,5 +1,6 @@
-"""A product and what follows it as one kernel, by quack-kernels on a Hopper GPU: the activation takes results from
-registers, while the next tile is multiplied already.
+"""Fused epilogue GEMMs: a product and what follows it as one kernel, by quack-kernels on a Hopper GPU.
+
+The activation takes results from registers, while the next tile is multiplied already.
 
 Shapes: P rows, I inputs, O outputs.
 """
@@ -39,7 +40,7 @@ def _quack() -> Any:
     import quack.cache
     import quack.gemm_interface
 
-    # It would load machine code from a folder in /tmp, whoever has put it there.
+    # It would load machine code from a folder in /tmp that any user can write to.
     quack.cache.CACHE_ENABLED = False
     return quack.gemm_interface
 
@@ -57,7 +58,7 @@ def _config(tiles: Tiles) -> Any:
     )
 
 
-def check_one_kernel(activation: Activation | None, has_bias: bool, dtype: torch.dtype, device: torch.device) -> None:
+def check_fused_gemm(activation: Activation | None, has_bias: bool, dtype: torch.dtype, device: torch.device) -> None:
     """
     Raises:
         ImportError: quack-kernels is not installed.
@@ -72,7 +73,7 @@ def check_one_kernel(activation: Activation | None, has_bias: bool, dtype: torch
         raise ValueError("gated activations want biases in an order of their own")
 
 
-def one_kernel(
+def fused_gemm(
     tiles: Tiles,
     x_PI: torch.Tensor,
     weight_IO: torch.Tensor,
@@ -94,6 +95,6 @@ def one_kernel(
     return out_PO
 
 
-def one_kernel_add(to_PO: torch.Tensor, x_PI: torch.Tensor, weight_IO: torch.Tensor) -> None:
+def fused_gemm_add(to_PO: torch.Tensor, x_PI: torch.Tensor, weight_IO: torch.Tensor) -> None:
     """Adds x W to `to_PO`. Check first."""
     _quack().gemm_add_inplace(x_PI, weight_IO, to_PO, tuned=False)

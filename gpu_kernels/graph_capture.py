@@ -15,7 +15,9 @@ Capture: TypeAlias = Callable[[Work], Work]
 class CudaGraphs:
     """A `Capture`. All graphs share one memory pool, so only one may run at a time.
 
-    num_graphs: captured so far; nbytes: that the device has less of since then.
+    Capture the largest work first: smaller graphs then live in its memory.
+
+    num_graphs: captured so far.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,9 +29,9 @@ class CudaGraphs:
 
     def __call__(self, work: Work) -> Work:
         work()  # compiles kernels and makes communicators, which a capture must not
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads, as those that watch collectives, may go on using the GPU.
+        # thread_local: other threads, such as those that watch collectives, may go on using the GPU.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             work()
         self.num_graphs += 1
@@ -37,9 +39,11 @@ class CudaGraphs:
 
     @property
     def nbytes(self) -> int:
+        """By how much the device's free memory has shrunk since this was made, whatever took it."""
         return self._free_before - _free_nbytes(self._device)
 
 
 def _free_nbytes(device: torch.device) -> int:
-    torch.cuda.empty_cache()  # as every capture does, and what comes free by it is no graph's
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()  # as every capture does, and what this frees is no graph's
     return torch.cuda.mem_get_info(device)[0]

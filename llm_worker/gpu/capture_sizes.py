@@ -1,4 +1,4 @@
-"""The sizes of steps that there are graphs of: a step runs in the smallest that holds it."""
+"""The capture sizes: a step runs in the graph of the smallest size that holds it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 _MULTIPLE = 8
 
 
-def token_ladder(max_tokens: int) -> list[int]:
+def token_capture_sizes(max_tokens: int) -> list[int]:
     """Token counts in ascending order up to `max_tokens`: powers of two and seven sizes between two of them.
 
     From 64 tokens on a step pays for 12.5 % more than it has at most, 6 % on average; below, for 7 more at most.
@@ -20,12 +20,12 @@ def token_ladder(max_tokens: int) -> list[int]:
     return [*sorted(size for size in sizes if size < max_tokens), max_tokens]
 
 
-def decode_ladder(max_num_seqs: int) -> list[int]:
+def decode_capture_sizes(max_num_seqs: int) -> list[int]:
     """Batch sizes: powers of two up to 8, then every eighth."""
     sizes = [size for size in (1, 2, 4) if size < max_num_seqs]
     return [*sizes, *range(8, max_num_seqs, 8), max_num_seqs]
 
 
-def smallest(sizes: Iterable[int], num_tokens: int) -> int:
-    """That holds so many tokens."""
+def capture_size(sizes: Iterable[int], num_tokens: int) -> int:
+    """The smallest that holds so many tokens."""
     return min(size for size in sizes if size >= num_tokens)

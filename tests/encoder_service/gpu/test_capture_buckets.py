@@ -7,10 +7,10 @@ import random
 import pytest
 
 from encoder_service.gpu.batch_tables import Layouts
-from encoder_service.gpu.graphs import Bucket, ladder
+from encoder_service.gpu.graphs import Bucket, capture_buckets
 
 MAX_PATCHES = 45056
-BUCKETS = ladder(MAX_PATCHES)
+BUCKETS = capture_buckets(MAX_PATCHES)
 
 
 def bucket_of(grids: list[tuple[int, int, int]], window_tokens: int = 0) -> Bucket | None:
@@ -23,8 +23,8 @@ def test_sizes_ascend_to_the_limit() -> None:
     assert sizes == sorted(sizes)
     assert sizes[-1] == MAX_PATCHES
     assert len(set(BUCKETS)) == len(BUCKETS) < 600
-    assert ladder(0) == []
-    assert [bucket.num_patches for bucket in ladder(100)] == [100, 100]
+    assert capture_buckets(0) == []
+    assert [bucket.num_patches for bucket in capture_buckets(100)] == [100, 100]
 
 
 def test_padding_waste_on_mixed_pictures_is_small() -> None:
