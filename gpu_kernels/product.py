@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from gpu_kernels.autotuner import Tuned, autotune
-from gpu_kernels.fused_gemm import ALL_TILES, Activation, check_fused_gemm, fused_gemm, fused_gemm_add
+from gpu_kernels.fused_gemm import ALL_TILES, Activation, GemmWeights, check_fused_gemm, fused_gemm, fused_gemm_add
 from gpu_kernels.gated_silu import gated_silu
 
 _log = logging.getLogger(__name__)
-_Multiply: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, Activation | None], torch.Tensor]
+_Multiply: TypeAlias = Callable[[torch.Tensor, GemmWeights], torch.Tensor]
 _Add: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 _Implementation = TypeVar("_Implementation")
 
@@ -40,13 +40,13 @@ class Product:
         Args:
             sizes: numbers of rows that will come, ascending: the autotuner measures at each. By cuBLAS if empty.
         """
-        self._weight_IO, self._bias_O, self._activation = weight_OI.t(), bias_O, activation
+        self._weights = GemmWeights.of(weight_OI, bias_O, activation)
         self._tuned = _tuned_multiply(
             weight_OI.shape, bias_O is not None, activation, weight_OI.dtype, weight_OI.device, sizes
         )
 
     def __call__(self, x_PI: torch.Tensor) -> torch.Tensor:
-        return self._tuned.at(len(x_PI))(x_PI, self._weight_IO, self._bias_O, self._activation)
+        return self._tuned.at(len(x_PI))(x_PI, self._weights)
 
 
 class AddedProduct:
@@ -64,9 +64,8 @@ class AddedProduct:
         self._tuned.at(len(x_PI))(to_PO, x_PI, self._weight_IO)
 
 
-def _by_cublas(
-    x_PI: torch.Tensor, weight_IO: torch.Tensor, bias_O: torch.Tensor | None, activation: Activation | None
-) -> torch.Tensor:
+def _by_cublas(x_PI: torch.Tensor, weights: GemmWeights) -> torch.Tensor:
+    weight_IO, bias_O, activation, _ = weights
     if activation == "gelu_tanh" and bias_O is not None and x_PI.is_cuda:  # on the CPU it has the exact GELU
         return torch._addmm_activation(bias_O, x_PI, weight_IO, use_gelu=True)
     product_PO = x_PI @ weight_IO if bias_O is None else torch.addmm(bias_O, x_PI, weight_IO)
@@ -89,15 +88,15 @@ def _tuned_multiply(
     sizes: tuple[int, ...],
 ) -> Tuned[_Multiply]:
     def measured() -> Tuned[_Multiply]:
-        check_fused_gemm(activation, has_bias, dtype, device)
-        weight_IO = torch.randn(shape_OI, dtype=dtype, device=device).t()
+        check_fused_gemm(dtype, device)
         bias_O = torch.randn(shape_OI[0], dtype=dtype, device=device) if has_bias else None
+        weights = GemmWeights.of(torch.randn(shape_OI, dtype=dtype, device=device), bias_O, activation)
         implementations: dict[str, _Multiply] = {"cuBLAS": _by_cublas}
         implementations |= {str(tiles): functools.partial(fused_gemm, tiles) for tiles in ALL_TILES}
 
         def work(size: int) -> Callable[[_Multiply], object]:
             x_PI = torch.randn((size, shape_OI[1]), dtype=dtype, device=device)
-            return lambda multiply: multiply(x_PI, weight_IO, bias_O, activation)
+            return lambda multiply: multiply(x_PI, weights)
 
         return autotune(what, implementations, work, sizes)
 
@@ -108,7 +107,7 @@ def _tuned_multiply(
 @functools.cache
 def _tuned_add(shape_OI: torch.Size, dtype: torch.dtype, device: torch.device, sizes: tuple[int, ...]) -> Tuned[_Add]:
     def measured() -> Tuned[_Add]:
-        check_fused_gemm(None, False, dtype, device)
+        check_fused_gemm(dtype, device)
         weight_IO = torch.randn(shape_OI, dtype=dtype, device=device).t()
         implementations: dict[str, _Add] = {"cuBLAS": _add_by_cublas, "fused epilogue": fused_gemm_add}
 

@@ -11,11 +11,13 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from gpu_kernels import fused_gemm as fused_gemm_module  # noqa: E402
 from gpu_kernels import product  # noqa: E402
 from gpu_kernels.autotuner import Tuned  # noqa: E402
 from gpu_kernels.fused_gemm import (  # noqa: E402
     ALL_TILES,
     Activation,
+    GemmWeights,
     Tiles,
     check_fused_gemm,
     fused_gemm,
@@ -24,12 +26,13 @@ from gpu_kernels.fused_gemm import (  # noqa: E402
 from gpu_kernels.gated_silu import gated_silu  # noqa: E402
 from gpu_kernels.product import AddedProduct, Product  # noqa: E402
 
-# Inputs and outputs of Qwen3-VL-8B's products that go through `Product`: of tower and decoder.
+# Inputs and outputs of products that go through `Product`: of Qwen3-VL-8B's tower and decoder, Qwen2.5-VL-7B's tower.
 TRUE_SHAPES: list[tuple[int, int, bool, Activation | None]] = [
     (1152, 3456, True, None),
     (1152, 4304, True, "gelu_tanh"),
     (4096, 6144, False, None),
     (4096, 24576, False, "gated_silu"),
+    (1280, 6848, True, "gated_silu"),
 ]
 
 
@@ -95,8 +98,8 @@ def test_fused_gemms(tiles: Tiles, shape: tuple[int, int, bool, Activation | Non
     x = random(num_rows, num_inputs, seed=1, dtype=torch.bfloat16)
     weight = (random(num_outputs, num_inputs, seed=2) * 0.02).bfloat16()
     bias = random(num_outputs, seed=3, dtype=torch.bfloat16) if has_bias else None
-    check_fused_gemm(activation, has_bias, weight.dtype, weight.device)
-    found = fused_gemm(tiles, x, weight.t(), bias, activation)
+    check_fused_gemm(weight.dtype, weight.device)
+    found = fused_gemm(tiles, x, GemmWeights.of(weight, bias, activation))
     assert found.dtype == torch.bfloat16
     outputs = expected(x, weight, bias, activation)
     assert F.cosine_similarity(found.float(), outputs, dim=-1).min() > 0.99999
@@ -104,19 +107,38 @@ def test_fused_gemms(tiles: Tiles, shape: tuple[int, int, bool, Activation | Non
 
 
 @pytest.mark.gpu
-def test_what_is_faster_on_this_gpu_is_taken() -> None:
+@pytest.mark.parametrize("shape", [TRUE_SHAPES[1], TRUE_SHAPES[3]], ids=lambda shape: shape[3])
+def test_what_is_faster_on_this_gpu_is_taken(shape: tuple[int, int, bool, Activation | None]) -> None:
     pytest.importorskip("quack", reason="quack-kernels is not installed")
-    weight, bias = random(4304, 1152, dtype=torch.bfloat16), random(4304, dtype=torch.bfloat16)
-    multiply = Product(weight, bias, "gelu_tanh", sizes=(64, 8192))
+    num_inputs, num_outputs, has_bias, activation = shape
+    weight = (random(num_outputs, num_inputs, seed=2) * 0.02).bfloat16()
+    bias = random(num_outputs, dtype=torch.bfloat16) if has_bias else None
+    multiply = Product(weight, bias, activation, sizes=(64, 8192))
     assert multiply._tuned.at(8192) is not product._by_cublas, "a Hopper GPU gains by a fused GEMM"
-    x = random(8192, 1152, dtype=torch.bfloat16)
-    assert F.cosine_similarity(multiply(x).float(), expected(x, weight, bias, "gelu_tanh"), dim=-1).min() > 0.9999
+    x = random(8192, num_inputs, seed=1, dtype=torch.bfloat16)
+    assert F.cosine_similarity(multiply(x).float(), expected(x, weight, bias, activation), dim=-1).min() > 0.9999
+
+
+def test_gate_and_up_of_an_epilogues_bias_take_turns() -> None:
+    weight, bias = random(6, 4), torch.arange(6.0, device=DEVICE)
+    assert GemmWeights.of(weight, bias, "gated_silu").epilogue_bias_O.tolist() == [0, 3, 1, 4, 2, 5]  # type: ignore[union-attr]
+    assert GemmWeights.of(weight, bias, "gelu_tanh").epilogue_bias_O is bias
+    assert GemmWeights.of(weight, None, "gated_silu").epilogue_bias_O is None
+
+
+def test_epilogues_compile_wherever_their_libraries_are_installed() -> None:
+    """Where quack-kernels and what it needs can be imported, as from a folder that is not called site-packages."""
+    pytest.importorskip("quack.gemm_interface", reason="quack-kernels is not installed")
+    fused_gemm_module._quack()
+    from quack.epilogue.library import linear_act_mod
+
+    assert linear_act_mod("swiglu", gated=True, has_c=False, has_rowvec=True, has_colvec=False).semantic_digest
 
 
 def test_what_has_no_fused_gemm_is_refused() -> None:
     weight = random(24, 32)
     with pytest.raises((ImportError, ValueError)):
-        check_fused_gemm(None, False, weight.dtype, weight.device)
+        check_fused_gemm(weight.dtype, weight.device)
 
 
 @pytest.mark.parametrize(
