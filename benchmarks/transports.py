@@ -36,6 +36,7 @@ from embedding_transport.wire import describe
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from service_runtime.grpc_channel import CHANNEL_OPTIONS
 from service_runtime.memory import reuse_message_memory
+from service_runtime.supervisor import Supervisor
 
 _THIS = "benchmarks.transports"
 MIB = 1024 * 1024
@@ -95,7 +96,7 @@ async def serve(shm_folder: Path, chunk_nbytes: int) -> None:
     """Runs the server until killed; prints its address."""
     pool = ShmPool(shm_folder, 4 * SIZES_MIB[-1] * MIB)
     exporter = RowExporter([pool], lease_ttl_s=60, chunk_nbytes=chunk_nbytes)
-    exporter.start()
+    exporter.start(Supervisor())
     server = grpc.aio.server(options=CHANNEL_OPTIONS)
     server.add_generic_rpc_handlers((encoder_handlers(RowServer(exporter)),))
     port = server.add_insecure_port("127.0.0.1:0")

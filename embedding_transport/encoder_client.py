@@ -31,6 +31,7 @@ from embedding_transport.wire import item_to_proto, layout_from_proto
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from service_runtime.cancellation import is_own_cancellation
 from service_runtime.retry import Attempts, RetryPolicy
+from service_runtime.supervisor import Supervisor
 from service_runtime.tls import ClientTls
 
 # An encoder that cannot be reached or shuts down, or has no capacity. What it says of the item itself holds on all.
@@ -49,6 +50,7 @@ class EncoderClient(FleetClient[EncoderPeer]):
         encode_timeout_s: for one request on one encoder.
         gpu: on which rows are landed, if on any: then "auto" tries CUDA IPC first.
         tls: towards encoders; None for none.
+        supervisor: owns the loops of this client; None for one of its own. Once one has failed, `encode` fails.
     """
 
     def __init__(
@@ -62,10 +64,15 @@ class EncoderClient(FleetClient[EncoderPeer]):
         encode_timeout_s: float = 300.0,
         gpu: torch.device | None = None,
         tls: ClientTls | None = None,
+        supervisor: Supervisor | None = None,
     ) -> None:
         options = ConnectOptions(transport, shm_folder, connect_timeout_s, gpu, tls)
         super().__init__(
-            addresses, lambda address: EncoderPeer(address, options, expected), ENCODE_RETRIES, encode_timeout_s
+            addresses,
+            lambda address: EncoderPeer(address, options, expected),
+            ENCODE_RETRIES,
+            encode_timeout_s,
+            supervisor,
         )
 
     async def encoder_stats(self, timeout_s: float = 1.0) -> dict[str, encoder_pb2.GetStatsResponse]:

@@ -19,6 +19,7 @@ VitrineError
 ├── Overloaded                overloaded
 ├── EncoderUnavailable        encoder_unavailable
 │   └── EncoderMismatch       encoder_mismatch
+├── WorkerUnavailable         worker_unavailable
 ├── PrefillUnavailable        prefill_unavailable
 │   └── PrefillMismatch       prefill_mismatch
 ├── TransportUnavailable      transport_unavailable
@@ -117,6 +118,10 @@ class EncoderUnavailable(VitrineError):
 
 class EncoderMismatch(EncoderUnavailable):
     code = "encoder_mismatch"
+
+
+class WorkerUnavailable(VitrineError):
+    code = "worker_unavailable"
 
 
 class PrefillUnavailable(VitrineError):

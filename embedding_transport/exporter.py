@@ -25,6 +25,7 @@ from embedding_transport.shm_pool import ShmPool
 from embedding_transport.types import ItemTimings
 from embedding_transport.wire import timings_to_proto
 from protos.encoder.v1 import encoder_pb2
+from service_runtime.supervisor import Supervisor
 
 CHUNK_NBYTES = 1024 * 1024
 
@@ -92,9 +93,9 @@ class RowExporter:
         self.transports = self._sessions.transports
         self._shipped_nbytes = dict.fromkeys(self.transports, 0)
 
-    def start(self) -> None:
-        """Begins to expire leases; needs a running event loop."""
-        self._lending.start()
+    def start(self, supervisor: Supervisor) -> None:
+        """Begins to expire leases; the supervisor owns the loop that does."""
+        self._lending.start(supervisor)
 
     async def close(self) -> None:
         await self._lending.close()

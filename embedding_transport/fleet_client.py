@@ -19,6 +19,7 @@ from embedding_transport.row_stream import RowStream
 from embedding_transport.types import RowsEvent
 from service_runtime.cancellation import is_own_cancellation
 from service_runtime.retry import Attempts, RetryPolicy
+from service_runtime.supervisor import Supervisor
 from service_runtime.traces import outgoing_metadata
 
 EventT = TypeVar("EventT")
@@ -40,7 +41,7 @@ class FleetClient(PeerFleet[PeerT]):
     """What the clients of encoders and of prefill workers have in common.
 
     Args:
-        addresses, make_peer: see PeerFleet.
+        addresses, make_peer, supervisor: see PeerFleet.
         policy: with a budget of 0: every peer is tried once.
         timeout_s: for one request on one peer.
     """
@@ -51,8 +52,9 @@ class FleetClient(PeerFleet[PeerT]):
         make_peer: Callable[[str], PeerT],
         policy: RetryPolicy[VitrineError],
         timeout_s: float,
+        supervisor: Supervisor | None = None,
     ) -> None:
-        super().__init__(addresses, make_peer)
+        super().__init__(addresses, make_peer, supervisor)
         self._policy = policy
         self._timeout_s = timeout_s
         self._buffers = HostBufferPool()

@@ -6,12 +6,15 @@ worth trying again, under the key that gRPC's own clients heed where they retry 
 
 from __future__ import annotations
 
+import asyncio
 import math
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 
 from embedding_transport.errors import Overloaded, VitrineError, as_vitrine_error, error_from_code
+
+ResponseT = TypeVar("ResponseT")
 
 ERROR_CODE_KEY = "vitrine-error-code"
 RETRY_KEY = "grpc-retry-pushback-ms"
@@ -39,6 +42,7 @@ STATUS_BY_CODE: dict[str, grpc.StatusCode] = {
     "overloaded": _Status.RESOURCE_EXHAUSTED,
     "encoder_unavailable": _Status.UNAVAILABLE,
     "encoder_mismatch": _Status.FAILED_PRECONDITION,
+    "worker_unavailable": _Status.UNAVAILABLE,
     "prefill_unavailable": _Status.UNAVAILABLE,
     "prefill_mismatch": _Status.FAILED_PRECONDITION,
     "transport_unavailable": _Status.FAILED_PRECONDITION,
@@ -51,13 +55,39 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -
     """Ends the call with the error's status, message and code; of other exceptions a number is told, for the log.
 
     Long messages are cut: with trailers past gRPC's limit the peer would get neither message nor code.
+
+    Raises:
+        CancelledError: there is no peer any more.
     """
+    if is_peer_gone(error):
+        raise asyncio.CancelledError("the peer is gone") from error
     error = as_vitrine_error(error)
+    if context.done():
+        raise asyncio.CancelledError("the peer is gone") from error
     metadata = [(ERROR_CODE_KEY, error.code)]
     if isinstance(error, Overloaded):
         metadata.append((RETRY_KEY, str(math.ceil(max(error.retry_after_s, _LEAST_RETRY_S) * 1000))))
     context.set_trailing_metadata(tuple(metadata))
     await context.abort(STATUS_BY_CODE[error.code], _sendable(str(error)))
+
+
+async def send(context: grpc.aio.ServicerContext[Any, ResponseT], message: ResponseT) -> None:
+    """Writes one message of a stream.
+
+    Raises:
+        CancelledError: there is no peer any more; gRPC cancels the call where it notices first.
+    """
+    try:
+        await context.write(message)
+    except Exception as error:
+        if not is_peer_gone(error):
+            raise
+        raise asyncio.CancelledError("the peer is gone") from error
+
+
+def is_peer_gone(error: Exception) -> bool:
+    """Whether it is what gRPC raises where a call is used whose peer has ended it, or is lost: no fault of ours."""
+    return isinstance(error, grpc.aio.UsageError | grpc.aio.InternalError)
 
 
 def _sendable(message: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from embedding_transport.errors import Overloaded
 from embedding_transport.leases import LeaseTable
 from embedding_transport.pool import Block, ExportPool
+from service_runtime.supervisor import Supervisor
 
 _POOL_WAIT_S = 10.0
 _EXPIRY_INTERVAL_S = 0.5
@@ -43,15 +43,14 @@ class Lending:
         self._turns = {pool: asyncio.Lock() for pool in pools}
         self._expiry: asyncio.Task[None] | None = None
 
-    def start(self) -> None:
-        """Begins to expire leases; needs a running event loop."""
-        self._expiry = asyncio.create_task(self._expire_leases())
+    def start(self, supervisor: Supervisor) -> None:
+        """Begins to expire leases; the supervisor owns the loop that does."""
+        self._supervisor = supervisor
+        self._expiry = supervisor.start_task("lease expiry", self._expire_leases())
 
     async def close(self) -> None:
         if self._expiry is not None:
-            self._expiry.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._expiry
+            await self._supervisor.stop(self._expiry)
 
     def take_now(self, pool: ExportPool, nbytes: int) -> Held | None:
         """A block if there is room for it and nobody waits; from any thread."""

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from embedding_transport.errors import VitrineError
 from embedding_transport.row_peer import RowPeer
+from service_runtime.supervisor import Supervisor
 
 _LEAVING_POLL_S = 0.1
 
@@ -36,10 +37,15 @@ class PeerFleet(ABC, Generic[PeerT]):
     Args:
         addresses: "host:port" of each; none if `set_addresses` is to say.
         make_peer: for an address.
+        supervisor: owns the loops that keep them connected; None for one of its own. Once it has seen a failure,
+            requests fail.
     """
 
-    def __init__(self, addresses: Sequence[str], make_peer: Callable[[str], PeerT]) -> None:
+    def __init__(
+        self, addresses: Sequence[str], make_peer: Callable[[str], PeerT], supervisor: Supervisor | None = None
+    ) -> None:
         self._first_addresses = addresses
+        self._supervisor = supervisor or Supervisor()
         self._make_peer = make_peer
         self._peers: list[PeerT] = []
         self._leaving: set[asyncio.Task[None]] = set()
@@ -64,20 +70,18 @@ class PeerFleet(ABC, Generic[PeerT]):
         for address in addresses:
             if address not in known:
                 peer = self._make_peer(address)
-                peer.start(self._changed.set)
+                peer.start(self._changed.set, self._supervisor)
                 self._peers.append(peer)
         for address in known.keys() - set(addresses):
             self._peers.remove(known[address])
-            leaving = asyncio.create_task(self._let_go(known[address]))
+            leaving = self._supervisor.start_job(f"leaving {address}", self._let_go(known[address]))
             self._leaving.add(leaving)
             leaving.add_done_callback(self._leaving.discard)
         self._changed.set()
 
     async def close(self) -> None:
         """Gives back what is released and disconnects."""
-        for leaving in self._leaving:
-            leaving.cancel()
-        await asyncio.gather(*self._leaving, return_exceptions=True)
+        await self._supervisor.stop(*self._leaving)
         await asyncio.gather(*(peer.close() for peer in self._peers))
 
     @property
@@ -102,7 +106,14 @@ class PeerFleet(ABC, Generic[PeerT]):
             raise self._unavailable({}) from None
 
     async def _until_tried(self) -> None:
-        """Waits while none is connected and some are tried for the first time: they may be there to replace others."""
+        """Waits while none is connected and some are tried for the first time: they may be there to replace others.
+
+        Raises:
+            VitrineError: a loop of this client has failed.
+        """
+        if self._supervisor.failure is not None:
+            reason = str(self._supervisor.failure)
+            raise self._unavailable({peer.address: peer.unavailable(reason) for peer in self._peers})
         await self._until(lambda: self.ready or all(peer.attempted.is_set() for peer in self._peers))
 
     async def _until(self, holds: Callable[[], bool]) -> None:

@@ -24,6 +24,7 @@ from protos.encoder.v1 import encoder_pb2
 from service_runtime.backoff import Backoff
 from service_runtime.cancellation import is_own_cancellation
 from service_runtime.grpc_channel import open_channel
+from service_runtime.supervisor import Supervisor
 from service_runtime.tls import ClientTls
 
 TransportChoice = Literal["auto", "cuda_ipc", "shm", "grpc"]
@@ -116,16 +117,16 @@ class RowPeer(ABC, Generic[DescriptionT]):
         self._to_release: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
 
-    def start(self, on_change: Callable[[], None]) -> None:
+    def start(self, on_change: Callable[[], None], supervisor: Supervisor) -> None:
         """Begins to connect, and to connect again; `on_change` is called whenever readiness has changed."""
         self._on_change = on_change
         self._loop = asyncio.get_running_loop()
-        self._task = asyncio.create_task(self._keep_connected())
+        self._supervisor = supervisor
+        self._task = supervisor.start_task(f"{self.service} {self.address} connection", self._keep_connected())
 
     async def close(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await self._supervisor.stop(self._task)
 
     def release(self, session_id: str, lease_id: int) -> None:
         """Gives a lease back in the background; from any thread."""
@@ -160,13 +161,16 @@ class RowPeer(ABC, Generic[DescriptionT]):
                     self._report(self.unavailable(f"{self.service} {self.address} did not answer in time"))
                 except OSError as error:  # of a file with certificates
                     self._report(self.unavailable(f"{self.service} {self.address} cannot be connected to: {error}"))
-                except asyncio.InvalidStateError:  # grpc's answer to writing on a call that has ended
+                except (asyncio.InvalidStateError, grpc.aio.BaseError):  # grpc's answers where a call has ended
                     self._report(self.unavailable(f"{self.service} {self.address} ended the connection"))
                 except asyncio.CancelledError:
                     if is_own_cancellation():
                         raise
                     self._report(self.unavailable(f"{self.service} {self.address} cancelled the connection"))
-                except Exception as error:  # of a service that talks nonsense, or of mapping its pool
+                except Exception as error:
+                    if self.has_session:  # a fault of ours
+                        raise
+                    # A service that talks nonsense, or whose pool cannot be mapped.
                     self._report(self.unavailable(f"{self.service} {self.address} cannot be connected to: {error!r}"))
                 finally:
                     if self.has_session:
@@ -198,7 +202,8 @@ class RowPeer(ABC, Generic[DescriptionT]):
             _log.info("connected to %s %s, transport %s", self.service, self.address, session.transport)
             self.attempted.set()
             self._on_change()
-            releasing = asyncio.create_task(self._release_leases(stub))
+            name = f"{self.service} {self.address} releases"
+            releasing = self._supervisor.start_task(name, self._release_leases(stub))
             try:
                 response = await call.read()
                 if isinstance(response, encoder_pb2.ConnectResponse) and response.WhichOneof("message") == "draining":
@@ -206,8 +211,7 @@ class RowPeer(ABC, Generic[DescriptionT]):
                     self._on_change()
                     await call.read()
             finally:
-                releasing.cancel()
-                await asyncio.gather(releasing, return_exceptions=True)
+                await self._supervisor.stop(releasing)
                 await self._flush_releases(stub)
         finally:
             call.cancel()

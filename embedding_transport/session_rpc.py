@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import grpc
 
 from embedding_transport.exporter import RowExporter
-from embedding_transport.grpc_status import abort
+from embedding_transport.grpc_status import abort, send
 from protos.encoder.v1 import encoder_pb2
 
 ConnectContext: TypeAlias = grpc.aio.ServicerContext[encoder_pb2.ConnectRequest, encoder_pb2.ConnectResponse]
@@ -32,7 +32,7 @@ class SessionServicer(ABC):
     async def Connect(self, requests: AsyncIterator[encoder_pb2.ConnectRequest], context: ConnectContext) -> None:
         try:
             async for response in self._exporter().connect(requests):
-                await context.write(response)
+                await send(context, response)
         except Exception as error:
             await abort(context, error)
 

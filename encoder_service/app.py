@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
-import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ import torch
 from prometheus_client import start_http_server
 
 from embedding_transport.checkpoint import open_checkpoint
+from embedding_transport.errors import EncoderUnavailable
 from embedding_transport.exporter import RowExporter, export_pools
 from embedding_transport.loading import LoadingStopped, ProgressLog, choose_device, choose_dtype, gpu_uuids
 from embedding_transport.types import DTYPES, ModelIdentity
@@ -37,8 +36,11 @@ from encoder_service.preprocess.preprocessor import Preprocessor
 from encoder_service.preprocess.settings import ProcessorSettings
 from encoder_service.server import EncoderServer, EncoderServicer, Serving
 from encoder_service.service import EncodeService
+from service_runtime.lifecycle import Lifecycle
 from service_runtime.logs import log_at_any_level
 from service_runtime.memory import spare_startup_objects
+from service_runtime.running_calls import RunningCalls
+from service_runtime.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from encoder_service.gpu.graphs import GpuTower
@@ -125,26 +127,28 @@ async def serve(config: EncoderConfig) -> None:
         TransportUnavailable: no room for a pool.
         ValueError: the media folder does not exist.
     """
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
     limits = config.media_limits()
-    metrics = EncoderMetrics()
-    servicer = EncoderServicer(metrics)
+    metrics, calls = EncoderMetrics(), RunningCalls()
+    servicer = EncoderServicer(metrics, calls)
     server = EncoderServer(servicer)
+    unavailable = lambda message: EncoderUnavailable(f"the encoder {message}")  # noqa: E731
+    lifecycle = Lifecycle(server, calls, unavailable, config.drain_timeout_s)
+    supervisor = lifecycle.supervisor
     async with AsyncExitStack() as stack:
+        stack.push_async_callback(supervisor.close)
         # The port answers (NOT_SERVING) before anything slow begins, so that probes see progress, not refusal.
-        addresses = f"grpc={await server.start(config.host, config.port, config.server_tls())}"
+        address = await server.start(config.host, config.port, config.server_tls(), config.health_socket)
+        addresses = f"grpc={address}"
         stack.push_async_callback(server.stop, 0)
         if config.metrics_port:
-            http_server, _ = start_http_server(config.metrics_port, config.host, metrics.registry)
-            stack.callback(http_server.shutdown)
+            _serve_metrics(config, metrics, supervisor, stack)
             addresses += f" metrics={config.host}:{config.metrics_port}"
         _log.info("LISTENING %s", addresses)
 
         try:
-            model = await asyncio.to_thread(load_model, config, stop.is_set, metrics.show_progress)
+            model = await asyncio.to_thread(load_model, config, lambda: lifecycle.is_ending, metrics.show_progress)
         except LoadingStopped:
+            lifecycle.raise_failure()
             _log.info("stopped while loading")
             return
 
@@ -152,24 +156,24 @@ async def serve(config: EncoderConfig) -> None:
         pools = export_pools(model.device, config.cuda_ipc_pool_bytes, shm_folder, config.pool_bytes)
         exporter = RowExporter(pools, lease_ttl_s=config.lease_ttl_s)
         stack.push_async_callback(exporter.close)
-        exporter.start()
+        exporter.start(supervisor)
         admission = Admission(model.cost, max_patches=config.max_queued_patches, max_s=config.max_queued_s)
-        gpu_lost = asyncio.Event()
-        watching = asyncio.create_task(_end_with_gpu(gpu_lost, server))
-        stack.callback(watching.cancel)
         batcher = Batcher(
             model.tower,
             model.cost,
             max_batch_patches=config.max_batch_patches,
             device=model.device,
             on_batch=metrics.observe_batch,
-            on_gpu_lost=gpu_lost.set,
+            # Nothing can be cleaned up: whatever is freed on the way is freed on the GPU.
+            on_gpu_lost=lambda: supervisor.fail("GPU", None, can_unwind=False),
         )
         stack.push_async_callback(batcher.close)
-        batcher.start()
+        batcher.start(supervisor)
         loader, held = MediaLoader(limits), HeldBytes(config.max_held_media_bytes)
         stack.push_async_callback(loader.close)
         cache = EmbeddingCache(gpu_nbytes=config.cache_gpu_bytes, host_nbytes=config.cache_host_bytes)
+        stack.push_async_callback(cache.close)
+        cache.start(supervisor)
         metrics.watch_cache(cache.stats)
         preprocess_device = model.device if config.gpu_preprocess else torch.device("cpu")
         num_cpus = os.cpu_count() or 1
@@ -185,7 +189,8 @@ async def serve(config: EncoderConfig) -> None:
             num_threads=num_cpus if preprocess_device.type == "cpu" else min(num_cpus, _GPU_PREPROCESS_THREADS),
             metrics=metrics,
         )
-        stack.callback(service.close)
+        stack.push_async_callback(service.close)
+        service.start(supervisor)
         metrics.watch_queue(admission, lambda: held.nbytes, lambda: batcher.waiting_patches)
         metrics.watch_exporter(exporter.stats)
         if model.gpu_stats is not None:
@@ -196,33 +201,29 @@ async def serve(config: EncoderConfig) -> None:
         stats = lambda: stats_to_proto(admission.seconds, cache.stats(), exporter.stats())  # noqa: E731
         spare_startup_objects()
         servicer.open(Serving(description, service, exporter, stats))
-        await server.set_serving(True)
-        # With --dp the process in front waits for this line.
+        if not lifecycle.is_ending:
+            await server.set_serving(True)
         log_at_any_level(_log, "SERVING %s over %s", model.identity.model, ", ".join(exporter.transports))
 
-        await stop.wait()
-        await _drain(server, servicer, exporter, config.drain_timeout_s)
+        await lifecycle.ending()
+        exporter.start_draining()
+        await lifecycle.drain()
+        if not await exporter.drained(lifecycle.left_s):
+            _log.warning("%d leases were not released in time", exporter.stats().live_leases)
+        await server.stop(_STOP_GRACE_S)
+        lifecycle.raise_failure()
     _log.info("stopped")
 
 
-async def _end_with_gpu(lost: asyncio.Event, server: EncoderServer) -> None:
-    await lost.wait()
-    # No orderly way leads out: whatever is freed on the way is freed on the GPU.
-    await server.end_process("the encoder ends: its GPU does nothing more for this process")
+def _serve_metrics(
+    config: EncoderConfig, metrics: EncoderMetrics, supervisor: Supervisor, stack: AsyncExitStack
+) -> None:
+    """Answers Prometheus on a port of its own, until the stack is closed.
 
-
-async def _drain(server: EncoderServer, servicer: EncoderServicer, exporter: RowExporter, timeout_s: float) -> None:
-    """Takes nothing new, finishes what runs, waits for peers to release what they hold; all within `timeout_s`."""
-    _log.info("draining for at most %g s", timeout_s)
-    deadline = time.monotonic() + timeout_s
-    await server.set_not_serving_for_good()
-    servicer.start_draining()
-    exporter.start_draining()
-    try:
-        async with asyncio.timeout(timeout_s):
-            await servicer.idle()
-    except TimeoutError:
-        _log.warning("requests still ran after %g s and are cut off", timeout_s)
-    if not await exporter.drained(max(0.0, deadline - time.monotonic())):
-        _log.warning("%d leases were not released in time", exporter.stats().live_leases)
-    await server.stop(_STOP_GRACE_S)
+    Raises:
+        OSError: the port cannot be listened on.
+    """
+    http_server, thread = start_http_server(config.metrics_port, config.host, metrics.registry)
+    stack.callback(http_server.shutdown)
+    thread = supervisor.watch_thread("metrics", thread)
+    stack.callback(supervisor.expect_end, thread)

@@ -10,20 +10,25 @@ import asyncio
 import logging
 import os
 import signal
+import tempfile
 from collections.abc import Mapping
-from typing import Any
+from contextlib import suppress
+from pathlib import Path
 
+import grpc
 import torch
 
 from embedding_transport.errors import EncoderUnavailable
 from encoder_service.config import EncoderConfig
 from service_runtime.backoff import Backoff
-from service_runtime.child_process import Child
+from service_runtime.child_process import Child, ChildFailed
+from service_runtime.health import health_status
+from service_runtime.lifecycle import EXIT_MARGIN_S
+from service_runtime.supervisor import Supervisor
 
 _log = logging.getLogger(__name__)
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.5, 30.0
-# On top of the time the ranks may take to drain.
-_STOP_MARGIN_S = 10.0
+_HEALTH_INTERVAL_S, _HEALTH_TIMEOUT_S = 0.2, 2.0
 # Values of CUDA_VISIBLE_DEVICES that hide all.
 _NO_GPU = ("", "-1")
 
@@ -38,25 +43,32 @@ async def serve_ranks(config: EncoderConfig) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    ranks = [_Rank(config, rank) for rank in range(config.dp)]
-    stopping: asyncio.Task[Any] = asyncio.create_task(stop.wait())
-    living = [asyncio.create_task(rank.keep_alive()) for rank in ranks]
-    try:
-        await asyncio.wait([stopping, *living], return_when=asyncio.FIRST_COMPLETED)
-        for task in living:
-            if task.done():
-                raise EncoderUnavailable(f"{task.exception()}") from task.exception()
-    finally:
-        for task in (stopping, *living):
-            task.cancel()
-        await asyncio.gather(stopping, *living, return_exceptions=True)
-        await asyncio.gather(*(rank.stop(config.drain_timeout_s + _STOP_MARGIN_S) for rank in ranks))
+    supervisor = Supervisor()
+    with tempfile.TemporaryDirectory(prefix="vitrine-ranks-") as folder:
+        ranks = [_Rank(config, rank, Path(folder), supervisor) for rank in range(config.dp)]
+        for rank in ranks:
+            supervisor.start_task(rank.name, rank.keep_alive())
+        try:
+            await supervisor.unless_failed(stop.wait())
+        except ChildFailed as error:
+            raise EncoderUnavailable(f"{error}") from error
+        finally:
+            await supervisor.close()
+            # Each ends by itself so long after its signal; then it is killed.
+            await asyncio.gather(*(rank.stop(config.drain_timeout_s + EXIT_MARGIN_S) for rank in ranks))
 
 
 class _Rank:
-    def __init__(self, config: EncoderConfig, rank: int) -> None:
-        self._name = f"rank {rank}"
+    def __init__(self, config: EncoderConfig, rank: int, folder: Path, supervisor: Supervisor) -> None:
+        """
+        Args:
+            folder: for the socket by which the rank is asked for its health.
+        """
+        self.name = f"rank {rank}"
+        self._health_socket = folder / f"{rank}.sock"
+        config = config.model_copy(update={"health_socket": self._health_socket})
         self._environment = rank_environment(config, rank, os.environ)
+        self._supervisor = supervisor
         self._has_served = self._has_served_now = False
         self._child: Child | None = None
 
@@ -69,8 +81,10 @@ class _Rank:
         backoff = Backoff(_FIRST_BACKOFF_S, _MAX_BACKOFF_S)
         while True:
             self._has_served_now = False
-            self._child = await Child.start(self._name, ["encoder_service"], self._environment, self._note_serving)
+            self._child = await Child.start(self.name, ["encoder_service"], self._environment)
+            looking = self._supervisor.start_job(f"{self.name} health", self._note_serving())
             failure = await self._child.failed()
+            await self._supervisor.stop(looking)
             if not self._has_served:
                 raise failure
             if self._has_served_now:
@@ -83,9 +97,13 @@ class _Rank:
         if self._child is not None:
             await self._child.stop(grace_s)
 
-    def _note_serving(self, line: str) -> None:
-        if "SERVING " in line:
-            self._has_served = self._has_served_now = True
+    async def _note_serving(self) -> None:
+        while not self._has_served_now:
+            await asyncio.sleep(_HEALTH_INTERVAL_S)
+            with suppress(grpc.aio.AioRpcError):  # it does not listen yet, or is about to end
+                status = await health_status(f"unix:{self._health_socket}", _HEALTH_TIMEOUT_S)
+                self._has_served_now = status == "SERVING"
+        self._has_served = True
 
 
 def rank_environment(config: EncoderConfig, rank: int, environment: Mapping[str, str]) -> dict[str, str]:

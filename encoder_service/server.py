@@ -18,7 +18,7 @@ from embedding_transport.early_write import EarlyWrite
 from embedding_transport.encoder_rpc import SERVICE, encoder_handlers
 from embedding_transport.errors import EncoderUnavailable, InternalError, VitrineError
 from embedding_transport.exporter import RowExporter
-from embedding_transport.grpc_status import abort
+from embedding_transport.grpc_status import abort, send
 from embedding_transport.row_source import TensorSource
 from embedding_transport.session_rpc import SessionServicer
 from embedding_transport.types import ItemTimings, Layout
@@ -27,8 +27,9 @@ from encoder_service.codec import failed_to_proto, item_from_proto
 from encoder_service.metrics import EncoderMetrics
 from encoder_service.service import EncodeService
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from service_runtime.cancellation import is_own_cancellation
 from service_runtime.grpc_server import ServiceServer
-from service_runtime.logs import set_request_id
+from service_runtime.logs import harmless, set_request_id
 from service_runtime.running_calls import RunningCalls
 from service_runtime.traces import metadata_carrier, serving_span
 
@@ -49,24 +50,19 @@ class Serving:
 
 
 class EncoderServicer(SessionServicer, encoder_pb2_grpc.EncoderServicer):  # type: ignore[misc]
-    """Answers UNAVAILABLE until `open` is called and, for Encode, after `start_draining`."""
+    """Answers UNAVAILABLE until `open` is called.
 
-    def __init__(self, metrics: EncoderMetrics) -> None:
+    Args:
+        calls: the Encode calls in flight.
+    """
+
+    def __init__(self, metrics: EncoderMetrics, calls: RunningCalls) -> None:
+        self._calls = calls
         self._metrics = metrics
         self._serving: Serving | None = None
-        self._draining = False
-        self._running = RunningCalls()
 
     def open(self, serving: Serving) -> None:
         self._serving = serving
-
-    def start_draining(self) -> None:
-        """Refuses new Encode calls; those under way go on."""
-        self._draining = True
-
-    async def idle(self) -> None:
-        """Returns when no Encode call is under way."""
-        await self._running.idle()
 
     async def Describe(
         self,
@@ -86,14 +82,15 @@ class EncoderServicer(SessionServicer, encoder_pb2_grpc.EncoderServicer):  # typ
         set_request_id(request.request_id)
         caller = metadata_carrier(context.invocation_metadata())
         try:
-            with self._running.one(), serving_span("encode", caller, **{"vitrine.num_items": len(request.items)}):
+            with self._calls.one(), serving_span("encode", caller, **{"vitrine.num_items": len(request.items)}):
                 await self._encode(request, context)
             outcome = "ok"
         except Exception as error:
             outcome = error.code if isinstance(error, VitrineError) else InternalError.code
             await abort(context, error)
         finally:
-            self._metrics.requests.labels(outcome).inc()
+            with harmless("a metric of requests"):
+                self._metrics.requests.labels(outcome).inc()
 
     async def GetStats(
         self,
@@ -107,8 +104,6 @@ class EncoderServicer(SessionServicer, encoder_pb2_grpc.EncoderServicer):  # typ
 
     async def _encode(self, request: encoder_pb2.EncodeRequest, context: EncodeContext) -> None:
         serving = self._loaded()
-        if self._draining:
-            raise EncoderUnavailable("the encoder is shutting down: send the request to another one")
         serving.service.check_number(len(request.items))  # before there is any work in millions of them
         items = [item_from_proto(index, message) for index, message in enumerate(request.items)]
         left_s = context.time_remaining()
@@ -135,8 +130,10 @@ class _Replies:
         self._turn = asyncio.Lock()  # gRPC takes one message at a time
         self._leases: set[int] = set()
         self._delivered: set[int] = set()
+        self._call: asyncio.Task[object] | None = None
 
     def __enter__(self) -> Self:
+        self._call = asyncio.current_task()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
@@ -175,7 +172,12 @@ class _Replies:
 
     async def _write(self, message: Wire) -> None:
         async with self._turn:
-            await self._context.write(message)
+            try:
+                await send(self._context, message)
+            except asyncio.CancelledError:
+                if self._call is not None and not is_own_cancellation():
+                    self._call.cancel()  # the peer is gone: for the other items, too
+                raise
 
 
 class _Shipment:

@@ -30,6 +30,8 @@ from encoder_service.media.loader import MediaLoader
 from encoder_service.metrics import EncoderMetrics
 from encoder_service.preprocess.gathering import Gathering
 from encoder_service.preprocess.preprocessor import OpenedMedia, Preprocessor
+from service_runtime.logs import harmless
+from service_runtime.supervisor import Supervisor
 from service_runtime.traces import past_span, span
 
 _log = logging.getLogger(__name__)
@@ -103,10 +105,14 @@ class EncodeService:
         self._gathering = Gathering(preprocessor.patches_together)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="encoder-preprocess")
 
-    def close(self) -> None:
+    def start(self, supervisor: Supervisor) -> None:
+        """Begins to make patches; the supervisor owns the loops that do."""
+        self._gathering.start(supervisor)
+
+    async def close(self) -> None:
         """Drops decoding that has not begun and waits for the rest."""
-        self._gathering.close()
-        self._threads.shutdown(cancel_futures=True)
+        await self._gathering.close()
+        await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
 
     async def encode(
         self, items: Sequence[MediaItem], replies: Replies, tenant: str = "", deadline: float = math.inf
@@ -156,7 +162,8 @@ class EncodeService:
             outcome = InternalError.code
             await replies.failed(index, InternalError("the encoder failed on this item; its log has the reason"))
         finally:
-            self._metrics.items.labels(item.kind, outcome).inc()
+            with harmless("a metric of items"):
+                self._metrics.items.labels(item.kind, outcome).inc()
 
     async def _encode_item(
         self, index: int, item: MediaItem, replies: Replies, tenant: str, deadline: float, hold: Hold
@@ -196,9 +203,10 @@ class EncodeService:
             patches_PX = await make
         encoded = await self._batcher.encode(patches_PX, layout.grid_thw, deadline, follower)
         queue_s, forward_s = encoded.queue_ms / 1e3, encoded.forward_ms / 1e3
-        self._metrics.stage_seconds.labels("queue").observe(queue_s)
-        past_span("queue", queue_s + forward_s, queue_s, **{_ITEM: index})
-        past_span("forward", forward_s, forward_s, **{_ITEM: index})
+        with harmless("a metric of the queue"):
+            self._metrics.stage_seconds.labels("queue").observe(queue_s)
+            past_span("queue", queue_s + forward_s, queue_s, **{_ITEM: index})
+            past_span("forward", forward_s, forward_s, **{_ITEM: index})
         return MadeRows(encoded.rows_TW, preprocess.elapsed_ms, encoded.queue_ms, encoded.forward_ms)
 
     def _open(self, item: MediaItem, data: bytes, tenant: str) -> tuple[OpenedMedia, Layout, bytes]:
@@ -225,7 +233,8 @@ class EncodeService:
         with span(name, **{_ITEM: index}):
             yield stopwatch
         stopwatch.elapsed_ms = (time.monotonic() - stopwatch.started) * 1e3
-        self._metrics.stage_seconds.labels(name).observe(stopwatch.elapsed_ms / 1e3)
+        with harmless("a metric of stages"):
+            self._metrics.stage_seconds.labels(name).observe(stopwatch.elapsed_ms / 1e3)
 
 
 @dataclass

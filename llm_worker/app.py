@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict
@@ -16,7 +15,7 @@ from aiohttp import web
 
 from embedding_transport.discovery import follow
 from embedding_transport.encoder_client import EncoderClient
-from embedding_transport.errors import VitrineError
+from embedding_transport.errors import VitrineError, WorkerUnavailable
 from embedding_transport.exporter import RowExporter, export_pools
 from embedding_transport.loading import LoadingStopped, ProgressLog
 from embedding_transport.row_peer import ConnectOptions
@@ -32,6 +31,7 @@ from llm_worker.frontend.media_feed import MediaFeed
 from llm_worker.frontend.openai_http import OpenAiHttp, ServedModel
 from llm_worker.frontend.prefill_feed import PrefillFeed
 from llm_worker.frontend.prompt_feed import PromptContext
+from llm_worker.frontend.requests import Requests
 from llm_worker.loading import LoadedModel, choose_runner, engine_config, load_model
 from llm_worker.metrics import LlmMetrics
 from llm_worker.prefill.client import PrefillClient
@@ -39,7 +39,10 @@ from llm_worker.prefill.kv_format import KvFormat
 from llm_worker.prefill.rpc import SERVICE as PREFILL_SERVICE
 from llm_worker.prefill.rpc import prefill_handlers
 from llm_worker.prefill.server import Prefilling, PrefillServicer
+from service_runtime.lifecycle import Lifecycle
 from service_runtime.memory import spare_startup_objects
+from service_runtime.running_calls import RunningCalls
+from service_runtime.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from llm_worker.tensor_parallel.followers import Followers
@@ -55,10 +58,13 @@ Upstream: TypeAlias = EncoderClient | PrefillClient
 class Readiness:
     """Whether requests can be served, and why not: what /ready answers."""
 
-    def __init__(self) -> None:
+    def __init__(self, lifecycle: Lifecycle) -> None:
         self.upstream: Upstream | None = None
+        self._lifecycle = lifecycle
 
     def __call__(self) -> tuple[bool, dict[str, Any]]:
+        if self._lifecycle.reason:
+            return False, {"reason": self._lifecycle.reason}
         if self.upstream is None:
             return False, {"reason": "loading the model"}
         name = "encoders" if isinstance(self.upstream, EncoderClient) else "prefill_workers"
@@ -72,51 +78,52 @@ async def serve(config: LlmConfig) -> None:
         CheckpointError: see `load_model` and `Followers.start`.
         OSError: a port cannot be listened on.
     """
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    metrics = LlmMetrics()
-    readiness = Readiness()
-    http = OpenAiHttp(metrics, readiness)
+    metrics, calls = LlmMetrics(), RunningCalls()
+    requests = Requests(metrics, calls)
+    servicer = LlmServicer(requests)
+    prefill = PrefillServicer(requests) if config.role == "prefill" else None
+    server = LlmServer(servicer, *([PREFILL_SERVICE] if prefill else []))
+    if prefill:
+        server.grpc.add_generic_rpc_handlers((prefill_handlers(prefill),))
+    unavailable = lambda message: WorkerUnavailable(f"the worker {message}")  # noqa: E731
+    lifecycle = Lifecycle(server, calls, unavailable, config.drain_timeout_s)
+    supervisor = lifecycle.supervisor
+    readiness = Readiness(lifecycle)
+    http = OpenAiHttp(metrics, readiness, requests)
     application = http.application()
     dashboard = Dashboard(readiness)
     if config.dashboard:
         dashboard.add_routes(application)
-    servicer = LlmServicer(metrics)
-    prefill = PrefillServicer(metrics) if config.role == "prefill" else None
-    server = LlmServer(servicer, *([PREFILL_SERVICE] if prefill else []))
-    if prefill:
-        server.grpc.add_generic_rpc_handlers((prefill_handlers(prefill),))
     async with AsyncExitStack() as stack:
+        stack.push_async_callback(supervisor.close)
         # The ports answer before anything slow begins, so that probes see progress, not refusal.
         # handler_cancellation: a client that goes away ends its request everywhere.
-        runner = web.AppRunner(
-            application, access_log=None, handler_cancellation=True, shutdown_timeout=config.drain_timeout_s
-        )
+        runner = web.AppRunner(application, access_log=None, handler_cancellation=True, shutdown_timeout=_STOP_GRACE_S)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         tls = config.server_tls()
         await web.TCPSite(runner, config.host, config.port, ssl_context=tls.context() if tls else None).start()
-        grpc_address = await server.start(config.host, config.grpc_port, tls)
+        grpc_address = await server.start(config.host, config.grpc_port, tls, config.health_socket)
         stack.push_async_callback(server.stop, 0)
         _log.info("LISTENING http=%s:%d grpc=%s", config.host, runner.addresses[0][1], grpc_address)
 
-        followers = await _start_followers(config, server, stack) if config.tp > 1 else None
+        followers = await _start_followers(config, supervisor, stack) if config.tp > 1 else None
         try:
-            model, forward_pass, limits = await _prepare(config, stop.is_set, metrics, followers)
+            model, forward_pass, limits = await _prepare(config, lambda: lifecycle.is_ending, metrics, followers)
         except LoadingStopped:
+            lifecycle.raise_failure()
             _log.info("stopped while loading")
             return
 
         decoder = model.decoder
-        gpu_lost = asyncio.Event()
+        # Nothing can be cleaned up without the GPU: whatever is freed on the way is freed on it.
+        gpu_lost = partial(supervisor.fail, "GPU", None, can_unwind=False)
         loop = asyncio.get_running_loop()
-        engine = Engine(forward_pass, limits, on_gpu_lost=lambda: loop.call_soon_threadsafe(gpu_lost.set))
-        stack.callback(asyncio.create_task(_end_with_gpu(gpu_lost, server)).cancel)
-        engine.start()
+        engine = Engine(forward_pass, limits, on_gpu_lost=lambda: loop.call_soon_threadsafe(gpu_lost))
+        engine.start(supervisor)
         stack.push_async_callback(asyncio.to_thread, engine.close)
         kv_format = KvFormat.of(model.identity, decoder.config)
-        upstream, make_feed = _upstream(config, model, kv_format, limits.max_model_len, metrics)
+        upstream, make_feed = _upstream(config, model, kv_format, limits.max_model_len, metrics, supervisor)
         stack.push_async_callback(upstream.close)
         context = PromptContext(engine, model.prompt_config, model.tokenizer)
         generator = Generator(context, make_feed, config.max_items)
@@ -126,29 +133,31 @@ async def serve(config: LlmConfig) -> None:
         http.open(served)
         dashboard.open(served.name, generator, engine.stats, upstream)
         servicer.open(served)
+        exporter: RowExporter | None = None
         if prefill:
             shm_folder = Path(config.shm_folder) if config.shm_folder else None
             pools = export_pools(decoder.device, config.cuda_ipc_pool_bytes, shm_folder, config.pool_bytes)
             exporter = RowExporter(pools, lease_ttl_s=config.lease_ttl_s)
             stack.push_async_callback(exporter.close)
-            exporter.start()
+            exporter.start(supervisor)
             metrics.watch_exporter(exporter.stats)
             prefill.open(Prefilling(served, kv_format, exporter))
-        following = await _follow(config, upstream)
-        stack.callback(following.cancel)
+        await _follow(config, upstream, supervisor)
         # An encoder that does not fit is no reason to end: another may come, and text needs none. /ready says why.
         with suppress(VitrineError):
             await upstream.start()
         readiness.upstream = upstream
-        watching = asyncio.create_task(_keep_health(server, upstream))
-        stack.callback(watching.cancel)
+        supervisor.start_task("health", _keep_health(server, upstream))
         _log.info("SERVING %s with %s", model.identity.model, config.prefill_workers or config.encoders)
 
-        await stop.wait()
-        watching.cancel()
-        _log.info("draining for at most %g s", config.drain_timeout_s)
-        await server.set_not_serving_for_good()
-        await asyncio.gather(runner.cleanup(), _stop(server, servicer, prefill, config.drain_timeout_s))
+        await lifecycle.ending()
+        if exporter is not None:
+            exporter.start_draining()
+        await lifecycle.drain()
+        if exporter is not None and not await exporter.drained(lifecycle.left_s):
+            _log.warning("%d leases were not released in time", exporter.stats().live_leases)
+        await asyncio.gather(runner.cleanup(), server.stop(_STOP_GRACE_S))
+        lifecycle.raise_failure()
     _log.info("stopped")
 
 
@@ -169,16 +178,13 @@ async def _prepare(
     return model, await asyncio.to_thread(make_forward_pass, model.decoder, limits, make_runner), limits
 
 
-async def _stop(server: LlmServer, servicer: LlmServicer, prefill: PrefillServicer | None, timeout_s: float) -> None:
-    if prefill is None:
-        await server.stop(timeout_s)
-    else:
-        await asyncio.gather(servicer.drain(timeout_s), prefill.drain(timeout_s))
-        await server.stop(_STOP_GRACE_S)
-
-
 def _upstream(
-    config: LlmConfig, model: LoadedModel, kv_format: KvFormat, max_model_len: int, metrics: LlmMetrics
+    config: LlmConfig,
+    model: LoadedModel,
+    kv_format: KvFormat,
+    max_model_len: int,
+    metrics: LlmMetrics,
+    supervisor: Supervisor,
 ) -> tuple[Upstream, MakeFeed]:
     """Who works for this worker, and how its requests use them."""
     known = KnownLayouts()
@@ -191,6 +197,7 @@ def _upstream(
             timeout_s=config.encode_timeout_s,
             max_prompt_tokens=max_model_len,
             on_hand_over=metrics.kv_hand_over.observe,
+            supervisor=supervisor,
         )
         metrics.watch_prefill_workers(workers.stats)
         return workers, partial(PrefillFeed, workers, known)
@@ -203,12 +210,13 @@ def _upstream(
         encode_timeout_s=config.encode_timeout_s,
         gpu=gpu,
         tls=config.encoder_tls(),
+        supervisor=supervisor,
     )
     metrics.watch_encoders(encoders.stats)
     return encoders, partial(MediaFeed, encoders, known)
 
 
-async def _start_followers(config: LlmConfig, server: LlmServer, stack: AsyncExitStack) -> Followers:
+async def _start_followers(config: LlmConfig, supervisor: Supervisor, stack: AsyncExitStack) -> Followers:
     """The other ranks of a tensor parallel worker, which ends with any of them.
 
     Raises:
@@ -216,26 +224,13 @@ async def _start_followers(config: LlmConfig, server: LlmServer, stack: AsyncExi
     """
     from llm_worker.tensor_parallel.followers import Followers  # torch.distributed is for those who use it
 
-    followers = Followers(config)
+    followers = Followers(config, supervisor)
     stack.push_async_callback(followers.stop)
     await followers.start()
-    watching = asyncio.create_task(_end_with(followers, server))
-    stack.callback(watching.cancel)
     return followers
 
 
-async def _end_with(followers: Followers, server: LlmServer) -> None:
-    # No orderly way leads out: other threads may be in a collective, waiting for a rank that is gone.
-    await server.end_process(f"the worker ends: {await followers.failure()}")
-
-
-async def _end_with_gpu(lost: asyncio.Event, server: LlmServer) -> None:
-    await lost.wait()
-    # No orderly way leads out: whatever is freed on the way is freed on the GPU.
-    await server.end_process("the worker ends: its GPU does nothing more for this process")
-
-
-async def _follow(config: LlmConfig, upstream: Upstream) -> asyncio.Task[None]:
+async def _follow(config: LlmConfig, upstream: Upstream, supervisor: Supervisor) -> None:
     """Keeps the client's addresses up to date; returns once some are known, or were not found at once.
 
     Raises:
@@ -247,19 +242,11 @@ async def _follow(config: LlmConfig, upstream: Upstream) -> asyncio.Task[None]:
         upstream.set_addresses(addresses)
         found.set()
 
-    following = asyncio.create_task(follow(config.sources(), use))
-    finding = asyncio.create_task(found.wait())
-    await asyncio.wait([following, finding], timeout=config.connect_timeout_s, return_when=asyncio.FIRST_COMPLETED)
-    finding.cancel()
-    if not found.is_set() and following.done():
-        following.result()
-    following.add_done_callback(_log_end_of_following)
-    return following
-
-
-def _log_end_of_following(following: asyncio.Task[None]) -> None:
-    if not following.cancelled() and (error := following.exception()):
-        _log.error("addresses are not looked for any more, those that are known stay: %s", error, exc_info=error)
+    # A job, as fixed addresses need no looking for.
+    supervisor.start_job("discovery", follow(config.sources(), use))
+    with suppress(TimeoutError):
+        async with asyncio.timeout(config.connect_timeout_s):
+            await supervisor.unless_failed(found.wait())
 
 
 async def _keep_health(server: LlmServer, upstream: Upstream) -> None:

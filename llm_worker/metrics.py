@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,8 @@ from embedding_transport.errors import InternalError, VitrineError
 from embedding_transport.exporter import ExporterStats
 from embedding_transport.fleet_client import ClientStats
 from llm_worker.engine.engine import EngineStats
-from llm_worker.frontend.events import Delta, Finished, GenerationEvent, Started
+from llm_worker.frontend.events import Delta, Finished, GenerationEvent, Observe, Started
+from service_runtime.logs import harmless
 
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _ITL_BUCKETS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
@@ -71,7 +71,7 @@ class LlmMetrics:
         self.start_progress.labels(stage).set(part)
 
     @contextmanager
-    def watch(self) -> Iterator[Callable[[GenerationEvent], None]]:
+    def watch(self) -> Iterator[Observe]:
         """Measures one request, which is in flight inside; what this gives is to be called with each of its events."""
         outcome = "cancelled"
         previous = time.perf_counter()
@@ -79,29 +79,33 @@ class LlmMetrics:
 
         def observe(event: GenerationEvent) -> None:
             nonlocal outcome, previous, latency
-            if isinstance(event, Started):
-                self._tokens.labels("prompt").inc(event.num_prompt_tokens)
-                self._tokens.labels("media").inc(event.num_media_tokens)
-            elif isinstance(event, Delta):
-                now = time.perf_counter()
-                latency.observe(now - previous)
-                previous, latency = now, self._itl
-                self._tokens.labels("generated").inc(len(event.token_ids))
-            elif isinstance(event, Finished):
+            if isinstance(event, Finished):
                 outcome = "ok"
-                for stage, ms in vars(event.timings).items():
-                    if stage != "ttft_ms":
-                        self._stage_seconds.labels(stage.removesuffix("_ms")).observe(ms / 1e3)
+            with harmless("a metric of events"):
+                if isinstance(event, Started):
+                    self._tokens.labels("prompt").inc(event.num_prompt_tokens)
+                    self._tokens.labels("media").inc(event.num_media_tokens)
+                elif isinstance(event, Delta):
+                    now = time.perf_counter()
+                    latency.observe(now - previous)
+                    previous, latency = now, self._itl
+                    self._tokens.labels("generated").inc(len(event.token_ids))
+                elif isinstance(event, Finished):
+                    for stage, ms in vars(event.timings).items():
+                        if stage != "ttft_ms":
+                            self._stage_seconds.labels(stage.removesuffix("_ms")).observe(ms / 1e3)
 
         try:
             yield observe
-        except (asyncio.CancelledError, GeneratorExit):
-            raise
+        except ConnectionError:
+            raise  # its client is gone
         except Exception as error:
-            outcome = error.code if isinstance(error, VitrineError) else InternalError.code
+            if outcome != "ok":
+                outcome = error.code if isinstance(error, VitrineError) else InternalError.code
             raise
         finally:
-            self._requests.labels(outcome).inc()
+            with harmless("a metric of requests"):
+                self._requests.labels(outcome).inc()
 
     def watch_engine(self, stats: Callable[[], EngineStats]) -> None:
         """Reads the engine at each scrape."""

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 # Not a `preexec_fn`: with one, Python forks instead of using vfork, and gRPC's handlers for fork() restart its
@@ -22,11 +22,11 @@ class ChildFailed(RuntimeError):
 class Child:
     """One running service. Make it with `start`; always `stop` it."""
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process, on_line: Callable[[str], None]) -> None:
+    def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
         self.name = name
         self._process = process
-        self._on_line = on_line
-        self._output = asyncio.create_task(self._print_output())
+        # Its end is seen by `failed`, which the owner of a child waits for.
+        self._output = asyncio.create_task(self._print_output(), name=f"{name} output")
 
     @classmethod
     async def start(
@@ -34,14 +34,12 @@ class Child:
         name: str,
         arguments: Sequence[str],
         environment: Mapping[str, str] | None = None,
-        on_line: Callable[[str], None] = lambda line: None,
         pass_fds: Sequence[int] = (),
     ) -> Child:
         """Starts `python -m arguments...` in our process group, with the interpreter we run in.
 
         Args:
             environment: added to ours.
-            on_line: called with every line of its output.
             pass_fds: file descriptors that it gets under the same numbers.
         """
         process = await asyncio.create_subprocess_exec(
@@ -59,12 +57,16 @@ class Child:
             pass_fds=pass_fds,
             env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(environment or {}),
         )
-        return cls(name, process, on_line)
+        return cls(name, process)
 
     async def failed(self) -> ChildFailed:
-        """Waits until the service ends by itself and says so."""
+        """Waits until the service ends by itself and says so.
+
+        Raises:
+            OSError: its output cannot be passed on, as ours is closed.
+        """
+        await asyncio.shield(self._output)  # which ends with the process
         code = await self._process.wait()
-        await self._output
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         return ChildFailed(f"{self.name} {how}: its last lines above say why")
 
@@ -92,4 +94,3 @@ class Child:
                 return
             text = line.decode(errors="replace").rstrip()
             print(f"[{self.name}] {text}", flush=True)
-            self._on_line(text)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import os
-from typing import NoReturn
+from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -13,7 +11,6 @@ from grpc_reflection.v1alpha import reflection
 from service_runtime.grpc_channel import CHANNEL_OPTIONS
 from service_runtime.tls import ServerTls
 
-_log = logging.getLogger(__name__)
 _OPTIONS = [
     *CHANNEL_OPTIONS,
     # Without this two services on one port would both start and share its connections.
@@ -32,11 +29,17 @@ class ServiceServer:
         self.grpc = grpc.aio.server(options=_OPTIONS)
         self._health_names = ("", *services)
         self._health = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
+        self._local = grpc.aio.server()
+        for server in (self.grpc, self._local):
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), self.grpc)
 
-    async def start(self, host: str, port: int, tls: ServerTls | None = None) -> str:
+    async def start(self, host: str, port: int, tls: ServerTls | None = None, health_socket: Path | None = None) -> str:
         """Listens, and returns "host:port" with the actual port.
+
+        Args:
+            health_socket: where the health service answers, too, for the process that started this one; it needs to
+                know neither port nor certificates then.
 
         Raises:
             OSError: the address cannot be listened on, or a file of `tls` not be read.
@@ -53,6 +56,12 @@ class ServiceServer:
             raise OSError(f"cannot listen on {address}: is it in use?") from error
         await self.set_serving(False)
         await self.grpc.start()
+        if health_socket is not None:
+            try:
+                self._local.add_insecure_port(f"unix:{health_socket}")
+            except RuntimeError as error:
+                raise OSError(f"cannot listen on {health_socket}: is its folder there?") from error
+            await self._local.start()
         return f"{shown_host}:{actual_port}"
 
     async def set_serving(self, serving: bool) -> None:
@@ -64,12 +73,7 @@ class ServiceServer:
         """Later calls of `set_serving` change nothing."""
         await self._health.enter_graceful_shutdown()
 
-    async def end_process(self, reason: str) -> NoReturn:
-        """Tells the log and whoever asks for the health, and ends the process at once, without any clean-up."""
-        _log.error("%s", reason)
-        await self.set_not_serving_for_good()
-        os._exit(1)
-
     async def stop(self, grace_s: float) -> None:
         """Takes no new calls and ends those under way after `grace_s` seconds."""
         await self.grpc.stop(grace_s)
+        await self._local.stop(0)

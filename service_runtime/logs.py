@@ -6,6 +6,8 @@ import json
 import logging
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Literal
@@ -13,6 +15,7 @@ from typing import Literal
 LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
+_log = logging.getLogger(__name__)
 _MAX_ID_LENGTH = 64
 _request_id: ContextVar[str] = ContextVar("request_id", default="")
 
@@ -34,6 +37,15 @@ def start_logging(level: LogLevel, log_format: LogFormat) -> None:
 def log_at_any_level(logger: logging.Logger, message: str, *arguments: object) -> None:
     """A line of level info that comes whatever the log's level is: for what other processes wait to read."""
     logger.handle(logger.makeRecord(logger.name, logging.INFO, __file__, 0, message, arguments, None))
+
+
+@contextmanager
+def harmless(what: str) -> Iterator[None]:
+    """What fails inside is logged, and nothing else: for metrics and the like, beside work whose result counts."""
+    try:
+        yield
+    except Exception:
+        _log.exception("%s failed", what)
 
 
 class _TextFormatter(logging.Formatter):

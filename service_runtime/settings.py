@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDic
 
 from service_runtime.logs import LogFormat, LogLevel, start_logging
 from service_runtime.memory import reuse_message_memory
+from service_runtime.supervisor import ServiceFailed
 from service_runtime.threads import take_short_turns
 from service_runtime.tls import ServerTls
 from service_runtime.traces import start_tracing
@@ -43,6 +44,9 @@ class ServiceSettings(BaseSettings):
     tls_cert_file: Path | None = Field(None, description="certificate chain (PEM) to serve with; none: no TLS")
     tls_key_file: Path | None = Field(None, description="its private key (PEM)")
     tls_client_ca_file: Path | None = Field(None, description="who signs clients' certificates (PEM), required then")
+    health_socket: Path | None = Field(
+        None, description="Unix socket where the gRPC health service answers, too, without TLS; none: no such socket"
+    )
     log_level: LogLevel = Field("info", description="least severe messages to log")
     log_format: LogFormat = Field("text", description="json: one object a line")
     otlp_endpoint: str = Field(
@@ -124,7 +128,7 @@ def run_service(
     serve: Callable[[SettingsT], Coroutine[Any, Any, None]],
     failures: tuple[type[Exception], ...],
 ) -> int:
-    """Runs a service; returns 0 after an orderly stop, 1 where it could not start, 2 for bad settings.
+    """Runs a service; returns 0 after an orderly stop, 1 where it could not start or failed, 2 for bad settings.
 
     Args:
         failures: what explains itself well enough without a trace, besides OSError and ValueError.
@@ -149,6 +153,9 @@ def run_service(
     end_tracing = start_tracing(settings.service_name, config.otlp_endpoint)
     try:
         asyncio.run(serve(config))
+    except ServiceFailed as error:
+        logging.getLogger(__name__).error("the service ends: %s", error)
+        return 1
     except expected as error:
         logging.getLogger(__name__).error("cannot start: %s", error)
         return 1

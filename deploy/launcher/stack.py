@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import time
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,10 +14,12 @@ from typing import Any, TypeVar
 import aiohttp
 
 from service_runtime.child_process import Child
+from service_runtime.supervisor import Supervisor
 
 _HOST = "127.0.0.1"
 _POLL_INTERVAL_S = 0.1
-_STOP_GRACE_S = 10.0
+# For all of them together; none is killed at once.
+_STOP_GRACE_S, _MIN_STOP_GRACE_S = 10.0, 1.0
 # Unless told otherwise the worker leaves half of a GPU to the encoders beside it.
 _SHARED_GPU = {"VITRINE_LLM_GPU_MEMORY_UTILIZATION": "0.5"}
 
@@ -29,10 +32,10 @@ class Stack:
     base_url: the worker's HTTP endpoint, without /v1; grpc_address: its gRPC endpoint.
     """
 
-    def __init__(self, base_url: str, grpc_address: str, children: list[Child]) -> None:
+    def __init__(self, base_url: str, grpc_address: str, supervisor: Supervisor) -> None:
         self.base_url = base_url
         self.grpc_address = grpc_address
-        self._children = children
+        self._supervisor = supervisor
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -60,6 +63,7 @@ class Stack:
         encoder_ports = [_free_ports(dp, in_a_row=True)[0] for _ in range(num_encoders)]
         http_port = port if port is not None else http_port
         children: list[Child] = []
+        supervisor = Supervisor()
         try:
             for index, encoder_port in enumerate(encoder_ports):
                 name = "encoder" if num_encoders == 1 else f"encoder {index}"
@@ -71,11 +75,15 @@ class Stack:
             ports = ["--port", str(http_port), "--grpc-port", str(grpc_port)]
             environment = {**_SHARED_GPU, **os.environ, **(worker_environment or {})}
             children.append(await Child.start("llm", [*worker, *ports, *worker_flags], environment))
-            yield cls(f"http://{_HOST}:{http_port}", f"{_HOST}:{grpc_port}", children)
+            for child in children:
+                supervisor.watch_child(child)
+            yield cls(f"http://{_HOST}:{http_port}", f"{_HOST}:{grpc_port}", supervisor)
         finally:
+            await supervisor.close()
+            deadline = time.monotonic() + _STOP_GRACE_S
             # The worker first: it gives its leases back while the encoders still listen.
             for child in reversed(children):
-                await child.stop(_STOP_GRACE_S)
+                await child.stop(max(_MIN_STOP_GRACE_S, deadline - time.monotonic()))
 
     async def wait_ready(self) -> None:
         """Returns once the worker has loaded and is connected to the encoder.
@@ -93,19 +101,7 @@ class Stack:
         Raises:
             ChildFailed: names the service that ended.
         """
-        working = asyncio.create_task(work)
-        failures = [asyncio.create_task(child.failed()) for child in self._children]
-        try:
-            await asyncio.wait([working, *failures], return_when=asyncio.FIRST_COMPLETED)
-            for failure in failures:
-                # The death of a service explains an error of the work, not the other way round.
-                if failure.done():
-                    raise failure.result()
-            return await working
-        finally:
-            for task in (working, *failures):
-                task.cancel()
-            await asyncio.gather(working, *failures, return_exceptions=True)
+        return await self._supervisor.unless_failed(work)
 
     async def _poll_ready(self) -> None:
         async with aiohttp.ClientSession() as session:

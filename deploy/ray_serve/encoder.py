@@ -9,6 +9,7 @@ from deploy.ray_serve.node import free_ports, node_host
 from deploy.ray_serve.probes import grpc_serving, read_gauge
 from deploy.ray_serve.service_process import ServiceProcess
 from encoder_service.config import EncoderConfig
+from service_runtime.supervisor import Supervisor
 
 QUEUE_SECONDS = "queue_seconds"
 
@@ -29,7 +30,8 @@ class EncoderReplica:
         self._address = f"{host}:{port}"
         self._metrics_url = f"http://{host}:{metrics_port}/metrics"
         own = environment_variables(EncoderConfig, {"host": host, "port": port, "metrics_port": metrics_port})
-        self._process = await ServiceProcess.start("encoder_service", {**environment, **own})
+        self._supervisor = Supervisor()
+        self._process = await ServiceProcess.start("encoder_service", {**environment, **own}, self._supervisor)
         await self._process.wait_until(self._serving)
 
     async def address(self) -> str:
@@ -38,7 +40,7 @@ class EncoderReplica:
         Raises:
             ChildFailed: nowhere any more.
         """
-        self._process.check_alive()
+        self._supervisor.check()
         return self._address
 
     async def record_replica_metadata(self) -> dict[str, str]:
@@ -55,7 +57,7 @@ class EncoderReplica:
             ChildFailed: the encoder ended.
             RuntimeError: it does not answer, or not that it serves.
         """
-        self._process.check_alive()
+        self._supervisor.check()
         if not await self._serving():
             raise RuntimeError(f"the encoder at {self._address} runs, but its gRPC health check does not say SERVING")
 

@@ -13,7 +13,7 @@ from starlette.types import Send
 from yarl import URL
 
 from deploy.ray_serve.llm import LlmReplica
-from embedding_transport.errors import BadRequest
+from embedding_transport.errors import BadRequest, WorkerUnavailable
 from service_runtime.retry import Attempts, RetryPolicy
 
 _PATHS = "/v1/"
@@ -23,7 +23,6 @@ _HOP_BY_HOP = frozenset(
     ["connection", "content-length", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"]
 )
 _UNAVAILABLE = 503  # what LLM workers answer to requests that may go well a moment later
-_WORKER_LOST = "worker_unavailable"
 
 
 class HttpForwarder:
@@ -76,7 +75,7 @@ class HttpForwarder:
                 retry_after = {"Retry-After": answer.headers.get("Retry-After", "1")}
                 raise _WorkerUnavailable(Response(await answer.read(), answer.status, retry_after, answer.content_type))
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
-            lost = _error(_UNAVAILABLE, _WORKER_LOST, f"the LLM worker was lost: {error!r}; try again")
+            lost = _error(_UNAVAILABLE, WorkerUnavailable.code, f"the LLM worker was lost: {error!r}; try again")
             raise _WorkerUnavailable(lost) from error
         async with answer:
             raw_headers = [each for each in answer.raw_headers if each[0].decode().lower() not in _HOP_BY_HOP]

@@ -18,6 +18,7 @@ from deploy.ray_serve.node import free_ports, node_host, num_gpus_of_node
 from deploy.ray_serve.probes import http_ok, read_gauge
 from deploy.ray_serve.service_process import ServiceProcess
 from llm_worker.config import LlmConfig
+from service_runtime.supervisor import Supervisor
 
 QUEUED_TOKENS = "queued_prefill_tokens"
 _FOLLOW_INTERVAL_S = 1.0
@@ -45,11 +46,12 @@ class LlmReplica:
         self._folder = tempfile.TemporaryDirectory(prefix="vitrine-encoders-")
         addresses = Path(self._folder.name) / "addresses"
         addresses.touch()
-        self._following = asyncio.create_task(_follow(encoders, addresses))
+        self._supervisor = Supervisor()
+        self._supervisor.start_task("encoder addresses", _follow(encoders, addresses))
         settings = {"host": host, "port": port, "grpc_port": grpc_port, "encoders": f"file:{addresses}"}
         own = environment_variables(LlmConfig, settings)
         own |= gpu_environment(ray.get_gpu_ids(), num_gpus_of_node())
-        self._process = await ServiceProcess.start("llm_worker", {**environment, **own})
+        self._process = await ServiceProcess.start("llm_worker", {**environment, **own}, self._supervisor)
         await self._process.wait_until(lambda: http_ok(f"http://{self._address}/ready"))
 
     async def record_replica_metadata(self) -> dict[str, str]:
@@ -68,16 +70,14 @@ class LlmReplica:
             RuntimeError: it does not answer.
             OSError: the addresses of encoders cannot be written.
         """
-        self._process.check_alive()
-        if self._following.done():
-            await self._following
+        self._supervisor.check()
         if not await http_ok(f"http://{self._address}/health"):
             raise RuntimeError(f"the LLM worker at {self._address} runs, but /health does not answer")
 
     async def __del__(self) -> None:
         """Ray Serve awaits it before it ends the actor: lets the worker drain."""
         await self._process.stop(self._stop_grace_s)
-        self._following.cancel()
+        await self._supervisor.close()
         self._folder.cleanup()
 
 

@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 
 from service_runtime.child_process import Child
+from service_runtime.supervisor import Supervisor
 
 _POLL_INTERVAL_S = 0.2
 
@@ -19,22 +20,19 @@ _POLL_INTERVAL_S = 0.2
 class ServiceProcess:
     """Make it with `start`; always `stop` it."""
 
-    def __init__(self, child: Child) -> None:
+    def __init__(self, child: Child, supervisor: Supervisor) -> None:
         self._child = child
-        self._failure = asyncio.create_task(child.failed())
+        self._supervisor = supervisor
+        self._watching = supervisor.watch_child(child)
 
     @classmethod
-    async def start(cls, module: str, environment: Mapping[str, str]) -> ServiceProcess:
-        """Starts `python -m module`, with these variables added to our environment."""
-        return cls(await Child.start(module, [module], environment))
+    async def start(cls, module: str, environment: Mapping[str, str], supervisor: Supervisor) -> ServiceProcess:
+        """Starts `python -m module`, with these variables added to our environment.
 
-    def check_alive(self) -> None:
+        Args:
+            supervisor: the replica's, which sees a failure where the process ends.
         """
-        Raises:
-            ChildFailed: it ended.
-        """
-        if self._failure.done():
-            raise self._failure.result()
+        return cls(await Child.start(module, [module], environment), supervisor)
 
     async def wait_until(self, ready: Callable[[], Awaitable[bool]]) -> None:
         """Polls. There is no time limit: a large checkpoint may still be on its way from the hub.
@@ -43,10 +41,10 @@ class ServiceProcess:
             ChildFailed: it ended instead.
         """
         while not await ready():
-            self.check_alive()
+            self._supervisor.check()
             await asyncio.sleep(_POLL_INTERVAL_S)
 
     async def stop(self, grace_s: float) -> None:
         """Lets it drain, for `grace_s` seconds at most."""
+        await self._supervisor.stop(self._watching)
         await self._child.stop(grace_s)
-        await self._failure

@@ -1,7 +1,7 @@
 """Forms batches by patches and runs them through the tower, one behind the other.
 
     encode() -> waiting entries -> [former task: take, pack] -> channel of one batch -> [runner task: launch, followers]
-             -> [a task a batch: wait for the GPU] -> rows
+             -> launched batches -> [finisher task: wait for the GPU] -> rows
 
 The former owns the waiting entries; when a batch ends, the next is already packed. On a GPU the next is launched before
 the one in front has ended, so that the GPU never waits for Python. It is formed no earlier than that takes: what comes
@@ -28,6 +28,8 @@ from encoder_service.engine.under_way import UnderWay
 from encoder_service.engine.waiting import Waiting
 from encoder_service.models import VisionTower
 from encoder_service.models.grids import GridTHW
+from service_runtime.logs import harmless
+from service_runtime.supervisor import Supervisor
 
 _log = logging.getLogger(__name__)
 # Before the tower should be free, by when a batch is formed: packing and launching take less, even under load mostly.
@@ -82,20 +84,24 @@ class Batcher:
         self._packing_thread = ThreadPoolExecutor(1, thread_name_prefix="encoder-pack")
         self._forward_thread = ThreadPoolExecutor(1, thread_name_prefix="encoder-forward")
         self._waiting_thread = ThreadPoolExecutor(1, thread_name_prefix="encoder-wait")
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._launched: asyncio.Queue[tuple[Batch, Launched]] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
         self._closed = False
 
-    def start(self) -> None:
-        """Begins to run batches. Must be called on the event loop that later calls `encode`."""
-        self._tasks = {asyncio.create_task(self._form_batches()), asyncio.create_task(self._run_batches())}
+    def start(self, supervisor: Supervisor) -> None:
+        """Begins to run batches, in three loops that the supervisor owns. Call it on the loop that calls `encode`."""
+        self._supervisor = supervisor
+        self._tasks = [
+            supervisor.start_task("batch builder", self._form_batches()),
+            supervisor.start_task("batch runner", self._run_batches()),
+            supervisor.start_task("batch finisher", self._finish_batches()),
+        ]
 
     async def close(self) -> None:
         """Stops. Items without rows fail with EncoderUnavailable; a batch that runs is waited for and dropped."""
         self._closed = True
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._tasks:
+            await self._supervisor.stop(*self._tasks)
         _fail(self._unfinished, _closed_error())
         for thread in (self._packing_thread, self._forward_thread, self._waiting_thread):
             await asyncio.to_thread(thread.shutdown)
@@ -146,10 +152,9 @@ class Batcher:
             try:
                 batch = await loop.run_in_executor(self._packing_thread, Batch.packed, entries)
             except Exception:
-                _fail_batch(entries)
+                await self._fail_batch(entries)
                 self._end(entries)
                 self._channel_free.release()
-                await self._look_at_gpu()
                 continue
             self._channel.put_nowait(batch)
 
@@ -188,43 +193,43 @@ class Batcher:
             try:
                 launched = await loop.run_in_executor(self._forward_thread, batch.launch, self._tower, self._device)
             except Exception:
-                _fail_batch(batch.entries)
+                await self._fail_batch(batch.entries)
                 self._make_room(batch)
                 batch.end_followers()
-                await self._look_at_gpu()
                 continue
-            task = asyncio.create_task(self._finish(batch, launched))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._launched.put_nowait((batch, launched))
+
+    async def _finish_batches(self) -> None:
+        while True:
+            await self._finish(*await self._launched.get())
 
     async def _finish(self, batch: Batch, launched: Launched) -> None:
         forward_s: float | None = None
         try:
             forward_s = await asyncio.get_running_loop().run_in_executor(self._waiting_thread, launched.wait)
         except Exception:
-            _fail_batch(batch.entries)
+            await self._fail_batch(batch.entries)
         finally:
             self._make_room(batch)
             batch.end_followers()
         if forward_s is None:
-            await self._look_at_gpu()
             return
-        self._cost.observe([entry.grid_thw for entry in batch.entries], forward_s)
-        self._on_batch(BatchReport(len(batch.entries), len(batch.patches_PX), forward_s))
+        # First: nothing that follows may keep an item from its rows.
         for entry, rows_TW in zip(batch.entries, launched.rows, strict=True):
             if not entry.result.done():
                 queue_ms = (launched.started - entry.queued_at) * 1e3
                 entry.result.set_result(EncodedItem(rows_TW, queue_ms, forward_s * 1e3))
+        self._cost.observe([entry.grid_thw for entry in batch.entries], forward_s)
+        with harmless("a metric of batches"):
+            self._on_batch(BatchReport(len(batch.entries), len(batch.patches_PX), forward_s))
 
-    async def _look_at_gpu(self) -> None:
-        """After a batch that failed."""
+    async def _fail_batch(self, entries: list[Entry]) -> None:
+        """In the handler of what went wrong."""
+        _log.exception("a batch failed, grids %s", [entry.grid_thw for entry in entries])
+        # First: with its GPU the encoder fails, and then its items may go elsewhere.
         if await asyncio.get_running_loop().run_in_executor(self._waiting_thread, is_lost, self._device):
             self._on_gpu_lost()
-
-
-def _fail_batch(entries: list[Entry]) -> None:
-    _log.exception("a batch failed, grids %s", [entry.grid_thw for entry in entries])
-    _fail(entries, InternalError("the vision tower failed; the encoder's log has the reason"))
+        _fail(entries, InternalError("the vision tower failed; the encoder's log has the reason"))
 
 
 def _fail(entries: Iterable[Entry], error: VitrineError) -> None:

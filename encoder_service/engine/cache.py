@@ -9,16 +9,19 @@ leaves a GPU moves to the host tier. Sizes are those of the rows, deepstack laye
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
 from embedding_transport.errors import Overloaded
 from embedding_transport.row_copies import host_rows, own_rows
 from service_runtime.cancellation import is_own_cancellation
+from service_runtime.supervisor import Supervisor
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,15 @@ class _Tier:
         return leaving
 
 
+@dataclass(frozen=True)
+class _Copy:
+    """Rows to be kept, where they are new, or to be moved to the host."""
+
+    key: bytes
+    rows_TW: torch.Tensor
+    is_new: bool
+
+
 class EmbeddingCache:
     """Belongs to one event loop. Rows it hands out are shared: nobody may write to them."""
 
@@ -86,8 +98,19 @@ class EmbeddingCache:
         """
         self._gpu, self._host = _Tier(gpu_nbytes), _Tier(host_nbytes)
         self._in_flight: dict[bytes, asyncio.Future[MadeRows]] = {}
-        self._background: set[asyncio.Task[None]] = set()
+        self._to_copy: asyncio.Queue[_Copy] = asyncio.Queue()
+        self._copying: asyncio.Task[None] | None = None
         self._stats = CacheStats()
+
+    def start(self, supervisor: Supervisor) -> None:
+        """Begins to keep rows, in a loop that the supervisor owns."""
+        self._supervisor = supervisor
+        self._copying = supervisor.start_task("embedding cache", self._copy_rows())
+
+    async def close(self) -> None:
+        """Keeps nothing more."""
+        if self._copying is not None:
+            await self._supervisor.stop(self._copying)
 
     def stats(self) -> CacheStats:
         return replace(self._stats, nbytes={"gpu": self._gpu.nbytes, "host": self._host.nbytes})
@@ -98,8 +121,7 @@ class EmbeddingCache:
 
     async def settled(self) -> None:
         """Waits until everything that is about to be kept or moved is where it belongs."""
-        while self._background:
-            await asyncio.gather(*self._background)
+        await self._to_copy.join()
 
     async def rows(self, key: bytes, make: Callable[[], Awaitable[MadeRows]]) -> MadeRows:
         """Kept rows, those of an equal item in flight, or what `make` makes.
@@ -146,23 +168,33 @@ class EmbeddingCache:
         done.set_result(made)
         tier = self._gpu if made.rows_TW.is_cuda else self._host
         if tier.could_hold(made.rows_TW.nbytes):
-            self._in_background(self._keep(key, made.rows_TW, tier))
+            self._to_copy.put_nowait(_Copy(key, made.rows_TW, is_new=True))
         else:
             del self._in_flight[key]
         return made
 
-    async def _keep(self, key: bytes, rows_TW: torch.Tensor, tier: _Tier) -> None:
+    async def _copy_rows(self) -> None:
+        while True:
+            copy = await self._to_copy.get()
+            try:
+                await (self._keep if copy.is_new else self._move_to_host)(copy.key, copy.rows_TW)
+            except RuntimeError:  # torch's, of a GPU or a host that is full: rows that are not kept are made again
+                _log.exception("rows of %d bytes could not be copied, and are not kept", copy.rows_TW.nbytes)
+            finally:
+                self._to_copy.task_done()
+            del copy  # what has been copied is not held until the next one comes
+
+    async def _keep(self, key: bytes, rows_TW: torch.Tensor) -> None:
         try:
             # Rows are a view of their batch's: kept as they are, they would keep all of it.
             own_TW = await asyncio.to_thread(own_rows, rows_TW)
         finally:
             del self._in_flight[key]
-        leaving = tier.put(key, own_TW)
-        if tier is self._host:
-            self._stats.evictions += len(leaving)
+        if rows_TW.is_cuda:
+            for left_key, left_TW in self._gpu.put(key, own_TW):
+                self._to_copy.put_nowait(_Copy(left_key, left_TW, is_new=False))
         else:
-            for left_key, left_TW in leaving:
-                self._in_background(self._move_to_host(left_key, left_TW))
+            self._stats.evictions += len(self._host.put(key, own_TW))
 
     async def _move_to_host(self, key: bytes, rows_TW: torch.Tensor) -> None:
         if not self._host.could_hold(rows_TW.nbytes):
@@ -171,8 +203,3 @@ class EmbeddingCache:
         on_host_TW = await asyncio.to_thread(host_rows, rows_TW)
         if key not in self._gpu and key not in self._host:
             self._stats.evictions += len(self._host.put(key, on_host_TW))
-
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)

@@ -8,13 +8,13 @@ two, so that one begins while the other waits for the GPU.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from encoder_service.preprocess.preprocessor import OpenedMedia
+from service_runtime.supervisor import Supervisor
 
 # More gain nothing, and every one waits for all of them.
 _MAX_TOGETHER = 16
@@ -32,26 +32,32 @@ class Gathering:
 
     def __init__(self, make: Callable[[Sequence[OpenedMedia]], list[Result]]) -> None:
         self._make = make
-        self._waiting: deque[tuple[OpenedMedia, asyncio.Future[torch.Tensor]]] = deque()
+        self._waiting: asyncio.Queue[tuple[OpenedMedia, asyncio.Future[torch.Tensor]]] = asyncio.Queue()
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="encoder-gather")
-        self._working: list[asyncio.Task[None]] = []
+        self._tasks: list[asyncio.Task[None]] = []
 
-    def close(self) -> None:
+    def start(self, supervisor: Supervisor) -> None:
+        """Begins to make patches, in one loop a thread; the supervisor owns them."""
+        self._supervisor = supervisor
+        self._tasks = [supervisor.start_task(f"gathering {index}", self._work()) for index in range(_NUM_THREADS)]
+
+    async def close(self) -> None:
         """Drops what has not begun and waits for the rest."""
-        self._threads.shutdown(cancel_futures=True)
+        if self._tasks:
+            await self._supervisor.stop(*self._tasks)
+        await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
 
     async def patches(self, opened: OpenedMedia) -> torch.Tensor:
         """See `OpenedMedia.patches`; cancelling drops what has not begun."""
         made: asyncio.Future[torch.Tensor] = asyncio.get_running_loop().create_future()
-        self._waiting.append((opened, made))
-        self._working = [task for task in self._working if not task.done()]
-        if len(self._working) < _NUM_THREADS:
-            self._working.append(asyncio.create_task(self._work()))
+        self._waiting.put_nowait((opened, made))
         return await made
 
     async def _work(self) -> None:
-        while self._waiting:
-            taken = [self._waiting.popleft() for _ in range(min(_MAX_TOGETHER, len(self._waiting)))]
+        while True:
+            taken = [await self._waiting.get()]
+            while len(taken) < _MAX_TOGETHER and not self._waiting.empty():
+                taken.append(self._waiting.get_nowait())
             group = [(opened, made) for opened, made in taken if not made.done()]
             if not group:  # all were given up
                 continue

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from embedding_transport.errors import BadRequest, InternalError, Overloaded, VitrineError
+from embedding_transport.errors import BadRequest, Overloaded, VitrineError, WorkerUnavailable
 from embedding_transport.types import EmbeddingRows
 from llm_worker.engine.config import EngineConfig
 from llm_worker.engine.forward_pass import ForwardPass
@@ -21,6 +21,7 @@ from llm_worker.engine.sampler import NextToken
 from llm_worker.engine.scheduler import Scheduler
 from llm_worker.engine.sequence import Sequence
 from llm_worker.engine.steps import Step, Steps
+from service_runtime.supervisor import Supervisor
 
 
 @dataclass
@@ -76,19 +77,26 @@ class Engine:
         self._closing = False
         self._thread_ended = False
         self._steps = Steps(forward_pass, self._scheduler, self._end, self.on_fail, on_gpu_lost)
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
     def vocab_size(self) -> int:
         return self._forward_pass.decoder.config.vocab_size
 
-    def start(self) -> None:
-        self._thread.start()
+    def start(self, supervisor: Supervisor) -> None:
+        """Begins to run steps, on a thread that the supervisor owns."""
+        self._supervisor = supervisor
+        self._thread = supervisor.start_thread("engine", self.run)
 
     def close(self) -> None:
         """Fails what still runs, releases all rows and ends the thread."""
+        self._supervisor.expect_end(self._thread)
         self.call(self._on_close)
         self._thread.join()
+
+    def fail_all(self, error: VitrineError) -> None:
+        """Fails every request that is running or waiting; on the engine's thread, or once that has ended."""
+        for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
+            self.on_fail(sequence, error)
 
     def submit(
         self,
@@ -184,7 +192,8 @@ class Engine:
                 function(*arguments)
                 self.outbox.send()
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """The engine's thread, until `close`."""
         steps = self._steps
         step: Step | None = None  # that has started and is to be followed before it is through
         try:
@@ -281,8 +290,7 @@ class Engine:
 
     def _on_close(self) -> None:
         self._closing = True
-        for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
-            self.on_fail(sequence, InternalError("the worker is shutting down"))
+        self.fail_all(WorkerUnavailable("the worker's engine has ended: send the request to another one"))
 
     def _end(self, sequence: Sequence, keep_kv: bool = False) -> None:
         self._scheduler.remove(sequence, keep_kv)

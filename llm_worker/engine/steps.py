@@ -171,10 +171,11 @@ class Steps:
 
     def _step_failed(self, chunks: list[Chunk], error: Exception) -> None:
         _log.error("a step of %d sequences failed", len(chunks), exc_info=error)
-        for chunk in chunks:
-            self._fail(chunk.sequence, InternalError(f"the step failed: {type(error).__name__}"))
+        # First: with its GPU the worker fails, and then its requests may go elsewhere.
         if is_lost(self._forward_pass.decoder.device):
             self._on_gpu_lost()
+        for chunk in chunks:
+            self._fail(chunk.sequence, InternalError(f"the step failed: {type(error).__name__}"))
 
     def _landing_failed(self, chunk: Chunk, error: Exception) -> None:
         """The chunk does not count. Rows that were lost on the way are asked for again, else the request fails."""

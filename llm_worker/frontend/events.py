@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from embedding_transport.types import Layout, MediaItem
 from llm_worker.engine.kv_rows import CachedKv
@@ -82,3 +84,5 @@ class Finished:
 
 
 GenerationEvent = Started | Delta | Finished
+# Called with each event of a request.
+Observe: TypeAlias = Callable[[GenerationEvent], None]

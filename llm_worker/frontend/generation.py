@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -19,6 +19,7 @@ from llm_worker.frontend.events import (
     FirstToken,
     GenerationEvent,
     GenerationRequest,
+    Observe,
     PromptKnown,
     Started,
 )
@@ -27,14 +28,10 @@ from llm_worker.frontend.stages import Stage, stage_timings, stages
 from llm_worker.frontend.stop_strings import StopStrings
 from llm_worker.prompt.placeholders import PlaceholderPlan, plan_placeholders
 from llm_worker.prompt.tokenizer import PromptTokenizer
-from service_runtime.logs import set_request_id
+from service_runtime.logs import harmless, set_request_id
 from service_runtime.traces import past_span
 
 MakeFeed: TypeAlias = Callable[[PromptContext, GenerationRequest], PromptFeed]
-Watch: TypeAlias = AbstractContextManager[Callable[[GenerationEvent], None]]
-
-UNWATCHED: Watch = nullcontext(lambda event: None)
-
 _MAX_RECENT = 50
 
 
@@ -71,62 +68,64 @@ class Generator:
 
     # A token passes the handle's generator and one of these two, and no other: each would cost it one resumption more.
 
-    async def generate(self, request: GenerationRequest, watch: Watch = UNWATCHED) -> AsyncGenerator[GenerationEvent]:
+    async def generate(
+        self, request: GenerationRequest, observe: Observe = lambda event: None
+    ) -> AsyncGenerator[GenerationEvent]:
         """Yields one Started, Deltas, one Finished. Closing the iteration cancels the request everywhere.
 
         Args:
-            watch: entered for the whole request; each event is reported to what it gives.
+            observe: called with each event.
 
         Raises:
             VitrineError: why it could not be done.
         """
-        with watch as observe:
-            async with self._running(request) as (feed, handle):
-                prompt = await _prompt_of(feed, handle)
-                started = Started(len(prompt.token_ids), prompt.num_media_tokens)
-                observe(started)
-                yield started
-                text = _AnswerText(self.tokenizer, request.stop)
-                async for output in handle:
-                    delta, finish_reason = text.push(output)
-                    observe(delta)
-                    yield delta
-                    if finish_reason is not None:
-                        finished = self._finished(request, prompt, handle, feed, finish_reason, text.num_tokens)
-                        observe(finished)
-                        yield finished
-                        return
+        async with self._running(request) as (feed, handle):
+            prompt = await _prompt_of(feed, handle)
+            started = Started(len(prompt.token_ids), prompt.num_media_tokens)
+            observe(started)
+            yield started
+            text = _AnswerText(self.tokenizer, request.stop)
+            async for output in handle:
+                delta, finish_reason = text.push(output)
+                observe(delta)
+                yield delta
+                if finish_reason is not None:
+                    finished = self._finished(request, prompt, handle, feed, finish_reason, text.num_tokens)
+                    observe(finished)
+                    yield finished
+                    return
 
-    async def prefill(self, request: GenerationRequest, watch: Watch = UNWATCHED) -> AsyncGenerator[GenerationEvent]:
+    async def prefill(
+        self, request: GenerationRequest, observe: Observe = lambda event: None
+    ) -> AsyncGenerator[GenerationEvent]:
         """Yields one PromptKnown, one FirstToken, one Finished. The KV can be read until the iteration goes on.
 
         Args:
-            watch: as of `generate`.
+            observe: as of `generate`.
 
         Raises:
             VitrineError: why it could not be done.
         """
         request = replace(request, sampling=replace(request.sampling, max_tokens=1))
-        with watch as observe:
-            async with self._running(request, keep_kv=True) as (feed, handle):
-                prompt = await _prompt_of(feed, handle)
-                known = PromptKnown(len(prompt.token_ids), prompt.num_media_tokens, feed.layouts)
-                observe(known)
-                yield known
-                async for output in handle:
-                    engine = handle.timings
-                    first = FirstToken(
-                        [output.token_id],
-                        logprobs=[output.logprobs] if output.logprobs is not None else [],
-                        kv=handle.kv(),
-                        timings=stage_timings(feed.arrivals, engine),
-                        num_cached_tokens=engine.num_cached_tokens,
-                    )
-                    observe(first)
-                    yield first
-                    finished = self._finished(request, prompt, handle, feed, output.finish_reason or "length", 1)
-                    observe(finished)
-                    yield finished
+        async with self._running(request, keep_kv=True) as (feed, handle):
+            prompt = await _prompt_of(feed, handle)
+            known = PromptKnown(len(prompt.token_ids), prompt.num_media_tokens, feed.layouts)
+            observe(known)
+            yield known
+            async for output in handle:
+                engine = handle.timings
+                first = FirstToken(
+                    [output.token_id],
+                    logprobs=[output.logprobs] if output.logprobs is not None else [],
+                    kv=handle.kv(),
+                    timings=stage_timings(feed.arrivals, engine),
+                    num_cached_tokens=engine.num_cached_tokens,
+                )
+                observe(first)
+                yield first
+                finished = self._finished(request, prompt, handle, feed, output.finish_reason or "length", 1)
+                observe(finished)
+                yield finished
 
     @asynccontextmanager
     async def _running(
@@ -178,13 +177,14 @@ class Generator:
         engine, ended_ms = handle.timings, feed.since_arrival_ms()
         timings = stage_timings(feed.arrivals, engine)
         finished = Finished(finish_reason, len(prompt.token_ids), engine.num_cached_tokens, num_tokens, timings)
-        passed = stages(feed.arrivals, engine, ended_ms)
-        for stage in passed:
-            if stage.item_index is None:  # the encoder tells of the others itself
-                past_span(stage.name, (ended_ms - stage.start_ms) / 1e3, stage.duration_ms / 1e3)
-        self.recent.append(
-            RecentRequest(request.request_id, time.time(), ended_ms, len(request.media), finished, passed)
-        )
+        with harmless("the record of a request"):
+            passed = stages(feed.arrivals, engine, ended_ms)
+            for stage in passed:
+                if stage.item_index is None:  # the encoder tells of the others itself
+                    past_span(stage.name, (ended_ms - stage.start_ms) / 1e3, stage.duration_ms / 1e3)
+            self.recent.append(
+                RecentRequest(request.request_id, time.time(), ended_ms, len(request.media), finished, passed)
+            )
         return finished
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import asdict
+from functools import partial
 from typing import TypeAlias
 
 import grpc
 
-from embedding_transport.errors import EncoderUnavailable
-from embedding_transport.grpc_status import abort
-from llm_worker.frontend.events import Delta, Finished, GenerationRequest, Started
+from embedding_transport.errors import WorkerUnavailable
+from embedding_transport.grpc_status import abort, send
+from llm_worker.frontend.events import Delta, Finished, GenerationEvent, Started
 from llm_worker.frontend.openai_http import ServedModel
+from llm_worker.frontend.requests import Requests
 from llm_worker.frontend.wire import (
     delta_to_proto,
     finished_to_proto,
@@ -20,10 +21,8 @@ from llm_worker.frontend.wire import (
     logprobs_to_proto,
     timings_to_proto,
 )
-from llm_worker.metrics import LlmMetrics
 from protos.llm.v1 import llm_pb2, llm_pb2_grpc
 from service_runtime.grpc_server import ServiceServer
-from service_runtime.running_calls import RunningCalls
 from service_runtime.traces import metadata_carrier, serving_span
 
 SERVICE = llm_pb2.DESCRIPTOR.services_by_name["Llm"].full_name
@@ -33,29 +32,23 @@ PrefillContext: TypeAlias = grpc.aio.ServicerContext[llm_pb2.PrefillRequest, llm
 
 
 class LlmServicer(llm_pb2_grpc.LlmServicer):
-    """Answers UNAVAILABLE until `open` is called, and once it drains."""
+    """Answers UNAVAILABLE until `open` is called."""
 
-    def __init__(self, metrics: LlmMetrics) -> None:
-        self._metrics = metrics
+    def __init__(self, requests: Requests) -> None:
+        self._requests = requests
         self._served: ServedModel | None = None
-        self._draining = False
-        self._running = RunningCalls()
 
     def open(self, served: ServedModel) -> None:
         self._served = served
-
-    async def drain(self, timeout_s: float) -> None:
-        """Takes no new calls and finishes those under way: for a port that has others that never end."""
-        self._draining = True
-        await self._running.drained(timeout_s)
 
     # A coroutine that writes, not a generator: when the client goes away the cancellation is raised inside it.
     async def Generate(self, request: llm_pb2.GenerateRequest, context: GenerateContext) -> None:  # type: ignore[override]
         try:
             served = self._loaded()
             generation = generation_from_proto(request.request_id, request.prompt, request.sampling, served.defaults)
-            with self._running.one(), serving_span("generate", metadata_carrier(context.invocation_metadata())):
-                await self._generate(generation, served, context)
+            with serving_span("generate", metadata_carrier(context.invocation_metadata())):
+                async with self._requests.running(partial(served.generator.generate, generation)) as events:
+                    await _write_events(events, generation.request_id, context)
         except Exception as error:
             await abort(context, error)
 
@@ -66,8 +59,9 @@ class LlmServicer(llm_pb2_grpc.LlmServicer):
             if not request.sampling.HasField("logprobs"):
                 request.sampling.logprobs = 0
             generation = generation_from_proto(request.request_id, request.prompt, request.sampling, served.defaults)
-            with self._running.one(), serving_span("prefill", metadata_carrier(context.invocation_metadata())):
-                delta, finished = await _first_token(served.generator.generate(generation, self._metrics.watch()))
+            with serving_span("prefill", metadata_carrier(context.invocation_metadata())):
+                async with self._requests.running(partial(served.generator.generate, generation)) as events:
+                    delta, finished = await _first_token(events)
         except Exception as error:
             await abort(context, error)
         return llm_pb2.PrefillResponse(
@@ -78,22 +72,9 @@ class LlmServicer(llm_pb2_grpc.LlmServicer):
             num_cached_tokens=finished.num_cached_tokens,
         )
 
-    async def _generate(self, generation: GenerationRequest, served: ServedModel, context: GenerateContext) -> None:
-        async with aclosing(served.generator.generate(generation, self._metrics.watch())) as events:
-            async for event in events:
-                if isinstance(event, Started):
-                    started = llm_pb2.Started(request_id=generation.request_id, **asdict(event))
-                    await context.write(llm_pb2.GenerateResponse(started=started))
-                elif isinstance(event, Delta):
-                    await context.write(llm_pb2.GenerateResponse(delta=delta_to_proto(event)))
-                else:
-                    await context.write(llm_pb2.GenerateResponse(finished=finished_to_proto(event)))
-
     def _loaded(self) -> ServedModel:
         if self._served is None:
-            raise EncoderUnavailable("the worker is still loading its model: try again when it is SERVING")
-        if self._draining:
-            raise EncoderUnavailable("the worker is shutting down: send the request to another one")
+            raise WorkerUnavailable("the worker is still loading its model: try again when it is SERVING")
         return self._served
 
 
@@ -109,12 +90,22 @@ class LlmServer(ServiceServer):
         llm_pb2_grpc.add_LlmServicer_to_server(servicer, self.grpc)
 
 
-async def _first_token(events: AsyncGenerator[Started | Delta | Finished]) -> tuple[Delta, Finished]:
+async def _write_events(events: AsyncGenerator[GenerationEvent], request_id: str, context: GenerateContext) -> None:
+    async for event in events:
+        if isinstance(event, Started):
+            started = llm_pb2.Started(request_id=request_id, **asdict(event))
+            await send(context, llm_pb2.GenerateResponse(started=started))
+        elif isinstance(event, Delta):
+            await send(context, llm_pb2.GenerateResponse(delta=delta_to_proto(event)))
+        else:
+            await send(context, llm_pb2.GenerateResponse(finished=finished_to_proto(event)))
+
+
+async def _first_token(events: AsyncGenerator[GenerationEvent]) -> tuple[Delta, Finished]:
     delta: Delta | None = None
-    async with aclosing(events):
-        async for event in events:
-            if isinstance(event, Delta):
-                delta = event
-            elif isinstance(event, Finished) and delta is not None:
-                return delta, event
+    async for event in events:
+        if isinstance(event, Delta):
+            delta = event
+        elif isinstance(event, Finished) and delta is not None:
+            return delta, event
     raise RuntimeError("the generation ended without a token")

@@ -30,6 +30,7 @@ STATUS_BY_CODE: dict[str, int] = {
     "overloaded": 429,
     "encoder_unavailable": 503,
     "encoder_mismatch": 503,
+    "worker_unavailable": 503,
     "prefill_unavailable": 503,
     "prefill_mismatch": 503,
     "transport_unavailable": 503,
@@ -37,7 +38,14 @@ STATUS_BY_CODE: dict[str, int] = {
     "internal_error": 500,
 }
 _RETRY_AFTER_S = 1
+_CLIENT_CLOSED_REQUEST = 499  # nginx's
 _TYPE_BY_STATUS = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+
+
+def is_client_gone(request: web.Request, error: Exception) -> bool:
+    """Whether it is what aiohttp raises where a client has gone away: no fault of ours."""
+    closed = request.transport is None or request.transport.is_closing()
+    return closed and isinstance(error, ConnectionError | web.RequestPayloadError)
 
 
 def error_body(error: VitrineError) -> dict[str, object]:
@@ -67,4 +75,6 @@ async def errors_as_openai(
         body = error_body(BadRequest(f"{request.method} {request.path}: {error.reason}"))
         return web.Response(status=error.status, text=json.dumps(body), content_type="application/json")
     except Exception as error:
+        if is_client_gone(request, error):
+            return web.Response(status=_CLIENT_CLOSED_REQUEST)  # goes nowhere
         return error_response(as_vitrine_error(error))

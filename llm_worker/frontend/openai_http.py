@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from embedding_transport.errors import BadRequest, EncoderUnavailable, UnknownModel, as_vitrine_error
+from embedding_transport.errors import BadRequest, UnknownModel, WorkerUnavailable, as_vitrine_error
 from llm_worker.frontend.events import Delta, Finished, GenerationEvent, GenerationRequest
 from llm_worker.frontend.generation import Generator
-from llm_worker.frontend.http_errors import error_body, errors_as_openai
+from llm_worker.frontend.http_errors import error_body, errors_as_openai, is_client_gone
 from llm_worker.frontend.openai_answers import AnswerKind, AnswerWriter
 from llm_worker.frontend.openai_prompt import chat_to_generation, completion_to_generation
 from llm_worker.frontend.openai_types import ChatRequest, CompletionRequest, parse_request
+from llm_worker.frontend.requests import Requests
 from llm_worker.frontend.sampling_defaults import SamplingDefaults
 from llm_worker.metrics import LlmMetrics
 from service_runtime.traces import serving_span
@@ -38,9 +40,12 @@ class ServedModel:
 class OpenAiHttp:
     """Routes of the worker's HTTP port. `open` is called once the model is loaded; until then /ready says 503."""
 
-    def __init__(self, metrics: LlmMetrics, readiness: Callable[[], tuple[bool, dict[str, Any]]]) -> None:
+    def __init__(
+        self, metrics: LlmMetrics, readiness: Callable[[], tuple[bool, dict[str, Any]]], requests: Requests
+    ) -> None:
         self._metrics = metrics
         self._readiness = readiness
+        self._requests = requests
         self._served: ServedModel | None = None
         self._created = int(time.time())
 
@@ -86,7 +91,7 @@ class OpenAiHttp:
 
     def _loaded(self) -> ServedModel:
         if self._served is None:
-            raise EncoderUnavailable("the worker is still loading its model: try again when /ready answers 200")
+            raise WorkerUnavailable("the worker is still loading its model: try again when /ready answers 200")
         return self._served
 
     def _model(self, name: str) -> ServedModel:
@@ -106,10 +111,11 @@ class OpenAiHttp:
         tokenizer = served.generator.tokenizer
         return_token_ids = request.return_token_ids or tokenizer is None
         writer = AnswerWriter(kind, generation.request_id, served.name, tokenizer, return_token_ids)
-        async with aclosing(served.generator.generate(generation, self._metrics.watch())) as events:
-            if request.stream:
-                return await _stream(http, events, writer, request.include_usage)
-            deltas: list[Delta] = []
+        running = self._requests.running(partial(served.generator.generate, generation))
+        if request.stream:
+            return await _stream(http, running, writer, request.include_usage)
+        deltas: list[Delta] = []
+        async with running as events:
             async for event in events:
                 if isinstance(event, Delta):
                     deltas.append(event)
@@ -141,31 +147,33 @@ async def _json_body(http: web.Request) -> bytes:
 
 
 async def _stream(
-    http: web.Request, events: AsyncGenerator[GenerationEvent], writer: AnswerWriter, include_usage: bool
+    http: web.Request,
+    running: AbstractAsyncContextManager[AsyncGenerator[GenerationEvent]],
+    writer: AnswerWriter,
+    include_usage: bool,
 ) -> web.StreamResponse:
     """Server-sent events. Errors before the first token still get a status of their own; later ones an error event."""
-    first = await anext(events)
-    while not isinstance(first, Delta):
-        first = await anext(events)
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
-    await response.prepare(http)
     try:
-        if writer.kind == "chat":
-            await _send(response, writer.opening())
-        await _send(response, writer.piece(first, None))
-        async for event in events:
-            if isinstance(event, Delta):
-                await _send(response, writer.piece(event, None))
-            elif isinstance(event, Finished):
-                # A chunk of its own, as OpenAI's: a token that waited for it would come a whole step late.
-                await _send(response, writer.piece(Delta(), event.finish_reason))
-                if include_usage:
-                    await _send(response, writer.usage_chunk(event))
+        async with running as events:
+            async for event in events:
+                if isinstance(event, Delta):
+                    if not response.prepared:
+                        await response.prepare(http)
+                        if writer.kind == "chat":
+                            await _send(response, writer.opening())
+                    await _send(response, writer.piece(event, None))
+                elif isinstance(event, Finished):
+                    # A chunk of its own, as OpenAI's: a token that waited for it would come a whole step late.
+                    await _send(response, writer.piece(Delta(), event.finish_reason))
+                    if include_usage:
+                        await _send(response, writer.usage_chunk(event))
         await response.write(b"data: [DONE]\n\n")
-    except ConnectionError:
-        pass  # the client is gone; closing the events cancels the request
     except Exception as error:
-        await _send(response, error_body(as_vitrine_error(error)))
+        if not response.prepared:
+            raise
+        if not is_client_gone(http, error):
+            await _send(response, error_body(as_vitrine_error(error)))
     return response
 
 

@@ -22,7 +22,9 @@ from llm_worker.prefill.peer import PrefillPeer
 from llm_worker.prefill.rpc import prefill_method
 from llm_worker.prefill.stream import PrefillEvent, PrefillStream
 from llm_worker.prefill.wire import Prefilled, request_to_proto
+from service_runtime.logs import harmless
 from service_runtime.retry import Attempts, RetryPolicy
+from service_runtime.supervisor import Supervisor
 
 # Prompts that begin alike go to the same worker, whose prefix cache knows them: so many of their tokens decide.
 _NUM_ROUTED_TOKENS = 256
@@ -43,6 +45,7 @@ class PrefillClient(FleetClient[PrefillPeer]):
         timeout_s: for one prompt on one worker.
         max_prompt_tokens: the longest prompt whose KV is taken in.
         on_hand_over: called with the seconds from a first token to its KV being readable here.
+        supervisor: owns the loops of this client; None for one of its own. Once one has failed, `prefill` fails.
     """
 
     def __init__(
@@ -54,8 +57,11 @@ class PrefillClient(FleetClient[PrefillPeer]):
         timeout_s: float,
         max_prompt_tokens: int,
         on_hand_over: Callable[[float], None],
+        supervisor: Supervisor | None = None,
     ) -> None:
-        super().__init__([], lambda address: PrefillPeer(address, options, kv_format), PREFILL_RETRIES, timeout_s)
+        super().__init__(
+            [], lambda address: PrefillPeer(address, options, kv_format), PREFILL_RETRIES, timeout_s, supervisor
+        )
         self._format = kv_format
         self._merge_size = merge_size
         self._max_prompt_tokens = max_prompt_tokens
@@ -99,7 +105,8 @@ class PrefillClient(FleetClient[PrefillPeer]):
                 prompt.needs_token = False
             await events.emit(event)
             if isinstance(event, RowsEvent):
-                self._on_hand_over(time.perf_counter() - prefilled_at)
+                with harmless("a metric of hand-overs"):
+                    self._on_hand_over(time.perf_counter() - prefilled_at)
 
         key = await asyncio.to_thread(_routing_key, prompt.request, prompt.token_ids)
         while True:

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import grpc
 
-from embedding_transport.errors import BadRequest, PrefillUnavailable
+from embedding_transport.errors import BadRequest, PrefillUnavailable, WorkerUnavailable
 from embedding_transport.exporter import RowExporter
-from embedding_transport.grpc_status import abort
+from embedding_transport.grpc_status import abort, send
 from embedding_transport.session_rpc import SessionServicer
 from embedding_transport.types import ItemTimings
 from embedding_transport.wire import layout_to_proto
 from llm_worker.frontend.events import FirstToken, GenerationRequest, PromptKnown
 from llm_worker.frontend.openai_http import ServedModel
+from llm_worker.frontend.requests import Requests
 from llm_worker.frontend.wire import generation_from_proto
-from llm_worker.metrics import LlmMetrics
 from llm_worker.prefill.kv_format import KvFormat, check_format
 from llm_worker.prefill.wire import format_from_proto, format_to_proto, prefilled_to_proto
 from protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
-from service_runtime.running_calls import RunningCalls
 from service_runtime.traces import metadata_carrier, serving_span
-
-_log = logging.getLogger(__name__)
 
 PrefillContext: TypeAlias = grpc.aio.ServicerContext[prefill_pb2.PrefillRequest, prefill_pb2.PrefillResponse | bytes]
 
@@ -41,28 +37,14 @@ class Prefilling:
 
 
 class PrefillServicer(SessionServicer, prefill_pb2_grpc.PrefillServicer):  # type: ignore[misc]
-    """Answers UNAVAILABLE until `open` is called and, for Prefill, once it drains."""
+    """Answers UNAVAILABLE until `open` is called."""
 
-    def __init__(self, metrics: LlmMetrics) -> None:
-        self._metrics = metrics
+    def __init__(self, requests: Requests) -> None:
+        self._requests = requests
         self._prefilling: Prefilling | None = None
-        self._draining = False
-        self._running = RunningCalls()
 
     def open(self, prefilling: Prefilling) -> None:
         self._prefilling = prefilling
-
-    async def drain(self, timeout_s: float) -> None:
-        """Takes no new prompts, finishes those under way, waits for peers to release what they hold."""
-        self._draining = True
-        if self._prefilling is None:
-            return
-        exporter = self._prefilling.exporter
-        exporter.start_draining()
-        deadline = time.monotonic() + timeout_s
-        await self._running.drained(timeout_s)
-        if not await exporter.drained(max(0.0, deadline - time.monotonic())):
-            _log.warning("%d leases were not released in time", exporter.stats().live_leases)
 
     async def Describe(
         self,
@@ -78,14 +60,14 @@ class PrefillServicer(SessionServicer, prefill_pb2_grpc.PrefillServicer):  # typ
     async def Prefill(self, request: prefill_pb2.PrefillRequest, context: PrefillContext) -> None:  # type: ignore[override]
         try:
             prefilling = self._loaded()
-            if self._draining:
-                raise PrefillUnavailable("the prefill worker is shutting down: send the request to another one")
             check_format("the worker that asks", format_from_proto(request.format), prefilling.kv_format)
             generation = generation_from_proto(
                 request.request_id, request.prompt, request.sampling, prefilling.served.defaults
             )
-            with self._running.one(), serving_span("prefill", metadata_carrier(context.invocation_metadata())):
+            with serving_span("prefill", metadata_carrier(context.invocation_metadata())):
                 await self._prefill(generation, request, prefilling, context)
+        except WorkerUnavailable as error:  # to its clients a prefill worker
+            await abort(context, PrefillUnavailable(str(error)))
         except Exception as error:
             await abort(context, error)
 
@@ -100,27 +82,27 @@ class PrefillServicer(SessionServicer, prefill_pb2_grpc.PrefillServicer):  # typ
         leases: list[int] = []
         exporter, session_id, first_row = prefilling.exporter, request.session_id, request.first_row
         try:
-            async with aclosing(prefilling.served.generator.prefill(generation, self._metrics.watch())) as events:
+            async with self._requests.running(partial(prefilling.served.generator.prefill, generation)) as events:
                 async for event in events:
                     if isinstance(event, PromptKnown):
                         known = event
                         if first_row >= known.num_prompt_tokens:
                             raise BadRequest(f"KV from row {first_row} on of {known.num_prompt_tokens} tokens")
                         for index, layout in enumerate(event.layouts):
-                            await context.write(prefill_pb2.PrefillResponse(layout=layout_to_proto(index, layout)))
+                            await send(context, prefill_pb2.PrefillResponse(layout=layout_to_proto(index, layout)))
                     elif isinstance(event, FirstToken):
                         assert known is not None
-                        await context.write(prefill_pb2.PrefillResponse(prefilled=prefilled_to_proto(known, event)))
+                        await send(context, prefill_pb2.PrefillResponse(prefilled=prefilled_to_proto(known, event)))
                         if generation.sampling.is_last(event.token_ids[0]):
                             continue
                         kv = event.kv.from_row(first_row)
                         async with aclosing(exporter.export(session_id, 0, kv, ItemTimings())) as responses:
                             async for response in responses:
                                 if isinstance(response, bytes):
-                                    await context.write(response)
+                                    await send(context, response)
                                 else:
                                     leases.append(response.ready.lease.lease_id)
-                                    await context.write(prefill_pb2.PrefillResponse(ready=response.ready))
+                                    await send(context, prefill_pb2.PrefillResponse(ready=response.ready))
         except BaseException:
             # The lease may still be on its way, where nobody takes it.
             exporter.release(session_id, leases)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import shutil
 import socket
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from embedding_transport.checkpoint import open_checkpoint
 from llm_worker.config import LlmConfig
@@ -22,23 +22,27 @@ from llm_worker.tensor_parallel.channel import Channel
 from llm_worker.tensor_parallel.group import TorchGroup
 from llm_worker.tensor_parallel.leader import LeadingForwardPass
 from service_runtime.child_process import Child
-
-_STOP_GRACE_S = 5.0
-# A rank that dies breaks everyone's collectives: the time to find out that it was that.
-_CAUSE_TIMEOUT_S = 2.0
+from service_runtime.lifecycle import EXIT_MARGIN_S
+from service_runtime.supervisor import Supervisor
 
 
 class Followers:
     """Make it on the event loop, `start` it, and always `stop` it."""
 
-    def __init__(self, config: LlmConfig) -> None:
+    def __init__(self, config: LlmConfig, supervisor: Supervisor) -> None:
+        """
+        Args:
+            supervisor: sees a failure where a rank has ended by itself, or rank 0 cannot go on. There is no cleaning up
+                then: other threads may be in a collective, waiting for a rank that is gone.
+        """
         self._config = config
+        self._supervisor = supervisor
+        self._watching: list[asyncio.Task[None]] = []
         self._folder = Path(tempfile.mkdtemp(prefix="vitrine-tp-"))  # of mode 700
         self._children: list[Child] = []
         self._channels: list[Channel] = []
         self._group: TorchGroup | None = None
         self._loop = asyncio.get_running_loop()
-        self._broken: asyncio.Future[str] = self._loop.create_future()
 
     async def start(self) -> None:
         """
@@ -55,6 +59,7 @@ class Followers:
                 arguments = ["llm_worker.tensor_parallel.follower", str(rank), str(self._store_file), str(fd)]
                 child = await Child.start(f"rank {rank}", arguments, environment, pass_fds=[fd])
             self._children.append(child)
+            self._watching.append(self._supervisor.watch_child(child, can_unwind=False))
 
     def join(self) -> TorchGroup:
         """Becomes rank 0, once all ranks are there; blocking."""
@@ -72,23 +77,11 @@ class Followers:
             decoder, config, make_runner, self._group, self._channels, on_failure=self._report_failure
         )
 
-    async def failure(self) -> str:
-        """Waits until a rank has ended by itself, or rank 0 cannot go on, and says why."""
-        ended = [asyncio.create_task(child.failed()) for child in self._children]
-        try:
-            waited_for: list[asyncio.Future[Any]] = [*ended, self._broken]
-            await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.wait(ended, timeout=_CAUSE_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
-            first = next((task for task in ended if task.done()), None)
-            return str(first.result()) if first is not None else self._broken.result()
-        finally:
-            for task in ended:
-                task.cancel()
-
     async def stop(self) -> None:
+        await self._supervisor.stop(*self._watching)
         for channel in self._channels:
             channel.close()
-        await asyncio.gather(*(child.stop(_STOP_GRACE_S) for child in self._children))
+        await asyncio.gather(*(child.stop(EXIT_MARGIN_S) for child in self._children))
         shutil.rmtree(self._folder, ignore_errors=True)
 
     @property
@@ -97,12 +90,8 @@ class Followers:
 
     def _report_failure(self, error: Exception) -> None:
         """From any thread: rank 0 cannot go on."""
-
-        def note() -> None:
-            if not self._broken.done():
-                self._broken.set_result(f"a step failed on rank 0: {type(error).__name__}: {error}")
-
-        self._loop.call_soon_threadsafe(note)
+        fail = functools.partial(self._supervisor.fail, "step on rank 0", error, can_unwind=False)
+        self._loop.call_soon_threadsafe(fail)
 
 
 def _check(config: LlmConfig) -> None:

@@ -20,6 +20,7 @@ from embedding_transport.types import DTYPES, ItemTimings, ModelIdentity
 from embedding_transport.wire import describe
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from service_runtime.grpc_channel import CHANNEL_OPTIONS
+from service_runtime.supervisor import Supervisor
 
 MERGE_SIZE = 2
 IDENTITY = ModelIdentity("model", "revision", "qwen3_vl", 8, (1, 2, 3), "float32")
@@ -99,7 +100,7 @@ async def running_stub(
     servicer_class: type[StubServicer] | None = None,
 ) -> AsyncIterator[tuple[str, StubServicer, grpc.aio.Server]]:
     exporter = RowExporter([ShmPool(shm_folder, pool_bytes)] if shm_folder else [], lease_ttl_s=lease_ttl_s)
-    exporter.start()
+    exporter.start(Supervisor())
     server = grpc.aio.server(options=CHANNEL_OPTIONS)
     servicer = (servicer_class or StubServicer)(exporter, identity)
     server.add_generic_rpc_handlers((encoder_handlers(servicer),))

@@ -36,6 +36,8 @@ from encoder_service.server import EncoderServer, EncoderServicer, Serving
 from encoder_service.service import EncodeService
 from protos.encoder.v1 import encoder_pb2
 from service_runtime.grpc_channel import CHANNEL_OPTIONS
+from service_runtime.running_calls import RunningCalls
+from service_runtime.supervisor import Supervisor
 
 MAX_ITEMS = 8
 
@@ -78,6 +80,7 @@ class RunningEncoder:
     servicer: EncoderServicer
     server: EncoderServer
     metrics: EncoderMetrics
+    calls: RunningCalls
     channel: grpc.aio.Channel = field(repr=False)
 
     def rows_of(self, data: bytes) -> torch.Tensor:
@@ -109,16 +112,17 @@ async def run_encoder(
         tower.deepstack_visual_indexes,
         "float32",
     )
-    metrics = EncoderMetrics()
+    metrics, calls = EncoderMetrics(), RunningCalls()
     exporter = RowExporter([ShmPool(shm_folder, 8 << 20)] if shm_folder else [], lease_ttl_s=lease_ttl_s)
-    exporter.start()
+    exporter.start(Supervisor())
     cost = CostModel(0.0, 0.0, 0.0)
     admission = Admission(cost, max_patches=max_queued_patches, max_s=math.inf)
     batcher = Batcher(tower, cost, max_batch_patches=max_batch_patches, on_batch=metrics.observe_batch)
-    batcher.start()
+    batcher.start(Supervisor())
     loader, held = MediaLoader(limits), HeldBytes(max_held_media_bytes)
     preprocessor = Preprocessor(processor_settings(checkpoint), limits)
     cache = EmbeddingCache(gpu_nbytes=0, host_nbytes=cache_bytes)
+    cache.start(Supervisor())
     service = EncodeService(
         loader,
         held,
@@ -131,10 +135,11 @@ async def run_encoder(
         num_threads=2,
         metrics=metrics,
     )
+    service.start(Supervisor())
     metrics.watch_cache(cache.stats)
     metrics.watch_queue(admission, lambda: held.nbytes, lambda: batcher.waiting_patches)
     metrics.watch_exporter(exporter.stats)
-    servicer = EncoderServicer(metrics)
+    servicer = EncoderServicer(metrics, calls)
     server = EncoderServer(servicer)
     address = await server.start("127.0.0.1", 0)
     if loaded:
@@ -144,11 +149,23 @@ async def run_encoder(
         await server.set_serving(True)
     async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
         yield RunningEncoder(
-            address, identity, tower, preprocessor, admission, service, exporter, servicer, server, metrics, channel
+            address,
+            identity,
+            tower,
+            preprocessor,
+            admission,
+            service,
+            exporter,
+            servicer,
+            server,
+            metrics,
+            calls,
+            channel,
         )
     tower.gate.set()
     await server.stop(0)
-    service.close()
+    await service.close()
+    await cache.close()
     await loader.close()
     await batcher.close()
     await exporter.close()

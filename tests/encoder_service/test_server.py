@@ -14,13 +14,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from embedding_transport.encoder_client import EncoderClient
-from embedding_transport.errors import Overloaded
+from embedding_transport.errors import EncoderUnavailable, Overloaded
 from embedding_transport.grpc_status import ERROR_CODE_KEY
 from embedding_transport.row_peer import TransportChoice
 from embedding_transport.types import EmbeddingRows, LayoutEvent, MediaItem
 from encoder_service.metrics import EncoderMetrics
 from encoder_service.server import EncoderServer, EncoderServicer
 from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from service_runtime.running_calls import RunningCalls
 from tests.encoder_service.models.reference import reference_from_folder, reference_rows
 from tests.encoder_service.running import MAX_ITEMS, RunningEncoder, image, image_message, png, run_encoder
 from tests.integration.media_server import serve_media
@@ -188,11 +189,11 @@ async def test_draining_refuses_new_requests_and_finishes_running_ones(encoder: 
     running = asyncio.create_task(encode(encoder, request))
     assert await asyncio.to_thread(encoder.tower.entered.wait, 10)
     await encoder.server.set_not_serving_for_good()
-    encoder.servicer.start_draining()
+    encoder.calls.refuse(lambda: EncoderUnavailable("the encoder is shutting down"))
     assert await health_of(encoder.channel, "") == health_pb2.HealthCheckResponse.NOT_SERVING
     status, code, _ = await refused(encode(encoder, request))
     assert (status, code) == (grpc.StatusCode.UNAVAILABLE, "encoder_unavailable")
-    idle = asyncio.create_task(encoder.servicer.idle())
+    idle = asyncio.create_task(encoder.calls.idle(10))
     await asyncio.sleep(0.05)
     assert not idle.done()
     encoder.tower.gate.set()
@@ -229,7 +230,7 @@ async def test_a_client_that_goes_away_stops_its_request_and_frees_leases(encode
         await eventually(lambda: encoder.exporter.stats().live_leases == 1)
         await server.num_waiting.acquire()
         call.cancel()
-        await asyncio.wait_for(encoder.servicer.idle(), 10)
+        assert await encoder.calls.idle(10)
     requests = "vitrine_encoder_requests_total"
     await eventually(lambda: encoder.metrics.registry.get_sample_value(requests, {"outcome": "cancelled"}) == 1)
     assert encoder.admission.num_patches == 0
@@ -247,7 +248,7 @@ async def test_a_peer_that_gives_up_during_the_forward_leaves_nothing_in_the_poo
     assert await reads_layout(call)
     assert await asyncio.to_thread(encoder.tower.entered.wait, 10)
     call.cancel()
-    await asyncio.wait_for(encoder.servicer.idle(), 10)
+    assert await encoder.calls.idle(10)
     encoder.tower.gate.set()
     responses = await encode(encoder, request)  # behind the one that was given up
     assert [response.WhichOneof("event") for response in responses] == ["layout", "ready"]
@@ -271,7 +272,7 @@ async def test_metrics_tell_what_happened(encoder: RunningEncoder) -> None:
 
 
 async def test_a_port_in_use_is_refused(encoder: RunningEncoder) -> None:
-    second = EncoderServer(EncoderServicer(EncoderMetrics()))
+    second = EncoderServer(EncoderServicer(EncoderMetrics(), RunningCalls()))
     with pytest.raises(OSError, match="cannot listen on"):
         await second.start("127.0.0.1", int(encoder.address.rsplit(":", 1)[1]))
 

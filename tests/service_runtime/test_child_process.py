@@ -40,15 +40,16 @@ async def test_output_is_prefixed_and_failure_named(module: Path, capsys: pytest
     assert "encoder ended with exit code 3" in str(failure)
 
 
-async def test_a_line_beyond_the_limit_does_not_end_the_reading(module: Path) -> None:
+async def test_a_line_beyond_the_limit_does_not_end_the_reading(
+    module: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A service whose output nobody reads stands still with its next line."""
     (module / "wordy.py").write_text("print('x' * (3 << 20)); print('y' * (1 << 20)); print('end')")
-    lines: list[str] = []
-    child = await Child.start("llm", ["wordy"], on_line=lines.append)
+    child = await Child.start("llm", ["wordy"])
     async with asyncio.timeout(20):
         assert "ended with exit code 0" in str(await child.failed())
     await child.stop(1.0)
-    assert lines[-1] == "end"
+    assert capsys.readouterr().out.endswith("[llm] end\n")
 
 
 async def test_stubborn_child_is_killed(module: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from encoder_service.engine.batcher import Batcher, BatchReport
 from encoder_service.engine.cost_model import CostModel
 from encoder_service.families import build_tower
 from encoder_service.models.grids import GridTHW
+from service_runtime.supervisor import Supervisor
 from tests.encoder_service.models.reference import random_patches
 from tests.encoder_service.running import GatedTower
 
@@ -45,7 +46,7 @@ async def batching(
     reports: list[BatchReport] = []
     cost = cost or CostModel(0.0, 0.0, 0.0)
     batcher = Batcher(tower, cost, max_batch_patches=max_batch_patches, on_batch=reports.append)
-    batcher.start()
+    batcher.start(Supervisor())
     try:
         yield batcher, reports
     finally:
@@ -203,7 +204,7 @@ async def test_it_says_so_when_the_gpu_is_lost(
     told: list[str] = []
     tower.error = RuntimeError("an illegal memory access was encountered") if fails == "forward" else None
     batcher = Batcher(tower, CostModel(0.0, 0.0, 0.0), max_batch_patches=64, on_gpu_lost=lambda: told.append("lost"))
-    batcher.start()
+    batcher.start(Supervisor())
     try:
         blocker = await block_tower(tower, batcher) if fails == "packing" else None
         widths = [7, PATCH_WIDTH] if fails == "packing" else [PATCH_WIDTH]

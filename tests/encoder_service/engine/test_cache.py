@@ -9,6 +9,7 @@ import torch
 
 from embedding_transport.errors import NotAnImage, Overloaded
 from encoder_service.engine.cache import EmbeddingCache, MadeRows
+from service_runtime.supervisor import Supervisor
 
 ROW_NBYTES = 4 * 8
 
@@ -35,7 +36,9 @@ class Maker:
 
 
 def cache(num_rows: int) -> EmbeddingCache:
-    return EmbeddingCache(gpu_nbytes=0, host_nbytes=num_rows * ROW_NBYTES)
+    kept = EmbeddingCache(gpu_nbytes=0, host_nbytes=num_rows * ROW_NBYTES)
+    kept.start(Supervisor())
+    return kept
 
 
 async def test_the_second_time_rows_are_kept_ones() -> None:
@@ -171,6 +174,7 @@ async def test_one_who_waits_can_be_cancelled_alone() -> None:
 @pytest.mark.gpu
 async def test_what_leaves_the_gpu_moves_to_the_host() -> None:
     kept = EmbeddingCache(gpu_nbytes=10 * ROW_NBYTES, host_nbytes=10 * ROW_NBYTES)
+    kept.start(Supervisor())
     for key, value in ((b"a", 1.0), (b"b", 2.0), (b"c", 3.0)):
         made = MadeRows(torch.full((4, 8), value, device="cuda"))
         torch.cuda.synchronize()

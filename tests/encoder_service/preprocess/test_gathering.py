@@ -14,6 +14,7 @@ from embedding_transport.errors import MediaTruncated
 from encoder_service.media.limits import MediaLimits
 from encoder_service.preprocess.gathering import Gathering
 from encoder_service.preprocess.preprocessor import OpenedMedia, Preprocessor
+from service_runtime.supervisor import Supervisor
 from tests.encoder_service.preprocess.samples import QWEN3_IMAGE, QWEN3_VIDEO, encode, photo, settings
 
 
@@ -46,6 +47,7 @@ async def test_what_waits_is_made_together_and_damage_stays_alone(preprocessor: 
     opened = [preprocessor.open("image", file) for file in files]
     make = Gated(preprocessor)
     gathering = Gathering(make)
+    gathering.start(Supervisor())
     first = asyncio.create_task(gathering.patches(opened[0]))
     assert await asyncio.to_thread(make.entered.wait, 10)
     others = [asyncio.create_task(gathering.patches(each)) for each in opened[1:]]
@@ -60,7 +62,7 @@ async def test_what_waits_is_made_together_and_damage_stays_alone(preprocessor: 
         patches = results[index]
         assert isinstance(patches, torch.Tensor)
         assert torch.equal(patches, preprocessor.open("image", files[index]).patches())
-    gathering.close()
+    await gathering.close()
 
 
 async def test_a_failure_of_all_leaves_the_next_alone(preprocessor: Preprocessor) -> None:
@@ -68,9 +70,10 @@ async def test_a_failure_of_all_leaves_the_next_alone(preprocessor: Preprocessor
     make.gate.set()
     make.error = RuntimeError("no GPU any more")
     gathering = Gathering(make)
+    gathering.start(Supervisor())
     opened = preprocessor.open("image", encode(photo(300, 200, 1), "JPEG"))
     with pytest.raises(RuntimeError, match="no GPU"):
         await gathering.patches(opened)
     make.error = None
     assert len(await gathering.patches(opened)) == opened.layout.num_tokens * 4
-    gathering.close()
+    await gathering.close()

@@ -20,6 +20,7 @@ from llm_worker.engine.request import ExpandedPrompt, MediaSpan, SamplingParams,
 from llm_worker.engine.request_handle import RequestHandle
 from llm_worker.engine.runner import MakeRunner, PlainRunner
 from llm_worker.families import build_decoder
+from service_runtime.supervisor import Supervisor
 from tests.llm_worker.engine.tensor_rows import TensorRows
 
 
@@ -80,7 +81,7 @@ def running_engine(
     decoder = build_decoder(open_checkpoint(str(folder)), torch.device("cpu"), torch.float32)
     limits = EngineConfig(**{"num_blocks": 64, "block_size": 8, "max_model_len": 512, **config})  # type: ignore[arg-type]
     engine = Engine(ForwardPass(decoder, limits, make_runner), limits, on_gpu_lost)
-    engine.start()
+    engine.start(Supervisor())
     try:
         yield engine
     finally:

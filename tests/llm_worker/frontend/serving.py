@@ -26,6 +26,7 @@ from llm_worker.frontend.prompt_feed import PromptContext
 from llm_worker.frontend.sampling_defaults import SamplingDefaults
 from llm_worker.prompt.config import PromptConfig
 from llm_worker.prompt.tokenizer import PromptTokenizer
+from service_runtime.supervisor import Supervisor
 
 MAX_ITEMS = 4
 NO_ENCODER = "127.0.0.1:9"
@@ -70,7 +71,7 @@ async def serving(
     decoder = build_decoder(checkpoint, torch.device("cpu"), torch.float32)
     limits = EngineConfig(num_blocks=num_blocks, max_model_len=512)
     engine = Engine(ForwardPass(decoder, limits), limits)
-    engine.start()
+    engine.start(Supervisor())
     encoders = EncoderClient([encoder], identity(folder), transport="grpc", shm_folder=folder)
     if encoder != NO_ENCODER:
         await encoders.start()

@@ -8,15 +8,23 @@ from pathlib import Path
 import grpc
 import pytest
 
+from embedding_transport.errors import WorkerUnavailable
 from llm_worker.frontend.grpc_server import LlmServer, LlmServicer
+from llm_worker.frontend.requests import Requests
 from llm_worker.metrics import LlmMetrics
 from protos.llm.v1 import llm_pb2, llm_pb2_grpc
+from service_runtime.running_calls import RunningCalls
 from tests.llm_worker.frontend.serving import serving
 
 
 @pytest.fixture
-def servicer() -> LlmServicer:
-    return LlmServicer(LlmMetrics())
+def calls() -> RunningCalls:
+    return RunningCalls()
+
+
+@pytest.fixture
+def servicer(calls: RunningCalls) -> LlmServicer:
+    return LlmServicer(Requests(LlmMetrics(), calls))
 
 
 @pytest.fixture
@@ -59,7 +67,7 @@ async def test_prefill_says_how_much_of_the_prompt_was_there(stub: llm_pb2_grpc.
 
 
 async def test_until_the_model_is_loaded_it_is_unavailable() -> None:
-    server = LlmServer(LlmServicer(LlmMetrics()))
+    server = LlmServer(LlmServicer(Requests(LlmMetrics(), RunningCalls())))
     address = await server.start("127.0.0.1", 0)
     try:
         async with grpc.aio.insecure_channel(address) as channel:
@@ -71,8 +79,8 @@ async def test_until_the_model_is_loaded_it_is_unavailable() -> None:
         await server.stop(0)
 
 
-async def test_once_it_drains_it_is_unavailable(servicer: LlmServicer, stub: llm_pb2_grpc.LlmAsyncStub) -> None:
-    await servicer.drain(1.0)
+async def test_once_it_drains_it_is_unavailable(calls: RunningCalls, stub: llm_pb2_grpc.LlmAsyncStub) -> None:
+    calls.refuse(lambda: WorkerUnavailable("the worker is shutting down"))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub.Prefill(llm_pb2.PrefillRequest(prompt=llm_pb2.Prompt(text="Hello")))
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE

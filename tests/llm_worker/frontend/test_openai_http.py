@@ -14,7 +14,9 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from llm_worker.frontend import openai_http
 from llm_worker.frontend.openai_http import OpenAiHttp, ServedModel
+from llm_worker.frontend.requests import Requests
 from llm_worker.metrics import LlmMetrics
+from service_runtime.running_calls import RunningCalls
 from tests.llm_worker.frontend.serving import Serving, serving
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -23,7 +25,8 @@ Client = TestClient[Any, Any]
 
 @asynccontextmanager
 async def client_of(served: ServedModel | None) -> AsyncIterator[Client]:
-    http = OpenAiHttp(LlmMetrics(), lambda: (False, {"reason": "loading the model"}))
+    metrics = LlmMetrics()
+    http = OpenAiHttp(metrics, lambda: (False, {"reason": "loading the model"}), Requests(metrics, RunningCalls()))
     if served is not None:
         http.open(served)
     # TestServer cancels the handlers of clients that went away, as the worker's own server does.

@@ -15,11 +15,13 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 from embedding_transport.errors import EncoderUnavailable
-from llm_worker.frontend.events import Delta, GenerationEvent, GenerationRequest
-from llm_worker.frontend.generation import Generator, Watch
+from llm_worker.frontend.events import Delta, GenerationEvent, GenerationRequest, Observe
+from llm_worker.frontend.generation import Generator
 from llm_worker.frontend.openai_http import OpenAiHttp, ServedModel
+from llm_worker.frontend.requests import Requests
 from llm_worker.metrics import LlmMetrics
 from llm_worker.prompt.tokenizer import PromptTokenizer
+from service_runtime.running_calls import RunningCalls
 from tests.llm_worker.frontend.serving import Serving, serving
 
 
@@ -35,9 +37,9 @@ class HeldGenerator:
     def tokenizer(self) -> PromptTokenizer | None:
         return self.generator.tokenizer
 
-    async def generate(self, request: GenerationRequest, watch: Watch) -> AsyncGenerator[GenerationEvent]:
+    async def generate(self, request: GenerationRequest, observe: Observe) -> AsyncGenerator[GenerationEvent]:
         num_tokens = 0
-        async with aclosing(self.generator.generate(request, watch)) as events:
+        async with aclosing(self.generator.generate(request, observe)) as events:
             async for event in events:
                 num_tokens += isinstance(event, Delta)
                 if num_tokens == 2:
@@ -55,7 +57,8 @@ async def worker(qwen3_vl_folder: Path) -> AsyncIterator[Serving]:
 
 @asynccontextmanager
 async def streaming(worker: Serving, held: HeldGenerator, path: str) -> AsyncIterator[aiohttp.ClientResponse]:
-    http = OpenAiHttp(LlmMetrics(), lambda: (True, {}))
+    metrics = LlmMetrics()
+    http = OpenAiHttp(metrics, lambda: (True, {}), Requests(metrics, RunningCalls()))
     http.open(ServedModel(worker.served.name, held, worker.served.defaults))  # type: ignore[arg-type]
     prompt = {"messages": [{"role": "user", "content": "Hello"}]} if "chat" in path else {"prompt": "Hello"}
     body = {"model": worker.served.name, **prompt, "max_tokens": 4, "temperature": 0, "ignore_eos": True}

@@ -36,6 +36,7 @@ from llm_worker.prefill.wire import Prefilled, format_to_proto
 from protos.encoder.v1 import encoder_pb2
 from protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
 from service_runtime.grpc_channel import CHANNEL_OPTIONS
+from service_runtime.supervisor import Supervisor
 
 FORMAT = KvFormat("model", "revision", "qwen3_vl", "float32", num_layers=2, num_key_value_heads=1, head_dim=4)
 NUM_TOKENS, MAX_TOKENS = 5, 8
@@ -102,7 +103,7 @@ async def connected(
     folder: Path, transport: str = "shm", theirs: KvFormat = FORMAT
 ) -> AsyncIterator[tuple[MadeUp, PrefillClient]]:
     exporter = RowExporter([ShmPool(folder, 1 << 16)], lease_ttl_s=30)
-    exporter.start()
+    exporter.start(Supervisor())
     server = grpc.aio.server(options=CHANNEL_OPTIONS)
     servicer = MadeUp(exporter, theirs)
     server.add_generic_rpc_handlers((prefill_handlers(servicer),))

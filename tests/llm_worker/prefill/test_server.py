@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from embedding_transport.checkpoint import open_checkpoint
-from embedding_transport.errors import BadRequest, PrefillMismatch, PrefillUnavailable
+from embedding_transport.errors import BadRequest, PrefillMismatch, PrefillUnavailable, WorkerUnavailable
 from embedding_transport.exporter import RowExporter
 from embedding_transport.grpc_status import error_from_rpc
 from embedding_transport.shm_pool import ShmPool
 from llm_worker.families import text_config
 from llm_worker.frontend.grpc_server import LlmServer, LlmServicer
+from llm_worker.frontend.requests import Requests
 from llm_worker.metrics import LlmMetrics
 from llm_worker.prefill.kv_format import KvFormat
 from llm_worker.prefill.rpc import SERVICE, prefill_handlers
@@ -27,13 +28,15 @@ from llm_worker.prefill.wire import format_to_proto
 from protos.encoder.v1 import encoder_pb2
 from protos.llm.v1 import llm_pb2
 from protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
+from service_runtime.running_calls import RunningCalls
+from service_runtime.supervisor import Supervisor
 from tests.llm_worker.frontend.serving import Serving, identity, serving
 
 
 @dataclass
 class Running:
     stub: prefill_pb2_grpc.PrefillAsyncStub
-    servicer: PrefillServicer
+    calls: RunningCalls
     exporter: RowExporter
     kv_format: KvFormat
     worker: Serving
@@ -51,12 +54,14 @@ class Running:
 async def running(
     folder: Path, shm_folder: Path, pool_nbytes: int = 1 << 20, lease_ttl_s: float = 30.0
 ) -> AsyncIterator[Running]:
-    servicer = PrefillServicer(LlmMetrics())
-    server = LlmServer(LlmServicer(LlmMetrics()), SERVICE)
+    calls = RunningCalls()
+    requests = Requests(LlmMetrics(), calls)
+    servicer = PrefillServicer(requests)
+    server = LlmServer(LlmServicer(requests), SERVICE)
     server.grpc.add_generic_rpc_handlers((prefill_handlers(servicer),))
     address = await server.start("127.0.0.1", 0)
     exporter = RowExporter([ShmPool(shm_folder, pool_nbytes)], lease_ttl_s=lease_ttl_s)
-    exporter.start()
+    exporter.start(Supervisor())
     kv_format = KvFormat.of(identity(folder), text_config(open_checkpoint(str(folder))))
     try:
         async with serving(folder) as worker, grpc.aio.insecure_channel(address) as channel:
@@ -65,7 +70,7 @@ async def running(
                 await stub.Describe(prefill_pb2.DescribeRequest())
             assert isinstance(error_from_rpc(caught.value), PrefillUnavailable)
             servicer.open(Prefilling(worker.served, kv_format, exporter))
-            yield Running(stub, servicer, exporter, kv_format, worker)
+            yield Running(stub, calls, exporter, kv_format, worker)
     finally:
         await server.stop(0)
         await exporter.close()
@@ -149,14 +154,15 @@ async def test_what_waits_for_room_in_the_pool_keeps_its_blocks_and_draining_wai
         done, waiting = await asyncio.wait(reading, return_when=asyncio.FIRST_COMPLETED)
         assert waiting, "the pool is meant to be too small for all"
         assert worker.worker.engine.stats().kv_blocks_used > 0
-        draining = asyncio.create_task(worker.servicer.drain(10))
+        worker.calls.refuse(lambda: WorkerUnavailable("the worker is shutting down"))
+        draining = asyncio.create_task(worker.calls.idle(10))
         while waiting or done:
             leases = [each.result() for each in done]
             worker.exporter.release(session_id, leases)
             done = set()
             if waiting:
                 done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        await asyncio.wait_for(draining, 5)
+        assert await asyncio.wait_for(draining, 5)
         assert not worker.exporter.stats().live_leases
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             [each async for each in worker.stub.Prefill(worker.request(session_id))]

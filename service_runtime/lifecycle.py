@@ -1,0 +1,152 @@
+"""How a service ends: asked to by a signal, or because something it cannot do without has failed.
+
+    SIGTERM, SIGINT -> NOT_SERVING, new requests are refused -> those in flight end by themselves, or at the deadline
+    a failure       -> NOT_SERVING, all requests are refused -> shown for a moment, so that probes and clients see why
+
+Then the service cleans up. One second after the deadline the process ends, whatever a thread of it still does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+from service_runtime.grpc_server import ServiceServer
+from service_runtime.running_calls import RunningCalls
+from service_runtime.supervisor import Failure, ServiceFailed, Supervisor
+
+_log = logging.getLogger(__name__)
+# From the deadline to the end of the process.
+EXIT_MARGIN_S = 1.0
+# How long a failed service still answers that it has failed.
+_SHOWN_S = 2.0
+
+
+class Lifecycle:
+    """Make it on the service's event loop.
+
+    supervisor: owns everything in the background of the service.
+    reason: why no request is served any more; empty before.
+    """
+
+    def __init__(
+        self,
+        server: ServiceServer,
+        calls: RunningCalls,
+        unavailable: Callable[[str], Exception],
+        drain_timeout_s: float,
+    ) -> None:
+        """
+        Args:
+            calls: the requests of all ports.
+            unavailable: makes the error of requests that are refused, or ended, from a message.
+            drain_timeout_s: from the signal to the deadline; a failed service has ended by then.
+        """
+        self.supervisor = Supervisor()
+        self.reason = ""
+        self._server = server
+        self._calls = calls
+        self._unavailable = unavailable
+        self._drain_timeout_s = drain_timeout_s
+        self._deadline = 0.0
+        self._ending = asyncio.Event()
+        self.supervisor.on_failure(self._fail)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._stop)
+
+    @property
+    def is_ending(self) -> bool:
+        """From any thread: whether what is only worth it for a service that goes on should end, such as loading."""
+        return self._ending.is_set()
+
+    @property
+    def left_s(self) -> float:
+        """Seconds to the deadline, once the service is ending; at least 0."""
+        return max(0.0, self._deadline - time.monotonic())
+
+    async def ending(self) -> None:
+        """Waits until the service is to end."""
+        await self._ending.wait()
+
+    async def drain(self) -> None:
+        """Waits for requests in flight, until the deadline: then they fail. Of a failed service they have failed."""
+        await self._server.set_not_serving_for_good()
+        if self.supervisor.failure is not None:
+            await asyncio.sleep(self.left_s)
+        elif not await self._calls.idle(self.left_s):
+            self._cut_off()
+        if self.supervisor.failure is None and self._calls.count:
+            await self._calls.idle(EXIT_MARGIN_S / 2)
+
+    def raise_failure(self) -> None:
+        """Ends the process where it cannot clean up.
+
+        Raises:
+            ServiceFailed: the service has failed.
+        """
+        failure = self.supervisor.failure
+        if failure is None:
+            return
+        if not failure.can_unwind:
+            _end_process(str(failure))
+        raise ServiceFailed(f"{failure}: the log has its traceback")
+
+    def _stop(self) -> None:
+        if self.is_ending:
+            return
+        _log.info("draining for at most %g s", self._drain_timeout_s)
+        self._end_by(self._drain_timeout_s, "shutting down")
+        self._calls.refuse(lambda: self._unavailable("is shutting down: send the request to another one"))
+
+    def _fail(self, failure: Failure) -> None:
+        shown_s = min(_SHOWN_S, max(0.0, self._drain_timeout_s - EXIT_MARGIN_S))
+        self._end_by(shown_s, str(failure))
+        self._calls.end(lambda: self._unavailable(f"has failed ({failure}): send the request to another one"))
+        # Not by `drain` alone: the service may be busy, loading for instance.
+        self.supervisor.start_job("health after a failure", self._server.set_not_serving_for_good())
+
+    def _cut_off(self) -> None:
+        timeout_s = self._drain_timeout_s
+        _log.warning("%d requests still ran after %g s and are cut off", self._calls.count, timeout_s)
+        message = f"is shutting down, and the request was not through within {timeout_s:g} s: send it to another one"
+        self._calls.end(lambda: self._unavailable(message))
+
+    def _end_by(self, seconds: float, reason: str) -> None:
+        """Sets the deadline; an earlier one holds."""
+        deadline = time.monotonic() + seconds
+        if self.is_ending and deadline >= self._deadline:
+            return
+        self._deadline = deadline
+        self.reason = reason
+        self._ending.set()
+        end_process_in(seconds + EXIT_MARGIN_S, self.supervisor.names)
+
+
+def end_process_in(seconds: float, names: Callable[[], list[str]]) -> None:
+    """Ends the process with status 1, unless it has ended by then, whatever its threads do.
+
+    Args:
+        names: of what still runs, for the log.
+    """
+
+    def end() -> None:
+        threads = [thread.name for thread in threading.enumerate() if not thread.daemon]
+        _end_process(f"it was to end by now; still there: {', '.join([*names(), *threads])}")
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.name = "end of process"
+    timer.start()
+    # A thread in C code that keeps the interpreter keeps the timer from running; this one needs no interpreter.
+    faulthandler.dump_traceback_later(seconds + EXIT_MARGIN_S / 4, exit=True)
+
+
+def _end_process(reason: str) -> None:
+    _log.error("the process ends without cleaning up: %s", reason)
+    os._exit(1)

@@ -1,0 +1,203 @@
+"""Owns what runs in the background of a process, and notices what ends without having been asked to.
+
+Everything that lives longer than one request has an owner here: tasks that loop, raw threads, child processes. A
+supervisor restarts nothing. It logs what ended, with its name and its traceback, and the first such end is its
+`failure`: services end with it (`lifecycle.py`), a client that is used alone fails its calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
+
+from service_runtime.child_process import Child
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Owned: TypeAlias = "asyncio.Task[None] | threading.Thread"
+
+
+class ServiceFailed(RuntimeError):
+    """Something that a service cannot do without has ended by itself; its traceback is in the log."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An end that was not asked for.
+
+    name: of what ended.
+    error: what it raised; None where it returned.
+    can_unwind: False where cleaning up would wait for ever, or make it worse: then the process ends without.
+    """
+
+    name: str
+    error: BaseException | None
+    can_unwind: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.name} ended" + (f" with {type(self.error).__name__}" if self.error is not None else "")
+
+
+@dataclass(frozen=True)
+class _Entry:
+    name: str
+    may_return: bool = False
+    can_unwind: bool = True
+
+
+class Supervisor:
+    """Lives on one event loop.
+
+    failure: the first end that was not asked for, once there is one.
+    """
+
+    def __init__(self) -> None:
+        self.failure: Failure | None = None
+        self._entries: dict[Owned, _Entry] = {}
+        self._callbacks: list[Callable[[Failure], None]] = []
+        self._failed = asyncio.Event()
+
+    def start_task(self, name: str, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Runs a loop, which ends only by `stop` or `close`: that it returns is a failure, too."""
+        return self._start(_Entry(name), coroutine)
+
+    def start_job(self, name: str, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Runs work that comes to an end by itself; that it raises is a failure."""
+        return self._start(_Entry(name, may_return=True), coroutine)
+
+    def start_thread(self, name: str, target: Callable[[], None]) -> threading.Thread:
+        """Runs a daemon thread; before its owner makes it end, `expect_end` is due."""
+        loop = asyncio.get_running_loop()
+
+        def run() -> None:
+            error: BaseException | None = None
+            try:
+                target()
+            except BaseException as caught:
+                error = caught
+            with suppress(RuntimeError):  # the loop is closed, and the service with it
+                loop.call_soon_threadsafe(self._ended, thread, name, error)
+
+        thread = threading.Thread(target=run, name=name, daemon=True)
+        self._entries[thread] = _Entry(name)
+        thread.start()
+        return thread
+
+    def watch_thread(self, name: str, thread: threading.Thread) -> threading.Thread:
+        """Owns a thread that a library has started, by one that waits for it, which is returned; see `start_thread`."""
+        return self.start_thread(name, thread.join)
+
+    def watch_child(self, child: Child, *, can_unwind: bool = True) -> asyncio.Task[None]:
+        """Owns a running child process until the task that is returned is stopped; then the child is to be stopped.
+
+        Args:
+            can_unwind: see `Failure`.
+        """
+
+        async def fail_with_child() -> None:
+            raise await child.failed()
+
+        return self._start(_Entry(child.name, can_unwind=can_unwind), fail_with_child())
+
+    def names(self) -> list[str]:
+        """Of all that it owns now, in the order in which it was started."""
+        return [entry.name for entry in list(self._entries.values())]
+
+    def expect_end(self, owned: Owned) -> None:
+        """The end of this one is asked for from now on."""
+        self._entries.pop(owned, None)
+
+    async def stop(self, *tasks: asyncio.Task[None]) -> None:
+        """Cancels tasks and waits for their end."""
+        for task in tasks:
+            self.expect_end(task)
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Stops all tasks that are left, the last one first; threads and children are their owners' to end."""
+        owned = list(self._entries)
+        self._entries.clear()
+        for each in reversed(owned):
+            if isinstance(each, asyncio.Task):
+                await self.stop(each)
+
+    def fail(self, name: str, error: BaseException | None, *, can_unwind: bool = True) -> None:
+        """Something ended without having been asked to; also for what is owned elsewhere, such as a GPU."""
+        failure = Failure(name, error, can_unwind)
+        _log.error("%s, and was not asked to", failure, exc_info=error)
+        if self.failure is not None:
+            return
+        self.failure = failure
+        self._failed.set()
+        for callback in self._callbacks:
+            try:
+                callback(failure)
+            except Exception:
+                _log.exception("what was to happen after a failure failed itself")
+
+    def on_failure(self, callback: Callable[[Failure], None]) -> None:
+        """Has `callback` called with the failure, on the event loop, at once where there is one already."""
+        self._callbacks.append(callback)
+        if self.failure is not None:
+            callback(self.failure)
+
+    def check(self) -> None:
+        """
+        Raises:
+            Exception: the failure's own.
+            ServiceFailed: what failed has returned, or was cancelled.
+        """
+        if self.failure is None:
+            return
+        if isinstance(self.failure.error, Exception):
+            raise self.failure.error
+        raise ServiceFailed(str(self.failure)) from self.failure.error
+
+    async def failed(self) -> Failure:
+        """Waits for the failure."""
+        await self._failed.wait()
+        assert self.failure is not None
+        return self.failure
+
+    async def unless_failed(self, work: Awaitable[T]) -> T:
+        """The result of `work`, which is cancelled as soon as there is a failure.
+
+        Raises:
+            Exception: see `check`; a failure explains an error of the work, not the other way round.
+        """
+        working = asyncio.ensure_future(work)
+        failing = asyncio.ensure_future(self._failed.wait())
+        try:
+            await asyncio.wait([working, failing], return_when=asyncio.FIRST_COMPLETED)
+            self.check()
+            return await working
+        finally:
+            for task in (working, failing):
+                task.cancel()
+            await asyncio.gather(working, failing, return_exceptions=True)
+
+    def _start(self, entry: _Entry, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(coroutine, name=entry.name)
+        self._entries[task] = entry
+        task.add_done_callback(self._task_ended)
+        return task
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            self._ended(task, task.get_name(), task.exception())
+        elif task in self._entries:
+            self._ended(task, task.get_name(), asyncio.CancelledError("cancelled by something else than its owner"))
+
+    def _ended(self, owned: Owned, name: str, error: BaseException | None) -> None:
+        entry = self._entries.pop(owned, None)
+        if entry is not None and not (entry.may_return and error is None):
+            self.fail(name, error, can_unwind=entry.can_unwind)
+        elif error is not None:
+            _log.error("%s failed while it was stopped", name, exc_info=error)

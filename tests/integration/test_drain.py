@@ -1,0 +1,109 @@
+"""One deadline for everything that a service still does when it is told to end."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import aiohttp
+import grpc
+import pytest
+from PIL import Image
+
+from embedding_transport.grpc_status import ERROR_CODE_KEY
+from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from protos.llm.v1 import llm_pb2, llm_pb2_grpc
+from tests.integration.fleet import ServiceProcess
+
+DRAIN_TIMEOUT_S = 1.0
+# The process ends one second after the deadline at the latest; the rest is for a busy machine to notice it.
+LATEST_S = DRAIN_TIMEOUT_S + 1.0 + 1.0
+
+
+@pytest.fixture
+def services(qwen3_vl_folder: Path) -> Iterator[list[ServiceProcess]]:
+    started: list[ServiceProcess] = []
+    yield started
+    for process in started:
+        process.stop()
+
+
+async def ended(process: ServiceProcess, since: float) -> int:
+    status = await asyncio.to_thread(process.process.wait, 20)
+    assert time.monotonic() - since < LATEST_S, process.lines
+    return status
+
+
+async def test_a_worker_cuts_its_requests_off_with_errors_that_can_be_tried_again(
+    qwen3_vl_folder: Path, services: list[ServiceProcess]
+) -> None:
+    flags = ["--model", str(qwen3_vl_folder), "--encoders", "127.0.0.1:9", "--port", "0", "--grpc-port", "0"]
+    worker = ServiceProcess("llm_worker", *flags, "--drain-timeout-s", str(DRAIN_TIMEOUT_S))
+    services.append(worker)
+    addresses = await asyncio.to_thread(worker.wait_serving)
+    url = f"http://{addresses['http']}"
+    body = {"model": qwen3_vl_folder.name, "prompt": "Hello", "max_tokens": 20_000, "ignore_eos": True}
+    sampling = llm_pb2.SamplingParams(max_tokens=20_000, ignore_eos=True)
+    async with aiohttp.ClientSession() as session, grpc.aio.insecure_channel(addresses["grpc"]) as channel:
+        call = llm_pb2_grpc.LlmStub(channel).Generate(
+            llm_pb2.GenerateRequest(prompt=llm_pb2.Prompt(text="Hello"), sampling=sampling)
+        )
+        assert await call.read() and await call.read()
+        whole = asyncio.create_task(session.post(f"{url}/v1/completions", json=body).__aenter__())
+        async with session.post(f"{url}/v1/completions", json={**body, "stream": True}) as stream:
+            await stream.content.readuntil(b"\n\n")
+            worker.process.send_signal(signal.SIGTERM)
+            since = time.monotonic()
+            await asyncio.sleep(0.2)
+            async with session.get(f"{url}/ready") as response:
+                assert (response.status, (await response.json())["reason"]) == (503, "shutting down")
+            async with session.post(f"{url}/v1/completions", json=body) as response:
+                assert (response.status, (await response.json())["error"]["code"]) == (503, "worker_unavailable")
+            events = (await stream.content.read()).decode().strip().split("\n\n")
+        assert DRAIN_TIMEOUT_S - 0.1 < time.monotonic() - since < DRAIN_TIMEOUT_S + 0.5
+        assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "worker_unavailable"
+        answer = await whole
+        assert (answer.status, (await answer.json())["error"]["code"]) == (503, "worker_unavailable")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            while await call.read() is not grpc.aio.EOF:
+                pass
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "within 1 s" in (caught.value.details() or "")
+    await ended(worker, since)
+
+
+def slow_jpeg(side: int, num_scans: int) -> bytes:
+    """A small file whose decoding takes long: a progressive JPEG that repeats its last scan, 0.1 s each."""
+    file = io.BytesIO()
+    Image.new("L", (side, side), 128).save(file, "JPEG", progressive=True)
+    data, end = file.getvalue()[:-2], file.getvalue()[-2:]
+    return data + data[data.rindex(b"\xff\xda") :] * num_scans + end
+
+
+async def test_an_encoder_ends_in_time_although_a_thread_still_decodes(
+    qwen3_vl_folder: Path, services: list[ServiceProcess]
+) -> None:
+    flags = ["--model", str(qwen3_vl_folder), "--port", "0", "--drain-timeout-s", str(DRAIN_TIMEOUT_S)]
+    encoder = ServiceProcess("encoder_service", *flags)
+    services.append(encoder)
+    addresses = await asyncio.to_thread(encoder.wait_serving)
+    async with grpc.aio.insecure_channel(addresses["grpc"]) as channel:
+        item = encoder_pb2.MediaItem(kind=encoder_pb2.MEDIA_KIND_IMAGE, data=slow_jpeg(8000, 500))
+        call = encoder_pb2_grpc.EncoderStub(channel).Encode(encoder_pb2.EncodeRequest(items=[item]))
+        response = await call.read()
+        assert isinstance(response, encoder_pb2.EncodeResponse) and response.WhichOneof("event") == "layout"
+        await asyncio.sleep(0.2)
+        encoder.process.send_signal(signal.SIGTERM)
+        since = time.monotonic()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            while await call.read() is not grpc.aio.EOF:
+                pass
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert dict(caught.value.trailing_metadata() or ())[ERROR_CODE_KEY] == "encoder_unavailable"
+    assert await ended(encoder, since) == 1
+    assert any("still there" in line and "encoder-preprocess" in line for line in encoder.lines)

@@ -1,0 +1,205 @@
+"""A service that has lost one of its loops says so at once, fails its requests so that others can take them, and ends.
+
+One exception is raised in each loop that the supervisors of running services own: a loop that is added is broken here,
+too, by its name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import grpc
+import pytest
+
+from embedding_transport.grpc_status import ERROR_CODE_KEY
+from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from protos.llm.v1 import llm_pb2, llm_pb2_grpc
+from service_runtime.health import health_status
+from tests.encoder_service.test_command_line import free_port
+from tests.integration.breakable import BreakableService
+from tests.integration.fleet import ServiceProcess
+from tests.integration.media_server import MediaServer, serve_media
+
+DRAIN_TIMEOUT_S = 4.0
+NOTICED_S = 1.0
+
+# What must be among the names that are found, so that the test cannot pass for want of loops.
+ENCODER = {"batch builder", "batch runner", "batch finisher", "gathering 0", "gathering 1", "embedding cache"}
+ENCODER |= {"lease expiry", "metrics"}
+WORKER = {"engine", "discovery", "health", "encoder ADDRESS connection", "encoder ADDRESS releases", "lease expiry"}
+DECODE = {"prefill worker ADDRESS connection", "prefill worker ADDRESS releases"}
+
+
+@pytest.fixture(scope="module")
+def encoder(qwen3_vl_folder: Path) -> Iterator[ServiceProcess]:
+    """That is not broken, for workers to connect to."""
+    process = ServiceProcess("encoder_service", "--model", str(qwen3_vl_folder), "--port", "0")
+    process.wait_serving()
+    yield process
+    process.stop()
+
+
+@pytest.fixture(scope="module")
+def prefill_worker(qwen3_vl_folder: Path, encoder: ServiceProcess) -> Iterator[ServiceProcess]:
+    flags = ["--model", str(qwen3_vl_folder), "--encoders", encoder.addresses["grpc"], "--role", "prefill"]
+    process = ServiceProcess("llm_worker", *flags, "--port", "0", "--grpc-port", "0")
+    process.wait_serving()
+    yield process
+    process.stop()
+
+
+@pytest.fixture
+async def media_server() -> AsyncIterator[MediaServer]:
+    async with serve_media() as server:
+        yield server
+
+
+def shown(name: str) -> str:
+    return re.sub(r"\S+:\d+", "ADDRESS", name)
+
+
+def encoder_flags(folder: Path) -> list[str]:
+    flags = ["--model", str(folder), "--port", "0", "--metrics-port", str(free_port())]
+    return [*flags, "--allow-private-addresses", "--drain-timeout-s", str(DRAIN_TIMEOUT_S)]
+
+
+def worker_flags(folder: Path, *flags: str) -> list[str]:
+    ports = ["--port", "0", "--grpc-port", "0", "--drain-timeout-s", str(DRAIN_TIMEOUT_S)]
+    return ["--model", str(folder), *ports, *flags]
+
+
+async def refused(call: Any, code: str, name: str) -> None:
+    """The call fails so that it can be tried elsewhere, and says which loop has ended."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        while await call.read() is not grpc.aio.EOF:
+            pass
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE, caught.value
+    assert dict(caught.value.trailing_metadata() or ())[ERROR_CODE_KEY] == code
+    assert name in (caught.value.details() or "")
+
+
+async def until_not_serving(address: str) -> None:
+    async with asyncio.timeout(NOTICED_S):
+        while await health_status(address, 1.0) != "NOT_SERVING":
+            await asyncio.sleep(0.02)
+
+
+async def ends(service: BreakableService, name: str, since: float) -> None:
+    """The process ends in time, and its log names the loop and has the traceback."""
+    await asyncio.to_thread(service.process.join, DRAIN_TIMEOUT_S + 5)
+    assert time.monotonic() - since < DRAIN_TIMEOUT_S + 0.5
+    log = service.log.read_text()
+    assert service.process.exitcode == 1, log
+    assert f"{name} ended with Injected" in log
+    assert "Traceback" in log and "breakable.Injected" in log
+    assert "ends without cleaning up" not in log, "it was to clean up in time"
+
+
+@asynccontextmanager
+async def broken(
+    module: str, flags: Callable[[], list[str]], folder: Path, expected: set[str]
+) -> AsyncIterator[AsyncIterator[tuple[BreakableService, dict[str, str], str]]]:
+    """One service for each loop that there is, with its addresses and the loop's name."""
+    services: list[BreakableService] = []
+
+    def start() -> BreakableService:
+        services.append(BreakableService(module, flags(), folder / f"{len(services)}.log"))
+        return services[-1]
+
+    async def each() -> AsyncIterator[tuple[BreakableService, dict[str, str], str]]:
+        first = start()
+        await asyncio.to_thread(first.wait_serving)
+        names = await asyncio.to_thread(first.names)
+        assert expected <= set(map(shown, names)), names
+        for _ in names[1:]:
+            start()
+        for service, name in zip(services, names, strict=True):
+            addresses = await asyncio.to_thread(service.wait_serving)
+            yield service, addresses, name
+
+    try:
+        yield each()
+    finally:
+        for service in services:
+            service.stop()
+
+
+async def break_worker(service: BreakableService, addresses: dict[str, str], name: str, model: str) -> None:
+    url = f"http://{addresses['http']}"
+    body = {"model": model, "prompt": "Hello", "max_tokens": 3000, "ignore_eos": True}
+    sampling = llm_pb2.SamplingParams(max_tokens=3000, ignore_eos=True)
+    request = llm_pb2.GenerateRequest(prompt=llm_pb2.Prompt(text="Hello"), sampling=sampling)
+    async with aiohttp.ClientSession() as session, grpc.aio.insecure_channel(addresses["grpc"]) as channel:
+        stub: llm_pb2_grpc.LlmAsyncStub = llm_pb2_grpc.LlmStub(channel)
+        whole = asyncio.create_task(session.post(f"{url}/v1/completions", json=body).__aenter__())
+        call = stub.Generate(request)
+        assert await call.read() and await call.read()
+        async with session.post(f"{url}/v1/completions", json={**body, "stream": True}) as stream:
+            await stream.content.readuntil(b"\n\n")
+            service.break_loop(name)
+            since = time.monotonic()
+            await refused(call, "worker_unavailable", name)
+            events = (await stream.content.read()).decode().strip().split("\n\n")
+            error = json.loads(events[-1].removeprefix("data: "))["error"]
+            assert (error["code"], error["type"]) == ("worker_unavailable", "server_error")
+            answer = await whole
+            assert (answer.status, (await answer.json())["error"]["code"]) == (503, "worker_unavailable")
+            assert int(answer.headers["Retry-After"]) > 0
+        async with session.get(f"{url}/ready") as response:
+            assert response.status == 503 and name in (await response.json())["reason"]
+        await until_not_serving(addresses["grpc"])
+        assert time.monotonic() - since < NOTICED_S
+        await refused(stub.Generate(request), "worker_unavailable", name)
+        async with session.post(f"{url}/v1/completions", json=body) as response:
+            assert (response.status, (await response.json())["error"]["code"]) == (503, "worker_unavailable")
+        async with session.get(f"{url}/health") as response:
+            assert response.status == 200, "it lives until it ends"
+    await ends(service, name, since)
+
+
+async def test_each_loop_of_an_encoder(qwen3_vl_folder: Path, tmp_path: Path, media_server: MediaServer) -> None:
+    flags = partial(encoder_flags, qwen3_vl_folder)
+    async with broken("encoder_service", flags, tmp_path, ENCODER) as services:
+        async for service, addresses, name in services:
+            item = encoder_pb2.MediaItem(kind=encoder_pb2.MEDIA_KIND_IMAGE, url=media_server.url("/hangs"))
+            request = encoder_pb2.EncodeRequest(items=[item])
+            async with grpc.aio.insecure_channel(addresses["grpc"]) as channel:
+                stub: encoder_pb2_grpc.EncoderAsyncStub = encoder_pb2_grpc.EncoderStub(channel)
+                call = stub.Encode(request)
+                reading = asyncio.create_task(refused(call, "encoder_unavailable", name))
+                await media_server.num_waiting.acquire()
+                service.break_loop(name)
+                since = time.monotonic()
+                await reading
+                await until_not_serving(addresses["grpc"])
+                assert time.monotonic() - since < NOTICED_S
+                await refused(stub.Encode(request), "encoder_unavailable", name)
+            await ends(service, name, since)
+
+
+async def test_each_loop_of_a_worker(qwen3_vl_folder: Path, tmp_path: Path, encoder: ServiceProcess) -> None:
+    addresses = tmp_path / "encoders"
+    addresses.write_text(encoder.addresses["grpc"])
+    flags = partial(worker_flags, qwen3_vl_folder, "--role", "prefill", "--encoders", f"file:{addresses}")
+    async with broken("llm_worker", flags, tmp_path, WORKER) as services:
+        async for service, found, name in services:
+            await break_worker(service, found, name, qwen3_vl_folder.name)
+
+
+async def test_each_loop_of_a_worker_that_only_decodes(
+    qwen3_vl_folder: Path, tmp_path: Path, prefill_worker: ServiceProcess
+) -> None:
+    decode = ["--role", "decode", "--prefill-workers", prefill_worker.addresses["grpc"]]
+    flags = partial(worker_flags, qwen3_vl_folder, *decode)
+    async with broken("llm_worker", flags, tmp_path, DECODE) as services:
+        async for service, found, name in services:
+            await break_worker(service, found, name, qwen3_vl_folder.name)
