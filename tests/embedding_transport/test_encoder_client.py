@@ -12,6 +12,7 @@ import torch
 
 from embedding_transport import row_peer
 from embedding_transport.encoder_client import EncoderClient
+from embedding_transport.encoder_peer import EncoderPeer
 from embedding_transport.errors import (
     EncoderMismatch,
     EncoderUnavailable,
@@ -98,6 +99,22 @@ async def test_strict_shared_memory_fails_loudly(tmp_path: Path) -> None:
             with pytest.raises(TransportUnavailable):
                 await client.start()
             await client.close()
+
+
+async def test_a_client_that_has_lost_a_loop_fails_its_calls_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(peer: EncoderPeer, stub: object) -> NoReturn:
+        raise ValueError("by accident")
+
+    monkeypatch.setattr(EncoderPeer, "_release_leases", broken)
+    async with running_stub(tmp_path) as (address, _, _):
+        client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+        await asyncio.sleep(0.05)
+        with pytest.raises(EncoderUnavailable, match="releases ended with ValueError"):
+            [event async for event in client.encode([MediaItem("image", data=b"4")], "r")]
+        await client.close()
 
 
 async def test_what_cannot_be_mapped_for_whatever_reason_is_not_insisted_on(

@@ -318,3 +318,20 @@ async def test_two_hundred_at_once(tower: GatedTower) -> None:
     assert len(reports) < 30
     for seed, item in enumerate(encoded):
         assert (item.rows_TW - encoded[seed % 5].rows_TW).abs().max() < 1e-4
+
+
+async def test_a_metric_that_raises_keeps_no_item_from_its_rows(tower: GatedTower) -> None:
+    def broken(report: BatchReport) -> None:
+        raise ValueError("a metric's own")
+
+    tower.gate.set()
+    supervisor = Supervisor()
+    batcher = Batcher(tower, CostModel(0.0, 0.0, 0.0), max_batch_patches=64, on_batch=broken)
+    batcher.start(supervisor)
+    try:
+        async with asyncio.timeout(20):
+            for seed in range(2):  # the loop goes on
+                assert len((await submit(batcher, SMALL, seed)).rows_TW)
+        assert supervisor.failure is None
+    finally:
+        await batcher.close()
