@@ -131,7 +131,7 @@ class Supervisor:
     def fail(self, name: str, error: BaseException | None, *, can_unwind: bool = True) -> None:
         """Something ended without having been asked to; also for what is owned elsewhere, such as a GPU."""
         failure = Failure(name, error, can_unwind)
-        _log.error("%s, and was not asked to", failure, exc_info=error)
+        _log.error("%s, and was not asked to: %s", failure, error or "it returned", exc_info=error)
         if self.failure is not None:
             return
         self.failure = failure
