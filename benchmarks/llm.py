@@ -106,7 +106,7 @@ class _Worker:
         greedy = SamplingParams(temperature=0.0)
         request = Request("benchmark", 0, [], greedy, lambda output, timings: None, lambda items: None)
         request.set_prompt(ExpandedPrompt(token_ids, torch.arange(num_tokens).expand(3, -1), num_tokens, spans))
-        assert self._kv_cache.grow(request.blocks, num_tokens + 1)
+        assert self._kv_cache.append_slots(request.blocks, num_tokens + 1)
         return request
 
     def decoding(self, num_tokens: int) -> Request:
@@ -118,7 +118,7 @@ class _Worker:
 
     def free(self, requests: Sequence[Request]) -> None:
         for request in requests:
-            self._kv_cache.free(request.blocks)
+            self._kv_cache.release(request.blocks)
 
     def step(self, chunks: list[Chunk], forward_pass: ForwardPass) -> list[int | None]:
         """As the engine's; the next tokens."""

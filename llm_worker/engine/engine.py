@@ -158,7 +158,7 @@ class Engine:
         block_size = self._config.block_size
         hashes: list[bytes] = []
         extend_prefix_hashes(hashes, prompt.token_ids, prompt, block_size, (len(prompt.token_ids) - 1) // block_size)
-        return prompt.items_from(len(self._kv_cache.match(hashes)) * block_size)
+        return prompt.items_from(len(self._kv_cache.match_prefix(hashes)) * block_size)
 
     def kv_of(self, sequence: Sequence) -> CachedKv:
         """See `RequestHandle.kv`."""
@@ -173,7 +173,7 @@ class Engine:
             waiting=len(waiting) - awaiting_media,
             queued_prefill_tokens=self._scheduler.num_queued_prefill_tokens,
             kv_blocks_used=self._kv_cache.num_blocks - self._kv_cache.num_free,
-            kv_blocks_kept=self._kv_cache.num_kept,
+            kv_blocks_kept=self._kv_cache.num_cached_free,
             kv_blocks_total=self._kv_cache.num_blocks,
             kv_blocks_evicted=self._kv_cache.num_evicted,
             num_steps=self._steps.num_steps,
@@ -280,7 +280,7 @@ class Engine:
         if not sequence.finished:
             self._end(sequence)
         else:
-            self._kv_cache.free(sequence.blocks)
+            self._kv_cache.release(sequence.blocks)
         sequence.forget_listener()
 
     def on_fail(self, sequence: Sequence, error: VitrineError) -> None:

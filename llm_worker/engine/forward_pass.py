@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from llm_worker.engine.config import EngineConfig
-from llm_worker.engine.host_twin import HostTwin
 from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
 from llm_worker.engine.kv_cache import KvCache
 from llm_worker.engine.runner import MakeRunner, PlainRunner
 from llm_worker.engine.scheduler import Chunk
+from llm_worker.engine.staging_buffer import PinnedStagingBuffer
 from llm_worker.models.decoder import StepInputs, TextDecoder
 
 
@@ -53,7 +53,7 @@ class ForwardPass:
         self.only_starts = decoder.device.type == "cuda"
         self.kv_cache = KvCache(decoder.config, config.num_blocks, config.block_size, decoder.device, decoder.dtype)
         self.buffer = InputEmbedBuffer(decoder, config.max_num_batched_tokens)
-        self._sampled_rows = HostTwin((config.max_num_seqs,), torch.int64, decoder.device)
+        self._sampled_rows = PinnedStagingBuffer((config.max_num_seqs,), torch.int64, decoder.device)
         self._run_decoder = make_runner(decoder, self.kv_cache, self.buffer)
 
     def __call__(self, chunks: Many[Chunk], chosen_B: torch.Tensor | None = None) -> StepOutput:
@@ -81,8 +81,8 @@ class ForwardPass:
         """Logits of these rows of the step, [B, V] in the model's dtype."""
         all_decode = rows == list(range(len(rows)))  # and need no gathering
         if not all_decode:
-            self._sampled_rows.begin()[: len(rows)] = rows
-            self._sampled_rows.send()
+            self._sampled_rows.writable()[: len(rows)] = rows
+            self._sampled_rows.copy_to_device()
         hidden_TC = self._run_decoder(inputs)
         if not rows:
             return hidden_TC.new_empty((0, self.decoder.config.vocab_size))

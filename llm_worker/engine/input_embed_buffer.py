@@ -15,8 +15,8 @@ import torch
 
 from embedding_transport.received_rows import copy_rows
 from embedding_transport.types import EmbeddingRows
-from llm_worker.engine.host_twin import HostTwin
 from llm_worker.engine.scheduler import Chunk
+from llm_worker.engine.staging_buffer import PinnedStagingBuffer
 from llm_worker.models.decoder import StepInputs, TextDecoder
 from llm_worker.models.paged_attention import SequenceSlice
 
@@ -46,7 +46,7 @@ class InputEmbedBuffer:
         self.embeds_MC = torch.zeros(hidden, device=device, dtype=decoder.dtype)
         self.deepstack_NMC = torch.zeros(config.num_deepstack, *hidden, device=device, dtype=decoder.dtype)
         self.landed: dict[Chunk, list[Landing]] = {}
-        self.integers = HostTwin((5, max_num_batched_tokens), torch.int64, device)
+        self.integers = PinnedStagingBuffer((5, max_num_batched_tokens), torch.int64, device)
         self._token_ids_M = self.integers.tensor[0]
         self.positions_3M, self.slot_mapping_M = self.integers.tensor[1:4], self.integers.tensor[4]
         if device.type == "cuda":
@@ -74,7 +74,7 @@ class InputEmbedBuffer:
             for chunk, start in zip(chunks, starts, strict=True)
         ]
         has_media = any(chunk.sequence.spans_in(chunk.start, chunk.stop) for chunk in chunks)
-        inputs = self.bring_over(num_tokens, sequences, has_media and len(self.deepstack_NMC) > 0, chosen_B)
+        inputs = self.copy_to_device(num_tokens, sequences, has_media and len(self.deepstack_NMC) > 0, chosen_B)
 
         failed: dict[Chunk, Exception] = {}
         self.landed = {}
@@ -86,7 +86,7 @@ class InputEmbedBuffer:
                     failed[chunk] = error
         return inputs, failed
 
-    def bring_over(
+    def copy_to_device(
         self,
         num_tokens: int,
         sequences: Many[SequenceSlice],
@@ -100,7 +100,7 @@ class InputEmbedBuffer:
             chosen_B: see `write`.
         """
         self.integers.host[4, num_tokens:] = -1
-        self.integers.send()
+        self.integers.copy_to_device()
         embeds_TC, token_ids_T = self.embeds_MC[:num_tokens], self._token_ids_M[:num_tokens]
         if chosen_B is not None and len(chosen_B):
             # None is below 0 afterwards: a sequence that is about to fail has no token, and its step runs all the same.
@@ -128,7 +128,7 @@ class InputEmbedBuffer:
         return self.embeds_MC[tokens], self.deepstack_NMC[:, tokens] if len(self.deepstack_NMC) else None
 
     def _write_integers(self, chunks: Many[Chunk], starts: list[int]) -> None:
-        integers_5M = self.integers.begin()
+        integers_5M = self.integers.writable()
         # Lists for tokens that decode, as an array costs more than the few numbers of one of them.
         rows: list[int] = []
         decoding: list[tuple[int, int, int, int, int]] = []

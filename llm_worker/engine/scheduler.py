@@ -97,7 +97,7 @@ class Scheduler:
             if sequence in queue:
                 queue.remove(sequence)
         if not keep_kv:
-            self._kv_cache.free(sequence.blocks)
+            self._kv_cache.release(sequence.blocks)
         sequence.release_rows(sequence.rows)
         sequence.release_kv()
         sequence.finished = True
@@ -168,13 +168,13 @@ class Scheduler:
         first, stop = chunk.start // block_size, chunk.stop // block_size
         if self._prefix_cache and stop > first:
             for index, content_hash in enumerate(sequence.hashes(block_size, stop)[first:], first):
-                self._kv_cache.keep(sequence.blocks, index, content_hash)
+                self._kv_cache.register_hash(sequence.blocks, index, content_hash)
 
     def _make_room(self, sequence: Sequence) -> None:
         """Blocks for every token that a running sequence knows, at the cost of those that came after it."""
         if sequence.prompt is not None and not sequence.matched:
             self._match_further(sequence)
-        while not self._kv_cache.grow(sequence.blocks, sequence.num_to_hold):
+        while not self._kv_cache.append_slots(sequence.blocks, sequence.num_to_hold):
             last = self.running[-1]
             self._preempt(last)
             if last is sequence:
@@ -183,7 +183,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.num_preempted += 1
         self.running.remove(sequence)
-        self._kv_cache.free(sequence.blocks)
+        self._kv_cache.release(sequence.blocks)
         sequence.give_up()
         self.add(sequence)
 
@@ -201,7 +201,7 @@ class Scheduler:
     def _begin(self, sequence: Sequence) -> bool:
         """Gives a sequence its first blocks, if that leaves a block to each of those that run."""
         matched = self._matched(sequence)
-        if not self._kv_cache.begin(sequence.blocks, matched, len(sequence.token_ids), len(self.running)):
+        if not self._kv_cache.allocate(sequence.blocks, matched, len(sequence.token_ids), len(self.running)):
             return False
         self._use(sequence, matched)
         return True
@@ -210,10 +210,10 @@ class Scheduler:
         """A sequence that ran ahead on its text knows its media now, and the cache may know them, too."""
         matched = self._matched(sequence)
         if len(matched) * self._kv_cache.block_size > sequence.num_computed:
-            self._kv_cache.free(sequence.blocks)
+            self._kv_cache.release(sequence.blocks)
             # What it held covers what it gets, less the blocks that it shares.
-            begun = self._kv_cache.begin(sequence.blocks, matched, len(matched) * self._kv_cache.block_size)
-            assert begun
+            allocated = self._kv_cache.allocate(sequence.blocks, matched, len(matched) * self._kv_cache.block_size)
+            assert allocated
             self._use(sequence, matched)
         else:
             self._use(sequence, [])
@@ -223,7 +223,7 @@ class Scheduler:
         if not self._prefix_cache:
             return []
         block_size = self._kv_cache.block_size
-        return self._kv_cache.match(sequence.hashes(block_size, (len(sequence.token_ids) - 1) // block_size))
+        return self._kv_cache.match_prefix(sequence.hashes(block_size, (len(sequence.token_ids) - 1) // block_size))
 
     def _use(self, sequence: Sequence, matched: list[int]) -> None:
         num_cached = len(matched) * self._kv_cache.block_size

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from llm_worker.engine.host_twin import HostTwin
+from llm_worker.engine.staging_buffer import PinnedStagingBuffer
 from llm_worker.models.paged_attention import BlockTable, SequenceSlice
 
 KEYS_A_STEP = 64
@@ -32,8 +32,8 @@ class Tiles:
         self.tokens_a_tile = tokens_a_tile
         self._num_kv_heads = num_kv_heads
         self._programs = MAX_PROGRAMS if tokens_a_tile == 1 else _PROGRAMS_OF_LONG_TILES
-        self._twin = HostTwin((2 + 4 * max_tiles,), torch.int32, device)
-        self.counts, self.tiles = self._twin.tensor[:2], self._twin.tensor[2:].view(4, -1)
+        self._staged = PinnedStagingBuffer((2 + 4 * max_tiles,), torch.int32, device)
+        self.counts, self.tiles = self._staged.tensor[:2], self._staged.tensor[2:].view(4, -1)
 
     def splits(self, num_tiles: int) -> int:
         """Parts that a tile's past may be cut into, so that few tiles fill a GPU, too."""
@@ -52,13 +52,13 @@ class Tiles:
             for offset in range(0, length, self.tokens_a_tile):
                 num_tokens = min(self.tokens_a_tile, length - offset)
                 tiles.append((row, start + offset, num_tokens, context_length - length + offset))
-        numbers = self._twin.begin()
+        numbers = self._staged.writable()
         if tiles:
             numbers[2:].reshape(4, -1)[:, : len(tiles)] = np.array(tiles, dtype=np.int32).T
         # Two steps a split at least: what is short is not worth cutting.
         splits = min(most_splits, self.splits(len(tiles)), longest // (2 * KEYS_A_STEP))
         numbers[:2] = len(tiles), max(1, splits)
-        self._twin.send()
+        self._staged.copy_to_device()
 
 
 class StepTables:
@@ -72,7 +72,7 @@ class StepTables:
     ) -> None:
         self.block_size = block_size
         self.singles, self.chunks = singles, chunks
-        self._blocks = HostTwin((max_num_seqs, max_blocks), torch.int32, device)
+        self._blocks = PinnedStagingBuffer((max_num_seqs, max_blocks), torch.int32, device)
         self.blocks = self._blocks.tensor
         # Which version of which sequence's blocks each row has.
         self._written = [-1] * max_num_seqs
@@ -94,9 +94,9 @@ class StepTables:
         changed = [row for row, table in enumerate(tables) if table.version != self._written[row]]
         if not changed:
             return
-        blocks_NB = self._blocks.begin()
+        blocks_NB = self._blocks.writable()
         for row in changed:
             table = tables[row]
             blocks_NB[row, : len(table.blocks)] = table.blocks
             self._written[row] = table.version
-        self._blocks.send(*((row, slice(len(tables[row].blocks))) for row in changed))
+        self._blocks.copy_to_device(*((row, slice(len(tables[row].blocks))) for row in changed))

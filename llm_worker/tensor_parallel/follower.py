@@ -68,8 +68,8 @@ class Follower:
     def _run(self, step: Step) -> None:
         buffer = self._forward_pass.buffer
         num_tokens = step.integers_5T.shape[1]
-        buffer.integers.begin()[:, :num_tokens] = step.integers_5T
-        inputs = buffer.bring_over(num_tokens, step.sequences, step.with_deepstack)
+        buffer.integers.writable()[:, :num_tokens] = step.integers_5T
+        inputs = buffer.copy_to_device(num_tokens, step.sequences, step.with_deepstack)
         for landing in step.landings:
             self._land(landing)
         hand_out_rows(self._group, buffer, step.from_rank_0)

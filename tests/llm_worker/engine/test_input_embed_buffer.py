@@ -42,7 +42,7 @@ def sequence(decoder: TextDecoder, cache: KvCache, spans: tuple[MediaSpan, ...] 
     width = decoder.config.hidden_size * (1 + decoder.config.num_deepstack)
     for item_index, num_rows in ((0, 5), (1, 2)):
         sequence.rows[item_index] = TensorRows(torch.randn(num_rows, width))
-    cache.grow(sequence.blocks, NUM_TOKENS + 4)
+    cache.append_slots(sequence.blocks, NUM_TOKENS + 4)
     return sequence
 
 

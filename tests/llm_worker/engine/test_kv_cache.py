@@ -22,7 +22,7 @@ def cache(qwen3_vl_folder: Path) -> KvCache:
 
 def test_slots_are_those_of_the_blocks_and_nobody_elses(cache: KvCache) -> None:
     one, other = BlockTable(), BlockTable()
-    assert cache.grow(one, 5) and cache.grow(other, 8) and cache.grow(one, 13)
+    assert cache.append_slots(one, 5) and cache.append_slots(other, 8) and cache.append_slots(one, 13)
     assert (len(one.blocks), len(other.blocks), cache.num_free) == (4, 2, 0)
     assert one.slots.tolist() == [block * 4 + offset for block in one.blocks for offset in range(4)]
     assert sorted([*one.slots.tolist(), *other.slots.tolist()]) == list(range(24))
@@ -31,58 +31,58 @@ def test_slots_are_those_of_the_blocks_and_nobody_elses(cache: KvCache) -> None:
 
 def test_growing_keeps_what_is_there(cache: KvCache) -> None:
     table = BlockTable()
-    cache.grow(table, 6)
+    cache.append_slots(table, 6)
     before = table.slots[:6].tolist()
-    assert cache.grow(table, 3) and len(table.blocks) == 2
-    assert cache.grow(table, 20)
+    assert cache.append_slots(table, 3) and len(table.blocks) == 2
+    assert cache.append_slots(table, 20)
     assert table.slots[:6].tolist() == before
 
 
 def test_all_or_nothing(cache: KvCache) -> None:
     table = BlockTable()
-    assert cache.grow(table, 4)
-    assert not cache.grow(table, 25)
+    assert cache.append_slots(table, 4)
+    assert not cache.append_slots(table, 25)
     assert (len(table.blocks), cache.num_free) == (1, 5)
-    cache.free(table)
+    cache.release(table)
     assert (table.blocks, len(table.slots), cache.num_free) == ([], 0, 6)
-    assert cache.grow(table, 24)
+    assert cache.append_slots(table, 24)
 
 
 def test_blocks_are_shared_and_kept_until_they_are_needed(cache: KvCache) -> None:
     one, other = BlockTable(), BlockTable()
-    cache.grow(one, 12)
+    cache.append_slots(one, 12)
     for index, name in enumerate((b"a", b"b", b"c")):
-        cache.keep(one, index, name)
-    assert cache.match([b"a", b"b", b"x", b"c"]) == one.blocks[:2]
-    assert cache.begin(other, cache.match([b"a", b"b"]), 16)
+        cache.register_hash(one, index, name)
+    assert cache.match_prefix([b"a", b"b", b"x", b"c"]) == one.blocks[:2]
+    assert cache.allocate(other, cache.match_prefix([b"a", b"b"]), 16)
     assert other.blocks[:2] == one.blocks[:2] and cache.num_free == 1
     assert other.slots[:8].tolist() == one.slots[:8].tolist()
     held = list(other.blocks)
-    cache.free(one)
-    assert (cache.num_free, cache.num_kept) == (2, 1)  # the others are held by `other`
-    cache.free(other)
-    assert (cache.num_free, cache.num_kept) == (6, 3)
+    cache.release(one)
+    assert (cache.num_free, cache.num_cached_free) == (2, 1)  # the others are held by `other`
+    cache.release(other)
+    assert (cache.num_free, cache.num_cached_free) == (6, 3)
     # Empty ones are taken first, then the end of what was held least recently.
     table = BlockTable()
-    assert cache.grow(table, 16)
-    assert (cache.num_evicted, cache.match([b"a", b"b", b"c"])) == (1, held[:2])
-    assert not cache.begin(other, cache.match([b"a"]), 16)
-    assert not cache.begin(other, cache.match([b"a"]), 8, num_spare=1)
-    assert (other.blocks, cache.num_kept) == ([], 2)
-    assert cache.begin(other, cache.match([b"a"]), 8)
-    assert cache.num_evicted == 2 and cache.match([b"a", b"b"]) == other.blocks[:1]
+    assert cache.append_slots(table, 16)
+    assert (cache.num_evicted, cache.match_prefix([b"a", b"b", b"c"])) == (1, held[:2])
+    assert not cache.allocate(other, cache.match_prefix([b"a"]), 16)
+    assert not cache.allocate(other, cache.match_prefix([b"a"]), 8, num_reserved=1)
+    assert (other.blocks, cache.num_cached_free) == ([], 2)
+    assert cache.allocate(other, cache.match_prefix([b"a"]), 8)
+    assert cache.num_evicted == 2 and cache.match_prefix([b"a", b"b"]) == other.blocks[:1]
 
 
 def test_an_equal_block_is_kept_once(cache: KvCache) -> None:
     one, other = BlockTable(), BlockTable()
-    cache.grow(one, 4)
-    cache.grow(other, 4)
+    cache.append_slots(one, 4)
+    cache.append_slots(other, 4)
     for table in (one, other):
-        cache.keep(table, 0, b"a")
-    assert cache.match([b"a"]) == one.blocks
-    cache.free(other)
-    assert cache.match([b"a"]) == one.blocks
-    assert cache.num_kept == 0
+        cache.register_hash(table, 0, b"a")
+    assert cache.match_prefix([b"a"]) == one.blocks
+    cache.release(other)
+    assert cache.match_prefix([b"a"]) == one.blocks
+    assert cache.num_cached_free == 0
 
 
 def test_any_sequence_of_events_loses_no_block_and_shares_none_that_is_written(cache: KvCache) -> None:
@@ -91,19 +91,19 @@ def test_any_sequence_of_events_loses_no_block_and_shares_none_that_is_written(c
     names: dict[int, bytes] = {}  # of blocks in use, as this test sees it
     for step in range(3000):
         if tables and rng.random() < 0.4:
-            cache.free(tables.pop(rng.randrange(len(tables))))
+            cache.release(tables.pop(rng.randrange(len(tables))))
         else:
             table = BlockTable()
             wanted = [bytes([rng.randrange(3)]) + bytes([depth]) for depth in range(rng.randrange(4))]
-            matched = cache.match(wanted)
+            matched = cache.match_prefix(wanted)
             assert [names[block] for block in matched] == wanted[: len(matched)]
-            if cache.begin(table, matched, 4 * (len(wanted) + 1)):
+            if cache.allocate(table, matched, 4 * (len(wanted) + 1)):
                 for fresh in table.blocks[len(matched) :]:
                     assert not any(fresh in other.blocks for other in tables)
                     names.pop(fresh, None)
                 for index in range(len(matched), len(wanted)):
                     names[table.blocks[index]] = wanted[index]
-                    cache.keep(table, index, wanted[index])
+                    cache.register_hash(table, index, wanted[index])
                 tables.append(table)
         held = {block for table in tables for block in table.blocks}
         assert cache.num_free == cache.num_blocks - len(held), step

@@ -46,7 +46,7 @@ def hidden_states(decoder: TextDecoder, requests: list[Request], gpu: bool) -> l
         sequence.set_prompt(request.prompt)
         sequence.rows = dict(enumerate(request.rows))
         sequence.token_ids += [5, 6, 7]
-        kv_cache.grow(sequence.blocks, len(sequence.token_ids))
+        kv_cache.append_slots(sequence.blocks, len(sequence.token_ids))
         sequences.append(sequence)
     one, other = sequences
     end, other_end = one.num_prompt_tokens, other.num_prompt_tokens
@@ -163,7 +163,7 @@ def _request(
     if rows is not None:
         sequence.rows = {0: rows}
     sequence.token_ids += [5, 6, 7, 8]
-    assert kv_cache.grow(sequence.blocks, len(sequence.token_ids))
+    assert kv_cache.append_slots(sequence.blocks, len(sequence.token_ids))
     return sequence
 
 

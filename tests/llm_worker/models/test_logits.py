@@ -36,7 +36,7 @@ def test_logits_equal_transformers(checkpoint_folder: Path, chunk_size: int) -> 
         sequence = Sequence("request", 0, [], greedy(1), lambda output, timings: None, unsent)
         sequence.set_prompt(request.prompt)
         sequence.rows = dict(enumerate(request.rows))
-        kv_cache.grow(sequence.blocks, num_tokens)
+        kv_cache.append_slots(sequence.blocks, num_tokens)
         for start in range(0, num_tokens, chunk_size):
             stop = min(start + chunk_size, num_tokens)
             inputs, failed = buffer.write([Chunk(sequence, start, stop, samples=False)])

@@ -63,7 +63,7 @@ def _sequence(kv_cache: KvCache, num_tokens: int, *spans: MediaSpan) -> Sequence
     token_ids = [30 + index % 90 for index in range(num_tokens)]
     sequence.set_prompt(ExpandedPrompt(token_ids, torch.arange(num_tokens).expand(3, -1), num_tokens, spans))
     sequence.token_ids += [50, 60]
-    assert kv_cache.grow(sequence.blocks, len(sequence.token_ids))
+    assert kv_cache.append_slots(sequence.blocks, len(sequence.token_ids))
     return sequence
 
 

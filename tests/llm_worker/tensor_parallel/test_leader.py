@@ -142,7 +142,7 @@ def sequence(forward_pass: LeadingForwardPass, rows: LeasedRows | None = None) -
     made = Sequence("request", 0, [], greedy(1), lambda output, timings: None, unsent)
     made.set_prompt(ExpandedPrompt(list(range(40, 52)), torch.arange(12).expand(3, -1), 12, spans))
     made.rows = {0: rows} if rows is not None else {}
-    assert forward_pass.kv_cache.grow(made.blocks, 12)
+    assert forward_pass.kv_cache.append_slots(made.blocks, 12)
     return made
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 
-class HostTwin:
+class PinnedStagingBuffer:
     """Memory on the device at a fixed address, and pinned memory on the host; on the CPU they are the same.
 
     tensor: on the device; host: what was written last.
@@ -15,21 +15,21 @@ class HostTwin:
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self.tensor = torch.zeros(shape, dtype=dtype, device=device)
-        self._sent: torch.cuda.Event | None = None
+        self._copied: torch.cuda.Event | None = None
         self.host = self.tensor
         if device.type == "cuda":
             self.host = torch.zeros(shape, dtype=dtype, pin_memory=True)
-            self._sent = torch.cuda.Event()
+            self._copied = torch.cuda.Event()
 
-    def begin(self) -> Any:
-        """The host's memory as a NumPy array, once what was sent before has arrived."""
-        if self._sent is not None:
-            self._sent.synchronize()
+    def writable(self) -> Any:
+        """The host's memory as a NumPy array, once the copy before has read it."""
+        if self._copied is not None:
+            self._copied.synchronize()
         return self.host.numpy()
 
-    def send(self, *parts: tuple[slice | int, ...]) -> None:
+    def copy_to_device(self, *parts: tuple[slice | int, ...]) -> None:
         """Copies these parts, contiguous ones, or all, without waiting."""
-        if self._sent is not None:
+        if self._copied is not None:
             for part in parts or ((),):
                 self.tensor[part].copy_(self.host[part], non_blocking=True)
-            self._sent.record()
+            self._copied.record()

@@ -1,0 +1,44 @@
+"""Which block of the KV cache has which content, by the hashes of `prefix_hashes.py`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+
+
+class PrefixIndex:
+    """Full, computed blocks by the hash of their content. Safe to use from any thread.
+
+    The engine's thread registers and discards blocks; other threads only look prompts up.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._block_of: dict[bytes, int] = {}
+        self._hash_of: dict[int, bytes] = {}
+
+    def __contains__(self, block: int) -> bool:
+        return block in self._hash_of
+
+    def match(self, hashes: Iterable[bytes]) -> list[int]:
+        """Blocks with the content of the first of these hashes, up to the first hash that is not registered."""
+        blocks: list[int] = []
+        with self._lock:
+            for each in hashes:
+                block = self._block_of.get(each)
+                if block is None:
+                    break
+                blocks.append(block)
+        return blocks
+
+    def register(self, block: int, content_hash: bytes) -> None:
+        """Makes the block known by its content, unless an equal one already is: one of them is enough."""
+        with self._lock:
+            if content_hash not in self._block_of and block not in self._hash_of:
+                self._block_of[content_hash] = block
+                self._hash_of[block] = content_hash
+
+    def discard(self, block: int) -> None:
+        """The block, which is registered, is about to be overwritten."""
+        with self._lock:
+            del self._block_of[self._hash_of.pop(block)]
