@@ -105,6 +105,7 @@ class _Worker:
         token_ids = torch.randint(1000, 100000, (num_tokens,)).tolist()
         greedy = SamplingParams(temperature=0.0)
         request = Request("benchmark", 0, [], greedy, lambda output, timings: None, lambda items: None)
+        request.row = self.graphed.token_pool.allocate()
         request.set_prompt(ExpandedPrompt(token_ids, torch.arange(num_tokens).expand(3, -1), num_tokens, spans))
         assert self._kv_cache.append_slots(request.blocks, num_tokens + 1)
         return request
@@ -119,30 +120,34 @@ class _Worker:
     def free(self, requests: Sequence[Request]) -> None:
         for request in requests:
             self._kv_cache.release(request.blocks)
+            self.graphed.token_pool.release(request.row)
 
     def step(self, chunks: list[Chunk], forward_pass: ForwardPass) -> list[int | None]:
         """As the engine's; the next tokens."""
-        return [each.token_id for each in self._start(chunks, forward_pass, None).read()]
+        return [each.token_id for each in self._launch(chunks, forward_pass).read()]
 
     def decode_ms(self, requests: Sequence[Request], num_steps: int) -> float:
         """From one step's tokens to the next one's, median."""
         chunks = [Chunk(request, request.num_computed, request.num_computed + 1, True) for request in requests]
-        in_front = self._start(chunks, self.graphed, None)
-        for place, request in enumerate(requests):
-            request.token_ids[-1] = ~place
+        in_flight = self._launch(chunks, self.graphed)
+        for request in requests:  # whose token is read from the token pool from now on
+            request.token_ids.pop()
+            request.num_in_flight = 1
         times = [time.perf_counter()]
         for _ in range(num_steps):
-            following = self._start(chunks, self.graphed, in_front)
-            in_front.read()
+            following = self._launch(chunks, self.graphed)
+            in_flight.read()
             times.append(time.perf_counter())
-            in_front = following
-        in_front.read()
+            in_flight = following
+        in_flight.read()
         return statistics.median(end - begin for begin, end in pairwise(times)) * 1e3
 
-    def _start(self, chunks: list[Chunk], forward_pass: ForwardPass, in_front: Choice | None) -> Choice:
-        output = forward_pass(chunks, in_front.chosen_B if in_front is not None else None)
+    def _launch(self, chunks: list[Chunk], forward_pass: ForwardPass) -> Choice:
+        output = forward_pass(chunks)
         assert not output.failed, output.failed
-        return choose(output.logits_BV, [chunk.sequence.sampling for chunk in chunks], [0.0] * len(chunks))
+        choice = choose(output.logits_BV, [chunk.sequence.sampling for chunk in chunks], [0.0] * len(chunks))
+        forward_pass.token_pool.write(output.pool_rows_B, choice.token_ids_B)
+        return choice
 
 
 def _prefill_row(worker: _Worker, reference: TransformersDecoder, num_tokens: int) -> str:

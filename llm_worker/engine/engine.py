@@ -203,10 +203,10 @@ class Engine:
                     if missing := sequence.missing_items():
                         sequence.request_rows(missing)
                     sequence.ask_for_kv()
-                if not (chunks and self._forward_pass.only_starts):
+                if not (chunks and self._forward_pass.is_asynchronous):
                     self.outbox.send()
                 landed = steps.land_kv()
-                following = steps.start(chunks, step) if chunks else None
+                following = steps.start(chunks) if chunks else None
                 # What the step before made is told while the GPU computes: listeners would delay what starts its work.
                 self.outbox.send()
                 if step is not None:
@@ -235,6 +235,7 @@ class Engine:
     # Calls from the handles.
 
     def _on_submit(self, sequence: Sequence, prompt: ExpandedPrompt | None) -> None:
+        sequence.row = self._forward_pass.token_pool.allocate()
         self._scheduler.add(sequence)
         if prompt is not None:
             self.on_prompt(sequence, prompt, set())
@@ -267,7 +268,7 @@ class Engine:
             return
         sequence.prefill_s = prefill_ms / 1000
         sequence.num_cached = num_cached_tokens
-        self._steps.take_token(sequence, sequence.num_prompt_tokens, first)
+        self._steps.take_token(sequence, first)
 
     def on_kv(self, sequence: Sequence, rows: EmbeddingRows) -> None:
         sequence.kv_coming = False
@@ -294,5 +295,6 @@ class Engine:
 
     def _end(self, sequence: Sequence, keep_kv: bool = False) -> None:
         self._scheduler.remove(sequence, keep_kv)
+        self._forward_pass.token_pool.release(sequence.row)
         with self._lock:
             self._num_live -= 1

@@ -1,24 +1,31 @@
 """The static input buffers of a step. The decoder reads only these; text embeddings and media rows are written in.
 
-Shapes: M max_num_batched_tokens, T tokens of the step, C hidden size, N deepstack layers.
+Shapes: M max_num_batched_tokens, T tokens of the step, S max_num_seqs, P tokens read from the token pool, B sampled
+sequences, C hidden size, N deepstack layers.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from embedding_transport.received_rows import copy_rows
 from embedding_transport.types import EmbeddingRows
 from llm_worker.engine.scheduler import Chunk
 from llm_worker.engine.staging_buffer import PinnedStagingBuffer
+from llm_worker.engine.token_pool import TokenPool
 from llm_worker.models.decoder import StepInputs, TextDecoder
 from llm_worker.models.paged_attention import SequenceSlice
+
+# Token ids, positions along three axes, and slots.
+_NUM_INTEGERS = 5
 
 
 @dataclass(frozen=True)
@@ -31,81 +38,102 @@ class Landing:
     stop: int
 
 
-class InputEmbedBuffer:
-    """Buffers of fixed size and address, written anew each step from their first row on.
+@dataclass(frozen=True)
+class PreparedStep:
+    """A step whose inputs are in the buffers.
 
-    embeds_MC, deepstack_NMC, positions_3M, slot_mapping_M: of which StepInputs has the first rows.
-    integers: token ids, positions along three axes and slots, [5, M] int64: one copy a step.
-    landed: what the last step landed, by chunk.
+    sampled_tokens: which of its tokens logits are wanted of, one of each chunk that samples.
+    landings: what has been landed, by chunk.
+    failed: chunks whose media rows could not be landed, with the reason: their share of the step holds placeholders,
+        so what comes out for them must not be used.
     """
 
-    def __init__(self, decoder: TextDecoder, max_num_batched_tokens: int) -> None:
+    inputs: StepInputs
+    sampled_tokens: list[int]
+    landings: dict[Chunk, list[Landing]] = field(default_factory=dict)
+    failed: dict[Chunk, Exception] = field(default_factory=dict)
+
+
+class InputEmbedBuffer:
+    """Buffers of fixed size and address, overwritten by each step from their first row on.
+
+    embeds_MC, deepstack_NMC, positions_3M, slot_mapping_M: of which StepInputs has the first rows.
+    sampled_tokens_S, sampled_pool_rows_S: PreparedStep.sampled_tokens and the token pool's rows of their requests, on
+        the device.
+    """
+
+    def __init__(
+        self, decoder: TextDecoder, max_num_batched_tokens: int, max_num_seqs: int, token_pool: TokenPool
+    ) -> None:
         config, device = decoder.config, decoder.device
         hidden = (max_num_batched_tokens, config.hidden_size)
         self._decoder = decoder
+        self._token_pool = token_pool
+        self._num_integers = _NUM_INTEGERS * max_num_batched_tokens
         self.embeds_MC = torch.zeros(hidden, device=device, dtype=decoder.dtype)
         self.deepstack_NMC = torch.zeros(config.num_deepstack, *hidden, device=device, dtype=decoder.dtype)
-        self.landed: dict[Chunk, list[Landing]] = {}
-        self.integers = PinnedStagingBuffer((5, max_num_batched_tokens), torch.int64, device)
-        self._token_ids_M = self.integers.tensor[0]
-        self.positions_3M, self.slot_mapping_M = self.integers.tensor[1:4], self.integers.tensor[4]
+        # All integers of a step lie in one piece of memory, as each copy to a GPU costs a launch.
+        self._staged = PinnedStagingBuffer((self._num_integers + 4 * max_num_seqs,), torch.int64, device)
+        integers_5M, indices_4S = self._views(self._staged.tensor)
+        self._token_ids_M, self.positions_3M, self.slot_mapping_M = integers_5M[0], integers_5M[1:4], integers_5M[4]
+        self._pooled_tokens_S, self._pooled_rows_S, self.sampled_tokens_S, self.sampled_pool_rows_S = indices_4S
         if device.type == "cuda":
             # Compiles what lands rows: the first picture would wait for it.
             row_1W = self.embeds_MC.new_zeros(1, config.hidden_size * (1 + config.num_deepstack))
             copy_rows(row_1W, *self.places(0, 1), 0)
 
-    def write(
-        self, chunks: Many[Chunk], chosen_B: torch.Tensor | None = None
-    ) -> tuple[StepInputs, dict[Chunk, Exception]]:
-        """Fills the buffers with the step's tokens. Slots behind them are -1.
-
-        Args:
-            chosen_B: what the step in front chooses; see `Sequence.token_ids`.
-
-        Returns:
-            The inputs, and the chunks whose media rows could not be landed with the reason: their share of the step
-            holds placeholders, so what comes out for them must not be used.
-        """
+    def write(self, chunks: Many[Chunk]) -> PreparedStep:
+        """Fills the buffers with the step's tokens. Slots behind them are -1."""
         stops = list(accumulate(chunk.length for chunk in chunks))
         starts, num_tokens = [0, *stops[:-1]], stops[-1]
-        self._write_integers(chunks, starts)
+        sampled = [stop - 1 for chunk, stop in zip(chunks, stops, strict=True) if chunk.samples]
+        num_pooled = self._write_integers(chunks, starts, sampled)
         sequences = [
             SequenceSlice(start, chunk.length, chunk.stop, chunk.sequence.blocks)
             for chunk, start in zip(chunks, starts, strict=True)
         ]
         has_media = any(chunk.sequence.spans_in(chunk.start, chunk.stop) for chunk in chunks)
-        inputs = self.copy_to_device(num_tokens, sequences, has_media and len(self.deepstack_NMC) > 0, chosen_B)
+        inputs = self.copy_to_device(num_tokens, sequences, has_media and len(self.deepstack_NMC) > 0, num_pooled)
 
-        failed: dict[Chunk, Exception] = {}
-        self.landed = {}
+        prepared = PreparedStep(inputs, sampled)
         if has_media:
             for chunk, start in zip(chunks, starts, strict=True):
                 try:
-                    self.landed[chunk] = self._land_chunk(chunk, start)
+                    prepared.landings[chunk] = self._land_chunk(chunk, start)
                 except Exception as error:  # whatever happens to one request's rows must not reach the others
-                    failed[chunk] = error
-        return inputs, failed
+                    prepared.failed[chunk] = error
+        return prepared
+
+    def stage(self, integers_5T: npt.NDArray[np.int64], sampled_tokens: list[int]) -> None:
+        """Writes to the host's memory what another rank has in its own.
+
+        Args:
+            integers_5T: its `staged_integers`.
+        """
+        integers_5M, indices_4S = self._views(self._staged.writable())
+        integers_5M[:, : integers_5T.shape[1]] = integers_5T
+        indices_4S[2, : len(sampled_tokens)] = sampled_tokens
+
+    def staged_integers(self, num_tokens: int) -> npt.NDArray[np.int64]:
+        """Token ids, positions and slots of the step, [5, T], as the host has them."""
+        integers_5T: npt.NDArray[np.int64] = self._views(self._staged.host.numpy())[0][:, :num_tokens]
+        return integers_5T
 
     def copy_to_device(
-        self,
-        num_tokens: int,
-        sequences: Many[SequenceSlice],
-        with_deepstack: bool,
-        chosen_B: torch.Tensor | None = None,
+        self, num_tokens: int, sequences: Many[SequenceSlice], with_deepstack: bool, num_pooled: int = 0
     ) -> StepInputs:
-        """Fills the buffers from what `integers` has on the host; media rows are still to be landed.
+        """Fills the buffers from what is staged on the host; media rows are still to be landed.
 
         Args:
             with_deepstack: whether deepstack rows are to be landed.
-            chosen_B: see `write`.
+            num_pooled: tokens of the step that are read from the token pool.
         """
-        self.integers.host[4, num_tokens:] = -1
-        self.integers.copy_to_device()
+        self._views(self._staged.host)[0][4, num_tokens:] = -1
+        self._staged.copy_to_device()
         embeds_TC, token_ids_T = self.embeds_MC[:num_tokens], self._token_ids_M[:num_tokens]
-        if chosen_B is not None and len(chosen_B):
-            # None is below 0 afterwards: a sequence that is about to fail has no token, and its step runs all the same.
-            chosen_T = chosen_B.index_select(0, token_ids_T.bitwise_not().clamp_min_(0))
-            token_ids_T = torch.where(token_ids_T < 0, chosen_T, token_ids_T).clamp_min_(0)
+        if num_pooled:
+            pooled_P = self._token_pool.tokens_R.index_select(0, self._pooled_rows_S[:num_pooled])
+            token_ids_T.index_copy_(0, self._pooled_tokens_S[:num_pooled], pooled_P)
         self._decoder.embed(token_ids_T, embeds_TC)
         if with_deepstack:
             self.deepstack_NMC[:, :num_tokens] = 0
@@ -127,25 +155,43 @@ class InputEmbedBuffer:
         tokens = slice(start, stop)
         return self.embeds_MC[tokens], self.deepstack_NMC[:, tokens] if len(self.deepstack_NMC) else None
 
-    def _write_integers(self, chunks: Many[Chunk], starts: list[int]) -> None:
-        integers_5M = self.integers.writable()
+    def _views(self, staged: Any) -> tuple[Any, Any]:
+        """[5, M] integers of tokens, and [4, S] indices: pooled tokens, their rows, sampled tokens, their rows."""
+        return staged[: self._num_integers].reshape(_NUM_INTEGERS, -1), staged[self._num_integers :].reshape(4, -1)
+
+    def _write_integers(self, chunks: Many[Chunk], starts: list[int], sampled: list[int]) -> int:
+        """Stages a step's integers on the host; returns how many of its tokens are read from the token pool."""
+        integers_5M, indices_4S = self._views(self._staged.writable())
         # Lists for tokens that decode, as an array costs more than the few numbers of one of them.
-        rows: list[int] = []
+        tokens: list[int] = []
         decoding: list[tuple[int, int, int, int, int]] = []
-        for chunk, row in zip(chunks, starts, strict=True):
+        pooled: list[int] = []
+        pooled_rows: list[int] = []
+        for chunk, first in zip(chunks, starts, strict=True):
             sequence, start, stop = chunk.sequence, chunk.start, chunk.stop
-            if sequence.is_decoding and chunk.length == 1:
+            if chunk.length == 1 and not chunk.is_prompt:
+                token_id = 0
+                if start < len(sequence.token_ids):
+                    token_id = sequence.token_ids[start]
+                else:  # a step in flight samples it
+                    pooled.append(first)
+                    pooled_rows.append(sequence.row)
                 position = sequence.generated_position(start)
                 slot = int(sequence.blocks.slots.numpy()[start])
-                rows.append(row)
-                decoding.append((sequence.token_ids[start], position, position, position, slot))
+                tokens.append(first)
+                decoding.append((token_id, position, position, position, slot))
             else:
-                integers_5T = integers_5M[:, row : row + chunk.length]
+                integers_5T = integers_5M[:, first : first + chunk.length]
                 integers_5T[0] = sequence.token_ids[start:stop]
                 integers_5T[1:4] = sequence.positions(start, stop).numpy()
                 integers_5T[4] = sequence.blocks.slots[start:stop].numpy()
         if decoding:
-            integers_5M[:, rows] = np.array(decoding).T
+            integers_5M[:, tokens] = np.array(decoding).T
+        if pooled:
+            indices_4S[:2, : len(pooled)] = pooled, pooled_rows
+        if sampled:
+            indices_4S[2:, : len(sampled)] = sampled, [chunk.sequence.row for chunk in chunks if chunk.samples]
+        return len(pooled)
 
     def _land_chunk(self, chunk: Chunk, first_token: int) -> list[Landing]:
         """Copies the chunk's part of every media item to its place."""

@@ -152,7 +152,7 @@ class Scheduler:
             start = sequence.num_computed
             stop = min(sequence.num_runnable, start + budget)
             if stop > start:
-                samples = sequence.prompt is not None and stop == len(sequence.token_ids)
+                samples = sequence.prompt is not None and stop == sequence.num_tokens
                 chunks.append(Chunk(sequence, start, stop, samples, sequence.attempt))
                 budget -= stop - start
         return chunks

@@ -24,8 +24,8 @@ RequestKv = Callable[[int], None]
 class Sequence:
     """Owned by the engine's thread.
 
-    token_ids: the text in front of the first media item, then the whole prompt, then what was generated. Below 0 where
-    a step that has started is to tell: ~token_id is its place among those that the step chooses.
+    token_ids: the text in front of the first media item, then the whole prompt, then what was generated, as far as the
+    host knows it. num_in_flight: tokens behind them that steps in flight sample; row: of the token pool, for the last.
     num_computed: tokens whose KV is in the cache, or will be when the steps that have started are through.
     num_settled: of them, those whose steps are through. attempt: how often what was computed was lost.
     matched: what the cache knows of this prompt was looked up. num_cached: tokens of the prompt that it had at first.
@@ -48,6 +48,8 @@ class Sequence:
     blocks: BlockTable = field(default_factory=BlockTable)
     num_computed: int = 0
     num_settled: int = 0
+    row: int = 0
+    num_in_flight: int = 0
     attempt: int = 0
     max_total_tokens: int = 0
     matched: bool = False
@@ -73,7 +75,12 @@ class Sequence:
 
     @property
     def num_generated(self) -> int:
-        return len(self.token_ids) - self.num_prompt_tokens
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Those in flight included."""
+        return len(self.token_ids) + self.num_in_flight
 
     @property
     def waits_for_media(self) -> bool:
@@ -88,7 +95,7 @@ class Sequence:
     @property
     def num_to_hold(self) -> int:
         """Known tokens that need a place in the cache; an answer's last one is never run."""
-        return min(len(self.token_ids), self.max_total_tokens - 1) if self.is_decoding else len(self.token_ids)
+        return min(self.num_tokens, self.max_total_tokens - 1) if self.is_decoding else self.num_tokens
 
     @property
     def num_runnable(self) -> int:
@@ -180,8 +187,7 @@ class Sequence:
     def go_back(self, num_tokens: int) -> None:
         """Everything behind these tokens is lost, also what steps that have started make of it."""
         self.attempt += 1
-        while self.token_ids and self.token_ids[-1] < 0:
-            self.token_ids.pop()
+        self.num_in_flight = 0
         self.num_computed = min(self.num_computed, num_tokens)
         self.num_settled = min(self.num_settled, num_tokens)
 

@@ -79,17 +79,14 @@ class Steps:
         sequence.land_s += time.perf_counter() - begin
         return True
 
-    def start(self, chunks: list[Chunk], in_front: Step | None = None) -> Step | None:
-        """None where it failed.
-
-        Args:
-            in_front: the step that is not finished yet, whose tokens may be among these chunks'.
-        """
+    def start(self, chunks: list[Chunk]) -> Step | None:
+        """None where it failed."""
         begin = time.perf_counter()
         try:
             with torch.inference_mode():
-                output = self._forward_pass(chunks, in_front.choice.chosen_B if in_front is not None else None)
+                output = self._forward_pass(chunks)
                 choice = self._choose(output)
+                self._forward_pass.token_pool.write(output.pool_rows_B, choice.token_ids_B)
         except Exception as error:
             self._step_failed(chunks, error)
             return None
@@ -98,13 +95,12 @@ class Steps:
                 self._landing_failed(chunk, output.failed[chunk])
             else:
                 self._scheduler.started(chunk)
-        for place, chunk in enumerate(output.sampling):
-            chunk.sequence.token_ids.append(~place)
+                chunk.sequence.num_in_flight += chunk.samples
         return Step([chunk for chunk in chunks if chunk not in output.failed], output, choice, begin)
 
     def can_be_followed(self, step: Step) -> bool:
         """Whether what comes next can start before the tokens are known that the step makes."""
-        return self._forward_pass.passes_tokens_on or all(
+        return self._forward_pass.reads_token_pool or all(
             chunk.sequence.num_runnable <= chunk.stop for chunk in step.output.sampling
         )
 
@@ -132,21 +128,22 @@ class Steps:
             self._landing_failed(chunk, reason)
         for chunk, next_token in zip(output.sampling, next_tokens, strict=True):
             if chunk.counts:
-                self.take_token(chunk.sequence, chunk.stop, next_token)
+                chunk.sequence.num_in_flight -= 1
+                self.take_token(chunk.sequence, next_token)
 
-    def take_token(self, sequence: Sequence, index: int, next_token: NextToken) -> None:
-        """Makes it the token at `index` of the sequence, which may end with it."""
+    def take_token(self, sequence: Sequence, next_token: NextToken) -> None:
+        """Makes it the sequence's next token, which may be its last."""
         token_id = next_token.token_id
         if token_id is None:
             self._fail(sequence, InternalError("the model's output is not a number: there is no next token to draw"))
             return
         if sequence.first_token_at is None:
             sequence.first_token_at = time.perf_counter()
-        sequence.token_ids[index : index + 1] = [token_id]
+        sequence.token_ids.append(token_id)
         finish_reason = None
         if token_id in sequence.sampling.stop_token_ids:
             finish_reason = "stop"
-        elif index + 1 >= sequence.max_total_tokens:
+        elif len(sequence.token_ids) >= sequence.max_total_tokens:
             finish_reason = "length"
         if finish_reason is not None:
             self._end(sequence, sequence.keep_kv)

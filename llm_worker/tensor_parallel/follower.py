@@ -22,6 +22,7 @@ from embedding_transport.pool_source import map_source
 from embedding_transport.received_rows import copy_rows
 from llm_worker.config import LlmConfig
 from llm_worker.engine.forward_pass import ForwardPass
+from llm_worker.engine.input_embed_buffer import PreparedStep
 from llm_worker.loading import choose_runner, engine_config, load_model, rank_device
 from llm_worker.tensor_parallel.channel import Channel, ChannelClosed, Kind
 from llm_worker.tensor_parallel.group import TorchGroup
@@ -67,13 +68,12 @@ class Follower:
 
     def _run(self, step: Step) -> None:
         buffer = self._forward_pass.buffer
-        num_tokens = step.integers_5T.shape[1]
-        buffer.integers.writable()[:, :num_tokens] = step.integers_5T
-        inputs = buffer.copy_to_device(num_tokens, step.sequences, step.with_deepstack)
+        buffer.stage(step.integers_5T, step.sampled_rows)
+        inputs = buffer.copy_to_device(step.integers_5T.shape[1], step.sequences, step.with_deepstack)
         for landing in step.landings:
             self._land(landing)
         hand_out_rows(self._group, buffer, step.from_rank_0)
-        self._forward_pass.run(inputs, step.sampled_rows)
+        self._forward_pass.run(PreparedStep(inputs, step.sampled_rows))
 
     def _land(self, landing: PoolLanding) -> None:
         """Rank 0 checks the lease when all have read from it."""

@@ -16,9 +16,9 @@ from embedding_transport.checkpoint import CheckpointError
 from embedding_transport.received_rows import LeasedRows
 from llm_worker.engine.config import EngineConfig
 from llm_worker.engine.forward_pass import ForwardPass
-from llm_worker.engine.input_embed_buffer import Landing
+from llm_worker.engine.input_embed_buffer import Landing, PreparedStep
 from llm_worker.engine.runner import MakeRunner
-from llm_worker.models.decoder import StepInputs, TextDecoder
+from llm_worker.models.decoder import TextDecoder
 from llm_worker.tensor_parallel.channel import Channel, Kind
 from llm_worker.tensor_parallel.group import TorchGroup
 from llm_worker.tensor_parallel.handed_out import hand_out_rows
@@ -29,7 +29,7 @@ from llm_worker.tensor_parallel.step import PoolLanding, Step, StepEncoder
 class LeadingForwardPass(ForwardPass):
     """A forward pass that all ranks run together, and none alone: after a step that failed here there is no other."""
 
-    passes_tokens_on = False  # the other ranks get them from the host
+    reads_token_pool = False  # the other ranks get all tokens from the host
 
     def __init__(
         self,
@@ -63,22 +63,22 @@ class LeadingForwardPass(ForwardPass):
         self._encoder = StepEncoder()
         self._in_lockstep = True
 
-    def run(self, inputs: StepInputs, rows: list[int]) -> torch.Tensor:
+    def run(self, prepared: PreparedStep) -> torch.Tensor:
         if not self._in_lockstep:
             raise RuntimeError("ranks may be at different steps since one has failed: the worker is about to end")
         try:
-            self._tell(inputs, rows)
-            return super().run(inputs, rows)
+            self._send(prepared)
+            return super().run(prepared)
         except Exception as error:
             self._in_lockstep = False
             self._on_failure(error)
             raise
 
-    def _tell(self, inputs: StepInputs, rows: list[int]) -> None:
-        num_tokens = len(inputs.slot_mapping_T)
+    def _send(self, prepared: PreparedStep) -> None:
+        inputs = prepared.inputs
         shared: list[PoolLanding] = []
         own: list[Landing] = []
-        for landing in (each for landings in self.buffer.landed.values() for each in landings):
+        for landing in (each for landings in prepared.landings.values() for each in landings):
             pool_landing = self._in_pool(landing)
             if pool_landing is not None:
                 shared.append(pool_landing)
@@ -87,9 +87,9 @@ class LeadingForwardPass(ForwardPass):
         # One range over all of them: what lies between is the same on every rank anyway.
         from_rank_0 = (min(each.start for each in own), max(each.stop for each in own)) if own else (0, 0)
         step = Step(
-            self.buffer.integers.host[:, :num_tokens].numpy(),
+            self.buffer.staged_integers(len(inputs.slot_mapping_T)),
             inputs.sequences,
-            rows,
+            prepared.sampled_tokens,
             inputs.deepstack_NTC is not None,
             shared,
             from_rank_0,

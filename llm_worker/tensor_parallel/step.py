@@ -36,7 +36,7 @@ class PoolLanding:
 
 @dataclass(frozen=True)
 class Step:
-    """integers_5T: as of InputEmbedBuffer.integers.
+    """integers_5T: as of InputEmbedBuffer.staged_integers.
 
     sampled_rows: whose logits are wanted. with_deepstack: as of InputEmbedBuffer.copy_to_device.
     landings: those that every rank reads by itself. from_rank_0: tokens [start, stop) whose rows rank 0 hands out.

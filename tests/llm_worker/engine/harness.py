@@ -16,10 +16,13 @@ from embedding_transport.checkpoint import open_checkpoint
 from llm_worker.engine.config import EngineConfig
 from llm_worker.engine.engine import Engine
 from llm_worker.engine.forward_pass import ForwardPass
+from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
 from llm_worker.engine.request import ExpandedPrompt, MediaSpan, SamplingParams, TokenOutput
 from llm_worker.engine.request_handle import RequestHandle
 from llm_worker.engine.runner import MakeRunner, PlainRunner
+from llm_worker.engine.token_pool import TokenPool
 from llm_worker.families import build_decoder
+from llm_worker.models.decoder import TextDecoder
 from service_runtime.supervisor import Supervisor
 from tests.llm_worker.engine.tensor_rows import TensorRows
 
@@ -86,6 +89,11 @@ def running_engine(
         yield engine
     finally:
         engine.close()
+
+
+def input_buffer(decoder: TextDecoder, max_num_batched_tokens: int) -> InputEmbedBuffer:
+    """Of up to 32 sequences."""
+    return InputEmbedBuffer(decoder, max_num_batched_tokens, 32, TokenPool(32, decoder.device))
 
 
 def unsent(items: list[int]) -> None:

@@ -14,9 +14,10 @@ from llm_worker.engine.kv_cache import KvCache
 from llm_worker.engine.request import ExpandedPrompt, MediaSpan
 from llm_worker.engine.scheduler import Chunk
 from llm_worker.engine.sequence import Sequence
+from llm_worker.engine.token_pool import TokenPool
 from llm_worker.families import build_decoder
 from llm_worker.models.decoder import StepInputs, TextDecoder
-from tests.llm_worker.engine.harness import greedy, unsent
+from tests.llm_worker.engine.harness import greedy, input_buffer, unsent
 from tests.llm_worker.engine.tensor_rows import TensorRows
 
 CPU = torch.device("cpu")
@@ -62,9 +63,9 @@ def expected(decoder: TextDecoder, sequence: Sequence) -> tuple[torch.Tensor, to
 
 
 def write(buffer: InputEmbedBuffer, sequence: Sequence, start: int, stop: int) -> StepInputs:
-    inputs, failed = buffer.write([Chunk(sequence, start, stop, samples=False)])
-    assert not failed
-    return inputs
+    prepared = buffer.write([Chunk(sequence, start, stop, samples=False)])
+    assert not prepared.failed
+    return prepared.inputs
 
 
 @pytest.mark.parametrize("cuts", [[0, 12], [0, 5, 9, 12], list(range(13))])
@@ -72,7 +73,7 @@ def write(buffer: InputEmbedBuffer, sequence: Sequence, start: int, stop: int) -
 def test_rows_land_at_their_places_wherever_chunks_are_cut(
     decoder: TextDecoder, cache: KvCache, cuts: list[int]
 ) -> None:
-    buffer, one = InputEmbedBuffer(decoder, 16), sequence(decoder, cache)
+    buffer, one = input_buffer(decoder, 16), sequence(decoder, cache)
     embeds, deepstack = expected(decoder, one)
     for start, stop in pairwise(cuts):
         inputs = write(buffer, one, start, stop)
@@ -87,11 +88,11 @@ def test_rows_land_at_their_places_wherever_chunks_are_cut(
 
 @torch.inference_mode()
 def test_text_alone_brings_no_deepstack_and_media_leave_none_behind(decoder: TextDecoder, cache: KvCache) -> None:
-    buffer, one, text = InputEmbedBuffer(decoder, 32), sequence(decoder, cache), sequence(decoder, cache, spans=())
+    buffer, one, text = input_buffer(decoder, 32), sequence(decoder, cache), sequence(decoder, cache, spans=())
     assert write(buffer, one, 3, 7).deepstack_NTC is not None
     assert write(buffer, text, 0, 4).deepstack_NTC is None
     # Beside another's media, the text lies where media rows lay before.
-    inputs, _ = buffer.write([Chunk(text, 0, 6, samples=False), Chunk(one, 8, 10, samples=False)])
+    inputs = buffer.write([Chunk(text, 0, 6, samples=False), Chunk(one, 8, 10, samples=False)]).inputs
     assert inputs.deepstack_NTC is not None
     assert not inputs.deepstack_NTC[:, :6].any() and inputs.deepstack_NTC[:, 6:].any()
 
@@ -100,9 +101,30 @@ def test_text_alone_brings_no_deepstack_and_media_leave_none_behind(decoder: Tex
 def test_generated_tokens_go_on_from_the_prompts_next_position(decoder: TextDecoder, cache: KvCache) -> None:
     one = sequence(decoder, cache)
     one.token_ids += [7, 8, 9]
-    inputs = write(InputEmbedBuffer(decoder, 16), one, NUM_TOKENS + 1, NUM_TOKENS + 2)
+    inputs = write(input_buffer(decoder, 16), one, NUM_TOKENS + 1, NUM_TOKENS + 2)
     assert inputs.positions_3T.tolist() == [[51]] * 3
     assert torch.equal(inputs.embeds_TC, decoder.embed_tokens(torch.tensor([8])))
+
+
+@torch.inference_mode()
+def test_tokens_that_the_host_does_not_know_yet_are_read_from_the_pool(decoder: TextDecoder, cache: KvCache) -> None:
+    pool = TokenPool(8, CPU)
+    buffer = InputEmbedBuffer(decoder, 16, 4, pool)
+    known, one, other, prompt = (sequence(decoder, cache, spans=()) for _ in range(4))
+    for each in (known, one, other, prompt):
+        each.row = pool.allocate()
+    pool.write(torch.tensor([one.row, other.row, known.row]), torch.tensor([71, 72, 73]))
+    known.token_ids.append(7)
+    for each in (one, other):
+        each.num_in_flight = 1
+    chunks = [Chunk(each, NUM_TOKENS, NUM_TOKENS + 1, samples=True) for each in (other, known, one)]
+    prepared = buffer.write([chunks[0], Chunk(prompt, 0, 5, samples=False), *chunks[1:]])
+    tokens = torch.tensor([72, 40, 41, 42, 43, 44, 7, 71])
+    assert torch.equal(prepared.inputs.embeds_TC, decoder.embed_tokens(tokens))
+    # What is sampled goes to the same rows.
+    assert prepared.sampled_tokens == buffer.sampled_tokens_S[:3].tolist() == [0, 6, 7]
+    pool.write(buffer.sampled_pool_rows_S[:3], torch.tensor([1, 2, 3]))
+    assert [int(pool.tokens_R[each.row]) for each in (other, known, one, prompt)] == [1, 2, 3, 0]
 
 
 class Unmapped(TensorRows):
@@ -115,11 +137,12 @@ def test_rows_that_cannot_be_read_are_reported_and_the_others_land(decoder: Text
     good, bad, short = (sequence(decoder, cache) for _ in range(3))
     bad.rows[0] = Unmapped(torch.zeros(5, 384))
     short.rows[0] = TensorRows(torch.zeros(1, 384))
-    buffer = InputEmbedBuffer(decoder, 64)
-    inputs, failed = buffer.write([Chunk(each, 0, NUM_TOKENS, samples=False) for each in (bad, good, short)])
-    assert [chunk.sequence for chunk in failed] == [bad, short]
-    assert str(next(iter(failed.values()))) == "unmapped"
+    buffer = input_buffer(decoder, 64)
+    prepared = buffer.write([Chunk(each, 0, NUM_TOKENS, samples=False) for each in (bad, good, short)])
+    assert [chunk.sequence for chunk in prepared.failed] == [bad, short]
+    assert str(next(iter(prepared.failed.values()))) == "unmapped"
     embeds, deepstack = expected(decoder, good)
+    inputs = prepared.inputs
     share = slice(NUM_TOKENS, 2 * NUM_TOKENS)
     assert torch.equal(inputs.embeds_TC[share], embeds)
     assert inputs.deepstack_NTC is not None and torch.equal(inputs.deepstack_NTC[:, share], deepstack)

@@ -10,7 +10,6 @@ import torch
 
 from deploy.reference import Reference
 from embedding_transport.checkpoint import open_checkpoint
-from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
 from llm_worker.engine.kv_cache import KvCache
 from llm_worker.engine.request import ExpandedPrompt, MediaSpan
 from llm_worker.engine.runner import PlainRunner, Runner
@@ -19,7 +18,7 @@ from llm_worker.engine.sequence import Sequence
 from llm_worker.families import build_decoder
 from llm_worker.models.decoder import TextDecoder
 from tests.integration.test_parity import CASES
-from tests.llm_worker.engine.harness import Request, greedy, request_for, unsent
+from tests.llm_worker.engine.harness import Request, greedy, input_buffer, request_for, unsent
 from tests.llm_worker.engine.tensor_rows import TensorRows
 from tests.llm_worker.gpu.interpreted import run_few_programs
 
@@ -35,7 +34,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def hidden_states(decoder: TextDecoder, requests: list[Request], gpu: bool) -> list[torch.Tensor]:
     """Of steps as a scheduler makes them: a prompt in chunks, then beside another's, then tokens of both."""
     kv_cache = KvCache(decoder.config, 64, 16, DEVICE, torch.float32)
-    buffer = InputEmbedBuffer(decoder, 96)
+    buffer = input_buffer(decoder, 96)
     runner: Runner = PlainRunner(decoder, kv_cache, buffer)
     if gpu:
         # Short steps with up to 24 tokens: there are long ones, too.
@@ -61,9 +60,9 @@ def hidden_states(decoder: TextDecoder, requests: list[Request], gpu: bool) -> l
     ]
     found = []
     for chunks in steps:
-        inputs, failed = buffer.write(chunks)
-        assert not failed
-        found.append(runner(inputs).clone())
+        prepared = buffer.write(chunks)
+        assert not prepared.failed
+        found.append(runner(prepared.inputs).clone())
     return found
 
 
@@ -115,7 +114,7 @@ def test_graphs_equal_their_pieces_and_are_close_to_the_plain_decoder() -> None:
         dtype = torch.float32 if kind == "float32" else torch.bfloat16
         model = decoder.to(dtype)
         kv_cache = KvCache(model.config, 512, 16, device, dtype)
-        buffer = InputEmbedBuffer(model, 1024)
+        buffer = input_buffer(model, 1024)
         runner: Runner = PlainRunner(model, kv_cache, buffer)
         if kind in ("graphs", "pieces"):
             capture = None if kind == "graphs" else lambda work: work
@@ -132,9 +131,9 @@ def test_graphs_equal_their_pieces_and_are_close_to_the_plain_decoder() -> None:
         ]
         found = []
         for chunks in steps:
-            inputs, failed = buffer.write(chunks)
-            assert not failed
-            found.append(runner(inputs).clone())
+            prepared = buffer.write(chunks)
+            assert not prepared.failed
+            found.append(runner(prepared.inputs).clone())
         return found
 
     graphs, pieces, plain = states("graphs"), states("pieces"), states("plain")

@@ -9,13 +9,12 @@ import torch
 
 from deploy.reference import Reference
 from embedding_transport.checkpoint import open_checkpoint
-from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
 from llm_worker.engine.kv_cache import KvCache
 from llm_worker.engine.scheduler import Chunk
 from llm_worker.engine.sequence import Sequence
 from llm_worker.families import build_decoder
 from tests.integration.test_parity import CASES
-from tests.llm_worker.engine.harness import greedy, request_for, unsent
+from tests.llm_worker.engine.harness import greedy, input_buffer, request_for, unsent
 
 CPU = torch.device("cpu")
 
@@ -32,14 +31,14 @@ def test_logits_equal_transformers(checkpoint_folder: Path, chunk_size: int) -> 
 
         num_tokens = len(request.prompt.token_ids)
         kv_cache = KvCache(decoder.config, 64, 16, CPU, torch.float32)
-        buffer = InputEmbedBuffer(decoder, chunk_size)
+        buffer = input_buffer(decoder, chunk_size)
         sequence = Sequence("request", 0, [], greedy(1), lambda output, timings: None, unsent)
         sequence.set_prompt(request.prompt)
         sequence.rows = dict(enumerate(request.rows))
         kv_cache.append_slots(sequence.blocks, num_tokens)
         for start in range(0, num_tokens, chunk_size):
             stop = min(start + chunk_size, num_tokens)
-            inputs, failed = buffer.write([Chunk(sequence, start, stop, samples=False)])
-            assert not failed
-            logits_TV = decoder.logits(decoder(inputs, kv_cache.layers))
+            prepared = buffer.write([Chunk(sequence, start, stop, samples=False)])
+            assert not prepared.failed
+            logits_TV = decoder.logits(decoder(prepared.inputs, kv_cache.layers))
             assert (logits_TV - expected_TV[start:stop]).abs().max() <= 1e-3

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 
 from embedding_transport.checkpoint import open_checkpoint
 from gpu_kernels.packed_attention import TorchSdpa
-from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
 from llm_worker.engine.kv_cache import KvCache
 from llm_worker.engine.request import ExpandedPrompt, MediaSpan
 from llm_worker.engine.runner import PlainRunner, Runner
@@ -25,7 +24,7 @@ from llm_worker.families import build_decoder
 from llm_worker.gpu.gpu_runner import GpuRunner
 from llm_worker.models.decoder import TextDecoder
 from llm_worker.tensor_parallel.group import TorchGroup
-from tests.llm_worker.engine.harness import greedy, unsent
+from tests.llm_worker.engine.harness import greedy, input_buffer, unsent
 from tests.llm_worker.engine.tensor_rows import TensorRows
 from tests.llm_worker.gpu.interpreted import run_few_programs
 
@@ -35,7 +34,7 @@ SPAN = MediaSpan(0, 2, 12, 0)
 def hidden_states(decoder: TextDecoder, kind: str) -> list[torch.Tensor]:
     """Of a prompt with a picture in two chunks, a short one beside it, and tokens of both."""
     kv_cache = KvCache(decoder.config, 16, 16, decoder.device, torch.float32)
-    buffer = InputEmbedBuffer(decoder, 24)
+    buffer = input_buffer(decoder, 24)
     runner: Runner = PlainRunner(decoder, kv_cache, buffer)
     if kind != "plain":
         capture = None if kind == "graphs" else lambda work: work
@@ -52,9 +51,9 @@ def hidden_states(decoder: TextDecoder, kind: str) -> list[torch.Tensor]:
     ]
     found = []
     for chunks in steps:
-        inputs, failed = buffer.write(chunks)
-        assert not failed
-        found.append(runner(inputs).clone())
+        prepared = buffer.write(chunks)
+        assert not prepared.failed
+        found.append(runner(prepared.inputs).clone())
     return found
 
 
