@@ -26,12 +26,13 @@ from benchmarks.exported_rows import exported_rows
 from embedding_transport.received_rows import copy_rows
 from embedding_transport.types import ItemTimings
 from gpu_kernels.packed_attention import installed_attention
+from llm_worker.engine.chunk import Chunk
 from llm_worker.engine.config import EngineConfig
 from llm_worker.engine.forward_pass import ForwardPass
 from llm_worker.engine.request import ExpandedPrompt, MediaSpan, SamplingParams
+from llm_worker.engine.request_parts import SampledTokens
+from llm_worker.engine.request_state import RequestState
 from llm_worker.engine.sampler import Choice, choose
-from llm_worker.engine.scheduler import Chunk
-from llm_worker.engine.sequence import Sequence as Request
 from llm_worker.gpu.gpu_runner import GpuRunner
 from llm_worker.models.decoder import TextDecoder
 
@@ -100,39 +101,39 @@ class _Worker:
         )
         return ForwardPass(self.decoder, config, make_runner)
 
-    def prompt(self, num_tokens: int, spans: tuple[MediaSpan, ...] = ()) -> Request:
+    def prompt(self, num_tokens: int, spans: tuple[MediaSpan, ...] = ()) -> RequestState:
         """A request with nothing computed yet, and room in the cache for one more token."""
         token_ids = torch.randint(1000, 100000, (num_tokens,)).tolist()
         greedy = SamplingParams(temperature=0.0)
-        request = Request("benchmark", 0, [], greedy, lambda output, timings: None, lambda items: None)
-        request.row = self.graphed.token_pool.allocate()
+        row = self.graphed.token_pool.allocate()
+        request = RequestState(0, "benchmark", [], SampledTokens(greedy), row=row)
         request.set_prompt(ExpandedPrompt(token_ids, torch.arange(num_tokens).expand(3, -1), num_tokens, spans))
-        assert self._kv_cache.append_slots(request.blocks, num_tokens + 1)
+        assert self._kv_cache.append_slots(request.table, num_tokens + 1)
         return request
 
-    def decoding(self, num_tokens: int) -> Request:
+    def decoding(self, num_tokens: int) -> RequestState:
         """A request with so many tokens computed, and one more to run."""
         request = self.prompt(num_tokens)
         request.num_computed = num_tokens
         request.token_ids.append(1000)
         return request
 
-    def free(self, requests: Sequence[Request]) -> None:
+    def free(self, requests: Sequence[RequestState]) -> None:
         for request in requests:
-            self._kv_cache.release(request.blocks)
+            self._kv_cache.release(request.table)
             self.graphed.token_pool.release(request.row)
 
     def step(self, chunks: list[Chunk], forward_pass: ForwardPass) -> list[int | None]:
         """As the engine's; the next tokens."""
         return [each.token_id for each in self._launch(chunks, forward_pass).read()]
 
-    def decode_ms(self, requests: Sequence[Request], num_steps: int) -> float:
+    def decode_ms(self, requests: Sequence[RequestState], num_steps: int) -> float:
         """From one step's tokens to the next one's, median."""
         chunks = [Chunk(request, request.num_computed, request.num_computed + 1, True) for request in requests]
         in_flight = self._launch(chunks, self.graphed)
         for request in requests:  # whose token is read from the token pool from now on
             request.token_ids.pop()
-            request.num_in_flight = 1
+            request.sampled.num_in_flight = 1
         times = [time.perf_counter()]
         for _ in range(num_steps):
             following = self._launch(chunks, self.graphed)
@@ -145,7 +146,7 @@ class _Worker:
     def _launch(self, chunks: list[Chunk], forward_pass: ForwardPass) -> Choice:
         output = forward_pass(chunks)
         assert not output.failed, output.failed
-        choice = choose(output.logits_BV, [chunk.sequence.sampling for chunk in chunks], [0.0] * len(chunks))
+        choice = choose(output.logits_BV, [chunk.request.sampled.params for chunk in chunks], [0.0] * len(chunks))
         forward_pass.token_pool.write(output.pool_rows_B, choice.token_ids_B)
         return choice
 
@@ -186,7 +187,8 @@ def _graphs_row(worker: _Worker) -> str:
     spans = (MediaSpan(0, _TEXT_TOKENS // 2, _MEDIA_TOKENS, 0),)
     request = worker.prompt(num_tokens, spans)
     width = worker.decoder.config.hidden_size * (1 + NUM_DEEPSTACK)
-    request.rows[0] = _TensorRows(torch.randn((_MEDIA_TOKENS, width), device="cuda", dtype=torch.bfloat16))
+    embeddings = _TensorRows(torch.randn((_MEDIA_TOKENS, width), device="cuda", dtype=torch.bfloat16))
+    request.receive_embeddings(0, embeddings)
     chunks = [Chunk(request, 0, num_tokens, True)]
     plain = worker.without_graphs()
     ms = _median_ms(lambda: worker.step(chunks, worker.graphed), _REPEATS)

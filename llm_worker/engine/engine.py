@@ -1,35 +1,34 @@
-"""The engine's thread: takes requests from asyncio, runs step after step, hands tokens back."""
+"""The engine's thread: commands in, one step after the other, events out."""
 
 from __future__ import annotations
 
 import itertools
-import queue
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from embedding_transport.errors import BadRequest, Overloaded, VitrineError, WorkerUnavailable
-from embedding_transport.types import EmbeddingRows
+from embedding_transport.errors import VitrineError, WorkerUnavailable
+from llm_worker.engine.capacity import Capacity
+from llm_worker.engine.chunk import Chunk
+from llm_worker.engine.commands import CommandQueue, Submit, discard
 from llm_worker.engine.config import EngineConfig
 from llm_worker.engine.forward_pass import ForwardPass
-from llm_worker.engine.kv_rows import CachedKv
+from llm_worker.engine.live_requests import LiveRequests
 from llm_worker.engine.outbox import Outbox
 from llm_worker.engine.prefix_hashes import extend_prefix_hashes
 from llm_worker.engine.request import ExpandedPrompt, SamplingParams
-from llm_worker.engine.request_handle import RequestHandle
-from llm_worker.engine.sampler import NextToken
+from llm_worker.engine.request_handle import RequestHandle, RequestSubscriber
+from llm_worker.engine.request_state import RequestStatus
 from llm_worker.engine.scheduler import Scheduler
-from llm_worker.engine.sequence import Sequence
-from llm_worker.engine.steps import Step, Steps
+from llm_worker.engine.step_executor import InFlightStep, StepExecutor
 from service_runtime.supervisor import Supervisor
 
 
-@dataclass
+@dataclass(slots=True)
 class EngineStats:
     """Requests and KV blocks now; steps, tokens, preemptions and evicted blocks since the start.
 
     running: or on the way to it, while media are encoded; waiting: for memory.
-    queued_prefill_tokens: of prompts, not computed yet. kv_blocks_kept: held by nobody, but with content that may be
+    queued_prefill_tokens: of prompts, not computed yet. kv_blocks_kept: used by no request, with content that can be
     used again. num_cached_tokens: of prompts, not computed because their KV was there.
     """
 
@@ -48,7 +47,7 @@ class EngineStats:
 
 
 class Engine:
-    """Runs the model for many requests. Everything below `call` runs on the engine's own thread."""
+    """Runs the model for many requests. `run` and what it calls belong to the engine's thread, the rest to any."""
 
     def __init__(
         self, forward_pass: ForwardPass, config: EngineConfig, on_gpu_lost: Callable[[], object] = lambda: None
@@ -58,7 +57,6 @@ class Engine:
             forward_pass: made with the same config.
             on_gpu_lost: called on the engine's thread where the GPU will run no other step after one that failed.
         """
-        self.outbox = Outbox()
         self._forward_pass = forward_pass
         self._config = config
         self._kv_cache = forward_pass.kv_cache
@@ -70,13 +68,17 @@ class Engine:
             config.prefix_cache,
             config.mixed_step_tokens,
         )
-        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._arrivals = itertools.count()
-        self._lock = threading.RLock()  # over _num_live and _thread_ended
-        self._num_live = 0
-        self._closing = False
-        self._thread_ended = False
-        self._steps = Steps(forward_pass, self._scheduler, self._end, self.on_fail, on_gpu_lost)
+        self._capacity = Capacity(config.max_num_seqs + config.max_waiting)
+        self._keys = itertools.count()
+        self._commands = CommandQueue()
+        self._outbox = Outbox()
+        self._requests = LiveRequests(
+            self._scheduler, self._kv_cache, forward_pass.token_pool, self._outbox, self._capacity
+        )
+        self._executor = StepExecutor(forward_pass, self._scheduler, self._requests, on_gpu_lost)
+        self._in_flight: InFlightStep | None = None
+        self._is_idle = False
+        self._stats = self._count()
 
     @property
     def vocab_size(self) -> int:
@@ -88,22 +90,24 @@ class Engine:
         self._thread = supervisor.start_thread("engine", self.run)
 
     def close(self) -> None:
-        """Fails what still runs, releases all rows and ends the thread."""
+        """Fails the requests in flight, releases what they hold and ends the thread."""
         self._supervisor.expect_end(self._thread)
-        self.call(self._on_close)
+        self.fail_all(WorkerUnavailable("the worker is shutting down: send the request to another one"))
         self._thread.join()
 
     def fail_all(self, error: VitrineError) -> None:
-        """Fails every request that is running or waiting; on the engine's thread, or once that has ended."""
-        for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
-            self.on_fail(sequence, error)
+        """Fails all requests in flight with this error, refuses later ones with it, and ends `run`.
+
+        The first call counts: after an exception of its own, `run` has made one.
+        """
+        self._commands.close(error)
 
     def submit(
         self,
         request_id: str,
         prefix_token_ids: list[int],
         sampling: SamplingParams,
-        send_rows: Callable[[list[int]], None],
+        send_embeddings: Callable[[list[int]], None],
         send_kv: Callable[[int], None] | None = None,
         keep_kv: bool = False,
         prompt: ExpandedPrompt | None = None,
@@ -111,8 +115,8 @@ class Engine:
         """Takes a request in. Its prefix, the text in front of the first media item, is prefilled at once.
 
         Args:
-            send_rows: called on the caller's event loop when rows of these items are needed that are not coming: they
-                were not announced, or they are lost. Then `set_rows` is due, or `fail`.
+            send_embeddings: called on the caller's event loop when embeddings of these items are needed that are not to
+                come: they were not announced, or they are lost. Then `set_embeddings` is due, or `fail`.
             send_kv: where the prompt is computed elsewhere, called likewise once there is room for its KV, and when it
                 is lost, with the first token whose KV is missing. Then `set_prompt`, `set_first_token` and `set_kv` are
                 due, or `fail`.
@@ -123,36 +127,25 @@ class Engine:
             PromptTooLong: the prefix leaves no room by itself.
             Overloaded: too many requests are waiting.
         """
-        self._scheduler.check_room(len(prefix_token_ids))
-        handle = RequestHandle(self, request_id)
-        sequence = Sequence(
-            request_id,
-            next(self._arrivals),
-            list(prefix_token_ids),
-            sampling,
-            handle.deliver,
-            handle.on_loop(send_rows),
-            handle.on_loop(send_kv) if send_kv is not None else None,
-            keep_kv=keep_kv,
+        self._scheduler.check_context_length(len(prefix_token_ids))
+        self._capacity.acquire()
+        key = next(self._keys)
+        handle = RequestHandle(key, request_id, self._commands)
+        subscriber = RequestSubscriber(handle, send_embeddings, send_kv)
+        self._commands.put(
+            Submit(key, request_id, prefix_token_ids, sampling, subscriber, send_kv is not None, keep_kv, prompt)
         )
-        handle.sequence = sequence
-        with self._lock:
-            self.check_room()
-            self._num_live += 1
-        self.call(self._on_submit, sequence, prompt)
         return handle
 
-    def check_room(self) -> None:
+    def check_capacity(self) -> None:
         """
         Raises:
             Overloaded: as many requests are running or waiting as may.
         """
-        limit = self._config.max_num_seqs + self._config.max_waiting
-        if self._num_live >= limit:
-            raise Overloaded(f"{self._num_live} requests are running or waiting, the limit is {limit}: try again later")
+        self._capacity.check()
 
     def missing_items(self, prompt: ExpandedPrompt) -> set[int]:
-        """Media items of the prompt whose KV is not in the cache now; it may be evicted any moment. From any thread."""
+        """Media items of the prompt whose KV is not in the cache now; it may be evicted any moment."""
         if not self._config.prefix_cache:
             return prompt.items_from(0)
         block_size = self._config.block_size
@@ -160,141 +153,99 @@ class Engine:
         extend_prefix_hashes(hashes, prompt.token_ids, prompt, block_size, (len(prompt.token_ids) - 1) // block_size)
         return prompt.items_from(len(self._kv_cache.match_prefix(hashes)) * block_size)
 
-    def kv_of(self, sequence: Sequence) -> CachedKv:
-        """See `RequestHandle.kv`."""
-        assert sequence.finished and sequence.keep_kv
-        return CachedKv(self._kv_cache.layers, sequence.blocks.slots[: sequence.num_prompt_tokens])
-
     def stats(self) -> EngineStats:
-        waiting = list(self._scheduler.waiting)
-        awaiting_media = sum(each.waits_for_media for each in waiting)
-        return EngineStats(
-            running=len(self._scheduler.running) + awaiting_media,
-            waiting=len(waiting) - awaiting_media,
-            queued_prefill_tokens=self._scheduler.num_queued_prefill_tokens,
-            kv_blocks_used=self._kv_cache.num_blocks - self._kv_cache.num_free,
-            kv_blocks_kept=self._kv_cache.num_cached_free,
-            kv_blocks_total=self._kv_cache.num_blocks,
-            kv_blocks_evicted=self._kv_cache.num_evicted,
-            num_steps=self._steps.num_steps,
-            num_prefill_tokens=self._steps.num_prefill_tokens,
-            num_decode_tokens=self._steps.num_decode_tokens,
-            num_cached_tokens=self._scheduler.num_cached_tokens,
-            num_preempted=self._scheduler.num_preempted,
-        )
-
-    def call(self, function: Callable[..., None], *arguments: object) -> None:
-        """Has the engine's thread call `function` before its next step; after its end, calls it here."""
-        with self._lock:
-            if not self._thread_ended:
-                self._calls.put(lambda: function(*arguments))
-            else:
-                function(*arguments)
-                self.outbox.send()
+        """As of the last step; a value that the engine's thread has published."""
+        return self._stats
 
     def run(self) -> None:
-        """The engine's thread, until `close`."""
-        steps = self._steps
-        step: Step | None = None  # that has started and is to be followed before it is through
+        """The thread's target; returns after `fail_all`.
+
+        Raises:
+            Exception: a fault of the loop itself. All requests have failed, and later ones are refused. What goes wrong
+                in a step is not raised, it fails that step's requests.
+        """
         try:
-            while not self._closing:
-                chunks = self._scheduler.schedule()
-                for sequence in self._scheduler.running:
-                    if missing := sequence.missing_items():
-                        sequence.request_rows(missing)
-                    sequence.ask_for_kv()
-                if not (chunks and self._forward_pass.is_asynchronous):
-                    self.outbox.send()
-                landed = steps.land_kv()
-                following = steps.start(chunks) if chunks else None
-                # What the step before made is told while the GPU computes: listeners would delay what starts its work.
-                self.outbox.send()
-                if step is not None:
-                    steps.finish(step, followed=following is not None)
-                    self.outbox.send()
-                had_work = bool(chunks or landed or step)
-                step = following
-                if step is not None and not (steps.can_be_followed(step) and self._forward_pass.until_nearly_done()):
-                    steps.finish(step, followed=False)
-                    step = None
-                if had_work:
-                    self._run_calls()
-                else:
-                    self._calls.get()()
-        finally:  # whatever ended the loop: nobody may wait for a thread that is gone
-            with self._lock:
-                self._thread_ended = True
-                self._on_close()
-                self._run_calls()
-                self.outbox.send()
+            while self._commands.error is None:
+                self._receive()
+                chunks = self._schedule()
+                launched = self._launch(chunks)
+                self._process_last(launched)
+            self._process_last(None)  # what it reads is not to be released before
+        except Exception as error:
+            self.fail_all(WorkerUnavailable(f"the worker's engine has ended: {type(error).__name__}"))
+            raise
+        finally:
+            self._end()
 
-    def _run_calls(self) -> None:
-        while not self._calls.empty():
-            self._calls.get()()
+    def _receive(self) -> None:
+        """Executes the commands that have come, and waits for one where there is nothing else to do."""
+        for command in self._commands.wait() if self._is_idle else self._commands.take():
+            self._requests.execute(command)
 
-    # Calls from the handles.
+    def _schedule(self) -> list[Chunk]:
+        chunks = self._scheduler.schedule()
+        self._requests.request_inputs()
+        return chunks
 
-    def _on_submit(self, sequence: Sequence, prompt: ExpandedPrompt | None) -> None:
-        sequence.row = self._forward_pass.token_pool.allocate()
-        self._scheduler.add(sequence)
-        if prompt is not None:
-            self.on_prompt(sequence, prompt, set())
-        if self._closing:
-            self._on_close()
+    def _launch(self, chunks: list[Chunk]) -> InFlightStep | None:
+        """Launches the next step, while the last may be in flight."""
+        if not (chunks and self._forward_pass.is_asynchronous):
+            self._publish()
+        has_landed = self._executor.land_kv()
+        launched = self._executor.launch(chunks) if chunks else None
+        # What has come up meanwhile is sent while the GPU computes: event loops would delay what launches its work.
+        self._publish()
+        self._is_idle = not (chunks or has_landed or self._in_flight)
+        return launched
 
-    def on_prompt(self, sequence: Sequence, prompt: ExpandedPrompt, coming: set[int]) -> None:
-        if sequence.finished:
-            return
+    def _process_last(self, launched: InFlightStep | None) -> None:
+        """Takes in the last step's results, and those of the one just launched unless the next one can overlap it."""
+        last, self._in_flight = self._in_flight, launched
+        if last is not None:
+            self._executor.process(last, overlapped=launched is not None)
+            self._publish()
+        if launched is not None and not self._can_overlap(launched):
+            self._executor.process(launched, overlapped=False)
+            self._in_flight = None
+        self._stats = self._count()
+
+    def _can_overlap(self, launched: InFlightStep) -> bool:
+        """Whether the next step is to be launched before this one is through; waits until it nearly is."""
+        return self._executor.can_overlap(launched) and self._forward_pass.until_nearly_done()
+
+    def _publish(self) -> None:
+        """Sends the events that have come up, with stats that are no older."""
+        if not self._outbox.is_empty:
+            self._stats = self._count()
+            self._outbox.send()
+
+    def _end(self) -> None:
+        """Nothing may wait for a thread that is gone."""
+        error = self._commands.error
+        assert error is not None
+        for command in self._commands.take():
+            discard(command, error)
         try:
-            if not prompt.token_ids:
-                raise BadRequest("the prompt is empty")
-            sequence.set_prompt(prompt)
-            sequence.coming = coming - sequence.rows.keys()
-            self._scheduler.check_length(sequence)
-        except VitrineError as error:
-            self.on_fail(sequence, error)
+            self._requests.fail_all(error)
+            self._stats = self._count()
+        finally:
+            self._outbox.send()
 
-    def on_rows(self, sequence: Sequence, item_index: int, rows: EmbeddingRows) -> None:
-        sequence.coming.discard(item_index)
-        if sequence.finished or item_index in sequence.rows:
-            rows.release()
-            return
-        sequence.rows[item_index] = rows
-        if sequence.matched:  # and perhaps already computed, by an earlier request
-            sequence.release_landed_rows()
-
-    def on_first_token(self, sequence: Sequence, first: NextToken, prefill_ms: float, num_cached_tokens: int) -> None:
-        if sequence.finished or sequence.num_generated:
-            return
-        sequence.prefill_s = prefill_ms / 1000
-        sequence.num_cached = num_cached_tokens
-        self._steps.take_token(sequence, first)
-
-    def on_kv(self, sequence: Sequence, rows: EmbeddingRows) -> None:
-        sequence.kv_coming = False
-        if sequence.finished or sequence.is_decoding or sequence.kv is not None:
-            rows.release()
-        else:
-            sequence.kv = rows
-
-    def on_cancel(self, sequence: Sequence) -> None:
-        if not sequence.finished:
-            self._end(sequence)
-        else:
-            self._kv_cache.release(sequence.blocks)
-        sequence.forget_listener()
-
-    def on_fail(self, sequence: Sequence, error: VitrineError) -> None:
-        if not sequence.finished:
-            self._end(sequence)
-            sequence.deliver(error, sequence.timings())
-
-    def _on_close(self) -> None:
-        self._closing = True
-        self.fail_all(WorkerUnavailable("the worker's engine has ended: send the request to another one"))
-
-    def _end(self, sequence: Sequence, keep_kv: bool = False) -> None:
-        self._scheduler.remove(sequence, keep_kv)
-        self._forward_pass.token_pool.release(sequence.row)
-        with self._lock:
-            self._num_live -= 1
+    def _count(self) -> EngineStats:
+        scheduler, kv_cache, executor = self._scheduler, self._kv_cache, self._executor
+        waiting_for_prompt = RequestStatus.WAITING_FOR_PROMPT
+        num_waiting_for_prompt = sum(each.status is waiting_for_prompt for each in scheduler.waiting)
+        return EngineStats(
+            running=len(scheduler.running) + num_waiting_for_prompt,
+            waiting=len(scheduler.waiting) - num_waiting_for_prompt,
+            queued_prefill_tokens=scheduler.num_queued_prefill_tokens,
+            kv_blocks_used=kv_cache.num_blocks - kv_cache.num_free,
+            kv_blocks_kept=kv_cache.num_cached_free,
+            kv_blocks_total=kv_cache.num_blocks,
+            kv_blocks_evicted=kv_cache.num_evicted,
+            num_steps=executor.num_steps,
+            num_prefill_tokens=executor.num_prefill_tokens,
+            num_decode_tokens=executor.num_decode_tokens,
+            num_cached_tokens=scheduler.num_cached_tokens,
+            num_preempted=scheduler.num_preempted,
+        )

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
+from llm_worker.engine.chunk import Chunk
 from llm_worker.engine.config import EngineConfig
 from llm_worker.engine.input_embed_buffer import InputEmbedBuffer, PreparedStep
 from llm_worker.engine.kv_cache import KvCache
 from llm_worker.engine.runner import MakeRunner, PlainRunner
-from llm_worker.engine.scheduler import Chunk
 from llm_worker.engine.token_pool import TokenPool
 from llm_worker.models.decoder import TextDecoder
 
@@ -24,7 +24,7 @@ from llm_worker.models.decoder import TextDecoder
 class StepOutput:
     """The results of a step in flight; a GPU may still be computing it.
 
-    sampling: the chunks that end at their sequence's last token, those of `failed` included.
+    sampling: the chunks that end at their request's last token, those of `failed` included.
     logits_BV: in the model's dtype, one row for each chunk of `sampling`.
     pool_rows_B: the token pool's rows of their requests, on the device; valid until the next step.
     landed: checks of the media rows in the step, by chunk, to be called when it is computed.
@@ -65,7 +65,7 @@ class ForwardPass:
         logits_BV = self.run(prepared)
         # A video has many landings.
         landed = {
-            chunk: [rows.queue_check() for rows in {id(each.rows): each.rows for each in landings}.values()]
+            chunk: [each.queue_check() for each in {id(each.embeddings): each.embeddings for each in landings}.values()]
             for chunk, landings in prepared.landings.items()
         }
         sampling = [chunk for chunk in chunks if chunk.samples]

@@ -18,7 +18,7 @@ import torch
 
 from embedding_transport.received_rows import copy_rows
 from embedding_transport.types import EmbeddingRows
-from llm_worker.engine.scheduler import Chunk
+from llm_worker.engine.chunk import Chunk
 from llm_worker.engine.staging_buffer import PinnedStagingBuffer
 from llm_worker.engine.token_pool import TokenPool
 from llm_worker.models.decoder import StepInputs, TextDecoder
@@ -30,9 +30,9 @@ _NUM_INTEGERS = 5
 
 @dataclass(frozen=True)
 class Landing:
-    """Rows of a media item from `first_row` on, for tokens [start, stop) of the step."""
+    """A media item's embeddings from row `first_row` on, for tokens [start, stop) of the step."""
 
-    rows: EmbeddingRows
+    embeddings: EmbeddingRows
     first_row: int
     start: int
     stop: int
@@ -89,10 +89,10 @@ class InputEmbedBuffer:
         sampled = [stop - 1 for chunk, stop in zip(chunks, stops, strict=True) if chunk.samples]
         num_pooled = self._write_integers(chunks, starts, sampled)
         sequences = [
-            SequenceSlice(start, chunk.length, chunk.stop, chunk.sequence.blocks)
+            SequenceSlice(start, chunk.length, chunk.stop, chunk.request.table)
             for chunk, start in zip(chunks, starts, strict=True)
         ]
-        has_media = any(chunk.sequence.spans_in(chunk.start, chunk.stop) for chunk in chunks)
+        has_media = any(chunk.request.spans_in(chunk.start, chunk.stop) for chunk in chunks)
         inputs = self.copy_to_device(num_tokens, sequences, has_media and len(self.deepstack_NMC) > 0, num_pooled)
 
         prepared = PreparedStep(inputs, sampled)
@@ -146,9 +146,9 @@ class InputEmbedBuffer:
         )
 
     def land(self, landing: Landing) -> None:
-        """Copies the rows to their tokens; see EmbeddingRows.copy_to."""
+        """Copies the embeddings to their tokens; see EmbeddingRows.copy_to."""
         main_TC, deepstack_NTC = self.places(landing.start, landing.stop)
-        landing.rows.copy_to(main_TC, deepstack_NTC, landing.first_row)
+        landing.embeddings.copy_to(main_TC, deepstack_NTC, landing.first_row)
 
     def places(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Where media rows of these tokens go: main embedding, and deepstack rows where the model has any."""
@@ -168,40 +168,40 @@ class InputEmbedBuffer:
         pooled: list[int] = []
         pooled_rows: list[int] = []
         for chunk, first in zip(chunks, starts, strict=True):
-            sequence, start, stop = chunk.sequence, chunk.start, chunk.stop
+            request, start, stop = chunk.request, chunk.start, chunk.stop
             if chunk.length == 1 and not chunk.is_prompt:
                 token_id = 0
-                if start < len(sequence.token_ids):
-                    token_id = sequence.token_ids[start]
+                if start < len(request.token_ids):
+                    token_id = request.token_ids[start]
                 else:  # a step in flight samples it
                     pooled.append(first)
-                    pooled_rows.append(sequence.row)
-                position = sequence.generated_position(start)
-                slot = int(sequence.blocks.slots.numpy()[start])
+                    pooled_rows.append(request.row)
+                position = request.generated_position(start)
+                slot = int(request.table.slots.numpy()[start])
                 tokens.append(first)
                 decoding.append((token_id, position, position, position, slot))
             else:
                 integers_5T = integers_5M[:, first : first + chunk.length]
-                integers_5T[0] = sequence.token_ids[start:stop]
-                integers_5T[1:4] = sequence.positions(start, stop).numpy()
-                integers_5T[4] = sequence.blocks.slots[start:stop].numpy()
+                integers_5T[0] = request.token_ids[start:stop]
+                integers_5T[1:4] = request.positions(start, stop).numpy()
+                integers_5T[4] = request.table.slots[start:stop].numpy()
         if decoding:
             integers_5M[:, tokens] = np.array(decoding).T
         if pooled:
             indices_4S[:2, : len(pooled)] = pooled, pooled_rows
         if sampled:
-            indices_4S[2:, : len(sampled)] = sampled, [chunk.sequence.row for chunk in chunks if chunk.samples]
+            indices_4S[2:, : len(sampled)] = sampled, [chunk.request.row for chunk in chunks if chunk.samples]
         return len(pooled)
 
     def _land_chunk(self, chunk: Chunk, first_token: int) -> list[Landing]:
         """Copies the chunk's part of every media item to its place."""
         begin = time.perf_counter()
         landings = []
-        for span in chunk.sequence.spans_in(chunk.start, chunk.stop):
+        for span in chunk.request.spans_in(chunk.start, chunk.stop):
             start, stop = max(span.start, chunk.start), min(span.start + span.length, chunk.stop)
             offset = first_token - chunk.start
-            rows = chunk.sequence.rows[span.item_index]
-            landings.append(Landing(rows, span.first_row + start - span.start, offset + start, offset + stop))
+            embeddings = chunk.request.media.received[span.item_index]
+            landings.append(Landing(embeddings, span.first_row + start - span.start, offset + start, offset + stop))
             self.land(landings[-1])
-        chunk.sequence.land_s += time.perf_counter() - begin
+        chunk.request.timings.land_s += time.perf_counter() - begin
         return landings

@@ -17,20 +17,20 @@ _PLACE = struct.Struct("<qq")
 
 
 def extend_prefix_hashes(
-    hashes: list[bytes], token_ids: Sequence[int], prompt: ExpandedPrompt | None, block_size: int, num_blocks: int
+    hashes: list[bytes], token_ids: Sequence[int], prompt: ExpandedPrompt, block_size: int, num_blocks: int
 ) -> None:
     """Appends SHA-256 hashes until there are `num_blocks`, or until media whose content is unknown stand in the way.
 
     Args:
         hashes: of the first blocks of the same tokens.
         token_ids: the prompt's and those generated since; `num_blocks` blocks of them at least.
-        prompt: None while only its text in front of the first media item is known.
+        prompt: of its text in front of the first media item, while only that is known.
     """
     first, stop = len(hashes) * block_size, num_blocks * block_size
     tokens, nbytes = array("q", token_ids[first:stop]).tobytes(), 8 * block_size
     contents = [tokens[begin : begin + nbytes] for begin in range(0, len(tokens), nbytes)]
-    for span in prompt.spans_in(first, stop) if prompt is not None else ():
-        content_hash = prompt.content_hashes[span.item_index] if prompt and prompt.content_hashes else b""
+    for span in prompt.spans_in(first, stop):
+        content_hash = prompt.content_hashes[span.item_index] if prompt.content_hashes else b""
         begin = max(span.start, first)
         if not content_hash:
             del contents[(begin - first) // block_size :]

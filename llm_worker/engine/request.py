@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import NamedTuple
 
 import torch
 
@@ -98,8 +99,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True)
-class TokenOutput:
+class TokenOutput(NamedTuple):
     """One generated token. `finish_reason` is set on the last: "stop" (a stop token, included here) or "length"."""
 
     token_id: int
@@ -107,8 +107,7 @@ class TokenOutput:
     finish_reason: str | None
 
 
-@dataclass(frozen=True)
-class EngineTimings:
+class EngineTimings(NamedTuple):
     """Milliseconds this request spent in the engine; `ttft_ms` counts from submit to the first token.
 
     num_cached_tokens: tokens of the prompt whose keys and values were there already.

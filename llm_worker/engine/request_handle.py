@@ -1,76 +1,71 @@
-"""A request as its frontend holds it; the engine's thread answers through an outbox."""
+"""A request as its frontend holds it: it puts commands into the engine's queue, and the engine's events end here."""
 
 from __future__ import annotations
 
 import asyncio
-import functools
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import TYPE_CHECKING, TypeVar
 
 from embedding_transport.errors import VitrineError
 from embedding_transport.types import EmbeddingRows
+from llm_worker.engine.commands import Cancel, CommandQueue, Fail, SetEmbeddings, SetFirstToken, SetKv, SetPrompt
+from llm_worker.engine.events import EmbeddingsNeeded, Event, KvNeeded, RequestFailed, TokenSampled
 from llm_worker.engine.kv_rows import CachedKv
 from llm_worker.engine.request import EngineTimings, ExpandedPrompt, TokenOutput
 from llm_worker.engine.sampler import NextToken
-from llm_worker.engine.sequence import Sequence
-
-if TYPE_CHECKING:
-    from llm_worker.engine.engine import Engine
-
-T = TypeVar("T")
 
 
 class RequestHandle:
     """A request as the frontend holds it: iterate over its tokens. Belongs to the event loop that submitted it.
 
-    failed: why it ended early, once it has.
+    timings: as of the last token. failed: why it ended early, once it has.
     """
 
-    def __init__(self, engine: Engine, request_id: str) -> None:
+    def __init__(self, key: int, request_id: str, commands: CommandQueue) -> None:
         self.request_id = request_id
         self.timings = EngineTimings()
-        self.sequence: Sequence
-        self._engine = engine
-        self._loop = asyncio.get_running_loop()
+        self.failed: asyncio.Future[VitrineError] = asyncio.get_running_loop().create_future()
+        self._key = key
+        self._commands = commands
         self._outputs: asyncio.Queue[TokenOutput | VitrineError] = asyncio.Queue()
-        self.failed: asyncio.Future[VitrineError] = self._loop.create_future()
+        self._kv: CachedKv | None = None
 
-    def set_prompt(self, prompt: ExpandedPrompt, coming: Iterable[int] | None = None) -> None:
-        """The whole prompt; it begins with the prefix that was submitted.
+    def set_prompt(self, prompt: ExpandedPrompt, announced: Iterable[int] | None = None) -> None:
+        """Sets the whole prompt, which begins with the prefix that was submitted.
 
         Args:
-            coming: media items whose rows will be handed over without being asked for; None for all.
+            announced: media items whose embeddings will be set without being requested; None for all.
         """
-        items = {span.item_index for span in prompt.spans} if coming is None else set(coming)
-        self._engine.call(self._engine.on_prompt, self.sequence, prompt, items)
+        items = (span.item_index for span in prompt.spans) if announced is None else announced
+        self._commands.put(SetPrompt(self._key, prompt, frozenset(items)))
 
-    def set_rows(self, item_index: int, rows: EmbeddingRows) -> None:
-        """Hands rows over: the engine releases them once they have landed, or when the request ends."""
-        self._engine.call(self._engine.on_rows, self.sequence, item_index, rows)
+    def set_embeddings(self, item_index: int, embeddings: EmbeddingRows) -> None:
+        """Hands embeddings over: the engine releases them once they have landed, or when the request ends."""
+        self._commands.put(SetEmbeddings(self._key, item_index, embeddings))
 
     def set_first_token(self, first: NextToken, prefill_ms: float, num_cached_tokens: int) -> None:
-        """The answer's first token, where the prompt is computed elsewhere; it comes after the prompt.
+        """Sets the answer's first token, where the prompt is computed elsewhere, after the prompt is set.
 
         Args:
             prefill_ms, num_cached_tokens: of the computation there.
         """
-        self._engine.call(self._engine.on_first_token, self.sequence, first, prefill_ms, num_cached_tokens)
+        self._commands.put(SetFirstToken(self._key, first, prefill_ms, num_cached_tokens))
 
-    def set_kv(self, rows: EmbeddingRows) -> None:
-        """Hands over the KV that was asked for, a row a token (see `kv_rows.py`), as `set_rows` does media rows."""
-        self._engine.call(self._engine.on_kv, self.sequence, rows)
+    def set_kv(self, kv: EmbeddingRows) -> None:
+        """Hands over the KV that was requested, a row a token (see `kv_rows.py`), as `set_embeddings` does."""
+        self._commands.put(SetKv(self._key, kv))
 
     def kv(self) -> CachedKv:
         """The prompt's KV: from the last token until `cancel`, for a request that was submitted with `keep_kv`."""
-        return self._engine.kv_of(self.sequence)
+        assert self._kv is not None
+        return self._kv
 
     def cancel(self) -> None:
-        """Ends the request and frees everything, also what it was to keep. Later calls do nothing."""
-        self._engine.call(self._engine.on_cancel, self.sequence)
+        """Ends the request and releases everything, also what it was to keep. Later calls do nothing."""
+        self._commands.put(Cancel(self._key))
 
     def fail(self, error: VitrineError) -> None:
         """Ends the request; the iteration raises `error`."""
-        self._engine.call(self._engine.on_fail, self.sequence, error)
+        self._commands.put(Fail(self._key, error))
 
     async def __aiter__(self) -> AsyncIterator[TokenOutput]:
         """
@@ -85,17 +80,39 @@ class RequestHandle:
             if output.finish_reason is not None:
                 return
 
-    def deliver(self, output: TokenOutput | VitrineError, timings: EngineTimings) -> None:
-        """Called on the engine's thread."""
+    def receive(self, event: TokenSampled | RequestFailed) -> None:
+        self.timings = event.timings
+        if isinstance(event, RequestFailed):
+            if not self.failed.done():
+                self.failed.set_result(event.error)
+            self._outputs.put_nowait(event.error)
+        else:
+            self._kv = event.kv
+            self._outputs.put_nowait(event.output)
 
-        def put() -> None:
-            self.timings = timings
-            if isinstance(output, VitrineError) and not self.failed.done():
-                self.failed.set_result(output)
-            self._outputs.put_nowait(output)
 
-        self._engine.outbox.put(self._loop, put)
+class RequestSubscriber:
+    """Where the events of one request go: tokens to its handle, needs to what its frontend has for them.
 
-    def on_loop(self, function: Callable[[T], None]) -> Callable[[T], None]:
-        """Made for the engine's thread, which calls it: has the event loop call `function`."""
-        return lambda argument: self._engine.outbox.put(self._loop, functools.partial(function, argument))
+    The engine holds it while the request runs. A handle does not: it would be held by what it holds itself, and with
+    the bytes of all media both would stay until a garbage collection, which stops all threads.
+    """
+
+    def __init__(
+        self,
+        handle: RequestHandle,
+        send_embeddings: Callable[[list[int]], None],
+        send_kv: Callable[[int], None] | None,
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._handle, self._send_embeddings, self._send_kv = handle, send_embeddings, send_kv
+
+    def receive(self, event: Event) -> None:
+        match event:
+            case EmbeddingsNeeded(items):
+                self._send_embeddings(items)
+            case KvNeeded(first_token):
+                assert self._send_kv is not None
+                self._send_kv(first_token)
+            case _:
+                self._handle.receive(event)

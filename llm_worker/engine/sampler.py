@@ -8,15 +8,14 @@ Shapes: B sequences, V vocabulary, S sequences that draw, A that ask for logprob
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from llm_worker.engine.request import SamplingParams, TokenLogprobs
 
 
-@dataclass(frozen=True)
-class NextToken:
+class NextToken(NamedTuple):
     """token_id: None where there is none to choose, as the logits were no numbers."""
 
     token_id: int | None

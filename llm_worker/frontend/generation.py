@@ -137,7 +137,7 @@ class Generator:
             raise TooManyItems(
                 f"the request has {len(request.media)} images and videos: at most {self._max_items} are accepted"
             )
-        self._engine.check_room()  # encoders shall not work for what is refused
+        self._engine.check_capacity()  # encoders shall not work for what is refused
         feed = self._make_feed(self._context, request)
         # Before anything else: encoding is the long part, and goes on its way while the prompt is tokenized.
         feed.start()

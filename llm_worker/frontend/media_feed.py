@@ -32,15 +32,15 @@ class MediaFeed(PromptFeed):
     def start(self) -> None:
         self._spawn(self._run())
 
-    def send_rows(self, items: list[int]) -> None:
-        """The engine needs these items' rows, (again)."""
+    def send_embeddings(self, items: list[int]) -> None:
+        """The engine needs these items' embeddings, perhaps again."""
         if not self._closed:
             self._spawn(self._encode(items))
 
     def _submit(self, plan: PlaceholderPlan, keep_kv: bool) -> RequestHandle:
         request = self.request
         return self._context.engine.submit(
-            request.request_id, self._head_start(plan), request.sampling, self.send_rows, keep_kv=keep_kv
+            request.request_id, self._head_start(plan), request.sampling, self.send_embeddings, keep_kv=keep_kv
         )
 
     async def _run(self) -> None:
@@ -79,4 +79,4 @@ class MediaFeed(PromptFeed):
             rows.release()
             raise
         self.arrivals.append(ItemArrival(index, rows.timings, self.since_arrival_ms()))
-        handle.set_rows(index, rows)
+        handle.set_embeddings(index, rows)

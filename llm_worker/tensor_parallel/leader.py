@@ -101,7 +101,7 @@ class LeadingForwardPass(ForwardPass):
 
     def _in_pool(self, landing: Landing) -> PoolLanding | None:
         """What the other ranks need to land these rows by themselves; None where they cannot."""
-        rows = landing.rows
+        rows = landing.embeddings
         number = self._pools.number_of(rows.mapping) if isinstance(rows, LeasedRows) else None
         if not isinstance(rows, LeasedRows) or number is None:
             return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -13,12 +13,15 @@ import torch
 
 from deploy.reference import Media, Reference
 from embedding_transport.checkpoint import open_checkpoint
+from embedding_transport.types import EmbeddingRows
 from llm_worker.engine.config import EngineConfig
 from llm_worker.engine.engine import Engine
 from llm_worker.engine.forward_pass import ForwardPass
 from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
 from llm_worker.engine.request import ExpandedPrompt, MediaSpan, SamplingParams, TokenOutput
 from llm_worker.engine.request_handle import RequestHandle
+from llm_worker.engine.request_parts import SampledTokens
+from llm_worker.engine.request_state import RequestState
 from llm_worker.engine.runner import MakeRunner, PlainRunner
 from llm_worker.engine.token_pool import TokenPool
 from llm_worker.families import build_decoder
@@ -79,21 +82,39 @@ def running_engine(
     folder: Path,
     make_runner: MakeRunner = PlainRunner,
     on_gpu_lost: Callable[[], None] = lambda: None,
+    start: bool = True,
     **config: int,
 ) -> Iterator[Engine]:
     decoder = build_decoder(open_checkpoint(str(folder)), torch.device("cpu"), torch.float32)
     limits = EngineConfig(**{"num_blocks": 64, "block_size": 8, "max_model_len": 512, **config})  # type: ignore[arg-type]
     engine = Engine(ForwardPass(decoder, limits, make_runner), limits, on_gpu_lost)
-    engine.start(Supervisor())
+    if start:
+        engine.start(Supervisor())
     try:
         yield engine
     finally:
-        engine.close()
+        if start:
+            engine.close()
 
 
 def input_buffer(decoder: TextDecoder, max_num_batched_tokens: int) -> InputEmbedBuffer:
     """Of up to 32 sequences."""
     return InputEmbedBuffer(decoder, max_num_batched_tokens, 32, TokenPool(32, decoder.device))
+
+
+def request_state(
+    prompt: ExpandedPrompt, embeddings: Sequence[EmbeddingRows] = (), row: int = 0, max_tokens: int = 1
+) -> RequestState:
+    """A request whose whole prompt is known, with nothing computed and no blocks.
+
+    Args:
+        embeddings: of its media items, all of them or none.
+    """
+    request = RequestState(0, "request", [], SampledTokens(greedy(max_tokens)), row=row)
+    request.set_prompt(prompt)
+    for item_index, each in enumerate(embeddings):
+        request.receive_embeddings(item_index, each)
+    return request
 
 
 def unsent(items: list[int]) -> None:
@@ -105,7 +126,7 @@ def submit(engine: Engine, request: Request, sampling: SamplingParams) -> Reques
     handle = engine.submit("request", request.prefix, sampling, unsent)
     handle.set_prompt(request.prompt)
     for index, rows in enumerate(request.rows):
-        handle.set_rows(index, rows)
+        handle.set_embeddings(index, rows)
     return handle
 
 
@@ -135,10 +156,10 @@ def is_idle(engine: Engine) -> bool:
 def submit_with_rows_at_hand(engine: Engine, request: Request, sampling: SamplingParams) -> RequestHandle:
     """Rows are handed over as often as they are asked for."""
 
-    def send_rows(items: list[int]) -> None:
+    def send_embeddings(items: list[int]) -> None:
         for item in items:
-            handle.set_rows(item, TensorRows(request.rows[item]._rows_TW))
+            handle.set_embeddings(item, TensorRows(request.rows[item]._rows_TW))
 
-    handle = engine.submit("request", request.prefix, sampling, send_rows)
-    handle.set_prompt(request.prompt, coming=())
+    handle = engine.submit("request", request.prefix, sampling, send_embeddings)
+    handle.set_prompt(request.prompt, announced=())
     return handle

@@ -20,7 +20,7 @@ from embedding_transport.errors import (
     PromptTooLong,
     VitrineError,
 )
-from llm_worker.engine import steps
+from llm_worker.engine import step_executor
 from llm_worker.engine.engine import Engine
 from llm_worker.engine.request import ExpandedPrompt, MediaSpan, SamplingParams
 from llm_worker.engine.request_handle import RequestHandle
@@ -46,7 +46,7 @@ async def test_late_rows_hold_up_nobody_and_the_request_goes_on_when_they_come(
         late = engine.submit("late", image.prefix, greedy(8), unsent)
         late.set_prompt(image.prompt)
         assert await tokens(submit(engine, text, greedy(8))) == reference.greedy(text.inputs, 8)[0]
-        late.set_rows(0, image.rows[0])
+        late.set_embeddings(0, image.rows[0])
         assert await tokens(late) == reference.greedy(image.inputs, 8)[0]
 
 
@@ -58,7 +58,7 @@ async def test_text_before_the_image_is_prefilled_before_anything_is_known_of_th
         # One token of the prefix is kept back, in case nothing follows it.
         await until(lambda: engine.stats().num_prefill_tokens == len(image.prefix) - 1)
         handle.set_prompt(image.prompt)
-        handle.set_rows(0, image.rows[0])
+        handle.set_embeddings(0, image.rows[0])
         assert await tokens(handle) == reference.greedy(image.inputs, 8)[0]
         assert engine.stats().num_prefill_tokens == len(image.prompt.token_ids)
 
@@ -68,12 +68,12 @@ async def test_rows_may_come_before_the_prompt_and_after_the_end(
 ) -> None:
     with running_engine(qwen3_vl_folder) as engine:
         handle = engine.submit("rows first", image.prefix, greedy(4), unsent)
-        handle.set_rows(0, image.rows[0])
+        handle.set_embeddings(0, image.rows[0])
         await asyncio.sleep(0.05)
         handle.set_prompt(image.prompt)
         assert await tokens(handle) == reference.greedy(image.inputs, 4)[0]
         too_late = TensorRows(torch.zeros(1, 1))
-        handle.set_rows(0, too_late)
+        handle.set_embeddings(0, too_late)
         await until(lambda: too_late.num_releases == 1)
 
 
@@ -93,11 +93,11 @@ async def test_cancel_frees_everything(qwen3_vl_folder: Path, image: Request, st
         handle = engine.submit("cancelled", image.prefix, greedy(400), unsent)
         rows = image.rows[0]
         if stage == "before the prompt":
-            handle.set_rows(0, rows)
+            handle.set_embeddings(0, rows)
         else:
             handle.set_prompt(image.prompt)
             if stage == "decoding":
-                handle.set_rows(0, rows)
+                handle.set_embeddings(0, rows)
                 await anext(aiter(handle))
         await until(lambda: engine.stats().running == 1)
         handle.cancel()
@@ -143,7 +143,7 @@ async def test_an_equal_beginning_is_computed_once_and_its_picture_is_not_needed
         computed = engine.stats().num_prefill_tokens
         assert computed == num_prompt
         handle = engine.submit("again", image.prefix, greedy(8), unsent)
-        handle.set_prompt(known.prompt, coming=())
+        handle.set_prompt(known.prompt, announced=())
         assert await tokens(handle) == expected
         num_cached = (num_prompt - 1) // 8 * 8
         assert handle.timings.num_cached_tokens == engine.stats().num_cached_tokens == num_cached
@@ -156,7 +156,7 @@ async def test_an_equal_beginning_is_computed_once_and_its_picture_is_not_needed
         surplus = TensorRows(image.rows[0]._rows_TW)
         handle = engine.submit("rows on their way", image.prefix, greedy(8), unsent)
         handle.set_prompt(known.prompt)
-        handle.set_rows(0, surplus)
+        handle.set_embeddings(0, surplus)
         assert await tokens(handle) == expected
         assert surplus.num_releases == 1
         # Another picture with the same size is another prompt.
@@ -216,7 +216,7 @@ async def test_too_many_requests_are_refused(qwen3_vl_folder: Path, image: Reque
         with pytest.raises(Overloaded, match="3"):
             engine.submit("one too many", image.prefix, greedy(4), unsent)
         waiting[0].cancel()
-        await until(lambda: engine._num_live == 2)
+        await until(lambda: engine._capacity.num_used == 2)
         assert len(await tokens(submit(engine, text, greedy(4)))) == 4
 
 
@@ -224,9 +224,11 @@ async def test_expired_rows_are_asked_for_again(qwen3_vl_folder: Path, reference
     with running_engine(qwen3_vl_folder) as engine:
         lost = [TensorRows(torch.zeros(12, 1), error=LeaseExpired("lease 1 is over")) for _ in range(2)]
         coming = [*lost, image.rows[0]]
-        handle = engine.submit("expired", image.prefix, greedy(8), lambda items: handle.set_rows(0, coming.pop(0)))
+        handle: RequestHandle = engine.submit(
+            "expired", image.prefix, greedy(8), lambda items: handle.set_embeddings(0, coming.pop(0))
+        )
         handle.set_prompt(image.prompt)
-        handle.set_rows(0, coming.pop(0))
+        handle.set_embeddings(0, coming.pop(0))
         assert await tokens(handle) == reference.greedy(image.inputs, 8)[0]
         assert [rows.num_releases for rows in (*lost, image.rows[0])] == [1, 1, 1]
 
@@ -244,14 +246,14 @@ async def test_each_of_many_pictures_may_expire_once(
     with running_engine(qwen3_vl_folder, max_num_batched_tokens=length) as engine:
         lost = [TensorRows(part, error=LeaseExpired("lease 1 is over")) for part in parts]
 
-        def send_rows(items: list[int]) -> None:
+        def send_embeddings(items: list[int]) -> None:
             for item in items:
-                handle.set_rows(item, TensorRows(parts[item]))
+                handle.set_embeddings(item, TensorRows(parts[item]))
 
-        handle = engine.submit("expired", image.prefix, greedy(8), send_rows)
+        handle = engine.submit("expired", image.prefix, greedy(8), send_embeddings)
         handle.set_prompt(prompt)
         for item, rows in enumerate(lost):
-            handle.set_rows(item, rows)
+            handle.set_embeddings(item, rows)
         assert await tokens(handle) == reference.greedy(image.inputs, 8)[0]
         assert [rows.num_releases for rows in lost] == [1] * 6
 
@@ -262,15 +264,15 @@ async def test_rows_that_expire_again_and_again_fail_their_request_and_no_other(
     with running_engine(qwen3_vl_folder) as engine:
         sent: list[TensorRows] = []
 
-        def send_rows(items: list[int]) -> None:
+        def send_embeddings(items: list[int]) -> None:
             sent.append(TensorRows(torch.zeros(12, 1), error=LeaseExpired("lease 1 is over")))
-            expired.set_rows(0, sent[-1])
+            expired.set_embeddings(0, sent[-1])
 
-        expired = engine.submit("expired", image.prefix, greedy(8), send_rows)
+        expired = engine.submit("expired", image.prefix, greedy(8), send_embeddings)
         good = engine.submit("good", image.prefix, greedy(8), unsent)
-        expired.set_prompt(image.prompt, coming=())
+        expired.set_prompt(image.prompt, announced=())
         good.set_prompt(image.prompt)
-        good.set_rows(0, image.rows[0])
+        good.set_embeddings(0, image.rows[0])
         with pytest.raises(LeaseExpired, match="lease 1"):
             await collect(expired)
         assert await tokens(good) == reference.greedy(image.inputs, 8)[0]
@@ -302,7 +304,7 @@ async def test_it_says_so_when_the_gpu_is_lost(
     def fail(*arguments: Any) -> torch.Tensor:
         raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(steps, "is_lost", lambda device: is_lost)
+    monkeypatch.setattr(step_executor, "is_lost", lambda device: is_lost)
     told: list[str] = []
     with running_engine(qwen3_vl_folder, on_gpu_lost=lambda: told.append("lost")) as engine:
         monkeypatch.setattr(engine._forward_pass.decoder, "forward", fail)
@@ -322,7 +324,7 @@ async def test_a_prompt_that_does_not_begin_with_its_prefix_is_our_fault(qwen3_v
 async def test_close_fails_what_runs_and_releases_its_rows(qwen3_vl_folder: Path, image: Request) -> None:
     with running_engine(qwen3_vl_folder) as engine:
         handle = engine.submit("running", image.prefix, greedy(4), unsent)
-        handle.set_rows(0, image.rows[0])
+        handle.set_embeddings(0, image.rows[0])
         await until(lambda: engine.stats().running == 1)
     assert image.rows[0].num_releases == 1
     with pytest.raises(VitrineError, match="shutting down"):
@@ -348,7 +350,7 @@ async def test_nobody_waits_for_an_engine_that_broke(
 
     with running_engine(qwen3_vl_folder) as engine:
         running = engine.submit("running", image.prefix, greedy(4), unsent)
-        running.set_rows(0, image.rows[0])
+        running.set_embeddings(0, image.rows[0])
         await until(lambda: engine.stats().running == 1)
         monkeypatch.setattr(engine._scheduler, "schedule", fail)
         running.set_prompt(image.prompt)
@@ -356,6 +358,39 @@ async def test_nobody_waits_for_an_engine_that_broke(
             with pytest.raises(InternalError):
                 await asyncio.wait_for(collect(handle), 10)
         assert image.rows[0].num_releases == 1
+
+
+async def test_an_exception_of_the_loop_leaves_run_for_the_threads_owner(
+    qwen3_vl_folder: Path, image: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("a bug of ours")
+
+    with running_engine(qwen3_vl_folder, start=False) as engine:
+        monkeypatch.setattr(engine._scheduler, "schedule", fail)
+        handle = submit(engine, image, greedy(4))
+        with pytest.raises(RuntimeError, match="a bug of ours"):
+            await asyncio.to_thread(engine.run)
+        with pytest.raises(InternalError, match="stopped: RuntimeError"):
+            await asyncio.wait_for(collect(handle), 10)
+        assert image.rows[0].num_releases == 1 and is_idle(engine)
+
+
+async def test_fail_all_fails_what_runs_and_what_comes_later(qwen3_vl_folder: Path, image: Request) -> None:
+    with running_engine(qwen3_vl_folder) as engine:
+        running = engine.submit("running", image.prefix, greedy(4), unsent)
+        running.set_embeddings(0, image.rows[0])
+        await until(lambda: engine.stats().running == 1)
+        engine.fail_all(Overloaded("the GPU is lost: try again later", retry_after_s=2))
+        engine.fail_all(InternalError("only the first error counts"))
+        errors = []
+        for handle in (running, submit(engine, image, greedy(4))):
+            with pytest.raises(Overloaded, match="the GPU is lost") as caught:
+                await asyncio.wait_for(collect(handle), 10)
+            errors.append(caught.value)
+        assert [each.retry_after_s for each in errors] == [2, 2] and errors[0] is not errors[1]
+        await until(lambda: is_idle(engine))
+        assert image.rows[0].num_releases == 2
 
 
 async def test_what_cannot_be_sampled_fails_alone(
@@ -382,9 +417,9 @@ async def test_rows_nobody_asked_for_are_released(qwen3_vl_folder: Path, referen
     with running_engine(qwen3_vl_folder) as engine:
         without_span, twice = TensorRows(torch.zeros(1, 1)), TensorRows(torch.zeros(1, 1))
         handle = engine.submit("more rows than spans", image.prefix, greedy(4), unsent)
-        handle.set_rows(0, image.rows[0])
-        handle.set_rows(0, twice)
-        handle.set_rows(7, without_span)
+        handle.set_embeddings(0, image.rows[0])
+        handle.set_embeddings(0, twice)
+        handle.set_embeddings(7, without_span)
         handle.set_prompt(image.prompt)
         assert await tokens(handle) == reference.greedy(image.inputs, 4)[0]
         assert [each.num_releases for each in (image.rows[0], twice, without_span)] == [1, 1, 1]

@@ -167,10 +167,10 @@ async def test_rows_that_were_lost_in_a_step_that_was_followed_are_asked_for_aga
         lost = [TensorRows(torch.zeros(12, 1), error=LeaseExpired("lease 1 is over")) for _ in range(2)]
         coming = [*lost, image.rows[0]]
         handle: RequestHandle = engine.submit(
-            "expired", image.prefix, greedy(max_tokens), lambda items: handle.set_rows(0, coming.pop(0))
+            "expired", image.prefix, greedy(max_tokens), lambda items: handle.set_embeddings(0, coming.pop(0))
         )
         handle.set_prompt(image.prompt)
-        handle.set_rows(0, coming.pop(0))
+        handle.set_embeddings(0, coming.pop(0))
         others = [submit(engine, text, greedy(1)) for _ in range(4)]
         assert await tokens(handle) == reference.greedy(image.inputs, max_tokens)[0]
         assert await asyncio.gather(*map(tokens, others)) == [reference.greedy(text.inputs, 1)[0]] * 4
@@ -199,5 +199,5 @@ async def test_late_rows_hold_up_nobody(
         late = engine.submit("late", image.prefix, greedy(1), unsent)
         late.set_prompt(image.prompt)
         assert await tokens(submit(engine, text, greedy(1))) == reference.greedy(text.inputs, 1)[0]
-        late.set_rows(0, image.rows[0])
+        late.set_embeddings(0, image.rows[0])
         assert await tokens(late) == reference.greedy(image.inputs, 1)[0]

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from embedding_transport.checkpoint import open_checkpoint
+from llm_worker.engine.chunk import Chunk
 from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
 from llm_worker.engine.kv_cache import KvCache
 from llm_worker.engine.request import ExpandedPrompt, MediaSpan
-from llm_worker.engine.scheduler import Chunk
-from llm_worker.engine.sequence import Sequence
+from llm_worker.engine.request_state import RequestState
 from llm_worker.engine.token_pool import TokenPool
 from llm_worker.families import build_decoder
 from llm_worker.models.decoder import StepInputs, TextDecoder
-from tests.llm_worker.engine.harness import greedy, input_buffer, unsent
+from tests.llm_worker.engine.harness import input_buffer, request_state
 from tests.llm_worker.engine.tensor_rows import TensorRows
 
 CPU = torch.device("cpu")
@@ -35,25 +35,22 @@ def cache(decoder: TextDecoder) -> KvCache:
     return KvCache(decoder.config, 16, 4, CPU, torch.float32)
 
 
-def sequence(decoder: TextDecoder, cache: KvCache, spans: tuple[MediaSpan, ...] = SPANS) -> Sequence:
-    sequence = Sequence("request", 0, [], greedy(1), lambda output, timings: None, unsent)
-    sequence.set_prompt(
-        ExpandedPrompt(list(range(40, 40 + NUM_TOKENS)), torch.arange(NUM_TOKENS).expand(3, -1) * 2, 50, spans)
-    )
+def sequence(decoder: TextDecoder, cache: KvCache, spans: tuple[MediaSpan, ...] = SPANS) -> RequestState:
+    positions = torch.arange(NUM_TOKENS).expand(3, -1) * 2
     width = decoder.config.hidden_size * (1 + decoder.config.num_deepstack)
-    for item_index, num_rows in ((0, 5), (1, 2)):
-        sequence.rows[item_index] = TensorRows(torch.randn(num_rows, width))
-    cache.append_slots(sequence.blocks, NUM_TOKENS + 4)
-    return sequence
+    embeddings = [TensorRows(torch.randn(num_rows, width)) for num_rows in (5, 2)]
+    made = request_state(ExpandedPrompt(list(range(40, 40 + NUM_TOKENS)), positions, 50, spans), embeddings)
+    cache.append_slots(made.table, NUM_TOKENS + 4)
+    return made
 
 
-def expected(decoder: TextDecoder, sequence: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
+def expected(decoder: TextDecoder, sequence: RequestState) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings [tokens, C] and deepstack [N, tokens, C] of the whole prompt, row by row."""
     embeds = decoder.embed_tokens(torch.tensor(sequence.token_ids)).clone()
     hidden = embeds.shape[1]
     deepstack = torch.zeros(decoder.config.num_deepstack, *embeds.shape)
-    for span in sequence.prompt.spans if sequence.prompt else ():
-        rows = sequence.rows[span.item_index]
+    for span in sequence.prompt.spans:
+        rows = sequence.media.received[span.item_index]
         assert isinstance(rows, TensorRows)
         for offset in range(span.length):
             row = rows._rows_TW[span.first_row + offset].split(hidden)
@@ -62,7 +59,7 @@ def expected(decoder: TextDecoder, sequence: Sequence) -> tuple[torch.Tensor, to
     return embeds, deepstack
 
 
-def write(buffer: InputEmbedBuffer, sequence: Sequence, start: int, stop: int) -> StepInputs:
+def write(buffer: InputEmbedBuffer, sequence: RequestState, start: int, stop: int) -> StepInputs:
     prepared = buffer.write([Chunk(sequence, start, stop, samples=False)])
     assert not prepared.failed
     return prepared.inputs
@@ -83,7 +80,7 @@ def test_rows_land_at_their_places_wherever_chunks_are_cut(
         else:
             assert torch.equal(inputs.deepstack_NTC, deepstack[:, start:stop])
         assert torch.equal(inputs.positions_3T, torch.arange(start, stop).expand(3, -1) * 2)
-        assert torch.equal(inputs.slot_mapping_T, one.blocks.slots[start:stop])
+        assert torch.equal(inputs.slot_mapping_T, one.table.slots[start:stop])
 
 
 @torch.inference_mode()
@@ -116,7 +113,7 @@ def test_tokens_that_the_host_does_not_know_yet_are_read_from_the_pool(decoder: 
     pool.write(torch.tensor([one.row, other.row, known.row]), torch.tensor([71, 72, 73]))
     known.token_ids.append(7)
     for each in (one, other):
-        each.num_in_flight = 1
+        each.sampled.num_in_flight = 1
     chunks = [Chunk(each, NUM_TOKENS, NUM_TOKENS + 1, samples=True) for each in (other, known, one)]
     prepared = buffer.write([chunks[0], Chunk(prompt, 0, 5, samples=False), *chunks[1:]])
     tokens = torch.tensor([72, 40, 41, 42, 43, 44, 7, 71])
@@ -135,11 +132,11 @@ class Unmapped(TensorRows):
 @torch.inference_mode()
 def test_rows_that_cannot_be_read_are_reported_and_the_others_land(decoder: TextDecoder, cache: KvCache) -> None:
     good, bad, short = (sequence(decoder, cache) for _ in range(3))
-    bad.rows[0] = Unmapped(torch.zeros(5, 384))
-    short.rows[0] = TensorRows(torch.zeros(1, 384))
+    bad.media.received[0] = Unmapped(torch.zeros(5, 384))
+    short.media.received[0] = TensorRows(torch.zeros(1, 384))
     buffer = input_buffer(decoder, 64)
     prepared = buffer.write([Chunk(each, 0, NUM_TOKENS, samples=False) for each in (bad, good, short)])
-    assert [chunk.sequence for chunk in prepared.failed] == [bad, short]
+    assert [chunk.request for chunk in prepared.failed] == [bad, short]
     assert str(next(iter(prepared.failed.values()))) == "unmapped"
     embeds, deepstack = expected(decoder, good)
     inputs = prepared.inputs

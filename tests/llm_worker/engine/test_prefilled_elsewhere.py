@@ -14,8 +14,9 @@ from embedding_transport.errors import InternalError, LeaseExpired
 from llm_worker.engine.engine import Engine
 from llm_worker.engine.request import SamplingParams
 from llm_worker.engine.request_handle import RequestHandle
+from llm_worker.engine.request_parts import RemoteKv, SampledTokens
+from llm_worker.engine.request_state import RequestState
 from llm_worker.engine.sampler import NextToken
-from llm_worker.engine.sequence import Sequence
 from tests.llm_worker.engine.harness import (
     Request,
     collect,
@@ -39,7 +40,7 @@ async def prefilled(engine: Engine, request: Request, sampling: SamplingParams) 
     handle = engine.submit("prefill", request.prefix, replace(sampling, max_tokens=1), unsent, keep_kv=True)
     handle.set_prompt(request.prompt)
     for index, rows in enumerate(request.rows):
-        handle.set_rows(index, rows)
+        handle.set_embeddings(index, rows)
     (output,) = await collect(handle)
     kv = handle.kv()
     assert engine.stats().kv_blocks_used > 0, "its blocks may not be given to others before it is cancelled"
@@ -188,20 +189,20 @@ async def test_kv_that_is_there_is_not_asked_for(
 
 @pytest.mark.parametrize("is_here", [True, False])
 def test_kv_behind_what_was_lost_meanwhile_is_asked_for_anew(is_here: bool) -> None:
-    asked: list[int] = []
-    rows = TensorRows(torch.zeros(8, 4))
-    sequence = Sequence("request", 0, [1] * 24, greedy(8), lambda output, timings: None, unsent, asked.append)
-    sequence.num_computed = 16
-    sequence.ask_for_kv()
+    rows, remote = TensorRows(torch.zeros(8, 4)), RemoteKv()
+    request = RequestState(0, "request", [1] * 24, SampledTokens(greedy(8)), remote)
+    request.admit()
+    request.reuse_prefix(16)
+    assert remote.request_missing(request.num_computed) and remote.first_token == 16
     if not is_here:
-        sequence.give_up()
-    sequence.kv, sequence.kv_coming = rows, False
+        request.preempt()
+    request.receive_kv(rows)
+    assert rows.num_releases == 0
     if is_here:
-        sequence.give_up()
-    sequence.ask_for_kv()
-    assert (asked, rows.num_releases, sequence.kv) == ([16, 0], 1, None)  # type: ignore[comparison-overlap]
-    sequence.ask_for_kv()
-    assert asked == [16, 0], "it is coming"
+        request.preempt()
+    assert remote.request_missing(request.num_computed) and remote.first_token == 0
+    assert (rows.num_releases, remote.received) == (1, None)
+    assert not remote.request_missing(request.num_computed), "it is to come"
 
 
 async def test_cancelling_while_the_kv_is_on_its_way_frees_everything(qwen3_vl_folder: Path, text: Request) -> None:

@@ -9,10 +9,12 @@ import torch
 
 from embedding_transport.checkpoint import open_checkpoint
 from embedding_transport.errors import PromptTooLong
+from llm_worker.engine.chunk import Chunk
 from llm_worker.engine.kv_cache import KvCache
 from llm_worker.engine.request import ExpandedPrompt, MediaSpan, SamplingParams
-from llm_worker.engine.scheduler import Chunk, Scheduler
-from llm_worker.engine.sequence import Sequence
+from llm_worker.engine.request_parts import RemoteKv, SampledTokens
+from llm_worker.engine.request_state import RequestState
+from llm_worker.engine.scheduler import Scheduler
 from llm_worker.families import text_config
 from tests.llm_worker.engine.tensor_rows import TensorRows
 
@@ -36,22 +38,26 @@ class Bench:
         self.scheduler = Scheduler(self.cache, budget, max_num_seqs, 200, prefix_cache, mixed_step_tokens)
         self.num_sequences = 0
 
-    def add(self, num_prefix: int) -> Sequence:
+    def add(self, num_prefix: int, remote_kv: RemoteKv | None = None) -> RequestState:
         index = self.num_sequences
         self.num_sequences += 1
-        tokens = SamplingParams(max_tokens=4)
-        sequence = Sequence(
-            str(index), index, list(range(num_prefix)), tokens, lambda output, timings: None, lambda items: None
-        )
-        self.scheduler.add(sequence)
-        return sequence
+        sampled = SampledTokens(SamplingParams(max_tokens=4))
+        request = RequestState(index, str(index), list(range(num_prefix)), sampled, remote_kv)
+        self.scheduler.add(request)
+        return request
 
-    def prompt(self, sequence: Sequence, num_tokens: int, *spans: MediaSpan) -> None:
+    def remove(self, request: RequestState) -> None:
+        """It has ended."""
+        self.scheduler.remove(request)
+        self.cache.release(request.table)
+        request.finish()
+
+    def prompt(self, sequence: RequestState, num_tokens: int, *spans: MediaSpan) -> None:
         positions = torch.arange(num_tokens).expand(3, -1)
         sequence.set_prompt(ExpandedPrompt(list(range(num_tokens)), positions, num_tokens, spans))
-        self.scheduler.check_length(sequence)
+        self.scheduler.limit_length(sequence)
 
-    def add_whole(self, num_tokens: int, *spans: MediaSpan) -> Sequence:
+    def add_whole(self, num_tokens: int, *spans: MediaSpan) -> RequestState:
         sequence = self.add(min((span.start for span in spans), default=num_tokens))
         self.prompt(sequence, num_tokens, *spans)
         return sequence
@@ -60,15 +66,20 @@ class Bench:
         """Schedules, and does to the sequences what running the step does."""
         chunks = self.scheduler.schedule()
         for chunk in chunks:
-            self.scheduler.started(chunk)
-            self.scheduler.computed(chunk)
+            chunk.request.launch(chunk.stop, chunk.samples)
+            self.scheduler.commit(chunk)
             if chunk.samples:
-                chunk.sequence.token_ids.append(0)
+                chunk.request.token_arrived()
+                chunk.request.append_token(0)
         return chunks
 
 
+def missing_items(request: RequestState) -> list[int]:
+    return request.media.request_missing(request.prompt, request.num_computed)
+
+
 def plain(chunks: list[Chunk]) -> list[tuple[str, int, int, bool]]:
-    return [(chunk.sequence.request_id, chunk.start, chunk.stop, chunk.samples) for chunk in chunks]
+    return [(chunk.request.request_id, chunk.start, chunk.stop, chunk.samples) for chunk in chunks]
 
 
 @pytest.fixture
@@ -111,7 +122,7 @@ def test_a_step_holds_no_more_sequences_than_it_may(folder: Path) -> None:
     bench = Bench(folder, max_num_seqs=2)
     for _ in range(3):
         bench.add_whole(3)
-    assert [chunk.sequence.request_id for chunk in bench.step()] == ["0", "1"]
+    assert [chunk.request.request_id for chunk in bench.step()] == ["0", "1"]
 
 
 def test_prefill_goes_as_far_as_the_rows_have_come(folder: Path) -> None:
@@ -120,27 +131,25 @@ def test_prefill_goes_as_far_as_the_rows_have_come(folder: Path) -> None:
     rows = TensorRows(torch.zeros(5, 1))
     assert plain(bench.step()) == [("0", 0, 4, False)]
     assert bench.step() == []
-    sequence.rows[0] = rows
+    sequence.receive_embeddings(0, rows)
     assert plain(bench.step()) == [("0", 4, 10, False)]
-    sequence.release_landed_rows()
     assert not rows.num_releases  # its second span is still to come
-    sequence.rows[1] = TensorRows(torch.zeros(3, 1))
+    sequence.receive_embeddings(1, TensorRows(torch.zeros(3, 1)))
     assert plain(bench.step()) == [("0", 10, 20, True)]
-    sequence.release_landed_rows()
-    assert (rows.num_releases, sequence.rows) == (1, {})
+    assert (rows.num_releases, sequence.media.received) == (1, {})
 
 
 def test_memory_is_given_by_arrival(folder: Path) -> None:
     bench = Bench(folder, num_blocks=8)
     first, large, small = bench.add_whole(16), bench.add_whole(20), bench.add_whole(4)
-    assert [chunk.sequence for chunk in bench.step()] == [first]
+    assert [chunk.request for chunk in bench.step()] == [first]
     # The small one would fit, but would let the large one wait for ever.
     assert bench.scheduler.waiting == [large, small]
-    bench.scheduler.remove(first)
-    assert [chunk.sequence for chunk in bench.step()] == [large]
-    bench.scheduler.remove(large)
-    assert [chunk.sequence for chunk in bench.step()] == [small]
-    bench.scheduler.remove(small)
+    bench.remove(first)
+    assert [chunk.request for chunk in bench.step()] == [large]
+    bench.remove(large)
+    assert [chunk.request for chunk in bench.step()] == [small]
+    bench.remove(small)
     assert bench.cache.num_free == 8
 
 
@@ -152,12 +161,12 @@ def test_who_came_last_gives_its_memory_up_for_those_before_it(folder: Path) -> 
     bench.prompt(other, 20)
     # Each holds 3 blocks and needs 5 of 8: neither could go on beside the other.
     assert plain(bench.step()) == [("0", 8, 20, True)]
-    assert (bench.scheduler.waiting, other.num_computed, other.blocks.blocks) == ([other], 0, [])
+    assert (bench.scheduler.waiting, other.num_computed, other.table.blocks) == ([other], 0, [])
     assert bench.scheduler.num_preempted == 1
     # Who has given up is next: those who come later do not run ahead in the meantime.
     latest = bench.add(4)
     assert plain(bench.step()) == [("0", 20, 21, True)]
-    bench.scheduler.remove(one)
+    bench.remove(one)
     assert plain(bench.step()) == [("1", 0, 16, False)]
     assert latest in bench.scheduler.running
 
@@ -172,8 +181,8 @@ def test_a_long_answer_takes_memory_as_it_grows_and_what_it_took_away_is_compute
     assert plain(bench.step()) == [("0", 8, 9, True)]
     assert second.num_computed == 0
     while len(first.token_ids) < 20:
-        assert [chunk.sequence for chunk in bench.step()] == [first]
-    bench.scheduler.remove(first)
+        assert [chunk.request for chunk in bench.step()] == [first]
+    bench.remove(first)
     # Its prompt and what it had generated run as one chunk across both.
     assert plain(bench.step()) == [("1", 0, 9, True)]
     assert second.positions(0, 9).tolist() == [list(range(9))] * 3
@@ -187,7 +196,7 @@ def test_what_is_computed_anew_behind_its_prompt_does_not_make_decoding_wait(fol
     first.token_ids += [0] * 40
     first.max_total_tokens = 60
     assert plain(bench.step()) == [("1", 4, 5, True), ("0", 4, 11, False)]
-    bench.scheduler.remove(second)
+    bench.remove(second)
     assert plain(bench.step()) == [("0", 11, 43, False)]
 
 
@@ -195,21 +204,21 @@ def test_equal_beginnings_are_computed_once(folder: Path) -> None:
     bench = Bench(folder, budget=100, prefix_cache=True)
     span = MediaSpan(0, 6, 8, 0)
 
-    def add(num_tokens: int, content: bytes) -> Sequence:
+    def add(num_tokens: int, content: bytes) -> RequestState:
         sequence = bench.add(6)
         positions = torch.arange(num_tokens).expand(3, -1)
         prompt = ExpandedPrompt(list(range(num_tokens)), positions, num_tokens, (span,), (content,))
         sequence.set_prompt(prompt)
-        bench.scheduler.check_length(sequence)
-        sequence.rows[0] = TensorRows(torch.zeros(8, 1))
+        bench.scheduler.limit_length(sequence)
+        sequence.receive_embeddings(0, TensorRows(torch.zeros(8, 1)))
         return sequence
 
     one = add(21, b"cat")
     assert plain(bench.step()) == [("0", 0, 21, True)]
     two = add(30, b"cat")
     assert plain(bench.step()) == [("0", 21, 22, True), ("1", 20, 30, True)]
-    assert two.blocks.blocks[:5] == one.blocks.blocks[:5] and two.blocks.blocks[5] not in one.blocks.blocks
-    assert (two.num_cached, two.rows, bench.scheduler.num_cached_tokens) == (20, {}, 20)
+    assert two.table.blocks[:5] == one.table.blocks[:5] and two.table.blocks[5] not in one.table.blocks
+    assert (two.prefix.num_tokens, two.media.received, bench.scheduler.num_cached_tokens) == (20, {}, 20)
     # Another picture has the first block in common, which ends before it; a missing hash nothing else, either.
     for index, content in enumerate((b"dog", b""), 2):
         add(21, content)
@@ -219,7 +228,7 @@ def test_equal_beginnings_are_computed_once(folder: Path) -> None:
     assert plain(bench.step())[-1] == ("4", 16, 20, True)
     # Kept after its end, too.
     for sequence in list(bench.scheduler.running):
-        bench.scheduler.remove(sequence)
+        bench.remove(sequence)
     assert bench.cache.num_free == bench.cache.num_blocks
     add(21, b"cat")
     assert plain(bench.step()) == [("5", 20, 21, True)]
@@ -233,11 +242,11 @@ def test_a_picture_that_the_cache_knows_is_not_computed_although_the_text_ran_ah
         sequence = bench.add(6)
         assert plain(bench.step()) == [(str(index), 4 * index, 5, False)]
         sequence.set_prompt(prompt)
-        bench.scheduler.check_length(sequence)
-        sequence.rows[0] = TensorRows(torch.zeros(8, 1))
+        bench.scheduler.limit_length(sequence)
+        sequence.receive_embeddings(0, TensorRows(torch.zeros(8, 1)))
         assert plain(bench.step()) == [(str(index), (5, 20)[index], 21, True)]
-        assert sequence.num_cached == (0, 20)[index]
-        bench.scheduler.remove(sequence)
+        assert sequence.prefix.num_tokens == (0, 20)[index]
+        bench.remove(sequence)
 
 
 def test_rows_are_asked_for_where_nobody_announced_them_and_where_they_are_lost(folder: Path) -> None:
@@ -245,30 +254,28 @@ def test_rows_are_asked_for_where_nobody_announced_them_and_where_they_are_lost(
     earlier = bench.add_whole(12)
     sequence = bench.add(4)
     bench.prompt(sequence, 16, MediaSpan(0, 4, 4, 0), MediaSpan(1, 10, 2, 0))
-    sequence.coming = {0}
+    sequence.media.requested = {0}
     bench.step()
-    assert sequence.missing_items() == [1]
-    assert sequence.missing_items() == []
+    assert missing_items(sequence) == [1]
+    assert missing_items(sequence) == []
     for item in (0, 1):
-        sequence.rows[item] = TensorRows(torch.zeros(4, 1))
-    sequence.coming.clear()
+        sequence.receive_embeddings(item, TensorRows(torch.zeros(4, 1)))
     assert plain(bench.step())[-1] == ("1", 4, 16, True)
-    sequence.release_landed_rows()
     earlier.max_total_tokens = 30
     while sequence in bench.scheduler.running:
         bench.step()
     assert bench.scheduler.waiting == [sequence]
-    bench.scheduler.remove(earlier)
+    bench.remove(earlier)
     # Its first block is still known, and what media stands behind it is not.
     assert plain(bench.step()) == []
-    assert (sequence.num_computed, sequence.missing_items()) == (4, [0, 1])
+    assert (sequence.num_computed, missing_items(sequence)) == (4, [0, 1])
 
 
 def test_text_that_has_no_room_to_run_ahead_lets_others_pass(folder: Path) -> None:
     bench = Bench(folder, num_blocks=4)
     early = bench.add(40)
     ready = bench.add_whole(8)
-    assert [chunk.sequence for chunk in bench.step()] == [ready]
+    assert [chunk.request for chunk in bench.step()] == [ready]
     assert bench.scheduler.waiting == [early]
 
 
@@ -277,12 +284,11 @@ def test_who_is_not_asked_for_before_there_is_room_is_not_passed(folder: Path) -
     bench = Bench(folder, num_blocks=5)
     running = bench.add_whole(8)
     bench.step()
-    elsewhere = bench.add(8)
-    elsewhere.request_kv = lambda first_row: None
+    elsewhere = bench.add(8, RemoteKv())
     small = bench.add_whole(2)
-    assert [chunk.sequence for chunk in bench.step()] == [running]
+    assert [chunk.request for chunk in bench.step()] == [running]
     assert bench.scheduler.waiting == [elsewhere, small]
-    bench.scheduler.remove(running)
+    bench.remove(running)
     bench.step()
     assert bench.scheduler.running == [elsewhere, small]
 

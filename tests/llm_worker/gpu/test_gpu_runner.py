@@ -10,15 +10,15 @@ import torch
 
 from deploy.reference import Reference
 from embedding_transport.checkpoint import open_checkpoint
+from llm_worker.engine.chunk import Chunk
 from llm_worker.engine.kv_cache import KvCache
 from llm_worker.engine.request import ExpandedPrompt, MediaSpan
+from llm_worker.engine.request_state import RequestState
 from llm_worker.engine.runner import PlainRunner, Runner
-from llm_worker.engine.scheduler import Chunk
-from llm_worker.engine.sequence import Sequence
 from llm_worker.families import build_decoder
 from llm_worker.models.decoder import TextDecoder
 from tests.integration.test_parity import CASES
-from tests.llm_worker.engine.harness import Request, greedy, input_buffer, request_for, unsent
+from tests.llm_worker.engine.harness import Request, input_buffer, request_for, request_state
 from tests.llm_worker.engine.tensor_rows import TensorRows
 from tests.llm_worker.gpu.interpreted import run_few_programs
 
@@ -41,15 +41,13 @@ def hidden_states(decoder: TextDecoder, requests: list[Request], gpu: bool) -> l
         runner = GpuRunner(decoder, kv_cache, buffer, 4, 256, TorchSdpa(), capture=lambda work: work, max_short_step=24)
     sequences = []
     for request in requests:
-        sequence = Sequence("request", 0, [], greedy(1), lambda output, timings: None, unsent)
-        sequence.set_prompt(request.prompt)
-        sequence.rows = dict(enumerate(request.rows))
+        sequence = request_state(request.prompt, request.rows)
         sequence.token_ids += [5, 6, 7]
-        kv_cache.append_slots(sequence.blocks, len(sequence.token_ids))
+        kv_cache.append_slots(sequence.table, len(sequence.token_ids))
         sequences.append(sequence)
     one, other = sequences
     end, other_end = one.num_prompt_tokens, other.num_prompt_tokens
-    cut = (one.prompt.spans[0].start if one.prompt else 0) + 3
+    cut = (one.prompt.spans[0].start) + 3
     steps = [
         [Chunk(one, 0, cut, False)],
         [Chunk(one, cut, end, True), Chunk(other, 0, 5, False)],
@@ -154,18 +152,16 @@ def test_graphs_equal_their_pieces_and_are_close_to_the_plain_decoder() -> None:
 
 def _request(
     kv_cache: KvCache, seed: int, num_tokens: int, span: MediaSpan | None = None, rows: TensorRows | None = None
-) -> Sequence:
+) -> RequestState:
     token_ids = torch.randint(1000, 50000, (num_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
-    sequence = Sequence("request", 0, [], greedy(1), lambda output, timings: None, unsent)
     positions = torch.arange(num_tokens).expand(3, -1)
-    sequence.set_prompt(ExpandedPrompt(token_ids, positions, num_tokens, (span,) if span is not None else ()))
-    if rows is not None:
-        sequence.rows = {0: rows}
+    prompt = ExpandedPrompt(token_ids, positions, num_tokens, (span,) if span is not None else ())
+    sequence = request_state(prompt, [rows] if rows is not None else [])
     sequence.token_ids += [5, 6, 7, 8]
-    assert kv_cache.append_slots(sequence.blocks, len(sequence.token_ids))
+    assert kv_cache.append_slots(sequence.table, len(sequence.token_ids))
     return sequence
 
 
-def _token(sequence: Sequence, index: int) -> Chunk:
+def _token(sequence: RequestState, index: int) -> Chunk:
     start = sequence.num_prompt_tokens + index
     return Chunk(sequence, start, start + 1, True)

@@ -9,12 +9,11 @@ import torch
 
 from deploy.reference import Reference
 from embedding_transport.checkpoint import open_checkpoint
+from llm_worker.engine.chunk import Chunk
 from llm_worker.engine.kv_cache import KvCache
-from llm_worker.engine.scheduler import Chunk
-from llm_worker.engine.sequence import Sequence
 from llm_worker.families import build_decoder
 from tests.integration.test_parity import CASES
-from tests.llm_worker.engine.harness import greedy, input_buffer, request_for, unsent
+from tests.llm_worker.engine.harness import input_buffer, request_for, request_state
 
 CPU = torch.device("cpu")
 
@@ -32,13 +31,11 @@ def test_logits_equal_transformers(checkpoint_folder: Path, chunk_size: int) -> 
         num_tokens = len(request.prompt.token_ids)
         kv_cache = KvCache(decoder.config, 64, 16, CPU, torch.float32)
         buffer = input_buffer(decoder, chunk_size)
-        sequence = Sequence("request", 0, [], greedy(1), lambda output, timings: None, unsent)
-        sequence.set_prompt(request.prompt)
-        sequence.rows = dict(enumerate(request.rows))
-        kv_cache.append_slots(sequence.blocks, num_tokens)
+        state = request_state(request.prompt, request.rows)
+        kv_cache.append_slots(state.table, num_tokens)
         for start in range(0, num_tokens, chunk_size):
             stop = min(start + chunk_size, num_tokens)
-            prepared = buffer.write([Chunk(sequence, start, stop, samples=False)])
+            prepared = buffer.write([Chunk(state, start, stop, samples=False)])
             assert not prepared.failed
             logits_TV = decoder.logits(decoder(prepared.inputs, kv_cache.layers))
             assert (logits_TV - expected_TV[start:stop]).abs().max() <= 1e-3

@@ -15,16 +15,16 @@ from safetensors.torch import save_file
 
 from embedding_transport.checkpoint import open_checkpoint
 from gpu_kernels.packed_attention import TorchSdpa
+from llm_worker.engine.chunk import Chunk
 from llm_worker.engine.kv_cache import KvCache
 from llm_worker.engine.request import ExpandedPrompt, MediaSpan
+from llm_worker.engine.request_state import RequestState
 from llm_worker.engine.runner import PlainRunner, Runner
-from llm_worker.engine.scheduler import Chunk
-from llm_worker.engine.sequence import Sequence
 from llm_worker.families import build_decoder
 from llm_worker.gpu.gpu_runner import GpuRunner
 from llm_worker.models.decoder import TextDecoder
 from llm_worker.tensor_parallel.group import TorchGroup
-from tests.llm_worker.engine.harness import greedy, input_buffer, unsent
+from tests.llm_worker.engine.harness import input_buffer, request_state
 from tests.llm_worker.engine.tensor_rows import TensorRows
 from tests.llm_worker.gpu.interpreted import run_few_programs
 
@@ -43,7 +43,7 @@ def hidden_states(decoder: TextDecoder, kind: str) -> list[torch.Tensor]:
     width = decoder.config.hidden_size * (1 + decoder.config.num_deepstack)
     rows_TW = torch.randn((SPAN.length, width), generator=torch.Generator().manual_seed(0))
     one, other = _sequence(kv_cache, 24, SPAN), _sequence(kv_cache, 3)
-    one.rows = {0: TensorRows(rows_TW.to(decoder.device))}
+    one.receive_embeddings(0, TensorRows(rows_TW.to(decoder.device)))
     steps = [
         [Chunk(one, 0, 6, False)],
         [Chunk(one, 6, 24, True), Chunk(other, 0, 3, True)],
@@ -57,12 +57,11 @@ def hidden_states(decoder: TextDecoder, kind: str) -> list[torch.Tensor]:
     return found
 
 
-def _sequence(kv_cache: KvCache, num_tokens: int, *spans: MediaSpan) -> Sequence:
-    sequence = Sequence("request", 0, [], greedy(1), lambda output, timings: None, unsent)
+def _sequence(kv_cache: KvCache, num_tokens: int, *spans: MediaSpan) -> RequestState:
     token_ids = [30 + index % 90 for index in range(num_tokens)]
-    sequence.set_prompt(ExpandedPrompt(token_ids, torch.arange(num_tokens).expand(3, -1), num_tokens, spans))
+    sequence = request_state(ExpandedPrompt(token_ids, torch.arange(num_tokens).expand(3, -1), num_tokens, spans))
     sequence.token_ids += [50, 60]
-    assert kv_cache.append_slots(sequence.blocks, len(sequence.token_ids))
+    assert kv_cache.append_slots(sequence.table, len(sequence.token_ids))
     return sequence
 
 

@@ -19,13 +19,13 @@ from embedding_transport.received_rows import LeasedRows
 from embedding_transport.row_source import TensorSource
 from embedding_transport.shm_pool import ShmMapping, ShmPool
 from embedding_transport.types import ItemTimings
+from llm_worker.engine.chunk import Chunk
 from llm_worker.engine.config import EngineConfig
 from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
 from llm_worker.engine.kv_cache import KvCache
 from llm_worker.engine.request import ExpandedPrompt, MediaSpan
+from llm_worker.engine.request_state import RequestState
 from llm_worker.engine.runner import PlainRunner, Runner
-from llm_worker.engine.scheduler import Chunk
-from llm_worker.engine.sequence import Sequence
 from llm_worker.families import build_decoder
 from llm_worker.models.decoder import StepInputs, TextDecoder
 from llm_worker.tensor_parallel.channel import Channel, ChannelClosed, Kind
@@ -33,7 +33,7 @@ from llm_worker.tensor_parallel.group import TorchGroup
 from llm_worker.tensor_parallel.leader import LeadingForwardPass
 from llm_worker.tensor_parallel.shared_pools import NUMBER, SharedPools
 from protos.encoder.v1 import encoder_pb2
-from tests.llm_worker.engine.harness import greedy, unsent
+from tests.llm_worker.engine.harness import request_state
 
 CPU = torch.device("cpu")
 LIMITS = EngineConfig(max_num_batched_tokens=32, num_blocks=8, block_size=8, max_model_len=64)
@@ -137,12 +137,11 @@ def decoder(qwen3_vl_folder: Path) -> TextDecoder:
     return build_decoder(open_checkpoint(str(qwen3_vl_folder)), CPU, torch.float32)
 
 
-def sequence(forward_pass: LeadingForwardPass, rows: LeasedRows | None = None) -> Sequence:
+def sequence(forward_pass: LeadingForwardPass, rows: LeasedRows | None = None) -> RequestState:
     spans = (MediaSpan(0, 2, rows.num_tokens, 0),) if rows is not None else ()
-    made = Sequence("request", 0, [], greedy(1), lambda output, timings: None, unsent)
-    made.set_prompt(ExpandedPrompt(list(range(40, 52)), torch.arange(12).expand(3, -1), 12, spans))
-    made.rows = {0: rows} if rows is not None else {}
-    assert forward_pass.kv_cache.append_slots(made.blocks, 12)
+    prompt = ExpandedPrompt(list(range(40, 52)), torch.arange(12).expand(3, -1), 12, spans)
+    made = request_state(prompt, [rows] if rows is not None else [])
+    assert forward_pass.kv_cache.append_slots(made.table, 12)
     return made
 
 

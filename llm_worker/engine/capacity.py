@@ -1,0 +1,36 @@
+"""How many requests the engine holds, of as many as it may."""
+
+from __future__ import annotations
+
+import threading
+
+from embedding_transport.errors import Overloaded
+
+
+class Capacity:
+    """Safe to use from any thread. num_used: requests that are running or waiting."""
+
+    def __init__(self, limit: int) -> None:
+        self.num_used = 0
+        self._limit = limit
+        self._lock = threading.Lock()
+
+    def check(self) -> None:
+        """
+        Raises:
+            Overloaded: there are as many requests as may be.
+        """
+        if self.num_used >= self._limit:
+            raise Overloaded(
+                f"{self.num_used} requests are running or waiting, the limit is {self._limit}: try again later"
+            )
+
+    def acquire(self) -> None:
+        """Counts one more; raises as `check`."""
+        with self._lock:
+            self.check()
+            self.num_used += 1
+
+    def release(self) -> None:
+        with self._lock:
+            self.num_used -= 1

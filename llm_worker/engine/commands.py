@@ -1,0 +1,136 @@
+"""What the engine is asked to do, as values, and the queue that takes them to its thread."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from embedding_transport.errors import VitrineError
+from embedding_transport.types import EmbeddingRows
+from llm_worker.engine.events import RequestFailed
+from llm_worker.engine.outbox import Subscriber, send_now
+from llm_worker.engine.request import EngineTimings, ExpandedPrompt, SamplingParams
+from llm_worker.engine.sampler import NextToken
+
+
+@dataclass(frozen=True)
+class Submit:
+    """A new request; the other commands name it by `key`. See `Engine.submit`."""
+
+    key: int
+    request_id: str
+    prefix_token_ids: list[int]
+    sampling: SamplingParams
+    subscriber: Subscriber
+    has_remote_kv: bool
+    keep_kv: bool
+    prompt: ExpandedPrompt | None
+
+
+@dataclass(frozen=True)
+class SetPrompt:
+    """See `RequestHandle.set_prompt`. announced: media items whose embeddings come without being requested."""
+
+    key: int
+    prompt: ExpandedPrompt
+    announced: frozenset[int]
+
+
+@dataclass(frozen=True)
+class SetEmbeddings:
+    """A media item's embeddings, which the engine is to release."""
+
+    key: int
+    item_index: int
+    embeddings: EmbeddingRows
+
+
+@dataclass(frozen=True)
+class SetFirstToken:
+    """The first token of a request whose prompt is computed elsewhere. See `RequestHandle.set_first_token`."""
+
+    key: int
+    first: NextToken
+    prefill_ms: float
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True)
+class SetKv:
+    """The KV of a prompt that is computed elsewhere, which the engine is to release."""
+
+    key: int
+    kv: EmbeddingRows
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Ends the request, and releases what it was to keep."""
+
+    key: int
+
+
+@dataclass(frozen=True)
+class Fail:
+    """Ends the request with an error."""
+
+    key: int
+    error: VitrineError
+
+
+Command: TypeAlias = Submit | SetPrompt | SetEmbeddings | SetFirstToken | SetKv | Cancel | Fail
+
+
+class CommandQueue:
+    """Commands from any thread, in order, to the engine's.
+
+    error: why no commands are taken any more; None while they are.
+    """
+
+    def __init__(self) -> None:
+        self.error: VitrineError | None = None
+        self._lock = threading.Lock()
+        self._queue: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+
+    def put(self, command: Command) -> None:
+        with self._lock:
+            if self.error is None:
+                self._queue.put(command)
+                return
+        discard(command, self.error)
+
+    def close(self, error: VitrineError) -> None:
+        """Later commands are discarded with this error; the first call counts."""
+        with self._lock:
+            if self.error is None:
+                self.error = error
+                self._queue.put(None)  # ends a wait
+
+    def wait(self) -> Iterator[Command]:
+        """Waits for a command, or for the end; yields those that are here."""
+        first = self._queue.get()
+        if first is not None:
+            yield first
+        yield from self.take()
+
+    def take(self) -> Iterator[Command]:
+        """Yields the commands that are here."""
+        while not self._queue.empty():
+            command = self._queue.get()
+            if command is not None:
+                yield command
+
+
+def discard(command: Command, error: VitrineError) -> None:
+    """What becomes of a command that is not executed: what it carries is released, a new request fails."""
+    match command:
+        case Submit(subscriber=subscriber):
+            send_now(subscriber.loop, [(subscriber, RequestFailed(copy(error), EngineTimings()))])
+        case SetEmbeddings(embeddings=carried) | SetKv(kv=carried):
+            carried.release()
+        case _:
+            pass

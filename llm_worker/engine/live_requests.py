@@ -1,0 +1,162 @@
+"""The requests that the engine holds, and what commands and tokens do to them."""
+
+from __future__ import annotations
+
+from copy import copy
+
+from embedding_transport.errors import BadRequest, InternalError, VitrineError
+from llm_worker.engine.capacity import Capacity
+from llm_worker.engine.commands import (
+    Cancel,
+    Command,
+    Fail,
+    SetEmbeddings,
+    SetFirstToken,
+    SetKv,
+    SetPrompt,
+    Submit,
+    discard,
+)
+from llm_worker.engine.events import EmbeddingsNeeded, KvNeeded, RequestFailed, TokenSampled
+from llm_worker.engine.kv_cache import KvCache
+from llm_worker.engine.kv_rows import CachedKv
+from llm_worker.engine.outbox import Outbox
+from llm_worker.engine.request import ExpandedPrompt, TokenOutput
+from llm_worker.engine.request_parts import RemoteKv, SampledTokens
+from llm_worker.engine.request_state import RequestState, RequestStatus
+from llm_worker.engine.sampler import NextToken
+from llm_worker.engine.scheduler import Scheduler
+from llm_worker.engine.token_pool import TokenPool
+
+
+class LiveRequests:
+    """Belongs to the engine's thread. A request is here from `Submit` to its end, or to `Cancel` if it keeps its KV."""
+
+    def __init__(
+        self, scheduler: Scheduler, kv_cache: KvCache, token_pool: TokenPool, outbox: Outbox, capacity: Capacity
+    ) -> None:
+        self._scheduler, self._kv_cache, self._token_pool = scheduler, kv_cache, token_pool
+        self._outbox, self._capacity = outbox, capacity
+        self._requests: dict[int, RequestState] = {}
+
+    def execute(self, command: Command) -> None:
+        if isinstance(command, Submit):
+            self._submit(command)
+            return
+        request = self._requests.get(command.key)
+        if request is None:  # it has ended
+            discard(command, InternalError("the request has ended"))
+            return
+        match command:
+            case SetPrompt(_, prompt, announced):
+                self._set_prompt(request, prompt, announced)
+            case SetEmbeddings(_, item_index, embeddings):
+                request.receive_embeddings(item_index, embeddings)
+            case SetFirstToken():
+                self._set_first_token(request, command)
+            case SetKv(_, kv):
+                request.receive_kv(kv)
+            case Fail(_, error):
+                self.fail(request, error)
+            case Cancel():
+                self._cancel(request)
+
+    def request_inputs(self) -> None:
+        """Reports what running requests need and what is not to come."""
+        for request in self._scheduler.running:
+            if request.status is RequestStatus.DECODING:
+                continue
+            if request.remote_kv is not None:
+                if request.remote_kv.request_missing(request.num_computed):
+                    self._outbox.put(request.key, KvNeeded(request.num_computed))
+            elif missing := request.media.request_missing(request.prompt, request.num_computed):
+                self._outbox.put(request.key, EmbeddingsNeeded(missing))
+
+    def take_token(self, request: RequestState, next_token: NextToken) -> None:
+        """Appends the request's next token, which may be its last."""
+        token_id = next_token.token_id
+        if token_id is None:
+            self.fail(request, InternalError("the model's output is not a number: there is no next token to draw"))
+            return
+        request.append_token(token_id)
+        finish_reason = None
+        if token_id in request.sampled.params.stop_token_ids:
+            finish_reason = "stop"
+        elif len(request.token_ids) >= request.max_total_tokens:
+            finish_reason = "length"
+        output = TokenOutput(token_id, next_token.logprobs, finish_reason)
+        if finish_reason is None:
+            self._outbox.put(request.key, TokenSampled(output, request.timings_now(), None))
+        else:
+            kv = None
+            if request.keep_kv:
+                kv = CachedKv(self._kv_cache.layers, request.table.slots[: request.num_prompt_tokens])
+            self._outbox.put(request.key, TokenSampled(output, request.timings_now(), kv))
+            self._end(request, keep_kv=request.keep_kv)
+
+    def fail(self, request: RequestState, error: VitrineError) -> None:
+        """Ends a request, unless it has ended."""
+        if request.status is not RequestStatus.FINISHED:
+            self._outbox.put(request.key, RequestFailed(error, request.timings_now()))
+            self._end(request)
+
+    def fail_all(self, error: VitrineError) -> None:
+        """Ends every request. Each has its event before anything is released, which may go wrong after a fault."""
+        running = [each for each in self._requests.values() if each.status is not RequestStatus.FINISHED]
+        for request in running:
+            # One exception is not to be raised in many tasks.
+            self._outbox.put(request.key, RequestFailed(copy(error), request.timings_now()))
+        for request in running:
+            self._end(request)
+
+    def _submit(self, command: Submit) -> None:
+        request = RequestState(
+            command.key,
+            command.request_id,
+            list(command.prefix_token_ids),
+            SampledTokens(command.sampling),
+            RemoteKv() if command.has_remote_kv else None,
+            command.keep_kv,
+            self._token_pool.allocate(),
+        )
+        self._requests[command.key] = request
+        self._outbox.subscribe(command.key, command.subscriber)
+        self._scheduler.add(request)
+        if command.prompt is not None:
+            self._set_prompt(request, command.prompt, frozenset())
+
+    def _set_prompt(self, request: RequestState, prompt: ExpandedPrompt, announced: frozenset[int]) -> None:
+        if request.status is RequestStatus.FINISHED:
+            return
+        try:
+            if not prompt.token_ids:
+                raise BadRequest("the prompt is empty")
+            request.set_prompt(prompt, announced)
+            self._scheduler.limit_length(request)
+        except VitrineError as error:
+            self.fail(request, error)
+
+    def _set_first_token(self, request: RequestState, command: SetFirstToken) -> None:
+        if request.status is RequestStatus.FINISHED or request.num_tokens > request.num_prompt_tokens:
+            return
+        request.prefilled_elsewhere(command.prefill_ms / 1000, command.num_cached_tokens)
+        self.take_token(request, command.first)
+
+    def _cancel(self, request: RequestState) -> None:
+        if request.status is not RequestStatus.FINISHED:
+            self._end(request)
+        else:
+            self._release_blocks(request)
+
+    def _end(self, request: RequestState, keep_kv: bool = False) -> None:
+        self._scheduler.remove(request)
+        self._token_pool.release(request.row)
+        self._capacity.release()
+        self._outbox.unsubscribe(request.key)
+        request.finish()
+        if not keep_kv:
+            self._release_blocks(request)
+
+    def _release_blocks(self, request: RequestState) -> None:
+        self._kv_cache.release(request.table)
+        del self._requests[request.key]

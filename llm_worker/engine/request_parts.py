@@ -1,0 +1,138 @@
+"""The parts of a request's state, see `request_state.py`. They belong to the engine's thread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from embedding_transport.types import EmbeddingRows
+from llm_worker.engine.request import EngineTimings, ExpandedPrompt, SamplingParams
+
+
+@dataclass(slots=True)
+class MediaInputs:
+    """The embeddings of a prompt's media items, as far as they are here and still to be landed.
+
+    received: by item. requested: items whose embeddings are to come, as they were announced or requested.
+    num_lost: how often embeddings were lost since some were last landed.
+    """
+
+    received: dict[int, EmbeddingRows] = field(default_factory=dict)
+    requested: set[int] = field(default_factory=set)
+    num_lost: int = 0
+
+    def first_missing(self, prompt: ExpandedPrompt, start: int) -> int | None:
+        """Where the first span behind position `start` begins whose embeddings are not here; None where all are."""
+        missing = (span.start for span in prompt.spans if span.stop > start and span.item_index not in self.received)
+        return next(missing, None)
+
+    def request_missing(self, prompt: ExpandedPrompt, start: int) -> list[int]:
+        """Items with rows from position `start` on that are neither here nor requested; they count as requested now."""
+        if not prompt.spans:
+            return []
+        missing = prompt.items_from(start) - self.received.keys() - self.requested
+        self.requested |= missing
+        return sorted(missing)
+
+    def release(self, items: Iterable[int]) -> None:
+        for item_index in list(items):
+            self.received.pop(item_index).release()
+
+
+@dataclass(slots=True)
+class RemoteKv:
+    """The KV of a prompt that a prefill worker computes.
+
+    received: a row a token, from `first_token` on, until it has landed. is_requested: it is to come.
+    num_lost: how often it was lost.
+    """
+
+    received: EmbeddingRows | None = None
+    first_token: int = 0
+    is_requested: bool = False
+    num_lost: int = 0
+
+    def request_missing(self, start: int) -> bool:
+        """Whether KV from token `start` on is neither here nor requested; it counts as requested now."""
+        if self.is_requested:
+            return False
+        if self.first_token > start:
+            self.release()  # what it goes on from has been lost since it was requested
+        if self.received is not None:
+            return False
+        self.is_requested, self.first_token = True, start
+        return True
+
+    def release(self) -> None:
+        if self.received is not None:
+            self.received.release()
+            self.received = None
+
+
+@dataclass
+class SampledTokens:
+    """How a request's tokens are chosen, and how many of them the host does not know yet.
+
+    num_in_flight: tokens that steps in flight sample.
+    """
+
+    params: SamplingParams
+    num_in_flight: int = 0
+    _uniform: list[float] = field(default_factory=list, init=False)
+
+    def uniform(self, index: int) -> float:
+        """What the answer's token `index` is drawn by, from [0, 1); the same however often it is drawn."""
+        while len(self._uniform) <= index:
+            self._uniform.append(float(torch.rand((), generator=self._generator, dtype=torch.float64)))
+        return self._uniform[index]
+
+    @cached_property
+    def _generator(self) -> torch.Generator:
+        """Made for requests that draw."""
+        generator, seed = torch.Generator(), self.params.seed
+        if seed is not None:
+            generator.manual_seed(seed % 2**64)  # torch takes 64 bits, JSON has no limit
+        else:
+            generator.seed()
+        return generator
+
+
+@dataclass(slots=True)
+class CachedPrefix:
+    """What of a request's KV other requests can use, and what it could use of theirs.
+
+    hashes: of the first full blocks, see `prefix_hashes.py`. is_matched: they were looked up since the prompt is known.
+    num_tokens: tokens of the prompt whose KV was there when the request began.
+    """
+
+    hashes: list[bytes] = field(default_factory=list)
+    is_matched: bool = False
+    num_tokens: int = 0
+
+
+@dataclass(slots=True)
+class RequestTimings:
+    """Where a request's time in the engine goes, seconds and moments of `time.perf_counter`."""
+
+    land_s: float = 0.0
+    prefill_s: float = 0.0
+    submitted_at: float = field(default_factory=time.perf_counter)
+    first_token_at: float | None = None
+
+    def token_sampled(self) -> None:
+        if self.first_token_at is None:
+            self.first_token_at = time.perf_counter()
+
+    def snapshot(self, num_cached_tokens: int) -> EngineTimings:
+        first = self.first_token_at
+        return EngineTimings(
+            land_ms=self.land_s * 1000,
+            prefill_ms=self.prefill_s * 1000,
+            decode_ms=(time.perf_counter() - first) * 1000 if first is not None else 0.0,
+            ttft_ms=(first - self.submitted_at) * 1000 if first is not None else 0.0,
+            num_cached_tokens=num_cached_tokens,
+        )

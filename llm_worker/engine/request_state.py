@@ -1,0 +1,306 @@
+"""One request inside the engine: its status, what is known of its prompt, and what is computed of it.
+
+    WAITING_FOR_PROMPT -> WAITING -> PREFILLING <-> WAITING_FOR_MEDIA -> DECODING -> FINISHED
+                             ^           or WAITING_FOR_KV                  |
+                             +------------------- preempt ------------------+
+
+Any status may become FINISHED, by the last token, an error or a cancellation. `roll_back` leads from DECODING to the
+status that the remaining tokens allow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+import torch
+
+from embedding_transport.errors import InternalError
+from embedding_transport.types import EmbeddingRows
+from llm_worker.engine.prefix_hashes import extend_prefix_hashes
+from llm_worker.engine.request import EngineTimings, ExpandedPrompt, MediaSpan
+from llm_worker.engine.request_parts import CachedPrefix, MediaInputs, RemoteKv, RequestTimings, SampledTokens
+from llm_worker.models.paged_attention import BlockTable
+
+
+class RequestStatus(Enum):
+    """What a request does, or waits for. It has KV blocks from PREFILLING on, and none while it is queued."""
+
+    WAITING_FOR_PROMPT = auto()
+    """Queued; nothing can be computed before the sizes of its media are known."""
+    WAITING = auto()
+    """Queued for KV blocks."""
+    PREFILLING = auto()
+    """Tokens of its prompt can be computed now."""
+    WAITING_FOR_MEDIA = auto()
+    """Everything in front of media whose embeddings, or sizes, are not here is computed."""
+    WAITING_FOR_KV = auto()
+    """A prefill worker computes the prompt."""
+    DECODING = auto()
+    """The whole prompt is computed, or will be when the steps in flight are."""
+    FINISHED = auto()
+    """It has ended; its blocks may be kept."""
+
+
+_QUEUED = (RequestStatus.WAITING_FOR_PROMPT, RequestStatus.WAITING)
+
+
+@dataclass(eq=False, slots=True)
+class RequestState:
+    """Belongs to the engine's thread. Only the methods below write it; steps add to its timings.
+
+    key: of the request within the engine, in order of arrival. row: its row of the token pool.
+    token_ids: the text in front of the first media item, then the whole prompt, then the generated tokens that the host
+        knows.
+    keep_kv: its blocks are kept when it has its last token. remote_kv: None where the prompt is computed here.
+    prompt: of the text in front of the first media item, until it is `complete`.
+    table: its KV blocks. num_computed: tokens whose KV is in them, or will be when the steps in flight are computed;
+    num_committed: those whose steps are computed; num_ready: up to which its prompt could be computed now.
+    epoch: how often steps in flight were made void: they count only if they were launched in the current one.
+    max_total_tokens: of prompt and answer, once the prompt is complete.
+    """
+
+    key: int
+    request_id: str
+    token_ids: list[int]
+    sampled: SampledTokens
+    remote_kv: RemoteKv | None = None
+    keep_kv: bool = False
+    row: int = 0
+    status: RequestStatus = field(init=False)
+    prompt: ExpandedPrompt = field(init=False)
+    num_prompt_tokens: int = field(init=False)
+    complete: bool = False
+    media: MediaInputs = field(default_factory=MediaInputs)
+    prefix: CachedPrefix = field(default_factory=CachedPrefix)
+    timings: RequestTimings = field(default_factory=RequestTimings)
+    table: BlockTable = field(default_factory=BlockTable)
+    num_computed: int = 0
+    num_committed: int = 0
+    num_ready: int = 0
+    epoch: int = 0
+    num_preempted: int = 0
+    max_total_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = length = len(self.token_ids)
+        self.prompt = ExpandedPrompt(list(self.token_ids), torch.arange(length).expand(3, -1), length)
+        can_begin = length > 0 or self.remote_kv is not None
+        self.status = RequestStatus.WAITING if can_begin else RequestStatus.WAITING_FOR_PROMPT
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens, those included that steps in flight sample."""
+        return len(self.token_ids) + self.sampled.num_in_flight
+
+    @property
+    def num_to_hold(self) -> int:
+        """Tokens that need a slot in the KV cache; an answer's last one is never run."""
+        if self.status is RequestStatus.DECODING:
+            return min(self.num_tokens, self.max_total_tokens - 1)
+        return self.num_tokens
+
+    @property
+    def num_runnable(self) -> int:
+        """Up to which token the next step could compute."""
+        if self.status is RequestStatus.DECODING:
+            return self.num_to_hold
+        return self.num_ready if self.status is RequestStatus.PREFILLING else self.num_computed
+
+    # The prompt, and what it needs.
+
+    def set_prompt(self, prompt: ExpandedPrompt, announced: Iterable[int] = ()) -> None:
+        """The whole prompt is known.
+
+        Args:
+            announced: media items whose embeddings will come without being requested.
+
+        Raises:
+            InternalError: it does not begin with the tokens that were submitted.
+        """
+        if prompt.token_ids[: len(self.token_ids)] != self.token_ids:
+            raise InternalError(f"the prompt of {self.request_id} does not begin with the text that was prefilled")
+        self.prompt, self.num_prompt_tokens, self.complete = prompt, len(prompt.token_ids), True
+        self.token_ids = list(prompt.token_ids)
+        self.prefix.is_matched = False
+        self.media.requested = set(announced) - self.media.received.keys()
+        if self.status in _QUEUED:
+            self.status = RequestStatus.WAITING
+        else:
+            self._resume()
+
+    def limit_length(self, max_total_tokens: int) -> None:
+        """Prompt and answer may have so many tokens."""
+        self.max_total_tokens = max_total_tokens
+
+    def receive_embeddings(self, item_index: int, embeddings: EmbeddingRows) -> None:
+        """Takes a media item's embeddings over, and releases them as soon as they are not needed any more."""
+        self.media.requested.discard(item_index)
+        if self.status is RequestStatus.FINISHED or item_index in self.media.received:
+            embeddings.release()
+            return
+        self.media.received[item_index] = embeddings
+        if self.prefix.is_matched:  # and perhaps computed by an earlier request
+            self._release_landed()
+        if self.status in (RequestStatus.PREFILLING, RequestStatus.WAITING_FOR_MEDIA):
+            self._resume()
+
+    def receive_kv(self, kv: EmbeddingRows) -> None:
+        """Takes the prompt's KV over, and releases it where it is not needed any more."""
+        remote = self.remote_kv
+        if remote is not None:
+            remote.is_requested = False
+        if remote is None or remote.received or self.status in (RequestStatus.DECODING, RequestStatus.FINISHED):
+            kv.release()
+        else:
+            remote.received = kv
+
+    # What the scheduler and the steps do to it.
+
+    def admit(self) -> None:
+        """It has been allocated its first blocks."""
+        self._resume()
+
+    def reuse_prefix(self, num_tokens: int) -> int:
+        """The first blocks are those of earlier requests, with the KV of this many tokens.
+
+        Returns:
+            How many of them are counted as cached; what a preempted request finds is mostly its own.
+        """
+        self.num_computed = max(self.num_computed, num_tokens)
+        self.num_committed = max(self.num_committed, num_tokens)
+        num_new = 0
+        if num_tokens > self.prefix.num_tokens and not self.num_preempted:
+            num_new = num_tokens - self.prefix.num_tokens
+            self.prefix.num_tokens = num_tokens
+        if self.complete:
+            self.prefix.is_matched = True
+            self._release_landed()
+        return num_new
+
+    def launch(self, stop: int, samples: bool) -> None:
+        """A step that computes it up to token `stop` is in flight, and samples the token behind where `samples`."""
+        self.num_computed = stop
+        self.sampled.num_in_flight += samples
+        if self.status is not RequestStatus.DECODING:
+            self._resume()
+
+    def commit(self, stop: int) -> None:
+        """The step that computed it up to token `stop` is computed."""
+        self.num_committed = stop
+        if self.media.received:
+            self._release_landed()
+
+    def embeddings_landed(self) -> None:
+        """Some have: those that were lost before do not count any more."""
+        self.media.num_lost = 0
+
+    def append_token(self, token_id: int) -> None:
+        """The host knows the next token."""
+        self.token_ids.append(token_id)
+        self.timings.token_sampled()
+
+    def token_arrived(self) -> None:
+        """The host is about to know a token that a step in flight sampled."""
+        self.sampled.num_in_flight -= 1
+
+    def prefilled_elsewhere(self, prefill_s: float, num_cached_tokens: int) -> None:
+        """A prefill worker has computed the prompt, in this time and with so many tokens from its cache."""
+        self.timings.prefill_s = prefill_s
+        self.prefix.num_tokens = num_cached_tokens
+
+    def roll_back(self, num_tokens: int, lost_items: Iterable[int] = ()) -> None:
+        """Everything behind these tokens is lost, and what steps in flight compute of it.
+
+        Args:
+            lost_items: media items whose embeddings are lost, too.
+        """
+        self.epoch += 1
+        self.sampled.num_in_flight = 0
+        self.num_computed = min(self.num_computed, num_tokens)
+        self.num_committed = min(self.num_committed, num_tokens)
+        self.media.release(set(lost_items) & self.media.received.keys())
+        self._resume()
+
+    def lose_inputs(self, start: int, stop: int) -> int:
+        """The embeddings, or the KV, of tokens [start, stop) were lost while they landed, and are released.
+
+        Returns:
+            How often that has happened since some were last landed.
+        """
+        if self.remote_kv is not None:
+            self.remote_kv.release()
+            self.remote_kv.num_lost += 1
+            self.roll_back(start)
+            return self.remote_kv.num_lost
+        self.media.num_lost += 1
+        self.roll_back(start, {span.item_index for span in self.spans_in(start, stop)})
+        return self.media.num_lost
+
+    def preempt(self) -> None:
+        """Its blocks were released, and its KV is lost; embeddings that are still here can be used again."""
+        self.roll_back(0)
+        self.num_preempted += 1
+        self.prefix.is_matched = False
+        self.status = RequestStatus.WAITING
+
+    def finish(self) -> None:
+        """It has ended: releases what it received. Steps in flight do not count any more."""
+        self.epoch += 1
+        self.status = RequestStatus.FINISHED
+        self.media.release(self.media.received)
+        if self.remote_kv is not None:
+            self.remote_kv.release()
+
+    # What steps read.
+
+    def hashes(self, block_size: int, num_blocks: int) -> Sequence[bytes]:
+        """Of the first blocks, `num_blocks` at most; see `prefix_hashes.py`."""
+        extend_prefix_hashes(self.prefix.hashes, self.token_ids, self.prompt, block_size, num_blocks)
+        return self.prefix.hashes[:num_blocks]
+
+    def spans_in(self, start: int, stop: int) -> list[MediaSpan]:
+        """Media spans that overlap tokens [start, stop)."""
+        return self.prompt.spans_in(start, stop) if self.prompt.spans and start < self.num_prompt_tokens else []
+
+    def positions(self, start: int, stop: int) -> torch.Tensor:
+        """M-RoPE positions of tokens [start, stop), [3, stop - start] int64."""
+        num_prompt = self.num_prompt_tokens
+        if stop <= num_prompt:
+            return self.prompt.positions_3N[:, start:stop]
+        first = self.generated_position(max(start, num_prompt))
+        generated = torch.arange(first, first + stop - max(start, num_prompt)).expand(3, -1)
+        if start >= num_prompt:
+            return generated
+        return torch.cat([self.prompt.positions_3N[:, start:], generated], dim=1)
+
+    def generated_position(self, index: int) -> int:
+        """Of the token at `index`, which is behind the prompt, along all three axes."""
+        return self.prompt.next_position + index - self.num_prompt_tokens
+
+    def timings_now(self) -> EngineTimings:
+        return self.timings.snapshot(self.prefix.num_tokens)
+
+    def _resume(self) -> None:
+        """Sets the status and `num_ready` of a request that has blocks, by what is computed and what is here."""
+        if self.complete and self.num_computed >= self.num_prompt_tokens:
+            self.status = RequestStatus.DECODING
+            if self.remote_kv is not None:
+                self.remote_kv.release()
+        elif self.remote_kv is not None:
+            self.status = RequestStatus.WAITING_FOR_KV
+        else:
+            if self.complete:
+                missing = self.media.first_missing(self.prompt, self.num_computed)
+                self.num_ready = missing if missing is not None else self.num_tokens
+            else:
+                # One is kept back: should nothing follow, the last token has yet to run to be sampled from.
+                self.num_ready = max(len(self.token_ids) - 1, 0)
+            can_run = self.num_ready > self.num_computed
+            self.status = RequestStatus.PREFILLING if can_run else RequestStatus.WAITING_FOR_MEDIA
+
+    def _release_landed(self) -> None:
+        """Releases the embeddings of every item whose last row is in the cache for good."""
+        if self.complete and self.media.received:
+            self.media.release(self.media.received.keys() - self.prompt.items_from(self.num_committed))

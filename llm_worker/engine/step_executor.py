@@ -1,0 +1,181 @@
+"""Launches steps, and takes their results in as far as they count."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from embedding_transport.errors import InternalError, LeaseExpired, VitrineError
+from embedding_transport.gpu_faults import is_lost
+from llm_worker.engine.chunk import Chunk
+from llm_worker.engine.forward_pass import ForwardPass, StepOutput
+from llm_worker.engine.kv_rows import land_kv
+from llm_worker.engine.live_requests import LiveRequests
+from llm_worker.engine.request_state import RequestState
+from llm_worker.engine.sampler import Choice, choose
+from llm_worker.engine.scheduler import Scheduler
+
+_log = logging.getLogger(__name__)
+# How often a request's embeddings, or its KV, are requested again before it fails, with none landed in between: all of
+# a request that waited for long may be lost, and are found so one chunk after the other.
+_MAX_NUM_LOST = 3
+
+
+@dataclass(frozen=True)
+class InFlightStep:
+    """A step that has been launched: its chunks, and the tokens that come out. launched_at: on the clock."""
+
+    chunks: list[Chunk]
+    output: StepOutput
+    choice: Choice
+    launched_at: float
+
+
+class StepExecutor:
+    """Belongs to the engine's thread.
+
+    num_steps, num_prefill_tokens, num_decode_tokens: since the start.
+    """
+
+    def __init__(
+        self,
+        forward_pass: ForwardPass,
+        scheduler: Scheduler,
+        requests: LiveRequests,
+        on_gpu_lost: Callable[[], object],
+    ) -> None:
+        """
+        Args:
+            on_gpu_lost: called where the GPU will run no other step after one that failed.
+        """
+        self._forward_pass, self._scheduler, self._requests = forward_pass, scheduler, requests
+        self._on_gpu_lost = on_gpu_lost
+        self.num_steps = self.num_prefill_tokens = self.num_decode_tokens = 0
+
+    def land_kv(self) -> bool:
+        """Lands the KV of one prompt that came from elsewhere; of one only, so that others need not wait for more."""
+        for request in self._scheduler.running:
+            if request.remote_kv is not None and request.remote_kv.received is not None:
+                self._land_kv(request, request.remote_kv.first_token)
+                return True
+        return False
+
+    def launch(self, chunks: list[Chunk]) -> InFlightStep | None:
+        """Returns None where the step failed, and with it its requests."""
+        begin = time.perf_counter()
+        try:
+            with torch.inference_mode():
+                output = self._forward_pass(chunks)
+                choice = self._choose(output)
+                self._forward_pass.token_pool.write(output.pool_rows_B, choice.token_ids_B)
+        except Exception as error:
+            self._step_failed(chunks, error)
+            return None
+        for chunk, reason in output.failed.items():
+            self._landing_failed(chunk, reason)
+        launched = [chunk for chunk in chunks if chunk not in output.failed] if output.failed else chunks
+        for chunk in launched:
+            chunk.request.launch(chunk.stop, chunk.samples)
+        return InFlightStep(launched, output, choice, begin)
+
+    def can_overlap(self, step: InFlightStep) -> bool:
+        """Whether the next step can be launched before the tokens are known that this one samples."""
+        return self._forward_pass.reads_token_pool or all(
+            chunk.request.num_runnable <= chunk.stop for chunk in step.output.sampling
+        )
+
+    def process(self, step: InFlightStep, *, overlapped: bool) -> None:
+        """Waits for a step's results, and takes them in as far as they still count.
+
+        Args:
+            overlapped: the next step has been launched.
+        """
+        output = step.output
+        try:
+            if overlapped or output.landed:
+                step.choice.wait()
+            lost = self._lost(output)
+            next_tokens = step.choice.read() if output.sampling else []
+        except Exception as error:
+            self._step_failed([chunk for chunk in step.chunks if chunk.counts], error)
+            return
+        computed = [chunk for chunk in step.chunks if chunk.counts and chunk not in lost]
+        self._commit(computed, time.perf_counter() - step.launched_at)
+        for chunk in computed:
+            if output.landed.get(chunk):
+                chunk.request.embeddings_landed()
+        for chunk, reason in lost.items():
+            self._landing_failed(chunk, reason)
+        for chunk, next_token in zip(output.sampling, next_tokens, strict=True):
+            if chunk.counts:
+                chunk.request.token_arrived()
+                self._requests.take_token(chunk.request, next_token)
+
+    def _land_kv(self, request: RequestState, first_token: int) -> None:
+        assert request.remote_kv is not None and request.remote_kv.received is not None
+        begin = time.perf_counter()
+        chunk = Chunk(request, request.num_computed, request.num_prompt_tokens, samples=False)
+        try:
+            with torch.inference_mode():
+                slots_T = request.table.slots[chunk.start : chunk.stop]
+                layers = self._forward_pass.kv_cache.layers
+                land_kv(request.remote_kv.received, chunk.start - first_token, layers, slots_T)
+        except Exception as error:
+            self._landing_failed(chunk, error)
+            return
+        request.launch(chunk.stop, samples=False)
+        self._scheduler.commit(chunk)
+        request.timings.land_s += time.perf_counter() - begin
+
+    def _lost(self, output: StepOutput) -> dict[Chunk, Exception]:
+        """Chunks whose embeddings' lease ended before, or while, they were landed."""
+        lost: dict[Chunk, Exception] = {}
+        for chunk, checks in output.landed.items():
+            try:
+                for check in checks if chunk.counts else ():
+                    check()
+            except Exception as error:  # of one request, and nothing to the others
+                lost[chunk] = error
+        return lost
+
+    def _choose(self, output: StepOutput) -> Choice:
+        """The next tokens of the chunks that end at their request's last token."""
+        params, uniform = [], []
+        for chunk in output.sampling:
+            sampled = chunk.request.sampled
+            params.append(sampled.params)
+            is_greedy = sampled.params.is_greedy
+            uniform.append(0.0 if is_greedy else sampled.uniform(chunk.stop - chunk.request.num_prompt_tokens))
+        return choose(output.logits_BV, params, uniform)
+
+    def _step_failed(self, chunks: list[Chunk], error: Exception) -> None:
+        _log.error("a step of %d sequences failed", len(chunks), exc_info=error)
+        if is_lost(self._forward_pass.decoder.device):
+            self._on_gpu_lost()  # before the requests fail: they can be tried elsewhere
+        for chunk in chunks:
+            self._requests.fail(chunk.request, InternalError(f"the step failed: {type(error).__name__}"))
+
+    def _landing_failed(self, chunk: Chunk, error: Exception) -> None:
+        """The chunk does not count. What was lost on the way is requested again, else the request fails."""
+        request = chunk.request
+        if isinstance(error, LeaseExpired) and request.lose_inputs(chunk.start, chunk.stop) <= _MAX_NUM_LOST:
+            _log.warning("request %r: %s", request.request_id[:64], error)
+            return
+        if not isinstance(error, VitrineError):
+            _log.error("landing the rows of %r failed", request.request_id[:64], exc_info=error)
+            error = InternalError(f"landing the media rows failed: {type(error).__name__}")
+        self._requests.fail(request, error)
+
+    def _commit(self, chunks: list[Chunk], duration_s: float) -> None:
+        self.num_steps += 1
+        for chunk in chunks:
+            if chunk.is_prompt:
+                self.num_prefill_tokens += chunk.length
+                chunk.request.timings.prefill_s += duration_s
+            else:
+                self.num_decode_tokens += chunk.length
+            self._scheduler.commit(chunk)
