@@ -45,7 +45,7 @@ from service_runtime.running_calls import RunningCalls
 from service_runtime.supervisor import Supervisor
 
 if TYPE_CHECKING:
-    from llm_worker.tensor_parallel.followers import Followers
+    from llm_worker.tensor_parallel.tp_workers import TpWorkers
 
 _log = logging.getLogger(__name__)
 _READY_POLL_S = 0.1
@@ -75,7 +75,7 @@ async def serve(config: LlmConfig) -> None:
     """Listens, loads, serves until SIGTERM or SIGINT, then drains.
 
     Raises:
-        CheckpointError: see `load_model` and `Followers.start`.
+        CheckpointError: see `load_model` and `TpWorkers.start`.
         OSError: a port cannot be listened on.
     """
     metrics, calls = LlmMetrics(), RunningCalls()
@@ -107,9 +107,9 @@ async def serve(config: LlmConfig) -> None:
         stack.push_async_callback(server.stop, 0)
         _log.info("LISTENING http=%s:%d grpc=%s", config.host, runner.addresses[0][1], grpc_address)
 
-        followers = await _start_followers(config, supervisor, stack) if config.tp > 1 else None
+        tp_workers = await _start_tp_workers(config, supervisor, stack) if config.tp > 1 else None
         try:
-            model, forward_pass, limits = await _prepare(config, lambda: lifecycle.is_ending, metrics, followers)
+            model, forward_pass, limits = await _prepare(config, lambda: lifecycle.is_ending, metrics, tp_workers)
         except LoadingStopped:
             lifecycle.raise_failure()
             _log.info("stopped while loading")
@@ -162,19 +162,19 @@ async def serve(config: LlmConfig) -> None:
 
 
 async def _prepare(
-    config: LlmConfig, must_stop: Callable[[], bool], metrics: LlmMetrics, followers: Followers | None
+    config: LlmConfig, must_stop: Callable[[], bool], metrics: LlmMetrics, tp_workers: TpWorkers | None
 ) -> tuple[LoadedModel, ForwardPass, EngineConfig]:
     """Everything slow: the weights, and on a GPU the graphs.
 
     Raises:
         CheckpointError: see `load_model`; LoadingStopped: `must_stop` said so.
     """
-    group = await asyncio.to_thread(followers.join) if followers is not None else None
+    group = await asyncio.to_thread(tp_workers.join) if tp_workers is not None else None
     model = await asyncio.to_thread(load_model, config, must_stop, metrics.show_progress, group)
     limits = engine_config(config, model.decoder)
     progress = ProgressLog("capturing CUDA graphs, sizes", must_stop, partial(metrics.show_progress, "graphs"))
     make_runner = choose_runner(model.decoder, limits, progress)
-    make_forward_pass = followers.forward_pass if followers is not None else ForwardPass
+    make_forward_pass = tp_workers.forward_pass if tp_workers is not None else ForwardPass
     return model, await asyncio.to_thread(make_forward_pass, model.decoder, limits, make_runner), limits
 
 
@@ -216,18 +216,18 @@ def _upstream(
     return encoders, partial(MediaFeed, encoders, known)
 
 
-async def _start_followers(config: LlmConfig, supervisor: Supervisor, stack: AsyncExitStack) -> Followers:
+async def _start_tp_workers(config: LlmConfig, supervisor: Supervisor, stack: AsyncExitStack) -> TpWorkers:
     """The other ranks of a tensor parallel worker, which ends with any of them.
 
     Raises:
-        CheckpointError: see `Followers.start`.
+        CheckpointError: see `TpWorkers.start`.
     """
-    from llm_worker.tensor_parallel.followers import Followers  # torch.distributed is for those who use it
+    from llm_worker.tensor_parallel.tp_workers import TpWorkers  # torch.distributed is for those who use it
 
-    followers = Followers(config, supervisor)
-    stack.push_async_callback(followers.stop)
-    await followers.start()
-    return followers
+    tp_workers = TpWorkers(config, supervisor)
+    stack.push_async_callback(tp_workers.stop)
+    await tp_workers.start()
+    return tp_workers
 
 
 async def _follow(config: LlmConfig, upstream: Upstream, supervisor: Supervisor) -> None:

@@ -1,4 +1,4 @@
-"""What rank 0 tells the others, and what they answer: frames over a Unix socket that only the two of them have.
+"""Messages of rank 0 to another rank, and its answers: frames over a Unix socket that only the two of them have.
 
 A frame is its kind (1 byte), its length (8 bytes, little-endian) and so many bytes. A rank that ends closes its side.
 """
@@ -16,9 +16,9 @@ _MAX_NBYTES = 1 << 28
 
 
 class Kind(IntEnum):
-    """LOADED: the answerer's weights are there, and how many blocks of keys and values (8 bytes) it
-    has room for. STEP: of a StepEncoder. MAP: a pool's number (8 bytes) and its
-    PoolSource as JSON, answered by MAPPED with what went wrong, empty if nothing did. UNMAP: a pool's number.
+    """LOADED: the other rank has loaded its weights, with the number of blocks of keys and values (8 bytes) that it has
+    memory for. STEP: of a StepSerializer. MAP: a pool's number (8 bytes) and its PoolSource as JSON, answered by MAPPED
+    with what went wrong, empty if nothing did. UNMAP: a pool's number.
     """
 
     LOADED = 1
@@ -41,7 +41,7 @@ class Channel:
     def send(self, kind: Kind, payload: bytes = b"") -> None:
         """
         Raises:
-            ChannelClosed: there is nobody to take it.
+            ChannelClosed: the other rank is gone.
         """
         frame = _HEADER.pack(kind, len(payload)) + payload
         with self._sending:

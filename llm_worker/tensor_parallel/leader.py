@@ -1,8 +1,8 @@
-"""Rank 0 of a tensor parallel worker: it alone schedules and samples, and tells the others each step.
+"""Rank 0 of a tensor parallel worker: it alone schedules and samples, and sends the other ranks each step.
 
 In a step all ranks fill their buffers, land the media rows, and run their part of the decoder in lockstep; the sums
 within each layer are where they wait for one another. So when rank 0 is through with a step, all others have landed
-its rows: what it reads then in a lease's header holds for their copies, too, and the lease may be given back.
+its embeddings: what it reads then in a lease's header holds for their copies, too, and the lease may be released.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from llm_worker.engine.forward_pass import ForwardPass
 from llm_worker.engine.input_embed_buffer import Landing, PreparedStep
 from llm_worker.engine.runner import MakeRunner
 from llm_worker.models.decoder import TextDecoder
+from llm_worker.tensor_parallel.broadcast import broadcast_embeddings
 from llm_worker.tensor_parallel.channel import Channel, Kind
 from llm_worker.tensor_parallel.group import TorchGroup
-from llm_worker.tensor_parallel.handed_out import hand_out_rows
 from llm_worker.tensor_parallel.shared_pools import NUMBER, SharedPools
-from llm_worker.tensor_parallel.step import PoolLanding, Step, StepEncoder
+from llm_worker.tensor_parallel.step_message import PoolLanding, StepMessage, StepSerializer
 
 
 class LeadingForwardPass(ForwardPass):
@@ -40,7 +40,7 @@ class LeadingForwardPass(ForwardPass):
         channels: Many[Channel],
         on_failure: Callable[[Exception], None],
     ) -> None:
-        """Waits until the other ranks have loaded their weights: nobody's collectives shall wait for that.
+        """Waits until the other ranks have loaded their weights, so that no collective has to wait for that.
 
         Args:
             channels: to the other ranks.
@@ -48,7 +48,7 @@ class LeadingForwardPass(ForwardPass):
 
         Raises:
             ChannelClosed: a rank is gone.
-            CheckpointError: one has room for more or fewer keys and values than this one.
+            CheckpointError: one has memory for more or fewer keys and values than this one.
         """
         for rank, channel in enumerate(channels, 1):
             (num_blocks,) = NUMBER.unpack(channel.expect(Kind.LOADED))
@@ -60,7 +60,7 @@ class LeadingForwardPass(ForwardPass):
         super().__init__(decoder, config, make_runner)
         self._group, self._channels, self._on_failure = group, channels, on_failure
         self._pools = SharedPools(channels)
-        self._encoder = StepEncoder()
+        self._serializer = StepSerializer()
         self._in_lockstep = True
 
     def run(self, prepared: PreparedStep) -> torch.Tensor:
@@ -85,22 +85,22 @@ class LeadingForwardPass(ForwardPass):
             else:
                 own.append(landing)
         # One range over all of them: what lies between is the same on every rank anyway.
-        from_rank_0 = (min(each.start for each in own), max(each.stop for each in own)) if own else (0, 0)
-        step = Step(
+        broadcast = (min(each.start for each in own), max(each.stop for each in own)) if own else (0, 0)
+        step = StepMessage(
             self.buffer.staged_integers(len(inputs.slot_mapping_T)),
             inputs.sequences,
             prepared.sampled_tokens,
             inputs.deepstack_NTC is not None,
             shared,
-            from_rank_0,
+            broadcast,
         )
-        payload = self._encoder.encode(step)
+        payload = self._serializer.serialize_step(step)
         for channel in self._channels:
             channel.send(Kind.STEP, payload)
-        hand_out_rows(self._group, self.buffer, from_rank_0)
+        broadcast_embeddings(self._group, self.buffer, broadcast)
 
     def _in_pool(self, landing: Landing) -> PoolLanding | None:
-        """What the other ranks need to land these rows by themselves; None where they cannot."""
+        """What the other ranks need to land these embeddings by themselves; None where they cannot."""
         rows = landing.embeddings
         number = self._pools.number_of(rows.mapping) if isinstance(rows, LeasedRows) else None
         if not isinstance(rows, LeasedRows) or number is None:

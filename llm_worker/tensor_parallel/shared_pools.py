@@ -18,7 +18,7 @@ NUMBER = struct.Struct("<Q")
 
 
 class SharedPools:
-    """Has a pool mapped by the other ranks when its first rows come, and unmapped when it is gone here."""
+    """Has a pool mapped by the other ranks when its first embeddings come, and unmapped when it is gone here."""
 
     def __init__(self, channels: Many[Channel]) -> None:
         self._channels = channels
@@ -26,7 +26,7 @@ class SharedPools:
         self._next = 0
 
     def number_of(self, pool: PoolMapping) -> int | None:
-        """By which the other ranks know the pool; None where not all of them can map it.
+        """The number that the other ranks know the pool by; None where not all of them can map it.
 
         Raises:
             ChannelClosed: a rank is gone.
@@ -43,7 +43,7 @@ class SharedPools:
             channel.send(Kind.MAP, NUMBER.pack(number) + json.dumps(pool.source()).encode())
         errors = [error for channel in self._channels if (error := channel.expect(Kind.MAPPED).decode())]
         if errors:
-            _log.warning("rank 0 hands out an encoder's rows, as another rank cannot read them: %s", errors[0])
+            _log.warning("rank 0 broadcasts an encoder's embeddings, as another rank cannot read them: %s", errors[0])
         return None if errors else number
 
 

@@ -75,15 +75,15 @@ async def test_a_worker_ends_with_its_ranks_and_says_why(qwen3_vl_folder: Path) 
     try:
         for process in (idle, busy, killed):
             await asyncio.to_thread(process.wait_serving)
-        [follower] = children_of(idle.process.pid)
-        os.kill(follower, signal.SIGKILL)
+        [tp_worker] = children_of(idle.process.pid)
+        os.kill(tp_worker, signal.SIGKILL)
 
         async with grpc.aio.insecure_channel(busy.addresses["grpc"]) as channel:
             generating = asyncio.create_task(Worker(llm_pb2_grpc.LlmStub(channel)).generate("Hello", [], 8000))
             await asyncio.sleep(1.0)
             assert not generating.done()
-            [follower] = children_of(busy.process.pid)
-            os.kill(follower, signal.SIGKILL)
+            [tp_worker] = children_of(busy.process.pid)
+            os.kill(tp_worker, signal.SIGKILL)
             with pytest.raises(grpc.aio.AioRpcError):
                 await asyncio.wait_for(generating, 20)
 
@@ -92,9 +92,9 @@ async def test_a_worker_ends_with_its_ranks_and_says_why(qwen3_vl_folder: Path) 
             assert any("rank 1 was killed by SIGKILL" in line for line in process.lines)
             assert any("ends without cleaning up" in line for line in process.lines)
 
-        [follower] = children_of(killed.process.pid)
+        [tp_worker] = children_of(killed.process.pid)
         killed.process.kill()
-        await until_ended(follower)
+        await until_ended(tp_worker)
     finally:
         for process in (idle, busy, killed):
             process.stop(signal.SIGKILL)
@@ -105,18 +105,18 @@ async def test_ctrl_c_lets_requests_finish(qwen3_vl_folder: Path) -> None:
     worker = alone(qwen3_vl_folder)
     try:
         await asyncio.to_thread(worker.wait_serving)
-        [follower] = children_of(worker.process.pid)
+        [tp_worker] = children_of(worker.process.pid)
         async with grpc.aio.insecure_channel(worker.addresses["grpc"]) as channel:
             generating = asyncio.create_task(Worker(llm_pb2_grpc.LlmStub(channel)).generate("Hello", [], 300))
             await asyncio.sleep(0.5)
             assert not generating.done()
-            for pid in (follower, worker.process.pid):
+            for pid in (tp_worker, worker.process.pid):
                 os.kill(pid, signal.SIGINT)
             assert len((await generating).token_ids) == 300
         start = time.monotonic()
         assert await asyncio.to_thread(worker.process.wait, 20) == 0, "\n".join(worker.lines)
         assert time.monotonic() - start < 10
-        assert not is_running(follower)
+        assert not is_running(tp_worker)
     finally:
         worker.stop(signal.SIGKILL)
 
@@ -126,9 +126,9 @@ async def test_a_rank_that_dies_before_it_has_joined_ends_the_worker(qwen3_vl_fo
     try:
         await asyncio.to_thread(worker.wait_listening)
         async with asyncio.timeout(60):
-            while not (followers := children_of(worker.process.pid)):
+            while not (tp_workers := children_of(worker.process.pid)):
                 await asyncio.sleep(0.01)
-        os.kill(followers[0], signal.SIGKILL)
+        os.kill(tp_workers[0], signal.SIGKILL)
         assert await asyncio.to_thread(worker.process.wait, 30) == 1
         assert any("rank 1 was killed by SIGKILL" in line for line in worker.lines)
     finally:

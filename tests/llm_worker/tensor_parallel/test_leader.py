@@ -61,7 +61,7 @@ def mapped(pool: ShmPool, folder: Path) -> ShmMapping:
 
 
 def answer_map(theirs: Channel, error: str = "") -> list[PoolMapping]:
-    """What a follower does in another process."""
+    """Does what a TpWorker does in another process."""
     found: list[PoolMapping] = []
 
     def answer() -> None:
@@ -95,7 +95,7 @@ def test_a_pool_that_another_rank_cannot_map_is_not_shared(
     assert pools.number_of(pool) is None
     assert pools.number_of(pool) is None
     [warning] = caplog.records
-    assert "rank 0 hands out" in warning.getMessage() and "not visible here" in warning.getMessage()
+    assert "rank 0 broadcasts" in warning.getMessage() and "not visible here" in warning.getMessage()
 
 
 def test_the_end_of_a_rank_is_noticed(channels: tuple[Channel, Channel]) -> None:

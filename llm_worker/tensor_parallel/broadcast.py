@@ -1,4 +1,4 @@
-"""Media rows that the other ranks cannot read by themselves: rank 0 hands out what it has landed."""
+"""Embeddings that the other ranks cannot read by themselves: rank 0 broadcasts what it has landed."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
 from llm_worker.tensor_parallel.group import TorchGroup
 
 
-def hand_out_rows(group: TorchGroup, buffer: InputEmbedBuffer, tokens: tuple[int, int]) -> None:
-    """Makes embeddings and deepstack rows of tokens [start, stop) on every rank those of rank 0."""
+def broadcast_embeddings(group: TorchGroup, buffer: InputEmbedBuffer, tokens: tuple[int, int]) -> None:
+    """Overwrites embeddings and deepstack rows of tokens [start, stop) on every rank by those of rank 0."""
     start, stop = tokens
     if stop > start:
         for rows_MC in (buffer.embeds_MC, *buffer.deepstack_NMC):

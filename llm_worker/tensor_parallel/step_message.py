@@ -1,4 +1,4 @@
-"""A step as rank 0 describes it to the others: integers only.
+"""A step as rank 0 sends it to the other ranks: integers only.
 
 Shapes: T tokens.
 """
@@ -21,7 +21,7 @@ _KNOWN = -1
 
 @dataclass(frozen=True)
 class PoolLanding:
-    """Rows of an item in a mapped pool, from `first_row` on, for tokens [start, stop) of the step.
+    """Embeddings of an item in a mapped pool, from `first_row` on, for tokens [start, stop) of the step.
 
     pool: its number. offset, num_rows: where in the pool the item's rows lie, bytes, and how many they are.
     """
@@ -35,28 +35,28 @@ class PoolLanding:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepMessage:
     """integers_5T: as of InputEmbedBuffer.staged_integers.
 
-    sampled_rows: whose logits are wanted. with_deepstack: as of InputEmbedBuffer.copy_to_device.
-    landings: those that every rank reads by itself. from_rank_0: tokens [start, stop) whose rows rank 0 hands out.
+    sampled_tokens: as of PreparedStep. with_deepstack: as of InputEmbedBuffer.copy_to_device.
+    landings: those that every rank reads by itself. broadcast: tokens [start, stop) whose embeddings rank 0 broadcasts.
     """
 
     integers_5T: npt.NDArray[np.int64]
     sequences: Many[SequenceSlice]
-    sampled_rows: list[int]
+    sampled_tokens: list[int]
     with_deepstack: bool
     landings: list[PoolLanding]
-    from_rank_0: tuple[int, int]
+    broadcast: tuple[int, int]
 
 
-class StepEncoder:
-    """For one receiver, or several that get the same. A sequence's blocks go out when they have changed."""
+class StepSerializer:
+    """For one receiver, or several that get the same messages. A sequence's blocks are sent when they have changed."""
 
     def __init__(self) -> None:
         self._sent: set[int] = set()  # versions of the tables of the step before
 
-    def encode(self, step: Step) -> bytes:
+    def serialize_step(self, step: StepMessage) -> bytes:
         sequences: list[int] = []
         blocks: list[int] = []
         for start, length, context_length, table in step.sequences:
@@ -64,26 +64,26 @@ class StepEncoder:
             sequences += (start, length, context_length, table.version, len(table.blocks) if is_new else _KNOWN)
             blocks += table.blocks if is_new else ()
         self._sent = {sequence.table.version for sequence in step.sequences}
-        counts = (step.integers_5T.shape[1], len(step.sequences), len(step.sampled_rows), len(step.landings))
+        counts = (step.integers_5T.shape[1], len(step.sequences), len(step.sampled_tokens), len(step.landings))
         parts = [
-            (*counts, len(blocks), step.with_deepstack, *step.from_rank_0),
+            (*counts, len(blocks), step.with_deepstack, *step.broadcast),
             step.integers_5T.ravel(),
             sequences,
-            step.sampled_rows,
+            step.sampled_tokens,
             [number for landing in step.landings for number in astuple(landing)],
             blocks,
         ]
         return np.concatenate([np.asarray(part, dtype=_INT) for part in parts]).tobytes()
 
 
-class StepDecoder:
-    """Of all steps that one encoder has made, in their order."""
+class StepDeserializer:
+    """Of all steps that one serializer has made, in their order."""
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
         self._tables: dict[int, BlockTable] = {}  # of the step before, by the sender's versions
 
-    def decode(self, payload: bytes) -> Step:
+    def deserialize_step(self, payload: bytes) -> StepMessage:
         """
         Raises:
             ValueError: this is no step.
@@ -103,7 +103,7 @@ class StepDecoder:
         if min(lengths) < 0 or sum(lengths) != len(rest):
             raise ValueError(f"a step of {len(rest)} numbers whose parts have {lengths}")
         integers, sequences, sampled, landings, blocks = np.split(rest, np.cumsum(lengths)[:-1])
-        return Step(
+        return StepMessage(
             integers.reshape(5, num_tokens),
             self._slices(sequences.reshape(-1, _SEQUENCE_LENGTH).tolist(), blocks.tolist()),
             sampled.tolist(),

@@ -1,6 +1,6 @@
-"""A rank of a tensor parallel worker but the first: `python -m llm_worker.tensor_parallel.follower RANK FILE FD`.
+"""A rank of a tensor parallel worker but the first: `python -m llm_worker.tensor_parallel.tp_worker RANK FILE FD`.
 
-Rank 0 starts it with its own settings in the environment, and tells it each step; it ends with rank 0.
+Rank 0 starts it with its own settings in the environment, and sends it each step; it ends with rank 0.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from llm_worker.config import LlmConfig
 from llm_worker.engine.forward_pass import ForwardPass
 from llm_worker.engine.input_embed_buffer import PreparedStep
 from llm_worker.loading import choose_runner, engine_config, load_model, rank_device
+from llm_worker.tensor_parallel.broadcast import broadcast_embeddings
 from llm_worker.tensor_parallel.channel import Channel, ChannelClosed, Kind
 from llm_worker.tensor_parallel.group import TorchGroup
-from llm_worker.tensor_parallel.handed_out import hand_out_rows
 from llm_worker.tensor_parallel.shared_pools import NUMBER
-from llm_worker.tensor_parallel.step import PoolLanding, Step, StepDecoder
+from llm_worker.tensor_parallel.step_message import PoolLanding, StepDeserializer, StepMessage
 from service_runtime.logs import start_logging
 from service_runtime.memory import spare_startup_objects
 
 _log = logging.getLogger(__name__)
 
 
-class Follower:
-    """Does what rank 0 says, until it says nothing more."""
+class TpWorker:
+    """Runs the steps that rank 0 sends, until rank 0 ends."""
 
     def __init__(self, config: LlmConfig, group: TorchGroup, channel: Channel) -> None:
         model = load_model(config, lambda: False, group=group)
@@ -49,16 +49,16 @@ class Follower:
         self._pools: dict[int, PoolMapping] = {}
 
     @torch.inference_mode()
-    def follow(self) -> None:
+    def run(self) -> None:
         """
         Raises:
             ChannelClosed: rank 0 has ended.
         """
-        decoder = StepDecoder(self._forward_pass.kv_cache.block_size)
+        deserializer = StepDeserializer(self._forward_pass.kv_cache.block_size)
         while True:
             kind, payload = self._channel.receive()
             if kind == Kind.STEP:
-                self._run(decoder.decode(payload))
+                self._run_step(deserializer.deserialize_step(payload))
             elif kind == Kind.MAP:
                 self._map(payload)
             elif kind == Kind.UNMAP:
@@ -66,14 +66,14 @@ class Follower:
             else:
                 raise ValueError(f"rank 0 sent a frame of kind {kind.name}")
 
-    def _run(self, step: Step) -> None:
+    def _run_step(self, step: StepMessage) -> None:
         buffer = self._forward_pass.buffer
-        buffer.stage(step.integers_5T, step.sampled_rows)
+        buffer.stage(step.integers_5T, step.sampled_tokens)
         inputs = buffer.copy_to_device(step.integers_5T.shape[1], step.sequences, step.with_deepstack)
         for landing in step.landings:
             self._land(landing)
-        hand_out_rows(self._group, buffer, step.from_rank_0)
-        self._forward_pass.run(PreparedStep(inputs, step.sampled_rows))
+        broadcast_embeddings(self._group, buffer, step.broadcast)
+        self._forward_pass.run(PreparedStep(inputs, step.sampled_tokens))
 
     def _land(self, landing: PoolLanding) -> None:
         """Rank 0 checks the lease when all have read from it."""
@@ -94,7 +94,7 @@ class Follower:
 def main() -> int:
     """Returns 0 when rank 0 has ended, 1 where this rank cannot go on."""
     rank, store_file, fd = sys.argv[1:]
-    # Ctrl-C reaches us, too, but it is for rank 0 to say when requests that run are through.
+    # Ctrl-C reaches this process, too, but rank 0 decides when the requests in flight are through.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     config = LlmConfig.from_command_line([])
     start_logging(config.log_level, config.log_format)
@@ -104,9 +104,9 @@ def main() -> int:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         group = TorchGroup.join(int(rank), config.tp, device, Path(store_file))
-        follower = Follower(config, group, channel)
+        worker = TpWorker(config, group, channel)
         spare_startup_objects()
-        follower.follow()
+        worker.run()
     except ChannelClosed:
         return 0
     except CheckpointError as error:

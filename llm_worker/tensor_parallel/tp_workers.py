@@ -26,7 +26,7 @@ from service_runtime.lifecycle import EXIT_MARGIN_S
 from service_runtime.supervisor import Supervisor
 
 
-class Followers:
+class TpWorkers:
     """Make it on the event loop, `start` it, and always `stop` it."""
 
     def __init__(self, config: LlmConfig, supervisor: Supervisor) -> None:
@@ -56,7 +56,7 @@ class Followers:
             self._channels.append(Channel(ours))
             with theirs:
                 fd = theirs.fileno()
-                arguments = ["llm_worker.tensor_parallel.follower", str(rank), str(self._store_file), str(fd)]
+                arguments = ["llm_worker.tensor_parallel.tp_worker", str(rank), str(self._store_file), str(fd)]
                 child = await Child.start(f"rank {rank}", arguments, environment, pass_fds=[fd])
             self._children.append(child)
             self._watching.append(self._supervisor.watch_child(child, can_unwind=False))
