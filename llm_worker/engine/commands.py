@@ -96,12 +96,14 @@ class CommandQueue:
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
 
-    def put(self, command: Command) -> None:
+    def put(self, command: Command) -> bool:
+        """Returns False where the command was discarded."""
         with self._lock:
             if self.error is None:
                 self._queue.put(command)
-                return
+                return True
         discard(command, self.error)
+        return False
 
     def close(self, error: VitrineError) -> None:
         """Later commands are discarded with this error; the first call counts."""

@@ -132,9 +132,9 @@ class Engine:
         key = next(self._keys)
         handle = RequestHandle(key, request_id, self._commands)
         subscriber = RequestSubscriber(handle, send_embeddings, send_kv)
-        self._commands.put(
-            Submit(key, request_id, prefix_token_ids, sampling, subscriber, send_kv is not None, keep_kv, prompt)
-        )
+        command = Submit(key, request_id, prefix_token_ids, sampling, subscriber, send_kv is not None, keep_kv, prompt)
+        if not self._commands.put(command):
+            self._capacity.release()
         return handle
 
     def check_capacity(self) -> None:
@@ -171,7 +171,7 @@ class Engine:
                 launched = self._launch(chunks)
                 self._process_last(launched)
             self._process_last(None)  # what it reads is not to be released before
-        except Exception as error:
+        except BaseException as error:
             self.fail_all(WorkerUnavailable(f"the worker's engine has ended: {type(error).__name__}"))
             raise
         finally:

@@ -1,4 +1,4 @@
-"""How many tokens of keys and values a worker has memory for, where nobody says how many it shall have."""
+"""How many tokens of keys and values a worker has memory for, where its settings do not fix their number."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _RESERVED_NBYTES = 2 << 30
 def kv_tokens_that_fit(decoder: TextDecoder, max_num_batched_tokens: int, utilization: float, pool_nbytes: int) -> int:
     """Tokens for which the GPU has memory beside weights, pool and a step's intermediate results; 32,768 on the CPU.
 
-    It goes by the memory that the GPU has, not by what is free of it: all ranks of a worker find the same.
+    It follows from the memory that the GPU has, not from what is free of it: all ranks of a worker find the same.
 
     Args:
         utilization: part of the GPU's memory that this worker may use in all.
         pool_nbytes: of it, what goes to a pool that other workers map.
 
     Raises:
-        CheckpointError: there is no room for any.
+        CheckpointError: there is no memory for any.
     """
     config, device, itemsize = decoder.config, decoder.device, decoder.dtype.itemsize
     if device.type == "cpu":

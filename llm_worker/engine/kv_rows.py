@@ -18,7 +18,7 @@ _TOKENS_AT_ONCE = 512
 
 
 class CachedKv(RowSource):
-    """The KV of tokens in the cache, computed, in blocks that nobody frees as long as this is read. From any thread.
+    """The KV of tokens in the cache, computed, in blocks that stay allocated as long as this is read. From any thread.
 
     Args:
         layers_L2SKD: the cache.
@@ -62,7 +62,7 @@ def land_kv(rows: EmbeddingRows, first_row: int, layers_L2SKD: torch.Tensor, slo
         slots_T: where they go, on the host.
 
     Raises:
-        LeaseExpired: they were taken back. The slots hold nothing of use then.
+        LeaseExpired: their lease has ended. The slots hold nothing of use then.
     """
     layers, two, _, heads, head_dim = layers_L2SKD.shape
     for part, slots in _parts(slots_T):

@@ -151,10 +151,11 @@ class RequestState:
         remote = self.remote_kv
         if remote is not None:
             remote.is_requested = False
-        if remote is None or remote.received or self.status in (RequestStatus.DECODING, RequestStatus.FINISHED):
-            kv.release()
-        else:
+        is_needed = self.status not in (RequestStatus.DECODING, RequestStatus.FINISHED)
+        if remote is not None and remote.received is None and is_needed:
             remote.received = kv
+        else:
+            kv.release()
 
     # What the scheduler and the steps do to it.
 

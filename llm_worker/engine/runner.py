@@ -18,7 +18,7 @@ class Runner(Protocol):
         ...
 
     def until_nearly_done(self) -> bool:
-        """Waits until the last step is about to end, and another one should follow it; False if that cannot be told."""
+        """Waits until the last step is about to end, when the next one is due; False where that is not known."""
         ...
 
 

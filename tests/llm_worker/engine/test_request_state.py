@@ -98,7 +98,7 @@ def test_what_is_in_flight_does_not_count_after_a_loss(event: str) -> None:
     request.commit(8)
     assert [each.num_releases for each in embeddings] == [1, 0]
     in_flight = compute(request, 20, samples=True)
-    assert first.counts and in_flight.counts
+    assert [first.counts, in_flight.counts, request.num_tokens] == [True, True, 21]
     if event == "lost":
         assert request.lose_inputs(8, 20) == 1
         assert (request.status, request.num_runnable) == (RequestStatus.PREFILLING, 10)
@@ -108,11 +108,11 @@ def test_what_is_in_flight_does_not_count_after_a_loss(event: str) -> None:
         assert request.lose_inputs(8, 20) == 1
     elif event == "preempted":
         request.preempt()
-        assert (request.status, request.num_computed) == (RequestStatus.WAITING, 0)
+        assert (request.status, request.num_computed, request.num_tokens) == (RequestStatus.WAITING, 0, 20)
         assert request.media.request_missing(request.prompt, request.num_computed) == [0]
     else:
         request.finish()
-    assert not in_flight.counts and (request.num_tokens == 20 or event == "finished")
+    assert [first.counts, in_flight.counts] == [False, False]
     assert [each.num_releases for each in embeddings] == [1, 0 if event == "preempted" else 1]
 
 
