@@ -190,11 +190,11 @@ class Engine:
     def _launch(self, chunks: list[Chunk]) -> InFlightStep | None:
         """Launches the next step, while the last may be in flight."""
         if not (chunks and self._forward_pass.is_asynchronous):
-            self._publish()
+            self._publish_events()
         has_landed = self._executor.land_kv()
         launched = self._executor.launch(chunks) if chunks else None
         # What has come up meanwhile is sent while the GPU computes: event loops would delay what launches its work.
-        self._publish()
+        self._publish_events()
         self._is_idle = not (chunks or has_landed or self._in_flight)
         return launched
 
@@ -203,21 +203,24 @@ class Engine:
         last, self._in_flight = self._in_flight, launched
         if last is not None:
             self._executor.process(last, overlapped=launched is not None)
-            self._publish()
+        self._publish()
         if launched is not None and not self._can_overlap(launched):
             self._executor.process(launched, overlapped=False)
             self._in_flight = None
-        self._stats = self._count()
 
     def _can_overlap(self, launched: InFlightStep) -> bool:
         """Whether the next step is to be launched before this one is through; waits until it nearly is."""
         return self._executor.can_overlap(launched) and self._forward_pass.until_nearly_done()
 
     def _publish(self) -> None:
-        """Sends the events that have come up, with stats that are no older."""
+        """Sends the events that have come up, and stats that are no older."""
+        self._stats = self._count()
+        self._outbox.send()
+
+    def _publish_events(self) -> None:
+        """The same, if there are any events."""
         if not self._outbox.is_empty:
-            self._stats = self._count()
-            self._outbox.send()
+            self._publish()
 
     def _end(self) -> None:
         """Nothing may wait for a thread that is gone."""

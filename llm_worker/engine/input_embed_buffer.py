@@ -69,12 +69,15 @@ class InputEmbedBuffer:
         hidden = (max_num_batched_tokens, config.hidden_size)
         self._decoder = decoder
         self._token_pool = token_pool
-        self._num_integers = _NUM_INTEGERS * max_num_batched_tokens
         self.embeds_MC = torch.zeros(hidden, device=device, dtype=decoder.dtype)
         self.deepstack_NMC = torch.zeros(config.num_deepstack, *hidden, device=device, dtype=decoder.dtype)
         # All integers of a step lie in one piece of memory, as each copy to a GPU costs a launch.
-        self._staged = PinnedStagingBuffer((self._num_integers + 4 * max_num_seqs,), torch.int64, device)
-        integers_5M, indices_4S = self._views(self._staged.tensor)
+        num_integers = _NUM_INTEGERS * max_num_batched_tokens
+        self._staged = PinnedStagingBuffer((num_integers + 4 * max_num_seqs,), torch.int64, device)
+        integers_5M, indices_4S = _views(self._staged.tensor, num_integers)
+        self._host_5M, self._host_4S = _views(self._staged.host.numpy(), num_integers)
+        self._host_5M[4] = -1
+        self._num_staged = 0  # tokens that may have slots on the host
         self._token_ids_M, self.positions_3M, self.slot_mapping_M = integers_5M[0], integers_5M[1:4], integers_5M[4]
         self._pooled_tokens_S, self._pooled_rows_S, self.sampled_tokens_S, self.sampled_pool_rows_S = indices_4S
         if device.type == "cuda":
@@ -110,13 +113,14 @@ class InputEmbedBuffer:
         Args:
             integers_5T: its `staged_integers`.
         """
-        integers_5M, indices_4S = self._views(self._staged.writable())
-        integers_5M[:, : integers_5T.shape[1]] = integers_5T
-        indices_4S[2, : len(sampled_tokens)] = sampled_tokens
+        num_tokens = integers_5T.shape[1]
+        self._begin(num_tokens)
+        self._host_5M[:, :num_tokens] = integers_5T
+        self._host_4S[2, : len(sampled_tokens)] = sampled_tokens
 
     def staged_integers(self, num_tokens: int) -> npt.NDArray[np.int64]:
         """Token ids, positions and slots of the step, [5, T], as the host has them."""
-        integers_5T: npt.NDArray[np.int64] = self._views(self._staged.host.numpy())[0][:, :num_tokens]
+        integers_5T: npt.NDArray[np.int64] = self._host_5M[:, :num_tokens]
         return integers_5T
 
     def copy_to_device(
@@ -128,12 +132,16 @@ class InputEmbedBuffer:
             with_deepstack: whether deepstack rows are to be landed.
             num_pooled: tokens of the step that are read from the token pool.
         """
-        self._views(self._staged.host)[0][4, num_tokens:] = -1
+        self._host_5M[4, num_tokens : self._num_staged] = -1
+        self._num_staged = num_tokens
         self._staged.copy_to_device()
         embeds_TC, token_ids_T = self.embeds_MC[:num_tokens], self._token_ids_M[:num_tokens]
         if num_pooled:
             pooled_P = self._token_pool.tokens_R.index_select(0, self._pooled_rows_S[:num_pooled])
-            token_ids_T.index_copy_(0, self._pooled_tokens_S[:num_pooled], pooled_P)
+            if num_pooled == num_tokens:
+                token_ids_T = pooled_P
+            else:
+                token_ids_T.index_copy_(0, self._pooled_tokens_S[:num_pooled], pooled_P)
         self._decoder.embed(token_ids_T, embeds_TC)
         if with_deepstack:
             self.deepstack_NMC[:, :num_tokens] = 0
@@ -155,13 +163,16 @@ class InputEmbedBuffer:
         tokens = slice(start, stop)
         return self.embeds_MC[tokens], self.deepstack_NMC[:, tokens] if len(self.deepstack_NMC) else None
 
-    def _views(self, staged: Any) -> tuple[Any, Any]:
-        """[5, M] integers of tokens, and [4, S] indices: pooled tokens, their rows, sampled tokens, their rows."""
-        return staged[: self._num_integers].reshape(_NUM_INTEGERS, -1), staged[self._num_integers :].reshape(4, -1)
+    def _begin(self, num_tokens: int) -> None:
+        """The host's memory may be written: the copy of the step before has read it."""
+        self._staged.wait()
+        # A step before may have failed on its way here, with more tokens than this one.
+        self._num_staged = max(self._num_staged, num_tokens)
 
     def _write_integers(self, chunks: Many[Chunk], starts: list[int], sampled: list[int]) -> int:
         """Stages a step's integers on the host; returns how many of its tokens are read from the token pool."""
-        integers_5M, indices_4S = self._views(self._staged.writable())
+        self._begin(starts[-1] + chunks[-1].length)
+        integers_5M, indices_4S = self._host_5M, self._host_4S
         # Lists for tokens that decode, as an array costs more than the few numbers of one of them.
         tokens: list[int] = []
         decoding: list[tuple[int, int, int, int, int]] = []
@@ -205,3 +216,8 @@ class InputEmbedBuffer:
             self.land(landings[-1])
         chunk.request.timings.land_s += time.perf_counter() - begin
         return landings
+
+
+def _views(staged: Any, num_integers: int) -> tuple[Any, Any]:
+    """[5, M] integers of tokens, and [4, S] indices: pooled tokens, their rows, sampled tokens, their rows."""
+    return staged[:num_integers].reshape(_NUM_INTEGERS, -1), staged[num_integers:].reshape(4, -1)

@@ -40,23 +40,24 @@ class LiveRequests:
         self._requests: dict[int, RequestState] = {}
 
     def execute(self, command: Command) -> None:
+        """Does what a command asks for; of a request that has ended, what it carries is released."""
         if isinstance(command, Submit):
             self._submit(command)
             return
         request = self._requests.get(command.key)
-        if request is None:  # it has ended
+        if request is None:
             discard(command, InternalError("the request has ended"))
             return
         match command:
-            case SetPrompt(_, prompt, announced):
+            case SetPrompt(prompt=prompt, announced=announced):
                 self._set_prompt(request, prompt, announced)
-            case SetEmbeddings(_, item_index, embeddings):
+            case SetEmbeddings(item_index=item_index, embeddings=embeddings):
                 request.receive_embeddings(item_index, embeddings)
             case SetFirstToken():
                 self._set_first_token(request, command)
-            case SetKv(_, kv):
+            case SetKv(kv=kv):
                 request.receive_kv(kv)
-            case Fail(_, error):
+            case Fail(error=error):
                 self.fail(request, error)
             case Cancel():
                 self._cancel(request)
@@ -84,14 +85,12 @@ class LiveRequests:
             finish_reason = "stop"
         elif len(request.token_ids) >= request.max_total_tokens:
             finish_reason = "length"
+        kv = None
+        if finish_reason is not None and request.keep_kv:
+            kv = CachedKv(self._kv_cache.layers, request.table.slots[: request.num_prompt_tokens])
         output = TokenOutput(token_id, next_token.logprobs, finish_reason)
-        if finish_reason is None:
-            self._outbox.put(request.key, TokenSampled(output, request.timings_now(), None))
-        else:
-            kv = None
-            if request.keep_kv:
-                kv = CachedKv(self._kv_cache.layers, request.table.slots[: request.num_prompt_tokens])
-            self._outbox.put(request.key, TokenSampled(output, request.timings_now(), kv))
+        self._outbox.put(request.key, TokenSampled(output, request.timings_now(), kv))
+        if finish_reason is not None:
             self._end(request, keep_kv=request.keep_kv)
 
     def fail(self, request: RequestState, error: VitrineError) -> None:

@@ -81,6 +81,7 @@ class RequestHandle:
                 return
 
     def receive(self, event: TokenSampled | RequestFailed) -> None:
+        """Called by its `RequestSubscriber`."""
         self.timings = event.timings
         if isinstance(event, RequestFailed):
             if not self.failed.done():
@@ -109,10 +110,10 @@ class RequestSubscriber:
 
     def receive(self, event: Event) -> None:
         match event:
+            case TokenSampled() | RequestFailed():
+                self._handle.receive(event)
             case EmbeddingsNeeded(items):
                 self._send_embeddings(items)
             case KvNeeded(first_token):
                 assert self._send_kv is not None
                 self._send_kv(first_token)
-            case _:
-                self._handle.receive(event)

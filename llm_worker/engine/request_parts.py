@@ -17,12 +17,12 @@ from llm_worker.engine.request import EngineTimings, ExpandedPrompt, SamplingPar
 class MediaInputs:
     """The embeddings of a prompt's media items, as far as they are here and still to be landed.
 
-    received: by item. requested: items whose embeddings are to come, as they were announced or requested.
+    received: by item. requested_items: those whose embeddings are to come, as they were announced or requested.
     num_lost: how often embeddings were lost since some were last landed.
     """
 
     received: dict[int, EmbeddingRows] = field(default_factory=dict)
-    requested: set[int] = field(default_factory=set)
+    requested_items: set[int] = field(default_factory=set)
     num_lost: int = 0
 
     def first_missing(self, prompt: ExpandedPrompt, start: int) -> int | None:
@@ -34,8 +34,8 @@ class MediaInputs:
         """Items with rows from position `start` on that are neither here nor requested; they count as requested now."""
         if not prompt.spans:
             return []
-        missing = prompt.items_from(start) - self.received.keys() - self.requested
-        self.requested |= missing
+        missing = prompt.items_from(start) - self.received.keys() - self.requested_items
+        self.requested_items |= missing
         return sorted(missing)
 
     def release(self, items: Iterable[int]) -> None:

@@ -124,7 +124,7 @@ class RequestState:
         self.prompt, self.num_prompt_tokens, self.complete = prompt, len(prompt.token_ids), True
         self.token_ids = list(prompt.token_ids)
         self.prefix.is_matched = False
-        self.media.requested = set(announced) - self.media.received.keys()
+        self.media.requested_items = set(announced) - self.media.received.keys()
         if self.status in _QUEUED:
             self.status = RequestStatus.WAITING
         else:
@@ -136,7 +136,7 @@ class RequestState:
 
     def receive_embeddings(self, item_index: int, embeddings: EmbeddingRows) -> None:
         """Takes a media item's embeddings over, and releases them as soon as they are not needed any more."""
-        self.media.requested.discard(item_index)
+        self.media.requested_items.discard(item_index)
         if self.status is RequestStatus.FINISHED or item_index in self.media.received:
             embeddings.release()
             return

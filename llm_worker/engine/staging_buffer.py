@@ -21,10 +21,14 @@ class PinnedStagingBuffer:
             self.host = torch.zeros(shape, dtype=dtype, pin_memory=True)
             self._copied = torch.cuda.Event()
 
-    def writable(self) -> Any:
-        """The host's memory as a NumPy array, once the copy before has read it."""
+    def wait(self) -> None:
+        """Waits until the last copy has read the host's memory, which may be written then."""
         if self._copied is not None:
             self._copied.synchronize()
+
+    def writable(self) -> Any:
+        """The host's memory as a NumPy array, after `wait`."""
+        self.wait()
         return self.host.numpy()
 
     def copy_to_device(self, *parts: tuple[slice | int, ...]) -> None:

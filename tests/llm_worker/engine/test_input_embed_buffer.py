@@ -95,6 +95,27 @@ def test_text_alone_brings_no_deepstack_and_media_leave_none_behind(decoder: Tex
 
 
 @torch.inference_mode()
+def test_no_slot_of_an_earlier_step_is_left_behind_the_tokens(
+    decoder: TextDecoder, cache: KvCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs run all rows of a bucket: those behind the step's tokens are not to write to anyone's keys and values."""
+    buffer, one, text = input_buffer(decoder, 16), sequence(decoder, cache), sequence(decoder, cache, spans=())
+    assert buffer.slot_mapping_M.tolist() == [-1] * 16
+    for start, stop in ((0, 12), (3, 5), (0, 7)):
+        write(buffer, one, start, stop)
+        assert buffer.slot_mapping_M[stop - start :].eq(-1).all()
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError):
+        patched.setattr(buffer._staged, "copy_to_device", _fail)
+        write(buffer, text, 0, 12)
+    write(buffer, text, 0, 2)
+    assert buffer.slot_mapping_M[2:].eq(-1).all() and buffer.slot_mapping_M[:2].ge(0).all()
+
+
+def _fail() -> None:
+    raise RuntimeError
+
+
+@torch.inference_mode()
 def test_generated_tokens_go_on_from_the_prompts_next_position(decoder: TextDecoder, cache: KvCache) -> None:
     one = sequence(decoder, cache)
     one.token_ids += [7, 8, 9]

@@ -254,7 +254,7 @@ def test_rows_are_asked_for_where_nobody_announced_them_and_where_they_are_lost(
     earlier = bench.add_whole(12)
     sequence = bench.add(4)
     bench.prompt(sequence, 16, MediaSpan(0, 4, 4, 0), MediaSpan(1, 10, 2, 0))
-    sequence.media.requested = {0}
+    sequence.media.requested_items = {0}
     bench.step()
     assert missing_items(sequence) == [1]
     assert missing_items(sequence) == []
