@@ -103,10 +103,10 @@ class StepExecutor:
         except Exception as error:
             self._step_failed([chunk for chunk in step.chunks if chunk.counts], error)
             return
-        computed = [chunk for chunk in step.chunks if chunk.counts and chunk not in lost]
+        computed = [chunk for chunk in step.chunks if chunk.counts and not (lost and chunk in lost)]
         self._commit(computed, time.perf_counter() - step.launched_at)
-        for chunk in computed:
-            if output.landed.get(chunk):
+        for chunk, checks in output.landed.items():
+            if checks and chunk.counts and chunk not in lost:
                 chunk.request.embeddings_landed()
         for chunk, reason in lost.items():
             self._landing_failed(chunk, reason)
