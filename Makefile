@@ -16,10 +16,9 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 # With a working NVIDIA driver the GPU extra comes too; torch's own default for Linux is already its CUDA build.
 comma := ,
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu)
-LAUNCH = $(BIN)/python -m deploy.launcher
+LAUNCH = $(BIN)/python -P -m vitrine_vlm.deploy.launcher
 LAUNCH_ARGS = $(if $(MODEL),--model "$(MODEL)") $(if $(IMAGE),--image "$(IMAGE)") $(if $(PROMPT),--prompt "$(PROMPT)")
 
-PACKAGES := protos service_runtime gpu_kernels embedding_transport encoder_service llm_worker deploy benchmarks
 # Ruff bans these, too, but its bans can be silenced.
 UNSAFE := '^[^\#]*((import|from) +(c?[Pp]ickle|dill|cloudpickle|shelve|marshal)\b|torch\.load\(|allow_pickle *= *True)'
 
@@ -43,7 +42,7 @@ helm-test: $(VENV)/.dev-ready  ## Render the chart with many values and validate
 	$(BIN)/python -m pytest tests/helm
 
 eval: $(VENV)/.dev-ready  ## Ask 500 held-out questions through the whole split in every way, print accuracy by kind
-	@$(BIN)/python -m deploy.tiny_vlm.evaluation $(if $(MODEL),--model "$(MODEL)")
+	@$(BIN)/python -m benchmarks.accuracy $(if $(MODEL),--model "$(MODEL)")
 
 lint: $(VENV)/.dev-ready protos-check  ## Style, types, import contracts, stubs up to date
 	$(BIN)/ruff check .
@@ -51,7 +50,7 @@ lint: $(VENV)/.dev-ready protos-check  ## Style, types, import contracts, stubs 
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python helm/docs.py --check
-	@! grep -rnE $(UNSAFE) --include=*.py $(PACKAGES) tests || { echo "no unpickling, not even with a noqa" >&2; exit 1; }
+	@! grep -RnE $(UNSAFE) --include=*.py vitrine_vlm benchmarks tests || { echo "no unpickling, not even with a noqa" >&2; exit 1; }
 
 format: $(VENV)/.dev-ready  ## Let ruff fix and format the code
 	$(BIN)/ruff check --fix .
@@ -69,7 +68,7 @@ helm: $(VENV)/.dev-ready  ## Copy dashboard and rules into the chart, write its 
 	@$(BIN)/python helm/docs.py
 
 clean:  ## Remove .venv and all caches
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache .import_linter_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.venv-ready:
@@ -87,12 +86,12 @@ $(VENV)/.torch-ready: $(VENV)/.venv-ready constraints.txt
 	@touch $@
 
 $(VENV)/.run-ready: $(VENV)/.torch-ready pyproject.toml constraints.txt
-	@echo "installing vitrine and its dependencies"
-	@$(PIP) --editable '.$(GPU:%=[%])'
+	@echo "installing vitrine-vlm and its dependencies"
+	@$(PIP) --editable '.[encoder,worker$(GPU:%=$(comma)%)]'
 	@touch $@
 
 $(VENV)/.dev-ready: $(VENV)/.torch-ready pyproject.toml constraints.txt
-	@echo "installing vitrine, its dependencies and the development tools"
+	@echo "installing vitrine-vlm, its dependencies and the development tools"
 	@$(PIP) --editable '.[dev$(GPU:%=$(comma)%)]'
 	@touch $@ $(VENV)/.run-ready
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from benchmarks.pictures import parse_size, random_jpegs
 from benchmarks.report import Row, table
-from deploy.launcher.ask import AskFailed, served_model, server_sent_events
+from vitrine_vlm.deploy.launcher.ask import AskFailed, served_model, server_sent_events
 
 # An answer that stops coming fails rather than hangs the measurement.
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=120)

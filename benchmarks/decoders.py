@@ -14,9 +14,9 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
 from benchmarks.checkpoints import QWEN3_VL_8B_TEXT, save_qwen3_vl_8b
 from benchmarks.towers import QWEN3_VL_8B, draw_weights
-from embedding_transport.checkpoint import open_checkpoint
-from llm_worker.families import text_config
-from llm_worker.models.decoder import TextDecoder
+from vitrine_vlm.llm_worker.families import text_config
+from vitrine_vlm.llm_worker.models.decoder import TextDecoder
+from vitrine_vlm.model_loading.checkpoint import open_checkpoint
 
 NUM_DEEPSTACK = len(QWEN3_VL_8B["deepstack_visual_indexes"])
 

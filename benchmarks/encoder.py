@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.towers import QWEN3_VL_8B, Towers, operations, qwen2_5_vl_7b, qwen3_vl_8b
-from encoder_service.gpu.graphs import GpuTower
-from encoder_service.gpu.tower import gpu_tower
-from encoder_service.models.grids import GridTHW
-from gpu_kernels.timing import median_ms
+from vitrine_vlm.encoder_service.gpu.graphs import GpuTower
+from vitrine_vlm.encoder_service.gpu.tower import gpu_tower
+from vitrine_vlm.encoder_service.models.grids import GridTHW
+from vitrine_vlm.gpu_kernels.timing import median_ms
 
 _CEILING_FLOP_PER_S = 790e12
 _MAX_BATCH_PATCHES = 45056

@@ -20,9 +20,9 @@ import torch
 
 from benchmarks.line_process import LineProcess
 from benchmarks.pictures import random_jpegs
-from embedding_transport.encoder_client import EncoderClient
-from embedding_transport.row_peer import TransportChoice
-from embedding_transport.types import MediaItem, RowsEvent
+from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
+from vitrine_vlm.embedding_transport.fleet.row_peer import TransportChoice
+from vitrine_vlm.types import MediaItem, RowsEvent
 
 _WARM_UP = 64
 _NUM_PICTURES = 16  # asked in turn, each time with another comment in its file

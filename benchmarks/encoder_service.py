@@ -22,7 +22,7 @@ import torch
 from benchmarks.checkpoints import save_qwen3_vl_8b
 from benchmarks.encoder_load import Load, LoadClient
 from benchmarks.pictures import parse_size, show_size
-from embedding_transport.row_peer import TransportChoice
+from vitrine_vlm.embedding_transport.fleet.row_peer import TransportChoice
 
 _POOL_NBYTES = 6 << 30
 _PORT = 50151  # of the first of several encoders
@@ -95,7 +95,7 @@ def _percentiles(times_ms: list[float]) -> str:
 @asynccontextmanager
 async def _encoders(checkpoint: Path, dp: int, flags: list[str]) -> AsyncIterator[list[str]]:
     """Real encoder processes; their addresses."""
-    command = [sys.executable, "-m", "encoder_service", "--model", str(checkpoint), "--dtype", "bfloat16"]
+    command = [sys.executable, "-m", "vitrine_vlm.encoder_service", "--model", str(checkpoint), "--dtype", "bfloat16"]
     command += ["--load-format", "dummy", "--dp", str(dp), "--port", str(_PORT if dp > 1 else 0)]
     command += ["--cuda-ipc-pool-bytes", str(_POOL_NBYTES)]
     command += ["--cache-gpu-bytes", "0", "--cache-host-bytes", "0"]  # or equal pictures would not be encoded again

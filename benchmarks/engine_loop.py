@@ -16,15 +16,15 @@ from collections.abc import Sequence
 
 import torch
 
-from embedding_transport.errors import InternalError
-from llm_worker.engine.config import EngineConfig
-from llm_worker.engine.engine import Engine
-from llm_worker.engine.forward_pass import ForwardPass
-from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
-from llm_worker.engine.kv_cache import KvCache
-from llm_worker.engine.request import ExpandedPrompt, SamplingParams
-from llm_worker.models.config import TextConfig
-from llm_worker.models.decoder import StepInputs, TextDecoder
+from vitrine_vlm.errors import InternalError
+from vitrine_vlm.llm_worker.engine.config import EngineConfig
+from vitrine_vlm.llm_worker.engine.engine import Engine
+from vitrine_vlm.llm_worker.engine.forward_pass import ForwardPass
+from vitrine_vlm.llm_worker.engine.input_embed_buffer import InputEmbedBuffer
+from vitrine_vlm.llm_worker.engine.kv_cache import KvCache
+from vitrine_vlm.llm_worker.engine.request import ExpandedPrompt, SamplingParams
+from vitrine_vlm.llm_worker.models.config import TextConfig
+from vitrine_vlm.llm_worker.models.decoder import StepInputs, TextDecoder
 
 
 class _NoDecoder:

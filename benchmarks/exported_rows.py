@@ -10,11 +10,11 @@ from contextlib import contextmanager
 
 import torch
 
-from embedding_transport.cuda_ipc_pool import CudaIpcMapping, CudaIpcPool
-from embedding_transport.received_rows import LeasedRows
-from embedding_transport.row_source import TensorSource
-from embedding_transport.types import ItemTimings
-from protos.encoder.v1 import encoder_pb2
+from vitrine_vlm.embedding_transport.pools.cuda_ipc_pool import CudaIpcMapping, CudaIpcPool
+from vitrine_vlm.embedding_transport.pools.row_source import TensorSource
+from vitrine_vlm.embedding_transport.receiving.received_rows import LeasedRows
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2
+from vitrine_vlm.types import ItemTimings
 
 _LEASE_ID = 1
 

@@ -23,18 +23,18 @@ import torch
 
 from benchmarks.decoders import NUM_DEEPSTACK, TransformersDecoder, qwen3_vl_8b_decoder
 from benchmarks.exported_rows import exported_rows
-from embedding_transport.received_rows import copy_rows
-from embedding_transport.types import ItemTimings
-from gpu_kernels.packed_attention import installed_attention
-from llm_worker.engine.chunk import Chunk
-from llm_worker.engine.config import EngineConfig
-from llm_worker.engine.forward_pass import ForwardPass
-from llm_worker.engine.request import ExpandedPrompt, MediaSpan, SamplingParams
-from llm_worker.engine.request_parts import SampledTokens
-from llm_worker.engine.request_state import RequestState
-from llm_worker.engine.sampler import Choice, choose
-from llm_worker.gpu.gpu_runner import GpuRunner
-from llm_worker.models.decoder import TextDecoder
+from vitrine_vlm.embedding_transport.receiving.received_rows import copy_rows
+from vitrine_vlm.gpu_kernels.packed_attention import installed_attention
+from vitrine_vlm.llm_worker.engine.chunk import Chunk
+from vitrine_vlm.llm_worker.engine.config import EngineConfig
+from vitrine_vlm.llm_worker.engine.forward_pass import ForwardPass
+from vitrine_vlm.llm_worker.engine.request import ExpandedPrompt, MediaSpan, SamplingParams
+from vitrine_vlm.llm_worker.engine.request_parts import SampledTokens
+from vitrine_vlm.llm_worker.engine.request_state import RequestState
+from vitrine_vlm.llm_worker.engine.sampler import Choice, choose
+from vitrine_vlm.llm_worker.gpu.gpu_runner import GpuRunner
+from vitrine_vlm.llm_worker.models.decoder import TextDecoder
+from vitrine_vlm.types import ItemTimings
 
 _CEILING_FLOP_PER_S, _CEILING_BYTES_PER_S = 790e12, 4.8e12
 _PROMPTS = (128, 512, 2048, 8192)

@@ -27,9 +27,9 @@ from benchmarks.checkpoints import save_qwen3_vl_8b, save_small_qwen3_vl
 from benchmarks.pictures import random_jpegs, show_size
 from benchmarks.pouring import Poured, Pouring
 from benchmarks.report import Row, table
-from deploy.launcher.ask import AskFailed
-from deploy.launcher.stack import Stack
-from service_runtime.child_process import ChildFailed
+from vitrine_vlm.deploy.launcher.ask import AskFailed
+from vitrine_vlm.deploy.launcher.stack import Stack
+from vitrine_vlm.service_runtime.child_process import ChildFailed
 
 _SETTLE_S = 1.0  # until the pictures that pour in have filled every stage
 _WARM_UP_TOKENS = 8

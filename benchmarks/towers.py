@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, Qwen2_5_VLConfig, Qwen3VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
-from encoder_service.families import Family, qwen2_5_vl, qwen3_vl
-from encoder_service.models import PlainTower
-from encoder_service.models.grids import GridTHW
+from vitrine_vlm.encoder_service.families import Family, qwen2_5_vl, qwen3_vl
+from vitrine_vlm.encoder_service.models import PlainTower
+from vitrine_vlm.encoder_service.models.grids import GridTHW
 
 # vision_config of Qwen/Qwen3-VL-8B-Instruct.
 QWEN3_VL_8B: dict[str, Any] = {

@@ -24,19 +24,19 @@ import grpc
 import torch
 
 from benchmarks.line_process import LineProcess
-from embedding_transport.encoder_client import EncoderClient
-from embedding_transport.encoder_rpc import encoder_handlers
-from embedding_transport.exporter import CHUNK_NBYTES, RowExporter
-from embedding_transport.row_peer import TransportChoice
-from embedding_transport.row_source import TensorSource
-from embedding_transport.session_rpc import SessionServicer
-from embedding_transport.shm_pool import ShmPool
-from embedding_transport.types import DTYPES, ItemTimings, MediaItem, ModelIdentity, RowsEvent
-from embedding_transport.wire import describe
-from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
-from service_runtime.grpc_channel import CHANNEL_OPTIONS
-from service_runtime.memory import reuse_message_memory
-from service_runtime.supervisor import Supervisor
+from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
+from vitrine_vlm.embedding_transport.fleet.row_peer import TransportChoice
+from vitrine_vlm.embedding_transport.pools.row_source import TensorSource
+from vitrine_vlm.embedding_transport.pools.shm_pool import ShmPool
+from vitrine_vlm.embedding_transport.shipping.encoder_rpc import encoder_handlers
+from vitrine_vlm.embedding_transport.shipping.exporter import CHUNK_NBYTES, RowExporter
+from vitrine_vlm.embedding_transport.shipping.session_rpc import SessionServicer
+from vitrine_vlm.embedding_transport.wire.messages import describe
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from vitrine_vlm.service_runtime.grpc_channel import CHANNEL_OPTIONS
+from vitrine_vlm.service_runtime.memory import reuse_message_memory
+from vitrine_vlm.service_runtime.supervisor import Supervisor
+from vitrine_vlm.types import DTYPES, ItemTimings, MediaItem, ModelIdentity, RowsEvent
 
 _THIS = "benchmarks.transports"
 MIB = 1024 * 1024

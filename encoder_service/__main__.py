@@ -1,15 +1,15 @@
-"""`python -m encoder_service --model ... --port ...`"""
+"""`vitrine-encoder --model ... --port ...`, or `python -m vitrine_vlm.encoder_service`."""
 
 from __future__ import annotations
 
 import sys
 
-from embedding_transport.checkpoint import CheckpointError
-from embedding_transport.errors import VitrineError
-from encoder_service.app import serve
-from encoder_service.config import EncoderConfig
-from encoder_service.ranks import serve_ranks
-from service_runtime.settings import run_service
+from vitrine_vlm.encoder_service.app import serve
+from vitrine_vlm.encoder_service.config import EncoderConfig
+from vitrine_vlm.encoder_service.ranks import serve_ranks
+from vitrine_vlm.errors import VitrineError
+from vitrine_vlm.model_loading.checkpoint import CheckpointError
+from vitrine_vlm.service_runtime.settings import run_service
 
 
 def main() -> int:

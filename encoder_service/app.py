@@ -15,35 +15,37 @@ from typing import TYPE_CHECKING
 import torch
 from prometheus_client import start_http_server
 
-from embedding_transport.checkpoint import open_checkpoint
-from embedding_transport.errors import EncoderUnavailable
-from embedding_transport.exporter import RowExporter, export_pools
-from embedding_transport.loading import LoadingStopped, ProgressLog, choose_device, choose_dtype, gpu_uuids
-from embedding_transport.types import DTYPES, ModelIdentity
-from encoder_service.codec import describe_to_proto, stats_to_proto
-from encoder_service.config import EncoderConfig
-from encoder_service.engine.admission import Admission
-from encoder_service.engine.batcher import Batcher
-from encoder_service.engine.cache import EmbeddingCache
-from encoder_service.engine.cost_model import CostModel, measured_cost
-from encoder_service.families import Family, build_tower, family_of
-from encoder_service.media.held_bytes import HeldBytes
-from encoder_service.media.loader import MediaLoader
-from encoder_service.metrics import EncoderMetrics, GpuStats
-from encoder_service.models import PlainTower, VisionTower
-from encoder_service.models.weights import stored_dtype
-from encoder_service.preprocess.preprocessor import Preprocessor
-from encoder_service.preprocess.settings import ProcessorSettings
-from encoder_service.server import EncoderServer, EncoderServicer, Serving
-from encoder_service.service import EncodeService
-from service_runtime.lifecycle import Lifecycle
-from service_runtime.logs import log_at_any_level
-from service_runtime.memory import spare_startup_objects
-from service_runtime.running_calls import RunningCalls
-from service_runtime.supervisor import Supervisor
+from vitrine_vlm.embedding_transport.pools.cuda_ipc_pool import gpu_uuids
+from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter, export_pools
+from vitrine_vlm.encoder_service.codec import describe_to_proto, stats_to_proto
+from vitrine_vlm.encoder_service.config import EncoderConfig
+from vitrine_vlm.encoder_service.engine.admission import Admission
+from vitrine_vlm.encoder_service.engine.batcher import Batcher
+from vitrine_vlm.encoder_service.engine.cache import EmbeddingCache
+from vitrine_vlm.encoder_service.engine.cost_model import CostModel, measured_cost
+from vitrine_vlm.encoder_service.families import Family, build_tower, family_of
+from vitrine_vlm.encoder_service.gpu.stats import GpuStats
+from vitrine_vlm.encoder_service.media.held_bytes import HeldBytes
+from vitrine_vlm.encoder_service.media.loader import MediaLoader
+from vitrine_vlm.encoder_service.metrics import EncoderMetrics
+from vitrine_vlm.encoder_service.models import PlainTower, VisionTower
+from vitrine_vlm.encoder_service.models.weights import stored_dtype
+from vitrine_vlm.encoder_service.preprocess.preprocessor import Preprocessor
+from vitrine_vlm.encoder_service.preprocess.settings import ProcessorSettings
+from vitrine_vlm.encoder_service.server import EncoderServer, EncoderServicer, Serving
+from vitrine_vlm.encoder_service.service import EncodeService
+from vitrine_vlm.errors import EncoderUnavailable
+from vitrine_vlm.model_loading.checkpoint import open_checkpoint
+from vitrine_vlm.model_loading.loading import LoadingStopped, ProgressLog, choose_device, choose_dtype
+from vitrine_vlm.service_runtime.lifecycle import Lifecycle
+from vitrine_vlm.service_runtime.logs import log_at_any_level
+from vitrine_vlm.service_runtime.memory import spare_startup_objects
+from vitrine_vlm.service_runtime.running_calls import RunningCalls
+from vitrine_vlm.service_runtime.supervisor import Supervisor
+from vitrine_vlm.types import DTYPES, ModelIdentity
 
 if TYPE_CHECKING:
-    from encoder_service.gpu.graphs import GpuTower
+    from vitrine_vlm.encoder_service.gpu.graphs import GpuTower
 
 _log = logging.getLogger(__name__)
 # Peers' Connect streams last until the server ends them: this only lets the last answers leave.
@@ -111,7 +113,9 @@ def _accelerated(
     must_stop: Callable[[], bool],
     show: Callable[[float], None],
 ) -> GpuTower:
-    from encoder_service.gpu.tower import gpu_tower  # needs Triton, which comes with torch's CUDA builds only
+    from vitrine_vlm.encoder_service.gpu.tower import (
+        gpu_tower,  # needs Triton, which comes with torch's CUDA builds only
+    )
 
     max_graph_patches = config.max_batch_patches if config.cuda_graphs else 0
     progress = ProgressLog("capturing CUDA graphs", must_stop, show)

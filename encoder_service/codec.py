@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from embedding_transport.errors import BadRequest, Overloaded, VitrineError
-from embedding_transport.exporter import ExporterStats
-from embedding_transport.types import MediaItem, MediaKind, ModelIdentity
-from embedding_transport.wire import describe
-from encoder_service.engine.cache import CacheStats
-from encoder_service.preprocess.settings import ProcessorSettings
-from protos.encoder.v1 import encoder_pb2
+from vitrine_vlm.embedding_transport.shipping.exporter import ExporterStats
+from vitrine_vlm.embedding_transport.wire.messages import describe
+from vitrine_vlm.encoder_service.engine.cache import CacheStats
+from vitrine_vlm.encoder_service.preprocess.settings import ProcessorSettings
+from vitrine_vlm.errors import BadRequest, Overloaded, VitrineError
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2
+from vitrine_vlm.types import MediaItem, MediaKind, ModelIdentity
 
 _KINDS: dict[int, MediaKind] = {
     encoder_pb2.MEDIA_KIND_IMAGE: "image",

@@ -8,8 +8,8 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from encoder_service.media.limits import MediaLimits
-from service_runtime.settings import ServiceSettings
+from vitrine_vlm.encoder_service.media.limits import MediaLimits
+from vitrine_vlm.service_runtime.settings import ServiceSettings
 
 MIB = 1024 * 1024
 
@@ -18,7 +18,7 @@ class EncoderConfig(ServiceSettings):
     """Vitrine's encoder: images and videos in, embedding rows out, over gRPC."""
 
     service_name = "vitrine-encoder"
-    model_config = SettingsConfigDict(env_prefix="VITRINE_ENCODER_", cli_prog_name="python -m encoder_service")
+    model_config = SettingsConfigDict(env_prefix="VITRINE_ENCODER_", cli_prog_name="vitrine-encoder")
 
     model: str = Field(description="checkpoint folder or hub id")
     revision: str | None = Field(None, description="hub branch, tag or commit; not used for folders")

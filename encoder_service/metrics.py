@@ -1,33 +1,24 @@
-"""Prometheus metrics of an encoder, all named vitrine_encoder_*."""
+"""Prometheus metrics of an encoder, named vitrine_encoder_*, and vitrine_build_info."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from embedding_transport.exporter import ExporterStats
-from encoder_service.engine.admission import Admission
-from encoder_service.engine.batcher import BatchReport
-from encoder_service.engine.cache import CacheStats
+from vitrine_vlm import __version__
+from vitrine_vlm.embedding_transport.shipping.exporter import ExporterStats
+from vitrine_vlm.encoder_service.engine.admission import Admission
+from vitrine_vlm.encoder_service.engine.batcher import BatchReport
+from vitrine_vlm.encoder_service.engine.cache import CacheStats
+from vitrine_vlm.encoder_service.gpu.stats import GpuStats
 
 _STAGE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _PATCH_BUCKETS = (16, 64, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 _ITEM_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
-
-
-@dataclass(frozen=True)
-class GpuStats:
-    """num_graphs, graph_nbytes: captured, with pool and buffers; the rest counts since the start."""
-
-    num_graphs: int
-    graph_nbytes: int
-    num_replayed: int
-    num_eager: int
-    num_padding_patches: int
 
 
 class EncoderMetrics:
@@ -35,6 +26,7 @@ class EncoderMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        Info("vitrine_build", "The version that runs.", registry=self.registry).info({"version": __version__})
         self.requests = Counter(
             "vitrine_encoder_requests",
             "Encode calls by outcome: ok, cancelled, or an error code.",

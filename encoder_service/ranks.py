@@ -18,13 +18,13 @@ from pathlib import Path
 import grpc
 import torch
 
-from embedding_transport.errors import EncoderUnavailable
-from encoder_service.config import EncoderConfig
-from service_runtime.backoff import Backoff
-from service_runtime.child_process import Child, ChildFailed
-from service_runtime.health import health_status
-from service_runtime.lifecycle import EXIT_MARGIN_S
-from service_runtime.supervisor import Supervisor
+from vitrine_vlm.encoder_service.config import EncoderConfig
+from vitrine_vlm.errors import EncoderUnavailable
+from vitrine_vlm.service_runtime.backoff import Backoff
+from vitrine_vlm.service_runtime.child_process import Child, ChildFailed
+from vitrine_vlm.service_runtime.health import health_status
+from vitrine_vlm.service_runtime.lifecycle import EXIT_MARGIN_S
+from vitrine_vlm.service_runtime.supervisor import Supervisor
 
 _log = logging.getLogger(__name__)
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.5, 30.0
@@ -81,7 +81,7 @@ class _Rank:
         backoff = Backoff(_FIRST_BACKOFF_S, _MAX_BACKOFF_S)
         while True:
             self._has_served_now = False
-            self._child = await Child.start(self.name, ["encoder_service"], self._environment)
+            self._child = await Child.start(self.name, ["vitrine_vlm.encoder_service"], self._environment)
             looking = self._supervisor.start_job(f"{self.name} health", self._note_serving())
             failure = await self._child.failed()
             await self._supervisor.stop(looking)

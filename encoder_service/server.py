@@ -14,24 +14,24 @@ from typing import Self, TypeAlias
 import grpc
 import torch
 
-from embedding_transport.early_write import EarlyWrite
-from embedding_transport.encoder_rpc import SERVICE, encoder_handlers
-from embedding_transport.errors import EncoderUnavailable, InternalError, VitrineError
-from embedding_transport.exporter import RowExporter
-from embedding_transport.grpc_status import abort, send
-from embedding_transport.row_source import TensorSource
-from embedding_transport.session_rpc import SessionServicer
-from embedding_transport.types import ItemTimings, Layout
-from embedding_transport.wire import layout_to_proto
-from encoder_service.codec import failed_to_proto, item_from_proto
-from encoder_service.metrics import EncoderMetrics
-from encoder_service.service import EncodeService
-from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
-from service_runtime.cancellation import is_own_cancellation
-from service_runtime.grpc_server import ServiceServer
-from service_runtime.logs import harmless, set_request_id
-from service_runtime.running_calls import RunningCalls
-from service_runtime.traces import metadata_carrier, serving_span
+from vitrine_vlm.embedding_transport.pools.row_source import TensorSource
+from vitrine_vlm.embedding_transport.shipping.early_write import EarlyWrite
+from vitrine_vlm.embedding_transport.shipping.encoder_rpc import SERVICE, encoder_handlers
+from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter
+from vitrine_vlm.embedding_transport.shipping.session_rpc import SessionServicer
+from vitrine_vlm.embedding_transport.wire.grpc_status import abort, send
+from vitrine_vlm.embedding_transport.wire.messages import layout_to_proto
+from vitrine_vlm.encoder_service.codec import failed_to_proto, item_from_proto
+from vitrine_vlm.encoder_service.metrics import EncoderMetrics
+from vitrine_vlm.encoder_service.service import EncodeService
+from vitrine_vlm.errors import EncoderUnavailable, InternalError, VitrineError
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from vitrine_vlm.service_runtime.cancellation import is_own_cancellation
+from vitrine_vlm.service_runtime.grpc_server import ServiceServer
+from vitrine_vlm.service_runtime.logs import harmless, set_request_id
+from vitrine_vlm.service_runtime.running_calls import RunningCalls
+from vitrine_vlm.service_runtime.traces import metadata_carrier, serving_span
+from vitrine_vlm.types import ItemTimings, Layout
 
 _log = logging.getLogger(__name__)
 

@@ -19,20 +19,20 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from embedding_transport.errors import BadRequest, InternalError, TooManyItems, VitrineError
-from embedding_transport.types import ItemTimings, Layout, MediaItem
-from encoder_service.engine.admission import Admission, Room
-from encoder_service.engine.batch import Follower
-from encoder_service.engine.batcher import Batcher
-from encoder_service.engine.cache import EmbeddingCache, MadeRows
-from encoder_service.media.held_bytes import HeldBytes, Hold
-from encoder_service.media.loader import MediaLoader
-from encoder_service.metrics import EncoderMetrics
-from encoder_service.preprocess.gathering import Gathering
-from encoder_service.preprocess.preprocessor import OpenedMedia, Preprocessor
-from service_runtime.logs import harmless
-from service_runtime.supervisor import Supervisor
-from service_runtime.traces import past_span, span
+from vitrine_vlm.encoder_service.engine.admission import Admission, Room
+from vitrine_vlm.encoder_service.engine.batch import Follower
+from vitrine_vlm.encoder_service.engine.batcher import Batcher
+from vitrine_vlm.encoder_service.engine.cache import EmbeddingCache, MadeRows
+from vitrine_vlm.encoder_service.media.held_bytes import HeldBytes, Hold
+from vitrine_vlm.encoder_service.media.loader import MediaLoader
+from vitrine_vlm.encoder_service.metrics import EncoderMetrics
+from vitrine_vlm.encoder_service.preprocess.gathering import Gathering
+from vitrine_vlm.encoder_service.preprocess.preprocessor import OpenedMedia, Preprocessor
+from vitrine_vlm.errors import BadRequest, InternalError, TooManyItems, VitrineError
+from vitrine_vlm.service_runtime.logs import harmless
+from vitrine_vlm.service_runtime.supervisor import Supervisor
+from vitrine_vlm.service_runtime.traces import past_span, span
+from vitrine_vlm.types import ItemTimings, Layout, MediaItem
 
 _log = logging.getLogger(__name__)
 _ITEM = "vitrine.item_index"

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
-from gpu_kernels.timing import graphed_median_ms
+from vitrine_vlm.gpu_kernels.timing import graphed_median_ms
 
 _log = logging.getLogger(__name__)
 Implementation = TypeVar("Implementation")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gpu_kernels.graph_capture import Work
+from vitrine_vlm.gpu_kernels.graph_capture import Work
 
 
 class AuxiliaryStream:

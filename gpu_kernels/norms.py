@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gpu_kernels.dependent_launch import has_dependent_launch
-from gpu_kernels.fp8 import Fp8Rows, Rows, store_fp8
+from vitrine_vlm.gpu_kernels.dependent_launch import has_dependent_launch
+from vitrine_vlm.gpu_kernels.fp8 import Fp8Rows, Rows, store_fp8
 
 
 def add_rms_norm(

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from gpu_kernels.timing import graphed_median_ms
+from vitrine_vlm.gpu_kernels.timing import graphed_median_ms
 
 _log = logging.getLogger(__name__)
 _PROBE_SEGMENTS, _PROBE_LENGTH = 8, 1225  # eight pictures of 560x560

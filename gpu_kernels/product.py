@@ -13,9 +13,16 @@ from typing import TypeAlias, TypeVar
 import torch
 import torch.nn.functional as F
 
-from gpu_kernels.autotuner import Tuned, autotune
-from gpu_kernels.fused_gemm import ALL_TILES, Activation, GemmWeights, check_fused_gemm, fused_gemm, fused_gemm_add
-from gpu_kernels.gated_silu import gated_silu
+from vitrine_vlm.gpu_kernels.autotuner import Tuned, autotune
+from vitrine_vlm.gpu_kernels.fused_gemm import (
+    ALL_TILES,
+    Activation,
+    GemmWeights,
+    check_fused_gemm,
+    fused_gemm,
+    fused_gemm_add,
+)
+from vitrine_vlm.gpu_kernels.gated_silu import gated_silu
 
 _log = logging.getLogger(__name__)
 _Multiply: TypeAlias = Callable[[torch.Tensor, GemmWeights], torch.Tensor]

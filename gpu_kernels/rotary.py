@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gpu_kernels.dependent_launch import has_dependent_launch
+from vitrine_vlm.gpu_kernels.dependent_launch import has_dependent_launch
 
 # Of `apply_rope`.
 _CHUNKS_A_PROGRAM = 1024

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gpu_kernels.dependent_launch import has_dependent_launch
+from vitrine_vlm.gpu_kernels.dependent_launch import has_dependent_launch
 
 # Numbers of rows that are taken; with more, the libraries' GEMMs are as fast.
 SKINNY_ROWS = (1, 2, 4)

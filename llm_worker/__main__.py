@@ -1,4 +1,4 @@
-"""`python -m llm_worker --model ... --encoders host:port,...`"""
+"""`vitrine-llm --model ... --encoders host:port,...`, or `python -m vitrine_vlm.llm_worker`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import sys
 
 import torch.distributed as dist
 
-from embedding_transport.checkpoint import CheckpointError
-from embedding_transport.errors import VitrineError
-from llm_worker.app import serve
-from llm_worker.config import LlmConfig
-from service_runtime.settings import run_service
+from vitrine_vlm.errors import VitrineError
+from vitrine_vlm.llm_worker.app import serve
+from vitrine_vlm.llm_worker.config import LlmConfig
+from vitrine_vlm.model_loading.checkpoint import CheckpointError
+from vitrine_vlm.service_runtime.settings import run_service
 
 
 def main() -> int:

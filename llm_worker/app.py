@@ -13,39 +13,40 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from aiohttp import web
 
-from embedding_transport.discovery import follow
-from embedding_transport.encoder_client import EncoderClient
-from embedding_transport.errors import VitrineError, WorkerUnavailable
-from embedding_transport.exporter import RowExporter, export_pools
-from embedding_transport.loading import LoadingStopped, ProgressLog
-from embedding_transport.row_peer import ConnectOptions
-from llm_worker.config import LlmConfig
-from llm_worker.dashboard.routes import Dashboard
-from llm_worker.engine.config import EngineConfig
-from llm_worker.engine.engine import Engine
-from llm_worker.engine.forward_pass import ForwardPass
-from llm_worker.frontend.generation import Generator, MakeFeed
-from llm_worker.frontend.grpc_server import LlmServer, LlmServicer
-from llm_worker.frontend.known_layouts import KnownLayouts
-from llm_worker.frontend.media_feed import MediaFeed
-from llm_worker.frontend.openai_http import OpenAiHttp, ServedModel
-from llm_worker.frontend.prefill_feed import PrefillFeed
-from llm_worker.frontend.prompt_feed import PromptContext
-from llm_worker.frontend.requests import Requests
-from llm_worker.loading import LoadedModel, choose_runner, engine_config, load_model
-from llm_worker.metrics import LlmMetrics
-from llm_worker.prefill.client import PrefillClient
-from llm_worker.prefill.kv_format import KvFormat
-from llm_worker.prefill.rpc import SERVICE as PREFILL_SERVICE
-from llm_worker.prefill.rpc import prefill_handlers
-from llm_worker.prefill.server import Prefilling, PrefillServicer
-from service_runtime.lifecycle import Lifecycle
-from service_runtime.memory import spare_startup_objects
-from service_runtime.running_calls import RunningCalls
-from service_runtime.supervisor import Supervisor
+from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
+from vitrine_vlm.embedding_transport.fleet.discovery import follow
+from vitrine_vlm.embedding_transport.fleet.row_peer import ConnectOptions
+from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter, export_pools
+from vitrine_vlm.errors import VitrineError, WorkerUnavailable
+from vitrine_vlm.llm_worker.config import LlmConfig
+from vitrine_vlm.llm_worker.dashboard.routes import Dashboard
+from vitrine_vlm.llm_worker.engine.config import EngineConfig
+from vitrine_vlm.llm_worker.engine.engine import Engine
+from vitrine_vlm.llm_worker.engine.forward_pass import ForwardPass
+from vitrine_vlm.llm_worker.frontend.grpc_server import LlmServer, LlmServicer
+from vitrine_vlm.llm_worker.frontend.openai_http import OpenAiHttp
+from vitrine_vlm.llm_worker.generation.generation import Generator, MakeFeed
+from vitrine_vlm.llm_worker.generation.known_layouts import KnownLayouts
+from vitrine_vlm.llm_worker.generation.media_feed import MediaFeed
+from vitrine_vlm.llm_worker.generation.prompt_feed import PromptContext
+from vitrine_vlm.llm_worker.generation.served_model import ServedModel
+from vitrine_vlm.llm_worker.loading import LoadedModel, choose_runner, engine_config, load_model
+from vitrine_vlm.llm_worker.metrics import LlmMetrics
+from vitrine_vlm.llm_worker.prefill.client import PrefillClient
+from vitrine_vlm.llm_worker.prefill.kv_format import KvFormat
+from vitrine_vlm.llm_worker.prefill.prefill_feed import PrefillFeed
+from vitrine_vlm.llm_worker.prefill.rpc import SERVICE as PREFILL_SERVICE
+from vitrine_vlm.llm_worker.prefill.rpc import prefill_handlers
+from vitrine_vlm.llm_worker.prefill.server import Prefilling, PrefillServicer
+from vitrine_vlm.llm_worker.requests import Requests
+from vitrine_vlm.model_loading.loading import LoadingStopped, ProgressLog
+from vitrine_vlm.service_runtime.lifecycle import Lifecycle
+from vitrine_vlm.service_runtime.memory import spare_startup_objects
+from vitrine_vlm.service_runtime.running_calls import RunningCalls
+from vitrine_vlm.service_runtime.supervisor import Supervisor
 
 if TYPE_CHECKING:
-    from llm_worker.tensor_parallel.tp_workers import TpWorkers
+    from vitrine_vlm.llm_worker.tensor_parallel.tp_workers import TpWorkers
 
 _log = logging.getLogger(__name__)
 _READY_POLL_S = 0.1
@@ -222,7 +223,7 @@ async def _start_tp_workers(config: LlmConfig, supervisor: Supervisor, stack: As
     Raises:
         CheckpointError: see `TpWorkers.start`.
     """
-    from llm_worker.tensor_parallel.tp_workers import TpWorkers  # torch.distributed is for those who use it
+    from vitrine_vlm.llm_worker.tensor_parallel.tp_workers import TpWorkers  # torch.distributed is for those who use it
 
     tp_workers = TpWorkers(config, supervisor)
     stack.push_async_callback(tp_workers.stop)

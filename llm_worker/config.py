@@ -8,10 +8,10 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from embedding_transport.discovery import Source, parse_sources
-from llm_worker.engine.config import EngineConfig
-from service_runtime.settings import ServiceSettings
-from service_runtime.tls import ClientTls
+from vitrine_vlm.embedding_transport.fleet.discovery import Source, parse_sources
+from vitrine_vlm.llm_worker.engine.config import EngineConfig
+from vitrine_vlm.service_runtime.settings import ServiceSettings
+from vitrine_vlm.service_runtime.tls import ClientTls
 
 MIB = 1024 * 1024
 _BLOCK_SIZE = 16
@@ -21,7 +21,7 @@ class LlmConfig(ServiceSettings):
     """Vitrine's LLM worker: prompts and embedding rows in, tokens out, over OpenAI HTTP and gRPC."""
 
     service_name = "vitrine-llm"
-    model_config = SettingsConfigDict(env_prefix="VITRINE_LLM_", cli_prog_name="python -m llm_worker")
+    model_config = SettingsConfigDict(env_prefix="VITRINE_LLM_", cli_prog_name="vitrine-llm")
 
     model: str = Field(description="checkpoint folder or hub id, the same as the encoders'")
     revision: str | None = Field(None, description="hub branch, tag or commit; not used for folders")

@@ -9,20 +9,20 @@ from functools import partial
 
 import torch
 
-from embedding_transport.checkpoint import CheckpointError, open_checkpoint
-from embedding_transport.loading import ProgressLog, choose_device, choose_dtype
-from embedding_transport.types import DTYPES, ModelIdentity
-from llm_worker.config import LlmConfig
-from llm_worker.engine.config import EngineConfig
-from llm_worker.engine.kv_memory import kv_tokens_that_fit
-from llm_worker.engine.runner import MakeRunner, PlainRunner
-from llm_worker.families import build_decoder, family_of
-from llm_worker.frontend.sampling_defaults import SamplingDefaults
-from llm_worker.models.decoder import TextDecoder
-from llm_worker.models.rank_group import OneRank, RankGroup
-from llm_worker.models.weights import stored_dtype
-from llm_worker.prompt.config import PromptConfig
-from llm_worker.prompt.tokenizer import PromptTokenizer
+from vitrine_vlm.llm_worker.config import LlmConfig
+from vitrine_vlm.llm_worker.engine.config import EngineConfig
+from vitrine_vlm.llm_worker.engine.kv_memory import kv_tokens_that_fit
+from vitrine_vlm.llm_worker.engine.runner import MakeRunner, PlainRunner
+from vitrine_vlm.llm_worker.families import build_decoder, family_of
+from vitrine_vlm.llm_worker.models.decoder import TextDecoder
+from vitrine_vlm.llm_worker.models.rank_group import OneRank, RankGroup
+from vitrine_vlm.llm_worker.models.weights import stored_dtype
+from vitrine_vlm.llm_worker.prompt.config import PromptConfig
+from vitrine_vlm.llm_worker.prompt.sampling_defaults import SamplingDefaults
+from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
+from vitrine_vlm.model_loading.checkpoint import CheckpointError, open_checkpoint
+from vitrine_vlm.model_loading.loading import ProgressLog, choose_device, choose_dtype
+from vitrine_vlm.types import DTYPES, ModelIdentity
 
 _log = logging.getLogger(__name__)
 
@@ -122,8 +122,10 @@ def choose_runner(
     """
     if decoder.device.type != "cuda":
         return PlainRunner
-    from gpu_kernels.packed_attention import installed_attention
-    from llm_worker.gpu.gpu_runner import GpuRunner  # needs Triton, which comes with torch's CUDA builds only
+    from vitrine_vlm.gpu_kernels.packed_attention import installed_attention
+    from vitrine_vlm.llm_worker.gpu.gpu_runner import (
+        GpuRunner,  # needs Triton, which comes with torch's CUDA builds only
+    )
 
     return partial(
         GpuRunner,

@@ -1,4 +1,4 @@
-"""Prometheus metrics of an LLM worker, all named vitrine_llm_*."""
+"""Prometheus metrics of an LLM worker, named vitrine_llm_*, and vitrine_build_info."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from embedding_transport.errors import InternalError, VitrineError
-from embedding_transport.exporter import ExporterStats
-from embedding_transport.fleet_client import ClientStats
-from llm_worker.engine.engine import EngineStats
-from llm_worker.frontend.events import Delta, Finished, GenerationEvent, Observe, Started
-from service_runtime.logs import harmless
+from vitrine_vlm import __version__
+from vitrine_vlm.embedding_transport.clients.fleet_client import ClientStats
+from vitrine_vlm.embedding_transport.shipping.exporter import ExporterStats
+from vitrine_vlm.errors import InternalError, VitrineError
+from vitrine_vlm.llm_worker.engine.engine import EngineStats
+from vitrine_vlm.llm_worker.generation.events import Delta, Finished, GenerationEvent, Observe, Started
+from vitrine_vlm.service_runtime.logs import harmless
 
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _ITL_BUCKETS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
@@ -26,6 +27,7 @@ class LlmMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        Info("vitrine_build", "The version that runs.", registry=self.registry).info({"version": __version__})
         self._requests = Counter(
             "vitrine_llm_requests",
             "Requests by outcome: ok, cancelled, or an error code.",

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parent.parent
-_SOURCES = sorted(path.relative_to(_ROOT) for path in (_ROOT / "protos").rglob("*.proto"))
+_SOURCES = sorted(path.relative_to(_ROOT) for path in (_ROOT / "vitrine_vlm/protos").rglob("*.proto"))
 _SUFFIXES = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py", "_pb2_grpc.pyi")
 _PLUGINS = ("mypy", "mypy_grpc")
 

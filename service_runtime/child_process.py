@@ -36,7 +36,7 @@ class Child:
         environment: Mapping[str, str] | None = None,
         pass_fds: Sequence[int] = (),
     ) -> Child:
-        """Starts `python -m arguments...` in our process group, with the interpreter we run in.
+        """Starts `python -P -m arguments...` in our process group, with the interpreter we run in.
 
         Args:
             environment: added to ours.
@@ -48,6 +48,7 @@ class Child:
             str(_BOUND_TO_PARENT),
             str(os.getpid()),
             sys.executable,
+            "-P",  # folders of the working directory named as our packages or others are not imported
             "-m",
             *arguments,
             stdin=asyncio.subprocess.DEVNULL,

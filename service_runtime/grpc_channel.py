@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 
-from service_runtime.tls import ClientTls
+from vitrine_vlm.service_runtime.tls import ClientTls
 
 MAX_MESSAGE_BYTES = 512 * 1024 * 1024
 _KEEPALIVE_MS = 10_000

@@ -8,8 +8,8 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from service_runtime.grpc_channel import CHANNEL_OPTIONS
-from service_runtime.tls import ServerTls
+from vitrine_vlm.service_runtime.grpc_channel import CHANNEL_OPTIONS
+from vitrine_vlm.service_runtime.tls import ServerTls
 
 _OPTIONS = [
     *CHANNEL_OPTIONS,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from service_runtime.grpc_channel import open_channel
-from service_runtime.tls import ClientTls
+from vitrine_vlm.service_runtime.grpc_channel import open_channel
+from vitrine_vlm.service_runtime.tls import ClientTls
 
 
 async def health_status(address: str, timeout_s: float, service: str = "", tls: ClientTls | None = None) -> str:

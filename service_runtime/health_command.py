@@ -10,12 +10,14 @@ from pathlib import Path
 
 import grpc
 
-from service_runtime.health import health_status
-from service_runtime.tls import ClientTls
+from vitrine_vlm import __version__
+from vitrine_vlm.service_runtime.health import health_status
+from vitrine_vlm.service_runtime.tls import ClientTls
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, prog="vitrine-health")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("address", metavar="HOST:PORT", help="of the gRPC port")
     parser.add_argument("--service", default="", help="full name of the gRPC service; default: all there are")
     parser.add_argument("--timeout-s", type=float, default=3.0, help="default: %(default)s")

@@ -17,9 +17,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from service_runtime.grpc_server import ServiceServer
-from service_runtime.running_calls import RunningCalls
-from service_runtime.supervisor import Failure, ServiceFailed, Supervisor
+from vitrine_vlm.service_runtime.grpc_server import ServiceServer
+from vitrine_vlm.service_runtime.running_calls import RunningCalls
+from vitrine_vlm.service_runtime.supervisor import Failure, ServiceFailed, Supervisor
 
 _log = logging.getLogger(__name__)
 # From the deadline to the end of the process.

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from service_runtime.backoff import Backoff
+from vitrine_vlm.service_runtime.backoff import Backoff
 
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.1, 2.0
 

@@ -13,14 +13,15 @@ from typing import Any, ClassVar, Self, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, SettingsConfigDict
 
-from service_runtime.logs import LogFormat, LogLevel, start_logging
-from service_runtime.memory import reuse_message_memory
-from service_runtime.supervisor import ServiceFailed
-from service_runtime.threads import take_short_turns
-from service_runtime.tls import ServerTls
-from service_runtime.traces import start_tracing
+from vitrine_vlm import __version__
+from vitrine_vlm.service_runtime.logs import LogFormat, LogLevel, start_logging
+from vitrine_vlm.service_runtime.memory import reuse_message_memory
+from vitrine_vlm.service_runtime.supervisor import ServiceFailed
+from vitrine_vlm.service_runtime.threads import take_short_turns
+from vitrine_vlm.service_runtime.tls import ServerTls
+from vitrine_vlm.service_runtime.traces import start_tracing
 
 
 class ServiceSettings(BaseSettings):
@@ -58,7 +59,7 @@ class ServiceSettings(BaseSettings):
         """Reads flags, environment and the file that either of them names.
 
         Raises:
-            SystemExit: --help, or an unknown or malformed flag.
+            SystemExit: --help, --version, or an unknown or malformed flag.
             ValueError: the file cannot be read, or the environment has a setting that there is not.
             pydantic.ValidationError: a value is missing or out of range, or the file has an unknown key.
         """
@@ -71,7 +72,9 @@ class ServiceSettings(BaseSettings):
             raise ValueError(f"--config {file}: it must hold settings as `name: value`, not a {type(in_file).__name__}")
         in_environment = EnvSettingsSource(cls)()
         given = {name: value for name, value in in_file.items() if name not in in_environment}
-        settings = cls(_cli_parse_args=list(arguments), **given)
+        flags: CliSettingsSource[Any] = CliSettingsSource(cls)
+        flags.root_parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+        settings = cls(_cli_settings_source=flags(args=list(arguments)), **given)
         cls._check_environment()
         return settings
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
-from service_runtime.child_process import Child
+from vitrine_vlm.service_runtime.child_process import Child
 
 _log = logging.getLogger(__name__)
 

@@ -7,11 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from opentelemetry import context, propagate, trace
-from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.resources import SERVICE_NAME, Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.util.types import AttributeValue
+
+from vitrine_vlm import __version__
 
 # None until `start_tracing` has somewhere to send spans to: then nothing is made that nobody will see.
 _tracer: trace.Tracer | None = None
@@ -27,7 +25,13 @@ def start_tracing(service_name: str, otlp_endpoint: str) -> Callable[[], None]:
     global _tracer
     if not otlp_endpoint:
         return lambda: None
-    provider = TracerProvider(resource=Resource.create({SERVICE_NAME: service_name}))
+    # Here, because a client of the services needs only OpenTelemetry's API, by which it passes a trace on.
+    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    provider = TracerProvider(resource=Resource.create({SERVICE_NAME: service_name, SERVICE_VERSION: __version__}))
     exporter = OTLPSpanExporter(endpoint=otlp_endpoint, insecure=not otlp_endpoint.startswith("https:"))
     provider.add_span_processor(BatchSpanProcessor(exporter))
     trace.set_tracer_provider(provider)

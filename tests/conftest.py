@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from deploy.random_checkpoint import Family, save_random_checkpoint
+from vitrine_vlm.sample_models.random_checkpoint import Family, save_random_checkpoint
 
 if TYPE_CHECKING:
     from xdist.remote import Producer

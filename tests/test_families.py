@@ -9,12 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from embedding_transport.checkpoint import Checkpoint, CheckpointError
-from encoder_service import families as encoder_families
-from llm_worker import families as worker_families
+from vitrine_vlm.encoder_service import families as encoder_families
+from vitrine_vlm.llm_worker import families as worker_families
+from vitrine_vlm.model_loading.checkpoint import Checkpoint, CheckpointError
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("encoder_service", "llm_worker", "embedding_transport", "gpu_kernels", "service_runtime")
+PACKAGES = (
+    "encoder_service",
+    "llm_worker",
+    "embedding_transport",
+    "model_loading",
+    "gpu_kernels",
+    "service_runtime",
+    "vitrine_vlm",
+)
 FOLDERS = (ROOT / "encoder_service" / "families", ROOT / "llm_worker" / "families")
 
 
@@ -74,5 +82,5 @@ def test_a_model_type_that_neither_service_has_is_refused(tmp_path: Path) -> Non
 
 def test_families_are_known_without_triton() -> None:
     """A module that is None in sys.modules cannot be imported, as where it is not installed."""
-    code = "import sys; sys.modules['triton'] = None; from encoder_service.families import FAMILIES; assert FAMILIES"
+    code = "import sys; sys.modules['triton'] = None; from vitrine_vlm.encoder_service.families import FAMILIES; assert FAMILIES"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)

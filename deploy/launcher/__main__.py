@@ -12,12 +12,13 @@ from pathlib import Path
 
 import aiohttp
 
-from deploy.launcher.ask import AskFailed, ask, served_model
-from deploy.launcher.picture import DRAWN_PICTURE, picture_url
-from deploy.launcher.report import stage_table
-from deploy.launcher.stack import Stack
-from deploy.tiny_vlm import MODEL_FOLDER
-from service_runtime.child_process import ChildFailed
+from vitrine_vlm import __version__
+from vitrine_vlm.deploy.launcher.ask import AskFailed, ask, served_model
+from vitrine_vlm.deploy.launcher.picture import DRAWN_PICTURE, picture_url
+from vitrine_vlm.deploy.launcher.report import stage_table
+from vitrine_vlm.deploy.launcher.stack import Stack
+from vitrine_vlm.sample_models.tiny_vlm import MODEL_FOLDER
+from vitrine_vlm.service_runtime.child_process import ChildFailed
 
 _PROMPT = "What shapes and colors are in this picture?"
 _INTERRUPTED = 130
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vitrine", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="ask one question about a picture, print answer and timings, stop")
     serve = commands.add_parser("serve", help="stay up with an OpenAI endpoint until Ctrl-C")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deploy.launcher.ask import Answer
+from vitrine_vlm.deploy.launcher.ask import Answer
 
 _STAGES = {
     "load": "encoder: get the file",

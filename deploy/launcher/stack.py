@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from service_runtime.child_process import Child
-from service_runtime.supervisor import Supervisor
+from vitrine_vlm.service_runtime.child_process import Child
+from vitrine_vlm.service_runtime.supervisor import Supervisor
 
 _HOST = "127.0.0.1"
 _POLL_INTERVAL_S = 0.1
@@ -67,11 +67,12 @@ class Stack:
         try:
             for index, encoder_port in enumerate(encoder_ports):
                 name = "encoder" if num_encoders == 1 else f"encoder {index}"
-                encoder = ["encoder_service", "--model", str(model), "--port", str(encoder_port), "--dp", str(dp)]
+                encoder = ["vitrine_vlm.encoder_service", "--model", str(model)]
+                encoder += ["--port", str(encoder_port), "--dp", str(dp)]
                 encoder += encoder_flags
                 children.append(await Child.start(name, encoder, encoder_environment))
             encoders = ",".join(f"{_HOST}:{first}-{first + dp - 1}" for first in encoder_ports)
-            worker = ["llm_worker", "--model", str(model), "--encoders", encoders]
+            worker = ["vitrine_vlm.llm_worker", "--model", str(model), "--encoders", encoders]
             ports = ["--port", str(http_port), "--grpc-port", str(grpc_port)]
             environment = {**_SHARED_GPU, **os.environ, **(worker_environment or {})}
             children.append(await Child.start("llm", [*worker, *ports, *worker_flags], environment))

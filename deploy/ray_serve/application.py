@@ -1,4 +1,4 @@
-"""The Ray Serve application: `serve run deploy.ray_serve.application:build model=...`, or a YAML file that names it."""
+"""The Ray Serve application: `serve run vitrine_vlm.deploy.ray_serve.application:build model=...`, or a YAML file."""
 
 # No `from __future__ import annotations`: Ray Serve reads that of `build` to check the arguments.
 
@@ -7,12 +7,12 @@ from typing import Any
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from deploy.ray_serve.autoscaling import QueuedWork
-from deploy.ray_serve.config import Pool, ServeArguments
-from deploy.ray_serve.content_router import ContentRouter
-from deploy.ray_serve.encoder import QUEUE_SECONDS, EncoderReplica
-from deploy.ray_serve.gateway import Gateway
-from deploy.ray_serve.llm import QUEUED_TOKENS, LlmReplica
+from vitrine_vlm.deploy.ray_serve.autoscaling import QueuedWork
+from vitrine_vlm.deploy.ray_serve.config import Pool, ServeArguments
+from vitrine_vlm.deploy.ray_serve.content_router import ContentRouter
+from vitrine_vlm.deploy.ray_serve.encoder import QUEUE_SECONDS, EncoderReplica
+from vitrine_vlm.deploy.ray_serve.gateway import Gateway
+from vitrine_vlm.deploy.ray_serve.llm import QUEUED_TOKENS, LlmReplica
 
 # The services refuse what is too much for them themselves, and say when to come again.
 _MAX_ONGOING_REQUESTS = 100_000

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from encoder_service.config import EncoderConfig
-from llm_worker.config import LlmConfig
-from service_runtime.settings import ServiceSettings
+from vitrine_vlm.encoder_service.config import EncoderConfig
+from vitrine_vlm.llm_worker.config import LlmConfig
+from vitrine_vlm.service_runtime.settings import ServiceSettings
 
 # Each replica has addresses of its own, and they talk to each other without TLS.
 _CHOSEN_HERE = frozenset(

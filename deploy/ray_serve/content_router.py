@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from embedding_transport.content_routing import ranked
+from vitrine_vlm.embedding_transport.fleet.content_routing import ranked
 
 
 class ContentRouter(RequestRouter):

@@ -13,10 +13,12 @@ from functools import partial
 import grpc
 from ray.serve.handle import DeploymentHandle
 
-from deploy.ray_serve.encoder import EncoderReplica
-from embedding_transport.content_routing import content_key
-from embedding_transport.encoder_client import ENCODE_RETRIES
-from embedding_transport.errors import (
+from vitrine_vlm.deploy.ray_serve.encoder import EncoderReplica
+from vitrine_vlm.embedding_transport.clients.encoder_client import ENCODE_RETRIES
+from vitrine_vlm.embedding_transport.receiving.event_stream import EventStream
+from vitrine_vlm.embedding_transport.wire.grpc_status import error_from_rpc
+from vitrine_vlm.encoder_service.codec import failed_to_proto
+from vitrine_vlm.errors import (
     BadRequest,
     EncoderUnavailable,
     InternalError,
@@ -26,12 +28,10 @@ from embedding_transport.errors import (
     error_from_code,
     soonest_overloaded,
 )
-from embedding_transport.event_stream import EventStream
-from embedding_transport.grpc_status import error_from_rpc
-from encoder_service.codec import failed_to_proto
-from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
-from service_runtime.grpc_channel import open_channel
-from service_runtime.retry import Attempts
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from vitrine_vlm.service_runtime.grpc_channel import open_channel
+from vitrine_vlm.service_runtime.retry import Attempts
+from vitrine_vlm.types import content_key
 
 Metadata = Sequence[tuple[str, str]]
 

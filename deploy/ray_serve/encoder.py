@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from deploy.ray_serve.config import environment_variables
-from deploy.ray_serve.node import free_ports, node_host
-from deploy.ray_serve.probes import grpc_serving, read_gauge
-from deploy.ray_serve.service_process import ServiceProcess
-from encoder_service.config import EncoderConfig
-from service_runtime.supervisor import Supervisor
+from vitrine_vlm.deploy.ray_serve.config import environment_variables
+from vitrine_vlm.deploy.ray_serve.node import free_ports, node_host
+from vitrine_vlm.deploy.ray_serve.probes import grpc_serving, read_gauge
+from vitrine_vlm.deploy.ray_serve.service_process import ServiceProcess
+from vitrine_vlm.encoder_service.config import EncoderConfig
+from vitrine_vlm.service_runtime.supervisor import Supervisor
 
 QUEUE_SECONDS = "queue_seconds"
 
@@ -31,7 +31,9 @@ class EncoderReplica:
         self._metrics_url = f"http://{host}:{metrics_port}/metrics"
         own = environment_variables(EncoderConfig, {"host": host, "port": port, "metrics_port": metrics_port})
         self._supervisor = Supervisor()
-        self._process = await ServiceProcess.start("encoder_service", {**environment, **own}, self._supervisor)
+        self._process = await ServiceProcess.start(
+            "vitrine_vlm.encoder_service", {**environment, **own}, self._supervisor
+        )
         await self._process.wait_until(self._serving)
 
     async def address(self) -> str:

@@ -16,13 +16,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from deploy.ray_serve.encode_forwarder import EncodeForwarder
-from deploy.ray_serve.encoder import EncoderReplica
-from deploy.ray_serve.http_forwarder import HttpForwarder
-from deploy.ray_serve.llm import LlmReplica
-from embedding_transport.errors import TransportUnavailable, VitrineError
-from embedding_transport.grpc_status import STATUS_BY_CODE
-from protos.encoder.v1 import encoder_pb2
+from vitrine_vlm.deploy.ray_serve.encode_forwarder import EncodeForwarder
+from vitrine_vlm.deploy.ray_serve.encoder import EncoderReplica
+from vitrine_vlm.deploy.ray_serve.http_forwarder import HttpForwarder
+from vitrine_vlm.deploy.ray_serve.llm import LlmReplica
+from vitrine_vlm.embedding_transport.wire.grpc_status import STATUS_BY_CODE
+from vitrine_vlm.errors import TransportUnavailable, VitrineError
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 
 _TRACE_CONTEXT = ("traceparent", "tracestate")
 _ONE_ENCODER = TransportUnavailable("this is about one encoder, and there may be several: connect to it itself")

@@ -12,9 +12,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Send
 from yarl import URL
 
-from deploy.ray_serve.llm import LlmReplica
-from embedding_transport.errors import BadRequest, WorkerUnavailable
-from service_runtime.retry import Attempts, RetryPolicy
+from vitrine_vlm.deploy.ray_serve.llm import LlmReplica
+from vitrine_vlm.errors import BadRequest, WorkerUnavailable
+from vitrine_vlm.service_runtime.retry import Attempts, RetryPolicy
 
 _PATHS = "/v1/"
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10)

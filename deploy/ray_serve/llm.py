@@ -12,13 +12,13 @@ from pathlib import Path
 import ray
 from ray.serve.handle import DeploymentHandle
 
-from deploy.ray_serve.config import environment_variables
-from deploy.ray_serve.encoder import EncoderReplica
-from deploy.ray_serve.node import free_ports, node_host, num_gpus_of_node
-from deploy.ray_serve.probes import http_ok, read_gauge
-from deploy.ray_serve.service_process import ServiceProcess
-from llm_worker.config import LlmConfig
-from service_runtime.supervisor import Supervisor
+from vitrine_vlm.deploy.ray_serve.config import environment_variables
+from vitrine_vlm.deploy.ray_serve.encoder import EncoderReplica
+from vitrine_vlm.deploy.ray_serve.node import free_ports, node_host, num_gpus_of_node
+from vitrine_vlm.deploy.ray_serve.probes import http_ok, read_gauge
+from vitrine_vlm.deploy.ray_serve.service_process import ServiceProcess
+from vitrine_vlm.llm_worker.config import LlmConfig
+from vitrine_vlm.service_runtime.supervisor import Supervisor
 
 QUEUED_TOKENS = "queued_prefill_tokens"
 _FOLLOW_INTERVAL_S = 1.0
@@ -51,7 +51,7 @@ class LlmReplica:
         settings = {"host": host, "port": port, "grpc_port": grpc_port, "encoders": f"file:{addresses}"}
         own = environment_variables(LlmConfig, settings)
         own |= gpu_environment(ray.get_gpu_ids(), num_gpus_of_node())
-        self._process = await ServiceProcess.start("llm_worker", {**environment, **own}, self._supervisor)
+        self._process = await ServiceProcess.start("vitrine_vlm.llm_worker", {**environment, **own}, self._supervisor)
         await self._process.wait_until(lambda: http_ok(f"http://{self._address}/ready"))
 
     async def record_replica_metadata(self) -> dict[str, str]:

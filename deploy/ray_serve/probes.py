@@ -6,7 +6,7 @@ import aiohttp
 import grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-from service_runtime.health import health_status
+from vitrine_vlm.service_runtime.health import health_status
 
 _TIMEOUT_S = 10.0
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 
-from service_runtime.child_process import Child
-from service_runtime.supervisor import Supervisor
+from vitrine_vlm.service_runtime.child_process import Child
+from vitrine_vlm.service_runtime.supervisor import Supervisor
 
 _POLL_INTERVAL_S = 0.2
 
@@ -27,7 +27,7 @@ class ServiceProcess:
 
     @classmethod
     async def start(cls, module: str, environment: Mapping[str, str], supervisor: Supervisor) -> ServiceProcess:
-        """Starts `python -m module`, with these variables added to our environment.
+        """Starts `python -P -m module`, with these variables added to our environment.
 
         Args:
             supervisor: the replica's, which sees a failure where the process ends.

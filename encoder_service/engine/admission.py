@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from embedding_transport.errors import Overloaded
-from encoder_service.engine.cost_model import CostModel
-from encoder_service.models.grids import GridTHW
+from vitrine_vlm.encoder_service.engine.cost_model import CostModel
+from vitrine_vlm.encoder_service.models.grids import GridTHW
+from vitrine_vlm.errors import Overloaded
 
 
 class Admission:

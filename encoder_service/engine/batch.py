@@ -9,8 +9,8 @@ from typing import Protocol
 
 import torch
 
-from encoder_service.models import VisionTower
-from encoder_service.models.grids import GridTHW
+from vitrine_vlm.encoder_service.models import VisionTower
+from vitrine_vlm.encoder_service.models.grids import GridTHW
 
 # An item is due after so long at the latest, so that those with near deadlines do not keep it waiting for ever.
 _PATIENCE_S = 30.0

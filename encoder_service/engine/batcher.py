@@ -20,16 +20,16 @@ from dataclasses import dataclass
 
 import torch
 
-from embedding_transport.errors import EncoderUnavailable, InternalError, VitrineError
-from embedding_transport.gpu_faults import is_lost
-from encoder_service.engine.batch import Batch, EncodedItem, Entry, Follower, Launched
-from encoder_service.engine.cost_model import CostModel
-from encoder_service.engine.under_way import UnderWay
-from encoder_service.engine.waiting import Waiting
-from encoder_service.models import VisionTower
-from encoder_service.models.grids import GridTHW
-from service_runtime.logs import harmless
-from service_runtime.supervisor import Supervisor
+from vitrine_vlm.encoder_service.engine.batch import Batch, EncodedItem, Entry, Follower, Launched
+from vitrine_vlm.encoder_service.engine.cost_model import CostModel
+from vitrine_vlm.encoder_service.engine.under_way import UnderWay
+from vitrine_vlm.encoder_service.engine.waiting import Waiting
+from vitrine_vlm.encoder_service.models import VisionTower
+from vitrine_vlm.encoder_service.models.grids import GridTHW
+from vitrine_vlm.errors import EncoderUnavailable, InternalError, VitrineError
+from vitrine_vlm.gpu_kernels.gpu_faults import is_lost
+from vitrine_vlm.service_runtime.logs import harmless
+from vitrine_vlm.service_runtime.supervisor import Supervisor
 
 _log = logging.getLogger(__name__)
 # Before the tower should be free, by when a batch is formed: packing and launching take less, even under load mostly.

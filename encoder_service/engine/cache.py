@@ -16,10 +16,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from embedding_transport.errors import Overloaded
-from embedding_transport.row_copies import host_rows, own_rows
-from service_runtime.cancellation import is_own_cancellation
-from service_runtime.supervisor import Supervisor
+from vitrine_vlm.embedding_transport.pools.row_copies import host_rows, own_rows
+from vitrine_vlm.errors import Overloaded
+from vitrine_vlm.service_runtime.cancellation import is_own_cancellation
+from vitrine_vlm.service_runtime.supervisor import Supervisor
 
 _log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from encoder_service.models import VisionTower
-from encoder_service.models.grids import GridTHW
+from vitrine_vlm.encoder_service.models import VisionTower
+from vitrine_vlm.encoder_service.models.grids import GridTHW
 
 _log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from encoder_service.engine.batch import Entry
+from vitrine_vlm.encoder_service.engine.batch import Entry
 
 
 class UnderWay:

@@ -6,8 +6,8 @@ import math
 import time
 from bisect import insort
 
-from encoder_service.engine.batch import Entry
-from encoder_service.engine.cost_model import CostModel
+from vitrine_vlm.encoder_service.engine.batch import Entry
+from vitrine_vlm.encoder_service.engine.cost_model import CostModel
 
 
 class Waiting:

@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 import torch
 
-from embedding_transport.checkpoint import Checkpoint, CheckpointError
-from embedding_transport.dummy_weights import draw_dummy_weights
-from encoder_service.families import qwen2_5_vl, qwen3_5, qwen3_omni, qwen3_vl
-from encoder_service.families.family import Family
-from encoder_service.models.tower import PlainTower
-from encoder_service.models.weights import load_visual_weights
-from encoder_service.preprocess.settings import ProcessorSettings
+from vitrine_vlm.encoder_service.families import qwen2_5_vl, qwen3_5, qwen3_omni, qwen3_vl
+from vitrine_vlm.encoder_service.families.family import Family
+from vitrine_vlm.encoder_service.models.tower import PlainTower
+from vitrine_vlm.encoder_service.models.weights import load_visual_weights
+from vitrine_vlm.encoder_service.preprocess.settings import ProcessorSettings
+from vitrine_vlm.model_loading.checkpoint import Checkpoint, CheckpointError
+from vitrine_vlm.model_loading.dummy_weights import draw_dummy_weights
 
 __all__ = ["FAMILIES", "Family", "build_tower", "family_of", "processor_settings"]
 

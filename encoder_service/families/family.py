@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from encoder_service.models.tower import PlainTower
-from encoder_service.models.weights import VisualWeights
-from encoder_service.preprocess.settings import ProcessorDefaults
+from vitrine_vlm.encoder_service.models.tower import PlainTower
+from vitrine_vlm.encoder_service.models.weights import VisualWeights
+from vitrine_vlm.encoder_service.preprocess.settings import ProcessorDefaults
 
 if TYPE_CHECKING:
-    from encoder_service.gpu.layers import FusedTower
-    from encoder_service.gpu.linear import BlockLinears
-    from gpu_kernels.packed_attention import PackedAttention
+    from vitrine_vlm.encoder_service.gpu.layers import FusedTower
+    from vitrine_vlm.encoder_service.gpu.linear import BlockLinears
+    from vitrine_vlm.gpu_kernels.packed_attention import PackedAttention
 
 
 @dataclass(frozen=True)

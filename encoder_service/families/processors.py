@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from encoder_service.preprocess.settings import ProcessorDefaults
+from vitrine_vlm.encoder_service.preprocess.settings import ProcessorDefaults
 
 _CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 _CLIP_STD = [0.26862954, 0.26130258, 0.27577711]

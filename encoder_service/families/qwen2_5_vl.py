@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from embedding_transport.checkpoint import CheckpointError
-from encoder_service.families.family import Family
-from encoder_service.families.processors import FRAME_BOUND
-from encoder_service.models import grids
-from encoder_service.models.config import VisionConfig, integer, integers, shared_fields, vision_section
-from encoder_service.models.layers import Block, Rotary, Segments, activation, check_packed
-from encoder_service.models.tower import PlainTower
+from vitrine_vlm.encoder_service.families.family import Family
+from vitrine_vlm.encoder_service.families.processors import FRAME_BOUND
+from vitrine_vlm.encoder_service.models import grids
+from vitrine_vlm.encoder_service.models.config import VisionConfig, integer, integers, shared_fields, vision_section
+from vitrine_vlm.encoder_service.models.layers import Block, Rotary, Segments, activation, check_packed
+from vitrine_vlm.encoder_service.models.tower import PlainTower
+from vitrine_vlm.model_loading.checkpoint import CheckpointError
 
 if TYPE_CHECKING:
-    from encoder_service.gpu.layers import FusedTower
-    from encoder_service.gpu.linear import BlockLinears
-    from gpu_kernels.packed_attention import PackedAttention
+    from vitrine_vlm.encoder_service.gpu.layers import FusedTower
+    from vitrine_vlm.encoder_service.gpu.linear import BlockLinears
+    from vitrine_vlm.gpu_kernels.packed_attention import PackedAttention
 
 _NORM_EPS = 1e-6
 
@@ -148,7 +148,7 @@ def fuse(tower: PlainTower, attention: PackedAttention, linears: BlockLinears) -
     Raises:
         ValueError: an activation that has no fused form.
     """
-    from encoder_service.families.qwen2_5_vl_gpu import FusedQwen2_5VL  # needs Triton
+    from vitrine_vlm.encoder_service.families.qwen2_5_vl_gpu import FusedQwen2_5VL  # needs Triton
 
     assert isinstance(tower, Qwen2_5VLTower)
     return FusedQwen2_5VL(tower, attention, linears)

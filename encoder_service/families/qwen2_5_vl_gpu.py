@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from encoder_service.families.qwen2_5_vl import GatedMlp, Qwen2_5VLTower, RMSNorm
-from encoder_service.gpu import kernels, norms
-from encoder_service.gpu.batch_tables import BatchTables
-from encoder_service.gpu.layers import AttentionBranch, FusedTower
-from encoder_service.gpu.linear import BlockLinears, Linear
-from encoder_service.gpu.residual import ResidualStream
-from encoder_service.models.layers import Block
-from gpu_kernels.fp8 import Rows
-from gpu_kernels.packed_attention import PackedAttention
+from vitrine_vlm.encoder_service.families.qwen2_5_vl import GatedMlp, Qwen2_5VLTower, RMSNorm
+from vitrine_vlm.encoder_service.gpu import kernels, norms
+from vitrine_vlm.encoder_service.gpu.batch_tables import BatchTables
+from vitrine_vlm.encoder_service.gpu.layers import AttentionBranch, FusedTower
+from vitrine_vlm.encoder_service.gpu.linear import BlockLinears, Linear
+from vitrine_vlm.encoder_service.gpu.residual import ResidualStream
+from vitrine_vlm.encoder_service.models.layers import Block
+from vitrine_vlm.gpu_kernels.fp8 import Rows
+from vitrine_vlm.gpu_kernels.packed_attention import PackedAttention
 
 # Matrix products want rows of 16 bytes, in FP8, too; published towers have 3420 wide MLPs.
 _WIDTH_MULTIPLE = 16

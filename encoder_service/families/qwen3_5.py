@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from encoder_service.families import qwen3_vl
-from encoder_service.families.family import Family
-from encoder_service.families.processors import VOLUME_BOUND
-from encoder_service.families.qwen3_vl import Qwen3VLTower
-from encoder_service.models.config import vision_section
+from vitrine_vlm.encoder_service.families import qwen3_vl
+from vitrine_vlm.encoder_service.families.family import Family
+from vitrine_vlm.encoder_service.families.processors import VOLUME_BOUND
+from vitrine_vlm.encoder_service.families.qwen3_vl import Qwen3VLTower
+from vitrine_vlm.encoder_service.models.config import vision_section
 
 
 def build(config: Mapping[str, Any]) -> Qwen3VLTower:

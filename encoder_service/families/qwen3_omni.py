@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from embedding_transport.checkpoint import CheckpointError
-from encoder_service.families import qwen3_vl
-from encoder_service.families.family import Family
-from encoder_service.families.processors import FRAME_BOUND
-from encoder_service.families.qwen3_vl import Qwen3VLTower
-from encoder_service.models.config import vision_section
-from encoder_service.models.weights import VisualWeights
+from vitrine_vlm.encoder_service.families import qwen3_vl
+from vitrine_vlm.encoder_service.families.family import Family
+from vitrine_vlm.encoder_service.families.processors import FRAME_BOUND
+from vitrine_vlm.encoder_service.families.qwen3_vl import Qwen3VLTower
+from vitrine_vlm.encoder_service.models.config import vision_section
+from vitrine_vlm.encoder_service.models.weights import VisualWeights
+from vitrine_vlm.model_loading.checkpoint import CheckpointError
 
 
 def build(config: Mapping[str, Any]) -> Qwen3VLTower:

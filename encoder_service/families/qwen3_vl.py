@@ -17,18 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from embedding_transport.checkpoint import CheckpointError
-from encoder_service.families.family import Family
-from encoder_service.families.processors import VOLUME_BOUND
-from encoder_service.models import grids
-from encoder_service.models.config import VisionConfig, integer, integers, shared_fields, vision_section
-from encoder_service.models.layers import Block, Rotary, Segments, activation, check_packed, linear_into
-from encoder_service.models.tower import PlainTower
+from vitrine_vlm.encoder_service.families.family import Family
+from vitrine_vlm.encoder_service.families.processors import VOLUME_BOUND
+from vitrine_vlm.encoder_service.models import grids
+from vitrine_vlm.encoder_service.models.config import VisionConfig, integer, integers, shared_fields, vision_section
+from vitrine_vlm.encoder_service.models.layers import Block, Rotary, Segments, activation, check_packed, linear_into
+from vitrine_vlm.encoder_service.models.tower import PlainTower
+from vitrine_vlm.model_loading.checkpoint import CheckpointError
 
 if TYPE_CHECKING:
-    from encoder_service.gpu.layers import FusedTower
-    from encoder_service.gpu.linear import BlockLinears
-    from gpu_kernels.packed_attention import PackedAttention
+    from vitrine_vlm.encoder_service.gpu.layers import FusedTower
+    from vitrine_vlm.encoder_service.gpu.linear import BlockLinears
+    from vitrine_vlm.gpu_kernels.packed_attention import PackedAttention
 
 _NORM_EPS = 1e-6
 
@@ -160,7 +160,7 @@ def fuse(tower: PlainTower, attention: PackedAttention, linears: BlockLinears) -
     Raises:
         ValueError: an activation that has no fused form.
     """
-    from encoder_service.families.qwen3_vl_gpu import FusedQwen3VL  # needs Triton
+    from vitrine_vlm.encoder_service.families.qwen3_vl_gpu import FusedQwen3VL  # needs Triton
 
     assert isinstance(tower, Qwen3VLTower)
     return FusedQwen3VL(tower, attention, linears)

@@ -9,15 +9,15 @@ from collections.abc import Callable
 
 import torch
 
-from encoder_service.families.qwen3_vl import Merger, Mlp, Qwen3VLTower
-from encoder_service.gpu import kernels, norms
-from encoder_service.gpu.batch_tables import BatchTables
-from encoder_service.gpu.layers import AttentionBranch, FusedTower
-from encoder_service.gpu.linear import BlockLinears, Linear
-from encoder_service.gpu.residual import ResidualStream
-from encoder_service.models.layers import Block
-from gpu_kernels.fp8 import Rows
-from gpu_kernels.packed_attention import PackedAttention
+from vitrine_vlm.encoder_service.families.qwen3_vl import Merger, Mlp, Qwen3VLTower
+from vitrine_vlm.encoder_service.gpu import kernels, norms
+from vitrine_vlm.encoder_service.gpu.batch_tables import BatchTables
+from vitrine_vlm.encoder_service.gpu.layers import AttentionBranch, FusedTower
+from vitrine_vlm.encoder_service.gpu.linear import BlockLinears, Linear
+from vitrine_vlm.encoder_service.gpu.residual import ResidualStream
+from vitrine_vlm.encoder_service.models.layers import Block
+from vitrine_vlm.gpu_kernels.fp8 import Rows
+from vitrine_vlm.gpu_kernels.packed_attention import PackedAttention
 
 
 class FusedQwen3VL(FusedTower):

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from encoder_service.gpu.batch_tables import BatchTables, Layouts
-from encoder_service.gpu.layers import FusedTower
-from encoder_service.models.grids import GridTHW
-from encoder_service.models.tower import PlainTower
+from vitrine_vlm.encoder_service.gpu.batch_tables import BatchTables, Layouts
+from vitrine_vlm.encoder_service.gpu.layers import FusedTower
+from vitrine_vlm.encoder_service.models.grids import GridTHW
+from vitrine_vlm.encoder_service.models.tower import PlainTower
 
 _GRIDS = ((1, 24, 32), (1, 16, 16))
 

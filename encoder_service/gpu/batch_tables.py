@@ -10,7 +10,7 @@ from itertools import accumulate
 
 import torch
 
-from encoder_service.models.grids import GridTHW
+from vitrine_vlm.encoder_service.models.grids import GridTHW
 
 
 @dataclass(frozen=True)

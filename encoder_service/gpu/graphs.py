@@ -15,12 +15,12 @@ from functools import partial
 
 import torch
 
-from encoder_service.gpu.batch_tables import BatchTables, Layouts, TableShape
-from encoder_service.gpu.layers import FusedTower
-from encoder_service.metrics import GpuStats
-from encoder_service.models.grids import GridTHW
-from encoder_service.models.layers import check_packed_shapes
-from gpu_kernels.graph_capture import CudaGraphs, Work
+from vitrine_vlm.encoder_service.gpu.batch_tables import BatchTables, Layouts, TableShape
+from vitrine_vlm.encoder_service.gpu.layers import FusedTower
+from vitrine_vlm.encoder_service.gpu.stats import GpuStats
+from vitrine_vlm.encoder_service.models.grids import GridTHW
+from vitrine_vlm.encoder_service.models.layers import check_packed_shapes
+from vitrine_vlm.gpu_kernels.graph_capture import CudaGraphs, Work
 
 _SMALLEST_PATCHES = 256
 _MULTIPLE = 64

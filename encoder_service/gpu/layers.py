@@ -7,15 +7,15 @@ from collections.abc import Callable
 
 import torch
 
-from encoder_service.gpu import kernels
-from encoder_service.gpu.batch_tables import BatchTables
-from encoder_service.gpu.linear import BlockLinears, Linear
-from encoder_service.models.config import VisionConfig
-from encoder_service.models.layers import Attention
-from encoder_service.models.tower import PlainTower
-from gpu_kernels.fp8 import Rows
-from gpu_kernels.packed_attention import Bounds, PackedAttention
-from gpu_kernels.rotary import apply_rope, rope_table
+from vitrine_vlm.encoder_service.gpu import kernels
+from vitrine_vlm.encoder_service.gpu.batch_tables import BatchTables
+from vitrine_vlm.encoder_service.gpu.linear import BlockLinears, Linear
+from vitrine_vlm.encoder_service.models.config import VisionConfig
+from vitrine_vlm.encoder_service.models.layers import Attention
+from vitrine_vlm.encoder_service.models.tower import PlainTower
+from vitrine_vlm.gpu_kernels.fp8 import Rows
+from vitrine_vlm.gpu_kernels.packed_attention import Bounds, PackedAttention
+from vitrine_vlm.gpu_kernels.rotary import apply_rope, rope_table
 
 
 class Positions:

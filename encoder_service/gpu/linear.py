@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from encoder_service.gpu.residual import ResidualStream
-from gpu_kernels import fp8
-from gpu_kernels.fp8 import Fp8Rows, Rows
-from gpu_kernels.fused_gemm import Activation
-from gpu_kernels.product import AddedProduct, Product
+from vitrine_vlm.encoder_service.gpu.residual import ResidualStream
+from vitrine_vlm.gpu_kernels import fp8
+from vitrine_vlm.gpu_kernels.fp8 import Fp8Rows, Rows
+from vitrine_vlm.gpu_kernels.fused_gemm import Activation
+from vitrine_vlm.gpu_kernels.product import AddedProduct, Product
 
 
 class Linear:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 
-from encoder_service.gpu.residual import ResidualStream
-from gpu_kernels.fp8 import Rows
-from gpu_kernels.norms import add_shifted_norm
+from vitrine_vlm.encoder_service.gpu.residual import ResidualStream
+from vitrine_vlm.gpu_kernels.fp8 import Rows
+from vitrine_vlm.gpu_kernels.norms import add_shifted_norm
 
 EPS = 1e-6  # of every norm of all families
 

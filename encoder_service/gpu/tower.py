@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import torch
 
-from encoder_service.gpu.accuracy import measured_accuracy
-from encoder_service.gpu.graphs import GpuTower, capture_buckets
-from encoder_service.gpu.layers import FusedTower
-from encoder_service.gpu.linear import BlockLinears
-from encoder_service.models.tower import PlainTower
-from gpu_kernels.packed_attention import PackedAttention, autotuned_attention
+from vitrine_vlm.encoder_service.gpu.accuracy import measured_accuracy
+from vitrine_vlm.encoder_service.gpu.graphs import GpuTower, capture_buckets
+from vitrine_vlm.encoder_service.gpu.layers import FusedTower
+from vitrine_vlm.encoder_service.gpu.linear import BlockLinears
+from vitrine_vlm.encoder_service.models.tower import PlainTower
+from vitrine_vlm.gpu_kernels.packed_attention import PackedAttention, autotuned_attention
 
 _log = logging.getLogger(__name__)
 # Scales of single rows need Hopper.

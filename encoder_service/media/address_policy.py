@@ -16,7 +16,7 @@ from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from embedding_transport.errors import MediaNotAllowed
+from vitrine_vlm.errors import MediaNotAllowed
 
 _NAT64 = IPv6Network("64:ff9b::/96")
 _MAX_LOOKUPS = 32

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeAlias
 
-from embedding_transport.errors import Overloaded
+from vitrine_vlm.errors import Overloaded
 
 # Called with a number of bytes that are about to be kept.
 Hold: TypeAlias = Callable[[int], None]

@@ -7,7 +7,11 @@ import asyncio
 import aiohttp
 from yarl import URL
 
-from embedding_transport.errors import (
+from vitrine_vlm.encoder_service.media.address_policy import CheckedResolver, check_host
+from vitrine_vlm.encoder_service.media.held_bytes import Hold
+from vitrine_vlm.encoder_service.media.limits import MediaLimits
+from vitrine_vlm.encoder_service.media.sources import decode_data_url, read_file_url
+from vitrine_vlm.errors import (
     MediaError,
     MediaNotAllowed,
     MediaNotFound,
@@ -15,11 +19,7 @@ from embedding_transport.errors import (
     MediaTooLarge,
     MediaUnreachable,
 )
-from embedding_transport.types import MediaItem
-from encoder_service.media.address_policy import CheckedResolver, check_host
-from encoder_service.media.held_bytes import Hold
-from encoder_service.media.limits import MediaLimits
-from encoder_service.media.sources import decode_data_url, read_file_url
+from vitrine_vlm.types import MediaItem
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _CHUNK_BYTES = 64 * 1024

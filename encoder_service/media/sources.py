@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 from urllib.parse import unquote_to_bytes, urlsplit
 
-from embedding_transport.errors import MediaError, MediaNotAllowed, MediaNotFound, MediaTooLarge
+from vitrine_vlm.errors import MediaError, MediaNotAllowed, MediaNotFound, MediaTooLarge
 
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 

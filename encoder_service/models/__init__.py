@@ -1,5 +1,5 @@
 """What vision towers are made of, in plain torch: packed patches in, embedding rows out."""
 
-from encoder_service.models.tower import PlainTower, VisionTower
+from vitrine_vlm.encoder_service.models.tower import PlainTower, VisionTower
 
 __all__ = ["PlainTower", "VisionTower"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from embedding_transport.checkpoint import CheckpointError
+from vitrine_vlm.model_loading.checkpoint import CheckpointError
 
 # No released config.json states the base of the vision rotary embedding; this is the constant of all families.
 _DEFAULT_ROPE_THETA = 10_000.0

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from embedding_transport.checkpoint import CheckpointError
-from encoder_service.models.attention import packed_attention
-from encoder_service.models.config import VisionConfig
+from vitrine_vlm.encoder_service.models.attention import packed_attention
+from vitrine_vlm.encoder_service.models.config import VisionConfig
+from vitrine_vlm.model_loading.checkpoint import CheckpointError
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,

@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from encoder_service.models.config import VisionConfig
-from encoder_service.models.layers import PatchEmbed
+from vitrine_vlm.encoder_service.models.config import VisionConfig
+from vitrine_vlm.encoder_service.models.layers import PatchEmbed
 
 
 class VisionTower(Protocol):

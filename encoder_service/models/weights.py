@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from embedding_transport.checkpoint import Checkpoint, CheckpointError
-from embedding_transport.dummy_weights import configured_dtype
+from vitrine_vlm.model_loading.checkpoint import Checkpoint, CheckpointError
+from vitrine_vlm.model_loading.dummy_weights import configured_dtype
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import math
 import numpy as np
 import torch
 
-from encoder_service.preprocess.settings import ProcessorSettings
+from vitrine_vlm.encoder_service.preprocess.settings import ProcessorSettings
 
 
 def sample_frames(

@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from encoder_service.preprocess.preprocessor import OpenedMedia
-from service_runtime.supervisor import Supervisor
+from vitrine_vlm.encoder_service.preprocess.preprocessor import OpenedMedia
+from vitrine_vlm.service_runtime.supervisor import Supervisor
 
 # More gain nothing, and every one waits for all of them.
 _MAX_TOGETHER = 16

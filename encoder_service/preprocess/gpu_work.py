@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
-from encoder_service.preprocess.patchify import interpolate
-from encoder_service.preprocess.settings import ProcessorSettings
+from vitrine_vlm.encoder_service.preprocess.patchify import interpolate
+from vitrine_vlm.encoder_service.preprocess.settings import ProcessorSettings
 
 
 class GpuWork:
@@ -47,7 +47,9 @@ class GpuWork:
         Returns:
             [P, D]. Pixels differ from the CPU's by one grey level: weights are not rounded here.
         """
-        from encoder_service.gpu.kernels import image_patches  # needs Triton, which comes with torch's CUDA builds only
+        from vitrine_vlm.encoder_service.gpu.kernels import (
+            image_patches,  # needs Triton, which comes with torch's CUDA builds only
+        )
 
         if pixels_CHW.shape[-2:] != (height, width):
             pixels_CHW = interpolate(pixels_CHW.float(), height, width)

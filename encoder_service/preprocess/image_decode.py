@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from embedding_transport.errors import MediaError, MediaTooLarge, MediaTruncated, NotAnImage
-from encoder_service.preprocess import nvjpeg
-from encoder_service.preprocess.file_length import is_cut_short
+from vitrine_vlm.encoder_service.preprocess import nvjpeg
+from vitrine_vlm.encoder_service.preprocess.file_length import is_cut_short
+from vitrine_vlm.errors import MediaError, MediaTooLarge, MediaTruncated, NotAnImage
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from encoder_service.preprocess.settings import ProcessorSettings
+from vitrine_vlm.encoder_service.preprocess.settings import ProcessorSettings
 
 
 def resize(pixels_CHW: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -8,16 +8,16 @@ from typing import Protocol
 
 import torch
 
-from embedding_transport.errors import MediaError, MediaTooLarge
-from embedding_transport.types import Layout, MediaKind
-from encoder_service.media.limits import MediaLimits
-from encoder_service.preprocess.frame_sampling import sample_frames, second_per_grid_t, timestamps_s
-from encoder_service.preprocess.gpu_work import GpuWork
-from encoder_service.preprocess.image_decode import EncodedImage, decode_together
-from encoder_service.preprocess.patchify import patchify, resize
-from encoder_service.preprocess.settings import ProcessorSettings
-from encoder_service.preprocess.smart_resize import resized_image_size, resized_video_size
-from encoder_service.preprocess.video_decode import EncodedVideo
+from vitrine_vlm.encoder_service.media.limits import MediaLimits
+from vitrine_vlm.encoder_service.preprocess.frame_sampling import sample_frames, second_per_grid_t, timestamps_s
+from vitrine_vlm.encoder_service.preprocess.gpu_work import GpuWork
+from vitrine_vlm.encoder_service.preprocess.image_decode import EncodedImage, decode_together
+from vitrine_vlm.encoder_service.preprocess.patchify import patchify, resize
+from vitrine_vlm.encoder_service.preprocess.settings import ProcessorSettings
+from vitrine_vlm.encoder_service.preprocess.smart_resize import resized_image_size, resized_video_size
+from vitrine_vlm.encoder_service.preprocess.video_decode import EncodedVideo
+from vitrine_vlm.errors import MediaError, MediaTooLarge
+from vitrine_vlm.types import Layout, MediaKind
 
 _CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from embedding_transport.checkpoint import Checkpoint, CheckpointError
+from vitrine_vlm.model_loading.checkpoint import Checkpoint, CheckpointError
 
 _BICUBIC = 3
 _RESCALE_FACTOR = 1 / 255

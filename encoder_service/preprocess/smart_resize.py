@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 
-from embedding_transport.errors import BadAspectRatio
-from encoder_service.preprocess.settings import ProcessorSettings
+from vitrine_vlm.encoder_service.preprocess.settings import ProcessorSettings
+from vitrine_vlm.errors import BadAspectRatio
 
 MAX_ASPECT_RATIO = 200
 

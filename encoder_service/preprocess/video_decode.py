@@ -12,9 +12,9 @@ import av.video.stream
 import torch
 from av.stream import Disposition
 
-from embedding_transport.errors import MediaTooLarge, MediaTruncated, NotAVideo
-from encoder_service.media.limits import MediaLimits
-from encoder_service.preprocess.file_length import is_cut_short
+from vitrine_vlm.encoder_service.media.limits import MediaLimits
+from vitrine_vlm.encoder_service.preprocess.file_length import is_cut_short
+from vitrine_vlm.errors import MediaTooLarge, MediaTruncated, NotAVideo
 
 # Containers that hold their own data. FFmpeg also reads playlists, which would make it open files and URLs they name.
 _CONTAINERS = "mov,matroska,avi,gif,mpegts"

@@ -10,10 +10,10 @@ from typing import Any
 from aiohttp import web
 from google.protobuf.json_format import MessageToDict
 
-from embedding_transport.encoder_client import EncoderClient
-from llm_worker.engine.engine import EngineStats
-from llm_worker.frontend.generation import Generator, RecentRequest
-from llm_worker.prefill.client import PrefillClient
+from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
+from vitrine_vlm.llm_worker.engine.engine import EngineStats
+from vitrine_vlm.llm_worker.generation.generation import Generator, RecentRequest
+from vitrine_vlm.llm_worker.prefill.client import PrefillClient
 
 _FOLDER = Path(__file__).parent
 _FILES = {"": "index.html", "/dashboard.css": "dashboard.css", "/dashboard.js": "dashboard.js"}

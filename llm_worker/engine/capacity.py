@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from embedding_transport.errors import Overloaded
+from vitrine_vlm.errors import Overloaded
 
 
 class Capacity:

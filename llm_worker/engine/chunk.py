@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from llm_worker.engine.request_state import RequestState
+from vitrine_vlm.llm_worker.engine.request_state import RequestState
 
 
 class Chunk(NamedTuple):

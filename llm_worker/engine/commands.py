@@ -9,12 +9,12 @@ from copy import copy
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from embedding_transport.errors import VitrineError
-from embedding_transport.types import EmbeddingRows
-from llm_worker.engine.events import RequestFailed
-from llm_worker.engine.outbox import Subscriber, send_now
-from llm_worker.engine.request import EngineTimings, ExpandedPrompt, SamplingParams
-from llm_worker.engine.sampler import NextToken
+from vitrine_vlm.errors import VitrineError
+from vitrine_vlm.llm_worker.engine.events import RequestFailed
+from vitrine_vlm.llm_worker.engine.outbox import Subscriber, send_now
+from vitrine_vlm.llm_worker.engine.request import EngineTimings, ExpandedPrompt, SamplingParams
+from vitrine_vlm.llm_worker.engine.sampler import NextToken
+from vitrine_vlm.types import EmbeddingRows
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,21 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from embedding_transport.errors import VitrineError, WorkerUnavailable
-from llm_worker.engine.capacity import Capacity
-from llm_worker.engine.chunk import Chunk
-from llm_worker.engine.commands import CommandQueue, Submit, discard
-from llm_worker.engine.config import EngineConfig
-from llm_worker.engine.forward_pass import ForwardPass
-from llm_worker.engine.live_requests import LiveRequests
-from llm_worker.engine.outbox import Outbox
-from llm_worker.engine.prefix_hashes import extend_prefix_hashes
-from llm_worker.engine.request import ExpandedPrompt, SamplingParams
-from llm_worker.engine.request_handle import RequestHandle, RequestSubscriber
-from llm_worker.engine.request_state import RequestStatus
-from llm_worker.engine.scheduler import Scheduler
-from llm_worker.engine.step_executor import InFlightStep, StepExecutor
-from service_runtime.supervisor import Supervisor
+from vitrine_vlm.errors import VitrineError, WorkerUnavailable
+from vitrine_vlm.llm_worker.engine.capacity import Capacity
+from vitrine_vlm.llm_worker.engine.chunk import Chunk
+from vitrine_vlm.llm_worker.engine.commands import CommandQueue, Submit, discard
+from vitrine_vlm.llm_worker.engine.config import EngineConfig
+from vitrine_vlm.llm_worker.engine.forward_pass import ForwardPass
+from vitrine_vlm.llm_worker.engine.live_requests import LiveRequests
+from vitrine_vlm.llm_worker.engine.outbox import Outbox
+from vitrine_vlm.llm_worker.engine.prefix_hashes import extend_prefix_hashes
+from vitrine_vlm.llm_worker.engine.request import ExpandedPrompt, SamplingParams
+from vitrine_vlm.llm_worker.engine.request_handle import RequestHandle, RequestSubscriber
+from vitrine_vlm.llm_worker.engine.request_state import RequestStatus
+from vitrine_vlm.llm_worker.engine.scheduler import Scheduler
+from vitrine_vlm.llm_worker.engine.step_executor import InFlightStep, StepExecutor
+from vitrine_vlm.service_runtime.supervisor import Supervisor
 
 
 @dataclass(slots=True)

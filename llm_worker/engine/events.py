@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple, TypeAlias
 
-from embedding_transport.errors import VitrineError
-from llm_worker.engine.kv_rows import CachedKv
-from llm_worker.engine.request import EngineTimings, TokenOutput
+from vitrine_vlm.errors import VitrineError
+from vitrine_vlm.llm_worker.engine.kv_rows import CachedKv
+from vitrine_vlm.llm_worker.engine.request import EngineTimings, TokenOutput
 
 
 class TokenSampled(NamedTuple):

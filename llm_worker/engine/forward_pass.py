@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from llm_worker.engine.chunk import Chunk
-from llm_worker.engine.config import EngineConfig
-from llm_worker.engine.input_embed_buffer import InputEmbedBuffer, PreparedStep
-from llm_worker.engine.kv_cache import KvCache
-from llm_worker.engine.runner import MakeRunner, PlainRunner
-from llm_worker.engine.token_pool import TokenPool
-from llm_worker.models.decoder import TextDecoder
+from vitrine_vlm.llm_worker.engine.chunk import Chunk
+from vitrine_vlm.llm_worker.engine.config import EngineConfig
+from vitrine_vlm.llm_worker.engine.input_embed_buffer import InputEmbedBuffer, PreparedStep
+from vitrine_vlm.llm_worker.engine.kv_cache import KvCache
+from vitrine_vlm.llm_worker.engine.runner import MakeRunner, PlainRunner
+from vitrine_vlm.llm_worker.engine.token_pool import TokenPool
+from vitrine_vlm.llm_worker.models.decoder import TextDecoder
 
 
 @dataclass(frozen=True)

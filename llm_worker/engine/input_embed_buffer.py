@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from embedding_transport.received_rows import copy_rows
-from embedding_transport.types import EmbeddingRows
-from llm_worker.engine.chunk import Chunk
-from llm_worker.engine.staging_buffer import PinnedStagingBuffer
-from llm_worker.engine.token_pool import TokenPool
-from llm_worker.models.decoder import StepInputs, TextDecoder
-from llm_worker.models.paged_attention import SequenceSlice
+from vitrine_vlm.embedding_transport.receiving.received_rows import copy_rows
+from vitrine_vlm.llm_worker.engine.chunk import Chunk
+from vitrine_vlm.llm_worker.engine.staging_buffer import PinnedStagingBuffer
+from vitrine_vlm.llm_worker.engine.token_pool import TokenPool
+from vitrine_vlm.llm_worker.models.decoder import StepInputs, TextDecoder
+from vitrine_vlm.llm_worker.models.paged_attention import SequenceSlice
+from vitrine_vlm.types import EmbeddingRows
 
 # Token ids, positions along three axes, and slots.
 _NUM_INTEGERS = 5

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from llm_worker.engine.prefix_index import PrefixIndex
-from llm_worker.models.config import TextConfig
-from llm_worker.models.paged_attention import BlockTable
+from vitrine_vlm.llm_worker.engine.prefix_index import PrefixIndex
+from vitrine_vlm.llm_worker.models.config import TextConfig
+from vitrine_vlm.llm_worker.models.paged_attention import BlockTable
 
 
 class KvCache:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from embedding_transport.checkpoint import CheckpointError
-from llm_worker.models.config import TextConfig
-from llm_worker.models.decoder import TextDecoder
+from vitrine_vlm.llm_worker.models.config import TextConfig
+from vitrine_vlm.llm_worker.models.decoder import TextDecoder
+from vitrine_vlm.model_loading.checkpoint import CheckpointError
 
 _ON_THE_CPU = 32768
 # CUDA's context, graphs, the libraries' workspaces.

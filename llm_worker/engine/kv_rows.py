@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from embedding_transport.row_copies import host_rows, on_copy_stream
-from embedding_transport.row_source import RowSource
-from embedding_transport.types import EmbeddingRows
+from vitrine_vlm.embedding_transport.pools.row_copies import host_rows, on_copy_stream
+from vitrine_vlm.embedding_transport.pools.row_source import RowSource
+from vitrine_vlm.types import EmbeddingRows
 
 # Bounds the memory between cache and rows.
 _TOKENS_AT_ONCE = 512

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from copy import copy
 
-from embedding_transport.errors import BadRequest, InternalError, VitrineError
-from llm_worker.engine.capacity import Capacity
-from llm_worker.engine.commands import (
+from vitrine_vlm.errors import BadRequest, InternalError, VitrineError
+from vitrine_vlm.llm_worker.engine.capacity import Capacity
+from vitrine_vlm.llm_worker.engine.commands import (
     Cancel,
     Command,
     Fail,
@@ -17,16 +17,16 @@ from llm_worker.engine.commands import (
     Submit,
     discard,
 )
-from llm_worker.engine.events import EmbeddingsNeeded, KvNeeded, RequestFailed, TokenSampled
-from llm_worker.engine.kv_cache import KvCache
-from llm_worker.engine.kv_rows import CachedKv
-from llm_worker.engine.outbox import Outbox
-from llm_worker.engine.request import ExpandedPrompt, TokenOutput
-from llm_worker.engine.request_parts import RemoteKv, SampledTokens
-from llm_worker.engine.request_state import RequestState, RequestStatus
-from llm_worker.engine.sampler import NextToken
-from llm_worker.engine.scheduler import Scheduler
-from llm_worker.engine.token_pool import TokenPool
+from vitrine_vlm.llm_worker.engine.events import EmbeddingsNeeded, KvNeeded, RequestFailed, TokenSampled
+from vitrine_vlm.llm_worker.engine.kv_cache import KvCache
+from vitrine_vlm.llm_worker.engine.kv_rows import CachedKv
+from vitrine_vlm.llm_worker.engine.outbox import Outbox
+from vitrine_vlm.llm_worker.engine.request import ExpandedPrompt, TokenOutput
+from vitrine_vlm.llm_worker.engine.request_parts import RemoteKv, SampledTokens
+from vitrine_vlm.llm_worker.engine.request_state import RequestState, RequestStatus
+from vitrine_vlm.llm_worker.engine.sampler import NextToken
+from vitrine_vlm.llm_worker.engine.scheduler import Scheduler
+from vitrine_vlm.llm_worker.engine.token_pool import TokenPool
 
 
 class LiveRequests:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import Protocol
 
-from llm_worker.engine.events import Event
+from vitrine_vlm.llm_worker.engine.events import Event
 
 _log = logging.getLogger(__name__)
 

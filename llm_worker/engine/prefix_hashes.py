@@ -10,7 +10,7 @@ import struct
 from array import array
 from collections.abc import Sequence
 
-from llm_worker.engine.request import ExpandedPrompt
+from vitrine_vlm.llm_worker.engine.request import ExpandedPrompt
 
 # Where in the block rows of an item begin, and with which of them.
 _PLACE = struct.Struct("<qq")

@@ -5,13 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 
-from embedding_transport.errors import VitrineError
-from embedding_transport.types import EmbeddingRows
-from llm_worker.engine.commands import Cancel, CommandQueue, Fail, SetEmbeddings, SetFirstToken, SetKv, SetPrompt
-from llm_worker.engine.events import EmbeddingsNeeded, Event, KvNeeded, RequestFailed, TokenSampled
-from llm_worker.engine.kv_rows import CachedKv
-from llm_worker.engine.request import EngineTimings, ExpandedPrompt, TokenOutput
-from llm_worker.engine.sampler import NextToken
+from vitrine_vlm.errors import VitrineError
+from vitrine_vlm.llm_worker.engine.commands import (
+    Cancel,
+    CommandQueue,
+    Fail,
+    SetEmbeddings,
+    SetFirstToken,
+    SetKv,
+    SetPrompt,
+)
+from vitrine_vlm.llm_worker.engine.events import EmbeddingsNeeded, Event, KvNeeded, RequestFailed, TokenSampled
+from vitrine_vlm.llm_worker.engine.kv_rows import CachedKv
+from vitrine_vlm.llm_worker.engine.request import EngineTimings, ExpandedPrompt, TokenOutput
+from vitrine_vlm.llm_worker.engine.sampler import NextToken
+from vitrine_vlm.types import EmbeddingRows
 
 
 class RequestHandle:

@@ -9,8 +9,8 @@ from functools import cached_property
 
 import torch
 
-from embedding_transport.types import EmbeddingRows
-from llm_worker.engine.request import EngineTimings, ExpandedPrompt, SamplingParams
+from vitrine_vlm.llm_worker.engine.request import EngineTimings, ExpandedPrompt, SamplingParams
+from vitrine_vlm.types import EmbeddingRows
 
 
 @dataclass(slots=True)

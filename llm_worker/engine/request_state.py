@@ -16,12 +16,18 @@ from enum import Enum, auto
 
 import torch
 
-from embedding_transport.errors import InternalError
-from embedding_transport.types import EmbeddingRows
-from llm_worker.engine.prefix_hashes import extend_prefix_hashes
-from llm_worker.engine.request import EngineTimings, ExpandedPrompt, MediaSpan
-from llm_worker.engine.request_parts import CachedPrefix, MediaInputs, RemoteKv, RequestTimings, SampledTokens
-from llm_worker.models.paged_attention import BlockTable
+from vitrine_vlm.errors import InternalError
+from vitrine_vlm.llm_worker.engine.prefix_hashes import extend_prefix_hashes
+from vitrine_vlm.llm_worker.engine.request import EngineTimings, ExpandedPrompt, MediaSpan
+from vitrine_vlm.llm_worker.engine.request_parts import (
+    CachedPrefix,
+    MediaInputs,
+    RemoteKv,
+    RequestTimings,
+    SampledTokens,
+)
+from vitrine_vlm.llm_worker.models.paged_attention import BlockTable
+from vitrine_vlm.types import EmbeddingRows
 
 
 class RequestStatus(Enum):

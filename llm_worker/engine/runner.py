@@ -7,9 +7,9 @@ from typing import Protocol, TypeAlias
 
 import torch
 
-from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
-from llm_worker.engine.kv_cache import KvCache
-from llm_worker.models.decoder import StepInputs, TextDecoder
+from vitrine_vlm.llm_worker.engine.input_embed_buffer import InputEmbedBuffer
+from vitrine_vlm.llm_worker.engine.kv_cache import KvCache
+from vitrine_vlm.llm_worker.models.decoder import StepInputs, TextDecoder
 
 
 class Runner(Protocol):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from llm_worker.engine.request import SamplingParams, TokenLogprobs
+from vitrine_vlm.llm_worker.engine.request import SamplingParams, TokenLogprobs
 
 
 class NextToken(NamedTuple):

@@ -16,10 +16,10 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterable
 
-from embedding_transport.errors import PromptTooLong
-from llm_worker.engine.chunk import Chunk
-from llm_worker.engine.kv_cache import KvCache
-from llm_worker.engine.request_state import RequestState, RequestStatus
+from vitrine_vlm.errors import PromptTooLong
+from vitrine_vlm.llm_worker.engine.chunk import Chunk
+from vitrine_vlm.llm_worker.engine.kv_cache import KvCache
+from vitrine_vlm.llm_worker.engine.request_state import RequestState, RequestStatus
 
 
 class Scheduler:

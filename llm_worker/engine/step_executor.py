@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 import torch
 
-from embedding_transport.errors import InternalError, LeaseExpired, VitrineError
-from embedding_transport.gpu_faults import is_lost
-from llm_worker.engine.chunk import Chunk
-from llm_worker.engine.forward_pass import ForwardPass, StepOutput
-from llm_worker.engine.kv_rows import land_kv
-from llm_worker.engine.live_requests import LiveRequests
-from llm_worker.engine.request_state import RequestState
-from llm_worker.engine.sampler import Choice, choose
-from llm_worker.engine.scheduler import Scheduler
+from vitrine_vlm.errors import InternalError, LeaseExpired, VitrineError
+from vitrine_vlm.gpu_kernels.gpu_faults import is_lost
+from vitrine_vlm.llm_worker.engine.chunk import Chunk
+from vitrine_vlm.llm_worker.engine.forward_pass import ForwardPass, StepOutput
+from vitrine_vlm.llm_worker.engine.kv_rows import land_kv
+from vitrine_vlm.llm_worker.engine.live_requests import LiveRequests
+from vitrine_vlm.llm_worker.engine.request_state import RequestState
+from vitrine_vlm.llm_worker.engine.sampler import Choice, choose
+from vitrine_vlm.llm_worker.engine.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
 # How often a request's embeddings, or its KV, are requested again before it fails, with none landed in between: all of

@@ -9,16 +9,16 @@ from collections.abc import Callable
 
 import torch
 
-from embedding_transport.checkpoint import Checkpoint, CheckpointError
-from embedding_transport.dummy_weights import draw_dummy_weights
-from llm_worker.families import qwen2_5_vl, qwen3_vl, without_decoder
-from llm_worker.families.family import Family
-from llm_worker.models.config import TextConfig
-from llm_worker.models.decoder import TextDecoder
-from llm_worker.models.rank_group import RankGroup
-from llm_worker.models.sharding import config_of_rank
-from llm_worker.models.weights import load_language_weights
-from llm_worker.prompt.config import PromptConfig
+from vitrine_vlm.llm_worker.families import qwen2_5_vl, qwen3_vl, without_decoder
+from vitrine_vlm.llm_worker.families.family import Family
+from vitrine_vlm.llm_worker.models.config import TextConfig
+from vitrine_vlm.llm_worker.models.decoder import TextDecoder
+from vitrine_vlm.llm_worker.models.rank_group import RankGroup
+from vitrine_vlm.llm_worker.models.sharding import config_of_rank
+from vitrine_vlm.llm_worker.models.weights import load_language_weights
+from vitrine_vlm.llm_worker.prompt.config import PromptConfig
+from vitrine_vlm.model_loading.checkpoint import Checkpoint, CheckpointError
+from vitrine_vlm.model_loading.dummy_weights import draw_dummy_weights
 
 __all__ = ["FAMILIES", "Family", "build_decoder", "family_of", "prompt_config", "text_config"]
 

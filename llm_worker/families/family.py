@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from embedding_transport.checkpoint import Checkpoint
-from llm_worker.models.config import TextConfig
-from llm_worker.prompt.config import PromptConfig
+from vitrine_vlm.llm_worker.models.config import TextConfig
+from vitrine_vlm.llm_worker.prompt.config import PromptConfig
+from vitrine_vlm.model_loading.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ Source: transformers 5.23 `models/qwen2_5_vl/modeling_qwen2_5_vl.py` (Qwen2_5_VL
 
 from __future__ import annotations
 
-from embedding_transport.checkpoint import Checkpoint
-from llm_worker.families.family import Family
-from llm_worker.models.config import TextConfig, read_text_config
-from llm_worker.prompt.config import PromptConfig, read_prompt_config
+from vitrine_vlm.llm_worker.families.family import Family
+from vitrine_vlm.llm_worker.models.config import TextConfig, read_text_config
+from vitrine_vlm.llm_worker.prompt.config import PromptConfig, read_prompt_config
+from vitrine_vlm.model_loading.checkpoint import Checkpoint
 
 
 def _text_config(checkpoint: Checkpoint) -> TextConfig:

@@ -7,10 +7,10 @@ Source: transformers 5.23 `models/qwen3_vl/modeling_qwen3_vl.py` (Qwen3VLTextMod
 
 from __future__ import annotations
 
-from embedding_transport.checkpoint import Checkpoint
-from llm_worker.families.family import Family
-from llm_worker.models.config import TextConfig, read_text_config
-from llm_worker.prompt.config import PromptConfig, read_prompt_config
+from vitrine_vlm.llm_worker.families.family import Family
+from vitrine_vlm.llm_worker.models.config import TextConfig, read_text_config
+from vitrine_vlm.llm_worker.prompt.config import PromptConfig, read_prompt_config
+from vitrine_vlm.model_loading.checkpoint import Checkpoint
 
 _MOE = "qwen3_vl_moe"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from embedding_transport.checkpoint import Checkpoint, CheckpointError
+from vitrine_vlm.model_loading.checkpoint import Checkpoint, CheckpointError
 
 # Qwen3.5 and Qwen4-Exp have Gated DeltaNet in three of four layers; Qwen3-Omni takes sounds and answers in speech, too.
 _MODEL_TYPES = ("qwen3_5", "qwen3_5_moe", "qwen4_exp", "qwen3_omni_moe")

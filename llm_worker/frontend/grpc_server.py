@@ -9,21 +9,21 @@ from typing import TypeAlias
 
 import grpc
 
-from embedding_transport.errors import WorkerUnavailable
-from embedding_transport.grpc_status import abort, send
-from llm_worker.frontend.events import Delta, Finished, GenerationEvent, Started
-from llm_worker.frontend.openai_http import ServedModel
-from llm_worker.frontend.requests import Requests
-from llm_worker.frontend.wire import (
+from vitrine_vlm.embedding_transport.wire.grpc_status import abort, send
+from vitrine_vlm.errors import WorkerUnavailable
+from vitrine_vlm.llm_worker.generation.events import Delta, Finished, GenerationEvent, Started
+from vitrine_vlm.llm_worker.generation.served_model import ServedModel
+from vitrine_vlm.llm_worker.requests import Requests
+from vitrine_vlm.llm_worker.wire import (
     delta_to_proto,
     finished_to_proto,
     generation_from_proto,
     logprobs_to_proto,
     timings_to_proto,
 )
-from protos.llm.v1 import llm_pb2, llm_pb2_grpc
-from service_runtime.grpc_server import ServiceServer
-from service_runtime.traces import metadata_carrier, serving_span
+from vitrine_vlm.protos.llm.v1 import llm_pb2, llm_pb2_grpc
+from vitrine_vlm.service_runtime.grpc_server import ServiceServer
+from vitrine_vlm.service_runtime.traces import metadata_carrier, serving_span
 
 SERVICE = llm_pb2.DESCRIPTOR.services_by_name["Llm"].full_name
 

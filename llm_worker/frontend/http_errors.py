@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from embedding_transport.errors import BadRequest, Overloaded, VitrineError, as_vitrine_error
+from vitrine_vlm.errors import BadRequest, Overloaded, VitrineError, as_vitrine_error
 
 STATUS_BY_CODE: dict[str, int] = {
     "invalid_request": 400,

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Literal
 
-from llm_worker.engine.request import TokenLogprobs
-from llm_worker.frontend.events import Delta, Finished
-from llm_worker.prompt.tokenizer import PromptTokenizer
+from vitrine_vlm.llm_worker.engine.request import TokenLogprobs
+from vitrine_vlm.llm_worker.generation.events import Delta, Finished
+from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
 
 AnswerKind = Literal["chat", "completion"]
 

@@ -6,35 +6,24 @@ import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from embedding_transport.errors import BadRequest, UnknownModel, WorkerUnavailable, as_vitrine_error
-from llm_worker.frontend.events import Delta, Finished, GenerationEvent, GenerationRequest
-from llm_worker.frontend.generation import Generator
-from llm_worker.frontend.http_errors import error_body, errors_as_openai, is_client_gone
-from llm_worker.frontend.openai_answers import AnswerKind, AnswerWriter
-from llm_worker.frontend.openai_prompt import chat_to_generation, completion_to_generation
-from llm_worker.frontend.openai_types import ChatRequest, CompletionRequest, parse_request
-from llm_worker.frontend.requests import Requests
-from llm_worker.frontend.sampling_defaults import SamplingDefaults
-from llm_worker.metrics import LlmMetrics
-from service_runtime.traces import serving_span
+from vitrine_vlm.errors import BadRequest, UnknownModel, WorkerUnavailable, as_vitrine_error
+from vitrine_vlm.llm_worker.frontend.http_errors import error_body, errors_as_openai, is_client_gone
+from vitrine_vlm.llm_worker.frontend.openai_answers import AnswerKind, AnswerWriter
+from vitrine_vlm.llm_worker.frontend.openai_prompt import chat_to_generation, completion_to_generation
+from vitrine_vlm.llm_worker.frontend.openai_types import ChatRequest, CompletionRequest, parse_request
+from vitrine_vlm.llm_worker.generation.events import Delta, Finished, GenerationEvent, GenerationRequest
+from vitrine_vlm.llm_worker.generation.served_model import ServedModel
+from vitrine_vlm.llm_worker.metrics import LlmMetrics
+from vitrine_vlm.llm_worker.requests import Requests
+from vitrine_vlm.service_runtime.traces import serving_span
 
 MAX_BODY_BYTES = 256 * 1024 * 1024
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """What there is once the model is loaded."""
-
-    name: str
-    generator: Generator
-    defaults: SamplingDefaults
 
 
 class OpenAiHttp:

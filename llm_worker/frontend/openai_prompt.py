@@ -10,13 +10,20 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from embedding_transport.errors import BadRequest
-from embedding_transport.types import MediaItem
-from llm_worker.engine.request import SamplingParams
-from llm_worker.frontend.events import GenerationRequest
-from llm_worker.frontend.openai_types import ChatRequest, CompletionRequest, ImagePart, Message, TextPart, VideoPart
-from llm_worker.frontend.sampling_defaults import SamplingDefaults
-from llm_worker.prompt.tokenizer import PromptTokenizer
+from vitrine_vlm.errors import BadRequest
+from vitrine_vlm.llm_worker.engine.request import SamplingParams
+from vitrine_vlm.llm_worker.frontend.openai_types import (
+    ChatRequest,
+    CompletionRequest,
+    ImagePart,
+    Message,
+    TextPart,
+    VideoPart,
+)
+from vitrine_vlm.llm_worker.generation.events import GenerationRequest
+from vitrine_vlm.llm_worker.prompt.sampling_defaults import SamplingDefaults
+from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
+from vitrine_vlm.types import MediaItem
 
 _BASE64 = TypeAdapter(bytes, config=ConfigDict(val_json_bytes="base64"))
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator, model_validator
 
-from embedding_transport.errors import BadRequest
+from vitrine_vlm.errors import BadRequest
 
 _MAX_TOP_LOGPROBS = 20
 _PART_TYPES = ("text", "image_url", "video_url")

@@ -11,12 +11,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from gpu_kernels.norms import add_rms_norm
-from gpu_kernels.product import Product
-from gpu_kernels.rotary import rope_and_store_kv, rope_table
-from gpu_kernels.skinny_gemm import SKINNY_ROWS, skinny_gated_silu, skinny_linear, skinny_linear_add
-from llm_worker.models.decoder import DecoderLayer, Mlp, RMSNorm, TextDecoder
-from llm_worker.models.rotary import axis_of_frequency
+from vitrine_vlm.gpu_kernels.norms import add_rms_norm
+from vitrine_vlm.gpu_kernels.product import Product
+from vitrine_vlm.gpu_kernels.rotary import rope_and_store_kv, rope_table
+from vitrine_vlm.gpu_kernels.skinny_gemm import SKINNY_ROWS, skinny_gated_silu, skinny_linear, skinny_linear_add
+from vitrine_vlm.llm_worker.models.decoder import DecoderLayer, Mlp, RMSNorm, TextDecoder
+from vitrine_vlm.llm_worker.models.rotary import axis_of_frequency
 
 
 class FusedDecoder:

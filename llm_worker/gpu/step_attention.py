@@ -7,10 +7,10 @@ from itertools import takewhile
 
 import torch
 
-from gpu_kernels.packed_attention import Bounds, PackedAttention
-from llm_worker.gpu.step_tables import StepTables
-from llm_worker.gpu.tile_attention import tile_attention
-from llm_worker.models.paged_attention import SequenceSlice
+from vitrine_vlm.gpu_kernels.packed_attention import Bounds, PackedAttention
+from vitrine_vlm.llm_worker.gpu.step_tables import StepTables
+from vitrine_vlm.llm_worker.gpu.tile_attention import tile_attention
+from vitrine_vlm.llm_worker.models.paged_attention import SequenceSlice
 
 
 class StepAttention:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from llm_worker.engine.staging_buffer import PinnedStagingBuffer
-from llm_worker.models.paged_attention import BlockTable, SequenceSlice
+from vitrine_vlm.llm_worker.engine.staging_buffer import PinnedStagingBuffer
+from vitrine_vlm.llm_worker.models.paged_attention import BlockTable, SequenceSlice
 
 KEYS_A_STEP = 64
 # More are not worth putting together.

@@ -10,15 +10,15 @@ from typing import NamedTuple
 
 import torch
 
-from gpu_kernels.auxiliary_stream import AuxiliaryStream
-from gpu_kernels.graph_capture import Work
-from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
-from llm_worker.engine.kv_cache import KvCache
-from llm_worker.gpu.capture_sizes import decode_capture_sizes, token_capture_sizes
-from llm_worker.gpu.fused_decoder import FusedDecoder
-from llm_worker.gpu.step_tables import StepTables, Tiles
-from llm_worker.gpu.tile_attention import tile_attention
-from llm_worker.models.decoder import TextDecoder
+from vitrine_vlm.gpu_kernels.auxiliary_stream import AuxiliaryStream
+from vitrine_vlm.gpu_kernels.graph_capture import Work
+from vitrine_vlm.llm_worker.engine.input_embed_buffer import InputEmbedBuffer
+from vitrine_vlm.llm_worker.engine.kv_cache import KvCache
+from vitrine_vlm.llm_worker.gpu.capture_sizes import decode_capture_sizes, token_capture_sizes
+from vitrine_vlm.llm_worker.gpu.fused_decoder import FusedDecoder
+from vitrine_vlm.llm_worker.gpu.step_tables import StepTables, Tiles
+from vitrine_vlm.llm_worker.gpu.tile_attention import tile_attention
+from vitrine_vlm.llm_worker.models.decoder import TextDecoder
 
 _TOKENS_A_TILE = 16
 # Of single tokens beside chunks: what 16 of them fill a GPU with. Memory for it is there for all.

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gpu_kernels.dependent_launch import has_dependent_launch
-from llm_worker.gpu.step_tables import KEYS_A_STEP, MAX_PROGRAMS, MAX_SPLITS, StepTables, Tiles
+from vitrine_vlm.gpu_kernels.dependent_launch import has_dependent_launch
+from vitrine_vlm.llm_worker.gpu.step_tables import KEYS_A_STEP, MAX_PROGRAMS, MAX_SPLITS, StepTables, Tiles
 
 # Products of tiles want 16 rows.
 _SMALLEST_TILE = 16

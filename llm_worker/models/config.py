@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from embedding_transport.checkpoint import Checkpoint, CheckpointError
+from vitrine_vlm.model_loading.checkpoint import Checkpoint, CheckpointError
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llm_worker.models.config import TextConfig
-from llm_worker.models.moe import SparseMoe
-from llm_worker.models.paged_attention import AttentionPlan, SequenceSlice, paged_attention, plan_attention
-from llm_worker.models.rank_group import OneRank, RankGroup
-from llm_worker.models.rotary import Rotary, rotary_at
+from vitrine_vlm.llm_worker.models.config import TextConfig
+from vitrine_vlm.llm_worker.models.moe import SparseMoe
+from vitrine_vlm.llm_worker.models.paged_attention import AttentionPlan, SequenceSlice, paged_attention, plan_attention
+from vitrine_vlm.llm_worker.models.rank_group import OneRank, RankGroup
+from vitrine_vlm.llm_worker.models.rotary import Rotary, rotary_at
 
 
 @dataclass(frozen=True)

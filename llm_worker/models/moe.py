@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llm_worker.models.config import MoeConfig
+from vitrine_vlm.llm_worker.models.config import MoeConfig
 
 
 class Experts(nn.Module):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llm_worker.models.config import TextConfig
+from vitrine_vlm.llm_worker.models.config import TextConfig
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from embedding_transport.checkpoint import CheckpointError, TensorPart
-from llm_worker.models.config import TextConfig
-from llm_worker.models.rank_group import RankGroup
+from vitrine_vlm.llm_worker.models.config import TextConfig
+from vitrine_vlm.llm_worker.models.rank_group import RankGroup
+from vitrine_vlm.model_loading.checkpoint import CheckpointError, TensorPart
 
 _ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _GATE_UP = "experts.gate_up_proj"

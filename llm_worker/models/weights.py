@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from embedding_transport.checkpoint import Checkpoint, CheckpointError, TensorPart
-from embedding_transport.dummy_weights import configured_dtype
-from llm_worker.models.decoder import TextDecoder
-from llm_worker.models.sharding import part_of_rank
+from vitrine_vlm.llm_worker.models.decoder import TextDecoder
+from vitrine_vlm.llm_worker.models.sharding import part_of_rank
+from vitrine_vlm.model_loading.checkpoint import Checkpoint, CheckpointError, TensorPart
+from vitrine_vlm.model_loading.dummy_weights import configured_dtype
 
 # Where the decoder's tensors live, newest spelling first; older checkpoints have them right below "model.".
 _PREFIXES = ("model.language_model.", "language_model.model.", "model.")

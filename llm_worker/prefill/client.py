@@ -10,21 +10,21 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
-from embedding_transport.errors import EncoderUnavailable, Overloaded, PrefillUnavailable, VitrineError
-from embedding_transport.event_stream import EventStream
-from embedding_transport.fleet_client import Exchange, FleetClient
-from embedding_transport.row_peer import Connection, ConnectOptions
-from embedding_transport.types import RowsEvent
-from llm_worker.engine.request import SamplingParams
-from llm_worker.frontend.events import GenerationRequest
-from llm_worker.prefill.kv_format import KvFormat
-from llm_worker.prefill.peer import PrefillPeer
-from llm_worker.prefill.rpc import prefill_method
-from llm_worker.prefill.stream import PrefillEvent, PrefillStream
-from llm_worker.prefill.wire import Prefilled, request_to_proto
-from service_runtime.logs import harmless
-from service_runtime.retry import Attempts, RetryPolicy
-from service_runtime.supervisor import Supervisor
+from vitrine_vlm.embedding_transport.clients.fleet_client import Exchange, FleetClient
+from vitrine_vlm.embedding_transport.fleet.row_peer import Connection, ConnectOptions
+from vitrine_vlm.embedding_transport.receiving.event_stream import EventStream
+from vitrine_vlm.errors import EncoderUnavailable, Overloaded, PrefillUnavailable, VitrineError
+from vitrine_vlm.llm_worker.engine.request import SamplingParams
+from vitrine_vlm.llm_worker.generation.events import GenerationRequest
+from vitrine_vlm.llm_worker.prefill.kv_format import KvFormat
+from vitrine_vlm.llm_worker.prefill.peer import PrefillPeer
+from vitrine_vlm.llm_worker.prefill.rpc import prefill_method
+from vitrine_vlm.llm_worker.prefill.stream import PrefillEvent, PrefillStream
+from vitrine_vlm.llm_worker.prefill.wire import Prefilled, request_to_proto
+from vitrine_vlm.service_runtime.logs import harmless
+from vitrine_vlm.service_runtime.retry import Attempts, RetryPolicy
+from vitrine_vlm.service_runtime.supervisor import Supervisor
+from vitrine_vlm.types import RowsEvent
 
 # Prompts that begin alike go to the same worker, whose prefix cache knows them: so many of their tokens decide.
 _NUM_ROUTED_TOKENS = 256

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from embedding_transport.errors import PrefillMismatch
-from embedding_transport.types import DTYPES, ModelIdentity
-from llm_worker.models.config import TextConfig
+from vitrine_vlm.errors import PrefillMismatch
+from vitrine_vlm.llm_worker.models.config import TextConfig
+from vitrine_vlm.types import DTYPES, ModelIdentity
 
 PROTOCOL_VERSION = 2
 

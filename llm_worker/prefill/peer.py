@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import grpc
 
-from embedding_transport.errors import PrefillUnavailable
-from embedding_transport.row_peer import ConnectOptions, RowPeer, RowStub
-from llm_worker.prefill.kv_format import KvFormat, check_format
-from llm_worker.prefill.wire import format_from_proto
-from protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
+from vitrine_vlm.embedding_transport.fleet.row_peer import ConnectOptions, RowPeer, RowStub
+from vitrine_vlm.errors import PrefillUnavailable
+from vitrine_vlm.llm_worker.prefill.kv_format import KvFormat, check_format
+from vitrine_vlm.llm_worker.prefill.wire import format_from_proto
+from vitrine_vlm.protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
 
 
 class PrefillPeer(RowPeer[KvFormat]):

@@ -6,9 +6,9 @@ from typing import Any
 
 import grpc
 
-from embedding_transport.chunk_codec import serialize_response
-from embedding_transport.session_rpc import session_handlers
-from protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
+from vitrine_vlm.embedding_transport.shipping.session_rpc import session_handlers
+from vitrine_vlm.embedding_transport.wire.chunk_codec import serialize_response
+from vitrine_vlm.protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
 
 SERVICE = prefill_pb2.DESCRIPTOR.services_by_name["Prefill"].full_name
 

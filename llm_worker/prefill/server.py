@@ -9,20 +9,20 @@ from typing import TypeAlias
 
 import grpc
 
-from embedding_transport.errors import BadRequest, PrefillUnavailable, WorkerUnavailable
-from embedding_transport.exporter import RowExporter
-from embedding_transport.grpc_status import abort, send
-from embedding_transport.session_rpc import SessionServicer
-from embedding_transport.types import ItemTimings
-from embedding_transport.wire import layout_to_proto
-from llm_worker.frontend.events import FirstToken, GenerationRequest, PromptKnown
-from llm_worker.frontend.openai_http import ServedModel
-from llm_worker.frontend.requests import Requests
-from llm_worker.frontend.wire import generation_from_proto
-from llm_worker.prefill.kv_format import KvFormat, check_format
-from llm_worker.prefill.wire import format_from_proto, format_to_proto, prefilled_to_proto
-from protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
-from service_runtime.traces import metadata_carrier, serving_span
+from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter
+from vitrine_vlm.embedding_transport.shipping.session_rpc import SessionServicer
+from vitrine_vlm.embedding_transport.wire.grpc_status import abort, send
+from vitrine_vlm.embedding_transport.wire.messages import layout_to_proto
+from vitrine_vlm.errors import BadRequest, PrefillUnavailable, WorkerUnavailable
+from vitrine_vlm.llm_worker.generation.events import FirstToken, GenerationRequest, PromptKnown
+from vitrine_vlm.llm_worker.generation.served_model import ServedModel
+from vitrine_vlm.llm_worker.prefill.kv_format import KvFormat, check_format
+from vitrine_vlm.llm_worker.prefill.wire import format_from_proto, format_to_proto, prefilled_to_proto
+from vitrine_vlm.llm_worker.requests import Requests
+from vitrine_vlm.llm_worker.wire import generation_from_proto
+from vitrine_vlm.protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
+from vitrine_vlm.service_runtime.traces import metadata_carrier, serving_span
+from vitrine_vlm.types import ItemTimings
 
 PrefillContext: TypeAlias = grpc.aio.ServicerContext[prefill_pb2.PrefillRequest, prefill_pb2.PrefillResponse | bytes]
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from embedding_transport.chunk_codec import ChunkView, parse_response
-from embedding_transport.errors import InternalError, PromptTooLong
-from embedding_transport.received_rows import HostBufferPool
-from embedding_transport.row_peer import Connection
-from embedding_transport.row_stream import RowStream
-from embedding_transport.types import LayoutEvent, RowsEvent
-from embedding_transport.wire import layout_from_proto
-from llm_worker.frontend.events import GenerationRequest
-from llm_worker.prefill.kv_format import KvFormat
-from llm_worker.prefill.peer import PrefillPeer
-from llm_worker.prefill.wire import Prefilled, prefilled_from_proto
-from protos.encoder.v1 import encoder_pb2
-from protos.prefill.v1 import prefill_pb2
+from vitrine_vlm.embedding_transport.fleet.row_peer import Connection
+from vitrine_vlm.embedding_transport.receiving.received_rows import HostBufferPool
+from vitrine_vlm.embedding_transport.receiving.row_stream import RowStream
+from vitrine_vlm.embedding_transport.wire.chunk_codec import ChunkView, parse_response
+from vitrine_vlm.embedding_transport.wire.messages import layout_from_proto
+from vitrine_vlm.errors import InternalError, PromptTooLong
+from vitrine_vlm.llm_worker.generation.events import GenerationRequest
+from vitrine_vlm.llm_worker.prefill.kv_format import KvFormat
+from vitrine_vlm.llm_worker.prefill.peer import PrefillPeer
+from vitrine_vlm.llm_worker.prefill.wire import Prefilled, prefilled_from_proto
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2
+from vitrine_vlm.protos.prefill.v1 import prefill_pb2
+from vitrine_vlm.types import LayoutEvent, RowsEvent
 
 PrefillEvent = LayoutEvent | Prefilled | RowsEvent
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from embedding_transport.types import ItemTimings
-from llm_worker.engine.sampler import NextToken
-from llm_worker.frontend.events import FirstToken, GenerationRequest, PromptKnown
-from llm_worker.frontend.wire import logprobs_from_proto, logprobs_to_proto, prompt_to_proto, sampling_to_proto
-from llm_worker.prefill.kv_format import KvFormat
-from protos.llm.v1 import llm_pb2
-from protos.prefill.v1 import prefill_pb2
+from vitrine_vlm.llm_worker.engine.sampler import NextToken
+from vitrine_vlm.llm_worker.generation.events import FirstToken, GenerationRequest, PromptKnown
+from vitrine_vlm.llm_worker.prefill.kv_format import KvFormat
+from vitrine_vlm.llm_worker.wire import logprobs_from_proto, logprobs_to_proto, prompt_to_proto, sampling_to_proto
+from vitrine_vlm.protos.llm.v1 import llm_pb2
+from vitrine_vlm.protos.prefill.v1 import prefill_pb2
+from vitrine_vlm.types import ItemTimings
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from embedding_transport.checkpoint import Checkpoint, CheckpointError
-from embedding_transport.types import MediaKind
+from vitrine_vlm.model_loading.checkpoint import Checkpoint, CheckpointError
+from vitrine_vlm.types import MediaKind
 
 
 @dataclass(frozen=True)

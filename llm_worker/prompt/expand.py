@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from embedding_transport.errors import BadRequest
-from embedding_transport.types import Layout, MediaKind
-from llm_worker.engine.request import ExpandedPrompt, MediaSpan
-from llm_worker.prompt.config import PromptConfig
-from llm_worker.prompt.mrope import mrope_positions
-from llm_worker.prompt.placeholders import PlaceholderPlan, match_expanded, span_lengths
+from vitrine_vlm.errors import BadRequest
+from vitrine_vlm.llm_worker.engine.request import ExpandedPrompt, MediaSpan
+from vitrine_vlm.llm_worker.prompt.config import PromptConfig
+from vitrine_vlm.llm_worker.prompt.mrope import mrope_positions
+from vitrine_vlm.llm_worker.prompt.placeholders import PlaceholderPlan, match_expanded, span_lengths
+from vitrine_vlm.types import Layout, MediaKind
 
 EncodeText = Callable[[str], list[int]]
 

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from embedding_transport.types import Layout
-from llm_worker.engine.request import MediaSpan
-from llm_worker.prompt.config import PromptConfig
+from vitrine_vlm.llm_worker.engine.request import MediaSpan
+from vitrine_vlm.llm_worker.prompt.config import PromptConfig
+from vitrine_vlm.types import Layout
 
 
 @dataclass(frozen=True)

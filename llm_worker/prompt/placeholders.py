@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from embedding_transport.errors import PlaceholderMismatch
-from embedding_transport.types import Layout, MediaKind
-from llm_worker.engine.request import MediaSpan
-from llm_worker.prompt.config import PromptConfig
+from vitrine_vlm.errors import PlaceholderMismatch
+from vitrine_vlm.llm_worker.engine.request import MediaSpan
+from vitrine_vlm.llm_worker.prompt.config import PromptConfig
+from vitrine_vlm.types import Layout, MediaKind
 
 Positions = dict[MediaKind, npt.NDArray[np.intp]]
 

@@ -9,8 +9,8 @@ from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from embedding_transport.checkpoint import Checkpoint, CheckpointError
-from embedding_transport.errors import BadRequest
+from vitrine_vlm.errors import BadRequest
+from vitrine_vlm.model_loading.checkpoint import Checkpoint, CheckpointError
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 # Byte-level tokenizers write every byte as one printable character.

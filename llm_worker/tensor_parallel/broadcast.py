@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
-from llm_worker.tensor_parallel.group import TorchGroup
+from vitrine_vlm.llm_worker.engine.input_embed_buffer import InputEmbedBuffer
+from vitrine_vlm.llm_worker.tensor_parallel.group import TorchGroup
 
 
 def broadcast_embeddings(group: TorchGroup, buffer: InputEmbedBuffer, tokens: tuple[int, int]) -> None:

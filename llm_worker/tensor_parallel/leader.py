@@ -12,18 +12,18 @@ from collections.abc import Sequence as Many
 
 import torch
 
-from embedding_transport.checkpoint import CheckpointError
-from embedding_transport.received_rows import LeasedRows
-from llm_worker.engine.config import EngineConfig
-from llm_worker.engine.forward_pass import ForwardPass
-from llm_worker.engine.input_embed_buffer import Landing, PreparedStep
-from llm_worker.engine.runner import MakeRunner
-from llm_worker.models.decoder import TextDecoder
-from llm_worker.tensor_parallel.broadcast import broadcast_embeddings
-from llm_worker.tensor_parallel.channel import Channel, Kind
-from llm_worker.tensor_parallel.group import TorchGroup
-from llm_worker.tensor_parallel.shared_pools import NUMBER, SharedPools
-from llm_worker.tensor_parallel.step_message import PoolLanding, StepMessage, StepSerializer
+from vitrine_vlm.embedding_transport.receiving.received_rows import LeasedRows
+from vitrine_vlm.llm_worker.engine.config import EngineConfig
+from vitrine_vlm.llm_worker.engine.forward_pass import ForwardPass
+from vitrine_vlm.llm_worker.engine.input_embed_buffer import Landing, PreparedStep
+from vitrine_vlm.llm_worker.engine.runner import MakeRunner
+from vitrine_vlm.llm_worker.models.decoder import TextDecoder
+from vitrine_vlm.llm_worker.tensor_parallel.broadcast import broadcast_embeddings
+from vitrine_vlm.llm_worker.tensor_parallel.channel import Channel, Kind
+from vitrine_vlm.llm_worker.tensor_parallel.group import TorchGroup
+from vitrine_vlm.llm_worker.tensor_parallel.shared_pools import NUMBER, SharedPools
+from vitrine_vlm.llm_worker.tensor_parallel.step_message import PoolLanding, StepMessage, StepSerializer
+from vitrine_vlm.model_loading.checkpoint import CheckpointError
 
 
 class LeadingForwardPass(ForwardPass):

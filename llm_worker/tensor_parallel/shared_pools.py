@@ -9,8 +9,8 @@ import weakref
 from collections.abc import Sequence as Many
 from contextlib import suppress
 
-from embedding_transport.pool import PoolMapping
-from llm_worker.tensor_parallel.channel import Channel, ChannelClosed, Kind
+from vitrine_vlm.embedding_transport.pools.pool import PoolMapping
+from vitrine_vlm.llm_worker.tensor_parallel.channel import Channel, ChannelClosed, Kind
 
 _log = logging.getLogger(__name__)
 

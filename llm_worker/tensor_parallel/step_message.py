@@ -11,7 +11,7 @@ from dataclasses import astuple, dataclass
 import numpy as np
 import numpy.typing as npt
 
-from llm_worker.models.paged_attention import BlockTable, SequenceSlice
+from vitrine_vlm.llm_worker.models.paged_attention import BlockTable, SequenceSlice
 
 _INT = np.dtype("<i8")
 _HEADER_LENGTH, _SEQUENCE_LENGTH, _LANDING_LENGTH = 8, 5, 6

@@ -1,4 +1,4 @@
-"""A rank of a tensor parallel worker but the first: `python -m llm_worker.tensor_parallel.tp_worker RANK FILE FD`.
+"""A rank of a tensor parallel worker but the first, started by rank 0 as `python -m ...tp_worker RANK FILE FD`.
 
 Rank 0 starts it with its own settings in the environment, and sends it each step; it ends with rank 0.
 """
@@ -15,22 +15,22 @@ from pathlib import Path
 
 import torch
 
-from embedding_transport.checkpoint import CheckpointError
-from embedding_transport.errors import TransportUnavailable
-from embedding_transport.pool import PoolMapping
-from embedding_transport.pool_source import map_source
-from embedding_transport.received_rows import copy_rows
-from llm_worker.config import LlmConfig
-from llm_worker.engine.forward_pass import ForwardPass
-from llm_worker.engine.input_embed_buffer import PreparedStep
-from llm_worker.loading import choose_runner, engine_config, load_model, rank_device
-from llm_worker.tensor_parallel.broadcast import broadcast_embeddings
-from llm_worker.tensor_parallel.channel import Channel, ChannelClosed, Kind
-from llm_worker.tensor_parallel.group import TorchGroup
-from llm_worker.tensor_parallel.shared_pools import NUMBER
-from llm_worker.tensor_parallel.step_message import PoolLanding, StepDeserializer, StepMessage
-from service_runtime.logs import start_logging
-from service_runtime.memory import spare_startup_objects
+from vitrine_vlm.embedding_transport.pools.pool import PoolMapping
+from vitrine_vlm.embedding_transport.pools.pool_source import map_source
+from vitrine_vlm.embedding_transport.receiving.received_rows import copy_rows
+from vitrine_vlm.errors import TransportUnavailable
+from vitrine_vlm.llm_worker.config import LlmConfig
+from vitrine_vlm.llm_worker.engine.forward_pass import ForwardPass
+from vitrine_vlm.llm_worker.engine.input_embed_buffer import PreparedStep
+from vitrine_vlm.llm_worker.loading import choose_runner, engine_config, load_model, rank_device
+from vitrine_vlm.llm_worker.tensor_parallel.broadcast import broadcast_embeddings
+from vitrine_vlm.llm_worker.tensor_parallel.channel import Channel, ChannelClosed, Kind
+from vitrine_vlm.llm_worker.tensor_parallel.group import TorchGroup
+from vitrine_vlm.llm_worker.tensor_parallel.shared_pools import NUMBER
+from vitrine_vlm.llm_worker.tensor_parallel.step_message import PoolLanding, StepDeserializer, StepMessage
+from vitrine_vlm.model_loading.checkpoint import CheckpointError
+from vitrine_vlm.service_runtime.logs import start_logging
+from vitrine_vlm.service_runtime.memory import spare_startup_objects
 
 _log = logging.getLogger(__name__)
 

@@ -9,21 +9,21 @@ import socket
 import tempfile
 from pathlib import Path
 
-from embedding_transport.checkpoint import open_checkpoint
-from llm_worker.config import LlmConfig
-from llm_worker.engine.config import EngineConfig
-from llm_worker.engine.forward_pass import ForwardPass
-from llm_worker.engine.runner import MakeRunner
-from llm_worker.families import text_config
-from llm_worker.loading import rank_device
-from llm_worker.models.decoder import TextDecoder
-from llm_worker.models.sharding import config_of_rank
-from llm_worker.tensor_parallel.channel import Channel
-from llm_worker.tensor_parallel.group import TorchGroup
-from llm_worker.tensor_parallel.leader import LeadingForwardPass
-from service_runtime.child_process import Child
-from service_runtime.lifecycle import EXIT_MARGIN_S
-from service_runtime.supervisor import Supervisor
+from vitrine_vlm.llm_worker.config import LlmConfig
+from vitrine_vlm.llm_worker.engine.config import EngineConfig
+from vitrine_vlm.llm_worker.engine.forward_pass import ForwardPass
+from vitrine_vlm.llm_worker.engine.runner import MakeRunner
+from vitrine_vlm.llm_worker.families import text_config
+from vitrine_vlm.llm_worker.loading import rank_device
+from vitrine_vlm.llm_worker.models.decoder import TextDecoder
+from vitrine_vlm.llm_worker.models.sharding import config_of_rank
+from vitrine_vlm.llm_worker.tensor_parallel.channel import Channel
+from vitrine_vlm.llm_worker.tensor_parallel.group import TorchGroup
+from vitrine_vlm.llm_worker.tensor_parallel.leader import LeadingForwardPass
+from vitrine_vlm.model_loading.checkpoint import open_checkpoint
+from vitrine_vlm.service_runtime.child_process import Child
+from vitrine_vlm.service_runtime.lifecycle import EXIT_MARGIN_S
+from vitrine_vlm.service_runtime.supervisor import Supervisor
 
 
 class TpWorkers:
@@ -56,7 +56,12 @@ class TpWorkers:
             self._channels.append(Channel(ours))
             with theirs:
                 fd = theirs.fileno()
-                arguments = ["llm_worker.tensor_parallel.tp_worker", str(rank), str(self._store_file), str(fd)]
+                arguments = [
+                    "vitrine_vlm.llm_worker.tensor_parallel.tp_worker",
+                    str(rank),
+                    str(self._store_file),
+                    str(fd),
+                ]
                 child = await Child.start(f"rank {rank}", arguments, environment, pass_fds=[fd])
             self._children.append(child)
             self._watching.append(self._supervisor.watch_child(child, can_unwind=False))

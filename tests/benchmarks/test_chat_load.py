@@ -16,8 +16,8 @@ import pytest_asyncio
 from benchmarks.chat_load import ChatClient, run_load
 from benchmarks.checkpoints import save_small_qwen3_vl
 from benchmarks.pictures import random_jpegs
-from deploy.launcher.ask import AskFailed
-from deploy.launcher.stack import Stack
+from vitrine_vlm.deploy.launcher.ask import AskFailed
+from vitrine_vlm.deploy.launcher.stack import Stack
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

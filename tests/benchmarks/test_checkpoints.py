@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from benchmarks.checkpoints import save_qwen3_vl_8b
-from embedding_transport.checkpoint import open_checkpoint
-from encoder_service.families import family_of, processor_settings
-from llm_worker.families import prompt_config, text_config
-from llm_worker.models.decoder import TextDecoder
-from llm_worker.models.weights import stored_dtype
-from llm_worker.prompt.tokenizer import PromptTokenizer
+from vitrine_vlm.encoder_service.families import family_of, processor_settings
+from vitrine_vlm.llm_worker.families import prompt_config, text_config
+from vitrine_vlm.llm_worker.models.decoder import TextDecoder
+from vitrine_vlm.llm_worker.models.weights import stored_dtype
+from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
+from vitrine_vlm.model_loading.checkpoint import open_checkpoint
 
 
 def num_parameters(*models: nn.Module) -> int:

@@ -23,9 +23,10 @@ STAGES = ("load", "preprocess", "encode", "ship", "land", "prefill", "decode")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def launch(*arguments: str) -> subprocess.Popen[str]:
+def launch(*arguments: str, folder: Path | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "deploy.launcher", *arguments],
+        [sys.executable, "-P", "-m", "vitrine_vlm.deploy.launcher", *arguments],
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -49,8 +50,12 @@ def test_run_prints_answer_and_timings(qwen3_vl_folder: Path) -> None:
     assert "[llm]" in output
 
 
-def test_run_without_a_model_answers_right() -> None:
-    with launch("run") as process:
+def test_run_without_a_model_answers_right_in_any_folder(tmp_path: Path) -> None:
+    """Folders there that are named as what we import are not imported."""
+    for name in ("protos", "encoder_service", "llm_worker", "vitrine_vlm", "torch", "grpc", "numpy"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"raise RuntimeError('{name} of the working directory')")
+    with launch("run", folder=tmp_path) as process:
         output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, output
     assert "\nanswer: A red circle, a blue square and a green triangle.\n" in output

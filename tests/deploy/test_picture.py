@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from deploy.launcher.picture import picture_url
+from vitrine_vlm.deploy.launcher.picture import picture_url
 
 
 def opened(url: str) -> Image.Image:

@@ -15,29 +15,29 @@ import numpy as np
 import torch
 from PIL import Image
 
-from embedding_transport.checkpoint import open_checkpoint
-from embedding_transport.exporter import RowExporter
-from embedding_transport.shm_pool import ShmPool
-from embedding_transport.types import MediaItem, ModelIdentity
-from encoder_service.codec import describe_to_proto, stats_to_proto
-from encoder_service.engine.admission import Admission
-from encoder_service.engine.batcher import Batcher
-from encoder_service.engine.cache import EmbeddingCache
-from encoder_service.engine.cost_model import CostModel
-from encoder_service.families import build_tower, processor_settings
-from encoder_service.media.held_bytes import HeldBytes
-from encoder_service.media.limits import MediaLimits
-from encoder_service.media.loader import MediaLoader
-from encoder_service.metrics import EncoderMetrics
-from encoder_service.models import VisionTower
-from encoder_service.models.grids import GridTHW
-from encoder_service.preprocess.preprocessor import Preprocessor
-from encoder_service.server import EncoderServer, EncoderServicer, Serving
-from encoder_service.service import EncodeService
-from protos.encoder.v1 import encoder_pb2
-from service_runtime.grpc_channel import CHANNEL_OPTIONS
-from service_runtime.running_calls import RunningCalls
-from service_runtime.supervisor import Supervisor
+from vitrine_vlm.embedding_transport.pools.shm_pool import ShmPool
+from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter
+from vitrine_vlm.encoder_service.codec import describe_to_proto, stats_to_proto
+from vitrine_vlm.encoder_service.engine.admission import Admission
+from vitrine_vlm.encoder_service.engine.batcher import Batcher
+from vitrine_vlm.encoder_service.engine.cache import EmbeddingCache
+from vitrine_vlm.encoder_service.engine.cost_model import CostModel
+from vitrine_vlm.encoder_service.families import build_tower, processor_settings
+from vitrine_vlm.encoder_service.media.held_bytes import HeldBytes
+from vitrine_vlm.encoder_service.media.limits import MediaLimits
+from vitrine_vlm.encoder_service.media.loader import MediaLoader
+from vitrine_vlm.encoder_service.metrics import EncoderMetrics
+from vitrine_vlm.encoder_service.models import VisionTower
+from vitrine_vlm.encoder_service.models.grids import GridTHW
+from vitrine_vlm.encoder_service.preprocess.preprocessor import Preprocessor
+from vitrine_vlm.encoder_service.server import EncoderServer, EncoderServicer, Serving
+from vitrine_vlm.encoder_service.service import EncodeService
+from vitrine_vlm.model_loading.checkpoint import open_checkpoint
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2
+from vitrine_vlm.service_runtime.grpc_channel import CHANNEL_OPTIONS
+from vitrine_vlm.service_runtime.running_calls import RunningCalls
+from vitrine_vlm.service_runtime.supervisor import Supervisor
+from vitrine_vlm.types import MediaItem, ModelIdentity
 
 MAX_ITEMS = 8
 

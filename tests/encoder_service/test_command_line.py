@@ -1,4 +1,4 @@
-"""`python -m encoder_service` as a process: it starts, says what it does, answers, and stops when told to."""
+"""`vitrine-encoder` as a process: it starts, says what it does, answers, and stops when told to."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from embedding_transport.encoder_client import EncoderClient
-from embedding_transport.types import RowsEvent
-from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from tests.encoder_service.models.reference import reference_from_folder, reference_rows
 from tests.encoder_service.running import image, image_message, png
 from tests.integration.fleet import ServiceProcess
+from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from vitrine_vlm.types import RowsEvent
 
 
 def free_port() -> int:
@@ -46,7 +46,7 @@ async def wait_serving(channel: grpc.aio.Channel) -> None:
 async def test_the_process_encodes_a_picture_as_transformers_does(qwen3_vl_folder: Path, tmp_path: Path) -> None:
     metrics_port = free_port()
     flags = ["--model", str(qwen3_vl_folder), "--port", "0", "--shm-folder", str(tmp_path), "--pool-bytes", "4194304"]
-    encoder = ServiceProcess("encoder_service", *flags, "--metrics-port", str(metrics_port))
+    encoder = ServiceProcess("vitrine_vlm.encoder_service", *flags, "--metrics-port", str(metrics_port))
     try:
         address = (await asyncio.to_thread(encoder.wait_listening))["grpc"]
         async with grpc.aio.insecure_channel(address) as channel:
@@ -84,7 +84,7 @@ async def test_the_process_encodes_a_picture_as_transformers_does(qwen3_vl_folde
 
 async def test_a_stopping_process_waits_for_the_rows_it_lent(qwen3_vl_folder: Path, tmp_path: Path) -> None:
     flags = ["--model", str(qwen3_vl_folder), "--port", "0", "--shm-folder", str(tmp_path), "--pool-bytes", "4194304"]
-    encoder = ServiceProcess("encoder_service", *flags)
+    encoder = ServiceProcess("vitrine_vlm.encoder_service", *flags)
     try:
         address = (await asyncio.to_thread(encoder.wait_listening))["grpc"]
         client = EncoderClient([address], None, transport="shm", shm_folder=tmp_path)
@@ -124,7 +124,10 @@ def test_what_cannot_start_says_why(
 ) -> None:
     filled = [flag.format(folder=qwen3_vl_folder, tmp=tmp_path) for flag in flags]
     finished = subprocess.run(
-        [sys.executable, "-m", "encoder_service", "--port", "0", *filled], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "vitrine_vlm.encoder_service", "--port", "0", *filled],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert finished.returncode == status, finished.stderr
     assert message in finished.stderr

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from encoder_service.__main__ import main
-from encoder_service.config import EncoderConfig
+from vitrine_vlm.encoder_service.__main__ import main
+from vitrine_vlm.encoder_service.config import EncoderConfig
 
 read = EncoderConfig.from_command_line
 

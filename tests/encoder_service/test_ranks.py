@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from embedding_transport.encoder_client import EncoderClient
-from embedding_transport.types import RowsEvent
-from encoder_service.config import EncoderConfig
-from encoder_service.ranks import rank_environment
 from tests.deploy.proc import children_of, is_running
 from tests.encoder_service.running import image, png
 from tests.encoder_service.test_command_line import free_port
 from tests.integration.fleet import ServiceProcess
+from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
+from vitrine_vlm.encoder_service.config import EncoderConfig
+from vitrine_vlm.encoder_service.ranks import rank_environment
+from vitrine_vlm.types import RowsEvent
 
 DP = 3
 
@@ -74,7 +74,7 @@ async def test_ranks_share_the_items_and_a_dead_one_is_replaced(qwen3_vl_folder:
     port = free_port()
     flags = ["--model", str(qwen3_vl_folder), "--port", str(port), "--dp", str(DP), "--shm-folder", str(tmp_path)]
     # Ranks are seen to serve at any level of the log: one that was not would end them all when it dies.
-    encoder = ServiceProcess("encoder_service", *flags, "--pool-bytes", "8388608", "--log-level", "error")
+    encoder = ServiceProcess("vitrine_vlm.encoder_service", *flags, "--pool-bytes", "8388608", "--log-level", "error")
     client = EncoderClient([f"127.0.0.1:{port + rank}" for rank in range(DP)], None, shm_folder=tmp_path)
     try:
         await client.start()
@@ -107,7 +107,9 @@ async def test_ranks_share_the_items_and_a_dead_one_is_replaced(qwen3_vl_folder:
 
 
 def test_a_model_that_cannot_be_served_ends_it(tmp_path: Path) -> None:
-    encoder = ServiceProcess("encoder_service", "--model", str(tmp_path / "nothing"), "--port", "0", "--dp", "2")
+    encoder = ServiceProcess(
+        "vitrine_vlm.encoder_service", "--model", str(tmp_path / "nothing"), "--port", "0", "--dp", "2"
+    )
     assert encoder.process.wait(60) == 1
     deadline = time.monotonic() + 10
     while not any("cannot start: rank" in line for line in encoder.lines):

@@ -13,18 +13,18 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from embedding_transport.encoder_client import EncoderClient
-from embedding_transport.errors import EncoderUnavailable, Overloaded
-from embedding_transport.grpc_status import ERROR_CODE_KEY
-from embedding_transport.row_peer import TransportChoice
-from embedding_transport.types import EmbeddingRows, LayoutEvent, MediaItem
-from encoder_service.metrics import EncoderMetrics
-from encoder_service.server import EncoderServer, EncoderServicer
-from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
-from service_runtime.running_calls import RunningCalls
 from tests.encoder_service.models.reference import reference_from_folder, reference_rows
 from tests.encoder_service.running import MAX_ITEMS, RunningEncoder, image, image_message, png, run_encoder
 from tests.integration.media_server import serve_media
+from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
+from vitrine_vlm.embedding_transport.fleet.row_peer import TransportChoice
+from vitrine_vlm.embedding_transport.wire.grpc_status import ERROR_CODE_KEY
+from vitrine_vlm.encoder_service.metrics import EncoderMetrics
+from vitrine_vlm.encoder_service.server import EncoderServer, EncoderServicer
+from vitrine_vlm.errors import EncoderUnavailable, Overloaded
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from vitrine_vlm.service_runtime.running_calls import RunningCalls
+from vitrine_vlm.types import EmbeddingRows, LayoutEvent, MediaItem
 
 Session: TypeAlias = grpc.aio.StreamStreamCall[encoder_pb2.ConnectRequest, encoder_pb2.ConnectResponse]
 

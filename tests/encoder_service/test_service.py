@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from embedding_transport.errors import BadRequest, TooManyItems, VitrineError
-from embedding_transport.types import ItemTimings, Layout, LayoutEvent, MediaItem
 from tests.encoder_service.running import MAX_ITEMS, RunningEncoder, image, png, run_encoder
 from tests.integration.media_server import serve_media
+from vitrine_vlm.errors import BadRequest, TooManyItems, VitrineError
+from vitrine_vlm.types import ItemTimings, Layout, LayoutEvent, MediaItem
 
 
 @dataclass(frozen=True)

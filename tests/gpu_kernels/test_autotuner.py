@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from gpu_kernels import autotuner
-from gpu_kernels.autotuner import Tuned, autotune
+from vitrine_vlm.gpu_kernels import autotuner
+from vitrine_vlm.gpu_kernels.autotuner import Tuned, autotune
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from functools import partial
 import pytest
 import torch
 
-from gpu_kernels.auxiliary_stream import AuxiliaryStream
-from gpu_kernels.graph_capture import CudaGraphs
+from vitrine_vlm.gpu_kernels.auxiliary_stream import AuxiliaryStream
+from vitrine_vlm.gpu_kernels.graph_capture import CudaGraphs
 
 
 def test_on_a_cpu_one_piece_of_work_follows_the_other() -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from gpu_kernels.packed_attention import Bounds, FlashAttention4, PackedAttention, TorchSdpa, TorchVarlen
+from vitrine_vlm.gpu_kernels.packed_attention import Bounds, FlashAttention4, PackedAttention, TorchSdpa, TorchVarlen
 
 HEADS, KV_HEADS = 4, 2
 QUERIES, KEYS = [5, 1, 20], [5, 9, 33]

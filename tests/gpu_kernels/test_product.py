@@ -11,10 +11,10 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-from gpu_kernels import fused_gemm as fused_gemm_module  # noqa: E402
-from gpu_kernels import product  # noqa: E402
-from gpu_kernels.autotuner import Tuned  # noqa: E402
-from gpu_kernels.fused_gemm import (  # noqa: E402
+from vitrine_vlm.gpu_kernels import fused_gemm as fused_gemm_module  # noqa: E402
+from vitrine_vlm.gpu_kernels import product  # noqa: E402
+from vitrine_vlm.gpu_kernels.autotuner import Tuned  # noqa: E402
+from vitrine_vlm.gpu_kernels.fused_gemm import (  # noqa: E402
     ALL_TILES,
     Activation,
     GemmWeights,
@@ -23,8 +23,8 @@ from gpu_kernels.fused_gemm import (  # noqa: E402
     fused_gemm,
     fused_gemm_add,
 )
-from gpu_kernels.gated_silu import gated_silu  # noqa: E402
-from gpu_kernels.product import AddedProduct, Product  # noqa: E402
+from vitrine_vlm.gpu_kernels.gated_silu import gated_silu  # noqa: E402
+from vitrine_vlm.gpu_kernels.product import AddedProduct, Product  # noqa: E402
 
 # Inputs and outputs of products that go through `Product`: of Qwen3-VL-8B's tower and decoder, Qwen2.5-VL-7B's tower.
 TRUE_SHAPES: list[tuple[int, int, bool, Activation | None]] = [

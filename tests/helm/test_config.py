@@ -8,10 +8,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from encoder_service.config import EncoderConfig
-from llm_worker.config import LlmConfig
-from service_runtime.settings import ServiceSettings
 from tests.helm.rendering import CHART, NAMESPACE, VALUES, Manifest, of_kind, pod_templates, render, rendered, values_of
+from vitrine_vlm.encoder_service.config import EncoderConfig
+from vitrine_vlm.llm_worker.config import LlmConfig
+from vitrine_vlm.service_runtime.settings import ServiceSettings
 
 CLASSES: dict[str, type[ServiceSettings]] = {"encoder": EncoderConfig, "llm": LlmConfig}
 

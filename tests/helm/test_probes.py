@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from embedding_transport.encoder_rpc import SERVICE as ENCODER_SERVICE
-from llm_worker.frontend.grpc_server import SERVICE as LLM_SERVICE
-from service_runtime.health_command import main as vitrine_health
 from tests.helm.rendering import VALUES, pods, pods_of, render
+from vitrine_vlm.embedding_transport.shipping.encoder_rpc import SERVICE as ENCODER_SERVICE
+from vitrine_vlm.llm_worker.frontend.grpc_server import SERVICE as LLM_SERVICE
+from vitrine_vlm.service_runtime.health_command import main as vitrine_health
 
 ENCODER, LLM = "demo-vitrine-encoder-default", "demo-vitrine-llm-default"
 PROBES = ("startupProbe", "readinessProbe", "livenessProbe")

@@ -10,10 +10,10 @@ import yaml
 from helm_python import HelmRenderError
 from ray.serve.schema import ServeDeploySchema
 
-from deploy.ray_serve.application import _STOP_MARGIN_S, _options
-from deploy.ray_serve.config import ServeArguments
-from deploy.ray_serve.llm import QUEUED_TOKENS
 from tests.helm.rendering import of_kind, pods, pods_of, render, rendered, values_of
+from vitrine_vlm.deploy.ray_serve.application import _STOP_MARGIN_S, _options
+from vitrine_vlm.deploy.ray_serve.config import ServeArguments
+from vitrine_vlm.deploy.ray_serve.llm import QUEUED_TOKENS
 
 
 def spec_of(values: dict[str, Any]) -> dict[str, Any]:

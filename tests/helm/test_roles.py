@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from helm_python import HelmError
 
-from llm_worker.config import LlmConfig
 from tests.helm.rendering import NAMESPACE, of_kind, pods_of, pods_selected, render, rendered
 from tests.helm.test_config import config_files
 from tests.helm.test_network_policies import allowed
+from vitrine_vlm.llm_worker.config import LlmConfig
 
 ROLES = {"default": {"role": "decode"}, "fast": {"role": "prefill"}}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy.reference import Reference
 from tests.integration.fleet import Fleet, start_fleet
+from vitrine_vlm.sample_models.reference import Reference
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,8 @@ import grpc
 import pytest
 import torch
 
-from deploy.reference import Media
-from protos.llm.v1 import llm_pb2, llm_pb2_grpc
+from vitrine_vlm.protos.llm.v1 import llm_pb2, llm_pb2_grpc
+from vitrine_vlm.sample_models.reference import Media
 
 START_TIMEOUT_S = 120.0
 CHUNK_TOKENS = 48
@@ -158,14 +158,14 @@ def start_fleet(
 ) -> Iterator[Fleet]:
     processes: list[ServiceProcess] = []
     try:
-        encoder = ServiceProcess("encoder_service", "--model", str(folder), "--port", "0", *encoder_flags)
+        encoder = ServiceProcess("vitrine_vlm.encoder_service", "--model", str(folder), "--port", "0", *encoder_flags)
         processes.append(encoder)
         address = encoder.wait_serving()["grpc"]
         workers = {}
         for transport in transports:
             flags = ["--model", str(folder), "--encoders", address, "--transport", transport, "--port", "0"]
             flags += ["--grpc-port", "0", "--max-num-batched-tokens", str(CHUNK_TOKENS), *worker_flags]
-            workers[transport] = ServiceProcess("llm_worker", *flags)
+            workers[transport] = ServiceProcess("vitrine_vlm.llm_worker", *flags)
             processes.append(workers[transport])
         for worker in workers.values():
             worker.wait_serving()

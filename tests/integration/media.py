@@ -8,7 +8,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from deploy.reference import Media
+from vitrine_vlm.sample_models.reference import Media
 
 
 def picture(seed: int, width: int, height: int) -> Media:

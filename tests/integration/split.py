@@ -24,14 +24,22 @@ class Split:
 def prefill_worker(folder: Path, encoder: str, *flags: str) -> ServiceProcess:
     ports = ["--port", "0", "--grpc-port", "0", "--max-num-batched-tokens", str(CHUNK_TOKENS)]
     return ServiceProcess(
-        "llm_worker", "--role", "prefill", "--model", str(folder), "--encoders", encoder, *ports, *flags
+        "vitrine_vlm.llm_worker", "--role", "prefill", "--model", str(folder), "--encoders", encoder, *ports, *flags
     )
 
 
 def decode_worker(folder: Path, prefill_workers: str, transport: str, *flags: str) -> ServiceProcess:
     ports = ["--port", "0", "--grpc-port", "0", "--transport", transport]
     return ServiceProcess(
-        "llm_worker", "--role", "decode", "--model", str(folder), "--prefill-workers", prefill_workers, *ports, *flags
+        "vitrine_vlm.llm_worker",
+        "--role",
+        "decode",
+        "--model",
+        str(folder),
+        "--prefill-workers",
+        prefill_workers,
+        *ports,
+        *flags,
     )
 
 
@@ -45,7 +53,7 @@ def start_split(
 ) -> Iterator[Split]:
     processes: list[ServiceProcess] = []
     try:
-        encoder = ServiceProcess("encoder_service", "--model", str(folder), "--port", "0", *encoder_flags)
+        encoder = ServiceProcess("vitrine_vlm.encoder_service", "--model", str(folder), "--port", "0", *encoder_flags)
         processes.append(encoder)
         address = encoder.wait_serving()["grpc"]
         prefilling = [prefill_worker(folder, address) for _ in range(num_prefill_workers)]

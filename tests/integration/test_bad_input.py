@@ -16,10 +16,10 @@ import pytest
 from aiohttp import web
 from PIL import Image
 
-from protos.llm.v1 import llm_pb2, llm_pb2_grpc
 from tests.integration.fleet import Fleet
 from tests.integration.media import picture
 from tests.integration.media_server import MediaServer, serve_media
+from vitrine_vlm.protos.llm.v1 import llm_pb2, llm_pb2_grpc
 
 PROMPT = "<|vision_start|><|image_pad|><|vision_end|>What?"
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from deploy.reference import Media, Reference
-from embedding_transport.checkpoint import open_checkpoint
-from encoder_service.families import processor_settings
-from encoder_service.media.limits import MediaLimits
-from encoder_service.preprocess.preprocessor import Preprocessor
 from tests.integration.fleet import TRANSPORTS, Fleet
 from tests.integration.media import clip, picture
+from vitrine_vlm.encoder_service.families import processor_settings
+from vitrine_vlm.encoder_service.media.limits import MediaLimits
+from vitrine_vlm.encoder_service.preprocess.preprocessor import Preprocessor
+from vitrine_vlm.model_loading.checkpoint import open_checkpoint
+from vitrine_vlm.sample_models.reference import Media, Reference
 
 NUM_TOKENS = 12
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.integration.fleet import Fleet, ServiceProcess, start_fleet
+from vitrine_vlm.sample_models.tiny_vlm import MODEL_FOLDER
 
 pytest.importorskip("selenium", reason="selenium is not installed")
 
@@ -22,7 +23,6 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 CHROMIUM, CHROMEDRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 REPOSITORY = Path(__file__).parents[2]
-TINY = REPOSITORY / "deploy/tiny_vlm/vitrine-tiny-vlm"
 PICTURE = REPOSITORY / "docs/pictures/shapes.png"
 QUESTION = "How many shapes are there?"
 FLAGS = (
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 @pytest.fixture(scope="module")
 def tiny_fleet() -> Iterator[Fleet]:
-    with start_fleet(TINY, transports=["shm"]) as fleet:
+    with start_fleet(MODEL_FOLDER, transports=["shm"]) as fleet:
         yield fleet
 
 
@@ -68,7 +68,7 @@ def test_a_picture_is_asked_about_and_the_fleet_is_shown(tiny_fleet: Fleet, brow
 
     browser.get(url(worker))
     until(browser, lambda: text("#ready") == "ready")
-    assert text("#model") == TINY.name
+    assert text("#model") == MODEL_FOLDER.name
     row = text("#encoders tr")
     assert "ready" in row and "shm" in row
     assert text("#recent") == "None yet."

@@ -15,10 +15,10 @@ import grpc
 import pytest
 from PIL import Image
 
-from embedding_transport.grpc_status import ERROR_CODE_KEY
-from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
-from protos.llm.v1 import llm_pb2, llm_pb2_grpc
 from tests.integration.fleet import ServiceProcess
+from vitrine_vlm.embedding_transport.wire.grpc_status import ERROR_CODE_KEY
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from vitrine_vlm.protos.llm.v1 import llm_pb2, llm_pb2_grpc
 
 DRAIN_TIMEOUT_S = 1.0
 # The process ends one second after the deadline at the latest; the rest is for a busy machine to notice it.
@@ -43,7 +43,7 @@ async def test_a_worker_cuts_its_requests_off_with_errors_that_can_be_tried_agai
     qwen3_vl_folder: Path, services: list[ServiceProcess]
 ) -> None:
     flags = ["--model", str(qwen3_vl_folder), "--encoders", "127.0.0.1:9", "--port", "0", "--grpc-port", "0"]
-    worker = ServiceProcess("llm_worker", *flags, "--drain-timeout-s", str(DRAIN_TIMEOUT_S))
+    worker = ServiceProcess("vitrine_vlm.llm_worker", *flags, "--drain-timeout-s", str(DRAIN_TIMEOUT_S))
     services.append(worker)
     addresses = await asyncio.to_thread(worker.wait_serving)
     url = f"http://{addresses['http']}"
@@ -89,7 +89,7 @@ async def test_an_encoder_ends_in_time_although_a_thread_still_decodes(
     qwen3_vl_folder: Path, services: list[ServiceProcess]
 ) -> None:
     flags = ["--model", str(qwen3_vl_folder), "--port", "0", "--drain-timeout-s", str(DRAIN_TIMEOUT_S)]
-    encoder = ServiceProcess("encoder_service", *flags)
+    encoder = ServiceProcess("vitrine_vlm.encoder_service", *flags)
     services.append(encoder)
     addresses = await asyncio.to_thread(encoder.wait_serving)
     async with grpc.aio.insecure_channel(addresses["grpc"]) as channel:

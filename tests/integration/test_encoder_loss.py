@@ -11,10 +11,10 @@ from typing import Any
 import aiohttp
 import pytest
 
-from deploy.random_checkpoint import save_random_checkpoint
 from tests.integration.fleet import ServiceProcess
 from tests.integration.media import picture
 from tests.integration.media_server import MediaServer, serve_media
+from vitrine_vlm.sample_models.random_checkpoint import save_random_checkpoint
 
 Start = Callable[..., ServiceProcess]
 
@@ -40,12 +40,14 @@ async def media_server() -> AsyncIterator[MediaServer]:
 
 
 def encoder(start: Start, folder: Path, port: int = 0) -> ServiceProcess:
-    return start("encoder_service", "--model", str(folder), "--port", str(port), "--allow-private-addresses")
+    return start(
+        "vitrine_vlm.encoder_service", "--model", str(folder), "--port", str(port), "--allow-private-addresses"
+    )
 
 
 def worker(start: Start, folder: Path, *addresses: str) -> ServiceProcess:
     flags = ["--model", str(folder), "--encoders", ",".join(addresses), "--port", "0", "--grpc-port", "0"]
-    process = start("llm_worker", *flags)
+    process = start("vitrine_vlm.llm_worker", *flags)
     process.wait_serving()
     return process
 

@@ -9,9 +9,9 @@ from typing import Any
 import openai
 import pytest
 
-from deploy.reference import Media, Reference
 from tests.integration.fleet import Fleet
 from tests.integration.media import clip, picture
+from vitrine_vlm.sample_models.reference import Media, Reference
 
 
 @pytest.fixture

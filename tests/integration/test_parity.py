@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from deploy.reference import Media, Reference
 from tests.integration.fleet import TRANSPORTS, Fleet
 from tests.integration.media import clip, picture
+from vitrine_vlm.sample_models.reference import Media, Reference
 
 NUM_TOKENS = 64
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"

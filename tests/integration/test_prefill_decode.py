@@ -12,14 +12,14 @@ import aiohttp
 import grpc
 import pytest
 
-from deploy.random_checkpoint import save_random_checkpoint
-from deploy.reference import Reference
-from protos.llm.v1 import llm_pb2, llm_pb2_grpc
 from tests.integration.fleet import TRANSPORTS, Fleet, ServiceProcess
 from tests.integration.media_server import MediaServer, serve_media
 from tests.integration.split import Split, decode_worker, prefill_worker, start_split
 from tests.integration.test_parity import CASES
 from tests.integration.test_worker_process import base_url, metric, post, until_metric
+from vitrine_vlm.protos.llm.v1 import llm_pb2, llm_pb2_grpc
+from vitrine_vlm.sample_models.random_checkpoint import save_random_checkpoint
+from vitrine_vlm.sample_models.reference import Reference
 
 NUM_TOKENS = 32
 

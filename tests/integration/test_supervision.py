@@ -20,14 +20,14 @@ import aiohttp
 import grpc
 import pytest
 
-from embedding_transport.grpc_status import ERROR_CODE_KEY
-from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
-from protos.llm.v1 import llm_pb2, llm_pb2_grpc
-from service_runtime.health import health_status
 from tests.encoder_service.test_command_line import free_port
 from tests.integration.breakable import BreakableService
 from tests.integration.fleet import ServiceProcess
 from tests.integration.media_server import MediaServer, serve_media
+from vitrine_vlm.embedding_transport.wire.grpc_status import ERROR_CODE_KEY
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from vitrine_vlm.protos.llm.v1 import llm_pb2, llm_pb2_grpc
+from vitrine_vlm.service_runtime.health import health_status
 
 DRAIN_TIMEOUT_S = 4.0
 NOTICED_S = 1.0
@@ -42,7 +42,7 @@ DECODE = {"prefill worker ADDRESS connection", "prefill worker ADDRESS releases"
 @pytest.fixture(scope="module")
 def encoder(qwen3_vl_folder: Path) -> Iterator[ServiceProcess]:
     """That is not broken, for workers to connect to."""
-    process = ServiceProcess("encoder_service", "--model", str(qwen3_vl_folder), "--port", "0")
+    process = ServiceProcess("vitrine_vlm.encoder_service", "--model", str(qwen3_vl_folder), "--port", "0")
     process.wait_serving()
     yield process
     process.stop()
@@ -51,7 +51,7 @@ def encoder(qwen3_vl_folder: Path) -> Iterator[ServiceProcess]:
 @pytest.fixture(scope="module")
 def prefill_worker(qwen3_vl_folder: Path, encoder: ServiceProcess) -> Iterator[ServiceProcess]:
     flags = ["--model", str(qwen3_vl_folder), "--encoders", encoder.addresses["grpc"], "--role", "prefill"]
-    process = ServiceProcess("llm_worker", *flags, "--port", "0", "--grpc-port", "0")
+    process = ServiceProcess("vitrine_vlm.llm_worker", *flags, "--port", "0", "--grpc-port", "0")
     process.wait_serving()
     yield process
     process.stop()
@@ -168,7 +168,7 @@ async def break_worker(service: BreakableService, addresses: dict[str, str], nam
 
 async def test_each_loop_of_an_encoder(qwen3_vl_folder: Path, tmp_path: Path, media_server: MediaServer) -> None:
     flags = partial(encoder_flags, qwen3_vl_folder)
-    async with broken("encoder_service", flags, tmp_path, ENCODER) as services:
+    async with broken("vitrine_vlm.encoder_service", flags, tmp_path, ENCODER) as services:
         async for service, addresses, name in services:
             item = encoder_pb2.MediaItem(kind=encoder_pb2.MEDIA_KIND_IMAGE, url=media_server.url("/hangs"))
             request = encoder_pb2.EncodeRequest(items=[item])
@@ -190,7 +190,7 @@ async def test_each_loop_of_a_worker(qwen3_vl_folder: Path, tmp_path: Path, enco
     addresses = tmp_path / "encoders"
     addresses.write_text(encoder.addresses["grpc"])
     flags = partial(worker_flags, qwen3_vl_folder, "--role", "prefill", "--encoders", f"file:{addresses}")
-    async with broken("llm_worker", flags, tmp_path, WORKER) as services:
+    async with broken("vitrine_vlm.llm_worker", flags, tmp_path, WORKER) as services:
         async for service, found, name in services:
             await break_worker(service, found, name, qwen3_vl_folder.name)
 
@@ -200,6 +200,6 @@ async def test_each_loop_of_a_worker_that_only_decodes(
 ) -> None:
     decode = ["--role", "decode", "--prefill-workers", prefill_worker.addresses["grpc"]]
     flags = partial(worker_flags, qwen3_vl_folder, *decode)
-    async with broken("llm_worker", flags, tmp_path, DECODE) as services:
+    async with broken("vitrine_vlm.llm_worker", flags, tmp_path, DECODE) as services:
         async for service, found, name in services:
             await break_worker(service, found, name, qwen3_vl_folder.name)

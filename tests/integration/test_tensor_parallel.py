@@ -13,11 +13,11 @@ import grpc
 import pytest
 import torch
 
-from deploy.reference import Reference
-from protos.llm.v1 import llm_pb2_grpc
 from tests.deploy.proc import children_of, is_running
 from tests.integration.fleet import Fleet, ServiceProcess, Worker, start_fleet
 from tests.integration.test_parity import CASES
+from vitrine_vlm.protos.llm.v1 import llm_pb2_grpc
+from vitrine_vlm.sample_models.reference import Reference
 
 NUM_TOKENS = 32
 TP = ["--tp", "2"]
@@ -61,7 +61,7 @@ async def test_greedy_tokens_equal_transformers(tp_fleet: Fleet, reference: Refe
 
 def alone(folder: Path, *flags: str) -> ServiceProcess:
     ports = ["--port", "0", "--grpc-port", "0", "--encoders", "127.0.0.1:9", "--connect-timeout-s", "0.2"]
-    return ServiceProcess("llm_worker", "--model", str(folder), "--device", "cpu", *TP, *ports, *flags)
+    return ServiceProcess("vitrine_vlm.llm_worker", "--model", str(folder), "--device", "cpu", *TP, *ports, *flags)
 
 
 async def until_ended(pid: int) -> None:

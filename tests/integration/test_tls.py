@@ -10,10 +10,10 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from embedding_transport.encoder_client import EncoderClient
-from embedding_transport.errors import EncoderUnavailable
 from tests.integration.fleet import ServiceProcess
 from tests.service_runtime.authority import Files, authority
+from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
+from vitrine_vlm.errors import EncoderUnavailable
 
 
 @pytest.fixture
@@ -24,7 +24,14 @@ def files(tmp_path: Path) -> Files:
 @pytest.fixture
 def encoder(qwen3_vl_folder: Path, tmp_path: Path, files: Files) -> Iterator[ServiceProcess]:
     process = ServiceProcess(
-        "encoder_service", "--model", str(qwen3_vl_folder), "--port", "0", "--shm-folder", str(tmp_path), *tls(files)
+        "vitrine_vlm.encoder_service",
+        "--model",
+        str(qwen3_vl_folder),
+        "--port",
+        "0",
+        "--shm-folder",
+        str(tmp_path),
+        *tls(files),
     )
     yield process
     process.stop()
@@ -41,7 +48,7 @@ async def test_a_question_goes_through_mutual_tls_all_the_way(
     address = (await asyncio.to_thread(encoder.wait_serving))["grpc"]
     flags = ["--encoder-ca-file", str(files.ca), "--encoder-cert-file", str(files.cert)]
     worker = ServiceProcess(
-        "llm_worker",
+        "vitrine_vlm.llm_worker",
         *("--model", str(qwen3_vl_folder), "--encoders", address, "--shm-folder", str(tmp_path)),
         *("--port", "0", "--grpc-port", "0", *tls(files), *flags, "--encoder-key-file", str(files.key)),
     )

@@ -19,14 +19,14 @@ from transformers.models.qwen3_omni_moe.processing_qwen3_omni_moe import Qwen3Om
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.video_utils import read_video_pyav
 
-from embedding_transport.checkpoint import Checkpoint
-from embedding_transport.encoder_client import EncoderClient
-from embedding_transport.types import Layout, LayoutEvent, MediaItem, RowsEvent
-from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from tests.encoder_service.models.reference import reference_from_folder, reference_rows
 from tests.encoder_service.preprocess.reference import image_processor, video_processor
 from tests.integration.fleet import ServiceProcess
 from tests.integration.media import clip, picture
+from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
+from vitrine_vlm.model_loading.checkpoint import Checkpoint
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from vitrine_vlm.types import Layout, LayoutEvent, MediaItem, RowsEvent
 
 MAX_DIFFERENCE = 1e-4
 OUT_HIDDEN_SIZE = 96
@@ -39,7 +39,7 @@ async def test_an_encoder_process_encodes_as_transformers_does(tower_only_folder
     model_type = AutoConfig.from_pretrained(folder).model_type
     media = [picture(1, 200, 120), clip(2, 96, 64, 21)]
     flags = ["--model", str(folder), "--port", "0", "--shm-folder", str(tmp_path), "--pool-bytes", "16777216"]
-    encoder = ServiceProcess("encoder_service", *flags)
+    encoder = ServiceProcess("vitrine_vlm.encoder_service", *flags)
     try:
         address = (await asyncio.to_thread(encoder.wait_serving))["grpc"]
         async with grpc.aio.insecure_channel(address) as channel:
@@ -134,7 +134,17 @@ def test_a_worker_process_names_the_architecture_and_who_has_it(
     request: pytest.FixtureRequest, fixture: str, architecture: str
 ) -> None:
     folder: Path = request.getfixturevalue(fixture)
-    command = [sys.executable, "-m", "llm_worker", "--model", str(folder), "--encoders", "127.0.0.1:1", "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "vitrine_vlm.llm_worker",
+        "--model",
+        str(folder),
+        "--encoders",
+        "127.0.0.1:1",
+        "--port",
+        "0",
+    ]
     finished = subprocess.run([*command, "--grpc-port", "0"], capture_output=True, text=True, timeout=120)
     assert finished.returncode == 1, finished.stderr
     assert f"this worker has no text model for {architecture}" in finished.stderr

@@ -16,22 +16,24 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from tests.integration.fleet import ServiceProcess
 from tests.integration.media import picture
+from vitrine_vlm import __version__
 
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 CALLER_ID = "b7ad6b7169203331"
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-    """Keeps the spans that come, by the service that sends them."""
+    """Keeps the spans that come, by the service that sends them, and the versions of these."""
 
     def __init__(self) -> None:
         self.spans: list[tuple[str, Span]] = []
+        self.versions: set[str] = set()
 
     def Export(self, request, context):  # type: ignore[no-untyped-def]
         for resource in request.resource_spans:
-            (service,) = (
-                each.value.string_value for each in resource.resource.attributes if each.key == "service.name"
-            )
+            attributes = {each.key: each.value.string_value for each in resource.resource.attributes}
+            self.versions.add(attributes["service.version"])
+            service = attributes["service.name"]
             self.spans += [(service, span) for scope in resource.scope_spans for span in scope.spans]
         return trace_service_pb2.ExportTraceServiceResponse()
 
@@ -52,11 +54,13 @@ async def test_a_callers_trace_goes_through_worker_and_encoder(
 ) -> None:
     shared = ["--model", str(qwen3_vl_folder), "--shm-folder", str(tmp_path), "--otlp-endpoint", collector[1]]
     shared += ["--log-format", "json"]
-    encoder = ServiceProcess("encoder_service", *shared, "--port", "0")
+    encoder = ServiceProcess("vitrine_vlm.encoder_service", *shared, "--port", "0")
     worker = None
     try:
         address = (await asyncio.to_thread(encoder.wait_serving))["grpc"]
-        worker = ServiceProcess("llm_worker", *shared, "--encoders", address, "--port", "0", "--grpc-port", "0")
+        worker = ServiceProcess(
+            "vitrine_vlm.llm_worker", *shared, "--encoders", address, "--port", "0", "--grpc-port", "0"
+        )
         http = (await asyncio.to_thread(worker.wait_serving))["http"]
         url = f"data:image/png;base64,{base64.b64encode(picture(1, 96, 64).data).decode()}"
         bad = "data:image/png;base64,AAAA"
@@ -70,6 +74,7 @@ async def test_a_callers_trace_goes_through_worker_and_encoder(
         for process in (worker, encoder):  # which send their last spans before they end
             assert process is None or process.stop() == 0
     spans = [(service, span) for service, span in collector[0].spans if span.trace_id.hex() == TRACE_ID]
+    assert collector[0].versions == {__version__}
     roots = [span for _, span in spans if span.parent_span_id.hex() == CALLER_ID]
     assert [span.name for span in roots] == ["POST /v1/chat/completions"] * 2
     encodes = [span for service, span in spans if (service, span.name) == ("vitrine-encoder", "encode")]

@@ -15,11 +15,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from deploy.reference import Reference
-from protos.llm.v1 import llm_pb2, llm_pb2_grpc
 from tests.integration.fleet import Fleet, ServiceProcess, start_fleet
 from tests.integration.media import picture
 from tests.integration.media_server import MediaServer, serve_media
+from vitrine_vlm.protos.llm.v1 import llm_pb2, llm_pb2_grpc
+from vitrine_vlm.sample_models.reference import Reference
 
 IMAGE_ID = 262
 

@@ -1,4 +1,4 @@
-"""`python -m llm_worker`: what keeps it from starting is said; it serves what it can, and stops when told to."""
+"""`vitrine-llm`: what keeps it from starting is said; it serves what it can, and stops when told to."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pathlib import Path
 import grpc
 import pytest
 
-from llm_worker.__main__ import main
-from protos.llm.v1 import llm_pb2, llm_pb2_grpc
 from tests.integration.fleet import ServiceProcess
+from vitrine_vlm.llm_worker.__main__ import main
+from vitrine_vlm.protos.llm.v1 import llm_pb2, llm_pb2_grpc
 
 NO_ENCODER = ["--encoders", "127.0.0.1:9"]
 
@@ -82,7 +82,7 @@ def test_a_port_in_use_is_said(start: Callable[..., tuple[int, str]], qwen3_vl_f
 
 def test_without_any_encoder_text_is_served_and_ready_says_why_not(qwen3_vl_folder: Path) -> None:
     flags = ["--model", str(qwen3_vl_folder), "--port", "0", "--grpc-port", "0", *NO_ENCODER]
-    worker = ServiceProcess("llm_worker", *flags, "--served-model-name", "mine", "--connect-timeout-s", "1")
+    worker = ServiceProcess("vitrine_vlm.llm_worker", *flags, "--served-model-name", "mine", "--connect-timeout-s", "1")
     try:
         base = f"http://{worker.wait_serving()['http']}"
         with pytest.raises(urllib.error.HTTPError) as not_ready:
@@ -106,7 +106,7 @@ def test_without_any_encoder_text_is_served_and_ready_says_why_not(qwen3_vl_fold
 async def test_a_prefill_worker_finishes_its_own_answers_before_it_ends(qwen3_vl_folder: Path) -> None:
     """Its port does not wait for calls by itself: sessions of decode workers never end."""
     flags = ["--model", str(qwen3_vl_folder), "--role", "prefill", "--port", "0", "--grpc-port", "0", *NO_ENCODER]
-    worker = ServiceProcess("llm_worker", *flags, "--connect-timeout-s", "1")
+    worker = ServiceProcess("vitrine_vlm.llm_worker", *flags, "--connect-timeout-s", "1")
     try:
         address = worker.wait_serving()["grpc"]
         sampling = llm_pb2.SamplingParams(max_tokens=1500, ignore_eos=True)

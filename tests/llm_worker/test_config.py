@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from llm_worker.__main__ import main
-from llm_worker.config import LlmConfig
+from vitrine_vlm.llm_worker.__main__ import main
+from vitrine_vlm.llm_worker.config import LlmConfig
 
 read = LlmConfig.from_command_line
 NEEDED = ["--model", "m", "--encoders", "a:1"]

@@ -8,11 +8,11 @@ from contextlib import aclosing
 
 import pytest
 
-from embedding_transport.errors import NotAnImage
-from embedding_transport.fleet_client import ClientStats
-from llm_worker.engine.engine import EngineStats
-from llm_worker.frontend.events import Delta, Finished, GenerationEvent, StageTimings, Started
-from llm_worker.metrics import LlmMetrics
+from vitrine_vlm.embedding_transport.clients.fleet_client import ClientStats
+from vitrine_vlm.errors import NotAnImage
+from vitrine_vlm.llm_worker.engine.engine import EngineStats
+from vitrine_vlm.llm_worker.generation.events import Delta, Finished, GenerationEvent, StageTimings, Started
+from vitrine_vlm.llm_worker.metrics import LlmMetrics
 
 FINISHED = Finished("stop", 10, 0, 3, StageTimings())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from service_runtime.backoff import Backoff
+from vitrine_vlm.service_runtime.backoff import Backoff
 
 
 def test_delays_double_up_to_the_maximum_and_stay_within_their_bounds() -> None:

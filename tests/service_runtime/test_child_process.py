@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from service_runtime.child_process import Child
 from tests.deploy.proc import is_running
+from vitrine_vlm.service_runtime.child_process import Child
 
 STUBBORN = """
 import signal, time
@@ -67,7 +67,7 @@ def test_no_orphans_when_the_parent_is_killed(module: Path) -> None:
     (module / "sleeper.py").write_text("import time; time.sleep(60)")
     (module / "parent.py").write_text(
         "import asyncio\n"
-        "from service_runtime.child_process import Child\n"
+        "from vitrine_vlm.service_runtime.child_process import Child\n"
         "async def main():\n"
         "    child = await Child.start('child', ['sleeper'])\n"
         "    print(child._process.pid, flush=True)\n"

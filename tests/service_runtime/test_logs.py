@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from service_runtime.logs import LogFormat, set_request_id, start_logging
+from vitrine_vlm.service_runtime.logs import LogFormat, set_request_id, start_logging
 
 log = logging.getLogger("vitrine.test")
 

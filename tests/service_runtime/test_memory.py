@@ -10,7 +10,7 @@ import pytest
 
 FAULTS = """
 import resource, sys
-from service_runtime.memory import reuse_message_memory
+from vitrine_vlm.service_runtime.memory import reuse_message_memory
 if sys.argv[1] == "reuse":
     reuse_message_memory()
 def fill(count):
@@ -36,7 +36,7 @@ def test_blocks_of_a_megabyte_are_used_again() -> None:
 
 COLLECTED = """
 import gc
-from service_runtime.memory import spare_startup_objects
+from vitrine_vlm.service_runtime.memory import spare_startup_objects
 loaded = [[number] for number in range(100_000)]
 spare_startup_objects()
 loop = []
@@ -55,7 +55,7 @@ def test_collections_pass_over_what_was_there_and_still_find_garbage() -> None:
 
 WITH_A_LIBRARY = """
 import gc, triton
-from service_runtime.memory import spare_startup_objects
+from vitrine_vlm.service_runtime.memory import spare_startup_objects
 spare_startup_objects()
 assert gc.get_freeze_count() > 10_000
 """

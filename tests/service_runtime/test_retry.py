@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 
-from service_runtime.retry import Attempts, RetryBudget, RetryPolicy
+from vitrine_vlm.service_runtime.retry import Attempts, RetryBudget, RetryPolicy
 
 
 class PeerLost(Exception):

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from service_runtime.running_calls import RunningCalls
+from vitrine_vlm.service_runtime.running_calls import RunningCalls
 
 
 class Unavailable(Exception):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from service_runtime.child_process import Child, ChildFailed
-from service_runtime.supervisor import Failure, ServiceFailed, Supervisor
+from vitrine_vlm.service_runtime.child_process import Child, ChildFailed
+from vitrine_vlm.service_runtime.supervisor import Failure, ServiceFailed, Supervisor
 
 
 async def for_ever() -> None:

@@ -10,11 +10,11 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from service_runtime.grpc_channel import open_channel
-from service_runtime.grpc_server import ServiceServer
-from service_runtime.health_command import main
-from service_runtime.tls import ClientTls, ServerTls
 from tests.service_runtime.authority import Files, authority
+from vitrine_vlm.service_runtime.grpc_channel import open_channel
+from vitrine_vlm.service_runtime.grpc_server import ServiceServer
+from vitrine_vlm.service_runtime.health_command import main
+from vitrine_vlm.service_runtime.tls import ClientTls, ServerTls
 
 SERVICE = "vitrine.test.v1.Test"
 

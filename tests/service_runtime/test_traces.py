@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from opentelemetry import trace
 
-from service_runtime.traces import outgoing_metadata, serving_span, span
+from vitrine_vlm.service_runtime.traces import outgoing_metadata, serving_span, span
 
 CALLER = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "other": "header"}
 

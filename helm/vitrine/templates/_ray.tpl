@@ -12,11 +12,11 @@ proxy_location: EveryNode
 http_options: {host: 0.0.0.0, port: 8000}
 grpc_options:
   port: 9000
-  grpc_servicer_functions: [protos.encoder.v1.encoder_pb2_grpc.add_EncoderServicer_to_server]
+  grpc_servicer_functions: [vitrine_vlm.protos.encoder.v1.encoder_pb2_grpc.add_EncoderServicer_to_server]
 applications:
   - name: vitrine
     route_prefix: /
-    import_path: deploy.ray_serve.application:build
+    import_path: vitrine_vlm.deploy.ray_serve.application:build
     args:
       model: {{ required "model is required, for example --set model=Qwen/Qwen3-VL-8B-Instruct" .Values.model | quote }}
       encoders:

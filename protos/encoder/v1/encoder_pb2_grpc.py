@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from protos.encoder.v1 import encoder_pb2 as protos_dot_encoder_dot_v1_dot_encoder__pb2
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2 as vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2
 
 GRPC_GENERATED_VERSION = '1.74.0'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + f' but the generated code in protos/encoder/v1/encoder_pb2_grpc.py depends on'
+        + f' but the generated code in vitrine_vlm/protos/encoder/v1/encoder_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -36,28 +36,28 @@ class EncoderStub(object):
         """
         self.Describe = channel.unary_unary(
                 '/vitrine.encoder.v1.Encoder/Describe',
-                request_serializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.DescribeRequest.SerializeToString,
-                response_deserializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.DescribeResponse.FromString,
+                request_serializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.DescribeRequest.SerializeToString,
+                response_deserializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.DescribeResponse.FromString,
                 _registered_method=True)
         self.Connect = channel.stream_stream(
                 '/vitrine.encoder.v1.Encoder/Connect',
-                request_serializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.ConnectRequest.SerializeToString,
-                response_deserializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.ConnectResponse.FromString,
+                request_serializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.ConnectRequest.SerializeToString,
+                response_deserializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.ConnectResponse.FromString,
                 _registered_method=True)
         self.Encode = channel.unary_stream(
                 '/vitrine.encoder.v1.Encoder/Encode',
-                request_serializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.EncodeRequest.SerializeToString,
-                response_deserializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.EncodeResponse.FromString,
+                request_serializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.EncodeRequest.SerializeToString,
+                response_deserializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.EncodeResponse.FromString,
                 _registered_method=True)
         self.Release = channel.unary_unary(
                 '/vitrine.encoder.v1.Encoder/Release',
-                request_serializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseRequest.SerializeToString,
-                response_deserializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseResponse.FromString,
+                request_serializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseRequest.SerializeToString,
+                response_deserializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseResponse.FromString,
                 _registered_method=True)
         self.GetStats = channel.unary_unary(
                 '/vitrine.encoder.v1.Encoder/GetStats',
-                request_serializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.GetStatsRequest.SerializeToString,
-                response_deserializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.GetStatsResponse.FromString,
+                request_serializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.GetStatsRequest.SerializeToString,
+                response_deserializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.GetStatsResponse.FromString,
                 _registered_method=True)
 
 
@@ -109,28 +109,28 @@ def add_EncoderServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Describe': grpc.unary_unary_rpc_method_handler(
                     servicer.Describe,
-                    request_deserializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.DescribeRequest.FromString,
-                    response_serializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.DescribeResponse.SerializeToString,
+                    request_deserializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.DescribeRequest.FromString,
+                    response_serializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.DescribeResponse.SerializeToString,
             ),
             'Connect': grpc.stream_stream_rpc_method_handler(
                     servicer.Connect,
-                    request_deserializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.ConnectRequest.FromString,
-                    response_serializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.ConnectResponse.SerializeToString,
+                    request_deserializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.ConnectRequest.FromString,
+                    response_serializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.ConnectResponse.SerializeToString,
             ),
             'Encode': grpc.unary_stream_rpc_method_handler(
                     servicer.Encode,
-                    request_deserializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.EncodeRequest.FromString,
-                    response_serializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.EncodeResponse.SerializeToString,
+                    request_deserializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.EncodeRequest.FromString,
+                    response_serializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.EncodeResponse.SerializeToString,
             ),
             'Release': grpc.unary_unary_rpc_method_handler(
                     servicer.Release,
-                    request_deserializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseRequest.FromString,
-                    response_serializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseResponse.SerializeToString,
+                    request_deserializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseRequest.FromString,
+                    response_serializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseResponse.SerializeToString,
             ),
             'GetStats': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStats,
-                    request_deserializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.GetStatsRequest.FromString,
-                    response_serializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.GetStatsResponse.SerializeToString,
+                    request_deserializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.GetStatsRequest.FromString,
+                    response_serializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.GetStatsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -158,8 +158,8 @@ class Encoder(object):
             request,
             target,
             '/vitrine.encoder.v1.Encoder/Describe',
-            protos_dot_encoder_dot_v1_dot_encoder__pb2.DescribeRequest.SerializeToString,
-            protos_dot_encoder_dot_v1_dot_encoder__pb2.DescribeResponse.FromString,
+            vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.DescribeRequest.SerializeToString,
+            vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.DescribeResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -185,8 +185,8 @@ class Encoder(object):
             request_iterator,
             target,
             '/vitrine.encoder.v1.Encoder/Connect',
-            protos_dot_encoder_dot_v1_dot_encoder__pb2.ConnectRequest.SerializeToString,
-            protos_dot_encoder_dot_v1_dot_encoder__pb2.ConnectResponse.FromString,
+            vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.ConnectRequest.SerializeToString,
+            vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.ConnectResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -212,8 +212,8 @@ class Encoder(object):
             request,
             target,
             '/vitrine.encoder.v1.Encoder/Encode',
-            protos_dot_encoder_dot_v1_dot_encoder__pb2.EncodeRequest.SerializeToString,
-            protos_dot_encoder_dot_v1_dot_encoder__pb2.EncodeResponse.FromString,
+            vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.EncodeRequest.SerializeToString,
+            vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.EncodeResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -239,8 +239,8 @@ class Encoder(object):
             request,
             target,
             '/vitrine.encoder.v1.Encoder/Release',
-            protos_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseRequest.SerializeToString,
-            protos_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseResponse.FromString,
+            vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseRequest.SerializeToString,
+            vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -266,8 +266,8 @@ class Encoder(object):
             request,
             target,
             '/vitrine.encoder.v1.Encoder/GetStats',
-            protos_dot_encoder_dot_v1_dot_encoder__pb2.GetStatsRequest.SerializeToString,
-            protos_dot_encoder_dot_v1_dot_encoder__pb2.GetStatsResponse.FromString,
+            vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.GetStatsRequest.SerializeToString,
+            vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.GetStatsResponse.FromString,
             options,
             channel_credentials,
             insecure,

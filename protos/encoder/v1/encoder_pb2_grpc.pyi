@@ -11,7 +11,7 @@ main embedding first, then the deepstack layers in the order of the model config
 
 from collections import abc as _abc
 from grpc import aio as _aio
-from protos.encoder.v1 import encoder_pb2 as _encoder_pb2
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2 as _encoder_pb2
 import abc as _abc_1
 import grpc as _grpc
 import sys

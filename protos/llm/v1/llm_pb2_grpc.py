@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from protos.llm.v1 import llm_pb2 as protos_dot_llm_dot_v1_dot_llm__pb2
+from vitrine_vlm.protos.llm.v1 import llm_pb2 as vitrine__vlm_dot_protos_dot_llm_dot_v1_dot_llm__pb2
 
 GRPC_GENERATED_VERSION = '1.74.0'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + f' but the generated code in protos/llm/v1/llm_pb2_grpc.py depends on'
+        + f' but the generated code in vitrine_vlm/protos/llm/v1/llm_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -36,13 +36,13 @@ class LlmStub(object):
         """
         self.Generate = channel.unary_stream(
                 '/vitrine.llm.v1.Llm/Generate',
-                request_serializer=protos_dot_llm_dot_v1_dot_llm__pb2.GenerateRequest.SerializeToString,
-                response_deserializer=protos_dot_llm_dot_v1_dot_llm__pb2.GenerateResponse.FromString,
+                request_serializer=vitrine__vlm_dot_protos_dot_llm_dot_v1_dot_llm__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=vitrine__vlm_dot_protos_dot_llm_dot_v1_dot_llm__pb2.GenerateResponse.FromString,
                 _registered_method=True)
         self.Prefill = channel.unary_unary(
                 '/vitrine.llm.v1.Llm/Prefill',
-                request_serializer=protos_dot_llm_dot_v1_dot_llm__pb2.PrefillRequest.SerializeToString,
-                response_deserializer=protos_dot_llm_dot_v1_dot_llm__pb2.PrefillResponse.FromString,
+                request_serializer=vitrine__vlm_dot_protos_dot_llm_dot_v1_dot_llm__pb2.PrefillRequest.SerializeToString,
+                response_deserializer=vitrine__vlm_dot_protos_dot_llm_dot_v1_dot_llm__pb2.PrefillResponse.FromString,
                 _registered_method=True)
 
 
@@ -68,13 +68,13 @@ def add_LlmServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Generate': grpc.unary_stream_rpc_method_handler(
                     servicer.Generate,
-                    request_deserializer=protos_dot_llm_dot_v1_dot_llm__pb2.GenerateRequest.FromString,
-                    response_serializer=protos_dot_llm_dot_v1_dot_llm__pb2.GenerateResponse.SerializeToString,
+                    request_deserializer=vitrine__vlm_dot_protos_dot_llm_dot_v1_dot_llm__pb2.GenerateRequest.FromString,
+                    response_serializer=vitrine__vlm_dot_protos_dot_llm_dot_v1_dot_llm__pb2.GenerateResponse.SerializeToString,
             ),
             'Prefill': grpc.unary_unary_rpc_method_handler(
                     servicer.Prefill,
-                    request_deserializer=protos_dot_llm_dot_v1_dot_llm__pb2.PrefillRequest.FromString,
-                    response_serializer=protos_dot_llm_dot_v1_dot_llm__pb2.PrefillResponse.SerializeToString,
+                    request_deserializer=vitrine__vlm_dot_protos_dot_llm_dot_v1_dot_llm__pb2.PrefillRequest.FromString,
+                    response_serializer=vitrine__vlm_dot_protos_dot_llm_dot_v1_dot_llm__pb2.PrefillResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -102,8 +102,8 @@ class Llm(object):
             request,
             target,
             '/vitrine.llm.v1.Llm/Generate',
-            protos_dot_llm_dot_v1_dot_llm__pb2.GenerateRequest.SerializeToString,
-            protos_dot_llm_dot_v1_dot_llm__pb2.GenerateResponse.FromString,
+            vitrine__vlm_dot_protos_dot_llm_dot_v1_dot_llm__pb2.GenerateRequest.SerializeToString,
+            vitrine__vlm_dot_protos_dot_llm_dot_v1_dot_llm__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -129,8 +129,8 @@ class Llm(object):
             request,
             target,
             '/vitrine.llm.v1.Llm/Prefill',
-            protos_dot_llm_dot_v1_dot_llm__pb2.PrefillRequest.SerializeToString,
-            protos_dot_llm_dot_v1_dot_llm__pb2.PrefillResponse.FromString,
+            vitrine__vlm_dot_protos_dot_llm_dot_v1_dot_llm__pb2.PrefillRequest.SerializeToString,
+            vitrine__vlm_dot_protos_dot_llm_dot_v1_dot_llm__pb2.PrefillResponse.FromString,
             options,
             channel_credentials,
             insecure,

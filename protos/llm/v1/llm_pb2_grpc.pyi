@@ -5,7 +5,7 @@ The LLM worker: prompt and media in, tokens out."""
 
 from collections import abc as _abc
 from grpc import aio as _aio
-from protos.llm.v1 import llm_pb2 as _llm_pb2
+from vitrine_vlm.protos.llm.v1 import llm_pb2 as _llm_pb2
 import abc as _abc_1
 import grpc as _grpc
 import sys

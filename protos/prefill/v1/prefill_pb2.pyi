@@ -10,8 +10,8 @@ little-endian and row-major, in the dtype of KvFormat. Sessions, leases and chun
 
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from protos.encoder.v1 import encoder_pb2 as _encoder_pb2
-from protos.llm.v1 import llm_pb2 as _llm_pb2
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2 as _encoder_pb2
+from vitrine_vlm.protos.llm.v1 import llm_pb2 as _llm_pb2
 import builtins as _builtins
 import sys
 import typing as _typing

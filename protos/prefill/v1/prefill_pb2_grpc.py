@@ -3,8 +3,8 @@
 import grpc
 import warnings
 
-from protos.encoder.v1 import encoder_pb2 as protos_dot_encoder_dot_v1_dot_encoder__pb2
-from protos.prefill.v1 import prefill_pb2 as protos_dot_prefill_dot_v1_dot_prefill__pb2
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2 as vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2
+from vitrine_vlm.protos.prefill.v1 import prefill_pb2 as vitrine__vlm_dot_protos_dot_prefill_dot_v1_dot_prefill__pb2
 
 GRPC_GENERATED_VERSION = '1.74.0'
 GRPC_VERSION = grpc.__version__
@@ -19,7 +19,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + f' but the generated code in protos/prefill/v1/prefill_pb2_grpc.py depends on'
+        + f' but the generated code in vitrine_vlm/protos/prefill/v1/prefill_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -37,23 +37,23 @@ class PrefillStub(object):
         """
         self.Describe = channel.unary_unary(
                 '/vitrine.prefill.v1.Prefill/Describe',
-                request_serializer=protos_dot_prefill_dot_v1_dot_prefill__pb2.DescribeRequest.SerializeToString,
-                response_deserializer=protos_dot_prefill_dot_v1_dot_prefill__pb2.KvFormat.FromString,
+                request_serializer=vitrine__vlm_dot_protos_dot_prefill_dot_v1_dot_prefill__pb2.DescribeRequest.SerializeToString,
+                response_deserializer=vitrine__vlm_dot_protos_dot_prefill_dot_v1_dot_prefill__pb2.KvFormat.FromString,
                 _registered_method=True)
         self.Connect = channel.stream_stream(
                 '/vitrine.prefill.v1.Prefill/Connect',
-                request_serializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.ConnectRequest.SerializeToString,
-                response_deserializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.ConnectResponse.FromString,
+                request_serializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.ConnectRequest.SerializeToString,
+                response_deserializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.ConnectResponse.FromString,
                 _registered_method=True)
         self.Prefill = channel.unary_stream(
                 '/vitrine.prefill.v1.Prefill/Prefill',
-                request_serializer=protos_dot_prefill_dot_v1_dot_prefill__pb2.PrefillRequest.SerializeToString,
-                response_deserializer=protos_dot_prefill_dot_v1_dot_prefill__pb2.PrefillResponse.FromString,
+                request_serializer=vitrine__vlm_dot_protos_dot_prefill_dot_v1_dot_prefill__pb2.PrefillRequest.SerializeToString,
+                response_deserializer=vitrine__vlm_dot_protos_dot_prefill_dot_v1_dot_prefill__pb2.PrefillResponse.FromString,
                 _registered_method=True)
         self.Release = channel.unary_unary(
                 '/vitrine.prefill.v1.Prefill/Release',
-                request_serializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseRequest.SerializeToString,
-                response_deserializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseResponse.FromString,
+                request_serializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseRequest.SerializeToString,
+                response_deserializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseResponse.FromString,
                 _registered_method=True)
 
 
@@ -94,23 +94,23 @@ def add_PrefillServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Describe': grpc.unary_unary_rpc_method_handler(
                     servicer.Describe,
-                    request_deserializer=protos_dot_prefill_dot_v1_dot_prefill__pb2.DescribeRequest.FromString,
-                    response_serializer=protos_dot_prefill_dot_v1_dot_prefill__pb2.KvFormat.SerializeToString,
+                    request_deserializer=vitrine__vlm_dot_protos_dot_prefill_dot_v1_dot_prefill__pb2.DescribeRequest.FromString,
+                    response_serializer=vitrine__vlm_dot_protos_dot_prefill_dot_v1_dot_prefill__pb2.KvFormat.SerializeToString,
             ),
             'Connect': grpc.stream_stream_rpc_method_handler(
                     servicer.Connect,
-                    request_deserializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.ConnectRequest.FromString,
-                    response_serializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.ConnectResponse.SerializeToString,
+                    request_deserializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.ConnectRequest.FromString,
+                    response_serializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.ConnectResponse.SerializeToString,
             ),
             'Prefill': grpc.unary_stream_rpc_method_handler(
                     servicer.Prefill,
-                    request_deserializer=protos_dot_prefill_dot_v1_dot_prefill__pb2.PrefillRequest.FromString,
-                    response_serializer=protos_dot_prefill_dot_v1_dot_prefill__pb2.PrefillResponse.SerializeToString,
+                    request_deserializer=vitrine__vlm_dot_protos_dot_prefill_dot_v1_dot_prefill__pb2.PrefillRequest.FromString,
+                    response_serializer=vitrine__vlm_dot_protos_dot_prefill_dot_v1_dot_prefill__pb2.PrefillResponse.SerializeToString,
             ),
             'Release': grpc.unary_unary_rpc_method_handler(
                     servicer.Release,
-                    request_deserializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseRequest.FromString,
-                    response_serializer=protos_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseResponse.SerializeToString,
+                    request_deserializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseRequest.FromString,
+                    response_serializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -138,8 +138,8 @@ class Prefill(object):
             request,
             target,
             '/vitrine.prefill.v1.Prefill/Describe',
-            protos_dot_prefill_dot_v1_dot_prefill__pb2.DescribeRequest.SerializeToString,
-            protos_dot_prefill_dot_v1_dot_prefill__pb2.KvFormat.FromString,
+            vitrine__vlm_dot_protos_dot_prefill_dot_v1_dot_prefill__pb2.DescribeRequest.SerializeToString,
+            vitrine__vlm_dot_protos_dot_prefill_dot_v1_dot_prefill__pb2.KvFormat.FromString,
             options,
             channel_credentials,
             insecure,
@@ -165,8 +165,8 @@ class Prefill(object):
             request_iterator,
             target,
             '/vitrine.prefill.v1.Prefill/Connect',
-            protos_dot_encoder_dot_v1_dot_encoder__pb2.ConnectRequest.SerializeToString,
-            protos_dot_encoder_dot_v1_dot_encoder__pb2.ConnectResponse.FromString,
+            vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.ConnectRequest.SerializeToString,
+            vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.ConnectResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -192,8 +192,8 @@ class Prefill(object):
             request,
             target,
             '/vitrine.prefill.v1.Prefill/Prefill',
-            protos_dot_prefill_dot_v1_dot_prefill__pb2.PrefillRequest.SerializeToString,
-            protos_dot_prefill_dot_v1_dot_prefill__pb2.PrefillResponse.FromString,
+            vitrine__vlm_dot_protos_dot_prefill_dot_v1_dot_prefill__pb2.PrefillRequest.SerializeToString,
+            vitrine__vlm_dot_protos_dot_prefill_dot_v1_dot_prefill__pb2.PrefillResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -219,8 +219,8 @@ class Prefill(object):
             request,
             target,
             '/vitrine.prefill.v1.Prefill/Release',
-            protos_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseRequest.SerializeToString,
-            protos_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseResponse.FromString,
+            vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseRequest.SerializeToString,
+            vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseResponse.FromString,
             options,
             channel_credentials,
             insecure,

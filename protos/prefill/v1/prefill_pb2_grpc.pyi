@@ -10,8 +10,8 @@ little-endian and row-major, in the dtype of KvFormat. Sessions, leases and chun
 
 from collections import abc as _abc
 from grpc import aio as _aio
-from protos.encoder.v1 import encoder_pb2 as _encoder_pb2
-from protos.prefill.v1 import prefill_pb2 as _prefill_pb2
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2 as _encoder_pb2
+from vitrine_vlm.protos.prefill.v1 import prefill_pb2 as _prefill_pb2
 import abc as _abc_1
 import grpc as _grpc
 import sys

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from encoder_service.config import EncoderConfig
-from llm_worker.config import LlmConfig
 from tests.deploy.docker.dockerfile import FOLDER, environment, read_stages
 from tests.deploy.docker.tools import check, find_tool
+from vitrine_vlm.encoder_service.config import EncoderConfig
+from vitrine_vlm.llm_worker.config import LlmConfig
 
 FILE = FOLDER / "compose.yaml"
 COMPOSE: dict[str, Any] = yaml.safe_load(FILE.read_text())

@@ -9,16 +9,17 @@ from functools import cache
 
 from prometheus_client.metrics import MetricWrapperBase
 
-from embedding_transport.errors import VitrineError
-from embedding_transport.exporter import ExporterStats
-from embedding_transport.fleet_client import ClientStats
-from embedding_transport.leases import LeaseCounts
-from encoder_service.engine.admission import Admission
-from encoder_service.engine.cache import CacheStats
-from encoder_service.engine.cost_model import CostModel
-from encoder_service.metrics import EncoderMetrics, GpuStats
-from llm_worker.engine.engine import EngineStats
-from llm_worker.metrics import LlmMetrics
+from vitrine_vlm.embedding_transport.clients.fleet_client import ClientStats
+from vitrine_vlm.embedding_transport.pools.leases import LeaseCounts
+from vitrine_vlm.embedding_transport.shipping.exporter import ExporterStats
+from vitrine_vlm.encoder_service.engine.admission import Admission
+from vitrine_vlm.encoder_service.engine.cache import CacheStats
+from vitrine_vlm.encoder_service.engine.cost_model import CostModel
+from vitrine_vlm.encoder_service.gpu.stats import GpuStats
+from vitrine_vlm.encoder_service.metrics import EncoderMetrics
+from vitrine_vlm.errors import VitrineError
+from vitrine_vlm.llm_worker.engine.engine import EngineStats
+from vitrine_vlm.llm_worker.metrics import LlmMetrics
 
 TRANSPORTS = {"cuda_ipc": 0, "shm": 0, "grpc": 0}
 # Labels of every target, made by Prometheus.

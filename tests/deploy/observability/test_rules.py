@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from encoder_service.config import EncoderConfig
-from llm_worker.config import LlmConfig
 from tests.deploy.docker.tools import check, find_tool
 from tests.deploy.observability.exported import problems
+from vitrine_vlm.encoder_service.config import EncoderConfig
+from vitrine_vlm.llm_worker.config import LlmConfig
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "deploy/observability"

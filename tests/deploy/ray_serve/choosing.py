@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
-from embedding_transport.content_routing import ranked
+from vitrine_vlm.embedding_transport.fleet.content_routing import ranked
 
 
 @dataclass

@@ -14,8 +14,8 @@ import aiohttp
 import grpc
 from PIL import Image
 
-from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from tests.deploy.ray_serve.running import Running
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 
 QUESTION = "What shapes and colors are in this picture?"
 _numbers = itertools.count()

@@ -19,13 +19,13 @@ from ray import serve
 from ray.serve._private.common import ReplicaState
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from deploy.ray_serve.application import build
-from deploy.ray_serve.config import ServeArguments
+from vitrine_vlm.deploy.ray_serve.application import build
+from vitrine_vlm.deploy.ray_serve.config import ServeArguments
 
 APPLICATION = "vitrine"
 # Ray takes 127.0.0.1 for a name of this host and listens on another address; this one is loopback, too.
 HOST = "127.0.0.2"
-_SERVICER = "protos.encoder.v1.encoder_pb2_grpc.add_EncoderServicer_to_server"
+_SERVICER = "vitrine_vlm.protos.encoder.v1.encoder_pb2_grpc.add_EncoderServicer_to_server"
 _MARK = "VITRINE_TEST_RUN"
 _GONE_TIMEOUT_S = 30.0
 # Of Ray Serve: on a busy machine a proxy is not there within the 5 s after which it is killed and begun anew.
@@ -59,7 +59,7 @@ class Running:
         port = address.rpartition(":")[2]
         for pid, environment in _processes(self.mark).items():
             command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if f"VITRINE_ENCODER_PORT={port}".encode() in environment and b"encoder_service" in command:
+            if f"VITRINE_ENCODER_PORT={port}".encode() in environment and b"vitrine_vlm.encoder_service" in command:
                 return pid
         raise LookupError(f"no encoder listens on {address}")
 

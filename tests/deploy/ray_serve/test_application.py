@@ -19,13 +19,13 @@ pytest.importorskip("ray", reason="Ray is not installed: it comes with the extra
 
 from ray import serve
 
-from deploy.launcher.ask import ask
-from deploy.launcher.picture import picture_url
-from deploy.tiny_vlm import MODEL_FOLDER
-from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from tests.deploy.ray_serve.load import QUESTION, Load, encode, next_picture
 from tests.deploy.ray_serve.running import APPLICATION, Running, running_application
 from tests.encoder_service.running import run_encoder
+from vitrine_vlm.deploy.launcher.ask import ask
+from vitrine_vlm.deploy.launcher.picture import picture_url
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from vitrine_vlm.sample_models.tiny_vlm import MODEL_FOLDER
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and listens on 127.0.0.2"),

@@ -12,7 +12,7 @@ from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve.autoscaling_policy import _apply_autoscaling_config
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
-from deploy.ray_serve.autoscaling import QueuedWork
+from vitrine_vlm.deploy.ray_serve.autoscaling import QueuedWork
 
 DEPLOYMENT = DeploymentID(name="Encoder", app_name="vitrine")
 

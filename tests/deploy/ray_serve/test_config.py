@@ -18,12 +18,12 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve._private.build_app import build_app
 from ray.serve.schema import ServeDeploySchema
 
-from deploy.ray_serve import config as config_module
-from deploy.ray_serve.application import build
-from deploy.ray_serve.config import ServeArguments
-from deploy.ray_serve.llm import gpu_environment
-from encoder_service.config import EncoderConfig
-from llm_worker.config import LlmConfig
+from vitrine_vlm.deploy.ray_serve import config as config_module
+from vitrine_vlm.deploy.ray_serve.application import build
+from vitrine_vlm.deploy.ray_serve.config import ServeArguments
+from vitrine_vlm.deploy.ray_serve.llm import gpu_environment
+from vitrine_vlm.encoder_service.config import EncoderConfig
+from vitrine_vlm.llm_worker.config import LlmConfig
 
 EXAMPLE = Path(config_module.__file__).with_name("config.yaml")
 
@@ -76,10 +76,10 @@ def test_arguments_of_the_command_line_reach_the_deployments() -> None:
     assert encoder.ray_actor_options["num_gpus"] == 0.5
     scaling = encoder._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas) == (1, 4)
-    assert scaling.policy.policy_function == "deploy.ray_serve.autoscaling.QueuedWork"
+    assert scaling.policy.policy_function == "vitrine_vlm.deploy.ray_serve.autoscaling.QueuedWork"
     assert scaling.policy.policy_kwargs == {"stat": "queue_seconds", "target": 1.5}
     router = encoder._deployment_config.request_router_config.request_router_class
-    assert router == "deploy.ray_serve.content_router.ContentRouter"
+    assert router == "vitrine_vlm.deploy.ray_serve.content_router.ContentRouter"
     assert made["LlmWorker"]._deployment_config.graceful_shutdown_timeout_s > 60
 
 
@@ -119,10 +119,10 @@ def test_example_is_what_ray_serve_and_the_application_take() -> None:
 
 def test_serve_build_writes_a_file_that_ray_serve_takes(tmp_path: Path) -> None:
     file = tmp_path / "built.yaml"
-    result = CliRunner().invoke(scripts.build, ["deploy.ray_serve.tiny:app", "--output-path", str(file)])
+    result = CliRunner().invoke(scripts.build, ["vitrine_vlm.deploy.ray_serve.tiny:app", "--output-path", str(file)])
     assert result.exit_code == 0, result.output
     [application] = ServeDeploySchema.model_validate(yaml.safe_load(file.read_text())).applications
-    assert application.import_path == "deploy.ray_serve.tiny:app"
+    assert application.import_path == "vitrine_vlm.deploy.ray_serve.tiny:app"
     assert {each.name for each in application.deployments} == {"Encoder", "Gateway", "LlmWorker"}
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("ray", reason="Ray is not installed: it comes with the extra
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
 from ray.serve.request_router import PendingRequest
 
-from deploy.ray_serve.content_router import ContentRouter
+from vitrine_vlm.deploy.ray_serve.content_router import ContentRouter
 
 ADDRESSES = [f"10.0.0.{number}:50051" for number in range(5)]
 KEYS = [hashlib.sha256(bytes([number])).digest() for number in range(200)]

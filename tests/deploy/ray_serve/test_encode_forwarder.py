@@ -16,12 +16,12 @@ import pytest
 
 pytest.importorskip("ray", reason="Ray is not installed: it comes with the extra `serve`")
 
-from deploy.ray_serve.encode_forwarder import EncodeForwarder
-from embedding_transport.encoder_rpc import encoder_handlers
-from embedding_transport.errors import BadRequest, InternalError, TooManyItems
-from embedding_transport.grpc_status import abort
-from protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from tests.deploy.ray_serve.choosing import Replicas
+from vitrine_vlm.deploy.ray_serve.encode_forwarder import EncodeForwarder
+from vitrine_vlm.embedding_transport.shipping.encoder_rpc import encoder_handlers
+from vitrine_vlm.embedding_transport.wire.grpc_status import abort
+from vitrine_vlm.errors import BadRequest, InternalError, TooManyItems
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 
 ROWS = bytes(range(200))
 CHUNK = 40

@@ -15,8 +15,8 @@ pytest.importorskip("ray", reason="Ray is not installed: it comes with the extra
 from aiohttp import web
 from starlette.requests import Request
 
-from deploy.ray_serve.http_forwarder import HttpForwarder
 from tests.deploy.ray_serve.choosing import Replicas
+from vitrine_vlm.deploy.ray_serve.http_forwarder import HttpForwarder
 
 
 class Worker:

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from embedding_transport.errors import Overloaded
-from encoder_service.engine.admission import Admission
-from encoder_service.engine.cost_model import CostModel
+from vitrine_vlm.encoder_service.engine.admission import Admission
+from vitrine_vlm.encoder_service.engine.cost_model import CostModel
+from vitrine_vlm.errors import Overloaded
 
 
 def test_patches_are_bounded() -> None:

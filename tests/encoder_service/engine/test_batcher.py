@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from embedding_transport.checkpoint import open_checkpoint
-from embedding_transport.errors import EncoderUnavailable, InternalError
-from encoder_service.engine import batcher as batcher_module
-from encoder_service.engine.batch import EncodedItem
-from encoder_service.engine.batcher import Batcher, BatchReport
-from encoder_service.engine.cost_model import CostModel
-from encoder_service.families import build_tower
-from encoder_service.models.grids import GridTHW
-from service_runtime.supervisor import Supervisor
 from tests.encoder_service.models.reference import random_patches
 from tests.encoder_service.running import GatedTower
+from vitrine_vlm.encoder_service.engine import batcher as batcher_module
+from vitrine_vlm.encoder_service.engine.batch import EncodedItem
+from vitrine_vlm.encoder_service.engine.batcher import Batcher, BatchReport
+from vitrine_vlm.encoder_service.engine.cost_model import CostModel
+from vitrine_vlm.encoder_service.families import build_tower
+from vitrine_vlm.encoder_service.models.grids import GridTHW
+from vitrine_vlm.errors import EncoderUnavailable, InternalError
+from vitrine_vlm.model_loading.checkpoint import open_checkpoint
+from vitrine_vlm.service_runtime.supervisor import Supervisor
 
 PATCH_WIDTH = 3 * 2 * 16 * 16
 SMALL: GridTHW = (1, 4, 4)

@@ -7,9 +7,9 @@ import asyncio
 import pytest
 import torch
 
-from embedding_transport.errors import NotAnImage, Overloaded
-from encoder_service.engine.cache import EmbeddingCache, MadeRows
-from service_runtime.supervisor import Supervisor
+from vitrine_vlm.encoder_service.engine.cache import EmbeddingCache, MadeRows
+from vitrine_vlm.errors import NotAnImage, Overloaded
+from vitrine_vlm.service_runtime.supervisor import Supervisor
 
 ROW_NBYTES = 4 * 8
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from embedding_transport.checkpoint import open_checkpoint
-from encoder_service.engine.cost_model import CostModel, Measured, measured_cost
-from encoder_service.families import build_tower
-from encoder_service.models import VisionTower
+from vitrine_vlm.encoder_service.engine.cost_model import CostModel, Measured, measured_cost
+from vitrine_vlm.encoder_service.families import build_tower
+from vitrine_vlm.encoder_service.models import VisionTower
+from vitrine_vlm.model_loading.checkpoint import open_checkpoint
 
 FIXED_S, PER_PATCH_S, PER_PAIR_S = 0.002, 2e-6, 1e-10
 

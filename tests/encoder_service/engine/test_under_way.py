@@ -7,8 +7,8 @@ import math
 
 import torch
 
-from encoder_service.engine.batch import Entry
-from encoder_service.engine.under_way import UnderWay
+from vitrine_vlm.encoder_service.engine.batch import Entry
+from vitrine_vlm.encoder_service.engine.under_way import UnderWay
 
 
 async def test_what_is_left() -> None:

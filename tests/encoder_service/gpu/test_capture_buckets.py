@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from encoder_service.gpu.batch_tables import Layouts
-from encoder_service.gpu.graphs import Bucket, capture_buckets
+from vitrine_vlm.encoder_service.gpu.batch_tables import Layouts
+from vitrine_vlm.encoder_service.gpu.graphs import Bucket, capture_buckets
 
 MAX_PATCHES = 45056
 BUCKETS = capture_buckets(MAX_PATCHES)

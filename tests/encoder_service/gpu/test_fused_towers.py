@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from embedding_transport.checkpoint import open_checkpoint
-from encoder_service.families import build_tower, family_of
-from encoder_service.models.attention import packed_attention
-from encoder_service.models.grids import GridTHW
 from tests.encoder_service.models.reference import random_patches, reference_from_folder, reference_rows
+from vitrine_vlm.encoder_service.families import build_tower, family_of
+from vitrine_vlm.encoder_service.models.attention import packed_attention
+from vitrine_vlm.encoder_service.models.grids import GridTHW
+from vitrine_vlm.model_loading.checkpoint import open_checkpoint
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_gpu_tower.py runs the real thing")
-from encoder_service.gpu.accuracy import measured_accuracy  # noqa: E402
-from encoder_service.gpu.batch_tables import BatchTables, Layouts, TableShape  # noqa: E402
-from encoder_service.gpu.linear import BlockLinears  # noqa: E402
-from gpu_kernels.packed_attention import Bounds  # noqa: E402
+from vitrine_vlm.encoder_service.gpu.accuracy import measured_accuracy  # noqa: E402
+from vitrine_vlm.encoder_service.gpu.batch_tables import BatchTables, Layouts, TableShape  # noqa: E402
+from vitrine_vlm.encoder_service.gpu.linear import BlockLinears  # noqa: E402
+from vitrine_vlm.gpu_kernels.packed_attention import Bounds  # noqa: E402
 
 GRIDS = [(1, 10, 12), (2, 4, 4), (1, 2, 2)]
 # Triton's interpreter takes its time.

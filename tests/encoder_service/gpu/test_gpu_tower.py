@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.towers import draw_weights
-from encoder_service.families import Family, qwen2_5_vl, qwen3_5, qwen3_omni, qwen3_vl
+from vitrine_vlm.encoder_service.families import Family, qwen2_5_vl, qwen3_5, qwen3_omni, qwen3_vl
 
 pytestmark = pytest.mark.gpu
 
@@ -80,9 +80,9 @@ def cosine(rows_TW: torch.Tensor, expected_TW: torch.Tensor, width: int) -> torc
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
-    from encoder_service.gpu.graphs import GpuTower
-    from encoder_service.gpu.linear import BlockLinears
-    from gpu_kernels.packed_attention import autotuned_attention
+    from vitrine_vlm.encoder_service.gpu.graphs import GpuTower
+    from vitrine_vlm.encoder_service.gpu.linear import BlockLinears
+    from vitrine_vlm.gpu_kernels.packed_attention import autotuned_attention
 
     family, config_json = CASES[request.param]
     torch.manual_seed(0)
@@ -104,7 +104,7 @@ def test_every_row_is_close_to_fp32(case: Case) -> None:
 
 
 def test_without_graphs_it_is_the_same(case: Case) -> None:
-    from encoder_service.gpu.graphs import GpuTower
+    from vitrine_vlm.encoder_service.gpu.graphs import GpuTower
 
     patches_PX = case.patches(MIXED)
     eager = GpuTower(case.fused, 0)
@@ -113,7 +113,7 @@ def test_without_graphs_it_is_the_same(case: Case) -> None:
 
 
 def test_fp8_rows_are_close_to_fp32_and_the_same_with_graphs(case: Case) -> None:
-    from encoder_service.gpu.tower import gpu_tower
+    from vitrine_vlm.encoder_service.gpu.tower import gpu_tower
 
     grids = MIXED[:4]
     patches_PX = case.patches(grids)

@@ -9,18 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from encoder_service.models import grids
-from encoder_service.models.layers import Rotary
-from encoder_service.preprocess.patchify import patchify
 from tests.encoder_service.preprocess.samples import QWEN3_IMAGE, settings
+from vitrine_vlm.encoder_service.models import grids
+from vitrine_vlm.encoder_service.models.layers import Rotary
+from vitrine_vlm.encoder_service.preprocess.patchify import patchify
 
 pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-from encoder_service.gpu import kernels, norms  # noqa: E402
-from encoder_service.gpu.batch_tables import BatchTables, Layouts, TableShape  # noqa: E402
-from encoder_service.gpu.residual import ResidualStream  # noqa: E402
-from gpu_kernels import fp8  # noqa: E402
-from gpu_kernels.rotary import apply_rope, rope_table  # noqa: E402
+from vitrine_vlm.encoder_service.gpu import kernels, norms  # noqa: E402
+from vitrine_vlm.encoder_service.gpu.batch_tables import BatchTables, Layouts, TableShape  # noqa: E402
+from vitrine_vlm.encoder_service.gpu.residual import ResidualStream  # noqa: E402
+from vitrine_vlm.gpu_kernels import fp8  # noqa: E402
+from vitrine_vlm.gpu_kernels.rotary import apply_rope, rope_table  # noqa: E402
 
 GRIDS = [(1, 4, 6), (2, 2, 10), (1, 8, 8), (1, 14, 10)]
 NUM_PATCHES = sum(t * h * w for t, h, w in GRIDS)

@@ -6,8 +6,8 @@ import pytest
 from aiohttp.test_utils import unused_port
 from yarl import URL
 
-from embedding_transport.errors import MediaNotAllowed
-from encoder_service.media.address_policy import CheckedResolver, check_address, check_host
+from vitrine_vlm.encoder_service.media.address_policy import CheckedResolver, check_address, check_host
+from vitrine_vlm.errors import MediaNotAllowed
 
 PRIVATE = ["127.0.0.1", "127.9.9.9", "10.1.2.3", "172.16.0.1", "192.168.0.1", "100.64.0.1", "::1", "fd00::1",
            "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::10.0.0.1", "2002:0a00:0001::1"]  # fmt: skip

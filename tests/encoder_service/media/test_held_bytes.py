@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from embedding_transport.errors import Overloaded
-from encoder_service.media.held_bytes import HeldBytes
+from vitrine_vlm.encoder_service.media.held_bytes import HeldBytes
+from vitrine_vlm.errors import Overloaded
 
 
 def test_items_share_the_bound() -> None:

@@ -14,7 +14,9 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer, unused_port
 
-from embedding_transport.errors import (
+from vitrine_vlm.encoder_service.media.limits import MediaLimits
+from vitrine_vlm.encoder_service.media.loader import MediaLoader
+from vitrine_vlm.errors import (
     MediaError,
     MediaNotAllowed,
     MediaNotFound,
@@ -23,9 +25,7 @@ from embedding_transport.errors import (
     MediaUnreachable,
     Overloaded,
 )
-from embedding_transport.types import MediaItem
-from encoder_service.media.limits import MediaLimits
-from encoder_service.media.loader import MediaLoader
+from vitrine_vlm.types import MediaItem
 
 BODY = bytes(range(256)) * 400
 LIMITS = MediaLimits(max_bytes=len(BODY), timeout_s=1.0, max_redirects=3, allow_private_addresses=True)

@@ -9,8 +9,8 @@ from urllib.parse import quote_from_bytes
 
 import pytest
 
-from embedding_transport.errors import MediaError, MediaNotAllowed, MediaNotFound, MediaTooLarge
-from encoder_service.media.sources import decode_data_url, read_file_url
+from vitrine_vlm.encoder_service.media.sources import decode_data_url, read_file_url
+from vitrine_vlm.errors import MediaError, MediaNotAllowed, MediaNotFound, MediaTooLarge
 
 BYTES = bytes(range(256))
 BASE64 = base64.b64encode(BYTES).decode()

@@ -16,7 +16,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVisionModel
 from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpVisionModel
 
-from encoder_service.models.grids import GridTHW
+from vitrine_vlm.encoder_service.models.grids import GridTHW
 
 REFERENCE_CLASSES: dict[str, type[Any]] = {
     "qwen3_vl": Qwen3VLVisionModel,

@@ -9,16 +9,16 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen3VLConfig, Qwen3VLMoeConfig
 
-from embedding_transport.checkpoint import open_checkpoint
-from encoder_service.families import build_tower, qwen2_5_vl, qwen3_vl
-from encoder_service.models import VisionTower
-from encoder_service.models.grids import GridTHW
 from tests.encoder_service.models.reference import (
     random_patches,
     random_reference,
     reference_from_folder,
     reference_rows,
 )
+from vitrine_vlm.encoder_service.families import build_tower, qwen2_5_vl, qwen3_vl
+from vitrine_vlm.encoder_service.models import VisionTower
+from vitrine_vlm.encoder_service.models.grids import GridTHW
+from vitrine_vlm.model_loading.checkpoint import open_checkpoint
 
 MAX_DIFFERENCE = 1e-4
 CPU = torch.device("cpu")

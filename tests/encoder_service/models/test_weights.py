@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from embedding_transport.checkpoint import Checkpoint, CheckpointError, ChoosePart, open_checkpoint
-from encoder_service.families import build_tower
+from vitrine_vlm.encoder_service.families import build_tower
+from vitrine_vlm.model_loading.checkpoint import Checkpoint, CheckpointError, ChoosePart, open_checkpoint
 
 CPU = torch.device("cpu")
 

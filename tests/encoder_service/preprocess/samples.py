@@ -14,9 +14,9 @@ import av
 import numpy as np
 from PIL import Image
 
-from embedding_transport.checkpoint import Checkpoint
-from encoder_service.families import processor_settings
-from encoder_service.preprocess.settings import ProcessorSettings
+from vitrine_vlm.encoder_service.families import processor_settings
+from vitrine_vlm.encoder_service.preprocess.settings import ProcessorSettings
+from vitrine_vlm.model_loading.checkpoint import Checkpoint
 
 # The processor files of released checkpoints.
 QWEN3_IMAGE: dict[str, Any] = {

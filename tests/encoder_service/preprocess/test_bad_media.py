@@ -14,7 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from embedding_transport.errors import (
+from tests.encoder_service.preprocess.samples import QWEN25_IMAGE, encode, photo, png, settings, video
+from vitrine_vlm.encoder_service.media.limits import MediaLimits
+from vitrine_vlm.encoder_service.preprocess.file_length import is_cut_short
+from vitrine_vlm.encoder_service.preprocess.preprocessor import Preprocessor
+from vitrine_vlm.errors import (
     BadAspectRatio,
     MediaError,
     MediaTooLarge,
@@ -22,10 +26,6 @@ from embedding_transport.errors import (
     NotAnImage,
     NotAVideo,
 )
-from encoder_service.media.limits import MediaLimits
-from encoder_service.preprocess.file_length import is_cut_short
-from encoder_service.preprocess.preprocessor import Preprocessor
-from tests.encoder_service.preprocess.samples import QWEN25_IMAGE, encode, photo, png, settings, video
 
 LIMITS = MediaLimits(max_pixels=1_000_000, max_frames=50)
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from embedding_transport.errors import MediaTruncated
-from encoder_service.media.limits import MediaLimits
-from encoder_service.preprocess.gathering import Gathering
-from encoder_service.preprocess.preprocessor import OpenedMedia, Preprocessor
-from service_runtime.supervisor import Supervisor
 from tests.encoder_service.preprocess.samples import QWEN3_IMAGE, QWEN3_VIDEO, encode, photo, settings
+from vitrine_vlm.encoder_service.media.limits import MediaLimits
+from vitrine_vlm.encoder_service.preprocess.gathering import Gathering
+from vitrine_vlm.encoder_service.preprocess.preprocessor import OpenedMedia, Preprocessor
+from vitrine_vlm.errors import MediaTruncated
+from vitrine_vlm.service_runtime.supervisor import Supervisor
 
 
 class Gated:

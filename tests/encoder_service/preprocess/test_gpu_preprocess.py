@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from encoder_service.media.limits import MediaLimits
-from encoder_service.preprocess.image_decode import _UPRIGHT, _upright
-from encoder_service.preprocess.preprocessor import Preprocessor
 from tests.encoder_service.preprocess.samples import QWEN3_IMAGE, QWEN3_VIDEO, settings
 from tests.integration.media import clip
+from vitrine_vlm.encoder_service.media.limits import MediaLimits
+from vitrine_vlm.encoder_service.preprocess.image_decode import _UPRIGHT, _upright
+from vitrine_vlm.encoder_service.preprocess.preprocessor import Preprocessor
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

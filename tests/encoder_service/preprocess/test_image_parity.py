@@ -13,10 +13,10 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from encoder_service.media.limits import MediaLimits
-from encoder_service.preprocess.preprocessor import Preprocessor
 from tests.encoder_service.preprocess import reference
 from tests.encoder_service.preprocess.samples import IMAGE_CONFIGS, encode, photo, png_rgb16, settings
+from vitrine_vlm.encoder_service.media.limits import MediaLimits
+from vitrine_vlm.encoder_service.preprocess.preprocessor import Preprocessor
 
 PHOTO = photo(151, 100)
 ALPHA = Image.fromarray(np.linspace(0, 255, 151 * 100).reshape(100, 151).astype(np.uint8))

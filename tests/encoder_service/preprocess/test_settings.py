@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from transformers.models.qwen3_omni_moe.processing_qwen3_omni_moe import Qwen3OmniMoeProcessor
 
-from embedding_transport.checkpoint import Checkpoint, CheckpointError
-from encoder_service.families import processor_settings
 from tests.encoder_service.preprocess import reference
 from tests.encoder_service.preprocess.samples import OMNI_IMAGE, QWEN3_IMAGE, QWEN3_VIDEO, QWEN25_IMAGE, settings
+from vitrine_vlm.encoder_service.families import processor_settings
+from vitrine_vlm.model_loading.checkpoint import Checkpoint, CheckpointError
 
 SIZE = {"shortest_edge": 5000, "longest_edge": 90_000}
 QWEN25_BARE = {name: value for name, value in QWEN25_IMAGE.items() if name not in ("min_pixels", "max_pixels")}

@@ -9,12 +9,12 @@ import pytest
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.video_utils import VideoMetadata
 
-from embedding_transport.errors import BadAspectRatio
-from encoder_service.preprocess.frame_sampling import sample_frames, second_per_grid_t, timestamps_s
-from encoder_service.preprocess.settings import ProcessorSettings
-from encoder_service.preprocess.smart_resize import resized_image_size, resized_video_size
 from tests.encoder_service.preprocess import reference
 from tests.encoder_service.preprocess.samples import IMAGE_CONFIGS, VIDEO_CONFIGS, settings
+from vitrine_vlm.encoder_service.preprocess.frame_sampling import sample_frames, second_per_grid_t, timestamps_s
+from vitrine_vlm.encoder_service.preprocess.settings import ProcessorSettings
+from vitrine_vlm.encoder_service.preprocess.smart_resize import resized_image_size, resized_video_size
+from vitrine_vlm.errors import BadAspectRatio
 
 
 @pytest.fixture(params=["qwen3_vl", "qwen2_5_vl", "qwen3_omni_moe"])

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from encoder_service.media.limits import MediaLimits
-from encoder_service.preprocess.preprocessor import Preprocessor
 from tests.encoder_service.preprocess.samples import QWEN3_IMAGE, QWEN3_VIDEO, encode, photo, settings, video
+from vitrine_vlm.encoder_service.media.limits import MediaLimits
+from vitrine_vlm.encoder_service.preprocess.preprocessor import Preprocessor
 
 
 def test_items_in_threads_equal_items_one_by_one(tmp_path: Path) -> None:

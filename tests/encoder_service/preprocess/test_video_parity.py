@@ -12,10 +12,10 @@ import torch
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.video_utils import VideoMetadata, read_video_pyav
 
-from encoder_service.media.limits import MediaLimits
-from encoder_service.preprocess.preprocessor import Preprocessor
 from tests.encoder_service.preprocess import reference
 from tests.encoder_service.preprocess.samples import IMAGE_CONFIGS, VIDEO_CONFIGS, settings, video
+from vitrine_vlm.encoder_service.media.limits import MediaLimits
+from vitrine_vlm.encoder_service.preprocess.preprocessor import Preprocessor
 
 
 @pytest.fixture(params=["qwen3_vl", "qwen2_5_vl"])

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from deploy.reference import Reference
 from tests.integration.test_parity import CASES
 from tests.llm_worker.engine.harness import Request, request_for
+from vitrine_vlm.sample_models.reference import Reference
 
 FACTOR = 32  # pixels along a merged token of the small Qwen3-VL
 

@@ -11,23 +11,23 @@ from pathlib import Path
 
 import torch
 
-from deploy.reference import Media, Reference
-from embedding_transport.checkpoint import open_checkpoint
-from embedding_transport.types import EmbeddingRows
-from llm_worker.engine.config import EngineConfig
-from llm_worker.engine.engine import Engine
-from llm_worker.engine.forward_pass import ForwardPass
-from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
-from llm_worker.engine.request import ExpandedPrompt, MediaSpan, SamplingParams, TokenOutput
-from llm_worker.engine.request_handle import RequestHandle
-from llm_worker.engine.request_parts import SampledTokens
-from llm_worker.engine.request_state import RequestState
-from llm_worker.engine.runner import MakeRunner, PlainRunner
-from llm_worker.engine.token_pool import TokenPool
-from llm_worker.families import build_decoder
-from llm_worker.models.decoder import TextDecoder
-from service_runtime.supervisor import Supervisor
 from tests.llm_worker.engine.tensor_rows import TensorRows
+from vitrine_vlm.llm_worker.engine.config import EngineConfig
+from vitrine_vlm.llm_worker.engine.engine import Engine
+from vitrine_vlm.llm_worker.engine.forward_pass import ForwardPass
+from vitrine_vlm.llm_worker.engine.input_embed_buffer import InputEmbedBuffer
+from vitrine_vlm.llm_worker.engine.request import ExpandedPrompt, MediaSpan, SamplingParams, TokenOutput
+from vitrine_vlm.llm_worker.engine.request_handle import RequestHandle
+from vitrine_vlm.llm_worker.engine.request_parts import SampledTokens
+from vitrine_vlm.llm_worker.engine.request_state import RequestState
+from vitrine_vlm.llm_worker.engine.runner import MakeRunner, PlainRunner
+from vitrine_vlm.llm_worker.engine.token_pool import TokenPool
+from vitrine_vlm.llm_worker.families import build_decoder
+from vitrine_vlm.llm_worker.models.decoder import TextDecoder
+from vitrine_vlm.model_loading.checkpoint import open_checkpoint
+from vitrine_vlm.sample_models.reference import Media, Reference
+from vitrine_vlm.service_runtime.supervisor import Supervisor
+from vitrine_vlm.types import EmbeddingRows
 
 
 @dataclass

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from embedding_transport.types import ItemTimings
+from vitrine_vlm.types import ItemTimings
 
 
 class TensorRows:

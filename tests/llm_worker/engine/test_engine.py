@@ -11,19 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from deploy.reference import Reference
-from embedding_transport.errors import (
-    InternalError,
-    LeaseExpired,
-    MediaNotFound,
-    Overloaded,
-    PromptTooLong,
-    VitrineError,
-)
-from llm_worker.engine import step_executor
-from llm_worker.engine.engine import Engine
-from llm_worker.engine.request import ExpandedPrompt, MediaSpan, SamplingParams
-from llm_worker.engine.request_handle import RequestHandle
 from tests.llm_worker.engine.harness import (
     Request,
     collect,
@@ -37,6 +24,19 @@ from tests.llm_worker.engine.harness import (
     until,
 )
 from tests.llm_worker.engine.tensor_rows import TensorRows
+from vitrine_vlm.errors import (
+    InternalError,
+    LeaseExpired,
+    MediaNotFound,
+    Overloaded,
+    PromptTooLong,
+    VitrineError,
+)
+from vitrine_vlm.llm_worker.engine import step_executor
+from vitrine_vlm.llm_worker.engine.engine import Engine
+from vitrine_vlm.llm_worker.engine.request import ExpandedPrompt, MediaSpan, SamplingParams
+from vitrine_vlm.llm_worker.engine.request_handle import RequestHandle
+from vitrine_vlm.sample_models.reference import Reference
 
 
 async def test_late_rows_hold_up_nobody_and_the_request_goes_on_when_they_come(

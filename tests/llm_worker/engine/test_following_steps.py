@@ -11,12 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from deploy.reference import Reference
-from embedding_transport.errors import LeaseExpired
-from llm_worker.engine.engine import Engine
-from llm_worker.engine.request import SamplingParams
-from llm_worker.engine.request_handle import RequestHandle
-from llm_worker.engine.runner import PlainRunner
 from tests.llm_worker.engine.harness import (
     Request,
     greedy,
@@ -29,6 +23,12 @@ from tests.llm_worker.engine.harness import (
     until,
 )
 from tests.llm_worker.engine.tensor_rows import TensorRows
+from vitrine_vlm.errors import LeaseExpired
+from vitrine_vlm.llm_worker.engine.engine import Engine
+from vitrine_vlm.llm_worker.engine.request import SamplingParams
+from vitrine_vlm.llm_worker.engine.request_handle import RequestHandle
+from vitrine_vlm.llm_worker.engine.runner import PlainRunner
+from vitrine_vlm.sample_models.reference import Reference
 
 NUM_REQUESTS = 12
 

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from embedding_transport.checkpoint import open_checkpoint
-from llm_worker.engine.chunk import Chunk
-from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
-from llm_worker.engine.kv_cache import KvCache
-from llm_worker.engine.request import ExpandedPrompt, MediaSpan
-from llm_worker.engine.request_state import RequestState
-from llm_worker.engine.token_pool import TokenPool
-from llm_worker.families import build_decoder
-from llm_worker.models.decoder import StepInputs, TextDecoder
 from tests.llm_worker.engine.harness import input_buffer, request_state
 from tests.llm_worker.engine.tensor_rows import TensorRows
+from vitrine_vlm.llm_worker.engine.chunk import Chunk
+from vitrine_vlm.llm_worker.engine.input_embed_buffer import InputEmbedBuffer
+from vitrine_vlm.llm_worker.engine.kv_cache import KvCache
+from vitrine_vlm.llm_worker.engine.request import ExpandedPrompt, MediaSpan
+from vitrine_vlm.llm_worker.engine.request_state import RequestState
+from vitrine_vlm.llm_worker.engine.token_pool import TokenPool
+from vitrine_vlm.llm_worker.families import build_decoder
+from vitrine_vlm.llm_worker.models.decoder import StepInputs, TextDecoder
+from vitrine_vlm.model_loading.checkpoint import open_checkpoint
 
 CPU = torch.device("cpu")
 NUM_TOKENS = 12

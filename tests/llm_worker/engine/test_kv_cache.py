@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from embedding_transport.checkpoint import open_checkpoint
-from llm_worker.engine.kv_cache import KvCache
-from llm_worker.families import text_config
-from llm_worker.models.paged_attention import BlockTable
+from vitrine_vlm.llm_worker.engine.kv_cache import KvCache
+from vitrine_vlm.llm_worker.families import text_config
+from vitrine_vlm.llm_worker.models.paged_attention import BlockTable
+from vitrine_vlm.model_loading.checkpoint import open_checkpoint
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from embedding_transport.errors import LeaseExpired
-from llm_worker.engine import kv_rows
-from llm_worker.engine.kv_rows import CachedKv, land_kv
 from tests.llm_worker.engine.tensor_rows import TensorRows
+from vitrine_vlm.errors import LeaseExpired
+from vitrine_vlm.llm_worker.engine import kv_rows
+from vitrine_vlm.llm_worker.engine.kv_rows import CachedKv, land_kv
 
 LAYERS, SLOTS, HEADS, HEAD_DIM = 3, 64, 2, 8
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

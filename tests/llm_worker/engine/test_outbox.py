@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from llm_worker.engine.events import Event, KvNeeded
-from llm_worker.engine.outbox import Outbox
+from vitrine_vlm.llm_worker.engine.events import Event, KvNeeded
+from vitrine_vlm.llm_worker.engine.outbox import Outbox
 
 
 class Received:

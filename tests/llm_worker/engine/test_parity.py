@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from deploy.reference import Reference
 from tests.integration.test_parity import CASES
 from tests.llm_worker.engine.harness import collect, greedy, request_for, running_engine, submit, tokens
+from vitrine_vlm.sample_models.reference import Reference
 
 NUM_TOKENS = 64
 

@@ -9,14 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from deploy.reference import Reference
-from embedding_transport.errors import InternalError, LeaseExpired
-from llm_worker.engine.engine import Engine
-from llm_worker.engine.request import SamplingParams
-from llm_worker.engine.request_handle import RequestHandle
-from llm_worker.engine.request_parts import RemoteKv, SampledTokens
-from llm_worker.engine.request_state import RequestState
-from llm_worker.engine.sampler import NextToken
 from tests.llm_worker.engine.harness import (
     Request,
     collect,
@@ -28,6 +20,14 @@ from tests.llm_worker.engine.harness import (
     until,
 )
 from tests.llm_worker.engine.tensor_rows import TensorRows
+from vitrine_vlm.errors import InternalError, LeaseExpired
+from vitrine_vlm.llm_worker.engine.engine import Engine
+from vitrine_vlm.llm_worker.engine.request import SamplingParams
+from vitrine_vlm.llm_worker.engine.request_handle import RequestHandle
+from vitrine_vlm.llm_worker.engine.request_parts import RemoteKv, SampledTokens
+from vitrine_vlm.llm_worker.engine.request_state import RequestState
+from vitrine_vlm.llm_worker.engine.sampler import NextToken
+from vitrine_vlm.sample_models.reference import Reference
 
 
 @dataclass

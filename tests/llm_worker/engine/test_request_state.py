@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from embedding_transport.errors import InternalError
-from llm_worker.engine.chunk import Chunk
-from llm_worker.engine.request import ExpandedPrompt, MediaSpan
-from llm_worker.engine.request_parts import RemoteKv, SampledTokens
-from llm_worker.engine.request_state import RequestState, RequestStatus
 from tests.llm_worker.engine.harness import greedy, request_state
 from tests.llm_worker.engine.tensor_rows import TensorRows
+from vitrine_vlm.errors import InternalError
+from vitrine_vlm.llm_worker.engine.chunk import Chunk
+from vitrine_vlm.llm_worker.engine.request import ExpandedPrompt, MediaSpan
+from vitrine_vlm.llm_worker.engine.request_parts import RemoteKv, SampledTokens
+from vitrine_vlm.llm_worker.engine.request_state import RequestState, RequestStatus
 
 PROMPT = ExpandedPrompt(
     list(range(20)), torch.arange(20).expand(3, -1), 20, (MediaSpan(0, 4, 3, 0), MediaSpan(1, 10, 3, 0))

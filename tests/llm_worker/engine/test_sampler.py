@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llm_worker.engine.request import SamplingParams
-from llm_worker.engine.sampler import choose
+from vitrine_vlm.llm_worker.engine.request import SamplingParams
+from vitrine_vlm.llm_worker.engine.sampler import choose
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
 NUM_DRAWS = 20_000

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from embedding_transport.checkpoint import open_checkpoint
-from embedding_transport.errors import PromptTooLong
-from llm_worker.engine.chunk import Chunk
-from llm_worker.engine.kv_cache import KvCache
-from llm_worker.engine.request import ExpandedPrompt, MediaSpan, SamplingParams
-from llm_worker.engine.request_parts import RemoteKv, SampledTokens
-from llm_worker.engine.request_state import RequestState
-from llm_worker.engine.scheduler import Scheduler
-from llm_worker.families import text_config
 from tests.llm_worker.engine.tensor_rows import TensorRows
+from vitrine_vlm.errors import PromptTooLong
+from vitrine_vlm.llm_worker.engine.chunk import Chunk
+from vitrine_vlm.llm_worker.engine.kv_cache import KvCache
+from vitrine_vlm.llm_worker.engine.request import ExpandedPrompt, MediaSpan, SamplingParams
+from vitrine_vlm.llm_worker.engine.request_parts import RemoteKv, SampledTokens
+from vitrine_vlm.llm_worker.engine.request_state import RequestState
+from vitrine_vlm.llm_worker.engine.scheduler import Scheduler
+from vitrine_vlm.llm_worker.families import text_config
+from vitrine_vlm.model_loading.checkpoint import open_checkpoint
 
 BLOCK_SIZE = 4
 

@@ -11,22 +11,22 @@ from pathlib import Path
 
 import torch
 
-from embedding_transport.checkpoint import open_checkpoint
-from embedding_transport.encoder_client import EncoderClient
-from embedding_transport.types import ModelIdentity
-from llm_worker.engine.config import EngineConfig
-from llm_worker.engine.engine import Engine
-from llm_worker.engine.forward_pass import ForwardPass
-from llm_worker.families import build_decoder, prompt_config
-from llm_worker.frontend.generation import Generator
-from llm_worker.frontend.known_layouts import KnownLayouts
-from llm_worker.frontend.media_feed import MediaFeed
-from llm_worker.frontend.openai_http import ServedModel
-from llm_worker.frontend.prompt_feed import PromptContext
-from llm_worker.frontend.sampling_defaults import SamplingDefaults
-from llm_worker.prompt.config import PromptConfig
-from llm_worker.prompt.tokenizer import PromptTokenizer
-from service_runtime.supervisor import Supervisor
+from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
+from vitrine_vlm.llm_worker.engine.config import EngineConfig
+from vitrine_vlm.llm_worker.engine.engine import Engine
+from vitrine_vlm.llm_worker.engine.forward_pass import ForwardPass
+from vitrine_vlm.llm_worker.families import build_decoder, prompt_config
+from vitrine_vlm.llm_worker.generation.generation import Generator
+from vitrine_vlm.llm_worker.generation.known_layouts import KnownLayouts
+from vitrine_vlm.llm_worker.generation.media_feed import MediaFeed
+from vitrine_vlm.llm_worker.generation.prompt_feed import PromptContext
+from vitrine_vlm.llm_worker.generation.served_model import ServedModel
+from vitrine_vlm.llm_worker.prompt.config import PromptConfig
+from vitrine_vlm.llm_worker.prompt.sampling_defaults import SamplingDefaults
+from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
+from vitrine_vlm.model_loading.checkpoint import open_checkpoint
+from vitrine_vlm.service_runtime.supervisor import Supervisor
+from vitrine_vlm.types import ModelIdentity
 
 MAX_ITEMS = 4
 NO_ENCODER = "127.0.0.1:9"

@@ -8,13 +8,13 @@ from pathlib import Path
 import grpc
 import pytest
 
-from embedding_transport.errors import WorkerUnavailable
-from llm_worker.frontend.grpc_server import LlmServer, LlmServicer
-from llm_worker.frontend.requests import Requests
-from llm_worker.metrics import LlmMetrics
-from protos.llm.v1 import llm_pb2, llm_pb2_grpc
-from service_runtime.running_calls import RunningCalls
 from tests.llm_worker.frontend.serving import serving
+from vitrine_vlm.errors import WorkerUnavailable
+from vitrine_vlm.llm_worker.frontend.grpc_server import LlmServer, LlmServicer
+from vitrine_vlm.llm_worker.metrics import LlmMetrics
+from vitrine_vlm.llm_worker.requests import Requests
+from vitrine_vlm.protos.llm.v1 import llm_pb2, llm_pb2_grpc
+from vitrine_vlm.service_runtime.running_calls import RunningCalls
 
 
 @pytest.fixture

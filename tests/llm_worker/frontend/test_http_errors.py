@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from embedding_transport.errors import Overloaded, VitrineError, as_vitrine_error
-from embedding_transport.grpc_status import STATUS_BY_CODE as GRPC_STATUS_BY_CODE
-from llm_worker.frontend.http_errors import STATUS_BY_CODE, error_response
-from tests.embedding_transport.test_grpc_status import ERRORS
+from tests.embedding_transport.wire.test_grpc_status import ERRORS
+from vitrine_vlm.embedding_transport.wire.grpc_status import STATUS_BY_CODE as GRPC_STATUS_BY_CODE
+from vitrine_vlm.errors import Overloaded, VitrineError, as_vitrine_error
+from vitrine_vlm.llm_worker.frontend.http_errors import STATUS_BY_CODE, error_response
 
 DOCS = Path(__file__).parents[3] / "docs" / "errors.md"
 

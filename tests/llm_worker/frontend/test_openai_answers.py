@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from embedding_transport.checkpoint import open_checkpoint
-from llm_worker.engine.request import TokenLogprobs
-from llm_worker.frontend.events import Delta, Finished, StageTimings
-from llm_worker.frontend.openai_answers import AnswerWriter
-from llm_worker.prompt.tokenizer import PromptTokenizer
+from vitrine_vlm.llm_worker.engine.request import TokenLogprobs
+from vitrine_vlm.llm_worker.frontend.openai_answers import AnswerWriter
+from vitrine_vlm.llm_worker.generation.events import Delta, Finished, StageTimings
+from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
+from vitrine_vlm.model_loading.checkpoint import open_checkpoint
 
 FINISHED = Finished("stop", 1, 0, 4, StageTimings())
 

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from llm_worker.frontend import openai_http
-from llm_worker.frontend.openai_http import OpenAiHttp, ServedModel
-from llm_worker.frontend.requests import Requests
-from llm_worker.metrics import LlmMetrics
-from service_runtime.running_calls import RunningCalls
 from tests.llm_worker.frontend.serving import Serving, serving
+from vitrine_vlm.llm_worker.frontend import openai_http
+from vitrine_vlm.llm_worker.frontend.openai_http import OpenAiHttp
+from vitrine_vlm.llm_worker.generation.served_model import ServedModel
+from vitrine_vlm.llm_worker.metrics import LlmMetrics
+from vitrine_vlm.llm_worker.requests import Requests
+from vitrine_vlm.service_runtime.running_calls import RunningCalls
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 Client = TestClient[Any, Any]

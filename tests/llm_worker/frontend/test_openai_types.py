@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from embedding_transport.checkpoint import open_checkpoint
-from embedding_transport.errors import BadRequest
-from llm_worker.frontend.openai_prompt import chat_to_generation, completion_to_generation, decode_base64
-from llm_worker.frontend.openai_types import ChatRequest, CompletionRequest, InvalidField, parse_request
-from llm_worker.frontend.sampling_defaults import SamplingDefaults
-from llm_worker.prompt.tokenizer import PromptTokenizer
+from vitrine_vlm.errors import BadRequest
+from vitrine_vlm.llm_worker.frontend.openai_prompt import chat_to_generation, completion_to_generation, decode_base64
+from vitrine_vlm.llm_worker.frontend.openai_types import ChatRequest, CompletionRequest, InvalidField, parse_request
+from vitrine_vlm.llm_worker.prompt.sampling_defaults import SamplingDefaults
+from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
+from vitrine_vlm.model_loading.checkpoint import open_checkpoint
 
 DEFAULTS = SamplingDefaults(temperature=0.7, top_p=0.8, top_k=20, eos_token_ids=frozenset({258}))
 USER = {"role": "user", "content": "Hi"}

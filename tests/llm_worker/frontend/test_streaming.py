@@ -14,15 +14,16 @@ import aiohttp
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from embedding_transport.errors import EncoderUnavailable
-from llm_worker.frontend.events import Delta, GenerationEvent, GenerationRequest, Observe
-from llm_worker.frontend.generation import Generator
-from llm_worker.frontend.openai_http import OpenAiHttp, ServedModel
-from llm_worker.frontend.requests import Requests
-from llm_worker.metrics import LlmMetrics
-from llm_worker.prompt.tokenizer import PromptTokenizer
-from service_runtime.running_calls import RunningCalls
 from tests.llm_worker.frontend.serving import Serving, serving
+from vitrine_vlm.errors import EncoderUnavailable
+from vitrine_vlm.llm_worker.frontend.openai_http import OpenAiHttp
+from vitrine_vlm.llm_worker.generation.events import Delta, GenerationEvent, GenerationRequest, Observe
+from vitrine_vlm.llm_worker.generation.generation import Generator
+from vitrine_vlm.llm_worker.generation.served_model import ServedModel
+from vitrine_vlm.llm_worker.metrics import LlmMetrics
+from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
+from vitrine_vlm.llm_worker.requests import Requests
+from vitrine_vlm.service_runtime.running_calls import RunningCalls
 
 
 @dataclass

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 _FEW_PROGRAMS = {
-    "llm_worker.gpu.step_tables.MAX_PROGRAMS": 16,
-    "llm_worker.gpu.tile_attention.MAX_PROGRAMS": 16,
-    "gpu_kernels.skinny_gemm._OUTPUTS_A_PROGRAM": 256,
-    "gpu_kernels.skinny_gemm._INPUTS_A_STEP": 128,
-    "gpu_kernels.rotary._PROGRAMS_A_HEAD": 2,
+    "vitrine_vlm.llm_worker.gpu.step_tables.MAX_PROGRAMS": 16,
+    "vitrine_vlm.llm_worker.gpu.tile_attention.MAX_PROGRAMS": 16,
+    "vitrine_vlm.gpu_kernels.skinny_gemm._OUTPUTS_A_PROGRAM": 256,
+    "vitrine_vlm.gpu_kernels.skinny_gemm._INPUTS_A_STEP": 128,
+    "vitrine_vlm.gpu_kernels.rotary._PROGRAMS_A_HEAD": 2,
 }
 
 

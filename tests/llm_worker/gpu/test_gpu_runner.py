@@ -8,24 +8,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from deploy.reference import Reference
-from embedding_transport.checkpoint import open_checkpoint
-from llm_worker.engine.chunk import Chunk
-from llm_worker.engine.kv_cache import KvCache
-from llm_worker.engine.request import ExpandedPrompt, MediaSpan
-from llm_worker.engine.request_state import RequestState
-from llm_worker.engine.runner import PlainRunner, Runner
-from llm_worker.families import build_decoder
-from llm_worker.models.decoder import TextDecoder
 from tests.integration.test_parity import CASES
 from tests.llm_worker.engine.harness import Request, input_buffer, request_for, request_state
 from tests.llm_worker.engine.tensor_rows import TensorRows
 from tests.llm_worker.gpu.interpreted import run_few_programs
+from vitrine_vlm.llm_worker.engine.chunk import Chunk
+from vitrine_vlm.llm_worker.engine.kv_cache import KvCache
+from vitrine_vlm.llm_worker.engine.request import ExpandedPrompt, MediaSpan
+from vitrine_vlm.llm_worker.engine.request_state import RequestState
+from vitrine_vlm.llm_worker.engine.runner import PlainRunner, Runner
+from vitrine_vlm.llm_worker.families import build_decoder
+from vitrine_vlm.llm_worker.models.decoder import TextDecoder
+from vitrine_vlm.model_loading.checkpoint import open_checkpoint
+from vitrine_vlm.sample_models.reference import Reference
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from gpu_kernels.packed_attention import TorchSdpa, installed_attention
-from llm_worker.gpu.capture_sizes import decode_capture_sizes, token_capture_sizes
-from llm_worker.gpu.gpu_runner import GpuRunner
+from vitrine_vlm.gpu_kernels.packed_attention import TorchSdpa, installed_attention
+from vitrine_vlm.llm_worker.gpu.capture_sizes import decode_capture_sizes, token_capture_sizes
+from vitrine_vlm.llm_worker.gpu.gpu_runner import GpuRunner
 
 # In float32, which kernels for a GPU take, too.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,19 +8,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from embedding_transport.checkpoint import open_checkpoint
-from llm_worker.families import text_config
-from llm_worker.models.decoder import RMSNorm
-from llm_worker.models.paged_attention import BlockTable, SequenceSlice, paged_attention, plan_attention
-from llm_worker.models.rotary import axis_of_frequency, rotary_at
+from vitrine_vlm.llm_worker.families import text_config
+from vitrine_vlm.llm_worker.models.decoder import RMSNorm
+from vitrine_vlm.llm_worker.models.paged_attention import BlockTable, SequenceSlice, paged_attention, plan_attention
+from vitrine_vlm.llm_worker.models.rotary import axis_of_frequency, rotary_at
+from vitrine_vlm.model_loading.checkpoint import open_checkpoint
 
 pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-from gpu_kernels import skinny_gemm  # noqa: E402
-from gpu_kernels.norms import add_rms_norm  # noqa: E402
-from gpu_kernels.rotary import rope_and_store_kv, rope_table  # noqa: E402
-from llm_worker.gpu.step_tables import StepTables, Tiles  # noqa: E402
-from llm_worker.gpu.tile_attention import tile_attention  # noqa: E402
+from vitrine_vlm.gpu_kernels import skinny_gemm  # noqa: E402
+from vitrine_vlm.gpu_kernels.norms import add_rms_norm  # noqa: E402
+from vitrine_vlm.gpu_kernels.rotary import rope_and_store_kv, rope_table  # noqa: E402
+from vitrine_vlm.llm_worker.gpu.step_tables import StepTables, Tiles  # noqa: E402
+from vitrine_vlm.llm_worker.gpu.tile_attention import tile_attention  # noqa: E402
 
 HEADS, KV_HEADS, BLOCK_SIZE = 6, 2, 4
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from deploy.reference import Reference
-from embedding_transport.checkpoint import open_checkpoint
-from llm_worker.engine.chunk import Chunk
-from llm_worker.engine.kv_cache import KvCache
-from llm_worker.families import build_decoder
 from tests.integration.test_parity import CASES
 from tests.llm_worker.engine.harness import input_buffer, request_for, request_state
+from vitrine_vlm.llm_worker.engine.chunk import Chunk
+from vitrine_vlm.llm_worker.engine.kv_cache import KvCache
+from vitrine_vlm.llm_worker.families import build_decoder
+from vitrine_vlm.model_loading.checkpoint import open_checkpoint
+from vitrine_vlm.sample_models.reference import Reference
 
 CPU = torch.device("cpu")
 

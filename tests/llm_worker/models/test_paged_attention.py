@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llm_worker.models.paged_attention import BlockTable, SequenceSlice, paged_attention, plan_attention
+from vitrine_vlm.llm_worker.models.paged_attention import BlockTable, SequenceSlice, paged_attention, plan_attention
 
 NUM_SLOTS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 128, 6, 2, 16
 

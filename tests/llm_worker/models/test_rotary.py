@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from embedding_transport.checkpoint import open_checkpoint
-from llm_worker.families import text_config
-from llm_worker.models.config import TextConfig
-from llm_worker.models.rotary import axis_of_frequency, rotary_at
+from vitrine_vlm.llm_worker.families import text_config
+from vitrine_vlm.llm_worker.models.config import TextConfig
+from vitrine_vlm.llm_worker.models.rotary import axis_of_frequency, rotary_at
+from vitrine_vlm.model_loading.checkpoint import open_checkpoint
 
 
 def config(folder: Path, section: tuple[int, int, int], interleaved: bool) -> TextConfig:

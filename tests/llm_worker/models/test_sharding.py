@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deploy.random_checkpoint import save_random_checkpoint, small_config
-from embedding_transport.checkpoint import CheckpointError, open_checkpoint
-from llm_worker.families import build_decoder
-from llm_worker.models.decoder import TextDecoder
-from llm_worker.models.rank_group import OneRank
+from vitrine_vlm.llm_worker.families import build_decoder
+from vitrine_vlm.llm_worker.models.decoder import TextDecoder
+from vitrine_vlm.llm_worker.models.rank_group import OneRank
+from vitrine_vlm.model_loading.checkpoint import CheckpointError, open_checkpoint
+from vitrine_vlm.sample_models.random_checkpoint import save_random_checkpoint, small_config
 
 CPU = torch.device("cpu")
 # By which dim parts are put together again; all other tensors are whole on every rank.

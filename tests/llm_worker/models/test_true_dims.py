@@ -15,9 +15,9 @@ from transformers import (
     Qwen3VLTextModel,
 )
 
-from llm_worker.models.config import MoeConfig, TextConfig
-from llm_worker.models.decoder import StepInputs, TextDecoder
-from llm_worker.models.paged_attention import BlockTable, SequenceSlice
+from vitrine_vlm.llm_worker.models.config import MoeConfig, TextConfig
+from vitrine_vlm.llm_worker.models.decoder import StepInputs, TextDecoder
+from vitrine_vlm.llm_worker.models.paged_attention import BlockTable, SequenceSlice
 
 NUM_TOKENS = 40
 SHARED: dict[str, Any] = {"vocab_size": 32, "num_hidden_layers": 1, "rms_norm_eps": 1e-6}

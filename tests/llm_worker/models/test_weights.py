@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deploy.random_checkpoint import save_random_checkpoint, small_config
-from embedding_transport.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from llm_worker.families import build_decoder, text_config
-from llm_worker.models.decoder import TextDecoder
-from llm_worker.models.weights import stored_dtype
+from vitrine_vlm.llm_worker.families import build_decoder, text_config
+from vitrine_vlm.llm_worker.models.decoder import TextDecoder
+from vitrine_vlm.llm_worker.models.weights import stored_dtype
+from vitrine_vlm.model_loading.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from vitrine_vlm.sample_models.random_checkpoint import save_random_checkpoint, small_config
 
 CPU = torch.device("cpu")
 

@@ -12,31 +12,31 @@ import grpc
 import pytest
 import torch
 
-from embedding_transport.chunk_codec import encode_chunk
-from embedding_transport.errors import (
+from vitrine_vlm.embedding_transport.fleet.row_peer import ConnectOptions
+from vitrine_vlm.embedding_transport.pools.row_source import TensorSource
+from vitrine_vlm.embedding_transport.pools.shm_pool import ShmPool
+from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter
+from vitrine_vlm.embedding_transport.wire.chunk_codec import encode_chunk
+from vitrine_vlm.embedding_transport.wire.grpc_status import abort
+from vitrine_vlm.errors import (
     InternalError,
     PrefillMismatch,
     PrefillUnavailable,
     PromptTooLong,
     TransportUnavailable,
 )
-from embedding_transport.exporter import RowExporter
-from embedding_transport.grpc_status import abort
-from embedding_transport.row_peer import ConnectOptions
-from embedding_transport.row_source import TensorSource
-from embedding_transport.shm_pool import ShmPool
-from embedding_transport.types import ItemTimings, MediaItem, RowsEvent
-from llm_worker.engine.request import SamplingParams
-from llm_worker.frontend.events import GenerationRequest
-from llm_worker.prefill.client import PrefillClient
-from llm_worker.prefill.kv_format import KvFormat
-from llm_worker.prefill.rpc import prefill_handlers
-from llm_worker.prefill.stream import PrefillEvent
-from llm_worker.prefill.wire import Prefilled, format_to_proto
-from protos.encoder.v1 import encoder_pb2
-from protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
-from service_runtime.grpc_channel import CHANNEL_OPTIONS
-from service_runtime.supervisor import Supervisor
+from vitrine_vlm.llm_worker.engine.request import SamplingParams
+from vitrine_vlm.llm_worker.generation.events import GenerationRequest
+from vitrine_vlm.llm_worker.prefill.client import PrefillClient
+from vitrine_vlm.llm_worker.prefill.kv_format import KvFormat
+from vitrine_vlm.llm_worker.prefill.rpc import prefill_handlers
+from vitrine_vlm.llm_worker.prefill.stream import PrefillEvent
+from vitrine_vlm.llm_worker.prefill.wire import Prefilled, format_to_proto
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2
+from vitrine_vlm.protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
+from vitrine_vlm.service_runtime.grpc_channel import CHANNEL_OPTIONS
+from vitrine_vlm.service_runtime.supervisor import Supervisor
+from vitrine_vlm.types import ItemTimings, MediaItem, RowsEvent
 
 FORMAT = KvFormat("model", "revision", "qwen3_vl", "float32", num_layers=2, num_key_value_heads=1, head_dim=4)
 NUM_TOKENS, MAX_TOKENS = 5, 8

@@ -12,25 +12,25 @@ import grpc
 import pytest
 import torch
 
-from embedding_transport.checkpoint import open_checkpoint
-from embedding_transport.errors import BadRequest, PrefillMismatch, PrefillUnavailable, WorkerUnavailable
-from embedding_transport.exporter import RowExporter
-from embedding_transport.grpc_status import error_from_rpc
-from embedding_transport.shm_pool import ShmPool
-from llm_worker.families import text_config
-from llm_worker.frontend.grpc_server import LlmServer, LlmServicer
-from llm_worker.frontend.requests import Requests
-from llm_worker.metrics import LlmMetrics
-from llm_worker.prefill.kv_format import KvFormat
-from llm_worker.prefill.rpc import SERVICE, prefill_handlers
-from llm_worker.prefill.server import Prefilling, PrefillServicer
-from llm_worker.prefill.wire import format_to_proto
-from protos.encoder.v1 import encoder_pb2
-from protos.llm.v1 import llm_pb2
-from protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
-from service_runtime.running_calls import RunningCalls
-from service_runtime.supervisor import Supervisor
 from tests.llm_worker.frontend.serving import Serving, identity, serving
+from vitrine_vlm.embedding_transport.pools.shm_pool import ShmPool
+from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter
+from vitrine_vlm.embedding_transport.wire.grpc_status import error_from_rpc
+from vitrine_vlm.errors import BadRequest, PrefillMismatch, PrefillUnavailable, WorkerUnavailable
+from vitrine_vlm.llm_worker.families import text_config
+from vitrine_vlm.llm_worker.frontend.grpc_server import LlmServer, LlmServicer
+from vitrine_vlm.llm_worker.metrics import LlmMetrics
+from vitrine_vlm.llm_worker.prefill.kv_format import KvFormat
+from vitrine_vlm.llm_worker.prefill.rpc import SERVICE, prefill_handlers
+from vitrine_vlm.llm_worker.prefill.server import Prefilling, PrefillServicer
+from vitrine_vlm.llm_worker.prefill.wire import format_to_proto
+from vitrine_vlm.llm_worker.requests import Requests
+from vitrine_vlm.model_loading.checkpoint import open_checkpoint
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2
+from vitrine_vlm.protos.llm.v1 import llm_pb2
+from vitrine_vlm.protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
+from vitrine_vlm.service_runtime.running_calls import RunningCalls
+from vitrine_vlm.service_runtime.supervisor import Supervisor
 
 
 @dataclass

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from deploy.reference import Media, Reference
-from embedding_transport.checkpoint import open_checkpoint
-from embedding_transport.errors import BadRequest, PlaceholderMismatch
-from embedding_transport.types import Layout, MediaKind
-from llm_worker.families import prompt_config
-from llm_worker.prompt.expand import expand_prompt
-from llm_worker.prompt.placeholders import plan_placeholders
-from llm_worker.prompt.tokenizer import PromptTokenizer
 from tests.integration.media import clip, picture
+from vitrine_vlm.errors import BadRequest, PlaceholderMismatch
+from vitrine_vlm.llm_worker.families import prompt_config
+from vitrine_vlm.llm_worker.prompt.expand import expand_prompt
+from vitrine_vlm.llm_worker.prompt.placeholders import plan_placeholders
+from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
+from vitrine_vlm.model_loading.checkpoint import open_checkpoint
+from vitrine_vlm.sample_models.reference import Media, Reference
+from vitrine_vlm.types import Layout, MediaKind
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"

@@ -12,14 +12,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from embedding_transport.checkpoint import open_checkpoint
-from embedding_transport.errors import PlaceholderMismatch
-from embedding_transport.types import Layout
-from llm_worker.families import prompt_config
-from llm_worker.prompt.config import PromptConfig
-from llm_worker.prompt.expand import expand_prompt
-from llm_worker.prompt.placeholders import plan_placeholders
-from llm_worker.prompt.tokenizer import PromptTokenizer
+from vitrine_vlm.errors import PlaceholderMismatch
+from vitrine_vlm.llm_worker.families import prompt_config
+from vitrine_vlm.llm_worker.prompt.config import PromptConfig
+from vitrine_vlm.llm_worker.prompt.expand import expand_prompt
+from vitrine_vlm.llm_worker.prompt.placeholders import plan_placeholders
+from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
+from vitrine_vlm.model_loading.checkpoint import open_checkpoint
+from vitrine_vlm.types import Layout
 
 NUM_PROMPTS = 150
 

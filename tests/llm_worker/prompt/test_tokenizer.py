@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from embedding_transport.checkpoint import CheckpointError, open_checkpoint
-from embedding_transport.errors import BadRequest
-from llm_worker.prompt.tokenizer import PromptTokenizer
+from vitrine_vlm.errors import BadRequest
+from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
+from vitrine_vlm.model_loading.checkpoint import CheckpointError, open_checkpoint
 
 MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
 

@@ -13,20 +13,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from embedding_transport.checkpoint import open_checkpoint
-from gpu_kernels.packed_attention import TorchSdpa
-from llm_worker.engine.chunk import Chunk
-from llm_worker.engine.kv_cache import KvCache
-from llm_worker.engine.request import ExpandedPrompt, MediaSpan
-from llm_worker.engine.request_state import RequestState
-from llm_worker.engine.runner import PlainRunner, Runner
-from llm_worker.families import build_decoder
-from llm_worker.gpu.gpu_runner import GpuRunner
-from llm_worker.models.decoder import TextDecoder
-from llm_worker.tensor_parallel.group import TorchGroup
 from tests.llm_worker.engine.harness import input_buffer, request_state
 from tests.llm_worker.engine.tensor_rows import TensorRows
 from tests.llm_worker.gpu.interpreted import run_few_programs
+from vitrine_vlm.gpu_kernels.packed_attention import TorchSdpa
+from vitrine_vlm.llm_worker.engine.chunk import Chunk
+from vitrine_vlm.llm_worker.engine.kv_cache import KvCache
+from vitrine_vlm.llm_worker.engine.request import ExpandedPrompt, MediaSpan
+from vitrine_vlm.llm_worker.engine.request_state import RequestState
+from vitrine_vlm.llm_worker.engine.runner import PlainRunner, Runner
+from vitrine_vlm.llm_worker.families import build_decoder
+from vitrine_vlm.llm_worker.gpu.gpu_runner import GpuRunner
+from vitrine_vlm.llm_worker.models.decoder import TextDecoder
+from vitrine_vlm.llm_worker.tensor_parallel.group import TorchGroup
+from vitrine_vlm.model_loading.checkpoint import open_checkpoint
 
 SPAN = MediaSpan(0, 2, 12, 0)
 

@@ -11,29 +11,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from embedding_transport.checkpoint import CheckpointError, open_checkpoint
-from embedding_transport.errors import LeaseExpired
-from embedding_transport.pool import PROBE_NBYTES, PoolMapping
-from embedding_transport.pool_source import map_source
-from embedding_transport.received_rows import LeasedRows
-from embedding_transport.row_source import TensorSource
-from embedding_transport.shm_pool import ShmMapping, ShmPool
-from embedding_transport.types import ItemTimings
-from llm_worker.engine.chunk import Chunk
-from llm_worker.engine.config import EngineConfig
-from llm_worker.engine.input_embed_buffer import InputEmbedBuffer
-from llm_worker.engine.kv_cache import KvCache
-from llm_worker.engine.request import ExpandedPrompt, MediaSpan
-from llm_worker.engine.request_state import RequestState
-from llm_worker.engine.runner import PlainRunner, Runner
-from llm_worker.families import build_decoder
-from llm_worker.models.decoder import StepInputs, TextDecoder
-from llm_worker.tensor_parallel.channel import Channel, ChannelClosed, Kind
-from llm_worker.tensor_parallel.group import TorchGroup
-from llm_worker.tensor_parallel.leader import LeadingForwardPass
-from llm_worker.tensor_parallel.shared_pools import NUMBER, SharedPools
-from protos.encoder.v1 import encoder_pb2
 from tests.llm_worker.engine.harness import request_state
+from vitrine_vlm.embedding_transport.pools.pool import PROBE_NBYTES, PoolMapping
+from vitrine_vlm.embedding_transport.pools.pool_source import map_source
+from vitrine_vlm.embedding_transport.pools.row_source import TensorSource
+from vitrine_vlm.embedding_transport.pools.shm_pool import ShmMapping, ShmPool
+from vitrine_vlm.embedding_transport.receiving.received_rows import LeasedRows
+from vitrine_vlm.errors import LeaseExpired
+from vitrine_vlm.llm_worker.engine.chunk import Chunk
+from vitrine_vlm.llm_worker.engine.config import EngineConfig
+from vitrine_vlm.llm_worker.engine.input_embed_buffer import InputEmbedBuffer
+from vitrine_vlm.llm_worker.engine.kv_cache import KvCache
+from vitrine_vlm.llm_worker.engine.request import ExpandedPrompt, MediaSpan
+from vitrine_vlm.llm_worker.engine.request_state import RequestState
+from vitrine_vlm.llm_worker.engine.runner import PlainRunner, Runner
+from vitrine_vlm.llm_worker.families import build_decoder
+from vitrine_vlm.llm_worker.models.decoder import StepInputs, TextDecoder
+from vitrine_vlm.llm_worker.tensor_parallel.channel import Channel, ChannelClosed, Kind
+from vitrine_vlm.llm_worker.tensor_parallel.group import TorchGroup
+from vitrine_vlm.llm_worker.tensor_parallel.leader import LeadingForwardPass
+from vitrine_vlm.llm_worker.tensor_parallel.shared_pools import NUMBER, SharedPools
+from vitrine_vlm.model_loading.checkpoint import CheckpointError, open_checkpoint
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2
+from vitrine_vlm.types import ItemTimings
 
 CPU = torch.device("cpu")
 LIMITS = EngineConfig(max_num_batched_tokens=32, num_blocks=8, block_size=8, max_model_len=64)

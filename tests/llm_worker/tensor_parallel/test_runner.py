@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from embedding_transport.checkpoint import open_checkpoint
-from llm_worker.families import build_decoder
+from vitrine_vlm.llm_worker.families import build_decoder
+from vitrine_vlm.model_loading.checkpoint import open_checkpoint
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from tests.llm_worker.tensor_parallel import rank_of_runner

@@ -6,8 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from llm_worker.models.paged_attention import BlockTable, SequenceSlice
-from llm_worker.tensor_parallel.step_message import PoolLanding, StepDeserializer, StepMessage, StepSerializer
+from vitrine_vlm.llm_worker.models.paged_attention import BlockTable, SequenceSlice
+from vitrine_vlm.llm_worker.tensor_parallel.step_message import (
+    PoolLanding,
+    StepDeserializer,
+    StepMessage,
+    StepSerializer,
+)
 
 BLOCK_SIZE = 4
 

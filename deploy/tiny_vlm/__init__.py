@@ -1,7 +1,0 @@
-"""The small model that ships with the project: its pictures and questions, its training and its evaluation."""
-
-from __future__ import annotations
-
-from pathlib import Path
-
-MODEL_FOLDER = Path(__file__).parent / "vitrine-tiny-vlm"

@@ -1,0 +1,59 @@
+"""One encoder as a client sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import grpc
+
+from vitrine_vlm.embedding_transport.fleet.row_peer import ConnectOptions, RowPeer, RowStub
+from vitrine_vlm.embedding_transport.wire.messages import describe_identity
+from vitrine_vlm.errors import EncoderMismatch, EncoderUnavailable
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from vitrine_vlm.types import ModelIdentity
+
+
+@dataclass(frozen=True)
+class EncoderDescription:
+    """What an encoder says of itself. merge_size: patches merged into one token along each side."""
+
+    identity: ModelIdentity
+    merge_size: int
+
+
+class EncoderPeer(RowPeer[EncoderDescription]):
+    """
+    Args:
+        expected: what the encoder must serve; None takes any.
+    """
+
+    service = "encoder"
+    unavailable = EncoderUnavailable
+
+    def __init__(self, address: str, options: ConnectOptions, expected: ModelIdentity | None) -> None:
+        super().__init__(address, options)
+        self._expected = expected
+
+    async def _describe(self, channel: grpc.aio.Channel) -> EncoderDescription:
+        description = await encoder_pb2_grpc.EncoderStub(channel).Describe(encoder_pb2.DescribeRequest())
+        identity = describe_identity(description)
+        if self._expected is not None:
+            check_identity(self.address, identity, self._expected)
+        return EncoderDescription(identity, description.processor.merge_size)
+
+    def _stub(self, channel: grpc.aio.Channel) -> RowStub:
+        return encoder_pb2_grpc.EncoderStub(channel)
+
+
+def check_identity(address: str, served: ModelIdentity, expected: ModelIdentity) -> None:
+    """
+    Raises:
+        EncoderMismatch: names the first field that differs, with both values.
+    """
+    for field in fields(ModelIdentity):
+        theirs, ours = getattr(served, field.name), getattr(expected, field.name)
+        if theirs != ours:
+            raise EncoderMismatch(
+                f"encoder {address} serves another {field.name}: {theirs!r}, this worker needs {ours!r}; "
+                "start both from the same checkpoint"
+            )

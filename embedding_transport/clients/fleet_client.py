@@ -1,0 +1,133 @@
+"""A client of several services that ship rows: picks one by content, receives from it, goes elsewhere if it fails."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
+
+import grpc
+
+from vitrine_vlm.embedding_transport.fleet.content_routing import ranked
+from vitrine_vlm.embedding_transport.fleet.peer_fleet import PeerFleet, PeerT
+from vitrine_vlm.embedding_transport.fleet.row_peer import Connection
+from vitrine_vlm.embedding_transport.receiving.received_rows import HostBufferPool, LeasedRows
+from vitrine_vlm.embedding_transport.receiving.row_stream import RowStream
+from vitrine_vlm.embedding_transport.wire.grpc_status import error_from_rpc
+from vitrine_vlm.errors import VitrineError, soonest_overloaded
+from vitrine_vlm.service_runtime.cancellation import is_own_cancellation
+from vitrine_vlm.service_runtime.retry import Attempts, RetryPolicy
+from vitrine_vlm.service_runtime.supervisor import Supervisor
+from vitrine_vlm.service_runtime.traces import outgoing_metadata
+from vitrine_vlm.types import RowsEvent
+
+EventT = TypeVar("EventT")
+# The method to call, on the connection's channel, its message, and the stream that its responses go through.
+Exchange: TypeAlias = tuple[grpc.aio.UnaryStreamMultiCallable[Any, bytes], Any, RowStream[EventT]]
+
+
+@dataclass
+class ClientStats:
+    """Since the start: requests, retries on another peer, connections fallen back to bytes, bytes by transport."""
+
+    requests: int
+    retries: int
+    fallbacks: int
+    received_nbytes: dict[str, int]
+
+
+class FleetClient(PeerFleet[PeerT]):
+    """What the clients of encoders and of prefill workers have in common.
+
+    Args:
+        addresses, make_peer, supervisor: see PeerFleet.
+        policy: with a budget of 0: every peer is tried once.
+        timeout_s: for one request on one peer.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        make_peer: Callable[[str], PeerT],
+        policy: RetryPolicy[VitrineError],
+        timeout_s: float,
+        supervisor: Supervisor | None = None,
+    ) -> None:
+        super().__init__(addresses, make_peer, supervisor)
+        self._policy = policy
+        self._timeout_s = timeout_s
+        self._buffers = HostBufferPool()
+        self._num_requests = 0
+        self._num_retries = 0
+        self._received_nbytes = {"cuda_ipc": 0, "shm": 0, "grpc": 0}
+
+    def stats(self) -> ClientStats:
+        return ClientStats(self._num_requests, self._num_retries, self.num_fallbacks, dict(self._received_nbytes))
+
+    async def _usable(self, attempts: Attempts[VitrineError]) -> dict[str, PeerT]:
+        """By address those that are connected and have not failed this request. Choose without awaiting.
+
+        Raises:
+            VitrineError: none is left; Overloaded, with the soonest time, where any was overloaded.
+        """
+        await self._until_tried()
+        failures = attempts.failures
+        usable = {peer.address: peer for peer in self._peers if peer.connection and peer.address not in failures}
+        if not usable:
+            raise soonest_overloaded(failures.values()) or self._unavailable(failures)
+        if failures:
+            self._num_retries += 1
+        return usable
+
+    def _choose(self, key: bytes, usable: dict[str, PeerT]) -> PeerT:
+        """The one where this content belongs, among those with load to spare."""
+        return usable[ranked(key, {address: peer.in_flight for address, peer in usable.items()})[0]]
+
+    async def _receive(
+        self,
+        peer: PeerT,
+        begin: Callable[[Connection[Any]], Exchange[EventT]],
+        emit: Callable[[EventT], Awaitable[None]],
+    ) -> None:
+        """One call on one peer; emits its events.
+
+        Raises:
+            VitrineError: why it did not come to its end; the peer's `unavailable` where the peer was lost.
+        """
+        connection = peer.connection
+        if connection is None:  # since it was chosen: the event loop may have run anything in between
+            raise peer.unavailable(str(peer.error))
+        method, message, stream = begin(connection)
+        call: grpc.aio.UnaryStreamCall[Any, bytes] | None = None
+        try:
+            call = method(message, timeout=self._timeout_s, metadata=outgoing_metadata())
+            # To its end, also once nothing is missing: a call that is cancelled takes its leases back.
+            while isinstance(raw := await call.read(), bytes):
+                event = stream.receive(raw)
+                if event is not None:
+                    self._count(event, stream, connection)
+                    await emit(event)
+            if stream.missing:
+                raise peer.unavailable(f"it ended the stream with {stream.missing} missing")
+        except grpc.aio.AioRpcError as error:
+            if stream.missing:
+                raise error_from_rpc(error) or peer.unavailable(f"{error.code().name} {error.details()}") from error
+        except grpc.aio.UsageError as error:  # grpc's answer to a call on a channel that is closed
+            if stream.missing:
+                raise peer.unavailable("the connection was closed") from error
+        except asyncio.CancelledError:
+            if is_own_cancellation():
+                raise
+            if stream.missing:
+                raise peer.unavailable("the connection was closed") from None
+        finally:
+            if call is not None:
+                call.cancel()
+            stream.close()
+
+    def _count(self, event: object, stream: RowStream[Any], connection: Connection[Any]) -> None:
+        if isinstance(event, RowsEvent):
+            # An item larger than the pool comes as bytes although its session has one.
+            transport = connection.transport if isinstance(event.rows, LeasedRows) else "grpc"
+            self._received_nbytes[transport] += event.rows.num_tokens * stream.row_format.row_nbytes

@@ -1,9 +1,0 @@
-"""Where encoders are: fixed addresses, names in DNS, a file, or Kubernetes' EndpointSlices.
-
-Each source yields all its addresses whenever they may have changed; what cannot be asked right now leaves things as
-they are. Whether an encoder can be used is not decided here: connections find that out.
-"""
-
-from embedding_transport.discovery.sources import Source, follow, parse_sources
-
-__all__ = ["Source", "follow", "parse_sources"]

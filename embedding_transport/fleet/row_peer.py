@@ -1,0 +1,302 @@
+"""A service that ships rows as its client sees it: a connection that is kept up, and the leases held over it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Generic, Literal, Protocol, TypeVar
+
+import grpc
+import torch
+
+from vitrine_vlm.embedding_transport.pools.cuda_ipc_pool import CudaIpcMapping
+from vitrine_vlm.embedding_transport.pools.pool import PoolMapping
+from vitrine_vlm.embedding_transport.pools.shm_pool import ShmMapping
+from vitrine_vlm.embedding_transport.wire.grpc_status import error_from_rpc
+from vitrine_vlm.errors import TransportUnavailable, VitrineError
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2
+from vitrine_vlm.service_runtime.backoff import Backoff
+from vitrine_vlm.service_runtime.cancellation import is_own_cancellation
+from vitrine_vlm.service_runtime.grpc_channel import open_channel
+from vitrine_vlm.service_runtime.supervisor import Supervisor
+from vitrine_vlm.service_runtime.tls import ClientTls
+from vitrine_vlm.types import PROTOCOL_VERSION
+
+TransportChoice = Literal["auto", "cuda_ipc", "shm", "grpc"]
+_FIRST_BACKOFF_S = 0.1
+_MAX_BACKOFF_S = 2.0
+_FLUSH_TIMEOUT_S = 1.0
+# Leases given back within so long go in one call, which costs either side as much Python as half an Encode does.
+_GATHER_S = 0.01
+
+_log = logging.getLogger(__name__)
+
+
+DescriptionT = TypeVar("DescriptionT")
+
+
+class RowStub(Protocol):
+    """The calls that every service that ships rows offers, with the encoder's messages."""
+
+    @property
+    def Connect(
+        self,
+    ) -> grpc.aio.StreamStreamMultiCallable[encoder_pb2.ConnectRequest, encoder_pb2.ConnectResponse]: ...
+
+    @property
+    def Release(
+        self,
+    ) -> grpc.aio.UnaryUnaryMultiCallable[encoder_pb2.ReleaseRequest, encoder_pb2.ReleaseResponse]: ...
+
+
+@dataclass(frozen=True)
+class Connection(Generic[DescriptionT]):
+    """A connected service: what it says of itself, the negotiated session and its mapped pool, if rows lie in one."""
+
+    channel: grpc.aio.Channel
+    description: DescriptionT
+    session_id: str
+    transport: str
+    mapping: PoolMapping | None
+
+
+@dataclass(frozen=True)
+class ConnectOptions:
+    """How a client connects.
+
+    transport: "auto" takes the best that works, and counts where it comes down to bytes; others accept nothing else.
+    shm_folder: shared-memory folder, the same as the other side's.
+    connect_timeout_s: for each step of connecting, seconds.
+    gpu: on which rows are landed, if on any; without one "auto" leaves CUDA IPC out.
+    tls: read anew for every connection; None for none.
+    """
+
+    transport: TransportChoice = "auto"
+    shm_folder: Path = Path("/dev/shm")
+    connect_timeout_s: float = 5.0
+    gpu: torch.device | None = None
+    tls: ClientTls | None = None
+
+    @property
+    def transports(self) -> list[str]:
+        """What is accepted, best first."""
+        on_host = ["shm", "grpc"]
+        if self.transport != "auto":
+            return [self.transport]
+        return ["cuda_ipc", *on_host] if self.gpu is not None else on_host
+
+
+class RowPeer(ABC, Generic[DescriptionT]):
+    """Keeps one service connected, and gives its leases back. Lives on one event loop.
+
+    service: its name in messages; unavailable: the error of one that cannot be reached.
+    connection: for what is new, None also while it drains; has_session: what is under way and held there goes on.
+    in_flight: what it is working on for us; num_held: leases of its rows that we have not given back.
+    """
+
+    service: ClassVar[str]
+    unavailable: ClassVar[type[VitrineError]]
+
+    def __init__(self, address: str, options: ConnectOptions) -> None:
+        self.address = address
+        self.in_flight = 0
+        self.num_held = 0
+        self.num_fallbacks = 0
+        self.connection: Connection[DescriptionT] | None = None
+        self.has_session = False
+        self.error = self.unavailable(f"{self.service} {address} is not connected yet")
+        self.attempted = asyncio.Event()
+        self._transports = options.transports
+        self._options = options
+        self._on_change: Callable[[], None] = lambda: None
+        self._to_release: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self, on_change: Callable[[], None], supervisor: Supervisor) -> None:
+        """Begins to connect, and to connect again; `on_change` is called whenever readiness has changed."""
+        self._on_change = on_change
+        self._loop = asyncio.get_running_loop()
+        self._supervisor = supervisor
+        self._task = supervisor.start_task(f"{self.service} {self.address} connection", self._keep_connected())
+
+    async def close(self) -> None:
+        if self._task is not None:
+            await self._supervisor.stop(self._task)
+
+    def release(self, session_id: str, lease_id: int) -> None:
+        """Gives a lease back in the background; from any thread."""
+        with suppress(RuntimeError):  # the loop is closed, and the session with it
+            self._loop.call_soon_threadsafe(self._to_release.put_nowait, (session_id, lease_id))
+
+    @abstractmethod
+    async def _describe(self, channel: grpc.aio.Channel) -> DescriptionT:
+        """Asks the service what it is.
+
+        Raises:
+            VitrineError: it is not what is needed here.
+        """
+
+    @abstractmethod
+    def _stub(self, channel: grpc.aio.Channel) -> RowStub: ...
+
+    async def _keep_connected(self) -> None:
+        backoff = Backoff(_FIRST_BACKOFF_S, _MAX_BACKOFF_S)
+        while True:
+            async with AsyncExitStack() as stack:
+                try:
+                    channel = open_channel(self.address, self._options.tls)
+                    await stack.enter_async_context(channel)
+                    await self._serve_connection(channel)
+                except VitrineError as error:
+                    self._report(error)
+                except grpc.aio.AioRpcError as error:
+                    named = error_from_rpc(error)
+                    self._report(named or self.unavailable(f"{self.service} {self.address}: {error.details()}"))
+                except TimeoutError:
+                    self._report(self.unavailable(f"{self.service} {self.address} did not answer in time"))
+                except OSError as error:  # of a file with certificates
+                    self._report(self.unavailable(f"{self.service} {self.address} cannot be connected to: {error}"))
+                except (asyncio.InvalidStateError, grpc.aio.BaseError):  # grpc's answers where a call has ended
+                    self._report(self.unavailable(f"{self.service} {self.address} ended the connection"))
+                except asyncio.CancelledError:
+                    if is_own_cancellation():
+                        raise
+                    self._report(self.unavailable(f"{self.service} {self.address} cancelled the connection"))
+                except Exception as error:
+                    if self.has_session:  # a fault of ours
+                        raise
+                    # A service that talks nonsense, or whose pool cannot be mapped.
+                    self._report(self.unavailable(f"{self.service} {self.address} cannot be connected to: {error!r}"))
+                finally:
+                    if self.has_session:
+                        backoff.reset()
+                    self.has_session = False
+                    self.connection = None
+                    self.attempted.set()
+                    self._on_change()
+            await backoff.pause()
+
+    def _report(self, error: VitrineError) -> None:
+        if str(error) != str(self.error):
+            _log.warning("%s", error)
+        self.error = error
+
+    async def _serve_connection(self, channel: grpc.aio.Channel) -> None:
+        """Connects and returns when the service ends the session or begins to drain."""
+        async with asyncio.timeout(self._options.connect_timeout_s):
+            description = await self._describe(channel)
+        stub = self._stub(channel)
+        call = stub.Connect()
+        try:
+            async with asyncio.timeout(self._options.connect_timeout_s):
+                session, mapping = await self._negotiate(call)
+            self.connection = Connection(channel, description, session.session_id, session.transport, mapping)
+            self.has_session = True
+            # Shown once it drains, and after an orderly end.
+            self.error = self.unavailable(f"{self.service} {self.address} is shutting down")
+            _log.info("connected to %s %s, transport %s", self.service, self.address, session.transport)
+            self.attempted.set()
+            self._on_change()
+            name = f"{self.service} {self.address} releases"
+            releasing = self._supervisor.start_task(name, self._release_leases(stub))
+            try:
+                response = await call.read()
+                if isinstance(response, encoder_pb2.ConnectResponse) and response.WhichOneof("message") == "draining":
+                    self.connection = None
+                    self._on_change()
+                    await call.read()
+            finally:
+                await self._supervisor.stop(releasing)
+                await self._flush_releases(stub)
+        finally:
+            call.cancel()
+
+    async def _negotiate(
+        self, call: grpc.aio.StreamStreamCall[encoder_pb2.ConnectRequest, encoder_pb2.ConnectResponse]
+    ) -> tuple[encoder_pb2.Session, PoolMapping | None]:
+        hello = encoder_pb2.Hello(protocol_version=PROTOCOL_VERSION, transports=self._transports)
+        await call.write(encoder_pb2.ConnectRequest(hello=hello))
+        response = await _read(call)
+        mapping: PoolMapping | None = None
+        offered = ""
+        while response.WhichOneof("message") == "offer":
+            offered = response.offer.transport
+            mapping, result = await asyncio.to_thread(self._probe, response.offer)
+            await call.write(encoder_pb2.ConnectRequest(probe_result=result))
+            response = await _read(call)
+        if response.WhichOneof("message") != "session":
+            raise TransportUnavailable(f"{self.service} {self.address} answered with {response.WhichOneof('message')}")
+        transport = response.session.transport
+        possible = {"grpc"} if mapping is None else {"grpc", offered}
+        if transport not in possible & set(self._transports):
+            raise TransportUnavailable(
+                f"{self.service} {self.address} would send rows by {transport!r}, asked for is "
+                f"{' or '.join(self._transports)}"
+            )
+        if transport != self._transports[0]:
+            self.num_fallbacks += 1
+            wanted = self._transports[0]
+            _log.warning("no %s with %s %s: rows come by %s", wanted, self.service, self.address, transport)
+        return response.session, mapping if transport != "grpc" else None
+
+    def _probe(self, offer: encoder_pb2.Offer) -> tuple[PoolMapping | None, encoder_pb2.ProbeResult]:
+        """Maps the offered pool and reads its nonce; blocking.
+
+        Raises:
+            TransportUnavailable: it cannot be reached, and nothing else is accepted.
+        """
+        try:
+            mapping, pool = self._map(offer)
+            return mapping, encoder_pb2.ProbeResult(nonce=mapping.read(pool.probe_offset, pool.probe_nbytes))
+        except Exception as error:  # CUDA has many: the next transport may do
+            reason = str(error) if isinstance(error, TransportUnavailable) else repr(error)
+            if len(self._transports) == 1:
+                raise TransportUnavailable(f"{self.service} {self.address}: {reason}") from error
+            return None, encoder_pb2.ProbeResult(error=reason)
+
+    def _map(self, offer: encoder_pb2.Offer) -> tuple[PoolMapping, encoder_pb2.ShmPool | encoder_pb2.CudaIpcPool]:
+        if offer.WhichOneof("pool") == "cuda_ipc":
+            pool, gpu = offer.cuda_ipc, self._options.gpu
+            if gpu is None:
+                raise TransportUnavailable("rows come in GPU memory, and there is no GPU here to land them on")
+            return CudaIpcMapping(pool.handle, pool.nbytes, pool.gpu_uuid, gpu), pool
+        return ShmMapping(self._options.shm_folder, offer.shm.name, offer.shm.nbytes), offer.shm
+
+    async def _release_leases(self, stub: RowStub) -> None:
+        while True:
+            first = await self._to_release.get()
+            self._to_release.put_nowait(first)
+            await asyncio.sleep(_GATHER_S)
+            await self._flush_releases(stub)
+
+    async def _flush_releases(self, stub: RowStub) -> None:
+        by_session: dict[str, list[int]] = {}
+        while not self._to_release.empty():
+            session_id, lease_id = self._to_release.get_nowait()
+            by_session.setdefault(session_id, []).append(lease_id)
+        for session_id, lease_ids in by_session.items():
+            request = encoder_pb2.ReleaseRequest(session_id=session_id, lease_ids=lease_ids)
+            try:
+                await stub.Release(request, timeout=_FLUSH_TIMEOUT_S)
+            except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:  # UsageError: the channel is closed already
+                _log.debug("release failed, the leases are reclaimed with the session or expire: %s", error)
+            except asyncio.CancelledError:
+                for lease_id in lease_ids:  # for the last flush
+                    self._to_release.put_nowait((session_id, lease_id))
+                raise
+            self.num_held -= len(lease_ids)
+
+
+async def _read(
+    call: grpc.aio.StreamStreamCall[encoder_pb2.ConnectRequest, encoder_pb2.ConnectResponse],
+) -> encoder_pb2.ConnectResponse:
+    response = await call.read()
+    if not isinstance(response, encoder_pb2.ConnectResponse):  # end of the stream
+        code, details = await call.code(), await call.details()
+        raise TransportUnavailable(f"the other side ended the connection: {code.name} {details}")
+    return response

@@ -1,0 +1,37 @@
+"""The Encoder service's method handlers: as generated, but Encode's responses go through our own codec."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+
+from vitrine_vlm.embedding_transport.shipping.session_rpc import session_handlers
+from vitrine_vlm.embedding_transport.wire.chunk_codec import serialize_response
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+
+SERVICE = encoder_pb2.DESCRIPTOR.services_by_name["Encoder"].full_name
+
+
+def encoder_handlers(servicer: encoder_pb2_grpc.EncoderServicer) -> grpc.GenericRpcHandler:
+    """Handlers of all methods, for `server.add_generic_rpc_handlers`.
+
+    `servicer.Encode` yields EncodeResponse messages or chunks that `encode_chunk` serialized.
+    """
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "Describe": grpc.unary_unary_rpc_method_handler(
+            servicer.Describe,
+            encoder_pb2.DescribeRequest.FromString,
+            encoder_pb2.DescribeResponse.SerializeToString,
+        ),
+        **session_handlers(servicer),
+        "Encode": grpc.unary_stream_rpc_method_handler(
+            servicer.Encode, encoder_pb2.EncodeRequest.FromString, serialize_response
+        ),
+        "GetStats": grpc.unary_unary_rpc_method_handler(
+            servicer.GetStats,
+            encoder_pb2.GetStatsRequest.FromString,
+            encoder_pb2.GetStatsResponse.SerializeToString,
+        ),
+    }
+    return grpc.method_handlers_generic_handler(SERVICE, handlers)

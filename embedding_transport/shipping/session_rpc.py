@@ -1,0 +1,62 @@
+"""The methods that all services which ship rows have in common: Connect and Release, over their exporter."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+from typing import Any, TypeAlias
+
+import grpc
+
+from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter
+from vitrine_vlm.embedding_transport.wire.grpc_status import abort, send
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2
+
+ConnectContext: TypeAlias = grpc.aio.ServicerContext[encoder_pb2.ConnectRequest, encoder_pb2.ConnectResponse]
+ReleaseContext: TypeAlias = grpc.aio.ServicerContext[encoder_pb2.ReleaseRequest, encoder_pb2.ReleaseResponse]
+
+
+class SessionServicer(ABC):
+    """Goes in front of a generated servicer, whose type has generators where these are coroutines."""
+
+    @abstractmethod
+    def _exporter(self) -> RowExporter:
+        """
+        Raises:
+            VitrineError: there is none yet.
+        """
+
+    # Connect is a coroutine that writes, not a generator: when a peer goes away the cancellation is raised inside it,
+    # so that what it holds is given back at once and not when a generator is collected.
+
+    async def Connect(self, requests: AsyncIterator[encoder_pb2.ConnectRequest], context: ConnectContext) -> None:
+        try:
+            async for response in self._exporter().connect(requests):
+                await send(context, response)
+        except Exception as error:
+            await abort(context, error)
+
+    async def Release(
+        self, request: encoder_pb2.ReleaseRequest, context: ReleaseContext
+    ) -> encoder_pb2.ReleaseResponse:
+        try:
+            num_released, num_unknown = self._exporter().release(request.session_id, request.lease_ids)
+        except Exception as error:
+            await abort(context, error)
+        return encoder_pb2.ReleaseResponse(num_released=num_released, num_unknown=num_unknown)
+
+
+def session_handlers(servicer: Any) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+    """Handlers of both methods, for a service that has them among its own."""
+    return {
+        "Connect": grpc.stream_stream_rpc_method_handler(
+            servicer.Connect,
+            encoder_pb2.ConnectRequest.FromString,
+            encoder_pb2.ConnectResponse.SerializeToString,
+        ),
+        "Release": grpc.unary_unary_rpc_method_handler(
+            servicer.Release,
+            encoder_pb2.ReleaseRequest.FromString,
+            encoder_pb2.ReleaseResponse.SerializeToString,
+        ),
+    }

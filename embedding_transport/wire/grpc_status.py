@@ -1,0 +1,108 @@
+"""Errors on gRPC: one table from error code to status, and the way back.
+
+The stable code travels in the trailing metadata, so that a caller need not guess it from the status. So does when it is
+worth trying again, under the key that gRPC's own clients heed where they retry (gRFC A6).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+
+from vitrine_vlm.errors import Overloaded, VitrineError, as_vitrine_error, error_from_code
+
+ResponseT = TypeVar("ResponseT")
+
+ERROR_CODE_KEY = "vitrine-error-code"
+RETRY_KEY = "grpc-retry-pushback-ms"
+_LEAST_RETRY_S = 1.0
+# The message travels in the trailers, percent-encoded (up to three bytes for one), and trailers are refused from 8 KiB.
+_MAX_MESSAGE_NBYTES = 2048
+
+_Status = grpc.StatusCode
+STATUS_BY_CODE: dict[str, grpc.StatusCode] = {
+    "invalid_request": _Status.INVALID_ARGUMENT,
+    "model_not_found": _Status.NOT_FOUND,
+    "too_many_items": _Status.INVALID_ARGUMENT,
+    "context_length_exceeded": _Status.INVALID_ARGUMENT,
+    "placeholder_mismatch": _Status.INVALID_ARGUMENT,
+    "invalid_media": _Status.INVALID_ARGUMENT,
+    "media_not_allowed": _Status.PERMISSION_DENIED,
+    "media_not_found": _Status.NOT_FOUND,
+    "media_unreachable": _Status.FAILED_PRECONDITION,
+    "media_timeout": _Status.DEADLINE_EXCEEDED,
+    "media_too_large": _Status.INVALID_ARGUMENT,
+    "not_an_image": _Status.INVALID_ARGUMENT,
+    "not_a_video": _Status.INVALID_ARGUMENT,
+    "media_truncated": _Status.INVALID_ARGUMENT,
+    "bad_aspect_ratio": _Status.INVALID_ARGUMENT,
+    "overloaded": _Status.RESOURCE_EXHAUSTED,
+    "encoder_unavailable": _Status.UNAVAILABLE,
+    "encoder_mismatch": _Status.FAILED_PRECONDITION,
+    "worker_unavailable": _Status.UNAVAILABLE,
+    "prefill_unavailable": _Status.UNAVAILABLE,
+    "prefill_mismatch": _Status.FAILED_PRECONDITION,
+    "transport_unavailable": _Status.FAILED_PRECONDITION,
+    "lease_expired": _Status.ABORTED,
+    "internal_error": _Status.INTERNAL,
+}
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
+    """Ends the call with the error's status, message and code; of other exceptions a number is told, for the log.
+
+    Long messages are cut: with trailers past gRPC's limit the peer would get neither message nor code.
+
+    Raises:
+        CancelledError: there is no peer any more.
+    """
+    if is_peer_gone(error):
+        raise asyncio.CancelledError("the peer is gone") from error
+    error = as_vitrine_error(error)
+    if context.done():
+        raise asyncio.CancelledError("the peer is gone") from error
+    metadata = [(ERROR_CODE_KEY, error.code)]
+    if isinstance(error, Overloaded):
+        metadata.append((RETRY_KEY, str(math.ceil(max(error.retry_after_s, _LEAST_RETRY_S) * 1000))))
+    context.set_trailing_metadata(tuple(metadata))
+    await context.abort(STATUS_BY_CODE[error.code], _sendable(str(error)))
+
+
+async def send(context: grpc.aio.ServicerContext[Any, ResponseT], message: ResponseT) -> None:
+    """Writes one message of a stream.
+
+    Raises:
+        CancelledError: there is no peer any more; gRPC cancels the call where it notices first.
+    """
+    try:
+        await context.write(message)
+    except Exception as error:
+        if not is_peer_gone(error):
+            raise
+        raise asyncio.CancelledError("the peer is gone") from error
+
+
+def is_peer_gone(error: Exception) -> bool:
+    """Whether it is what gRPC raises where a call is used whose peer has ended it, or is lost: no fault of ours."""
+    return isinstance(error, grpc.aio.UsageError | grpc.aio.InternalError)
+
+
+def _sendable(message: str) -> str:
+    """Valid UTF-8 (JSON can bring lone surrogates into a message) of at most _MAX_MESSAGE_NBYTES."""
+    encoded = message.encode(errors="replace")
+    if len(encoded) <= _MAX_MESSAGE_NBYTES:
+        return encoded.decode()
+    return encoded[: _MAX_MESSAGE_NBYTES - 3].decode(errors="ignore") + "..."
+
+
+def error_from_rpc(error: grpc.aio.AioRpcError) -> VitrineError | None:
+    """The error a peer ended the call with, or None where the call failed below it (no connection, cancelled, ...)."""
+    metadata = {key: str(value) for key, value in error.trailing_metadata() or ()}
+    if ERROR_CODE_KEY not in metadata:
+        return None
+    retry_ms = metadata.get(RETRY_KEY, "")
+    retry_after_s = int(retry_ms) / 1000 if retry_ms.isdecimal() and len(retry_ms) < 10 else 0.0
+    return error_from_code(metadata[ERROR_CODE_KEY], error.details() or "", retry_after_s)

@@ -1,0 +1,123 @@
+"""Between protobuf messages and the plain values of `types`; everything from the wire is checked here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vitrine_vlm.embedding_transport.pools.cuda_ipc_pool import CudaIpcPool
+from vitrine_vlm.embedding_transport.pools.pool import PROBE_NBYTES, ExportPool
+from vitrine_vlm.embedding_transport.pools.shm_pool import ShmPool
+from vitrine_vlm.errors import InternalError
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2
+from vitrine_vlm.types import DTYPES, ItemTimings, Layout, MediaItem, MediaKind, ModelIdentity
+
+_KIND_TO_PROTO: dict[MediaKind, encoder_pb2.MediaKind.ValueType] = {
+    "image": encoder_pb2.MEDIA_KIND_IMAGE,
+    "video": encoder_pb2.MEDIA_KIND_VIDEO,
+}
+
+
+def item_to_proto(item: MediaItem) -> encoder_pb2.MediaItem:
+    message = encoder_pb2.MediaItem(kind=_KIND_TO_PROTO[item.kind], video_fps=item.video_fps or 0.0)
+    if item.data is not None:
+        message.data = item.data
+    elif item.url is not None:
+        message.url = item.url
+    return message
+
+
+def describe_identity(description: encoder_pb2.DescribeResponse) -> ModelIdentity:
+    """
+    Raises:
+        InternalError: a dtype we do not know.
+    """
+    if description.dtype not in DTYPES:
+        raise InternalError(f"the encoder's dtype is {description.dtype!r}, known are {', '.join(DTYPES)}")
+    return ModelIdentity(
+        model=description.model,
+        revision=description.revision,
+        model_type=description.model_type,
+        out_hidden_size=description.out_hidden_size,
+        deepstack_visual_indexes=tuple(description.deepstack_visual_indexes),
+        dtype=description.dtype,
+        protocol_version=description.protocol_version,
+    )
+
+
+def describe(identity: ModelIdentity, **fields: Any) -> encoder_pb2.DescribeResponse:
+    """The inverse of `describe_identity`; `fields` are the others of the message."""
+    return encoder_pb2.DescribeResponse(
+        protocol_version=identity.protocol_version,
+        model=identity.model,
+        revision=identity.revision,
+        model_type=identity.model_type,
+        out_hidden_size=identity.out_hidden_size,
+        deepstack_visual_indexes=identity.deepstack_visual_indexes,
+        dtype=identity.dtype,
+        **fields,
+    )
+
+
+def layout_from_proto(message: encoder_pb2.Layout, item: MediaItem, merge_size: int) -> Layout:
+    """
+    Raises:
+        InternalError: grid, tokens and timestamps do not belong together.
+    """
+    if len(message.grid_thw) != 3 or merge_size < 1:
+        raise InternalError(f"layout with grid {list(message.grid_thw)} and merge_size {merge_size}")
+    t, h, w = message.grid_thw
+    num_tokens = t * (h // merge_size) * (w // merge_size)
+    if min(t, h, w) < 1 or h % merge_size or w % merge_size or num_tokens != message.num_tokens:
+        raise InternalError(f"layout of {message.num_tokens} tokens with grid {(t, h, w)} and merge_size {merge_size}")
+    if item.kind == "video" and len(message.timestamps_s) != t:
+        raise InternalError(f"layout of a video with {len(message.timestamps_s)} timestamps and grid {(t, h, w)}")
+    return Layout(
+        kind=item.kind,
+        grid_thw=(t, h, w),
+        num_tokens=num_tokens,
+        timestamps_s=tuple(message.timestamps_s),
+        second_per_grid_t=message.second_per_grid_t,
+        content_hash=message.content_hash,
+    )
+
+
+def layout_to_proto(item_index: int, layout: Layout) -> encoder_pb2.Layout:
+    return encoder_pb2.Layout(
+        item_index=item_index,
+        grid_thw=layout.grid_thw,
+        num_tokens=layout.num_tokens,
+        timestamps_s=layout.timestamps_s,
+        second_per_grid_t=layout.second_per_grid_t,
+        content_hash=layout.content_hash,
+    )
+
+
+def timings_from_proto(message: encoder_pb2.ItemTimings, ship_ms: float) -> ItemTimings:
+    return ItemTimings(
+        load_ms=message.load_ms,
+        preprocess_ms=message.preprocess_ms,
+        queue_ms=message.queue_ms,
+        forward_ms=message.forward_ms,
+        export_ms=message.export_ms,
+        ship_ms=ship_ms,
+    )
+
+
+def timings_to_proto(timings: ItemTimings) -> encoder_pb2.ItemTimings:
+    return encoder_pb2.ItemTimings(
+        load_ms=timings.load_ms,
+        preprocess_ms=timings.preprocess_ms,
+        queue_ms=timings.queue_ms,
+        forward_ms=timings.forward_ms,
+        export_ms=timings.export_ms,
+    )
+
+
+def offer_to_proto(pool: ExportPool) -> encoder_pb2.Offer:
+    """What a peer needs to map the pool."""
+    probe = {"nbytes": pool.mapped_nbytes, "probe_offset": 0, "probe_nbytes": PROBE_NBYTES}
+    if isinstance(pool, CudaIpcPool):
+        cuda_ipc = encoder_pb2.CudaIpcPool(handle=pool.handle, gpu_uuid=pool.gpu_uuid, **probe)
+        return encoder_pb2.Offer(transport=pool.transport, cuda_ipc=cuda_ipc)
+    assert isinstance(pool, ShmPool)
+    return encoder_pb2.Offer(transport=pool.transport, shm=encoder_pb2.ShmPool(name=pool.name, **probe))

@@ -1,0 +1,88 @@
+"""What a request is and what comes of it, the same for HTTP and gRPC."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from vitrine_vlm.llm_worker.engine.kv_rows import CachedKv
+from vitrine_vlm.llm_worker.engine.request import SamplingParams, TokenLogprobs
+from vitrine_vlm.types import Layout, MediaItem
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """prompt: text with one placeholder a media item, or token ids. stop: strings that end the text before them."""
+
+    request_id: str
+    prompt: str | list[int]
+    media: tuple[MediaItem, ...]
+    sampling: SamplingParams
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StageTimings:
+    """Milliseconds by stage. Stages of different items overlap; each number is the slowest item's."""
+
+    load_ms: float = 0.0
+    preprocess_ms: float = 0.0
+    encode_ms: float = 0.0
+    ship_ms: float = 0.0
+    land_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+    ttft_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class Started:
+    """The whole prompt is known."""
+
+    num_prompt_tokens: int
+    num_media_tokens: int
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Tokens since the last delta, and the text that is certain by now."""
+
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PromptKnown(Started):
+    """A Started for whoever makes the same prompt. layouts: of its media items."""
+
+    layouts: list[Layout]
+
+
+@dataclass(frozen=True)
+class FirstToken(Delta):
+    """The prompt is computed. kv: of its tokens; timings and num_cached_tokens: up to here, as in Finished."""
+
+    kv: CachedKv = field(kw_only=True)
+    timings: StageTimings = field(kw_only=True)
+    num_cached_tokens: int = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """finish_reason: "stop" (end token, stop token or stop string) or "length".
+
+    num_cached_tokens: of the prompt's, those that an earlier request had left in the KV cache.
+    """
+
+    finish_reason: str
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_completion_tokens: int
+    timings: StageTimings
+
+
+GenerationEvent = Started | Delta | Finished
+# Called with each event of a request.
+Observe: TypeAlias = Callable[[GenerationEvent], None]

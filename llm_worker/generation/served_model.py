@@ -1,0 +1,17 @@
+"""The loaded model as the frontends see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vitrine_vlm.llm_worker.generation.generation import Generator
+from vitrine_vlm.llm_worker.prompt.sampling_defaults import SamplingDefaults
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What there is once the model is loaded."""
+
+    name: str
+    generator: Generator
+    defaults: SamplingDefaults

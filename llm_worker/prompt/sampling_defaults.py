@@ -1,0 +1,34 @@
+"""Sampling a checkpoint asks for where a request leaves it open: its generation_config.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vitrine_vlm.model_loading.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """eos_token_ids end a generation; the others are SamplingParams' fields."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    eos_token_ids: frozenset[int]
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> SamplingDefaults:
+        generation = checkpoint.json("generation_config.json")
+        config = checkpoint.config
+        eos = generation.get("eos_token_id")
+        if eos is None:
+            eos = (config.get("text_config") or config).get("eos_token_id")
+        ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        # transformers decodes greedily where the file does not say do_sample.
+        sampled = bool(generation.get("do_sample", False))
+        return cls(
+            temperature=float(generation.get("temperature") or 1.0) if sampled else 0.0,
+            top_p=float(generation.get("top_p") or 1.0),
+            top_k=int(generation.get("top_k") or 0),
+            eos_token_ids=frozenset(ids),
+        )

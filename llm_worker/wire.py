@@ -1,0 +1,138 @@
+"""Between the messages of llm.proto and plain values; what clients send is checked here."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from vitrine_vlm.errors import BadRequest
+from vitrine_vlm.llm_worker.engine.request import SamplingParams, TokenLogprobs
+from vitrine_vlm.llm_worker.generation.events import Delta, Finished, GenerationRequest, StageTimings
+from vitrine_vlm.llm_worker.prompt.sampling_defaults import SamplingDefaults
+from vitrine_vlm.protos.llm.v1 import llm_pb2
+from vitrine_vlm.types import MediaItem, MediaKind
+
+_MAX_TOP_LOGPROBS = 20
+_MAX_UINT32 = 2**32 - 1
+_KINDS: dict[int, MediaKind] = {llm_pb2.MEDIA_KIND_IMAGE: "image", llm_pb2.MEDIA_KIND_VIDEO: "video"}
+_KIND_TO_PROTO: dict[MediaKind, llm_pb2.MediaKind.ValueType] = {
+    "image": llm_pb2.MEDIA_KIND_IMAGE,
+    "video": llm_pb2.MEDIA_KIND_VIDEO,
+}
+
+
+def generation_from_proto(
+    request_id: str, prompt: llm_pb2.Prompt, sampling: llm_pb2.SamplingParams, defaults: SamplingDefaults
+) -> GenerationRequest:
+    """
+    Raises:
+        BadRequest: a prompt or media item without content, or a sampling parameter out of range.
+    """
+    kind = prompt.WhichOneof("prompt")
+    if kind is None:
+        raise BadRequest("the prompt is missing: set text or token_ids")
+    return GenerationRequest(
+        request_id=request_id or uuid.uuid4().hex,
+        prompt=prompt.text if kind == "text" else list(prompt.token_ids.ids),
+        media=tuple(_media_item(index, item) for index, item in enumerate(prompt.media)),
+        sampling=_sampling(sampling, defaults),
+        stop=tuple(sampling.stop),
+    )
+
+
+def _media_item(index: int, item: llm_pb2.MediaItem) -> MediaItem:
+    source = item.WhichOneof("source")
+    if source is None or item.kind not in _KINDS:
+        raise BadRequest(f"media item {index} needs a kind and either url or data")
+    return MediaItem(
+        _KINDS[item.kind],
+        url=item.url if source == "url" else None,
+        data=item.data if source == "data" else None,
+        video_fps=item.video_fps or None,
+    )
+
+
+def _sampling(sampling: llm_pb2.SamplingParams, defaults: SamplingDefaults) -> SamplingParams:
+    temperature = sampling.temperature if sampling.HasField("temperature") else defaults.temperature
+    top_p = sampling.top_p if sampling.HasField("top_p") else defaults.top_p
+    # Written so that NaN fails, too.
+    if not temperature >= 0 or not 0 < top_p <= 1 or sampling.logprobs > _MAX_TOP_LOGPROBS:
+        raise BadRequest(
+            f"temperature {temperature} must be at least 0, top_p {top_p} in (0, 1] and "
+            f"logprobs {sampling.logprobs} at most {_MAX_TOP_LOGPROBS}"
+        )
+    eos_token_ids = frozenset() if sampling.ignore_eos else defaults.eos_token_ids
+    return SamplingParams(
+        max_tokens=sampling.max_tokens or None,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=sampling.top_k if sampling.HasField("top_k") else defaults.top_k,
+        seed=sampling.seed if sampling.HasField("seed") else None,
+        stop_token_ids=eos_token_ids | frozenset(sampling.stop_token_ids),
+        logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+    )
+
+
+def delta_to_proto(delta: Delta) -> llm_pb2.Delta:
+    logprobs = [logprobs_to_proto(each) for each in delta.logprobs]
+    return llm_pb2.Delta(token_ids=delta.token_ids, text=delta.text, logprobs=logprobs)
+
+
+def logprobs_to_proto(logprobs: TokenLogprobs) -> llm_pb2.TokenLogprobs:
+    return llm_pb2.TokenLogprobs(
+        sampled=llm_pb2.TokenLogprob(token_id=logprobs.token_id, logprob=logprobs.logprob),
+        top=[llm_pb2.TokenLogprob(token_id=token_id, logprob=value) for token_id, value in logprobs.top],
+    )
+
+
+def finished_to_proto(finished: Finished) -> llm_pb2.Finished:
+    return llm_pb2.Finished(
+        finish_reason=finished.finish_reason,
+        num_prompt_tokens=finished.num_prompt_tokens,
+        num_completion_tokens=finished.num_completion_tokens,
+        num_cached_tokens=finished.num_cached_tokens,
+        timings=timings_to_proto(finished.timings),
+    )
+
+
+def timings_to_proto(timings: StageTimings) -> llm_pb2.StageTimings:
+    return llm_pb2.StageTimings(**asdict(timings))
+
+
+def logprobs_from_proto(message: llm_pb2.TokenLogprobs) -> TokenLogprobs:
+    return TokenLogprobs(
+        message.sampled.token_id,
+        message.sampled.logprob,
+        tuple((each.token_id, each.logprob) for each in message.top),
+    )
+
+
+def prompt_to_proto(token_ids: Sequence[int], media: Sequence[MediaItem]) -> llm_pb2.Prompt:
+    return llm_pb2.Prompt(
+        token_ids=llm_pb2.TokenIds(ids=token_ids), media=[_media_item_to_proto(item) for item in media]
+    )
+
+
+def _media_item_to_proto(item: MediaItem) -> llm_pb2.MediaItem:
+    message = llm_pb2.MediaItem(kind=_KIND_TO_PROTO[item.kind], video_fps=item.video_fps or 0.0)
+    if item.data is not None:
+        message.data = item.data
+    elif item.url is not None:
+        message.url = item.url
+    return message
+
+
+def sampling_to_proto(sampling: SamplingParams) -> llm_pb2.SamplingParams:
+    """Everything said: the receiver's defaults play no part."""
+    # JSON has no limit where these fields have 32 bits. What is beyond means the same.
+    return llm_pb2.SamplingParams(
+        max_tokens=min(sampling.max_tokens or 0, _MAX_UINT32),
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=min(sampling.top_k, _MAX_UINT32),
+        seed=sampling.seed % 2**64 if sampling.seed is not None else None,
+        stop_token_ids=sorted(each for each in sampling.stop_token_ids if 0 <= each <= _MAX_UINT32),
+        ignore_eos=True,  # those of the model are among the stop tokens
+        logprobs=sampling.logprobs,
+    )

@@ -1,0 +1,71 @@
+"""Random weights in place of a checkpoint's: enough to measure a model at its true dims without its files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitrine_vlm.model_loading.checkpoint import Checkpoint, CheckpointError
+from vitrine_vlm.types import DTYPES
+
+_log = logging.getLogger(__name__)
+_SEED = 0
+_DEFAULT_STD = 0.02
+_DEFAULT_DTYPE = "bfloat16"
+
+
+def draw_dummy_weights(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_progress: Callable[[int, int], None],
+) -> None:
+    """Fills `model`, built on the meta device, as its authors' training began: the same values at every start.
+
+    Products and embeddings are normal with config.json's `initializer_range`, biases 0, norms' weights 1.
+
+    Args:
+        device, dtype: where the weights are drawn, without a copy elsewhere, and in what.
+        on_progress: called with (tensors drawn, tensors in all) after each.
+    """
+    _log.warning("LOAD FORMAT DUMMY: the weights of %s are random and its answers mean nothing", checkpoint.model)
+    generator = torch.Generator(device).manual_seed(_SEED)
+    std = _stated(checkpoint, "initializer_range") or _DEFAULT_STD
+    undrawn = dict(model.named_parameters())  # tied ones once
+    drawn: dict[nn.Parameter, nn.Parameter] = {}
+    for name, parameter in undrawn.items():
+        values = torch.empty(parameter.shape, device=device, dtype=dtype)
+        if name.endswith("bias"):
+            values.zero_()
+        elif parameter.ndim == 1:
+            values.fill_(1.0)
+        else:
+            values.normal_(std=std, generator=generator)
+        drawn[parameter] = nn.Parameter(values, requires_grad=False)
+        on_progress(len(drawn), len(undrawn))
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            setattr(module, name, drawn[parameter])
+
+
+def configured_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """What config.json says of the weights' element type; bfloat16 where it says nothing.
+
+    Raises:
+        CheckpointError: it names one that is not served.
+    """
+    name = _stated(checkpoint, "dtype") or _stated(checkpoint, "torch_dtype") or _DEFAULT_DTYPE
+    if name not in DTYPES:
+        raise CheckpointError(f"config.json in {checkpoint.folder} says dtype {name!r}: served are {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _stated(checkpoint: Checkpoint, name: str) -> Any:
+    """A field of config.json, of the whole model or of its text model, as released ones have it in either place."""
+    config = checkpoint.config
+    return config.get(name) or (config.get("text_config") or {}).get(name)

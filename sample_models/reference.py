@@ -1,0 +1,185 @@
+"""The same checkpoint in one process by transformers: what every number of the split is compared with.
+
+transformers' processor classes cannot be built without torchvision, so the processor is put together from the
+parts that can: the Pillow image processor, the video processor's own `sample_frames`, `smart_resize` and `patchify`,
+and the processor's own placeholder replacement. Resizing is torchvision's, the backend transformers prefers, which is
+torch's own underneath; videos for Qwen2.5-VL must need none.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import sys
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as smart_resize_image
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as smart_resize_video
+from transformers.video_utils import VideoMetadata
+
+from vitrine_vlm.types import MediaKind
+
+VIDEO_FPS = 2.0
+
+
+@dataclass(frozen=True)
+class Media:
+    """One encoded file and what it is."""
+
+    kind: MediaKind
+    data: bytes
+
+
+class Reference:
+    """transformers' model and processor parts over one checkpoint folder, fp32 on the CPU."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = AutoConfig.from_pretrained(folder)
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        self.video_processor = _video_processor(folder, self.config)
+        qwen2_5 = self.config.model_type == "qwen2_5_vl"
+        processor_class = Qwen2_5_VLProcessor if qwen2_5 else Qwen3VLProcessor
+        self.processor = processor_class.__new__(processor_class)
+        self.processor.tokenizer = self.tokenizer
+        self.processor.image_processor = self.image_processor
+        self.processor.video_processor = self.video_processor
+        self.processor.image_token, self.processor.video_token = "<|image_pad|>", "<|video_pad|>"
+        self.processor.vision_start_token, self.processor.vision_end_token = "<|vision_start|>", "<|vision_end|>"
+
+    def inputs(self, text: str, media: list[Media]) -> dict[str, torch.Tensor]:
+        """Model inputs of `text`, which holds one placeholder a media item, as the processor would make them."""
+        inputs: dict[str, Any] = {}
+        images = [self._image(item.data) for item in media if item.kind == "image"]
+        image_texts, video_texts = [], []
+        if images:
+            inputs.update(self.image_processor(images, return_tensors="pt"))
+            image_texts = [self.processor.replace_image_token(inputs, index) for index in range(len(images))]
+        videos = [self._video(item.data) for item in media if item.kind == "video"]
+        if videos:
+            inputs["pixel_values_videos"] = torch.cat([patches for patches, _, _ in videos])
+            inputs["video_grid_thw"] = torch.tensor([grid for _, grid, _ in videos])
+            metadata = {**inputs, "video_metadata": [metadata for _, _, metadata in videos]}
+            video_texts = [self.processor.replace_video_token(metadata, index) for index in range(len(videos))]
+            if self.config.model_type == "qwen2_5_vl":
+                inputs["second_per_grid_ts"] = torch.tensor(
+                    [self.video_processor.temporal_patch_size / metadata.sampled_fps for _, _, metadata in videos]
+                )
+        for token, texts in (("<|image_pad|>", image_texts), ("<|video_pad|>", video_texts)):
+            first, *rest = text.split(token)
+            text = first + "".join(replacement + piece for replacement, piece in zip(texts, rest, strict=True))
+        ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        kinds = torch.zeros_like(ids)
+        kinds[ids == self.config.image_token_id] = 1
+        kinds[ids == self.config.video_token_id] = 2
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds, **inputs}
+
+    def greedy(self, inputs: dict[str, torch.Tensor], num_tokens: int) -> tuple[list[int], torch.Tensor]:
+        """Greedy continuation: token ids, and log-probabilities [num_tokens, vocab]."""
+        with torch.inference_mode():
+            out = self.model.generate(
+                **inputs,
+                max_new_tokens=num_tokens,
+                min_new_tokens=num_tokens,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        logits = torch.cat(out.logits)
+        # min_new_tokens suppresses the end token; the raw argmax must agree for the comparison to be fair.
+        return logits.argmax(-1).tolist(), logits.log_softmax(-1)
+
+    def answer(self, question: str, media: list[Media], max_tokens: int) -> str:
+        """The greedy answer to a question about `media`, which stand in front of it."""
+        content = [*({"type": item.kind} for item in media), {"type": "text", "text": question}]
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        inputs = self.inputs(text, media)
+        with torch.inference_mode():
+            ids = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
+        answer: str = self.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return answer
+
+    def _image(self, data: bytes) -> Image.Image:
+        """At its final size, so that the processor, whose Pillow resizes slightly differently, finds nothing to do."""
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        size = smart_resize_image(image.height, image.width, **_limits(self.image_processor))
+        return Image.fromarray(_resize(pixels[None], size)[0].permute(1, 2, 0).numpy())
+
+    def _video(self, data: bytes) -> tuple[torch.Tensor, list[int], VideoMetadata]:
+        with av.open(io.BytesIO(data), "r") as container:
+            rate = float(container.streams.video[0].average_rate or VIDEO_FPS)
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        metadata = VideoMetadata(total_num_frames=len(frames), fps=rate, duration=len(frames) / rate)
+        indices = self.video_processor.sample_frames(metadata, fps=VIDEO_FPS)
+        metadata.frames_indices = np.asarray(indices)
+        processor = self.video_processor
+        pixels = torch.from_numpy(np.stack([frames[int(index)] for index in indices])).permute(0, 3, 1, 2)
+        if self.config.model_type != "qwen2_5_vl":
+            num_frames, _, height, width = pixels.shape
+            size = smart_resize_video(num_frames, height, width, processor.temporal_patch_size, **_limits(processor))
+            pixels = _resize(pixels, size)
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (processor.image_mean, processor.image_std))
+        patches, *grid = processor.patchify(
+            ((pixels.float() / 255 - mean) / std)[None],
+            processor.patch_size,
+            processor.merge_size,
+            processor.temporal_patch_size,
+        )
+        return patches[0], grid, metadata
+
+
+def _limits(processor: Any) -> dict[str, int]:
+    return {
+        "factor": processor.patch_size * processor.merge_size,
+        "min_pixels": processor.size["shortest_edge"],
+        "max_pixels": processor.size["longest_edge"],
+    }
+
+
+def _resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """uint8 [items, 3, height, width] at another (height, width)."""
+    return torch.nn.functional.interpolate(pixels, size, mode="bicubic", antialias=True)
+
+
+def _video_processor(folder: Path, config: Any) -> Any:
+    if config.model_type != "qwen2_5_vl":
+        return Qwen3VLVideoProcessor.from_pretrained(folder)
+    return _qwen2_video_processor_class().from_pretrained(folder)
+
+
+def _qwen2_video_processor_class() -> Any:
+    """Qwen2VLVideoProcessor, whose module imports torchvision at its top; what is used of it here needs none."""
+    names = (
+        "torchvision",
+        "torchvision.transforms",
+        "torchvision.transforms.v2",
+        "torchvision.transforms.v2.functional",
+    )
+    stand_ins = {name: types.ModuleType(name) for name in names if name not in sys.modules}
+    for name, module in stand_ins.items():
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(stand_ins[parent], child, module)
+    sys.modules.update(stand_ins)
+    try:
+        return importlib.import_module("transformers.models.qwen2_vl.video_processing_qwen2_vl").Qwen2VLVideoProcessor
+    finally:
+        for name in stand_ins:
+            del sys.modules[name]

@@ -1,0 +1,105 @@
+"""Rows written behind their forward: who has the block when, and that nobody gets it while it may be written to."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import torch
+
+from tests.embedding_transport.clients.encoder_stub import IDENTITY, running_stub
+from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
+from vitrine_vlm.embedding_transport.clients.encoder_peer import EncoderDescription
+from vitrine_vlm.embedding_transport.fleet.row_peer import Connection
+from vitrine_vlm.embedding_transport.pools.pool import ExportPool
+from vitrine_vlm.embedding_transport.pools.row_source import TensorSource
+from vitrine_vlm.embedding_transport.shipping.early_write import EarlyWrite
+from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2
+from vitrine_vlm.types import ItemTimings
+
+POOL_NBYTES = 16 << 10
+ROWS = torch.arange(5.0 * IDENTITY.row_width).view(5, IDENTITY.row_width)
+
+
+@asynccontextmanager
+async def session(folder: Path) -> AsyncIterator[tuple[RowExporter, ExportPool, Connection[EncoderDescription]]]:
+    """An exporter, its pool, and a peer that has mapped it."""
+    async with running_stub(folder, pool_bytes=POOL_NBYTES) as (address, servicer, _):
+        client = EncoderClient([address], IDENTITY, shm_folder=folder)
+        await client.start()
+        connection = client._peers[0].connection
+        assert connection is not None and connection.transport == "shm"
+        yield servicer.exporter, servicer.exporter._pools[0], connection
+        await client.close()
+
+
+async def export(exporter: RowExporter, session_id: str, early: EarlyWrite) -> encoder_pb2.Lease:
+    (response,) = [each async for each in exporter.export(session_id, 0, TensorSource(ROWS), ItemTimings(), early)]
+    assert isinstance(response, encoder_pb2.EncodeResponse)
+    return response.ready.lease
+
+
+async def test_rows_are_in_the_pool_before_they_are_exported(tmp_path: Path) -> None:
+    async with session(tmp_path) as (exporter, pool, connection):
+        with exporter.early_write(connection.session_id) as early:
+            early.follow(ROWS)
+            early.batch_ended()
+            used = pool.used_nbytes
+            assert used > ROWS.nbytes
+            lease = await export(exporter, connection.session_id, early)
+        assert pool.used_nbytes == used, "the block that was written is the one that is leased"
+        assert connection.mapping is not None
+        connection.mapping.check(lease.offset, lease.lease_id, lease.generation, lease.nbytes)
+        shape = (len(ROWS), IDENTITY.row_width)
+        assert torch.equal(connection.mapping.rows(lease.offset, shape, torch.float32), ROWS)
+        assert exporter.release(connection.session_id, [lease.lease_id]) == (1, 0)
+        assert pool.used_nbytes == 0
+
+
+async def test_a_block_that_nobody_takes_is_given_back_once_its_batch_has_ended(tmp_path: Path) -> None:
+    async with session(tmp_path) as (exporter, pool, connection):
+        with exporter.early_write(connection.session_id) as given_up:
+            given_up.follow(ROWS)
+        assert pool.used_nbytes > 0, "the batch may still write to it"
+        given_up.batch_ended()
+        assert pool.used_nbytes == 0
+
+        with exporter.early_write(connection.session_id) as ended:
+            ended.follow(ROWS)
+            ended.batch_ended()
+        assert pool.used_nbytes == 0
+
+        with exporter.early_write(connection.session_id) as cancelled_in_the_queue:
+            pass
+        cancelled_in_the_queue.follow(ROWS)
+        assert pool.used_nbytes == 0
+        cancelled_in_the_queue.batch_ended()
+
+
+async def test_without_room_or_session_rows_are_written_when_they_are_exported(tmp_path: Path) -> None:
+    async with session(tmp_path) as (exporter, pool, connection):
+        rest = pool.allocate(pool.nbytes - 1024, lease_id=99)
+        assert rest is not None
+        with exporter.early_write(connection.session_id) as early:
+            early.follow(torch.zeros(100, IDENTITY.row_width))
+            early.batch_ended()
+            pool.free(rest)
+            assert pool.used_nbytes == 0
+            lease = await export(exporter, connection.session_id, early)
+            assert lease.nbytes == ROWS.nbytes
+        with exporter.early_write("") as bytes_only:
+            bytes_only.follow(ROWS)
+            bytes_only.batch_ended()
+            responses = exporter.export("", 0, TensorSource(ROWS), ItemTimings(), bytes_only)
+            (chunk,) = [each async for each in responses]
+            assert isinstance(chunk, bytes)
+
+
+async def test_who_waits_for_room_is_served_before_rows_that_are_written_early(tmp_path: Path) -> None:
+    async with session(tmp_path) as (exporter, pool, connection), exporter._lending._turns[pool]:
+        with exporter.early_write(connection.session_id) as early:
+            early.follow(ROWS)
+            assert pool.used_nbytes == 0
+            early.batch_ended()

@@ -1,0 +1,102 @@
+"""Finding, identifying and reading checkpoints."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitrine_vlm.model_loading.checkpoint import CheckpointError, open_checkpoint
+from vitrine_vlm.sample_models.random_checkpoint import save_random_checkpoint
+
+
+def test_a_sharded_checkpoint_reads_like_a_whole_one(tmp_path: Path, qwen3_vl_folder: Path) -> None:
+    sharded = open_checkpoint(str(save_random_checkpoint(tmp_path / "sharded", "qwen3_vl", max_shard_size="300KB")))
+    whole = open_checkpoint(str(qwen3_vl_folder))
+    assert len(set(sharded.tensor_names().values())) > 1
+    names = list(whole.tensor_names())
+    assert set(names) == set(sharded.tensor_names())
+    tensors = dict(sharded.read_tensors(names))
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in whole.read_tensors(names))
+
+
+@pytest.mark.parametrize(
+    "elsewhere", ["../elsewhere.safetensors", "/elsewhere.safetensors", "..", "", "config.json", 5, None]
+)
+def test_an_index_cannot_point_outside_the_folder(tmp_path: Path, elsewhere: object) -> None:
+    folder = save_random_checkpoint(tmp_path / "sharded", "qwen3_vl", max_shard_size="300KB")
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["lm_head.weight"] = elsewhere
+    index.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=re.escape(repr(elsewhere))):
+        open_checkpoint(str(folder)).tensor_names()
+
+
+@pytest.mark.parametrize("content", ['{"metadata": {}}', '{"weight_map": ["a.safetensors"]}', "[]", "{"])
+def test_an_index_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError):
+        open_checkpoint(str(tmp_path)).tensor_names()
+
+
+def test_revision_tells_weights_apart_and_not_places(tmp_path: Path, qwen3_vl_folder: Path) -> None:
+    copy = tmp_path / qwen3_vl_folder.name
+    shutil.copytree(qwen3_vl_folder, copy)
+    other = save_random_checkpoint(tmp_path / "other", "qwen3_vl", seed=1)
+    first, same, different = (open_checkpoint(str(folder)) for folder in (qwen3_vl_folder, copy, other))
+    assert (first.model, first.revision) == (same.model, same.revision)
+    assert first.revision != different.revision
+    assert open_checkpoint(str(copy), served_model_name="mine").model == "mine"
+
+
+def test_dummies_need_no_weights_and_fit_no_real_ones(tmp_path: Path, qwen3_vl_folder: Path) -> None:
+    bare, other = tmp_path / "bare", tmp_path / "other"
+    for folder in (bare, other):
+        shutil.copytree(qwen3_vl_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (other / "config.json").write_text(json.dumps(open_checkpoint(str(bare)).config | {"changed": True}))
+    revisions = [
+        open_checkpoint(str(folder), load_format="dummy").revision for folder in (qwen3_vl_folder, bare, other)
+    ]
+    assert revisions[0] == revisions[1] != revisions[2]
+    assert revisions[1] != open_checkpoint(str(bare)).revision
+
+
+def test_what_is_missing_is_named(tmp_path: Path, qwen3_vl_folder: Path) -> None:
+    checkpoint = open_checkpoint(str(qwen3_vl_folder))
+    with pytest.raises(CheckpointError, match=r"no\.such\.tensor"):
+        list(checkpoint.read_tensors(["no.such.tensor"]))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        open_checkpoint(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="model_type"):
+        _ = open_checkpoint(str(tmp_path)).config
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
+    with pytest.raises(CheckpointError, match="safetensors"):
+        open_checkpoint(str(tmp_path)).tensor_names()
+
+
+def test_a_hub_id_is_found_in_the_hubs_cache(
+    tmp_path: Path, qwen3_vl_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache as the hub client lays it out after a download; the revision is the commit."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--acme--eyes"
+    shutil.copytree(qwen3_vl_folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    checkpoint = open_checkpoint("acme/eyes")
+    assert (checkpoint.model, checkpoint.revision) == ("acme/eyes", commit)
+    assert checkpoint.config["model_type"] == "qwen3_vl"
+    (repository / "snapshots" / commit / "model.safetensors").unlink()
+    dummy = open_checkpoint("acme/eyes", load_format="dummy")
+    assert (dummy.revision, dummy.config["model_type"]) == (f"dummy-{commit}", "qwen3_vl")
+    with pytest.raises(CheckpointError, match="acme/ears"):
+        open_checkpoint("acme/ears")
