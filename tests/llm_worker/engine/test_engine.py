@@ -31,6 +31,7 @@ from vitrine_vlm.errors import (
     Overloaded,
     PromptTooLong,
     VitrineError,
+    WorkerUnavailable,
 )
 from vitrine_vlm.llm_worker.engine import step_executor
 from vitrine_vlm.llm_worker.engine.engine import Engine
@@ -337,7 +338,7 @@ async def test_a_closed_engine_refuses_and_releases(qwen3_vl_folder: Path, image
     handle = submit(engine, image, greedy(4))
     assert image.rows[0].num_releases == 1
     for each in (before, handle):
-        with pytest.raises(InternalError, match="shutting down"):
+        with pytest.raises(WorkerUnavailable, match="shutting down"):
             await collect(each)
 
 
@@ -355,7 +356,7 @@ async def test_nobody_waits_for_an_engine_that_broke(
         monkeypatch.setattr(engine._scheduler, "schedule", fail)
         running.set_prompt(image.prompt)
         for handle in (running, engine.submit("later", image.prefix, greedy(4), unsent)):
-            with pytest.raises(InternalError):
+            with pytest.raises(WorkerUnavailable, match="ended: RuntimeError"):
                 await asyncio.wait_for(collect(handle), 10)
         assert image.rows[0].num_releases == 1
 
@@ -371,7 +372,7 @@ async def test_an_exception_of_the_loop_leaves_run_for_the_threads_owner(
         handle = submit(engine, image, greedy(4))
         with pytest.raises(RuntimeError, match="a bug of ours"):
             await asyncio.to_thread(engine.run)
-        with pytest.raises(InternalError, match="stopped: RuntimeError"):
+        with pytest.raises(WorkerUnavailable, match="ended: RuntimeError"):
             await asyncio.wait_for(collect(handle), 10)
         assert image.rows[0].num_releases == 1 and is_idle(engine)
 

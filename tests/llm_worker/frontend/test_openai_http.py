@@ -66,7 +66,7 @@ async def test_the_port_answers_while_the_model_loads() -> None:
         asked = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
         for response in (await client.get("/v1/models"), await client.post(CHAT, json=asked)):
             assert response.status == 503
-            assert (await response.json())["error"]["code"] == "encoder_unavailable"
+            assert (await response.json())["error"]["code"] == "worker_unavailable"
             assert "loading" in (await response.json())["error"]["message"]
             assert int(response.headers["Retry-After"]) > 0
 
