@@ -82,5 +82,6 @@ def test_a_model_type_that_neither_service_has_is_refused(tmp_path: Path) -> Non
 
 def test_families_are_known_without_triton() -> None:
     """A module that is None in sys.modules cannot be imported, as where it is not installed."""
-    code = "import sys; sys.modules['triton'] = None; from vitrine_vlm.encoder_service.families import FAMILIES; assert FAMILIES"
+    without_triton = "import sys; sys.modules['triton'] = None; "
+    code = without_triton + "from vitrine_vlm.encoder_service.families import FAMILIES; assert FAMILIES"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
