@@ -68,7 +68,7 @@ def test_commands_that_are_named_exist(page: Path) -> None:
     assert not unknown
 
 
-@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")], ids=lambda page: page.name)
+@on_each_page
 def test_lines_are_short(page: Path) -> None:
     """Tables aside, and blocks of code, where a line is a line."""
     long = [line for line in prose(page).splitlines() if len(line) > MAX_LENGTH and not line.startswith("|")]
