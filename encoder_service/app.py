@@ -1,4 +1,4 @@
-"""Builds an encoder from its configuration and runs it until it is told to stop."""
+"""Builds an encoder from its configuration and runs it until SIGTERM or SIGINT."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from vitrine_vlm.encoder_service.config import EncoderConfig
 from vitrine_vlm.encoder_service.engine.admission import Admission
 from vitrine_vlm.encoder_service.engine.batcher import Batcher
 from vitrine_vlm.encoder_service.engine.cache import EmbeddingCache
-from vitrine_vlm.encoder_service.engine.cost_model import CostModel, measured_cost
+from vitrine_vlm.encoder_service.engine.cost_model import CostModel, measure_cost
 from vitrine_vlm.encoder_service.families import Family, build_tower, family_of
 from vitrine_vlm.encoder_service.gpu.stats import GpuStats
-from vitrine_vlm.encoder_service.media.held_bytes import HeldBytes
+from vitrine_vlm.encoder_service.media.byte_budget import ByteBudget
 from vitrine_vlm.encoder_service.media.loader import MediaLoader
 from vitrine_vlm.encoder_service.metrics import EncoderMetrics
 from vitrine_vlm.encoder_service.models import PlainTower, VisionTower
 from vitrine_vlm.encoder_service.models.weights import stored_dtype
 from vitrine_vlm.encoder_service.preprocess.preprocessor import Preprocessor
 from vitrine_vlm.encoder_service.preprocess.settings import ProcessorSettings
-from vitrine_vlm.encoder_service.server import EncoderServer, EncoderServicer, Serving
+from vitrine_vlm.encoder_service.server import EncoderServer, EncoderServicer, ServiceState
 from vitrine_vlm.encoder_service.service import EncodeService
 from vitrine_vlm.errors import EncoderUnavailable
 from vitrine_vlm.model_loading.checkpoint import open_checkpoint
@@ -48,15 +48,18 @@ if TYPE_CHECKING:
     from vitrine_vlm.encoder_service.gpu.graphs import GpuTower
 
 _log = logging.getLogger(__name__)
-# Peers' Connect streams last until the server ends them: this only lets the last answers leave.
+# Peers' Connect streams last until the server ends them: this is only for the last answers to be sent.
 _STOP_GRACE_S = 0.5
-# Where the GPU does the work, more threads only contend for the interpreter.
+# Where the GPU does the work, further threads only contend for the interpreter.
 _GPU_PREPROCESS_THREADS = 8
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """The vision half of a checkpoint, ready to run."""
+    """The vision half of a checkpoint, ready to run.
+
+    gpu_stats: reads what the CUDA graphs did; None without them. gpu_uuids: of `device`, as peers on this host know it.
+    """
 
     identity: ModelIdentity
     settings: ProcessorSettings
@@ -68,13 +71,15 @@ class LoadedModel:
 
 
 def load_model(
-    config: EncoderConfig, must_stop: Callable[[], bool], show: Callable[[str, float], None] = lambda stage, part: None
+    config: EncoderConfig,
+    must_stop: Callable[[], bool],
+    report: Callable[[str, float], None] = lambda stage, part: None,
 ) -> LoadedModel:
     """Finds the checkpoint and loads its tower, logging the progress. Blocking.
 
     Args:
-        must_stop: once it says so, loading ends with LoadingStopped.
-        show: called with a stage of the start ("weights", "graphs") and the part of it that is done.
+        must_stop: once it returns True, loading ends with LoadingStopped.
+        report: called with a stage of the start ("weights", "graphs") and the part of it that is done, 0 to 1.
 
     Raises:
         CheckpointError: no such checkpoint, or one that this encoder cannot serve.
@@ -89,9 +94,9 @@ def load_model(
     has_fast_form = device.type == "cuda" and dtype_name == "bfloat16"
     if config.quantization == "fp8" and not has_fast_form:
         raise ValueError(f"--quantization fp8 needs bfloat16 on a GPU: this is {dtype_name} on {device.type}")
-    progress = ProgressLog("loading visual weights", must_stop, partial(show, "weights"))
+    progress = ProgressLog("loading visual weights", must_stop, partial(report, "weights"))
     plain = build_tower(checkpoint, device, DTYPES[dtype_name], progress)
-    fast = _accelerated(plain, family, config, must_stop, partial(show, "graphs")) if has_fast_form else None
+    fast = _accelerated(plain, family, config, must_stop, partial(report, "graphs")) if has_fast_form else None
     identity = ModelIdentity(
         model=checkpoint.model,
         revision=checkpoint.revision,
@@ -102,7 +107,7 @@ def load_model(
     )
     _log.info("loaded %s, revision %s, %s on %s", identity.model, identity.revision[:12], dtype_name, device)
     tower = fast or plain
-    cost = measured_cost(tower, plain.config.patch_width, device)
+    cost = measure_cost(tower, plain.config.patch_width, device)
     return LoadedModel(identity, settings, tower, cost, fast.stats if fast else None, device, gpu_uuids(device))
 
 
@@ -111,14 +116,14 @@ def _accelerated(
     family: Family,
     config: EncoderConfig,
     must_stop: Callable[[], bool],
-    show: Callable[[float], None],
+    report: Callable[[float], None],
 ) -> GpuTower:
     from vitrine_vlm.encoder_service.gpu.tower import (
         gpu_tower,  # needs Triton, which comes with torch's CUDA builds only
     )
 
     max_graph_patches = config.max_batch_patches if config.cuda_graphs else 0
-    progress = ProgressLog("capturing CUDA graphs", must_stop, show)
+    progress = ProgressLog("capturing CUDA graphs", must_stop, report)
     return gpu_tower(plain, family.fuse, max_graph_patches, progress, fp8=config.quantization == "fp8")
 
 
@@ -128,7 +133,7 @@ async def serve(config: EncoderConfig) -> None:
     Raises:
         CheckpointError: see `load_model`.
         OSError: a port cannot be listened on.
-        TransportUnavailable: no room for a pool.
+        TransportUnavailable: a pool could not be allocated.
         ValueError: the media folder does not exist.
     """
     limits = config.media_limits()
@@ -150,7 +155,7 @@ async def serve(config: EncoderConfig) -> None:
         _log.info("LISTENING %s", addresses)
 
         try:
-            model = await asyncio.to_thread(load_model, config, lambda: lifecycle.is_ending, metrics.show_progress)
+            model = await asyncio.to_thread(load_model, config, lambda: lifecycle.is_ending, metrics.set_start_progress)
         except LoadingStopped:
             lifecycle.raise_failure()
             _log.info("stopped while loading")
@@ -168,12 +173,12 @@ async def serve(config: EncoderConfig) -> None:
             max_batch_patches=config.max_batch_patches,
             device=model.device,
             on_batch=metrics.observe_batch,
-            # Nothing can be cleaned up: whatever is freed on the way is freed on the GPU.
+            # Cleaning up is impossible: it would free memory on the lost GPU.
             on_gpu_lost=lambda: supervisor.fail("GPU", None, can_unwind=False),
         )
         stack.push_async_callback(batcher.close)
         batcher.start(supervisor)
-        loader, held = MediaLoader(limits), HeldBytes(config.max_held_media_bytes)
+        loader, media_budget = MediaLoader(limits), ByteBudget(config.max_held_media_bytes)
         stack.push_async_callback(loader.close)
         cache = EmbeddingCache(gpu_nbytes=config.cache_gpu_bytes, host_nbytes=config.cache_host_bytes)
         stack.push_async_callback(cache.close)
@@ -183,7 +188,7 @@ async def serve(config: EncoderConfig) -> None:
         num_cpus = os.cpu_count() or 1
         service = EncodeService(
             loader,
-            held,
+            media_budget,
             Preprocessor(model.settings, limits, preprocess_device, DTYPES[model.identity.dtype]),
             admission,
             batcher,
@@ -195,7 +200,7 @@ async def serve(config: EncoderConfig) -> None:
         )
         stack.push_async_callback(service.close)
         service.start(supervisor)
-        metrics.watch_queue(admission, lambda: held.nbytes, lambda: batcher.waiting_patches)
+        metrics.watch_queue(admission, lambda: media_budget.reserved_nbytes, lambda: batcher.waiting_patches)
         metrics.watch_exporter(exporter.stats)
         if model.gpu_stats is not None:
             metrics.watch_gpu(model.gpu_stats)
@@ -204,7 +209,7 @@ async def serve(config: EncoderConfig) -> None:
         )
         stats = lambda: stats_to_proto(admission.seconds, cache.stats(), exporter.stats())  # noqa: E731
         spare_startup_objects()
-        servicer.open(Serving(description, service, exporter, stats))
+        servicer.open(ServiceState(description, service, exporter, stats))
         if not lifecycle.is_ending:
             await server.set_serving(True)
         log_at_any_level(_log, "SERVING %s over %s", model.identity.model, ", ".join(exporter.transports))
@@ -222,7 +227,7 @@ async def serve(config: EncoderConfig) -> None:
 def _serve_metrics(
     config: EncoderConfig, metrics: EncoderMetrics, supervisor: Supervisor, stack: AsyncExitStack
 ) -> None:
-    """Answers Prometheus on a port of its own, until the stack is closed.
+    """Serves metrics to Prometheus on a port of their own, until the stack is closed.
 
     Raises:
         OSError: the port cannot be listened on.

@@ -1,4 +1,4 @@
-"""Between the encoder's protobuf messages and plain values; what peers send is checked here."""
+"""Converts between the encoder's protobuf messages and plain values, and checks what peers send."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ _KINDS: dict[int, MediaKind] = {
 
 
 def item_from_proto(index: int, message: encoder_pb2.MediaItem) -> MediaItem:
-    """
+    """The item at `index` of a request.
+
     Raises:
         BadRequest: no kind, or neither url nor data.
     """
@@ -35,6 +36,7 @@ def item_from_proto(index: int, message: encoder_pb2.MediaItem) -> MediaItem:
 
 
 def failed_to_proto(item_index: int, error: VitrineError) -> encoder_pb2.EncodeResponse:
+    """The answer for an item that could not be encoded."""
     retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else 0.0
     failed = encoder_pb2.Failed(item_index=item_index, code=error.code, message=str(error), retry_after_s=retry_after_s)
     return encoder_pb2.EncodeResponse(failed=failed)
@@ -47,6 +49,7 @@ def describe_to_proto(
     max_items: int,
     gpu_uuids: tuple[str, ...] = (),
 ) -> encoder_pb2.DescribeResponse:
+    """The answer to Describe."""
     return describe(
         identity,
         processor=encoder_pb2.ProcessorSettings(
@@ -70,6 +73,7 @@ def describe_to_proto(
 
 
 def stats_to_proto(queue_s: float, cache: CacheStats, exporter: ExporterStats) -> encoder_pb2.GetStatsResponse:
+    """The answer to GetStats. queue_s: seconds of work that are admitted."""
     return encoder_pb2.GetStatsResponse(
         queue_seconds=queue_s,
         num_cache_hits=cache.hits,

@@ -22,7 +22,7 @@ _ITEM_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class EncoderMetrics:
-    """One registry a process (or a test); what happens is counted where it happens."""
+    """One registry a process (or a test). Each part of the encoder counts its own events here."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -60,10 +60,12 @@ class EncoderMetrics:
             registry=self.registry,
         )
 
-    def show_progress(self, stage: str, part: float) -> None:
+    def set_start_progress(self, stage: str, part: float) -> None:
+        """Sets which part of a stage of the start is done, 0 to 1."""
         self.start_progress.labels(stage).set(part)
 
     def observe_batch(self, report: BatchReport) -> None:
+        """Counts one batch that ran."""
         self.batch_patches.observe(report.num_patches)
         self.batch_items.observe(report.num_items)
         self.stage_seconds.labels("forward").observe(report.forward_s)

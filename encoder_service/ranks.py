@@ -1,7 +1,7 @@
-"""Data parallel: one encoder process a GPU, each with a port of its own, kept alive by this one.
+"""Data parallel: one encoder process a GPU, each with a port of its own. This process starts a rank that ends again.
 
-The ranks know nothing of each other. A client that is given all their addresses spreads the items of a request over
-them, takes every item's rows from the rank that made them, and goes on elsewhere while one is down.
+The ranks do not communicate. A client that has all their addresses spreads the items of a request over them, receives
+each item's rows from the rank that computed them, and uses the others while one is down.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ async def serve_ranks(config: EncoderConfig) -> None:
     """Runs `config.dp` encoders until SIGTERM or SIGINT, then stops them all.
 
     Raises:
-        EncoderUnavailable: a rank ended before it ever served; there is no sense in starting it again.
-        ValueError: fewer GPUs are visible than there are to be ranks.
+        EncoderUnavailable: a rank ended before it ever served, so that starting it again would not help.
+        ValueError: fewer GPUs are visible than `config.dp`.
     """
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -47,14 +47,14 @@ async def serve_ranks(config: EncoderConfig) -> None:
     with tempfile.TemporaryDirectory(prefix="vitrine-ranks-") as folder:
         ranks = [_Rank(config, rank, Path(folder), supervisor) for rank in range(config.dp)]
         for rank in ranks:
-            supervisor.start_task(rank.name, rank.keep_alive())
+            supervisor.start_task(rank.name, rank.supervise())
         try:
             await supervisor.unless_failed(stop.wait())
         except ChildFailed as error:
             raise EncoderUnavailable(f"{error}") from error
         finally:
             await supervisor.close()
-            # Each ends by itself so long after its signal; then it is killed.
+            # Each has this long after its signal to end by itself; then it is killed.
             await asyncio.gather(*(rank.stop(config.drain_timeout_s + EXIT_MARGIN_S) for rank in ranks))
 
 
@@ -62,7 +62,7 @@ class _Rank:
     def __init__(self, config: EncoderConfig, rank: int, folder: Path, supervisor: Supervisor) -> None:
         """
         Args:
-            folder: for the socket by which the rank is asked for its health.
+            folder: where the rank's health socket is made.
         """
         self.name = f"rank {rank}"
         self._health_socket = folder / f"{rank}.sock"
@@ -72,8 +72,8 @@ class _Rank:
         self._has_served = self._has_served_now = False
         self._child: Child | None = None
 
-    async def keep_alive(self) -> None:
-        """Starts the process, again and again.
+    async def supervise(self) -> None:
+        """Starts the process, and starts it again each time it has ended.
 
         Raises:
             ChildFailed: it never served.
@@ -82,9 +82,9 @@ class _Rank:
         while True:
             self._has_served_now = False
             self._child = await Child.start(self.name, ["vitrine_vlm.encoder_service"], self._environment)
-            looking = self._supervisor.start_job(f"{self.name} health", self._note_serving())
+            polling = self._supervisor.start_job(f"{self.name} health", self._poll_health())
             failure = await self._child.failed()
-            await self._supervisor.stop(looking)
+            await self._supervisor.stop(polling)
             if not self._has_served:
                 raise failure
             if self._has_served_now:
@@ -97,10 +97,10 @@ class _Rank:
         if self._child is not None:
             await self._child.stop(grace_s)
 
-    async def _note_serving(self) -> None:
+    async def _poll_health(self) -> None:
         while not self._has_served_now:
             await asyncio.sleep(_HEALTH_INTERVAL_S)
-            with suppress(grpc.aio.AioRpcError):  # it does not listen yet, or is about to end
+            with suppress(grpc.aio.AioRpcError):  # the rank does not listen yet, or is ending
                 status = await health_status(f"unix:{self._health_socket}", _HEALTH_TIMEOUT_S)
                 self._has_served_now = status == "SERVING"
         self._has_served = True
@@ -110,10 +110,10 @@ def rank_environment(config: EncoderConfig, rank: int, environment: Mapping[str,
     """The settings of one rank as environment variables: ports that follow each other, one GPU of those visible.
 
     Args:
-        environment: ours, which may restrict the visible GPUs already.
+        environment: of this process, which may restrict the visible GPUs already.
 
     Raises:
-        ValueError: it leaves no GPU for this rank.
+        ValueError: `environment` or the machine leaves no GPU for this rank.
     """
     ports = {name: number + rank for name in ("port", "metrics_port") if (number := getattr(config, name))}
     settings = config.as_environment(dp=1, **ports)

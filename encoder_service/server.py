@@ -1,4 +1,4 @@
-"""The encoder's gRPC face: a thin servicer over EncodeService and RowExporter."""
+"""The encoder's gRPC servicer: a thin layer over EncodeService and RowExporter."""
 
 from __future__ import annotations
 
@@ -40,8 +40,11 @@ EncodeContext: TypeAlias = grpc.aio.ServicerContext[encoder_pb2.EncodeRequest, W
 
 
 @dataclass(frozen=True)
-class Serving:
-    """What there is once the model is loaded."""
+class ServiceState:
+    """What the servicer serves from, once the model is loaded.
+
+    description: the answer to Describe; stats: makes the answer to GetStats.
+    """
 
     description: encoder_pb2.DescribeResponse
     service: EncodeService
@@ -59,10 +62,11 @@ class EncoderServicer(SessionServicer, encoder_pb2_grpc.EncoderServicer):  # typ
     def __init__(self, metrics: EncoderMetrics, calls: RunningCalls) -> None:
         self._calls = calls
         self._metrics = metrics
-        self._serving: Serving | None = None
+        self._state: ServiceState | None = None
 
-    def open(self, serving: Serving) -> None:
-        self._serving = serving
+    def open(self, state: ServiceState) -> None:
+        """Begins to answer."""
+        self._state = state
 
     async def Describe(
         self,
@@ -103,31 +107,31 @@ class EncoderServicer(SessionServicer, encoder_pb2_grpc.EncoderServicer):  # typ
             await abort(context, error)
 
     async def _encode(self, request: encoder_pb2.EncodeRequest, context: EncodeContext) -> None:
-        serving = self._loaded()
-        serving.service.check_number(len(request.items))  # before there is any work in millions of them
+        state = self._loaded()
+        state.service.check_number(len(request.items))  # before millions of them cost any work
         items = [item_from_proto(index, message) for index, message in enumerate(request.items)]
         left_s = context.time_remaining()
         deadline = math.inf if left_s is None else time.monotonic() + left_s
-        with _Replies(context, serving.exporter, request.session_id) as replies:
-            await serving.service.encode(items, replies, request.tenant, deadline)
+        with _Replies(context, state.exporter, request.session_id) as replies:
+            await state.service.encode(items, replies, request.tenant, deadline)
 
     def _exporter(self) -> RowExporter:
         return self._loaded().exporter
 
-    def _loaded(self) -> Serving:
-        if self._serving is None:
+    def _loaded(self) -> ServiceState:
+        if self._state is None:
             raise EncoderUnavailable("the encoder is still loading its model: try again when it is SERVING")
-        return self._serving
+        return self._state
 
 
 class _Replies:
-    """What one Encode call answers. Leases that its peer will not hear of are given back at the end."""
+    """Writes the answers of one Encode call. Leases that its peer does not learn of are released at the end."""
 
     def __init__(self, context: EncodeContext, exporter: RowExporter, session_id: str) -> None:
         self._context = context
         self._exporter = exporter
         self._session_id = session_id
-        self._turn = asyncio.Lock()  # gRPC takes one message at a time
+        self._write_lock = asyncio.Lock()  # gRPC writes one message at a time
         self._leases: set[int] = set()
         self._delivered: set[int] = set()
         self._call: asyncio.Task[object] | None = None
@@ -137,9 +141,9 @@ class _Replies:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        # A peer that has given the request up takes none of its leases, not even those that are on their way.
-        given_up = kind is not None and issubclass(kind, asyncio.CancelledError)
-        undelivered = self._leases if given_up else self._leases - self._delivered
+        # A peer that has cancelled the request uses none of its leases, not even those whose Ready is in flight.
+        cancelled = kind is not None and issubclass(kind, asyncio.CancelledError)
+        undelivered = self._leases if cancelled else self._leases - self._delivered
         if undelivered:
             self._exporter.release(self._session_id, sorted(undelivered))
 
@@ -171,25 +175,25 @@ class _Replies:
         self._delivered.add(lease_id)
 
     async def _write(self, message: Wire) -> None:
-        async with self._turn:
+        async with self._write_lock:
             try:
                 await send(self._context, message)
             except asyncio.CancelledError:
                 if self._call is not None and not is_own_cancellation():
-                    self._call.cancel()  # the peer is gone: for the other items, too
+                    self._call.cancel()  # the peer has disconnected, so the other items cannot be sent either
                 raise
 
 
 class _Shipment:
-    """One item's rows on their way out; see `service.Shipment`."""
+    """Ships one item's rows; see `service.Shipment`."""
 
-    def __init__(self, replies: _Replies, item_index: int, follower: EarlyWrite) -> None:
-        self.follower = follower
+    def __init__(self, replies: _Replies, item_index: int, hook: EarlyWrite) -> None:
+        self.hook = hook
         self._replies = replies
         self._item_index = item_index
 
     async def send(self, rows_TW: torch.Tensor, timings: ItemTimings) -> None:
-        await self._replies.ship(self._item_index, self.follower, rows_TW, timings)
+        await self._replies.ship(self._item_index, self.hook, rows_TW, timings)
 
 
 class EncoderServer(ServiceServer):

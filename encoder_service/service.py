@@ -1,6 +1,6 @@
 """Encodes the items of a request: load -> open -> admit -> Layout -> cache or decode, batch -> ship, all at once.
 
-Knows neither gRPC nor protobuf: where answers go is the caller's `Replies`.
+gRPC and protobuf stay in the servicer: answers go to the `Replies` that the caller passes.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from vitrine_vlm.encoder_service.engine.admission import Admission, Room
-from vitrine_vlm.encoder_service.engine.batch import Follower
+from vitrine_vlm.encoder_service.engine.admission import Admission, Reservation
+from vitrine_vlm.encoder_service.engine.batch import PostForwardHook
 from vitrine_vlm.encoder_service.engine.batcher import Batcher
-from vitrine_vlm.encoder_service.engine.cache import EmbeddingCache, MadeRows
-from vitrine_vlm.encoder_service.media.held_bytes import HeldBytes, Hold
+from vitrine_vlm.encoder_service.engine.cache import EmbeddingCache, EncodedRows
+from vitrine_vlm.encoder_service.media.byte_budget import ByteBudget, Reserve
 from vitrine_vlm.encoder_service.media.loader import MediaLoader
 from vitrine_vlm.encoder_service.metrics import EncoderMetrics
-from vitrine_vlm.encoder_service.preprocess.gathering import Gathering
+from vitrine_vlm.encoder_service.preprocess.jpeg_batcher import JpegBatcher
 from vitrine_vlm.encoder_service.preprocess.preprocessor import OpenedMedia, Preprocessor
 from vitrine_vlm.errors import BadRequest, InternalError, TooManyItems, VitrineError
 from vitrine_vlm.service_runtime.logs import harmless
@@ -41,41 +41,41 @@ Result = TypeVar("Result")
 
 
 class Replies(Protocol):
-    """Where the answers of one request go; items answer as they finish, several at once."""
+    """Sends the answers of one request; items answer as they finish, several at once."""
 
     async def layout(self, item_index: int, layout: Layout) -> None:
-        """The item's size is known."""
+        """Sends the item's layout, once its size is known."""
         ...
 
     def shipment(self, item_index: int) -> AbstractContextManager[Shipment]:
-        """The item's rows on their way; what was not sent when it ends is given up."""
+        """Ships the item's rows; what was not sent by the end of the context is discarded."""
         ...
 
     async def failed(self, item_index: int, error: VitrineError) -> None:
-        """The item could not be encoded; the others go on."""
+        """Sends why the item could not be encoded; the others go on."""
         ...
 
 
 class Shipment(Protocol):
-    """Rows of one item on their way out."""
+    """Ships the rows of one item."""
 
     @property
-    def follower(self) -> Follower:
-        """Ships as much as it can behind the forward that makes the rows."""
+    def hook(self) -> PostForwardHook:
+        """Queues as much of the shipping as it can behind the forward that computes the rows."""
         ...
 
     async def send(self, rows_TW: torch.Tensor, timings: ItemTimings) -> None:
-        """Rows [num_tokens, row_width], complete and on any device."""
+        """Sends rows [num_tokens, row_width], complete and on any device."""
         ...
 
 
 class EncodeService:
-    """Turns media items into rows. Belongs to one event loop; any number of requests run at once."""
+    """Turns media items into rows. It belongs to one event loop; any number of requests run at once."""
 
     def __init__(
         self,
         loader: MediaLoader,
-        held: HeldBytes,
+        media_budget: ByteBudget,
         preprocessor: Preprocessor,
         admission: Admission,
         batcher: Batcher,
@@ -88,13 +88,13 @@ class EncodeService:
     ) -> None:
         """
         Args:
-            held: of encoded media that items in work have.
-            revision: of the model; part of an item's content hash.
-            max_items: accepted in one request.
-            num_threads: items decoded and preprocessed at once.
+            media_budget: bounds the encoded media of all items in work.
+            revision: the model's; part of an item's content hash.
+            max_items: items accepted in one request.
+            num_threads: items opened, decoded and preprocessed at once, besides JPEGs on a GPU.
         """
         self._loader = loader
-        self._held = held
+        self._media_budget = media_budget
         self._preprocessor = preprocessor
         self._admission = admission
         self._batcher = batcher
@@ -102,16 +102,16 @@ class EncodeService:
         self._max_items = max_items
         self._metrics = metrics
         self._hash_seed = f"{preprocessor.settings.fingerprint()}:{revision}"
-        self._gathering = Gathering(preprocessor.patches_together)
+        self._jpeg_batcher = JpegBatcher(preprocessor.patches_of_batch)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="encoder-preprocess")
 
     def start(self, supervisor: Supervisor) -> None:
-        """Begins to make patches; the supervisor owns the loops that do."""
-        self._gathering.start(supervisor)
+        """Starts the loops that batch JPEGs, which the supervisor owns."""
+        self._jpeg_batcher.start(supervisor)
 
     async def close(self) -> None:
-        """Drops decoding that has not begun and waits for the rest."""
-        await self._gathering.close()
+        """Discards decoding that has not begun and waits for the rest."""
+        await self._jpeg_batcher.close()
         await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
 
     async def encode(
@@ -119,8 +119,8 @@ class EncodeService:
     ) -> None:
         """Answers for each item: its layout as soon as it is known, then its rows, or its failure instead.
 
-        Rows of an equal item of the same tenant are used again. Items finish in any order. Cancelling stops everything
-        that is not yet running.
+        Rows of an equal item of the same tenant are used again. Items finish in any order. Cancelling stops what does
+        not run yet.
 
         Args:
             deadline: when the request ends, seconds of the monotonic clock.
@@ -148,17 +148,17 @@ class EncodeService:
             raise TooManyItems(f"{num_items} media items: at most {self._max_items} are accepted in one request")
 
     async def _run_item(self, index: int, item: MediaItem, replies: Replies, tenant: str, deadline: float) -> None:
-        """One item from start to end."""
+        """Encodes one item, answers for it, and counts its outcome."""
         outcome = "cancelled"
         try:
-            with self._held.item() as hold:
-                await self._encode_item(index, item, replies, tenant, deadline, hold)
+            with self._media_budget.item() as reserve_bytes:
+                await self._encode_item(index, item, replies, tenant, deadline, reserve_bytes)
             outcome = "ok"
         except VitrineError as error:
             outcome = error.code
             await replies.failed(index, error)
         except Exception:
-            _log.exception("item %d failed for a reason that is a fault of ours", index)
+            _log.exception("item %d failed by a fault of the encoder", index)
             outcome = InternalError.code
             await replies.failed(index, InternalError("the encoder failed on this item; its log has the reason"))
         finally:
@@ -166,54 +166,57 @@ class EncodeService:
                 self._metrics.items.labels(item.kind, outcome).inc()
 
     async def _encode_item(
-        self, index: int, item: MediaItem, replies: Replies, tenant: str, deadline: float, hold: Hold
+        self, index: int, item: MediaItem, replies: Replies, tenant: str, deadline: float, reserve_bytes: Reserve
     ) -> None:
         with self._stage("load", index) as load:
-            data = await self._loader.load(item, hold)
+            data = await self._loader.load(item, reserve_bytes)
         with self._stage("open", index) as opening:
             opened, layout, key = await self._in_thread(self._open, item, data, tenant)
-        admission = self._admission.admit(layout.grid_thw, deadline, late=self._cache.knows(key))
-        with admission as room, replies.shipment(index) as shipment:
+        admission = self._admission.admit(layout.grid_thw, deadline, reserve=not self._cache.has(key))
+        with admission as reservation, replies.shipment(index) as shipment:
             await replies.layout(index, layout)
-            make = functools.partial(self._make, index, opened, layout, deadline, shipment.follower, room)
-            made = await self._cache.rows(key, make)
-            # Shipping to a slow reader takes long: hold no more than the rows meanwhile.
-            del opened, data, make
+            compute = functools.partial(self._compute, index, opened, layout, deadline, shipment.hook, reservation)
+            encoded = await self._cache.get_or_compute(key, compute)
+            # Shipping to a slow reader takes long: keep nothing but the rows in memory meanwhile.
+            del opened, data, compute
             timings = ItemTimings(
                 load_ms=load.elapsed_ms,
-                preprocess_ms=opening.elapsed_ms + made.preprocess_ms,
-                queue_ms=made.queue_ms,
-                forward_ms=made.forward_ms,
+                preprocess_ms=opening.elapsed_ms + encoded.preprocess_ms,
+                queue_ms=encoded.queue_ms,
+                forward_ms=encoded.forward_ms,
             )
             with self._stage("ship", index):
-                await shipment.send(made.rows_TW, timings)
+                await shipment.send(encoded.rows_TW, timings)
 
-    async def _make(
+    async def _compute(
         self,
         index: int,
         opened: OpenedMedia,
         layout: Layout,
         deadline: float,
-        follower: Follower,
-        room: Room,
-    ) -> MadeRows:
-        room.take()  # late where known rows have left the cache since, or their maker was cancelled
+        hook: PostForwardHook,
+        reservation: Reservation,
+    ) -> EncodedRows:
+        # Only now where the cache had these rows and has evicted them since, or where their computation was cancelled.
+        reservation.reserve()
         with self._stage("preprocess", index) as preprocess:
-            make = self._gathering.patches(opened) if opened.is_gathered else self._in_thread(opened.patches)
-            patches_PX = await make
-        encoded = await self._batcher.encode(patches_PX, layout.grid_thw, deadline, follower)
+            if opened.decodes_on_gpu:
+                patches_PX = await self._jpeg_batcher.patches(opened)
+            else:
+                patches_PX = await self._in_thread(opened.patches)
+        encoded = await self._batcher.encode(patches_PX, layout.grid_thw, deadline, hook)
         queue_s, forward_s = encoded.queue_ms / 1e3, encoded.forward_ms / 1e3
         with harmless("a metric of the queue"):
             self._metrics.stage_seconds.labels("queue").observe(queue_s)
             past_span("queue", queue_s + forward_s, queue_s, **{_ITEM: index})
             past_span("forward", forward_s, forward_s, **{_ITEM: index})
-        return MadeRows(encoded.rows_TW, preprocess.elapsed_ms, encoded.queue_ms, encoded.forward_ms)
+        return EncodedRows(encoded.rows_TW, preprocess.elapsed_ms, encoded.queue_ms, encoded.forward_ms)
 
     def _open(self, item: MediaItem, data: bytes, tenant: str) -> tuple[OpenedMedia, Layout, bytes]:
-        """The media, its layout, and its key in the cache."""
+        """The opened media, its layout, and its key in the cache."""
         opened = self._preprocessor.open(item.kind, data, item.video_fps)
         content_hash = self._content_hash(item, data)
-        # Tenants share no rows: how fast an answer comes would tell one what another has sent.
+        # Tenants share no rows: the speed of an answer would reveal to one what another has sent.
         key = hashlib.sha256(f"{len(tenant)}:{tenant}:".encode() + content_hash).digest()
         return opened, replace(opened.layout, content_hash=content_hash), key
 
@@ -228,7 +231,7 @@ class EncodeService:
 
     @contextmanager
     def _stage(self, name: str, index: int) -> Iterator[_Stopwatch]:
-        """Times one stage, for the item, the metrics and the trace; stages that fail are not in the metrics."""
+        """Times one stage of an item, for its answer, the metrics and the trace; metrics leave out stages that fail."""
         stopwatch = _Stopwatch()
         with span(name, **{_ITEM: index}):
             yield stopwatch

@@ -1,4 +1,4 @@
-"""Lets items in while there is room: in patches, which bounds memory, and in seconds of work, which bounds waiting."""
+"""Admission of items: bounded in patches, which bounds memory, and in seconds of work, which bounds waiting."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from vitrine_vlm.errors import Overloaded
 
 
 class Admission:
-    """What is in work, from before an item's pixels are decoded until its rows have been shipped.
+    """Counts the work of all items, from before their pixels are decoded until their rows have been shipped.
 
-    An item that alone is more than a bound is admitted when nothing else is.
+    An item that alone exceeds a bound is admitted when there is no other.
 
     Attributes:
-        num_patches: of all items in work.
-        seconds: of the tower's work that these items are, by `cost`.
+        num_patches: patches of all items in work.
+        seconds: how long the tower needs for these items, by `cost`.
 
     Args:
         max_patches, max_s: bounds of the two.
@@ -33,34 +33,34 @@ class Admission:
         self._max_s = max_s
 
     @contextmanager
-    def admit(self, grid_thw: GridTHW, deadline: float = math.inf, *, late: bool = False) -> Iterator[Room]:
-        """Holds room for an item until it ends.
+    def admit(self, grid_thw: GridTHW, deadline: float = math.inf, *, reserve: bool = True) -> Iterator[Reservation]:
+        """An item's reservation, which is released at the end of the context.
 
         Args:
-            deadline: when its request ends, seconds of the monotonic clock.
-            late: not before the room's `take` is called.
+            deadline: when the item's request ends, seconds of the monotonic clock.
+            reserve: whether to reserve at once; otherwise the caller calls `Reservation.reserve` when it has to.
 
         Raises:
-            Overloaded: see `Room.take`.
+            Overloaded: see `check`.
         """
-        room = Room(self, math.prod(grid_thw), self._cost.seconds(grid_thw), deadline)
-        if not late:
-            room.take()
+        reservation = Reservation(self, math.prod(grid_thw), self._cost.seconds(grid_thw), deadline)
+        if reserve:
+            reservation.reserve()
         try:
-            yield room
+            yield reservation
         finally:
-            room.give_back()
+            reservation.release()
 
     def check(self, num_patches: int, seconds: float, deadline: float) -> None:
         """
         Raises:
-            Overloaded: the encoder holds as much as it may, or too much for the item to be done in time.
+            Overloaded: a bound would be exceeded, or the item could not be done in time.
         """
         if self.num_patches:
-            self._check_room(num_patches, seconds)
+            self._check_capacity(num_patches, seconds)
             self._check_deadline(seconds, deadline)
 
-    def _check_room(self, num_patches: int, seconds: float) -> None:
+    def _check_capacity(self, num_patches: int, seconds: float) -> None:
         if self.num_patches + num_patches > self._max_patches:
             raise Overloaded(
                 f"{self.num_patches} patches are queued and {num_patches} more would pass the limit of "
@@ -85,30 +85,31 @@ class Admission:
             )
 
 
-class Room:
-    """What one item takes of an admission."""
+class Reservation:
+    """One item's part of an admission."""
 
     def __init__(self, admission: Admission, num_patches: int, seconds: float, deadline: float) -> None:
         self._admission = admission
         self._num_patches, self._seconds, self._deadline = num_patches, seconds, deadline
-        self._held = False
+        self._reserved = False
 
-    def take(self) -> None:
-        """Once, however often it is called.
+    def reserve(self) -> None:
+        """Adds the item's work to the admission; a second call changes nothing.
 
         Raises:
             Overloaded: see `Admission.check`.
         """
-        if not self._held:
+        if not self._reserved:
             self._admission.check(self._num_patches, self._seconds, self._deadline)
             self._admission.num_patches += self._num_patches
             self._admission.seconds += self._seconds
-            self._held = True
+            self._reserved = True
 
-    def give_back(self) -> None:
-        if self._held:
-            self._held = False
+    def release(self) -> None:
+        """Takes the item's work out of the admission, if it is in it."""
+        if self._reserved:
+            self._reserved = False
             admission = self._admission
             admission.num_patches -= self._num_patches
-            # Sums of floats taken apart again leave dust.
+            # Adding and subtracting floats leaves rounding errors.
             admission.seconds = max(0.0, admission.seconds - self._seconds) if admission.num_patches else 0.0

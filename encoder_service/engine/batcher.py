@@ -1,11 +1,11 @@
-"""Forms batches by patches and runs them through the tower, one behind the other.
+"""Builds batches by patches and runs them through the tower, one behind the other.
 
-    encode() -> waiting entries -> [former task: take, pack] -> channel of one batch -> [runner task: launch, followers]
-             -> launched batches -> [finisher task: wait for the GPU] -> rows
+    encode() -> waiting queue -> [batch builder: pop, pack] -> channel of one batch -> [batch runner: launch, hooks]
+             -> launched batches -> [batch finisher: wait for the GPU] -> rows
 
-The former owns the waiting entries; when a batch ends, the next is already packed. On a GPU the next is launched before
-the one in front has ended, so that the GPU never waits for Python. It is formed no earlier than that takes: what comes
-meanwhile goes along. Nothing waits for company: when the tower is idle, whatever is there runs.
+While a batch runs, the builder has the next one packed already. On a GPU the next one is launched before the one in
+front has ended, so that the GPU never waits for Python; it is built no earlier than that takes, so that items which
+arrive meanwhile join it. An idle tower runs at once what there is.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from dataclasses import dataclass
 
 import torch
 
-from vitrine_vlm.encoder_service.engine.batch import Batch, EncodedItem, Entry, Follower, Launched
+from vitrine_vlm.encoder_service.engine.batch import Batch, EncodedItem, LaunchedBatch, PostForwardHook, QueuedItem
 from vitrine_vlm.encoder_service.engine.cost_model import CostModel
-from vitrine_vlm.encoder_service.engine.under_way import UnderWay
-from vitrine_vlm.encoder_service.engine.waiting import Waiting
+from vitrine_vlm.encoder_service.engine.in_flight_batches import InFlightBatches
+from vitrine_vlm.encoder_service.engine.waiting_queue import WaitingQueue
 from vitrine_vlm.encoder_service.models import VisionTower
 from vitrine_vlm.encoder_service.models.grids import GridTHW
 from vitrine_vlm.errors import EncoderUnavailable, InternalError, VitrineError
@@ -32,14 +32,14 @@ from vitrine_vlm.service_runtime.logs import harmless
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 
 _log = logging.getLogger(__name__)
-# Before the tower should be free, by when a batch is formed: packing and launching take less, even under load mostly.
+# A batch is built this long before the tower should be free: packing and launching take less, mostly even under load.
 _LEAD_S = 0.02
 _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class BatchReport:
-    """One batch that ran, for metrics."""
+    """One batch that ran, for metrics. forward_s: how long its forward took."""
 
     num_items: int
     num_patches: int
@@ -47,7 +47,7 @@ class BatchReport:
 
 
 class Batcher:
-    """Runs items through a vision tower in batches. Belongs to one event loop."""
+    """Runs items through a vision tower in batches. It belongs to one event loop."""
 
     def __init__(
         self,
@@ -62,69 +62,69 @@ class Batcher:
         """
         Args:
             tower: runs on a thread of its own, one batch at a time.
-            cost: learns from every batch.
-            max_batch_patches: a batch takes items up to this many patches; a larger item runs alone.
-            device: the tower's; on a GPU two batches are under way at once.
+            cost: is corrected by every batch.
+            max_batch_patches: patches in a batch at most; a larger item runs alone.
+            device: the tower's; on a GPU two batches are launched at once.
             on_batch: called on the event loop after each batch.
-            on_gpu_lost: called there where the GPU will run no other batch after one that failed.
+            on_gpu_lost: called on the event loop if the GPU can run no further batch after one that failed.
         """
         self._tower = tower
         self._cost = cost
         self._on_batch = on_batch
         self._on_gpu_lost = on_gpu_lost
-        self._waiting = Waiting(cost, max_batch_patches)
-        self._under_way = UnderWay()
-        self._unfinished: set[Entry] = set()
+        self._queue = WaitingQueue(cost, max_batch_patches)
+        self._in_flight = InFlightBatches()
+        self._unfinished: set[QueuedItem] = set()
         self._arrived = asyncio.Event()
-        self._forms_later = False  # the former waits for the tower, not for an item
+        self._builds_later = False  # the builder waits for the tower, not for an item
         self._channel: asyncio.Queue[Batch] = asyncio.Queue(maxsize=1)
         self._channel_free = asyncio.Semaphore(1)
         self._device = device
         self._may_launch = asyncio.Semaphore(1 if device.type == "cpu" else 2)
-        self._packing_thread = ThreadPoolExecutor(1, thread_name_prefix="encoder-pack")
+        self._pack_thread = ThreadPoolExecutor(1, thread_name_prefix="encoder-pack")
         self._forward_thread = ThreadPoolExecutor(1, thread_name_prefix="encoder-forward")
-        self._waiting_thread = ThreadPoolExecutor(1, thread_name_prefix="encoder-wait")
-        self._launched: asyncio.Queue[tuple[Batch, Launched]] = asyncio.Queue()
+        self._wait_thread = ThreadPoolExecutor(1, thread_name_prefix="encoder-wait")
+        self._launched: asyncio.Queue[tuple[Batch, LaunchedBatch]] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
         self._closed = False
 
     def start(self, supervisor: Supervisor) -> None:
-        """Begins to run batches, in three loops that the supervisor owns. Call it on the loop that calls `encode`."""
+        """Starts three loops, which the supervisor owns. Call it on the event loop that calls `encode`."""
         self._supervisor = supervisor
         self._tasks = [
-            supervisor.start_task("batch builder", self._form_batches()),
+            supervisor.start_task("batch builder", self._build_batches()),
             supervisor.start_task("batch runner", self._run_batches()),
             supervisor.start_task("batch finisher", self._finish_batches()),
         ]
 
     async def close(self) -> None:
-        """Stops. Items without rows fail with EncoderUnavailable; a batch that runs is waited for and dropped."""
+        """Stops. Items without rows fail with EncoderUnavailable; a batch that runs is waited for and discarded."""
         self._closed = True
         if self._tasks:
             await self._supervisor.stop(*self._tasks)
         _fail(self._unfinished, _closed_error())
-        for thread in (self._packing_thread, self._forward_thread, self._waiting_thread):
+        for thread in (self._pack_thread, self._forward_thread, self._wait_thread):
             await asyncio.to_thread(thread.shutdown)
 
     @property
     def waiting_patches(self) -> int:
         """Patches ready for the tower that are in no batch yet."""
-        return self._waiting.num_patches
+        return self._queue.num_patches
 
     async def encode(
         self,
         patches_PX: torch.Tensor,
         grid_thw: GridTHW,
         deadline: float = math.inf,
-        follower: Follower | None = None,
+        hook: PostForwardHook | None = None,
     ) -> EncodedItem:
-        """Rows of one item. Cancelling takes it out of the queue, or drops its rows if it is running.
+        """Rows of one item. Cancelling removes it from the queue, or discards its rows if it is running.
 
         Args:
             patches_PX: [t * h * w, patch width], complete, on any device; see `VisionTower.forward`.
             grid_thw: patches along time, height and width.
-            deadline: when its request ends, seconds of the monotonic clock.
-            follower: works on the rows in the forward's wake; what it queues has run, too, when this returns.
+            deadline: when the item's request ends, seconds of the monotonic clock.
+            hook: called with the rows behind the forward; the work that it queues has ended, too, when this returns.
 
         Raises:
             InternalError: the forward failed; the reason is in the log.
@@ -132,54 +132,54 @@ class Batcher:
         """
         if self._closed:
             raise _closed_error()
-        entry = Entry(patches_PX, grid_thw, asyncio.get_running_loop().create_future(), deadline, follower)
-        self._waiting.add(entry)
-        self._unfinished.add(entry)
-        if not self._forms_later or self._waiting.is_full:
+        item = QueuedItem(patches_PX, grid_thw, asyncio.get_running_loop().create_future(), deadline, hook)
+        self._queue.add(item)
+        self._unfinished.add(item)
+        if not self._builds_later or self._queue.is_full:
             self._arrived.set()
         try:
-            return await entry.result
+            return await item.result
         finally:
-            self._unfinished.discard(entry)
-            self._waiting.discard(entry)
+            self._unfinished.discard(item)
+            self._queue.discard(item)
 
-    async def _form_batches(self) -> None:
+    async def _build_batches(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
             await self._channel_free.acquire()
-            entries = await self._next_entries()
-            self._under_way.begin(entries, self._cost.batch_seconds([entry.grid_thw for entry in entries]))
+            items = await self._next_items()
+            self._in_flight.add(items, self._cost.batch_seconds([item.grid_thw for item in items]))
             try:
-                batch = await loop.run_in_executor(self._packing_thread, Batch.packed, entries)
+                batch = await loop.run_in_executor(self._pack_thread, Batch.pack, items)
             except Exception:
-                await self._fail_batch(entries)
-                self._end(entries)
+                await self._fail_batch(items)
+                self._end(items)
                 self._channel_free.release()
                 continue
             self._channel.put_nowait(batch)
 
-    async def _next_entries(self) -> list[Entry]:
-        """As soon as there are any, unless the tower is busy and others can still join them."""
+    async def _next_items(self) -> list[QueuedItem]:
+        """The items of the next batch, once there are any, and no earlier than needed while the tower is busy."""
         while True:
-            spare_s = self._under_way.left_s - _LEAD_S
-            may_take = spare_s <= 0 or self._waiting.is_full
-            if may_take and (entries := self._waiting.take()):
-                return entries
+            spare_s = self._in_flight.left_s - _LEAD_S
+            may_build = spare_s <= 0 or self._queue.is_full
+            if may_build and (items := self._queue.pop_batch()):
+                return items
             self._arrived.clear()
-            self._forms_later = not may_take
+            self._builds_later = not may_build
             with suppress(TimeoutError):
-                async with asyncio.timeout(spare_s if self._forms_later else None):
+                async with asyncio.timeout(spare_s if self._builds_later else None):
                     await self._arrived.wait()
 
-    def _end(self, entries: list[Entry]) -> None:
-        """Of a batch; sooner than was thought, perhaps."""
-        self._under_way.end(entries)
+    def _end(self, items: list[QueuedItem]) -> None:
+        """Counts a batch as ended; that may be sooner than expected, so the builder looks again."""
+        self._in_flight.remove(items)
         self._arrived.set()
 
-    def _make_room(self, batch: Batch) -> None:
-        """The tower is free of the batch, whether it ran or not."""
+    def _release_tower(self, batch: Batch) -> None:
+        """Lets the next batch be launched after this one, whether this one ran or not."""
         self._may_launch.release()
-        self._end(batch.entries)
+        self._end(batch.items)
 
     async def _run_batches(self) -> None:
         loop = asyncio.get_running_loop()
@@ -187,15 +187,15 @@ class Batcher:
             await self._may_launch.acquire()
             batch = await self._channel.get()
             self._channel_free.release()
-            if all(entry.result.done() for entry in batch.entries):
-                self._make_room(batch)
+            if all(item.result.done() for item in batch.items):
+                self._release_tower(batch)
                 continue
             try:
                 launched = await loop.run_in_executor(self._forward_thread, batch.launch, self._tower, self._device)
             except Exception:
-                await self._fail_batch(batch.entries)
-                self._make_room(batch)
-                batch.end_followers()
+                await self._fail_batch(batch.items)
+                self._release_tower(batch)
+                batch.notify_hooks()
                 continue
             self._launched.put_nowait((batch, launched))
 
@@ -203,39 +203,39 @@ class Batcher:
         while True:
             await self._finish(*await self._launched.get())
 
-    async def _finish(self, batch: Batch, launched: Launched) -> None:
+    async def _finish(self, batch: Batch, launched: LaunchedBatch) -> None:
         forward_s: float | None = None
         try:
-            forward_s = await asyncio.get_running_loop().run_in_executor(self._waiting_thread, launched.wait)
+            forward_s = await asyncio.get_running_loop().run_in_executor(self._wait_thread, launched.wait)
         except Exception:
-            await self._fail_batch(batch.entries)
+            await self._fail_batch(batch.items)
         finally:
-            self._make_room(batch)
-            batch.end_followers()
+            self._release_tower(batch)
+            batch.notify_hooks()
         if forward_s is None:
             return
-        # First: nothing that follows may keep an item from its rows.
-        for entry, rows_TW in zip(batch.entries, launched.rows, strict=True):
-            if not entry.result.done():
-                queue_ms = (launched.started - entry.queued_at) * 1e3
-                entry.result.set_result(EncodedItem(rows_TW, queue_ms, forward_s * 1e3))
-        self._cost.observe([entry.grid_thw for entry in batch.entries], forward_s)
+        # First of all: whatever fails below must not keep rows from their items.
+        for item, rows_TW in zip(batch.items, launched.rows, strict=True):
+            if not item.result.done():
+                queue_ms = (launched.started_at - item.queued_at) * 1e3
+                item.result.set_result(EncodedItem(rows_TW, queue_ms, forward_s * 1e3))
+        self._cost.observe([item.grid_thw for item in batch.items], forward_s)
         with harmless("a metric of batches"):
-            self._on_batch(BatchReport(len(batch.entries), len(batch.patches_PX), forward_s))
+            self._on_batch(BatchReport(len(batch.items), len(batch.patches_PX), forward_s))
 
-    async def _fail_batch(self, entries: list[Entry]) -> None:
-        """In the handler of what went wrong."""
-        _log.exception("a batch failed, grids %s", [entry.grid_thw for entry in entries])
-        # First: with its GPU the encoder fails, and then its items may go elsewhere.
-        if await asyncio.get_running_loop().run_in_executor(self._waiting_thread, is_lost, self._device):
+    async def _fail_batch(self, items: list[QueuedItem]) -> None:
+        """Fails the items of a batch; called in the handler of the exception."""
+        _log.exception("a batch failed, grids %s", [item.grid_thw for item in items])
+        # First of all: an encoder that has lost its GPU fails, and clients may send its items to another one.
+        if await asyncio.get_running_loop().run_in_executor(self._wait_thread, is_lost, self._device):
             self._on_gpu_lost()
-        _fail(entries, InternalError("the vision tower failed; the encoder's log has the reason"))
+        _fail(items, InternalError("the vision tower failed; the encoder's log has the reason"))
 
 
-def _fail(entries: Iterable[Entry], error: VitrineError) -> None:
-    for entry in entries:
-        if not entry.result.done():
-            entry.result.set_exception(error)
+def _fail(items: Iterable[QueuedItem], error: VitrineError) -> None:
+    for item in items:
+        if not item.result.done():
+            item.result.set_exception(error)
 
 
 def _closed_error() -> EncoderUnavailable:

@@ -34,7 +34,7 @@ _CORRECTION_BOUNDS = (0.02, 50.0)
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """A batch of these grids took so long."""
 
     grid_thw: tuple[GridTHW, ...]
@@ -49,7 +49,7 @@ class CostModel:
         self._correction = 1.0
 
     @classmethod
-    def fitted(cls, measured: Sequence[Measured]) -> CostModel:
+    def fitted(cls, measured: Sequence[Measurement]) -> CostModel:
         """Least squares of relative errors, no term negative.
 
         Raises:
@@ -89,13 +89,13 @@ class CostModel:
             self._correction = min(max(corrected, _CORRECTION_BOUNDS[0]), _CORRECTION_BOUNDS[1])
 
 
-def measured_cost(tower: VisionTower, patch_width: int, device: torch.device) -> CostModel:
+def measure_cost(tower: VisionTower, patch_width: int, device: torch.device) -> CostModel:
     """Runs batches of growing size through the tower; about a second.
 
     Args:
         patch_width: pixel values in a patch row.
     """
-    found: list[Measured] = []
+    found: list[Measurement] = []
     for grid, count in _PROBES:
         grids = [grid] * count
         patches_PX = torch.zeros((math.prod(grid) * count, patch_width), device=device)
@@ -103,7 +103,7 @@ def measured_cost(tower: VisionTower, patch_width: int, device: torch.device) ->
         if seconds < _LONGEST_PROBE_S or not found:
             # The first forward makes what later ones use, and a pause of the machine is not the tower's.
             seconds = min(seconds, _time(tower, patches_PX, grids))
-        found.append(Measured(tuple(grids), seconds))
+        found.append(Measurement(tuple(grids), seconds))
         if seconds > _LONGEST_PROBE_S:
             break
     cost = CostModel.fitted(found)

@@ -35,7 +35,7 @@ class Accuracy:
 
 
 @torch.inference_mode()
-def measured_accuracy(plain: PlainTower, fused: FusedTower, grid_thw: Sequence[GridTHW] = _GRIDS) -> Accuracy:
+def measure_accuracy(plain: PlainTower, fused: FusedTower, grid_thw: Sequence[GridTHW] = _GRIDS) -> Accuracy:
     """Runs both on noise, which takes a second and needs room for the weights in float32."""
     grids = list(grid_thw)
     layouts = Layouts(grids, fused.merge_size, fused.window_tokens)

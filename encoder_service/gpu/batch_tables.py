@@ -15,7 +15,7 @@ from vitrine_vlm.encoder_service.models.grids import GridTHW
 
 @dataclass(frozen=True)
 class TableShape:
-    """Room for so many segments of at most max_seqlen patches, and for so many windows."""
+    """Reservation for so many segments of at most max_seqlen patches, and for so many windows."""
 
     num_segments: int
     num_windows: int

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from vitrine_vlm.encoder_service.gpu.accuracy import measured_accuracy
+from vitrine_vlm.encoder_service.gpu.accuracy import measure_accuracy
 from vitrine_vlm.encoder_service.gpu.graphs import GpuTower, capture_buckets
 from vitrine_vlm.encoder_service.gpu.layers import FusedTower
 from vitrine_vlm.encoder_service.gpu.linear import BlockLinears
@@ -49,7 +49,7 @@ def gpu_tower(
     )
     fused = fuse(plain, attention, linears)
     if fp8:
-        _log.info("FP8, %s", measured_accuracy(plain, fused))
+        _log.info("FP8, %s", measure_accuracy(plain, fused))
     tower = GpuTower(fused, max_graph_patches, on_progress)
     stats = tower.stats()
     _log.info("%d CUDA graphs, %.2f GiB, %.1f s", stats.num_graphs, stats.graph_nbytes / 2**30, tower.capture_s)

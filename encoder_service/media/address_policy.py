@@ -1,8 +1,8 @@
 """Which network addresses media may come from.
 
-A URL is written by a stranger, and the encoder stands inside the cluster: without this check it would fetch what the
-stranger cannot reach. The check sits between resolving a name and connecting, so that the address checked is the one
-connected to, whatever the name resolves to the next time.
+URLs are not trusted, and the encoder runs inside the cluster: without this check it would fetch what the author of a
+URL cannot reach. The check is made between resolving a name and connecting, so that the address that is checked is the
+one that is connected to, whatever the name resolves to the next time.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ def check_address(address: str, allow_private: bool) -> None:
 
 
 def check_host(url: URL, allow_private: bool) -> None:
-    """Applies `check_address` to a URL that names an address instead of a host: no resolver is asked for those.
+    """Applies `check_address` to a URL that has an address instead of a host name, which no resolver sees.
 
     Raises:
         MediaNotAllowed: the host is an address that media may not come from.
     """
     host = url.raw_host or ""
-    # Also catches the forms that only the C library would read as an address, such as 2130706433 or 127.1.
+    # This also catches the forms that only the C library reads as an address, such as 2130706433 or 127.1.
     if ":" in host or host.replace(".", "").isdigit():
         check_address(host, allow_private)
 
 
 class CheckedResolver(AbstractResolver):
-    """Resolves names by the system's resolver and hands on only names all of whose addresses are allowed.
+    """Resolves names by the system's resolver and refuses names that have an address which is not allowed.
 
-    On threads of its own: a name whose servers do not answer holds one for many seconds, which nothing else waits for.
+    It has threads of its own: a name whose servers do not answer occupies one for many seconds.
     """
 
     def __init__(self, allow_private: bool) -> None:
@@ -90,12 +90,12 @@ class CheckedResolver(AbstractResolver):
         return results
 
     async def close(self) -> None:
-        """Drops lookups that have not begun."""
+        """Discards lookups that have not begun."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _refusal(address: IPv4Address | IPv6Address, allow_private: bool) -> str:
-    """Why `address` is refused; empty where it is allowed."""
+    """The reason why `address` is refused; empty where it is allowed."""
     if address.is_unspecified:
         return "unspecified"
     if address.is_multicast:

@@ -1,4 +1,4 @@
-"""What media an encoder accepts."""
+"""Limits on the media that an encoder accepts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ MIB = 1024 * 1024
 class MediaLimits:
     """Bounds on one media item, all checked before the work they bound is done.
 
-    max_bytes: size of the encoded file.
+    max_bytes: bytes in the encoded file.
     max_pixels: width x height of an image, or of one video frame, as stored (before resizing).
     max_frames: frames in a video, sampled or not.
     max_video_pixels: width x height x sampled frames of a video, after resizing.
-    timeout_s: whole download, with redirects; connect_timeout_s: each TCP connection.
+    timeout_s: longest download, redirects included; connect_timeout_s: longest time to open one TCP connection.
     max_redirects: redirects followed for one URL; every hop is checked like the first.
     allowed_folder: file: URLs may name files below it; None refuses file: URLs.
     allow_private_addresses: lets URLs lead to private and loopback addresses.

@@ -1,4 +1,4 @@
-"""Gets the encoded bytes of a media item from wherever it is."""
+"""Loads the encoded bytes of a media item: from its message, a data: URL, a file or the network."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import aiohttp
 from yarl import URL
 
 from vitrine_vlm.encoder_service.media.address_policy import CheckedResolver, check_host
-from vitrine_vlm.encoder_service.media.held_bytes import Hold
+from vitrine_vlm.encoder_service.media.byte_budget import Reserve
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
 from vitrine_vlm.encoder_service.media.sources import decode_data_url, read_file_url
 from vitrine_vlm.errors import (
@@ -25,23 +25,23 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _CHUNK_BYTES = 64 * 1024
 _MAX_URL_LENGTH = 8192
 _MAX_SHOWN = 100
-# As many slow servers do not hold up the others yet, and file descriptors are left.
+# So many that slow servers do not hold up the others, and so few that file descriptors are left.
 _MAX_CONNECTIONS = 512
 
 
 class MediaLoader:
-    """Loads media items under limits. One per process; any number of loads may run at once."""
+    """Loads media items under limits. A process has one; any number of loads may run at once."""
 
     def __init__(self, limits: MediaLimits) -> None:
         self._limits = limits
         self._resolver = CheckedResolver(limits.allow_private_addresses)
         self._session: aiohttp.ClientSession | None = None
 
-    async def load(self, item: MediaItem, hold: Hold = lambda nbytes: None) -> bytes:
-        """The encoded file of `item`, at most `max_bytes` long. Its content is not looked at.
+    async def load(self, item: MediaItem, reserve: Reserve = lambda nbytes: None) -> bytes:
+        """The encoded file of `item`, at most `max_bytes` long. Its content is not checked.
 
         Args:
-            hold: called with bytes as they come; what it raises ends the load.
+            reserve: called with the number of bytes of each part that arrives; what it raises ends the load.
 
         Raises:
             MediaNotAllowed: scheme, address or folder is refused by this encoder.
@@ -55,42 +55,42 @@ class MediaLoader:
         if item.data is not None:
             if len(item.data) > limits.max_bytes:
                 raise MediaTooLarge(f"a {item.kind} of {len(item.data)} bytes: at most {limits.max_bytes} are accepted")
-            hold(len(item.data))
+            reserve(len(item.data))
             return item.data
         url = item.url or ""
         scheme = url.partition(":")[0].lower() if ":" in url[:16] else ""
         if scheme not in ("data", "file"):
-            return await self._download(_parse(url), hold)
+            return await self._download(_parse(url), reserve)
         if scheme == "data":
             data = await asyncio.to_thread(decode_data_url, url, limits.max_bytes)
         else:
             data = await asyncio.to_thread(read_file_url, url, limits.allowed_folder, limits.max_bytes)
-        hold(len(data))
+        reserve(len(data))
         return data
 
     async def close(self) -> None:
-        """Closes connections. Loads under way fail."""
+        """Closes connections. Loads in flight fail."""
         if self._session is not None:
             await self._session.close()
         await self._resolver.close()
 
-    async def _download(self, url: URL, hold: Hold) -> bytes:
+    async def _download(self, url: URL, reserve: Reserve) -> bytes:
         try:
             async with asyncio.timeout(self._limits.timeout_s):
-                return await self._follow(url, hold)
+                return await self._follow(url, reserve)
         except TimeoutError as error:
             limit = f"{self._limits.timeout_s:g} s"
             raise MediaTimeout(f"{_shown(url)} did not arrive within {limit}: use a faster server") from error
 
-    async def _follow(self, url: URL, hold: Hold) -> bytes:
+    async def _follow(self, url: URL, reserve: Reserve) -> bytes:
         """Downloads `url`, following redirects itself so that every hop passes the same checks."""
         for _ in range(self._limits.max_redirects + 1):
             self._check(url)
             try:
-                # Not followed by aiohttp, which would ask only the resolver about the next hop.
+                # aiohttp must not follow redirects: it would check the next hop by the resolver alone.
                 async with self._open_session().get(url, allow_redirects=False) as response:
                     if response.status not in _REDIRECTS:
-                        return await self._read(url, response, hold)
+                        return await self._read(url, response, reserve)
                     location = response.headers.get("Location", "")
             except aiohttp.ConnectionTimeoutError as error:
                 raise MediaTimeout(
@@ -119,7 +119,7 @@ class MediaLoader:
         except MediaNotAllowed as error:
             raise MediaNotAllowed(f"{_shown(url)}: {error}") from error
 
-    async def _read(self, url: URL, response: aiohttp.ClientResponse, hold: Hold) -> bytes:
+    async def _read(self, url: URL, response: aiohttp.ClientResponse, reserve: Reserve) -> bytes:
         if response.status in (404, 410):
             raise MediaNotFound(f"{_shown(url)} does not exist (status {response.status}): check the URL")
         if response.status != 200:
@@ -137,7 +137,7 @@ class MediaLoader:
             nbytes += len(chunk)
             if nbytes > max_bytes:
                 raise too_large
-            hold(len(chunk))
+            reserve(len(chunk))
             chunks.append(chunk)
         return b"".join(chunks)
 
@@ -150,7 +150,7 @@ class MediaLoader:
                 headers={"User-Agent": "vitrine", "Accept-Encoding": "identity"},
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._limits.connect_timeout_s),
                 auto_decompress=False,
-                trust_env=False,  # a proxy would connect for us, past the address policy
+                trust_env=False,  # a proxy would bypass the address policy
             )
         return self._session
 

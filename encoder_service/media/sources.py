@@ -1,4 +1,4 @@
-"""Media that needs no network: data: URLs and files. Blocking; the loader runs these in threads."""
+"""Media that needs no network: data: URLs and files. These functions block; the loader runs them in threads."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ def read_file_url(url: str, allowed_folder: Path | None, max_bytes: int) -> byte
     if parts.netloc not in ("", "localhost") or not path.startswith("/") or "\0" in path:
         raise MediaNotAllowed("a file: URL must be file:///absolute/path")
     folder = os.path.realpath(allowed_folder)
-    # Containment is judged before existence, so that nobody can probe for files elsewhere.
+    # Containment is checked before existence, so that a client cannot probe for files elsewhere.
     real = os.path.realpath(path)
     if os.path.commonpath([folder, real]) != folder:
         raise MediaNotAllowed(f"file {path[-80:]!r} is outside the folder that file: URLs may name")
     try:
-        # NOFOLLOW: a link put there since realpath is refused; NONBLOCK: a pipe does not hang us.
+        # NOFOLLOW: a link put there since realpath is refused; NONBLOCK: a pipe does not block the thread.
         descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
         raise MediaNotFound(f"no file {path[-80:]!r}: check the path") from error
@@ -77,7 +77,7 @@ def read_file_url(url: str, allowed_folder: Path | None, max_bytes: int) -> byte
         if not stat.S_ISREG(status.st_mode):
             raise MediaNotAllowed(f"{path[-80:]!r} is not a regular file")
         with open(descriptor, "rb", closefd=False) as file:
-            # One byte more than allowed tells a file that grew since.
+            # One byte more than allowed shows that the file grew since.
             data = b"" if status.st_size > max_bytes else file.read(max_bytes + 1)
     finally:
         os.close(descriptor)

@@ -79,7 +79,7 @@ class EncodedImage:
         """
         if device.type == "cuda" and self.suits_nvjpeg:
             try:
-                return decode_together([self], device)[0]
+                return decode_batch([self], device)[0]
             except RuntimeError:
                 pass  # Pillow decodes it, or knows what is wrong with it
         try:
@@ -103,7 +103,7 @@ class EncodedImage:
         return NotAnImage(f"the image file is damaged: {type(error).__name__} while decoding")
 
 
-def decode_together(images: Sequence[EncodedImage], device: torch.device) -> list[torch.Tensor]:
+def decode_batch(images: Sequence[EncodedImage], device: torch.device) -> list[torch.Tensor]:
     """`EncodedImage.decode` of several that suit nvJPEG, in one call.
 
     Raises:

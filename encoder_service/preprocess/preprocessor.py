@@ -11,7 +11,7 @@ import torch
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
 from vitrine_vlm.encoder_service.preprocess.frame_sampling import sample_frames, second_per_grid_t, timestamps_s
 from vitrine_vlm.encoder_service.preprocess.gpu_work import GpuWork
-from vitrine_vlm.encoder_service.preprocess.image_decode import EncodedImage, decode_together
+from vitrine_vlm.encoder_service.preprocess.image_decode import EncodedImage, decode_batch
 from vitrine_vlm.encoder_service.preprocess.patchify import patchify, resize
 from vitrine_vlm.encoder_service.preprocess.settings import ProcessorSettings
 from vitrine_vlm.encoder_service.preprocess.smart_resize import resized_image_size, resized_video_size
@@ -31,8 +31,8 @@ class OpenedMedia(Protocol):
         ...
 
     @property
-    def is_gathered(self) -> bool:
-        """Whether the GPU decodes it, so that `Preprocessor.patches_together` is better than `patches`."""
+    def decodes_on_gpu(self) -> bool:
+        """Whether the GPU decodes it, so that `Preprocessor.patches_of_batch` is better than `patches`."""
         ...
 
     def patches(self) -> torch.Tensor:
@@ -87,13 +87,13 @@ class Preprocessor:
         video = EncodedVideo(data, self._limits)
         return _OpenedVideo(self.settings, video, self._limits.max_video_pixels, video_fps, self._work)
 
-    def patches_together(self, opened: Sequence[OpenedMedia]) -> list[torch.Tensor | Exception]:
+    def patches_of_batch(self, opened: Sequence[OpenedMedia]) -> list[torch.Tensor | Exception]:
         """`patches` of several gathered items, or what each one raised."""
-        images = [each for each in opened if isinstance(each, _OpenedImage) and each.is_gathered]
+        images = [each for each in opened if isinstance(each, _OpenedImage) and each.decodes_on_gpu]
         if len(images) == len(opened):
             with self._work():
                 try:
-                    decoded = decode_together([each.image for each in images], self._work.device)
+                    decoded = decode_batch([each.image for each in images], self._work.device)
                     return [each.patches_of(pixels) for each, pixels in zip(images, decoded, strict=True)]
                 except RuntimeError:
                     pass  # one of them is damaged: below it is found out which
@@ -108,7 +108,7 @@ class _OpenedImage:
         self._size = resized_image_size(settings, image.height, image.width)
         grid_thw = _grid_thw(settings, 1, *self._size)
         self.layout = Layout("image", grid_thw, _num_tokens(settings, grid_thw))
-        self.is_gathered = work.device.type == "cuda" and image.suits_nvjpeg
+        self.decodes_on_gpu = work.device.type == "cuda" and image.suits_nvjpeg
 
     def patches(self) -> torch.Tensor:
         with self._work():
@@ -123,7 +123,7 @@ class _OpenedImage:
 
 
 class _OpenedVideo:
-    is_gathered = False
+    decodes_on_gpu = False
 
     def __init__(
         self,

@@ -23,14 +23,14 @@ from vitrine_vlm.encoder_service.engine.batcher import Batcher
 from vitrine_vlm.encoder_service.engine.cache import EmbeddingCache
 from vitrine_vlm.encoder_service.engine.cost_model import CostModel
 from vitrine_vlm.encoder_service.families import build_tower, processor_settings
-from vitrine_vlm.encoder_service.media.held_bytes import HeldBytes
+from vitrine_vlm.encoder_service.media.byte_budget import ByteBudget
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
 from vitrine_vlm.encoder_service.media.loader import MediaLoader
 from vitrine_vlm.encoder_service.metrics import EncoderMetrics
 from vitrine_vlm.encoder_service.models import VisionTower
 from vitrine_vlm.encoder_service.models.grids import GridTHW
 from vitrine_vlm.encoder_service.preprocess.preprocessor import Preprocessor
-from vitrine_vlm.encoder_service.server import EncoderServer, EncoderServicer, Serving
+from vitrine_vlm.encoder_service.server import EncoderServer, EncoderServicer, ServiceState
 from vitrine_vlm.encoder_service.service import EncodeService
 from vitrine_vlm.model_loading.checkpoint import open_checkpoint
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
@@ -119,13 +119,13 @@ async def run_encoder(
     admission = Admission(cost, max_patches=max_queued_patches, max_s=math.inf)
     batcher = Batcher(tower, cost, max_batch_patches=max_batch_patches, on_batch=metrics.observe_batch)
     batcher.start(Supervisor())
-    loader, held = MediaLoader(limits), HeldBytes(max_held_media_bytes)
+    loader, media_budget = MediaLoader(limits), ByteBudget(max_held_media_bytes)
     preprocessor = Preprocessor(processor_settings(checkpoint), limits)
     cache = EmbeddingCache(gpu_nbytes=0, host_nbytes=cache_bytes)
     cache.start(Supervisor())
     service = EncodeService(
         loader,
-        held,
+        media_budget,
         preprocessor,
         admission,
         batcher,
@@ -137,7 +137,7 @@ async def run_encoder(
     )
     service.start(Supervisor())
     metrics.watch_cache(cache.stats)
-    metrics.watch_queue(admission, lambda: held.nbytes, lambda: batcher.waiting_patches)
+    metrics.watch_queue(admission, lambda: media_budget.reserved_nbytes, lambda: batcher.waiting_patches)
     metrics.watch_exporter(exporter.stats)
     servicer = EncoderServicer(metrics, calls)
     server = EncoderServer(servicer)
@@ -145,7 +145,7 @@ async def run_encoder(
     if loaded:
         description = describe_to_proto(identity, preprocessor.settings, exporter.transports, MAX_ITEMS)
         stats = lambda: stats_to_proto(admission.seconds, cache.stats(), exporter.stats())  # noqa: E731
-        servicer.open(Serving(description, service, exporter, stats))
+        servicer.open(ServiceState(description, service, exporter, stats))
         await server.set_serving(True)
     async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
         yield RunningEncoder(

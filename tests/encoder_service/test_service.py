@@ -33,20 +33,20 @@ class ItemFailed:
 Event = LayoutEvent | Rows | ItemFailed
 
 
-class Kept:
-    """Replies, in the order in which they came; `arrived` counts them."""
+class RecordedReplies:
+    """Records the answers in the order in which they came; `arrived` counts them."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.arrived = asyncio.Semaphore(0)
-        self.shipments: list[KeptShipment] = []
+        self.shipments: list[RecordedShipment] = []
 
     async def layout(self, item_index: int, layout: Layout) -> None:
         self._add(LayoutEvent(item_index, layout))
 
     @contextmanager
-    def shipment(self, item_index: int) -> Iterator[KeptShipment]:
-        self.shipments.append(KeptShipment(item_index, self._add))
+    def shipment(self, item_index: int) -> Iterator[RecordedShipment]:
+        self.shipments.append(RecordedShipment(item_index, self._add))
         yield self.shipments[-1]
         self.shipments[-1].closed = True
 
@@ -58,11 +58,11 @@ class Kept:
         self.arrived.release()
 
 
-class KeptShipment:
-    """A shipment and follower in one that notes what it is told."""
+class RecordedShipment:
+    """A shipment and hook in one that records its calls."""
 
     def __init__(self, item_index: int, add: Callable[[Event], None]) -> None:
-        self.follower = self
+        self.hook = self
         self.followed: torch.Tensor | None = None
         self.ended = self.closed = False
         self._item_index = item_index
@@ -85,7 +85,7 @@ async def encoder(qwen3_vl_folder: Path, tmp_path: Path) -> AsyncGenerator[Runni
 
 
 async def encode(encoder: RunningEncoder, *items: MediaItem, tenant: str = "") -> list[Event]:
-    replies = Kept()
+    replies = RecordedReplies()
     await encoder.service.encode(items, replies, tenant)
     return replies.events
 
@@ -129,7 +129,7 @@ async def test_each_item_answers_with_its_layout_and_then_its_rows(encoder: Runn
 
 async def test_the_layout_does_not_wait_for_the_tower(encoder: RunningEncoder) -> None:
     encoder.tower.gate.clear()
-    replies = Kept()
+    replies = RecordedReplies()
     call = asyncio.create_task(encoder.service.encode([image(png(96, 64))], replies))
     await asyncio.wait_for(replies.arrived.acquire(), 10)
     (layout,) = replies.events
@@ -140,11 +140,11 @@ async def test_the_layout_does_not_wait_for_the_tower(encoder: RunningEncoder) -
     assert isinstance(replies.events[1], Rows)
 
 
-async def test_a_shipment_follows_the_forward_of_its_rows_and_not_of_kept_ones(
+async def test_a_hook_follows_the_forward_of_its_rows_and_not_of_cached_ones(
     qwen3_vl_folder: Path, tmp_path: Path
 ) -> None:
     async with run_encoder(qwen3_vl_folder, tmp_path, cache_bytes=1 << 20) as encoder:
-        made, kept = Kept(), Kept()
+        made, kept = RecordedReplies(), RecordedReplies()
         for replies in (made, kept):
             await encoder.service.encode([image(png(96, 64))], replies)
         (shipment,) = made.shipments
@@ -197,7 +197,7 @@ async def test_cancelling_stops_what_has_not_run(encoder: RunningEncoder) -> Non
     assert await asyncio.to_thread(encoder.tower.entered.wait, 10)
     async with serve_media() as server:
         slow = MediaItem("image", url=server.url("/hangs"))
-        replies = Kept()
+        replies = RecordedReplies()
         call = asyncio.create_task(encoder.service.encode([slow, image(png(96, 64))], replies))
         await replies.arrived.acquire()
         await server.num_waiting.acquire()
@@ -229,8 +229,8 @@ async def test_equal_items_have_equal_hashes_and_others_do_not(encoder: RunningE
     assert await hash_of(image(png(64, 64, 2))) != by_url
 
 
-async def test_a_fault_of_ours_is_not_told_in_detail(encoder: RunningEncoder, caplog: pytest.LogCaptureFixture) -> None:
-    class Broken(Kept):
+async def test_an_internal_fault_shows_no_details(encoder: RunningEncoder, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(RecordedReplies):
         async def layout(self, item_index: int, layout: Layout) -> None:
             raise RuntimeError("a secret of the machine")
 
@@ -268,7 +268,7 @@ async def test_tenants_share_no_rows(qwen3_vl_folder: Path, tmp_path: Path) -> N
             assert num_encoded(encoder) == expected
 
 
-async def test_kept_rows_are_served_where_the_queue_is_full(qwen3_vl_folder: Path, tmp_path: Path) -> None:
+async def test_cached_rows_are_served_where_the_queue_is_full(qwen3_vl_folder: Path, tmp_path: Path) -> None:
     async with run_encoder(qwen3_vl_folder, tmp_path, max_queued_patches=300, cache_bytes=1 << 20) as encoder:
         await encode(encoder, image(png(96, 64)))
         encoder.tower.gate.clear()
@@ -280,9 +280,9 @@ async def test_kept_rows_are_served_where_the_queue_is_full(qwen3_vl_folder: Pat
         await busy
 
 
-async def test_whoever_makes_rows_after_all_is_counted(encoder: RunningEncoder) -> None:
+async def test_the_work_of_an_item_that_computes_after_all_is_counted(encoder: RunningEncoder) -> None:
     encoder.tower.gate.clear()
-    replies = Kept(), Kept()
+    replies = RecordedReplies(), RecordedReplies()
     calls = []
     for each in replies:
         calls.append(asyncio.create_task(encoder.service.encode([image(png(96, 64))], each)))

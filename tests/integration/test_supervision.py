@@ -33,7 +33,7 @@ DRAIN_TIMEOUT_S = 4.0
 NOTICED_S = 1.0
 
 # What must be among the names that are found, so that the test cannot pass for want of loops.
-ENCODER = {"batch builder", "batch runner", "batch finisher", "gathering 0", "gathering 1", "embedding cache"}
+ENCODER = {"batch builder", "batch runner", "batch finisher", "jpeg batcher 0", "jpeg batcher 1", "embedding cache"}
 ENCODER |= {"lease expiry", "metrics"}
 WORKER = {"engine", "discovery", "health", "encoder ADDRESS connection", "encoder ADDRESS releases", "lease expiry"}
 DECODE = {"prefill worker ADDRESS connection", "prefill worker ADDRESS releases"}

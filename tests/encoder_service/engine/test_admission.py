@@ -1,4 +1,4 @@
-"""How much is let in, and what whoever is refused is told."""
+"""How much work is admitted, and with which errors the rest is refused."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def test_patches_are_bounded() -> None:
         assert admission.num_patches == 100
         with pytest.raises(Overloaded, match="100 patches are queued and 1 more"), admission.admit((1, 1, 1)):
             pass
-    with admission.admit((1, 20, 50)):  # nothing else is there, so it would never get in later either
+    with admission.admit((1, 20, 50)):  # without other work it is admitted, as it never would be later either
         assert admission.num_patches == 1000
     assert admission.num_patches == 0
 
 
-def test_seconds_are_bounded_and_the_refused_are_told_when_to_come_again() -> None:
+def test_seconds_are_bounded_and_a_refusal_says_when_to_retry() -> None:
     admission = Admission(CostModel(0.0, 0.01, 0.0), max_patches=10_000, max_s=5.0)
     with admission.admit((1, 20, 20)):  # 4 s
         assert admission.seconds == pytest.approx(4.0)

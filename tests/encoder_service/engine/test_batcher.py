@@ -1,4 +1,4 @@
-"""What runs together, what runs next, what does not run at all."""
+"""Which items run together, which run next, and which do not run at all."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ async def block_tower(tower: GatedTower, batcher: Batcher) -> asyncio.Task[Encod
     return blocker
 
 
-async def settle(batcher: Batcher) -> None:
-    """Lets the former take and pack what waits."""
+async def wait_packed(batcher: Batcher) -> None:
+    """Waits until the batch builder has packed what waits."""
     for _ in range(200):
         await asyncio.sleep(0.005)
         if batcher._channel.full():
@@ -93,23 +93,23 @@ async def test_what_arrives_while_the_tower_is_busy_runs_together_up_to_the_limi
     async with batching(tower, max_batch_patches=40) as (batcher, _):
         blocker = await block_tower(tower, batcher)
         waiting = [submit(batcher, grid) for grid in (SMALL, WIDE, SMALL, LARGE, SMALL)]
-        await settle(batcher)
+        await wait_packed(batcher)
         tower.gate.set()
         await asyncio.gather(blocker, *waiting)
     # 16 + 24 patches fit into 40, another 16 do not; 64 run alone though they are more than 40.
     assert tower.batches == [[SMALL], [SMALL, WIDE], [SMALL], [LARGE], [SMALL]]
 
 
-async def test_near_deadlines_come_first_and_no_company_makes_them_late(tower: GatedTower) -> None:
+async def test_near_deadlines_come_first_and_no_item_that_joins_makes_them_late(tower: GatedTower) -> None:
     cost = CostModel(0.0, 0.1, 0.0)  # 1.6 s for SMALL, 2.4 s for WIDE
     async with batching(tower, cost=cost) as (batcher, _):
         blocker = await block_tower(tower, batcher)
         now = time.monotonic()
         waiting = [
             submit(batcher, SMALL),
-            submit(batcher, SMALL, deadline=now + 300),  # is due when its patience ends, behind the one before
+            submit(batcher, SMALL, deadline=now + 300),  # is due after 30 s in the queue, behind the one before
             submit(batcher, WIDE, deadline=now + 4.1),
-            submit(batcher, LARGE, deadline=now + 0.001),  # late whatever is done: it keeps nobody out
+            submit(batcher, LARGE, deadline=now + 0.001),  # late in any case: other items may join it
         ]
         await asyncio.sleep(0.02)
         tower.gate.set()
@@ -118,7 +118,7 @@ async def test_near_deadlines_come_first_and_no_company_makes_them_late(tower: G
     assert tower.batches == [[SMALL], [LARGE], [WIDE, SMALL], [SMALL]]
 
 
-async def test_a_batch_behind_one_that_runs_is_formed_late_so_that_others_join_it(tower: GatedTower) -> None:
+async def test_a_batch_behind_one_that_runs_is_built_late_so_that_others_join_it(tower: GatedTower) -> None:
     cost = CostModel(0.0, 10.0, 0.0)  # 160 s for SMALL
     async with batching(tower, max_batch_patches=40, cost=cost) as (batcher, _):
         blocker = await block_tower(tower, batcher)
@@ -126,7 +126,7 @@ async def test_a_batch_behind_one_that_runs_is_formed_late_so_that_others_join_i
         await asyncio.sleep(0.05)
         assert batcher.waiting_patches == 16
         late = submit(batcher, WIDE)
-        await settle(batcher)  # as no other would fit
+        await wait_packed(batcher)  # as no other would fit
         last = [submit(batcher, SMALL), submit(batcher, SMALL)]
         await asyncio.sleep(0.05)
         tower.gate.set()
@@ -134,7 +134,7 @@ async def test_a_batch_behind_one_that_runs_is_formed_late_so_that_others_join_i
     assert tower.batches == [[SMALL], [SMALL, WIDE], [SMALL, SMALL]]
 
 
-async def test_it_is_formed_when_the_one_in_front_should_be_nearly_through(tower: GatedTower) -> None:
+async def test_it_is_built_when_the_one_in_front_should_have_nearly_ended(tower: GatedTower) -> None:
     async with batching(tower, cost=CostModel(1.0, 0.0, 0.0)) as (batcher, _):
         blocker = await block_tower(tower, batcher)
         early = submit(batcher, SMALL)
@@ -147,7 +147,7 @@ async def test_it_is_formed_when_the_one_in_front_should_be_nearly_through(tower
         await asyncio.gather(blocker, early)
 
 
-async def test_an_idle_tower_does_not_wait_for_company(tower: GatedTower) -> None:
+async def test_an_idle_tower_runs_at_once_what_there_is(tower: GatedTower) -> None:
     async with batching(tower) as (batcher, _):
         await asyncio.wait_for(submit(batcher, SMALL), 5)
         await asyncio.wait_for(submit(batcher, SMALL), 5)
@@ -158,7 +158,7 @@ async def test_the_next_batch_is_packed_while_one_runs(tower: GatedTower) -> Non
     async with batching(tower) as (batcher, _):
         blocker = await block_tower(tower, batcher)
         packed = submit(batcher, WIDE)
-        await settle(batcher)
+        await wait_packed(batcher)
         assert batcher.waiting_patches == 0
         later = submit(batcher, LARGE)
         await asyncio.sleep(0.02)
@@ -172,13 +172,13 @@ async def test_cancelled_items_do_not_run(tower: GatedTower) -> None:
     async with batching(tower) as (batcher, _):
         blocker = await block_tower(tower, batcher)
         packed = submit(batcher, WIDE)
-        await settle(batcher)
+        await wait_packed(batcher)
         waiting, kept = submit(batcher, LARGE), submit(batcher, SMALL)
         await asyncio.sleep(0)
         packed.cancel()
         waiting.cancel()
         await asyncio.gather(packed, waiting, return_exceptions=True)
-        assert batcher.waiting_patches == 16, "a cancelled item's patches are kept"
+        assert batcher.waiting_patches == 16, "a cancelled item's patches stay in memory"
         tower.gate.set()
         await asyncio.gather(blocker, kept)
     assert tower.batches == [[SMALL], [SMALL]]
@@ -197,13 +197,13 @@ async def test_a_failing_forward_fails_its_batch_and_nothing_else(tower: GatedTo
 
 @pytest.mark.parametrize("is_lost", [False, True])
 @pytest.mark.parametrize("fails", ["packing", "forward"])
-async def test_it_says_so_when_the_gpu_is_lost(
+async def test_a_lost_gpu_is_reported(
     tower: GatedTower, fails: str, is_lost: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batcher_module, "is_lost", lambda device: is_lost)
-    told: list[str] = []
+    reports: list[str] = []
     tower.error = RuntimeError("an illegal memory access was encountered") if fails == "forward" else None
-    batcher = Batcher(tower, CostModel(0.0, 0.0, 0.0), max_batch_patches=64, on_gpu_lost=lambda: told.append("lost"))
+    batcher = Batcher(tower, CostModel(0.0, 0.0, 0.0), max_batch_patches=64, on_gpu_lost=lambda: reports.append("lost"))
     batcher.start(Supervisor())
     try:
         blocker = await block_tower(tower, batcher) if fails == "packing" else None
@@ -216,61 +216,61 @@ async def test_it_says_so_when_the_gpu_is_lost(
         if blocker is not None:
             await blocker
         await asyncio.sleep(0.05)
-        assert told == (["lost"] if is_lost else [])
+        assert reports == (["lost"] if is_lost else [])
     finally:
         tower.error = None
         tower.gate.set()
         await batcher.close()
 
 
-class Noted:
-    """A follower that notes what it is told, and when."""
+class RecordingHook:
+    """Records the calls of its methods, and the rows."""
 
-    def __init__(self, story: list[str], error: Exception | None = None) -> None:
+    def __init__(self, calls: list[str], error: Exception | None = None) -> None:
         self.rows: torch.Tensor | None = None
-        self._story = story
+        self._calls = calls
         self._error = error
 
     def follow(self, rows_TW: torch.Tensor) -> None:
-        self._story.append("follow")
+        self._calls.append("follow")
         if self._error is not None:
             raise self._error
         self.rows = rows_TW
 
     def batch_ended(self) -> None:
-        self._story.append("ended")
+        self._calls.append("ended")
 
 
-async def test_followers_get_their_rows_behind_the_forward_and_before_anybody_else(tower: GatedTower) -> None:
-    story: list[str] = []
-    followers = [Noted(story), Noted(story)]
+async def test_hooks_get_their_rows_behind_the_forward_and_before_the_request_does(tower: GatedTower) -> None:
+    calls: list[str] = []
+    hooks = [RecordingHook(calls), RecordingHook(calls)]
     async with batching(tower) as (batcher, _):
         blocker = await block_tower(tower, batcher)
         patches = [random_patches([grid], PATCH_WIDTH) for grid in (SMALL, WIDE)]
         tasks = [
-            asyncio.create_task(batcher.encode(each_PX, grid, follower=follower))
-            for each_PX, grid, follower in zip(patches, (SMALL, WIDE), followers, strict=True)
+            asyncio.create_task(batcher.encode(each_PX, grid, hook=hook))
+            for each_PX, grid, hook in zip(patches, (SMALL, WIDE), hooks, strict=True)
         ]
-        tasks[0].add_done_callback(lambda task: story.append("rows"))
-        await settle(batcher)
+        tasks[0].add_done_callback(lambda task: calls.append("rows"))
+        await wait_packed(batcher)
         tower.gate.set()
         encoded = await asyncio.gather(*tasks)
         await blocker
-    assert story == ["follow", "follow", "ended", "ended", "rows"]
-    for item, follower in zip(encoded, followers, strict=True):
-        assert follower.rows is not None and torch.equal(item.rows_TW, follower.rows)
+    assert calls == ["follow", "follow", "ended", "ended", "rows"]
+    for item, hook in zip(encoded, hooks, strict=True):
+        assert hook.rows is not None and torch.equal(item.rows_TW, hook.rows)
 
 
-@pytest.mark.parametrize("fails", ["forward", "follower"])
-async def test_followers_hear_of_the_end_of_a_batch_that_fails(tower: GatedTower, fails: str) -> None:
-    story: list[str] = []
+@pytest.mark.parametrize("fails", ["forward", "hook"])
+async def test_hooks_are_notified_of_the_end_of_a_batch_that_fails(tower: GatedTower, fails: str) -> None:
+    calls: list[str] = []
     async with batching(tower) as (batcher, _):
         tower.error = RuntimeError("broken") if fails == "forward" else None
-        follower = Noted(story, RuntimeError("broken") if fails == "follower" else None)
+        hook = RecordingHook(calls, RuntimeError("broken") if fails == "hook" else None)
         with pytest.raises(InternalError):
-            await batcher.encode(random_patches([SMALL], PATCH_WIDTH), SMALL, follower=follower)
+            await batcher.encode(random_patches([SMALL], PATCH_WIDTH), SMALL, hook=hook)
         await asyncio.sleep(0)
-        assert story == (["ended"] if fails == "forward" else ["follow", "ended"])
+        assert calls == (["ended"] if fails == "forward" else ["follow", "ended"])
         tower.error = None
         await submit(batcher, SMALL)
 
@@ -294,11 +294,11 @@ async def test_patches_of_another_width_fail_their_batch_and_nothing_else(tower:
         await asyncio.wait_for(submit(batcher, SMALL), 5)
 
 
-async def test_closing_fails_what_has_not_run(tower: GatedTower) -> None:
+async def test_closing_fails_the_items_that_have_not_run(tower: GatedTower) -> None:
     async with batching(tower) as (batcher, _):
         blocker = await block_tower(tower, batcher)
         packed = submit(batcher, SMALL)
-        await settle(batcher)
+        await wait_packed(batcher)
         waiting = submit(batcher, SMALL)
         await asyncio.sleep(0)
         asyncio.get_running_loop().call_later(0.05, tower.gate.set)
@@ -320,7 +320,7 @@ async def test_two_hundred_at_once(tower: GatedTower) -> None:
         assert (item.rows_TW - encoded[seed % 5].rows_TW).abs().max() < 1e-4
 
 
-async def test_a_metric_that_raises_keeps_no_item_from_its_rows(tower: GatedTower) -> None:
+async def test_a_metric_that_raises_harms_no_item(tower: GatedTower) -> None:
     def broken(report: BatchReport) -> None:
         raise ValueError("a metric's own")
 

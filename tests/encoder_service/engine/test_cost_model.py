@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitrine_vlm.encoder_service.engine.cost_model import CostModel, Measured, measured_cost
+from vitrine_vlm.encoder_service.engine.cost_model import CostModel, Measurement, measure_cost
 from vitrine_vlm.encoder_service.families import build_tower
 from vitrine_vlm.encoder_service.models import VisionTower
 from vitrine_vlm.model_loading.checkpoint import open_checkpoint
@@ -28,7 +28,7 @@ BATCHES = [[(1, 8, 8)], [(1, 16, 16)] * 8, [(1, 64, 64)], [(1, 64, 64)] * 4, [(2
 
 def test_known_costs_are_found_again() -> None:
     rng = random.Random(0)
-    noisy = [Measured(tuple(grids), truth(grids) * rng.uniform(0.99, 1.01)) for grids in BATCHES * 3]
+    noisy = [Measurement(tuple(grids), truth(grids) * rng.uniform(0.99, 1.01)) for grids in BATCHES * 3]
     cost = CostModel.fitted(noisy)
     assert cost.fixed_s == pytest.approx(FIXED_S, rel=0.1)
     assert cost.per_patch_s == pytest.approx(PER_PATCH_S, rel=0.1)
@@ -38,11 +38,11 @@ def test_known_costs_are_found_again() -> None:
 
 def test_no_term_is_negative() -> None:
     shrinking = [
-        Measured((grid,), seconds) for grid, seconds in (((1, 4, 4), 1.0), ((1, 16, 16), 0.9), ((1, 64, 64), 0.8))
+        Measurement((grid,), seconds) for grid, seconds in (((1, 4, 4), 1.0), ((1, 16, 16), 0.9), ((1, 64, 64), 0.8))
     ]
     cost = CostModel.fitted(shrinking)
     assert min(cost.fixed_s, cost.per_patch_s, cost.per_pair_s) >= 0
-    assert CostModel.fitted([Measured(((1, 4, 4),), 0.016)]).seconds((1, 8, 8)) == pytest.approx(0.064)
+    assert CostModel.fitted([Measurement(((1, 4, 4),), 0.016)]).seconds((1, 8, 8)) == pytest.approx(0.064)
     with pytest.raises(ValueError, match="at least one"):
         CostModel.fitted([])
 
@@ -64,5 +64,5 @@ def tower(qwen3_vl_folder: Path) -> VisionTower:
 
 
 def test_a_real_tower_is_measured(tower: VisionTower) -> None:
-    cost = measured_cost(tower, 3 * 2 * 16 * 16, torch.device("cpu"))
+    cost = measure_cost(tower, 3 * 2 * 16 * 16, torch.device("cpu"))
     assert 0 < cost.seconds((1, 16, 16)) < cost.seconds((1, 64, 64)) < 60

@@ -19,7 +19,7 @@ from vitrine_vlm.model_loading.checkpoint import open_checkpoint
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_gpu_tower.py runs the real thing")
-from vitrine_vlm.encoder_service.gpu.accuracy import measured_accuracy  # noqa: E402
+from vitrine_vlm.encoder_service.gpu.accuracy import measure_accuracy  # noqa: E402
 from vitrine_vlm.encoder_service.gpu.batch_tables import BatchTables, Layouts, TableShape  # noqa: E402
 from vitrine_vlm.encoder_service.gpu.linear import BlockLinears  # noqa: E402
 from vitrine_vlm.gpu_kernels.packed_attention import Bounds  # noqa: E402
@@ -111,10 +111,10 @@ def test_fp8_rows_are_close_to_transformers(qwen3_vl_folder: Path) -> None:
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
 def test_accuracy_is_measured_layer_by_layer(request: pytest.FixtureRequest, family: str) -> None:
     plain, fused = plain_and_fused(request.getfixturevalue(f"{family}_folder"), fp8=False)
-    accuracy = measured_accuracy(plain, fused, FEW)
+    accuracy = measure_accuracy(plain, fused, FEW)
     assert len(accuracy.layers) == plain.config.depth
     assert len(accuracy.rows) == 1 + len(plain.deepstack_visual_indexes)
     assert min(accuracy.layers + accuracy.rows) > 0.9999
     assert "main rows" in str(accuracy) and "behind block 0: " in str(accuracy)
     fused._layers[-1].shift_after += 2.0
-    assert measured_accuracy(plain, fused, FEW).layers[-1] < 0.99
+    assert measure_accuracy(plain, fused, FEW).layers[-1] < 0.99

@@ -56,16 +56,16 @@ def test_jpegs_decoded_together_are_those_decoded_alone(tmp_path: Path) -> None:
     )
     files = [photograph(mode, orientation) for mode in ("RGB", "L") for orientation in (1, 6, 7)]
     opened = [preprocessor.open("image", file) for file in files]
-    if not all(each.is_gathered for each in opened):
+    if not all(each.decodes_on_gpu for each in opened):
         pytest.skip("torchvision decodes no JPEG on this GPU")
     alone = [each.patches() for each in opened]
-    together = preprocessor.patches_together(opened)
+    together = preprocessor.patches_of_batch(opened)
     assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))  # type: ignore[arg-type]
 
     # Scan data that ends early, in a file whose end marker is there: nvJPEG or Pillow may refuse it, the others are not
     # touched by that.
     damaged = preprocessor.open("image", files[0][: len(files[0]) // 2] + b"\xff\xd9")
-    beside = preprocessor.patches_together([opened[0], damaged, opened[1]])
+    beside = preprocessor.patches_of_batch([opened[0], damaged, opened[1]])
     assert torch.equal(alone[0], beside[0]) and torch.equal(alone[1], beside[2])  # type: ignore[arg-type]
 
 

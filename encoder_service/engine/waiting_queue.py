@@ -1,0 +1,65 @@
+"""Items that wait for the tower, in the order in which they are due, and which of them run next."""
+
+from __future__ import annotations
+
+import math
+import time
+from bisect import insort
+
+from vitrine_vlm.encoder_service.engine.batch import QueuedItem
+from vitrine_vlm.encoder_service.engine.cost_model import CostModel
+
+
+class WaitingQueue:
+    """Items run in the order in which they are due: that of arrival, unless a deadline is near.
+
+    Args:
+        max_batch_patches: patches in a batch at most; a larger item runs alone.
+    """
+
+    def __init__(self, cost: CostModel, max_batch_patches: int) -> None:
+        self._cost = cost
+        self._max_batch_patches = max_batch_patches
+        self._items: list[QueuedItem] = []  # sorted by when they are due
+
+    @property
+    def num_patches(self) -> int:
+        return sum(len(item.patches_PX) for item in self._items)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no other item would fit into the next batch."""
+        return self.num_patches >= self._max_batch_patches
+
+    def add(self, item: QueuedItem) -> None:
+        insort(self._items, item, key=lambda each: each.due)
+
+    def discard(self, item: QueuedItem) -> None:
+        """Removes an item, and so releases its patches, unless it is in a batch already."""
+        if item in self._items:
+            self._items.remove(item)
+
+    def pop_batch(self) -> list[QueuedItem]:
+        """Removes and returns the items of the next batch: as they are due, without cancelled ones, while they fit.
+
+        An item that would make the first one late does not join.
+        """
+        popped: list[QueuedItem] = []
+        num_patches, slack_s = 0, math.inf
+        while self._items:
+            item = self._items[0]
+            if not item.result.done():
+                seconds = self._cost.seconds(item.grid_thw)
+                num_patches += len(item.patches_PX)
+                if popped and (num_patches > self._max_batch_patches or seconds > slack_s):
+                    break
+                slack_s = slack_s - seconds if popped else _slack_s(item, seconds)
+                popped.append(item)
+            self._items.pop(0)
+        return popped
+
+
+def _slack_s(item: QueuedItem, seconds: float) -> float:
+    """How much work besides the item's own `seconds` its batch may do; without limit if the item is late anyway."""
+    slack_s = item.deadline - time.monotonic() - seconds
+    return slack_s if slack_s > 0 else math.inf

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import pytest
+
+from vitrine_vlm.encoder_service.media.byte_budget import ByteBudget
+from vitrine_vlm.errors import Overloaded
+
+
+def test_items_share_the_bound() -> None:
+    budget = ByteBudget(10)
+    with budget.item() as one, budget.item() as other:
+        one(4)
+        other(6)
+        for reserve in (one, other):
+            with pytest.raises(Overloaded, match="10 bytes of images and videos are in work and 1 more"):
+                reserve(1)
+        assert budget.reserved_nbytes == 10
+    assert budget.reserved_nbytes == 0
+
+
+def test_a_single_item_may_exceed_the_bound_and_others_are_refused_until_its_end() -> None:
+    budget = ByteBudget(10)
+    with budget.item() as one:
+        one(8)
+        one(8)
+        with budget.item() as other, pytest.raises(Overloaded):
+            other(1)
+        assert budget.reserved_nbytes == 16
+    with budget.item() as another:
+        another(1)
+
+
+def test_an_item_that_fails_releases_its_bytes() -> None:
+    budget = ByteBudget(10)
+    with pytest.raises(ValueError), budget.item() as one:
+        one(8)
+        raise ValueError
+    assert budget.reserved_nbytes == 0
