@@ -1,4 +1,4 @@
-"""The autotuner: of several implementations of the same work, the fastest at each size, as measured and logged."""
+"""The autotuner: it measures and logs which implementation of some work is the fastest at each size."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ _log = logging.getLogger(__name__)
 Implementation = TypeVar("Implementation")
 
 _REPEATS = 9
-# Less is noise.
-_WORTH_IT = 0.98
-# Up to the first each size is measured, as it decides how full the last round of tiles is. The second stands for more.
+# An implementation is chosen over the default if it takes at most this share of its time: less of a gain is noise.
+_MAX_TIME_RATIO = 0.98
+# Every size up to the first is measured, as it decides how full the last wave of tiles is. All sizes above it are
+# measured as one, at most as large as the second.
 _ALL_UP_TO, _LARGEST = 8192, 16384
 
 
 class Tuned(Generic[Implementation]):
-    """Between two sizes that were measured, the choice of the larger one; above all, that of the largest."""
+    """The implementation to use at each size: that of the next larger size that was measured, or of the largest one."""
 
     def __init__(self, sizes: Sequence[int], implementations: Sequence[Implementation]) -> None:
         """
@@ -32,6 +33,7 @@ class Tuned(Generic[Implementation]):
         self._sizes, self._implementations = sizes, implementations
 
     def at(self, size: int) -> Implementation:
+        """The implementation for a size."""
         return self._implementations[min(bisect_left(self._sizes, size), len(self._implementations) - 1)]
 
 
@@ -41,12 +43,13 @@ def autotune(
     work: Callable[[int], Callable[[Implementation], object]],
     sizes: Sequence[int],
 ) -> Tuned[Implementation]:
-    """
+    """Measures the implementations at each size.
+
     Args:
         what: the work, for the log.
         implementations: by name; the first is the default, which others must beat.
-        work: for a size, what runs a given implementation on the current device.
-        sizes: ascending, one at least.
+        work: makes, for a size, a function that runs a given implementation on the current device.
+        sizes: ascending, at least one.
     """
     default = next(iter(implementations))
     measured = [size for size in sizes if size <= _ALL_UP_TO]
@@ -57,7 +60,7 @@ def autotune(
         run = work(size)
         ms = {name: graphed_median_ms(functools.partial(run, each), _REPEATS) for name, each in implementations.items()}
         fastest = min(ms, key=ms.__getitem__)
-        chosen.append(fastest if ms[fastest] <= _WORTH_IT * ms[default] else default)
+        chosen.append(fastest if ms[fastest] <= _MAX_TIME_RATIO * ms[default] else default)
     counts = ", ".join(f"{count} by {name}" for name, count in Counter(chosen).most_common())
     last = ", ".join(f"{name} {time:.3f} ms" for name, time in ms.items())
     _log.info("%s: of %d sizes %s; the largest by %s", what, len(measured), counts, last)

@@ -1,4 +1,4 @@
-"""A second stream for work that may run at the same time."""
+"""A second CUDA stream for work that may run beside the main one."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from vitrine_vlm.gpu_kernels.graph_capture import Work
 
 
 class AuxiliaryStream:
-    """Of a device; on a CPU one piece of work is done after the other."""
+    """The auxiliary stream of a device; on a CPU one piece of work runs after the other."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def run_both(self, auxiliary: Work, main: Work) -> None:
-        """Neither waits for the other; what comes next waits for both. Can be captured.
+        """Runs both pieces of work; later work on the current stream waits for both. This can be captured.
 
         Args:
             auxiliary: runs on the second stream, and uses no memory that `main` frees.

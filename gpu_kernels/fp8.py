@@ -1,4 +1,4 @@
-"""Rows in FP8 (e4m3) with one scale each, chosen as they are made; and the kernels that make them.
+"""Rows in FP8 (e4m3) with one dynamic scale each, and the kernels that quantize them.
 
 Shapes: P rows, C values a row.
 """
@@ -14,7 +14,7 @@ import triton.language as tl
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
-# Rows of nothing but zeros need a scale, too.
+# A row of zeros needs a scale, too.
 _SMALLEST_AMAX = 1e-12
 
 
@@ -42,30 +42,30 @@ Rows: TypeAlias = torch.Tensor | Fp8Rows
 
 @triton.jit
 def store_fp8(values, scales, row, at, value, stored_row, stored):
-    """Stores rows of `value` so that each one's largest magnitude becomes e4m3's; zero where nothing belongs."""
+    """Stores rows of `value`, each scaled so that its largest magnitude is e4m3's; `value` is 0 outside a row."""
     scale = tl.maximum(tl.max(tl.abs(value), 1)[:, None], 1e-12) / 448.0
     tl.store(scales + row, scale, mask=stored_row)
     tl.store(values + at, (value / scale).to(values.dtype.element_ty), mask=stored)
 
 
 def quantized_weight(weight_OI: torch.Tensor) -> Fp8Rows:
-    """A weight with one scale for each output channel, as `Fp8Rows` of its rows."""
+    """Quantizes a weight with one scale for each output channel, that is, each of its rows."""
     scale = weight_OI.float().abs().amax(1, keepdim=True).clamp_min(_SMALLEST_AMAX) / FP8_MAX
     return Fp8Rows((weight_OI.float() / scale).to(FP8), scale)
 
 
 def quantized(x_PC: torch.Tensor) -> Fp8Rows:
-    """Contiguous rows, as they are."""
+    """Quantizes contiguous rows."""
     return _quantized(x_PC, "none")
 
 
 def quantized_gelu_tanh(x_PC: torch.Tensor) -> Fp8Rows:
-    """GELU by tanh."""
+    """Quantizes the tanh GELU of contiguous rows."""
     return _quantized(x_PC, "gelu_tanh")
 
 
 def quantized_gated_silu(gate_up: torch.Tensor) -> Fp8Rows:
-    """silu(gate) * up of rows [P, 2 * C] that hold gate and up side by side."""
+    """Quantizes silu(gate) * up of rows [P, 2 * C] that hold gate and up side by side."""
     return _quantized(gate_up, "gated_silu")
 
 

@@ -1,6 +1,6 @@
-"""Fused epilogue GEMMs: a product and what follows it as one kernel, by quack-kernels on a Hopper GPU.
+"""Fused epilogue GEMMs: a product and its bias, activation or addition as one kernel, by quack-kernels on a Hopper GPU.
 
-The activation takes results from registers, while the next tile is multiplied already.
+The activation reads results from registers, while the next tile is multiplied already.
 
 Shapes: P rows, I inputs, O outputs.
 """
@@ -19,7 +19,7 @@ _NAMES = {None: None, "gelu_tanh": "gelu_tanh_approx", "gated_silu": "swiglu"}
 
 
 class Tiles(NamedTuple):
-    """Of the result, in rows and outputs; neighbours of a cluster share what they read of the weight or of the rows."""
+    """A tile's rows and outputs, and how many tiles form a cluster, which shares what it reads of the operands."""
 
     rows: int
     outputs: int
@@ -30,14 +30,14 @@ class Tiles(NamedTuple):
         return f"tiles of {self.rows}x{self.outputs}, {self.cluster_rows}x{self.cluster_outputs} together"
 
 
-# The best of some twenty at one size or another (docs/performance.md), and such as gated activations take, too.
+# The fastest of some twenty at some size (docs/performance.md); all of them support gated activations, too.
 ALL_TILES = (Tiles(128, 192, 2, 1), Tiles(128, 192, 1, 2), Tiles(192, 128, 1, 2))
 
 
 class GemmWeights(NamedTuple):
-    """The operands of activation(x W + b) that stay; see `of`.
+    """The constant operands of activation(x W + b); see `of`.
 
-    epilogue_bias_O: the bias in the order in which a fused epilogue sees the outputs: gate and up by turns if gated.
+    epilogue_bias_O: the bias in the order of a fused epilogue's outputs: gate and up interleaved if gated.
     """
 
     weight_IO: torch.Tensor
@@ -47,7 +47,8 @@ class GemmWeights(NamedTuple):
 
     @classmethod
     def of(cls, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, activation: Activation | None) -> GemmWeights:
-        """
+        """Prepares the operands.
+
         Args:
             weight_OI, bias_O: if gated, the gate's half first, then up's.
         """
@@ -59,23 +60,23 @@ class GemmWeights(NamedTuple):
 
 @functools.cache
 def _quack() -> Any:
-    """Raises ImportError where it is not installed."""
+    """quack-kernels' interface; raises ImportError where it is not installed."""
     import quack.cache
     import quack.gemm_interface
     import quack.gemm_runtime.identity
 
-    # It would load machine code from a folder in /tmp that any user can write to.
+    # Its cache would load machine code from a folder in /tmp that any user can write to.
     quack.cache.CACHE_ENABLED = False
     _identify_cutlass_by_name(quack.gemm_runtime.identity)
     return quack.gemm_interface
 
 
 def _identify_cutlass_by_name(identity: Any) -> None:
-    """Has epilogues compile wherever the packages are installed.
+    """Makes epilogues compile wherever the packages are installed.
 
-    quack-kernels 0.6 identifies an epilogue by the source of all that it refers to. It stops at functions of installed
-    libraries, which it recognizes by a folder `site-packages` or `dist-packages` in their path. In any other folder
-    (`pip install --target`) it goes on into CUTLASS, meets a ContextVar, and refuses every epilogue for want of a
+    quack-kernels 0.6 identifies an epilogue by the source of all functions that it refers to, except those of installed
+    libraries, which it recognizes by a folder `site-packages` or `dist-packages` in their path. With any other folder
+    (`pip install --target`) it reads on into CUTLASS, finds a ContextVar, and refuses every epilogue for lack of a
     "fail-closed semantic key".
     """
     recognized = identity._is_extern_function
@@ -101,20 +102,21 @@ def _config(tiles: Tiles) -> Any:
 
 
 def check_fused_gemm(dtype: torch.dtype, device: torch.device) -> None:
-    """
+    """Checks that fused GEMMs can run.
+
     Raises:
         ImportError: quack-kernels is not installed.
         ValueError: there are no fused GEMMs for this GPU or dtype.
     """
     _quack()
     if torch.cuda.get_device_capability(device)[0] != _HOPPER:
-        raise ValueError(f"its tiles are chosen for Hopper GPUs, not for {torch.cuda.get_device_name(device)}")
+        raise ValueError(f"fused GEMMs have tiles for Hopper GPUs, not for {torch.cuda.get_device_name(device)}")
     if dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"it is made for half precision, not for {dtype}")
+        raise ValueError(f"fused GEMMs are for half precision, not for {dtype}")
 
 
 def fused_gemm(tiles: Tiles, x_PI: torch.Tensor, weights: GemmWeights) -> torch.Tensor:
-    """activation(x W + b), [P, O], or [P, O / 2] if it is gated; see `Product`. Check first."""
+    """activation(x W + b), [P, O], or [P, O / 2] if it is gated; see `Product`. Call `check_fused_gemm` first."""
     _, out_PO = _quack().gemm_act(
         x_PI,
         weights.weight_IO,
@@ -123,7 +125,7 @@ def fused_gemm(tiles: Tiles, x_PI: torch.Tensor, weights: GemmWeights) -> torch.
         store_preact=False,
         tuned=False,
         config=_config(tiles),
-        # The weight's halves are read by turns; its memory stays as it is.
+        # The weight's halves are read interleaved; its memory layout does not change.
         concat_layout=("B",) if weights.activation == "gated_silu" else None,
     )
     assert isinstance(out_PO, torch.Tensor)
@@ -131,5 +133,5 @@ def fused_gemm(tiles: Tiles, x_PI: torch.Tensor, weights: GemmWeights) -> torch.
 
 
 def fused_gemm_add(to_PO: torch.Tensor, x_PI: torch.Tensor, weight_IO: torch.Tensor) -> None:
-    """Adds x W to `to_PO`. Check first."""
+    """Adds x W to `to_PO`. Call `check_fused_gemm` first."""
     _quack().gemm_add_inplace(x_PI, weight_IO, to_PO, tuned=False)

@@ -1,4 +1,4 @@
-"""What stands between the products of a gated MLP.
+"""The activation between the linear layers of a gated MLP.
 
 Shapes: P rows, I inner size.
 """

@@ -1,4 +1,4 @@
-"""Layer norm and RMS norm, with what is still to be added to their input, into half-precision or FP8 rows.
+"""Layer norm and RMS norm with fused additions to their input, into half-precision or FP8 rows.
 
 One Triton kernel that reads nothing on the host, so all of it can be captured.
 
@@ -23,7 +23,7 @@ def add_rms_norm(
     eps: float,
     out_TC: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """RMS norm of `x`, in new memory or `out_TC`, after up to two other tensors of its shape were added to `x`."""
+    """Adds up to two tensors to `x` in place, and returns the RMS norm of the sum, in `out_TC` or new memory."""
     out_TC = torch.empty_like(x_TC) if out_TC is None else out_TC
     num_tokens, width = x_TC.shape
     first, second = (*added, x_TC, x_TC)[:2]
@@ -47,16 +47,16 @@ def add_shifted_norm(
     *,
     fp8: bool = False,
 ) -> Rows:
-    """Layer norm of `x + added + shift`, or RMS norm without a bias; `added` is kept in `x`, the shift is not.
+    """Layer norm of `x + added + shift`, or RMS norm without a bias; `x` becomes `x + added`, without the shift.
 
-    Rows of padding become zero, whatever they were.
+    Rows of padding become zero, whatever they held.
 
     Args:
         x_PC: [P, C]; the sum with `added_PC` replaces it.
         shift_C: [C] float32.
-        weight, bias: [n * C]; n neighbours of `x` are normed as one row.
+        weight, bias: [n * C]; n neighbouring rows of `x` are normalized as one row.
         cu_seqlens: [S + 1] int32; its last entry is the number of rows of `x` that are no padding.
-        fp8: into FP8 rows.
+        fp8: whether the result is `Fp8Rows`.
 
     Returns:
         [P / n, n * C], new memory.
@@ -85,7 +85,7 @@ def _norm_rows(
     WIDTH: tl.constexpr, SHIFT_WIDTH: tl.constexpr, NUM_ADDED: tl.constexpr, ROUND_SUMS: tl.constexpr,
     LAYER_NORM: tl.constexpr, QUANTIZED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    # A SHIFT_WIDTH of 0: nothing is shifted, and no row is padding.
+    # With a SHIFT_WIDTH of 0 there is no shift, and no row is padding.
     if PDL:
         gdc_launch_dependents()
         gdc_wait()

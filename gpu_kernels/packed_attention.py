@@ -1,4 +1,4 @@
-"""Attention over sequences packed side by side, whole frames or chunks of prompts: by whichever library is installed.
+"""Attention over packed sequences, whole frames or chunks of prompts, by the libraries that are installed.
 
 Shapes: T queries, L keys, H query heads, K key/value heads, D head dim, E padded head dim.
 """
@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from vitrine_vlm.gpu_kernels.timing import graphed_median_ms
 
 _log = logging.getLogger(__name__)
-_PROBE_SEGMENTS, _PROBE_LENGTH = 8, 1225  # eight pictures of 560x560
+_PROBE_SEGMENTS, _PROBE_LENGTH = 8, 1225  # eight images of 560x560
 _PROBE_REPEATS = 5
 
 
 class Bounds(NamedTuple):
-    """Where the sequences lie among queries and keys.
+    """The bounds of the sequences in queries and keys.
 
     cu_queries, cu_keys: [sequences + 1] int32 on the GPU. Empty sequences are allowed; rows behind the last bound
-    belong to none. max_queries, max_keys: no sequence has more; they shape the launch, lengths are read on the GPU.
+    belong to none. max_queries, max_keys: of one sequence at most; they shape the launch, lengths are read on the GPU.
     """
 
     cu_queries: torch.Tensor
@@ -34,17 +34,17 @@ class Bounds(NamedTuple):
 
     @classmethod
     def of_self_attention(cls, cu_seqlens: torch.Tensor, max_seqlen: int) -> Bounds:
-        """Every sequence's queries are as many as its keys."""
+        """The bounds where each sequence attends to itself."""
         return cls(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
 
 
 class PackedAttention(Protocol):
-    """name: as reported."""
+    """An implementation of attention over packed sequences. name: for logs and reports."""
 
     name: str
 
     def padded_head_dim(self, head_dim: int) -> int:
-        """E: what queries and keys are best padded to with zeros."""
+        """E: the head dim to which queries and keys are padded with zeros for speed."""
         ...
 
     def __call__(
@@ -60,8 +60,8 @@ class PackedAttention(Protocol):
         """Softmax attention within each sequence.
 
         Args:
-            scale: of the scores, D ** -0.5 as a rule.
-            causal: a sequence's last query sees all of its keys, the one before all but one, and so on.
+            scale: factor of the scores, usually D ** -0.5.
+            causal: a sequence's last query attends to all of its keys, the one before to all but one, and so on.
 
         Returns:
             [T, H, D]; rows that belong to no sequence are not written.
@@ -110,7 +110,7 @@ class FlashAttention4:
 
 
 class TorchVarlen:
-    """torch's own FlashAttention-2, by the operator below `torch.nn.attention.varlen`."""
+    """torch's FlashAttention-2, by the operator below `torch.nn.attention.varlen`."""
 
     name = "torch varlen"
 
@@ -134,7 +134,7 @@ class TorchVarlen:
 
 
 class TorchSdpa:
-    """torch's attention, sequence by sequence: for float32, which the others do not take."""
+    """torch's attention, sequence by sequence: for float32, which the others do not support."""
 
     name = "torch sdpa"
 
@@ -163,7 +163,7 @@ class TorchSdpa:
 
 
 def installed_attention(dtype: torch.dtype) -> PackedAttention:
-    """In half precision flash-attn-4 where it is installed, else torch's own."""
+    """flash-attn-4 for half precision where it is installed, else torch's own."""
     if dtype == torch.float32:
         return TorchSdpa()
     try:
@@ -174,7 +174,7 @@ def installed_attention(dtype: torch.dtype) -> PackedAttention:
 
 
 def autotuned_attention(num_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> PackedAttention:
-    """Times what is installed on a batch of pictures and takes the fastest; the log has the times."""
+    """The fastest of those that are installed, measured on a batch of images; the log has the times."""
     candidates: list[PackedAttention] = [TorchVarlen()]
     if isinstance(installed := installed_attention(dtype), FlashAttention4):
         candidates.append(installed)

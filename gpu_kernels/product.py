@@ -1,4 +1,4 @@
-"""Matrix products with what follows them: by cuBLAS and another kernel, or by a fused epilogue GEMM if that is faster.
+"""Linear layers with an activation or addition: by cuBLAS and another kernel, or by a fused epilogue GEMM if faster.
 
 Shapes: P rows, I inputs, O outputs.
 """
@@ -31,9 +31,9 @@ _Implementation = TypeVar("_Implementation")
 
 
 class Product:
-    """activation(x W^T + b) in the weight's dtype.
+    """Computes activation(x W^T + b) in the weight's dtype.
 
-    gelu_tanh: GELU by tanh. gated_silu: silu of the left half times the right half, [P, O / 2].
+    The activation gelu_tanh is the tanh GELU; gated_silu is silu of the left half times the right half, [P, O / 2].
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Product:
     ) -> None:
         """
         Args:
-            sizes: numbers of rows that will come, ascending: the autotuner measures at each. By cuBLAS if empty.
+            sizes: numbers of rows to autotune for, ascending; without any, cuBLAS is used.
         """
         self._weights = GemmWeights.of(weight_OI, bias_O, activation)
         self._tuned = _tuned_multiply(
@@ -73,7 +73,8 @@ class AddedProduct:
 
 def _by_cublas(x_PI: torch.Tensor, weights: GemmWeights) -> torch.Tensor:
     weight_IO, bias_O, activation, _ = weights
-    if activation == "gelu_tanh" and bias_O is not None and x_PI.is_cuda:  # on the CPU it has the exact GELU
+    # On a CPU torch's fused function computes the exact GELU.
+    if activation == "gelu_tanh" and bias_O is not None and x_PI.is_cuda:
         return torch._addmm_activation(bias_O, x_PI, weight_IO, use_gelu=True)
     product_PO = x_PI @ weight_IO if bias_O is None else torch.addmm(bias_O, x_PI, weight_IO)
     if activation == "gelu_tanh":
@@ -139,6 +140,6 @@ def _measured_or_default(
     if device.type != "cpu" and sizes:
         try:
             return measured()
-        except Exception as error:  # it is here to be faster: without it the service runs as well
+        except Exception as error:  # a fused GEMM is only faster: the service runs without it
             _log.info("%s by cuBLAS: %s", what, error)
     return Tuned((), [default])

@@ -17,21 +17,21 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vitrine_vlm.gpu_kernels.dependent_launch import has_dependent_launch
 
-# Of `apply_rope`.
+# In `apply_rope`.
 _CHUNKS_A_PROGRAM = 1024
-# Of `rope_and_store_kv`: as few programs as fill a GPU, a head; with so many tokens each at most.
+# In `rope_and_store_kv`: programs for each head, as few as fill a GPU, and tokens for each of them at most.
 _PROGRAMS_A_HEAD, _MAX_TOKENS_A_PROGRAM = 32, 16
 
 
 def rope_table(
     positions_AT: torch.Tensor, inverse_frequencies_F: torch.Tensor, axis_F: torch.Tensor, cos_sin_T2F: torch.Tensor
 ) -> None:
-    """Cosine and sine of every token's angles, into `cos_sin_T2F`; once a step, for all layers.
+    """Computes the cosine and sine of every token's angles into `cos_sin_T2F`, once a step for all layers.
 
     Args:
         positions_AT: whole numbers, any strides: (row, column) of a patch, M-RoPE's (time, row, column) of a token.
         inverse_frequencies_F: float32.
-        axis_F: which of the axes each frequency turns with, int32.
+        axis_F: the axis whose position each frequency multiplies, int32.
     """
     num_tokens, num_frequencies = positions_AT.shape[1], len(axis_F)
     _rope_table[(num_tokens,)](
@@ -58,10 +58,10 @@ def _rope_table(
 def apply_rope(
     qkv_TX: torch.Tensor, cos_sin_T2F: torch.Tensor, num_heads: int, padded_head_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rotated queries and keys, each head padded with zeros, and the values.
+    """Rotates queries and keys and pads each of their heads with zeros.
 
     Args:
-        qkv_TX: [T, 3 * H * D], queries, keys and values side by side, of as many heads each.
+        qkv_TX: [T, 3 * H * D], queries, keys and values side by side, with equally many heads.
         cos_sin_T2F: of `rope_table`.
 
     Returns:
@@ -89,7 +89,7 @@ def _apply_rope(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    # A lane takes CHUNK neighbours of the left half of a head and their partners of the right half.
+    # A lane handles CHUNK neighbours of the left half of a head and their partners of the right half.
     PER_HEAD: tl.constexpr = HALF // CHUNK
     lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
     which = tl.program_id(1)
@@ -127,13 +127,13 @@ def rope_and_store_kv(
     v_cache_SKD: torch.Tensor,
     q_THD: torch.Tensor,
 ) -> None:
-    """Norms queries and keys head by head, rotates them, and stores keys and values in the cache.
+    """Normalizes queries and keys head by head, rotates them, and stores keys and values in the cache.
 
     Args:
         qkv_TX: [T, (H + 2 K) * D], queries, keys and values side by side.
         cos_sin_T2F: of `rope_table`.
         q_weight_D, k_weight_D: gains of the norms; None for a decoder without them.
-        slot_mapping_T: int64; -1, as padding has, stores nothing.
+        slot_mapping_T: int64; nothing is stored for -1, which padding has.
         q_THD: filled with the queries.
     """
     num_tokens = len(qkv_TX)

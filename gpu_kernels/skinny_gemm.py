@@ -1,4 +1,4 @@
-"""Skinny GEMMs: products of a few rows, which are as fast as memory delivers the weights, read once.
+"""Skinny GEMMs: products of few rows, which read the weights once, at the speed of memory.
 
 Shapes: T tokens, C input width, O output width.
 """
@@ -12,13 +12,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vitrine_vlm.gpu_kernels.dependent_launch import has_dependent_launch
 
-# Numbers of rows that are taken; with more, the libraries' GEMMs are as fast.
+# Numbers of rows that are supported; with more, the libraries' GEMMs are as fast.
 SKINNY_ROWS = (1, 2, 4)
 _OUTPUTS_A_PROGRAM, _INPUTS_A_STEP = 2, 2048
 
 
 def skinny_linear(x_TC: torch.Tensor, weight_OC: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
-    """[T, O], new memory; T is 1, 2 or 4."""
+    """x W^T + b, [T, O], new memory; T is 1, 2 or 4."""
     out_TO = x_TC.new_empty((len(x_TC), len(weight_OC)))
     _launch(x_TC, weight_OC, weight_OC if bias_O is None else bias_O, out_TO, has_bias=bias_O is not None)
     return out_TO
@@ -76,7 +76,7 @@ def _skinny_gemm(
     at_x = x + row[:, None] * WIDTH + column[None, :]
     real = (output < num_outputs)[:, None]
     loaded = real & (column < WIDTH)[None, :]
-    # The first weights come while the kernel in front still makes x.
+    # The first weights are loaded while the kernel in front still computes x.
     factors = tl.load(at_weight, mask=loaded, other=0.0, eviction_policy="evict_first")
     up_factors = factors
     if GATED:

@@ -1,4 +1,4 @@
-"""Time on the GPU."""
+"""Measures time on the GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def median_ms(work: Callable[[], object], repeats: int) -> float:
 
 
 def graphed_median_ms(work: Callable[[], object], repeats: int) -> float:
-    """Of `work` as a CUDA graph: launched from Python, the host's speed would decide."""
+    """`median_ms` of `work` as a CUDA graph, as launches from Python would measure the host's speed."""
     work()  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

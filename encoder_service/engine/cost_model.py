@@ -1,4 +1,4 @@
-"""How long the tower takes for an item: admission and scaling count in seconds of work, not in requests."""
+"""Predicts how long the tower takes: admission and scaling count seconds of work, not requests."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from vitrine_vlm.encoder_service.models.grids import GridTHW
 
 _log = logging.getLogger(__name__)
 
-# Batches that are measured at start-up, until one takes longer than _LONGEST_PROBE_S. The first is not so small that
-# what a forward costs at least would look like the price of a patch.
+# Batches that are measured at start-up, until one takes longer than _LONGEST_PROBE_S. The first is large enough that
+# the fixed cost of a forward is not taken for the cost of a patch.
 _PROBES: tuple[tuple[GridTHW, int], ...] = (
     ((1, 16, 16), 1),
     ((1, 16, 16), 4),
@@ -28,14 +28,14 @@ _PROBES: tuple[tuple[GridTHW, int], ...] = (
     ((1, 128, 128), 1),
 )
 _LONGEST_PROBE_S = 0.1
-# Weight of the newest batch in what measurements at start-up are corrected by.
+# Weight of the newest batch in the factor that corrects the measurements of the start.
 _CORRECTION_RATE = 0.1
 _CORRECTION_BOUNDS = (0.02, 50.0)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A batch of these grids took so long."""
+    """How long a batch of these grids took."""
 
     grid_thw: tuple[GridTHW, ...]
     seconds: float
@@ -49,8 +49,8 @@ class CostModel:
         self._correction = 1.0
 
     @classmethod
-    def fitted(cls, measured: Sequence[Measurement]) -> CostModel:
-        """Least squares of relative errors, no term negative.
+    def fit(cls, measured: Sequence[Measurement]) -> CostModel:
+        """Fits the coefficients by least squares of relative errors, none of them negative.
 
         Raises:
             ValueError: nothing was measured.
@@ -73,12 +73,12 @@ class CostModel:
         return cls(*(float(value) for value in coefficients))
 
     def seconds(self, grid_thw: GridTHW) -> float:
-        """What one item adds to the tower's work."""
+        """Seconds that one item adds to a batch."""
         patches, pairs = _patches_and_pairs((grid_thw,))
         return self._correction * (self.per_patch_s * patches + self.per_pair_s * pairs)
 
     def batch_seconds(self, grid_thw: Sequence[GridTHW]) -> float:
-        """What a batch takes."""
+        """Seconds that a batch takes."""
         return self.fixed_s + sum(map(self.seconds, grid_thw))
 
     def observe(self, grid_thw: Sequence[GridTHW], seconds: float) -> None:
@@ -90,23 +90,23 @@ class CostModel:
 
 
 def measure_cost(tower: VisionTower, patch_width: int, device: torch.device) -> CostModel:
-    """Runs batches of growing size through the tower; about a second.
+    """Fits a cost model to batches of growing size, which takes about a second.
 
     Args:
-        patch_width: pixel values in a patch row.
+        patch_width: pixel values of one patch.
     """
-    found: list[Measurement] = []
+    measured: list[Measurement] = []
     for grid, count in _PROBES:
         grids = [grid] * count
         patches_PX = torch.zeros((math.prod(grid) * count, patch_width), device=device)
         seconds = _time(tower, patches_PX, grids)
-        if seconds < _LONGEST_PROBE_S or not found:
-            # The first forward makes what later ones use, and a pause of the machine is not the tower's.
+        if seconds < _LONGEST_PROBE_S or not measured:
+            # The first forward initializes what later ones use, and a pause of the machine must not count.
             seconds = min(seconds, _time(tower, patches_PX, grids))
-        found.append(Measurement(tuple(grids), seconds))
+        measured.append(Measurement(tuple(grids), seconds))
         if seconds > _LONGEST_PROBE_S:
             break
-    cost = CostModel.fitted(found)
+    cost = CostModel.fit(measured)
     _log.info(
         "cost of a batch: %.2g s + %.3g s a patch + %.3g s a pair", cost.fixed_s, cost.per_patch_s, cost.per_pair_s
     )

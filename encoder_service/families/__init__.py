@@ -1,4 +1,4 @@
-"""The families of checkpoints that the encoder serves: one file each, which alone knows what the family has of its own.
+"""The families of checkpoints that the encoder serves: one file each, which alone has what is special to the family.
 
 docs/add_a_model_family.md says how one is added.
 """
@@ -23,7 +23,8 @@ FAMILIES = (qwen3_vl.FAMILY, qwen3_5.FAMILY, qwen3_omni.FAMILY, qwen2_5_vl.FAMIL
 
 
 def family_of(checkpoint: Checkpoint) -> Family:
-    """
+    """The family of the checkpoint's model type.
+
     Raises:
         CheckpointError: no family has this model type.
     """
@@ -36,7 +37,7 @@ def family_of(checkpoint: Checkpoint) -> Family:
 
 
 def processor_settings(checkpoint: Checkpoint) -> ProcessorSettings:
-    """How the checkpoint wants its images and videos prepared.
+    """How images and videos are prepared for the checkpoint.
 
     Raises:
         CheckpointError: see `family_of` and `ProcessorSettings.from_checkpoint`.
@@ -50,10 +51,10 @@ def build_tower(
     dtype: torch.dtype,
     on_progress: Callable[[int, int], None] = lambda num_loaded, num_tensors: None,
 ) -> PlainTower:
-    """The checkpoint's vision tower with its weights or dummies, a `VisionTower`; no language tensor is read.
+    """The checkpoint's vision tower with its weights or dummies, a `VisionTower`; it reads no language tensor.
 
     Raises:
-        CheckpointError: a model type we have no tower for, or weights that do not match config.json.
+        CheckpointError: no family has the model type, or the weights do not match config.json.
     """
     family = family_of(checkpoint)
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""What makes a family of vision-language checkpoints, as far as the encoder is concerned."""
+"""What the encoder has to know of a family of vision-language checkpoints."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 class Family:
     """Checkpoints whose vision towers differ in sizes only.
 
-    model_types: config.json's words for them.
+    model_types: their `model_type` in config.json.
     processor: how their images and videos are prepared.
-    build: the plain tower that config.json asks for, with weights of the right shapes; raises CheckpointError where
-        a field is missing or makes no sense.
-    fuse: a plain tower of the family as fused kernels. It imports what needs Triton when it is called, not before;
-        raises ValueError for an activation that has no fused form.
-    weights: where a checkpoint has the tower's tensors.
+    build: makes the plain tower of a config.json, with weights of the right shapes; raises CheckpointError where a
+        field is missing or invalid.
+    fuse: makes a plain tower's fused form. It imports what needs Triton when it is called, not before; raises
+        ValueError for an activation that has no fused form.
+    weights: the names of the tower's tensors in a checkpoint.
     """
 
     model_types: tuple[str, ...]

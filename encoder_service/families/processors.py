@@ -1,4 +1,4 @@
-"""Class attributes of transformers 5.23's image and video processors, which several families share.
+"""Class attributes of transformers 5.23's image and video processors, shared by several families.
 
 Source: `models/qwen2_vl/image_processing_qwen2_vl.py` and `video_processing_qwen2_vl.py`,
 `models/qwen3_vl/video_processing_qwen3_vl.py`; times of frames: `models/qwen3_vl/processing_qwen3_vl.py`.
@@ -24,7 +24,7 @@ QWEN2_VL_VIDEO: dict[str, Any] = {  # Qwen2VLVideoProcessor
     "patch_size": 14,
     "image_mean": _CLIP_MEAN,
     "image_std": _CLIP_STD,
-    # The class names no rate and does not sample: every frame would be fed. Qwen's own utilities sample at 2 a second.
+    # The class has no rate and does not sample: every frame would be encoded. Qwen's utilities sample 2 a second.
     "fps": 2,
     "do_sample_frames": True,
 }
@@ -37,7 +37,7 @@ QWEN3_VL_VIDEO: dict[str, Any] = {  # Qwen3VLVideoProcessor
     "do_sample_frames": True,
 }
 
-# Qwen2VLImageProcessor with Qwen3VLVideoProcessor, which does not know the older spelling of a video's bounds.
+# Qwen2VLImageProcessor with Qwen3VLVideoProcessor, which does not read the older spelling of a video's bounds.
 VOLUME_BOUND = ProcessorDefaults(
     image=QWEN2_VL_IMAGE,
     video=QWEN3_VL_VIDEO,

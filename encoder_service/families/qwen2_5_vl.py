@@ -1,4 +1,4 @@
-"""Qwen2.5-VL. In its vision tower most layers attend within windows, so tokens travel sorted by window.
+"""Qwen2.5-VL. Most layers of its vision tower attend within windows, so its tokens are sorted by window.
 
 Shapes: P patches of all images, X pixel values a patch, C hidden size, T tokens, O out_hidden_size, which is also the
 row width.
@@ -33,7 +33,11 @@ _NORM_EPS = 1e-6
 
 @dataclass(frozen=True)
 class Qwen2_5VLVisionConfig(VisionConfig):
-    """window_size: side of an attention window in pixels; fullatt_block_indexes: layers that see a whole frame."""
+    """The fields of this family.
+
+    window_size: side of an attention window in pixels.
+    fullatt_block_indexes: layers that attend over a whole frame.
+    """
 
     window_size: int
     fullatt_block_indexes: frozenset[int]
@@ -48,7 +52,7 @@ def vision_config(vision: Mapping[str, Any]) -> Qwen2_5VLVisionConfig:
     """Reads a `vision_config`.
 
     Raises:
-        CheckpointError: a field is missing or makes no sense.
+        CheckpointError: a field is missing or invalid.
     """
     parsed = Qwen2_5VLVisionConfig(
         **shared_fields(vision),
@@ -128,7 +132,7 @@ class Qwen2_5VLTower(PlainTower):
         for layer, block in enumerate(self.blocks):
             x_PC = block(x_PC, frames if layer in config.fullatt_block_indexes else windows, rotary)
         rows_TO = torch.empty(len(order_T), self.row_width, dtype=weight.dtype, device=weight.device)
-        # Writing token by token to where it came from undoes the permutation.
+        # Writing each token to its original place undoes the permutation.
         return rows_TO.index_copy_(0, order_T, self.merger(x_PC))
 
     def _by_window(self, x_P: torch.Tensor, order_T: torch.Tensor) -> torch.Tensor:
@@ -136,17 +140,19 @@ class Qwen2_5VLTower(PlainTower):
 
 
 def build(config: Mapping[str, Any]) -> Qwen2_5VLTower:
-    """
+    """Makes the plain tower of a config.json.
+
     Raises:
-        CheckpointError: a field of config.json is missing or makes no sense.
+        CheckpointError: a field of config.json is missing or invalid.
     """
     return Qwen2_5VLTower(vision_config(vision_section(config)))
 
 
 def fuse(tower: PlainTower, attention: PackedAttention, linears: BlockLinears) -> FusedTower:
-    """
+    """Makes the tower's fused form.
+
     Raises:
-        ValueError: an activation that has no fused form.
+        ValueError: its activation has no fused form.
     """
     from vitrine_vlm.encoder_service.families.qwen2_5_vl_gpu import FusedQwen2_5VL  # needs Triton
 

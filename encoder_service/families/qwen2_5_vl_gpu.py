@@ -1,6 +1,6 @@
 """Qwen2.5-VL's vision tower as fused kernels; `qwen2_5_vl.py` is the plain twin.
 
-Patches travel sorted by attention window, from the embedding to the merger.
+Patches are sorted by attention window from the embedding to the merger.
 
 Shapes: P patches with padding, X pixel values a patch, C hidden size, I intermediate size, T tokens, W row width.
 """
@@ -23,7 +23,7 @@ from vitrine_vlm.encoder_service.models.layers import Block
 from vitrine_vlm.gpu_kernels.fp8 import Rows
 from vitrine_vlm.gpu_kernels.packed_attention import PackedAttention
 
-# Matrix products want rows of 16 bytes, in FP8, too; published towers have 3420 wide MLPs.
+# Matrix products need rows of a multiple of 16 bytes, also in FP8; published towers have MLPs of width 3420.
 _WIDTH_MULTIPLE = 16
 
 
@@ -31,10 +31,10 @@ class FusedQwen2_5VL(FusedTower):
     def __init__(self, tower: Qwen2_5VLTower, attention: PackedAttention, linears: BlockLinears) -> None:
         """
         Args:
-            linears: makes the products of the blocks.
+            linears: makes the linear layers of the blocks.
 
         Raises:
-            ValueError: an activation that has no fused form.
+            ValueError: the tower's activation has no fused form.
         """
         config = tower.config
         super().__init__(tower, "silu", config.window_tokens)
@@ -72,7 +72,7 @@ class FusedQwen2_5VL(FusedTower):
         normed_PC = _rms_norm(stream, self._shift, self._merger_norm, tables)
         assert isinstance(normed_PC, torch.Tensor)
         merged_TO = self._fc2(self._fc1.gelu(normed_PC.view(-1, self._merged_size)))
-        # Token by token to where it came from: padding comes from where it stands, so every row is written once.
+        # Each token goes to its original place; padding stays where it is, so every row is written once.
         rows_TW.index_copy_(0, source_P[:: self.merge_unit] // self.merge_unit, merged_TO)
 
 
@@ -87,8 +87,8 @@ class _Layer:
     ) -> None:
         """
         Args:
-            shift: the biases the residual stream lacks before this block, [C]; `shift_after`: behind it.
-            max_window: patches in the largest window; None for a layer that sees whole frames.
+            shift: biases that the residual stream lacks before this block, [C]; the attribute `shift_after`: behind it.
+            max_window: patches in the largest window; None for a layer that attends over whole frames.
         """
         assert isinstance(block.mlp, GatedMlp)
         self._norm1, self._norm2 = block.norm1, block.norm2

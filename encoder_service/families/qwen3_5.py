@@ -17,11 +17,12 @@ from vitrine_vlm.encoder_service.models.config import vision_section
 
 
 def build(config: Mapping[str, Any]) -> Qwen3VLTower:
-    """
+    """Makes the plain tower of a config.json.
+
     Raises:
-        CheckpointError: a field of config.json is missing or makes no sense.
+        CheckpointError: a field of config.json is missing or invalid.
     """
-    # The class has no deepstack, whatever a config.json carries over from Qwen3-VL's.
+    # The class has no deepstack, even if a config.json still has Qwen3-VL's field.
     return Qwen3VLTower(qwen3_vl.vision_config({**vision_section(config), "deepstack_visual_indexes": []}))
 
 

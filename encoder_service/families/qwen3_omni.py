@@ -1,4 +1,4 @@
-"""Qwen3-Omni's vision tower: Qwen3-VL's, inside of the thinker, with mergers named otherwise. Audio is not served.
+"""Qwen3-Omni's vision tower: Qwen3-VL's, inside the thinker, with other names for its mergers. Audio is not served.
 
 Source: transformers 5.23 `models/qwen3_omni_moe/modeling_qwen3_omni_moe.py` (Qwen3OmniMoeVisionEncoder) and
 `processing_qwen3_omni_moe.py`.
@@ -20,9 +20,10 @@ from vitrine_vlm.model_loading.checkpoint import CheckpointError
 
 
 def build(config: Mapping[str, Any]) -> Qwen3VLTower:
-    """
+    """Makes the plain tower of a config.json.
+
     Raises:
-        CheckpointError: a field of config.json is missing or makes no sense.
+        CheckpointError: a field of config.json is missing or invalid.
     """
     thinker = config.get("thinker_config")
     if not isinstance(thinker, Mapping):
@@ -34,7 +35,7 @@ FAMILY = Family(
     model_types=("qwen3_omni_moe",),
     processor=replace(
         FRAME_BOUND,
-        # Qwen3OmniMoeProcessor hands these bounds to the video processor in every call, whatever its file says.
+        # Qwen3OmniMoeProcessor passes these bounds to the video processor in every call, whatever its file says.
         video_fixed={"size": {"shortest_edge": 128 * 32 * 32, "longest_edge": 768 * 32 * 32}},
         video_pixels_old_spelling=False,
     ),

@@ -35,7 +35,11 @@ _NORM_EPS = 1e-6
 
 @dataclass(frozen=True)
 class Qwen3VLVisionConfig(VisionConfig):
-    """num_position_embeddings: entries of the square position table; deepstack_visual_indexes: ascending layers."""
+    """The fields of this family.
+
+    num_position_embeddings: entries of the square position table.
+    deepstack_visual_indexes: layers with a deepstack merger, ascending.
+    """
 
     num_position_embeddings: int
     deepstack_visual_indexes: tuple[int, ...]
@@ -49,7 +53,7 @@ def vision_config(vision: Mapping[str, Any]) -> Qwen3VLVisionConfig:
     """Reads a `vision_config`.
 
     Raises:
-        CheckpointError: a field is missing or makes no sense.
+        CheckpointError: a field is missing or invalid.
     """
     deepstack = tuple(integers(vision, "deepstack_visual_indexes"))
     num_position_embeddings = integer(vision, "num_position_embeddings")
@@ -60,7 +64,7 @@ def vision_config(vision: Mapping[str, Any]) -> Qwen3VLVisionConfig:
     )
     if math.isqrt(num_position_embeddings) ** 2 != num_position_embeddings:
         raise CheckpointError(f"num_position_embeddings is {num_position_embeddings}, expected a square number")
-    # transformers emits the layers as it meets them, so only ascending indexes have one meaning.
+    # transformers emits the layers in the tower's order, so only ascending indexes are unambiguous.
     if list(deepstack) != sorted(set(deepstack)) or any(not 0 <= index < parsed.depth for index in deepstack):
         raise CheckpointError(
             f"deepstack_visual_indexes are {list(deepstack)}, expected ascending numbers below depth {parsed.depth}"
@@ -81,7 +85,7 @@ class Mlp(nn.Module):
 
 
 class Merger(nn.Module):
-    """Merges the patches of a token. The main one normalizes patches, deepstack's normalize whole merged tokens."""
+    """Merges the patches of a token. The main merger normalizes patches, those of deepstack whole merged tokens."""
 
     def __init__(self, config: Qwen3VLVisionConfig, norm_merged: bool) -> None:
         super().__init__()
@@ -96,7 +100,7 @@ class Merger(nn.Module):
             x_TM = self.norm(x_PC.view(-1, self.merged_size))
         else:
             x_TM = self.norm(x_PC).view(-1, self.merged_size)
-        # Exact GELU here, whatever hidden_act says for the MLP.
+        # Exact GELU here, as hidden_act is the MLP's.
         linear_into(self.linear_fc2, F.gelu(self.linear_fc1(x_TM)), out_TO)
 
 
@@ -105,7 +109,7 @@ class Qwen3VLTower(PlainTower):
 
     def __init__(self, config: Qwen3VLVisionConfig) -> None:
         super().__init__(config, patch_bias=True, deepstack_visual_indexes=config.deepstack_visual_indexes)
-        # The usual initialization would import all of torch's compiler to fill a weight that is loaded anyway: 1.3 s.
+        # The usual initialization would import torch's compiler, 1.3 s, to fill a weight that is loaded anyway.
         self.pos_embed = nn.Embedding.from_pretrained(torch.empty(config.num_position_embeddings, config.hidden_size))
         self.blocks = nn.ModuleList(
             Block(config, lambda size: nn.LayerNorm(size, eps=_NORM_EPS), Mlp(config)) for _ in range(config.depth)
@@ -127,7 +131,7 @@ class Qwen3VLTower(PlainTower):
         x_PC = self.patch_embed(patches_PX.to(table.device, table.dtype))
         x_PC = x_PC + self._position_embeddings(grid_thw).to(table.dtype)
         rows_TW = torch.empty(len(x_PC) // self.merge_unit, self.row_width, dtype=table.dtype, device=table.device)
-        # Main block first, then one block a deepstack layer, written in place side by side.
+        # The main embedding first, then one part a deepstack layer, written in place side by side.
         main_TO, *deepstack_TO = rows_TW.split(self.out_hidden_size, dim=1)
         for layer, block in enumerate(self.blocks):
             x_PC = block(x_PC, segments, rotary)
@@ -148,17 +152,19 @@ class Qwen3VLTower(PlainTower):
 
 
 def build(config: Mapping[str, Any]) -> Qwen3VLTower:
-    """
+    """Makes the plain tower of a config.json.
+
     Raises:
-        CheckpointError: a field of config.json is missing or makes no sense.
+        CheckpointError: a field of config.json is missing or invalid.
     """
     return Qwen3VLTower(vision_config(vision_section(config)))
 
 
 def fuse(tower: PlainTower, attention: PackedAttention, linears: BlockLinears) -> FusedTower:
-    """
+    """Makes the tower's fused form.
+
     Raises:
-        ValueError: an activation that has no fused form.
+        ValueError: its activation has no fused form.
     """
     from vitrine_vlm.encoder_service.families.qwen3_vl_gpu import FusedQwen3VL  # needs Triton
 

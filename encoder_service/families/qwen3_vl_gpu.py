@@ -24,10 +24,10 @@ class FusedQwen3VL(FusedTower):
     def __init__(self, tower: Qwen3VLTower, attention: PackedAttention, linears: BlockLinears) -> None:
         """
         Args:
-            linears: makes the products of the blocks.
+            linears: makes the linear layers of the blocks.
 
         Raises:
-            ValueError: an activation that has no fused form.
+            ValueError: the tower's activation has no fused form.
         """
         super().__init__(tower, "gelu_pytorch_tanh", window_tokens=0)
         config = tower.config
@@ -57,7 +57,7 @@ class FusedQwen3VL(FusedTower):
         x_PC = self._patch_embed(patches_PX)
         kernels.add_position_embeddings(x_PC, self._position_table, places, self._positions_per_side)
         stream = ResidualStream(x_PC)
-        # Main block first, then one block a deepstack layer, written in place side by side.
+        # The main embedding first, then one part a deepstack layer, written in place side by side.
         main_TO, *deepstack_TO = rows_TW.split(self.out_hidden_size, dim=1)
         for index, layer in enumerate(self._layers):
             layer.run(stream, cos_sin, tables)
@@ -71,7 +71,7 @@ class FusedQwen3VL(FusedTower):
 
 class _Layer:
     def __init__(self, block: Block, attention: PackedAttention, shift: torch.Tensor, linears: BlockLinears) -> None:
-        """`shift`: the biases the residual stream lacks before this block, [C]; `shift_after`: behind it."""
+        """shift: the biases that the residual stream lacks before this block, [C]; `shift_after`: behind it."""
         assert isinstance(block.mlp, Mlp)
         self._norm1, self._norm2 = block.norm1, block.norm2
         self._fp8 = linears.fp8

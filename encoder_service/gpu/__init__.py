@@ -1,1 +1,1 @@
-"""The GPU path of the vision towers: fused kernels, packed attention, CUDA graphs. Its plain twin is in `models/`."""
+"""Vision towers on a GPU: fused kernels, packed attention, CUDA graphs. The plain towers are in `models/`."""

@@ -1,4 +1,4 @@
-"""How far a fused tower is from the plain one in float32."""
+"""Measures how far a fused tower is from the plain one in float32."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _GRIDS = ((1, 24, 32), (1, 16, 16))
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Cosine similarities to float32, the lowest of all patches or tokens.
+    """Cosine similarities to float32, each the lowest of all patches or tokens.
 
-    layers: of the residual stream behind each block; rows: of the main rows and of those of each deepstack layer.
+    layers: of the residual stream behind each block. rows: of the main embeddings, then of each deepstack layer's.
     """
 
     layers: tuple[float, ...]
@@ -36,25 +36,25 @@ class Accuracy:
 
 @torch.inference_mode()
 def measure_accuracy(plain: PlainTower, fused: FusedTower, grid_thw: Sequence[GridTHW] = _GRIDS) -> Accuracy:
-    """Runs both on noise, which takes a second and needs room for the weights in float32."""
+    """Runs both towers on noise, which takes a second and memory for the weights in float32."""
     grids = list(grid_thw)
     layouts = Layouts(grids, fused.merge_size, fused.window_tokens)
     table = torch.tensor(layouts.values(layouts.shape), dtype=torch.int32, device=fused.device)
     noise = torch.randn((layouts.num_patches, fused.patch_width), generator=torch.Generator().manual_seed(0))
     patches_PX = noise.clamp(-2, 2).to(fused.device, fused.dtype)
     rows_TW = patches_PX.new_empty((layouts.num_patches // fused.merge_unit, fused.row_width))
-    ours: list[torch.Tensor] = []
-    fused.run(patches_PX, BatchTables.of(table, layouts.shape), rows_TW, ours.append)
+    fused_layers: list[torch.Tensor] = []
+    fused.run(patches_PX, BatchTables.of(table, layouts.shape), rows_TW, fused_layers.append)
 
     reference = copy.deepcopy(plain).float()
-    theirs: list[torch.Tensor] = []
+    plain_layers: list[torch.Tensor] = []
     for block in reference.blocks:
-        block.register_forward_hook(lambda module, inputs, x_PC: theirs.append(x_PC.clone()))
+        block.register_forward_hook(lambda module, inputs, x_PC: plain_layers.append(x_PC.clone()))
     expected_TW = reference.forward(patches_PX.float(), grids)
 
     width = fused.out_hidden_size
     rows = _cosine(rows_TW.unflatten(1, (-1, width)), expected_TW.unflatten(1, (-1, width)))
-    layers = (_cosine(one, other).min().item() for one, other in zip(ours, theirs, strict=True))
+    layers = (_cosine(one, other).min().item() for one, other in zip(fused_layers, plain_layers, strict=True))
     return Accuracy(tuple(layers), tuple(rows.amin(0).tolist()))
 
 

@@ -1,6 +1,6 @@
-"""What a forward has to know about its batch, as tensors on the GPU.
+"""A batch's attention segments and windows, as tensors on the GPU.
 
-Shapes: S attention segments (frames), N windows. Empty segments and windows at the end fill a bucket up.
+Shapes: S attention segments (frames), N windows. A bucket is filled up with empty segments and windows at the end.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vitrine_vlm.encoder_service.models.grids import GridTHW
 
 @dataclass(frozen=True)
 class TableShape:
-    """Reservation for so many segments of at most max_seqlen patches, and for so many windows."""
+    """How much a table holds: `num_segments` of at most `max_seqlen` patches, and `num_windows`."""
 
     num_segments: int
     num_windows: int
@@ -23,15 +23,15 @@ class TableShape:
 
     @property
     def size(self) -> int:
-        """Of the table, int32 values."""
+        """Number of int32 values in the table."""
         return self.num_segments + 1 + 2 * self.num_segments + self.num_windows + 1
 
 
 @dataclass(frozen=True)
 class BatchTables:
-    """cu_seqlens [S + 1], frame_hw [S, 2], window_cu_seqlens [N + 1]: int32 on the GPU, bounds in patches.
+    """int32 tables on the GPU; bounds are in patches.
 
-    max_seqlen: no frame has more patches.
+    cu_seqlens [S + 1], frame_hw [S, 2], window_cu_seqlens [N + 1]. max_seqlen: patches in a frame at most.
     """
 
     cu_seqlens: torch.Tensor
@@ -41,7 +41,7 @@ class BatchTables:
 
     @classmethod
     def of(cls, table: torch.Tensor, shape: TableShape) -> BatchTables:
-        """Views of what `Layouts.values` made, on the GPU by now."""
+        """Views of a table with the values of `Layouts.values` that was copied to the GPU."""
         bounds, sizes, windows = table[: shape.size].split(
             [shape.num_segments + 1, 2 * shape.num_segments, shape.num_windows + 1]
         )
@@ -63,7 +63,7 @@ class Layouts:
             for t, h, w in grid_thw:
                 self.window_lengths += t * _window_lengths(h // merge_size, w // merge_size, merge_size, window_tokens)
         self.num_patches = sum(self.frame_lengths)
-        # The room this batch needs, no more.
+        # Exactly what this batch needs.
         self.shape = TableShape(len(self.frames), len(self.window_lengths), max(self.frame_lengths))
 
     def fits(self, shape: TableShape) -> bool:
@@ -83,7 +83,7 @@ class Layouts:
         return bounds + sizes + windows + windows[-1:] * empty_windows
 
     def table(self, shape: TableShape) -> torch.Tensor:
-        """`values` in pinned memory, so that one copy brings them to the GPU: [shape.size] int32."""
+        """`values` in pinned memory, [shape.size] int32, for one asynchronous copy to the GPU."""
         return torch.tensor(self.values(shape), dtype=torch.int32).pin_memory()
 
 

@@ -1,7 +1,7 @@
 """CUDA graphs of a tower at a range of batch sizes, the capture sizes.
 
-A graph is captured for each bucket; a batch replays the smallest one it fits into. All graphs share one memory pool and
-one set of input and output buffers, so only one may run at a time.
+A graph is captured for each bucket; a batch replays that of the smallest bucket that it fits into. All graphs share one
+memory pool and one set of input and output buffers, so only one may run at a time.
 
 Shapes: P patches, X pixel values a patch, T tokens, W row width.
 """
@@ -24,15 +24,15 @@ from vitrine_vlm.gpu_kernels.graph_capture import CudaGraphs, Work
 
 _SMALLEST_PATCHES = 256
 _MULTIPLE = 64
-# A batch pays for so many more patches than it has at worst, half of it on average. Large ones are worth more graphs.
+# Ratio of neighbouring sizes: a batch pads by this much at worst. Large sizes are closer, as padding costs more there.
 _STEP, _LARGE_STEP, _LARGE = 1.1, 1.02, 4096
-# Attention's launch may grow with the longest segment allowed: pictures of up to 2 megapixels get buckets of their own.
+# Attention's launch may grow with the longest segment allowed: images of up to 2 megapixels get buckets of their own.
 _USUAL_LENGTH = 8192
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Batches of at most so many patches whose tables fit into `shape`."""
+    """Batches of at most `num_patches` whose tables fit into `shape`."""
 
     num_patches: int
     shape: TableShape
@@ -44,8 +44,8 @@ class Bucket:
 def capture_buckets(max_patches: int) -> list[Bucket]:
     """Buckets in ascending order up to `max_patches`; empty for 0.
 
-    Empty segments cost attention launches that find nothing to do, so a size comes several times: for pictures, for a
-    few large ones, and for many small ones or the frames of videos.
+    Empty segments cost attention launches without work, so each size has several buckets: for images, for a few large
+    ones, and for many small ones or the frames of videos.
     """
     sizes: list[int] = []
     size = float(min(_SMALLEST_PATCHES, max_patches))
@@ -57,10 +57,10 @@ def capture_buckets(max_patches: int) -> list[Bucket]:
     buckets = []
     for size in sizes:
         usual = min(size, _USUAL_LENGTH)
-        rooms = [(size // 512 + 8, usual), (8, size), (size // 32 + 8, usual)]
+        shapes = [(size // 512 + 8, usual), (8, size), (size // 32 + 8, usual)]
         if usual == size:
-            rooms.remove((8, size))
-        buckets += [Bucket(size, TableShape(frames, size // 32 + frames, longest)) for frames, longest in rooms]
+            shapes.remove((8, size))
+        buckets += [Bucket(size, TableShape(frames, size // 32 + frames, longest)) for frames, longest in shapes]
     return buckets
 
 
@@ -80,7 +80,7 @@ class GpuTower:
 
         Args:
             max_graph_patches: larger batches run without a graph; 0 for no graphs at all.
-            on_progress: called with (graphs captured, graphs in all) after each.
+            on_progress: called with (graphs captured, graphs in all) after each graph.
         """
         self._tower = tower
         self.out_hidden_size = tower.out_hidden_size
@@ -98,7 +98,7 @@ class GpuTower:
         )
         largest_table = max((bucket.shape.size for bucket in self._buckets), default=0)
         self._table = torch.zeros(largest_table, dtype=torch.int32, device=device)
-        # Largest first: the smaller ones then live in the memory of the largest.
+        # Largest first: the smaller graphs then reuse its memory.
         for bucket in reversed(self._buckets):
             self._graphs[bucket] = capture(self._work(bucket))
             on_progress(len(self._graphs), len(self._buckets))
@@ -132,7 +132,7 @@ class GpuTower:
         return self._rows_TW[: len(patches_PX) // self.merge_unit].clone()
 
     def bucket_of(self, grid_thw: list[GridTHW]) -> Bucket | None:
-        """The bucket such a batch runs in, None if it runs without a graph."""
+        """The bucket that a batch of these grids runs in; None if it runs without a graph."""
         return self._bucket(Layouts(grid_thw, self._tower.merge_size, self._tower.window_tokens))
 
     def _bucket(self, layouts: Layouts) -> Bucket | None:

@@ -1,4 +1,4 @@
-"""Triton kernels that know of pictures: patches, where they lie, learned positions, attention within windows.
+"""Triton kernels for images: patches, their places, learned positions, attention within windows.
 
 Every kernel takes packed rows, one a patch, of which only the first `cu_seqlens[-1]` belong to an image: the rest is
 padding up to the size a graph was captured at. Nothing here reads anything on the host, so all of it can be captured.
@@ -32,7 +32,7 @@ def image_patches(
     Args:
         pixels_CHW: float32 or uint8, 0 to 255, any strides; sides are multiples of patch_size * merge_size.
         mean_C, std_C: float32, of pixels from 0 to 255.
-        repeats: how often a row holds the image, as its frames.
+        repeats: number of frames in a row, all of them this image.
 
     Returns:
         [P, C * repeats * patch_size ** 2], `dtype`; a row runs over channel, frame, y, x.
@@ -64,7 +64,7 @@ def _image_patches(
     y, x = row * PATCH + index // PATCH % PATCH, column * PATCH + index % PATCH
     at = pixels + channel.to(tl.int64) * stride_c + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
     value = tl.load(at, mask=kept, other=0.0).to(tl.float32)
-    # To the nearest grey level, halves up: a GPU's rounding of halves to even would need a call of its own.
+    # Rounded to the nearest grey level, halves up: rounding halves to even would need a call of its own.
     value = tl.minimum(tl.maximum(tl.floor(value + 0.5), 0.0), 255.0)
     value -= tl.load(mean + channel, mask=kept, other=0.0)
     value /= tl.load(std + channel, mask=kept, other=1.0)
@@ -74,7 +74,7 @@ def _image_patches(
 def place_patches(
     cu_seqlens: torch.Tensor, frame_hw: torch.Tensor, merge_size: int, window_tokens: int, places: torch.Tensor
 ) -> None:
-    """Where every patch lies in its frame, from the grids alone.
+    """Computes the place of every patch in its frame from the grids.
 
     Args:
         cu_seqlens: [S + 1] int32, frame bounds in patches; empty frames at the end are allowed.
@@ -186,7 +186,7 @@ def window_attention(
 
     Args:
         bounds: [W + 1] int32, windows' bounds in patches; empty windows at the end are allowed.
-        max_length: no window has more patches.
+        max_length: patches in a window at most.
 
     Returns:
         [P, H, D]; rows that belong to no window are not written.

@@ -1,4 +1,4 @@
-"""What the fused towers have in common."""
+"""The parts that the fused towers share."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from vitrine_vlm.gpu_kernels.rotary import apply_rope, rope_table
 
 
 class Positions:
-    """Where the patches of a batch lie, and the angles that follow from it."""
+    """Computes the places of a batch's patches and their rotation angles."""
 
     def __init__(self, config: VisionConfig, window_tokens: int, device: torch.device) -> None:
         self._merge_size = config.spatial_merge_size
         self._window_tokens = window_tokens
         self._half_head = config.head_dim // 2
-        # A quarter of the head turns with the row, one with the column, at the same frequencies.
+        # A quarter of the head is rotated by the row, another by the column, at the same frequencies.
         steps = torch.arange(0, self._half_head, 2, dtype=torch.float32, device=device)
         self._inverse_frequencies = (1.0 / config.rope_theta ** (steps / self._half_head)).repeat(2)
         self._axis = torch.arange(2, dtype=torch.int32, device=device).repeat_interleave(len(steps))
@@ -46,8 +46,8 @@ class FusedTower(ABC):
     def __init__(self, tower: PlainTower, fused_act: str, window_tokens: int) -> None:
         """
         Args:
-            tower: the plain twin, on the GPU, bfloat16; weights are shared where their layout allows it.
-            fused_act: the one activation that has a fused form here.
+            tower: the plain tower, on the GPU, bfloat16; its weights are shared where their layout allows it.
+            fused_act: the only activation that this family's kernels have.
             window_tokens: side of an attention window in tokens; 0 for a tower without windows.
 
         Raises:
@@ -80,13 +80,13 @@ class FusedTower(ABC):
 
         Args:
             patches_PX: this tower's dtype; rows behind the last patch may hold anything finite.
-            rows_TW: filled, [P / merge_unit, row_width]; rows of padding get garbage.
+            rows_TW: filled, [P / merge_unit, row_width]; rows of padding are undefined.
             watch: called with the residual stream behind every block, [P, C] float32.
         """
 
 
 class AttentionBranch:
-    """From normed rows to what attention makes of them; the projection back is left to the caller."""
+    """Attention over normed rows, without the projection back to the residual stream."""
 
     def __init__(self, module: Attention, attention: PackedAttention, linears: BlockLinears) -> None:
         self._qkv = linears.from_normed(module.qkv.weight, module.qkv.bias)
@@ -95,7 +95,7 @@ class AttentionBranch:
         self._head_dim = module.proj.in_features // module.num_heads
 
     def over_frames(self, normed_PC: Rows, cos_sin: torch.Tensor, tables: BatchTables) -> torch.Tensor:
-        """[P, C]; every patch sees its frame."""
+        """Attention of every patch over its frame, [P, C]."""
         q, k, v = self._rotated(normed_PC, cos_sin, self._attention.padded_head_dim(self._head_dim))
         bounds = Bounds.of_self_attention(tables.cu_seqlens, tables.max_seqlen)
         return self._attention(q, k, v, bounds, scale=self._head_dim**-0.5).flatten(1)
@@ -103,7 +103,7 @@ class AttentionBranch:
     def over_windows(
         self, normed_PC: Rows, cos_sin: torch.Tensor, tables: BatchTables, max_length: int
     ) -> torch.Tensor:
-        """[P, C]; every patch sees its window, which has at most `max_length` patches."""
+        """Attention of every patch over its window of at most `max_length` patches, [P, C]."""
         q, k, v = self._rotated(normed_PC, cos_sin, self._head_dim)
         scale = self._head_dim**-0.5
         return kernels.window_attention(q, k, v, tables.window_cu_seqlens, max_length, scale).flatten(1)

@@ -1,4 +1,4 @@
-"""Matrix products with what can be folded into them: bias, activation, adding to the residual stream.
+"""Linear layers with fused bias, activation or addition to the residual stream.
 
 Shapes: P rows, I inputs, O outputs.
 """
@@ -30,7 +30,7 @@ class Linear:
         return torch.addmm(self._bias_O, x_PI, self._weight_IO)
 
     def gelu(self, x_PI: torch.Tensor) -> torch.Tensor:
-        """Exact GELU of the product."""
+        """The product with an exact GELU behind it."""
         return F.gelu(self(x_PI))
 
     def into(self, out_PO: torch.Tensor, x_PI: torch.Tensor) -> None:
@@ -40,7 +40,7 @@ class Linear:
 
 
 class BlockLinear:
-    """A block's product from normed rows on, and the activation behind it; see `Product`."""
+    """A block's linear layer behind a norm, with its activation; see `Product`."""
 
     def __init__(
         self, weight_OI: torch.Tensor, bias_O: torch.Tensor, activation: Activation | None, sizes: tuple[int, ...]
@@ -53,7 +53,7 @@ class BlockLinear:
 
 
 class ResidualLinear:
-    """A block's product back to the residual stream, without its bias."""
+    """A block's linear layer into the residual stream, without its bias."""
 
     def __init__(self, weight_OI: torch.Tensor, sizes: tuple[int, ...]) -> None:
         self._product = AddedProduct(weight_OI, sizes)
@@ -66,7 +66,7 @@ class ResidualLinear:
 class Fp8BlockLinear:
     """`BlockLinear` in e4m3, one scale a row of x and of W. Rows in another dtype are quantized first.
 
-    Without an activation the result is bfloat16, behind one it is quantized again. Both widths must be multiples of 16.
+    Without an activation the result is bfloat16, with one it is quantized again. Both widths must be multiples of 16.
     """
 
     def __init__(
@@ -98,20 +98,20 @@ class Fp8BlockLinear:
 
 
 class Fp8ResidualLinear:
-    """`ResidualLinear` in e4m3; the stream adds it at its next norm."""
+    """`ResidualLinear` in e4m3; the next norm adds its product to the stream."""
 
     def __init__(self, weight_OI: torch.Tensor) -> None:
         self._linear = Fp8BlockLinear(weight_OI)
 
     def add_to(self, stream: ResidualStream, x_PI: Rows) -> None:
-        stream.owe(self._linear.product(x_PI))
+        stream.defer(self._linear.product(x_PI))
 
 
 @dataclass(frozen=True)
 class BlockLinears:
-    """Makes the products of a tower's blocks.
+    """Makes the linear layers of a tower's blocks.
 
-    fp8: in e4m3. sizes: numbers of patches that will come, ascending; see `Product`.
+    fp8: whether they are in e4m3. sizes: numbers of patches to tune for, ascending; see `Product`.
     """
 
     fp8: bool = False

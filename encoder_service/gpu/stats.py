@@ -1,4 +1,4 @@
-"""What the CUDA graphs of a tower did."""
+"""Counters of a tower's CUDA graphs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GpuStats:
-    """num_graphs, graph_nbytes: captured, with pool and buffers; the rest counts since the start."""
+    """Counters since the start.
+
+    num_graphs: graphs captured. graph_nbytes: their memory, with pool and buffers.
+    num_replayed, num_eager: batches that ran as a graph, and without one.
+    num_padding_patches: patches computed only to fill graphs up.
+    """
 
     num_graphs: int
     graph_nbytes: int

@@ -1,4 +1,4 @@
-"""A loaded tower on its way to the GPU path."""
+"""Makes a loaded tower's fused form and captures its graphs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vitrine_vlm.encoder_service.models.tower import PlainTower
 from vitrine_vlm.gpu_kernels.packed_attention import PackedAttention, autotuned_attention
 
 _log = logging.getLogger(__name__)
-# Scales of single rows need Hopper.
+# Scales of single rows need a Hopper GPU.
 _FIRST_WITH_FP8 = (9, 0)
 
 
@@ -27,17 +27,17 @@ def gpu_tower(
     *,
     fp8: bool = False,
 ) -> GpuTower:
-    """The same tower by fused kernels and CUDA graphs; seconds.
+    """The same tower as fused kernels and CUDA graphs, which takes seconds to make.
 
     Args:
         plain: bfloat16, on a GPU.
-        fuse: makes its fused form; raises ValueError for an activation that has none.
+        fuse: makes its fused form, see `Family`.
         max_graph_patches: the largest batch that gets a graph; 0 for none.
-        on_progress: called with (graphs captured, graphs in all) after each.
-        fp8: the products of the blocks in e4m3; how far that is from float32 is logged.
+        on_progress: called with (graphs captured, graphs in all) after each graph.
+        fp8: whether the blocks' linear layers are in e4m3; the log then has the accuracy.
 
     Raises:
-        ValueError: an activation that has no fused form, or a GPU without e4m3.
+        ValueError: the activation has no fused form, or the GPU no e4m3.
     """
     config = plain.config
     device = plain.patch_embed.proj.weight.device

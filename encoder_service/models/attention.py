@@ -1,4 +1,4 @@
-"""Attention over packed sequences: many images side by side, none sees another, no padding.
+"""Attention over packed sequences: images side by side without padding, each attending only to itself.
 
 Shapes: P patches of all images, H heads, D head dim, S equally long segments in a row, L their length.
 """
@@ -35,7 +35,7 @@ def packed_attention(
     assert bounds[-1] == num_patches and max(lengths) == max_seqlen, "segments do not cover the packed patches"
     out_PHD = torch.empty_like(q_PHD, memory_format=torch.contiguous_format)
     start = 0
-    # Neighbours of equal length (the frames of a video, the windows of an image) are a batch without any copy.
+    # Neighbours of equal length (the frames of a video, the windows of an image) form a batch without a copy.
     for length, run in groupby(lengths):
         stop = start + length * len(list(run))
         q_SHLD, k_SHLD, v_SHLD = (

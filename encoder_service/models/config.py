@@ -1,4 +1,4 @@
-"""The vision part of a checkpoint's config.json, checked: what all families have, and how a family reads the rest."""
+"""Reads and checks the vision part of a checkpoint's config.json: what all families share, and helpers for the rest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _DEFAULT_ROPE_THETA = 10_000.0
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """What all towers have in common; sizes in elements, patch sides in pixels (in frames along time)."""
+    """The fields that all towers share; sizes in elements, patch sides in pixels (in frames along time)."""
 
     depth: int
     hidden_size: int
@@ -59,7 +59,7 @@ def shared_fields(vision: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `VisionConfig`, by name.
 
     Raises:
-        CheckpointError: one is missing or makes no sense.
+        CheckpointError: one is missing or invalid.
     """
     # Some released checkpoints write in_chans, most in_channels.
     channels = "in_channels" if "in_channels" in vision else "in_chans"
@@ -76,7 +76,7 @@ def shared_fields(vision: Mapping[str, Any]) -> dict[str, Any]:
         "out_hidden_size": integer(vision, "out_hidden_size"),
         "rope_theta": float((vision.get("rope_parameters") or {}).get("rope_theta", _DEFAULT_ROPE_THETA)),
     }
-    # Half of a head turns with the row, half with the column, in pairs.
+    # Half of a head is rotated by the row, half by the column, in pairs.
     if fields["hidden_size"] % (4 * fields["num_heads"]):
         raise CheckpointError(
             f"vision hidden_size {fields['hidden_size']} does not split into {fields['num_heads']} heads of 4n elements"

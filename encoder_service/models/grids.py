@@ -1,4 +1,4 @@
-"""Where patches lie: positions, attention segments and windows of packed grids.
+"""Positions, attention segments and windows of the patches of packed grids.
 
 A grid is (t, h, w) in patches. Patches come in merge-block order: frame by frame, the merge_size x merge_size patches
 of one token next to each other, tokens in raster order.
@@ -17,7 +17,7 @@ GridTHW = tuple[int, int, int]
 
 
 def patch_positions(grid_thw: Sequence[GridTHW], merge_size: int) -> torch.Tensor:
-    """Row and column of every patch, [P, 2] int64 on the CPU; all frames of a video alike."""
+    """Row and column of every patch, [P, 2] int64 on the CPU; the same in all frames of a video."""
     return torch.cat([_frame_positions(h, w, merge_size).repeat(t, 1) for t, h, w in grid_thw])
 
 
@@ -56,7 +56,7 @@ def window_order(grid_thw: Sequence[GridTHW], merge_size: int, window_tokens: in
 
 
 def interpolation_taps(grid_thw: Sequence[GridTHW], merge_size: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bilinear sampling (corners aligned) of a square table of side * side entries at every patch.
+    """Samples a square table of side * side entries bilinearly at every patch, with aligned corners.
 
     Returns:
         Table entries [P, 4] int64 and their weights [P, 4] float32, on the CPU.

@@ -1,4 +1,4 @@
-"""Layers both tower families are made of. Parameter names are those of the checkpoints.
+"""The layers that towers of all families share. Parameter names are those of the checkpoints.
 
 Shapes: P patches, C hidden size, H heads, D head dim, T tokens, W width of one merged block.
 """
@@ -27,7 +27,7 @@ def activation(hidden_act: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """The function that config.json names.
 
     Raises:
-        CheckpointError: the name is none we know.
+        CheckpointError: the function is not supported.
     """
     if hidden_act not in _ACTIVATIONS:
         raise CheckpointError(f"vision_config.hidden_act is {hidden_act!r}, supported are {sorted(_ACTIVATIONS)}")
@@ -36,7 +36,10 @@ def activation(hidden_act: str) -> Callable[[torch.Tensor], torch.Tensor]:
 
 @dataclass(frozen=True)
 class Segments:
-    """Packed sequences of one batch: bounds in patches, [num_segments + 1] int32 on the CPU, and the longest length."""
+    """Attention segments of one batch.
+
+    cu_seqlens: bounds in patches, [num_segments + 1] int32 on the CPU. max_seqlen: patches in the longest segment.
+    """
 
     cu_seqlens: torch.Tensor
     max_seqlen: int
@@ -48,20 +51,20 @@ class Segments:
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotation angles of every patch, float32: cos_P1D and sin_P1D are [P, 1, D]."""
+    """Cosine and sine of every patch's rotation angles, [P, 1, D] float32."""
 
     cos_P1D: torch.Tensor
     sin_P1D: torch.Tensor
 
     @classmethod
     def at(cls, positions_P2: torch.Tensor, head_dim: int, theta: float) -> Rotary:
-        """Angles for patches at (row, column): a quarter of the head each, laid out [row, column, row, column]."""
+        """Angles of patches at (row, column): a quarter of the head each, in the order [row, column, row, column]."""
         exponents = torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=positions_P2.device) / (head_dim // 2)
         inverse_frequencies = 1.0 / theta**exponents
         angles = (positions_P2[:, :, None].float() * inverse_frequencies).flatten(1).repeat(1, 2)
         return cls(angles.cos()[:, None], angles.sin()[:, None])
 
-    def turn(self, x_PHD: torch.Tensor) -> torch.Tensor:
+    def apply(self, x_PHD: torch.Tensor) -> torch.Tensor:
         """Rotates in float32 and returns x's dtype."""
         x = x_PHD.float()
         left, right = x.chunk(2, dim=-1)
@@ -69,7 +72,7 @@ class Rotary:
 
 
 class PatchProjection(nn.Module):
-    """Weights as the checkpoint stores them: a Conv3d whose stride is its kernel."""
+    """The weights as the checkpoint stores them: a Conv3d whose stride is its kernel size."""
 
     def __init__(self, config: VisionConfig, bias: bool) -> None:
         super().__init__()
@@ -79,7 +82,7 @@ class PatchProjection(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Patch rows to hidden states, as one matrix product."""
+    """Turns patch rows into hidden states by one matrix product."""
 
     def __init__(self, config: VisionConfig, bias: bool) -> None:
         super().__init__()
@@ -99,14 +102,14 @@ class Attention(nn.Module):
     def forward(self, x_PC: torch.Tensor, segments: Segments, rotary: Rotary) -> torch.Tensor:
         q_PHD, k_PHD, v_PHD = self.qkv(x_PC).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
         out_PHD = packed_attention(
-            rotary.turn(q_PHD), rotary.turn(k_PHD), v_PHD, segments.cu_seqlens, segments.max_seqlen
+            rotary.apply(q_PHD), rotary.apply(k_PHD), v_PHD, segments.cu_seqlens, segments.max_seqlen
         )
         projected: torch.Tensor = self.proj(out_PHD.flatten(1))
         return projected
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """A pre-norm transformer block."""
 
     def __init__(self, config: VisionConfig, norm: Callable[[int], nn.Module], mlp: nn.Module) -> None:
         super().__init__()

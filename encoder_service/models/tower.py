@@ -1,4 +1,4 @@
-"""What every vision tower is to the rest of the encoder."""
+"""The interface of every vision tower, and the base class of the plain ones."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from vitrine_vlm.encoder_service.models.layers import PatchEmbed
 
 
 class VisionTower(Protocol):
-    """out_hidden_size: elements in the main embedding and in each deepstack layer; row_width: in a whole row.
+    """Turns patches into embedding rows.
 
+    out_hidden_size: elements in the main embedding and in each deepstack layer. row_width: elements in a whole row.
     merge_unit: patches that become one token.
     """
 
@@ -24,7 +25,7 @@ class VisionTower(Protocol):
     merge_unit: int
 
     def forward(self, patches_PX: torch.Tensor, grid_thw: list[tuple[int, int, int]]) -> torch.Tensor:
-        """Encodes images and videos side by side; none sees another.
+        """Encodes images and videos side by side; each attends only to itself.
 
         Args:
             patches_PX: normalized patch rows of all items in order, merge-block order within an item,
@@ -42,9 +43,9 @@ class VisionTower(Protocol):
 
 
 class PlainTower(nn.Module, ABC):
-    """A `VisionTower` in plain torch: it runs on a CPU, and its fused form on a GPU takes its weights.
+    """A `VisionTower` in plain torch. It runs on a CPU, and its fused form on a GPU shares its weights.
 
-    Parameter names are those that `VisualWeights` finds in a checkpoint. blocks: one `Block` a layer.
+    Its parameter names are those of `VisualWeights`. blocks: one `Block` a layer.
     """
 
     config: VisionConfig

@@ -14,26 +14,26 @@ from vitrine_vlm.model_loading.dummy_weights import configured_dtype
 
 @dataclass(frozen=True)
 class VisualWeights:
-    """Where a checkpoint has the tensors of its vision tower, and what they are called there.
+    """The names of a vision tower's tensors in a checkpoint.
 
-    prefixes: of their names, one a layout in use.
-    renamed: parts of the names behind the prefix, and what the tower calls them; replaced in this order.
+    prefixes: prefixes of their names, one for each layout in use.
+    renamed: parts of the names behind the prefix, and the tower's names for them; replaced in this order.
     """
 
     prefixes: tuple[str, ...] = ("visual.", "model.visual.")
     renamed: tuple[tuple[str, str], ...] = ()
 
     def names(self, checkpoint: Checkpoint) -> dict[str, str]:
-        """The tower's names of all visual tensors of the checkpoint, and the checkpoint's names.
+        """The checkpoint's names of all its visual tensors, by the tower's names.
 
         Raises:
-            CheckpointError: it holds none, or two for the same place.
+            CheckpointError: there are none, or two for one tensor of the tower.
         """
         names: dict[str, str] = {}
         for stored in checkpoint.tensor_names():
             if not stored.startswith(self.prefixes):
                 continue
-            name = self._own_name(stored)
+            name = self._tower_name(stored)
             if name in names:
                 raise CheckpointError(
                     f"{names[name]} and {stored} in {checkpoint.folder} are one tensor of the tower: remove one of them"
@@ -45,10 +45,10 @@ class VisualWeights:
             )
         return names
 
-    def _own_name(self, stored: str) -> str:
+    def _tower_name(self, stored: str) -> str:
         name = next(stored.removeprefix(each) for each in self.prefixes if stored.startswith(each))
-        for theirs, ours in self.renamed:
-            name = name.replace(theirs, ours)
+        for checkpoint_part, tower_part in self.renamed:
+            name = name.replace(checkpoint_part, tower_part)
         return name
 
 
@@ -63,12 +63,12 @@ def load_visual_weights(
     """Fills `tower`, built on the meta device, with the checkpoint's visual tensors.
 
     Args:
-        weights: how the tower's parameter names follow from the checkpoint's.
-        device, dtype: where the weights go and what they become.
+        weights: the names of the tensors in the checkpoint.
+        device, dtype: of the tower's weights.
         on_progress: called with (tensors loaded, tensors in all) after each.
 
     Raises:
-        CheckpointError: a tensor is missing, is left over, or has another shape.
+        CheckpointError: a tensor is missing or unexpected, or has another shape.
     """
     expected = tower.state_dict()
     names = weights.names(checkpoint)
@@ -78,10 +78,10 @@ def load_visual_weights(
             f"visual tensors of {checkpoint.folder} do not match its config.json: "
             f"{len(missing)} missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}"
         )
-    own_names = {stored: name for name, stored in names.items()}
+    tower_names = {stored: name for name, stored in names.items()}
     loaded: dict[str, torch.Tensor] = {}
-    for stored, tensor in checkpoint.read_tensors(list(own_names)):
-        name = own_names[stored]
+    for stored, tensor in checkpoint.read_tensors(list(tower_names)):
+        name = tower_names[stored]
         if tensor.shape != expected[name].shape:
             raise CheckpointError(
                 f"{stored} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected[name].shape)}"
@@ -92,10 +92,10 @@ def load_visual_weights(
 
 
 def stored_dtype(checkpoint: Checkpoint, weights: VisualWeights) -> torch.dtype:
-    """Element type of the visual weights on disk, read from one tensor; of dummies what config.json says.
+    """The dtype of the visual weights on disk, read from one tensor; for dummy weights, that of config.json.
 
     Raises:
-        CheckpointError: no visual tensors.
+        CheckpointError: the checkpoint has no visual tensors.
     """
     if checkpoint.load_format == "dummy":
         return configured_dtype(checkpoint)

@@ -1,4 +1,4 @@
-"""How long a file says it is: tells one that was cut short from one that is something else."""
+"""The length that a file's headers declare, which distinguishes a truncated file from one of another format."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ _MAX_BOXES = 200_000
 _EBML_ID, _SEGMENT_ID = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 
 
-def is_cut_short(data: bytes) -> bool:
-    """Whether a file ends before its own headers say: RIFF (WebP, AVI), ISO media (MP4, MOV, AVIF), Matroska (WebM).
+def is_truncated(data: bytes) -> bool:
+    """Whether a file is shorter than its headers declare.
 
-    False for every other file.
+    It reads RIFF (WebP, AVI), ISO media (MP4, MOV, AVIF) and Matroska (WebM), and is False for every other format.
     """
     # One byte of slack: some writers leave out the last padding byte.
     return _declared_nbytes(data) > len(data) + 1
 
 
 def _declared_nbytes(data: bytes) -> int:
-    """Bytes that the file's outermost headers announce; 0 where they announce nothing."""
+    """Bytes that the file's outermost headers declare; 0 where they declare none."""
     if data[:4] == b"RIFF" and len(data) >= 12:
         return 8 + int.from_bytes(data[4:8], "little")
     if data[4:8] in _ISO_BOXES:
@@ -30,6 +30,7 @@ def _declared_nbytes(data: bytes) -> int:
 
 
 def _end_of_iso_boxes(data: bytes) -> int:
+    """The end of the last box whose header is in the file; 0 where it is not known."""
     offset = 0
     for _ in range(_MAX_BOXES):
         if len(data) - offset < 16:
@@ -46,7 +47,7 @@ def _end_of_iso_boxes(data: bytes) -> int:
 
 
 def _end_of_ebml_element(data: bytes, start: int) -> int:
-    """End of the element at `start`, whose id takes 4 bytes; 0 where its size is not known."""
+    """The end of the element at `start`, whose id has 4 bytes; 0 where its size is not known."""
     first = data[start + 4] if len(data) > start + 4 else 0
     width = 9 - first.bit_length()  # leading zero bits of the first byte count the bytes of the size
     if width > 8:

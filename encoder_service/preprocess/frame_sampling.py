@@ -1,4 +1,4 @@
-"""Which frames of a video are looked at, and when they were.
+"""Chooses the frames of a video that are encoded, and computes their times.
 
 Source: transformers 5.23, `sample_frames` and `_calculate_timestamps` of the processors that the families name;
 `VideoMetadata.sampled_fps` of video_utils.py.
@@ -17,9 +17,9 @@ from vitrine_vlm.encoder_service.preprocess.settings import ProcessorSettings
 def sample_frames(
     settings: ProcessorSettings, num_source_frames: int, source_fps: float, video_fps: float | None = None
 ) -> list[int]:
-    """Indices of the frames to feed, rising.
+    """Indices of the frames to encode, ascending.
 
-    A video with fewer frames than one temporal patch, which transformers refuses, is taken whole.
+    Of a video with fewer frames than one temporal patch, which transformers refuses, all frames are encoded.
 
     Args:
         num_source_frames: frames in the video, at least 1; source_fps: its rate, frames per second.
@@ -30,7 +30,7 @@ def sample_frames(
         return list(range(num_source_frames))
     low, high = settings.video_min_frames, settings.video_max_frames
     if settings.frame_sampling == "even":
-        # Rounded down last: a huge rate has made it infinite.
+        # Rounded down last, as a huge rate makes the number infinite.
         num_frames = int(min(max(num_source_frames / source_fps * fps, low), high, num_source_frames))
         indices: list[int] = np.linspace(0, num_source_frames - 1, num_frames).round().astype(int).tolist()
         return indices

@@ -1,4 +1,4 @@
-"""Preprocessing on a GPU: each thread works on a stream of its own, so that none waits for the tower or for another."""
+"""Preprocessing on a GPU: each thread has a stream of its own, so that none waits for the tower or another thread."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vitrine_vlm.encoder_service.preprocess.settings import ProcessorSettings
 
 
 class GpuWork:
-    """Streams and constants of preprocessing on one device. On the CPU there is nothing to arrange."""
+    """The streams and constants of preprocessing on one device; on the CPU it does nothing."""
 
     def __init__(self, device: torch.device, settings: ProcessorSettings, dtype: torch.dtype) -> None:
         self.device = device
@@ -27,12 +27,12 @@ class GpuWork:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """What is launched inside is complete at the end."""
+        """Launches inside go to the thread's stream, and are complete at the end of the context."""
         if self.device.type == "cpu":
             yield
             return
         if not hasattr(self._of_thread, "stream"):
-            # Of high priority: small kernels that a whole batch will wait for, beside the tower's large ones.
+            # High priority: a whole batch will wait for these small kernels, which run beside the tower's large ones.
             self._of_thread.stream = torch.cuda.Stream(self.device, priority=-1)
         with torch.cuda.stream(self._of_thread.stream):
             yield

@@ -1,4 +1,4 @@
-"""Images by Pillow: the size from the header, the pixels later. The only file that knows Pillow."""
+"""Decodes images by Pillow: the size from the header first, the pixels later. No other file imports Pillow."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from vitrine_vlm.encoder_service.preprocess import nvjpeg
-from vitrine_vlm.encoder_service.preprocess.file_length import is_cut_short
+from vitrine_vlm.encoder_service.preprocess.file_length import is_truncated
 from vitrine_vlm.errors import MediaError, MediaTooLarge, MediaTruncated, NotAnImage
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 
-# Pillow's own guard is a process-wide constant, and half of it only warns: `max_pixels` below is checked instead.
+# Pillow's own limit is a process-wide constant that may only warn: `max_pixels` below is checked instead.
 Image.MAX_IMAGE_PIXELS = None
 
-# What turns an image upright, by EXIF orientation.
+# The transposition that turns an image upright, by EXIF orientation.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -34,7 +34,7 @@ class EncodedImage:
     """An image whose header has been read.
 
     Args:
-        data: the encoded file. Of an animation the first frame is taken.
+        data: the encoded file; of an animation, the first frame is used.
         max_pixels: largest accepted width x height.
 
     Raises:
@@ -60,18 +60,18 @@ class EncodedImage:
 
     @property
     def suits_nvjpeg(self) -> bool:
-        """A complete JPEG of three colours or grey, where there is nvJPEG; CMYK has conversions of its own."""
+        """Whether it is a complete JPEG in colour or grey, and nvJPEG is there; CMYK needs Pillow's conversion."""
         return (
             self._image.format == "JPEG"
             and self._image.mode in ("RGB", "L")
             and nvjpeg.has_nvjpeg()
-            and not is_cut_short(self._data)
+            and not is_truncated(self._data)
         )
 
     def decode(self, device: torch.device) -> torch.Tensor:
-        """[3, height, width], uint8, any strides, on `device`: upright, 8 bits, RGB, transparency on white.
+        """Decodes the pixels: [3, height, width], uint8, any strides, on `device`; upright, RGB, transparency on white.
 
-        A JPEG is decoded on a GPU if `device` is one and the installation can; everything else by Pillow.
+        nvJPEG decodes a JPEG if `device` is a GPU and nvJPEG is installed; Pillow decodes everything else.
 
         Raises:
             MediaTruncated: the file ends before the pixels do.
@@ -81,7 +81,7 @@ class EncodedImage:
             try:
                 return decode_batch([self], device)[0]
             except RuntimeError:
-                pass  # Pillow decodes it, or knows what is wrong with it
+                pass  # Pillow decodes it, or raises the error that says what is wrong
         try:
             self._image.load()
             image = _to_rgb(self._image)
@@ -96,7 +96,7 @@ class EncodedImage:
     def _refusal(self, error: Exception) -> MediaTruncated | NotAnImage:
         if not self._data:
             return NotAnImage("the image file is empty")
-        if "truncated" in str(error).lower() or isinstance(error, EOFError) or is_cut_short(self._data):
+        if "truncated" in str(error).lower() or isinstance(error, EOFError) or is_truncated(self._data):
             return MediaTruncated(f"the image file ends too early, after {len(self._data)} bytes: send the whole file")
         if isinstance(error, UnidentifiedImageError):
             return NotAnImage(f"{len(self._data)} bytes that are no valid image: send one of {', '.join(FORMATS)}")
@@ -104,10 +104,10 @@ class EncodedImage:
 
 
 def decode_batch(images: Sequence[EncodedImage], device: torch.device) -> list[torch.Tensor]:
-    """`EncodedImage.decode` of several that suit nvJPEG, in one call.
+    """Decodes several images that suit nvJPEG in one call; see `EncodedImage.decode`.
 
     Raises:
-        RuntimeError: one of them cannot be decoded there.
+        RuntimeError: nvJPEG cannot decode one of them.
     """
     decoded = nvjpeg.decode([image._data for image in images], device)
     return [_upright(pixels, image._orientation) for pixels, image in zip(decoded, images, strict=True)]
@@ -121,17 +121,17 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def _orientation(image: Image.Image, data: bytes) -> int:
-    """EXIF orientation still to be applied, 1 (upright) to 8; decodes no pixels where that can be helped."""
+    """The EXIF orientation that is still to be applied, 1 (upright) to 8; avoids decoding pixels."""
     if image.format == "TIFF":  # Pillow turns these itself
         return 1
-    # PngImageFile.getexif decodes everything to look for EXIF behind the pixels: only where there may be some.
+    # PngImageFile.getexif decodes all pixels to look for EXIF behind them: it is called only where there may be some.
     exif = image.getexif() if image.format != "PNG" or b"eXIf" in data else Image.Image.getexif(image)
     orientation = exif.get(ExifTags.Base.Orientation, 1)
     return orientation if orientation in _UPRIGHT else 1
 
 
 def _upright(pixels_CHW: torch.Tensor, orientation: int) -> torch.Tensor:
-    """What `_UPRIGHT` does to a picture, done to a tensor."""
+    """Turns a tensor upright, as `_UPRIGHT` does a Pillow image."""
     if orientation in (5, 6, 7, 8):
         pixels_CHW = pixels_CHW.transpose(1, 2)
     flipped = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation, ())
@@ -139,7 +139,7 @@ def _upright(pixels_CHW: torch.Tensor, orientation: int) -> torch.Tensor:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB. Transparency as in transformers 5.23, image_transforms.py `convert_to_rgb`: composited on white."""
+    """Converts to 8-bit RGB; transparency as in transformers 5.23, image_transforms.py `convert_to_rgb`: on white."""
     if image.mode.startswith("I;16"):  # Pillow's own conversion to 8 bits clips instead of scaling
         grey = np.asarray(image)
         high_byte = (grey >> 8).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""JPEG decoding on the GPU, by torchvision, where it is installed with CUDA."""
+"""Decodes JPEGs on the GPU by torchvision, where it is installed with CUDA."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ def has_nvjpeg() -> bool:
 
 
 def decode(files: Sequence[bytes], device: torch.device) -> list[torch.Tensor]:
-    """Of each file [3, height, width], uint8, on the GPU, not turned upright.
+    """The pixels of each file, [3, height, width], uint8, on the GPU, not turned upright.
 
     Raises:
-        RuntimeError: one of the files is one that nvJPEG cannot decode.
+        RuntimeError: nvJPEG cannot decode one of the files.
     """
     from torchvision.io import ImageReadMode, decode_jpeg
 
-    encoded = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in files]  # copies: torch wants to write
+    # The copies are there because torch needs writable memory.
+    encoded = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in files]
     pixels: list[torch.Tensor] = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
     return pixels

@@ -1,4 +1,4 @@
-"""From pixels to rows of patches, by torch alone.
+"""Turns pixels into rows of patches, by torch alone.
 
 Source: transformers 5.23, `TorchvisionBackend.rescale_and_normalize` (image_processing_backends.py) and `patchify` of
 the image and video processors that the families name. torchvision's uint8 resize is `torch.nn.functional.interpolate`
@@ -15,7 +15,7 @@ from vitrine_vlm.encoder_service.preprocess.settings import ProcessorSettings
 
 
 def resize(pixels_CHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Bicubic, antialiased, rounded to uint8. Any strides in; [C, height, width], uint8, out, on the same device.
+    """Resizes by antialiased bicubic interpolation to [C, height, width] uint8, on the same device; any strides in.
 
     On a GPU, where torch resizes floats only, weights are not rounded as on the CPU: pixels differ by one grey level.
     """
@@ -27,14 +27,14 @@ def resize(pixels_CHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def interpolate(pixels_CHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Bicubic, antialiased, in the dtype that comes in: floats may leave the range of pixels."""
+    """Resizes likewise in the dtype of the input, so that floats may leave the range of pixels."""
     return torch.nn.functional.interpolate(
         pixels_CHW.unsqueeze(0), (height, width), mode="bicubic", antialias=True, align_corners=False
     ).squeeze(0)
 
 
 def patchify(frames_FCHW: torch.Tensor, settings: ProcessorSettings) -> torch.Tensor:
-    """Cuts into patches and normalizes.
+    """Cuts frames into patches and normalizes them.
 
     Args:
         frames_FCHW: uint8; F a multiple of `temporal_patch_size`, H and W multiples of `settings.factor`. An image
@@ -47,7 +47,7 @@ def patchify(frames_FCHW: torch.Tensor, settings: ProcessorSettings) -> torch.Te
 
 
 def cut_patches(frames_FCHW: torch.Tensor, settings: ProcessorSettings) -> torch.Tensor:
-    """[P, D], uint8, in the order in which the tower merges them.
+    """Cuts frames into patches, [P, D] uint8, in the order in which the tower merges them.
 
     Rows run over time, merge blocks top to bottom and left to right, then inside a block; a row runs over channel,
     frame, y, x. Any number of frames F that is a multiple of `temporal_patch_size`.
@@ -62,7 +62,7 @@ def cut_patches(frames_FCHW: torch.Tensor, settings: ProcessorSettings) -> torch
 
 
 def normalize(patches: torch.Tensor, settings: ProcessorSettings) -> torch.Tensor:
-    """uint8 patches [P, D] as float32, each channel with the checkpoint's mean and standard deviation taken out."""
+    """Normalizes uint8 patches [P, D] to float32 by the checkpoint's mean and standard deviation of each channel."""
     by_channel = patches.to(torch.float32).view(len(patches), len(settings.image_mean), -1)
     mean = torch.tensor(settings.image_mean, device=patches.device).mul(255.0).view(-1, 1)
     std = torch.tensor(settings.image_std, device=patches.device).mul(255.0).view(-1, 1)

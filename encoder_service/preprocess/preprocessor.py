@@ -1,4 +1,4 @@
-"""From encoded media to patches: the layout first, the pixels when asked for."""
+"""Turns encoded media into patches: the layout first, the pixels on demand."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class OpenedMedia(Protocol):
 
     @property
     def layout(self) -> Layout:
-        """Grid, tokens and video times; `content_hash` is left empty."""
+        """Grid, tokens and video times; `content_hash` is empty."""
         ...
 
     @property
     def decodes_on_gpu(self) -> bool:
-        """Whether the GPU decodes it, so that `Preprocessor.patches_of_batch` is better than `patches`."""
+        """Whether the GPU decodes it, so that `Preprocessor.patches_of_batch` is faster than `patches`."""
         ...
 
     def patches(self) -> torch.Tensor:
-        """Decodes, resizes, normalizes and cuts. Blocking; call once, from any thread.
+        """Decodes, resizes, normalizes and cuts into patches. Blocking; call it once, from any thread.
 
         Returns:
             [num_patches, 3 * temporal_patch_size * patch_size ** 2], complete, on the preprocessor's device; float32,
@@ -60,8 +60,8 @@ class Preprocessor:
     ) -> None:
         """
         Args:
-            device: where pixels become patches; on a GPU, JPEGs are decoded there, too, if the installation can.
-            dtype: of an image's patches where a GPU makes them.
+            device: where pixels become patches; a GPU decodes JPEGs, too, if nvJPEG is installed.
+            dtype: of an image's patches that a GPU computes.
         """
         self.settings = settings
         self._limits = limits
@@ -70,7 +70,7 @@ class Preprocessor:
     def open(self, kind: MediaKind, data: bytes, video_fps: float | None = None) -> OpenedMedia:
         """Reads as much of `data` as the layout needs: an image's header; of a video the index and one frame.
 
-        Blocking. Size, shape and frame count are checked here, before any memory for pixels is taken.
+        Blocking. Size, shape and frame count are checked here, before any memory for pixels is allocated.
 
         Args:
             data: the encoded file.
@@ -88,7 +88,7 @@ class Preprocessor:
         return _OpenedVideo(self.settings, video, self._limits.max_video_pixels, video_fps, self._work)
 
     def patches_of_batch(self, opened: Sequence[OpenedMedia]) -> list[torch.Tensor | Exception]:
-        """`patches` of several gathered items, or what each one raised."""
+        """The patches of several items that a GPU decodes, or the exception that each one raised."""
         images = [each for each in opened if isinstance(each, _OpenedImage) and each.decodes_on_gpu]
         if len(images) == len(opened):
             with self._work():
@@ -96,7 +96,7 @@ class Preprocessor:
                     decoded = decode_batch([each.image for each in images], self._work.device)
                     return [each.patches_of(pixels) for each, pixels in zip(images, decoded, strict=True)]
                 except RuntimeError:
-                    pass  # one of them is damaged: below it is found out which
+                    pass  # one of them is damaged: decoding one by one finds which
         return [_result(each.patches) for each in opened]
 
 
@@ -115,7 +115,7 @@ class _OpenedImage:
             return self.patches_of(self.image.decode(self._work.device))
 
     def patches_of(self, decoded_CHW: torch.Tensor) -> torch.Tensor:
-        """From pixels on the preprocessor's device; on a GPU only launched."""
+        """Makes patches of pixels on the preprocessor's device; on a GPU the work is only launched."""
         if decoded_CHW.is_cuda:
             return self._work.image_patches(decoded_CHW, *self._size)
         pixels_CHW = resize(decoded_CHW, *self._size)

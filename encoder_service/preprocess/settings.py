@@ -1,4 +1,4 @@
-"""How a checkpoint wants its images and videos prepared."""
+"""How images and videos are prepared for a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vitrine_vlm.model_loading.checkpoint import Checkpoint, CheckpointError
 
 _BICUBIC = 3
 _RESCALE_FACTOR = 1 / 255
-# What transformers' processors of all families have where a checkpoint's file leaves a field out.
+# Values of transformers' processors of all families where a checkpoint's file leaves a field out.
 _COMMON_DEFAULTS: dict[str, Any] = {
     "temporal_patch_size": 2,
     "merge_size": 2,
@@ -30,12 +30,12 @@ VideoBounds = Literal["volume", "frame"]
 
 @dataclass(frozen=True)
 class ProcessorDefaults:
-    """How a family's processors prepare media where a checkpoint's files say nothing else.
+    """How a family's processors prepare media unless a checkpoint's files say otherwise.
 
-    image, video: fields that stand where the image or the video processor's file leaves them out, by their names there.
+    image, video: values of fields that the image or the video processor's file leaves out, by their names there.
     frame_sampling: see `frame_sampling.sample_frames`; video_bounds: see `smart_resize.resized_video_size`.
-    video_pixels_old_spelling: the video processor knows `min_pixels` and `max_pixels`, too.
-    video_fixed: fields of the video processor that a file does not change.
+    video_pixels_old_spelling: the video processor reads `min_pixels` and `max_pixels`, too.
+    video_fixed: fields of the video processor that a file cannot change.
     """
 
     image: Mapping[str, Any]
@@ -48,7 +48,7 @@ class ProcessorDefaults:
 
 @dataclass(frozen=True)
 class ProcessorSettings:
-    """Everything that decides an item's grid and pixels, besides the item.
+    """Everything besides the item itself that decides its grid and pixels.
 
     frame_sampling: "even" spreads any number of frames over the video, "grouped" takes whole temporal patches.
     video_bounds: whether the bounds on pixels are for a video's "volume" or for each "frame".
@@ -110,10 +110,10 @@ class ProcessorSettings:
         bound an image).
 
         Args:
-            defaults: of the checkpoint's family.
+            defaults: those of the checkpoint's family.
 
         Raises:
-            CheckpointError: a file is missing, or asks for something this encoder does not do, naming the field.
+            CheckpointError: a file is missing, or a field of it, which is named, has a value that is not supported.
         """
         nested = checkpoint.json("processor_config.json")
         image_file = nested.get("image_processor") or checkpoint.json("preprocessor_config.json")

@@ -1,4 +1,4 @@
-"""The size media is resized to: multiples of `factor`, inside the pixel bounds, near the aspect ratio.
+"""Computes the size that media is resized to: multiples of `factor`, within the pixel bounds, near the aspect ratio.
 
 Source: transformers 5.23, `smart_resize` beside the image and video processors that the families name, without
 `cap_pixels_per_frame`.
@@ -41,8 +41,10 @@ def resized_video_size(settings: ProcessorSettings, num_frames: int, height: int
 def _fit(
     num_frames: int, height: int, width: int, factor: int, min_pixels: int, max_pixels: int, temporal_factor: int = 1
 ) -> tuple[int, int]:
-    """Fits num_frames x height x width into the bounds. The volume that is compared has its sides rounded to multiples,
-    the volume that is scaled has not."""
+    """Fits num_frames x height x width into the bounds.
+
+    The volume that is compared with the bounds has sides rounded to multiples, the volume that is scaled has not.
+    """
     ratio = max(height, width) / min(height, width)
     if ratio > MAX_ASPECT_RATIO:
         raise BadAspectRatio(

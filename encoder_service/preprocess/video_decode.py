@@ -1,4 +1,4 @@
-"""Videos by PyAV: what the container says first, the sampled frames later. The only file that knows PyAV."""
+"""Decodes videos by PyAV: the container's data first, the sampled frames later. No other file imports PyAV."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from av.stream import Disposition
 
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
-from vitrine_vlm.encoder_service.preprocess.file_length import is_cut_short
+from vitrine_vlm.encoder_service.preprocess.file_length import is_truncated
 from vitrine_vlm.errors import MediaTooLarge, MediaTruncated, NotAVideo
 
-# Containers that hold their own data. FFmpeg also reads playlists, which would make it open files and URLs they name.
+# Containers that hold their own data. FFmpeg also reads playlists, whose files and URLs it would open.
 _CONTAINERS = "mov,matroska,avi,gif,mpegts"
 _FALLBACK_FPS = 24.0
 
@@ -24,11 +24,11 @@ _FALLBACK_FPS = 24.0
 class EncodedVideo:
     """A video whose number of frames, rate and size are known.
 
-    The count is the container's own where its packets bear it out (MP4, MOV, GIF: nothing is decoded for it), else it
-    is found by decoding once (WebM, or edit lists that drop frames).
+    The number of frames is the container's where it equals that of its packets (MP4, MOV, GIF: nothing is decoded for
+    it); otherwise the video is decoded once to count them (WebM, or edit lists that drop frames).
 
     Raises:
-        NotAVideo: no container of those above, no video stream, or a codec that is not known.
+        NotAVideo: the container is not one of the above, or has no video stream, or a codec that is not supported.
         MediaTruncated: the file ends too early or is damaged.
         MediaTooLarge: too many frames, or too many pixels in one.
     """
@@ -36,7 +36,7 @@ class EncodedVideo:
     def __init__(self, data: bytes, limits: MediaLimits) -> None:
         self._data = data
         self._limits = limits
-        if is_cut_short(data):
+        if is_truncated(data):
             raise MediaTruncated(f"the video file ends too early, after {len(data)} bytes: send the whole file")
         with self._open() as (container, stream):
             self.fps = float(stream.average_rate or 0) or _FALLBACK_FPS
@@ -52,10 +52,10 @@ class EncodedVideo:
         self.num_frames = declared if declared and self._count_packets() == declared else self._count_decoded()
 
     def frames(self, indices: list[int]) -> Iterator[torch.Tensor]:
-        """Decodes up to the last of `indices` (rising) and yields those frames: [3, height, width], uint8, upright.
+        """Decodes up to the last of `indices` (ascending) and yields those frames: [3, height, width], uint8, upright.
 
         Raises:
-            MediaTruncated: the video ends, or can't be decoded, before its last wanted frame.
+            MediaTruncated: the video ends, or can't be decoded, before the last of `indices`.
         """
         with self._open() as (container, stream):
             wanted = iter(indices)
@@ -73,7 +73,7 @@ class EncodedVideo:
 
     @contextmanager
     def _open(self) -> Iterator[tuple[av.container.InputContainer, av.video.stream.VideoStream]]:
-        """Opened anew for each pass: not every container can be rewound."""
+        """Opens the container; each pass does so again, as not every container can be rewound."""
         opened = False
         try:
             options = {"format_whitelist": _CONTAINERS}
@@ -83,7 +83,7 @@ class EncodedVideo:
                 if not streams:
                     raise NotAVideo("the file has no video stream: send a video, or send it as an image or audio")
                 stream = streams[0]
-                if getattr(stream, "codec_context", None) is None:  # typed otherwise, but so it is for unknown codecs
+                if getattr(stream, "codec_context", None) is None:  # None for unknown codecs, despite its type
                     raise NotAVideo("the video's codec is not known here: send H.264, H.265, VP8, VP9 or AV1")
                 num_pixels = stream.width * stream.height
                 if num_pixels > self._limits.max_pixels:
@@ -91,8 +91,8 @@ class EncodedVideo:
                         f"the video has {stream.width}x{stream.height} pixels: at most {self._limits.max_pixels} are "
                         "accepted, scale it down"
                     )
-                # The size may change on the way: the decoder checks before it allocates. Twice the limit, as it sees
-                # sizes rounded up to whole blocks.
+                # The size may change within the video: the decoder checks it before it allocates. It has twice the
+                # limit, as it sees sizes rounded up to whole blocks.
                 stream.codec_context.options = {"max_pixels": str(2 * self._limits.max_pixels)}
                 stream.thread_type = "AUTO"
                 opened = True
@@ -103,11 +103,12 @@ class EncodedVideo:
             raise NotAVideo(f"{len(self._data)} bytes that are no video: send MP4, MOV, WebM, AVI or GIF") from error
 
     def _count_packets(self) -> int:
-        """Frames that the container's packets will give, without decoding any."""
+        """The number of frames in the container's packets, without decoding any."""
         with self._open() as (container, stream):
             return sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
 
     def _count_decoded(self) -> int:
+        """The number of frames, by decoding all of them."""
         num_frames = 0
         with self._open() as (container, stream):
             for _ in container.decode(stream):

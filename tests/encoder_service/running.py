@@ -1,4 +1,4 @@
-"""A whole encoder inside the test's process, and small pictures to give it."""
+"""A whole encoder inside the test's process, and small pictures to send to it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MAX_ITEMS = 8
 
 
 class GatedTower:
-    """A real tower that waits for `gate` before each forward and notes the grids of every batch."""
+    """A real tower that waits for `gate` before each forward and records the grids of every batch."""
 
     def __init__(self, tower: VisionTower) -> None:
         self._tower = tower

@@ -1,4 +1,4 @@
-"""`vitrine-encoder` as a process: it starts, says what it does, answers, and stops when told to."""
+"""`vitrine-encoder` as a process: it starts, logs what it does, answers, and stops on SIGTERM."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ async def test_the_process_encodes_a_picture_as_transformers_does(qwen3_vl_folde
     assert (rows - expected).abs().max() <= 1e-4
 
 
-async def test_a_stopping_process_waits_for_the_rows_it_lent(qwen3_vl_folder: Path, tmp_path: Path) -> None:
+async def test_a_stopping_process_waits_for_its_leases(qwen3_vl_folder: Path, tmp_path: Path) -> None:
     flags = ["--model", str(qwen3_vl_folder), "--port", "0", "--shm-folder", str(tmp_path), "--pool-bytes", "4194304"]
     encoder = ServiceProcess("vitrine_vlm.encoder_service", *flags)
     try:
@@ -97,7 +97,7 @@ async def test_a_stopping_process_waits_for_the_rows_it_lent(qwen3_vl_folder: Pa
             if not client.ready:
                 break
             await asyncio.sleep(0.01)
-        assert not client.ready, "the client was not told that the encoder drains"
+        assert not client.ready, "the client did not learn that the encoder drains"
         assert not stopping.done()
         main, deepstack = torch.empty(4, 96), torch.empty(3, 4, 96)
         rows.copy_to(main, deepstack, 0)

@@ -1,4 +1,4 @@
-"""Flags win over the environment, then comes the file, then the defaults; what makes no sense is refused."""
+"""Flags win over the environment, then comes the file, then the defaults; invalid values are refused."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_media_limits_follow_the_flags(tmp_path: Path) -> None:
     assert limits.max_bytes == 10
 
 
-def test_a_missing_model_is_said_in_one_line(
+def test_a_missing_model_is_reported_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["encoder_service"])

@@ -38,7 +38,7 @@ def test_each_rank_has_its_ports_and_its_gpu(monkeypatch: pytest.MonkeyPatch) ->
     assert free["CUDA_VISIBLE_DEVICES"] == "1"
 
 
-def test_ranks_share_no_gpu_and_take_none_that_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_share_no_gpu_and_use_none_that_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     config = EncoderConfig(model="folder", dp=3)
     with pytest.raises(ValueError, match=r"--dp 3 .* CUDA_VISIBLE_DEVICES=5,2"):
         rank_environment(config, 2, {"CUDA_VISIBLE_DEVICES": "5,2"})

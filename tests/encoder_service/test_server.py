@@ -1,4 +1,4 @@
-"""The gRPC face over a loopback: Describe, Encode over bytes and shared memory, health, reflection, refusals."""
+"""The gRPC servicer over a loopback: Describe, Encode over bytes and shared memory, health, reflection, refusals."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ async def eventually(condition: Callable[[], bool]) -> None:
 
 
 async def refused(call: Awaitable[object]) -> tuple[grpc.StatusCode, str, str]:
-    """Status, our code and the message of a call that fails."""
+    """The status, the error code and the message of a call that fails."""
     with pytest.raises(grpc.aio.AioRpcError) as failure:
         await call
     metadata = dict(failure.value.trailing_metadata() or ())
@@ -202,7 +202,7 @@ async def test_draining_refuses_new_requests_and_finishes_running_ones(encoder: 
 
 
 async def connect(encoder: RunningEncoder) -> tuple[str, Session]:
-    """An open session that takes leases, without reading any memory."""
+    """Opens a session that accepts leases, without reading any memory."""
     call = stub(encoder).Connect()
     await call.write(encoder_pb2.ConnectRequest(hello=encoder_pb2.Hello(protocol_version=1, transports=["shm"])))
     offer = await call.read()
@@ -220,7 +220,7 @@ async def reads_layout(call: grpc.aio.UnaryStreamCall[encoder_pb2.EncodeRequest,
     return isinstance(response, encoder_pb2.EncodeResponse) and response.WhichOneof("event") == "layout"
 
 
-async def test_a_client_that_goes_away_stops_its_request_and_frees_leases(encoder: RunningEncoder) -> None:
+async def test_a_client_that_disconnects_stops_its_request_and_releases_leases(encoder: RunningEncoder) -> None:
     session_id, session = await connect(encoder)
     async with serve_media() as server:
         slow = encoder_pb2.MediaItem(kind=encoder_pb2.MEDIA_KIND_IMAGE, url=server.url("/hangs"))
@@ -234,13 +234,13 @@ async def test_a_client_that_goes_away_stops_its_request_and_frees_leases(encode
     requests = "vitrine_encoder_requests_total"
     await eventually(lambda: encoder.metrics.registry.get_sample_value(requests, {"outcome": "cancelled"}) == 1)
     assert encoder.admission.num_patches == 0
-    # Its Ready was written, but whoever gives a request up wants none of its rows; the session goes on.
+    # Its Ready was written, but the leases of a cancelled request are released; the session goes on.
     assert encoder.exporter.stats().live_leases == 0
     assert encoder.exporter.stats().sessions == 1
     session.cancel()
 
 
-async def test_a_peer_that_gives_up_during_the_forward_leaves_nothing_in_the_pool(encoder: RunningEncoder) -> None:
+async def test_a_request_cancelled_during_the_forward_leaves_nothing_in_the_pool(encoder: RunningEncoder) -> None:
     session_id, session = await connect(encoder)
     encoder.tower.gate.clear()
     request = encoder_pb2.EncodeRequest(session_id=session_id, items=[image_message(png(64, 64))])
@@ -250,13 +250,13 @@ async def test_a_peer_that_gives_up_during_the_forward_leaves_nothing_in_the_poo
     call.cancel()
     assert await encoder.calls.idle(10)
     encoder.tower.gate.set()
-    responses = await encode(encoder, request)  # behind the one that was given up
+    responses = await encode(encoder, request)  # behind the cancelled one
     assert [response.WhichOneof("event") for response in responses] == ["layout", "ready"]
     assert sum(encoder.exporter.stats().pool_used_nbytes.values()) == 64 + responses[1].ready.lease.nbytes
     session.cancel()
 
 
-async def test_metrics_tell_what_happened(encoder: RunningEncoder) -> None:
+async def test_metrics_count_what_happened(encoder: RunningEncoder) -> None:
     await encode(encoder, encoder_pb2.EncodeRequest(items=[image_message(png(64, 64)), image_message(b"x")]))
     value = encoder.metrics.registry.get_sample_value
     await eventually(lambda: value("vitrine_encoder_requests_total", {"outcome": "ok"}) == 1)
@@ -311,7 +311,7 @@ async def test_a_call_that_ends_too_soon_for_what_is_queued_is_refused(encoder: 
 
 
 class StuckContext:
-    """A call whose peer takes the layout and then nothing more."""
+    """A call whose peer reads the layout and then nothing more."""
 
     def __init__(self) -> None:
         self.stuck = asyncio.Event()

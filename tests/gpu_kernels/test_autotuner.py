@@ -1,4 +1,4 @@
-"""The choice between implementations by times that are made up."""
+"""The choice between implementations, by made-up times."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vitrine_vlm.gpu_kernels.autotuner import Tuned, autotune
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sizes that were measured. Work says its own milliseconds."""
+    """The sizes that were measured; each piece of work returns its own milliseconds."""
     sizes: list[int] = []
     monkeypatch.setattr(autotuner, "graphed_median_ms", lambda work, repeats: work())
     return sizes
@@ -34,11 +34,11 @@ def test_each_size_has_its_own(measured: list[int]) -> None:
 
 
 @pytest.mark.parametrize(("ms", "chosen"), [(0.99, "usual"), (0.97, "slim")])
-def test_what_is_hardly_faster_is_not_taken(measured: list[int], ms: float, chosen: str) -> None:
+def test_a_gain_within_noise_is_ignored(measured: list[int], ms: float, chosen: str) -> None:
     assert choose(measured, [64], lambda size: ms).at(64) == chosen
 
 
-def test_above_the_largest_its_choice_is_taken(measured: list[int]) -> None:
+def test_above_the_largest_size_its_choice_is_used(measured: list[int]) -> None:
     assert choose(measured, [64, 128], lambda size: 0.5 if size == 128 else 1.5).at(1 << 20) == "slim"
 
 

@@ -1,4 +1,4 @@
-"""A GPU that has failed for this process is told from one that has not."""
+"""A GPU is lost for a process after a fault, and not before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work side by side, and as CUDA graphs on a GPU."""
+"""Work on two streams, and as CUDA graphs on a GPU."""
 
 from __future__ import annotations
 

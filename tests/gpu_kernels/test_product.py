@@ -108,7 +108,7 @@ def test_fused_gemms(tiles: Tiles, shape: tuple[int, int, bool, Activation | Non
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [TRUE_SHAPES[1], TRUE_SHAPES[3]], ids=lambda shape: shape[3])
-def test_what_is_faster_on_this_gpu_is_taken(shape: tuple[int, int, bool, Activation | None]) -> None:
+def test_the_fastest_on_this_gpu_is_used(shape: tuple[int, int, bool, Activation | None]) -> None:
     pytest.importorskip("quack", reason="quack-kernels is not installed")
     num_inputs, num_outputs, has_bias, activation = shape
     weight = (random(num_outputs, num_inputs, seed=2) * 0.02).bfloat16()
@@ -119,7 +119,7 @@ def test_what_is_faster_on_this_gpu_is_taken(shape: tuple[int, int, bool, Activa
     assert F.cosine_similarity(multiply(x).float(), expected(x, weight, bias, activation), dim=-1).min() > 0.9999
 
 
-def test_gate_and_up_of_an_epilogues_bias_take_turns() -> None:
+def test_gate_and_up_of_an_epilogues_bias_are_interleaved() -> None:
     weight, bias = random(6, 4), torch.arange(6.0, device=DEVICE)
     assert GemmWeights.of(weight, bias, "gated_silu").epilogue_bias_O.tolist() == [0, 3, 1, 4, 2, 5]  # type: ignore[union-attr]
     assert GemmWeights.of(weight, bias, "gelu_tanh").epilogue_bias_O is bias
@@ -127,7 +127,7 @@ def test_gate_and_up_of_an_epilogues_bias_take_turns() -> None:
 
 
 def test_epilogues_compile_wherever_their_libraries_are_installed() -> None:
-    """Where quack-kernels and what it needs can be imported, as from a folder that is not called site-packages."""
+    """Imports quack-kernels and its dependencies from a folder that is not called site-packages."""
     pytest.importorskip("quack.gemm_interface", reason="quack-kernels is not installed")
     fused_gemm_module._quack()
     from quack.epilogue.library import linear_act_mod
@@ -149,10 +149,10 @@ def test_what_has_no_fused_gemm_is_refused() -> None:
     ],
     ids=["product", "added"],
 )
-def test_without_fused_gemms_cublas_is_taken(
+def test_without_fused_gemms_cublas_is_used(
     make: Callable[[torch.Tensor, tuple[int, ...]], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a device that computes nothing; so does a kernel that does not compile, and memory that is missing."""
+    """cuBLAS is used on a device that computes nothing, and where autotuning fails, as for want of memory."""
     weight, usual = torch.empty(20, 24, device="meta"), (product._by_cublas, product._add_by_cublas)
     monkeypatch.setattr(product, "check_fused_gemm", lambda *arguments: None)
     monkeypatch.setattr(product, "autotune", failing)

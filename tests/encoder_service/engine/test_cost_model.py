@@ -1,4 +1,4 @@
-"""The cost model finds known costs again, follows drift, and admission counts in its seconds."""
+"""The cost model recovers known costs and follows drift."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def truth(grids: list[tuple[int, int, int]]) -> float:
 BATCHES = [[(1, 8, 8)], [(1, 16, 16)] * 8, [(1, 64, 64)], [(1, 64, 64)] * 4, [(2, 128, 128)]]
 
 
-def test_known_costs_are_found_again() -> None:
+def test_known_costs_are_recovered() -> None:
     rng = random.Random(0)
     noisy = [Measurement(tuple(grids), truth(grids) * rng.uniform(0.99, 1.01)) for grids in BATCHES * 3]
-    cost = CostModel.fitted(noisy)
+    cost = CostModel.fit(noisy)
     assert cost.fixed_s == pytest.approx(FIXED_S, rel=0.1)
     assert cost.per_patch_s == pytest.approx(PER_PATCH_S, rel=0.1)
     assert cost.per_pair_s == pytest.approx(PER_PAIR_S, rel=0.1)
@@ -40,11 +40,11 @@ def test_no_term_is_negative() -> None:
     shrinking = [
         Measurement((grid,), seconds) for grid, seconds in (((1, 4, 4), 1.0), ((1, 16, 16), 0.9), ((1, 64, 64), 0.8))
     ]
-    cost = CostModel.fitted(shrinking)
+    cost = CostModel.fit(shrinking)
     assert min(cost.fixed_s, cost.per_patch_s, cost.per_pair_s) >= 0
-    assert CostModel.fitted([Measurement(((1, 4, 4),), 0.016)]).seconds((1, 8, 8)) == pytest.approx(0.064)
+    assert CostModel.fit([Measurement(((1, 4, 4),), 0.016)]).seconds((1, 8, 8)) == pytest.approx(0.064)
     with pytest.raises(ValueError, match="at least one"):
-        CostModel.fitted([])
+        CostModel.fit([])
 
 
 def test_it_follows_a_tower_that_has_become_slower() -> None:

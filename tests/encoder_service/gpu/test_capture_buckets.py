@@ -1,4 +1,4 @@
-"""Buckets cover what they should and waste little."""
+"""Buckets cover the usual batches and pad little."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_padding_waste_on_mixed_pictures_is_small() -> None:
     ],
     ids=["one token", "32 pictures", "a long video", "one huge picture", "200 tiny pictures"],
 )
-def test_what_people_send_has_a_bucket(grids: list[tuple[int, int, int]]) -> None:
+def test_usual_batches_have_a_bucket(grids: list[tuple[int, int, int]]) -> None:
     assert bucket_of(grids) is not None
 
 

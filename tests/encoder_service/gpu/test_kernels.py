@@ -102,13 +102,13 @@ def test_queries_and_keys_are_rotated(tables: BatchTables, padded: int) -> None:
     rotary = Rotary.at(grids.patch_positions(GRIDS, MERGE), HEAD_DIM, 10_000.0)
     apart = qkv[:NUM_PATCHES].view(NUM_PATCHES, 3, HEADS, HEAD_DIM).cpu()
     for rotated, plain in ((q, apart[:, 0]), (k, apart[:, 1])):
-        torch.testing.assert_close(rotated[:NUM_PATCHES, :, :HEAD_DIM].cpu(), rotary.turn(plain))
+        torch.testing.assert_close(rotated[:NUM_PATCHES, :, :HEAD_DIM].cpu(), rotary.apply(plain))
         assert (rotated[:, :, HEAD_DIM:] == 0).all()
     assert torch.equal(v[:NUM_PATCHES].cpu(), apart[:, 2])
 
 
 @pytest.mark.parametrize("patches_a_row", [1, 4])
-def test_layer_norm_adds_what_is_missing_and_ends_garbage(tables: BatchTables, patches_a_row: int) -> None:
+def test_layer_norm_adds_the_shift_and_zeroes_padding(tables: BatchTables, patches_a_row: int) -> None:
     channels = 40
     shift, (weight, bias) = random(channels), random(2, channels * patches_a_row)
     x = random((NUM_PATCHES + PADDING) // patches_a_row, channels * patches_a_row)
@@ -121,7 +121,7 @@ def test_layer_norm_adds_what_is_missing_and_ends_garbage(tables: BatchTables, p
     assert (out[real:] == 0).all()
 
 
-def test_rms_norm_adds_what_is_missing_and_ends_garbage(tables: BatchTables) -> None:
+def test_rms_norm_adds_the_shift_and_zeroes_padding(tables: BatchTables) -> None:
     channels = 40
     shift, weight = random(2, channels)
     x = random(NUM_PATCHES + PADDING, channels)
@@ -134,19 +134,19 @@ def test_rms_norm_adds_what_is_missing_and_ends_garbage(tables: BatchTables) -> 
 
 
 @pytest.mark.parametrize("patches_a_row", [1, 4])
-def test_a_norm_settles_what_the_stream_is_owed(tables: BatchTables, patches_a_row: int) -> None:
+def test_a_norm_adds_the_deferred_product_to_the_stream(tables: BatchTables, patches_a_row: int) -> None:
     channels = 40
     shift, (weight, bias) = random(channels), random(2, channels * patches_a_row)
-    x, owed = random(2, NUM_PATCHES + PADDING, channels).unbind()
-    settled = x + owed
-    plain = norms.layer_norm(ResidualStream(settled.clone()), shift, weight, bias, tables.cu_seqlens)
+    x, deferred = random(2, NUM_PATCHES + PADDING, channels).unbind()
+    updated = x + deferred
+    plain = norms.layer_norm(ResidualStream(updated.clone()), shift, weight, bias, tables.cu_seqlens)
     stream = ResidualStream(x)
-    stream.owe(owed)
+    stream.defer(deferred)
     out = norms.layer_norm(stream, shift, weight, bias, tables.cu_seqlens)
     assert isinstance(out, torch.Tensor) and isinstance(plain, torch.Tensor)
     assert torch.equal(out, plain)
-    assert torch.equal(x[:NUM_PATCHES], settled[:NUM_PATCHES])
-    assert stream.settle() is None
+    assert torch.equal(x[:NUM_PATCHES], updated[:NUM_PATCHES])
+    assert stream.pop_deferred() is None
 
 
 def assert_close_in_fp8(rows: fp8.Rows, expected: torch.Tensor) -> None:

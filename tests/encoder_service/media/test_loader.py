@@ -127,11 +127,11 @@ async def test_downloads(server: TestServer, loader: MediaLoader, path: str) -> 
 
 
 @pytest.mark.parametrize("path", ["/body", "/chunked?times=1", "/slow?seconds=0.05"])
-async def test_bytes_are_held_as_they_come(server: TestServer, loader: MediaLoader, path: str) -> None:
-    held: list[int] = []
+async def test_bytes_are_reserved_as_they_come(server: TestServer, loader: MediaLoader, path: str) -> None:
+    reserved: list[int] = []
     for item in (_item(server, path), MediaItem("image", data=BODY), MediaItem("image", url="data:;base64,aGk=")):
-        await loader.load(item, held.append)
-    assert sum(held) == 2 * len(BODY) + len(b"hi")
+        await loader.load(item, reserved.append)
+    assert sum(reserved) == 2 * len(BODY) + len(b"hi")
 
     def full(nbytes: int) -> None:
         raise Overloaded(f"no room for {nbytes} bytes")
@@ -185,10 +185,10 @@ async def test_failures(
     assert await loader.load(_item(server, "/body")) == BODY
 
 
-async def test_too_large_by_its_own_word(server: TestServer) -> None:
+async def test_too_large_by_its_content_length(server: TestServer) -> None:
     small = MediaLoader(MediaLimits(max_bytes=len(BODY) - 1, allow_private_addresses=True))
     start = time.perf_counter()
-    with pytest.raises(MediaTooLarge):  # told by Content-Length: does not wait for the slow body
+    with pytest.raises(MediaTooLarge):  # by Content-Length, without waiting for the slow body
         await small.load(_item(server, "/slow?seconds=5"))
     assert time.perf_counter() - start < 2
     with pytest.raises(MediaTooLarge, match=f"{len(BODY)} bytes: at most {len(BODY) - 1}"):

@@ -1,4 +1,4 @@
-"""transformers' vision towers with random weights: what ours must equal."""
+"""transformers' vision towers with random weights, which the towers under test must equal."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def random_reference(family: str, config: PretrainedConfig, seed: int = 0) -> An
             weights[name] = 1 + 0.1 * noise
         else:
             weights[name] = noise * parameter[0].numel() ** -0.5
-    # The rotary buffers are not in a checkpoint, so they are computed anew off the meta device.
+    # The rotary buffers are not in a checkpoint, so they are computed again off the meta device.
     rotary = type(reference.rotary_pos_emb)(config)
     reference.rotary_pos_emb = rotary
     reference.load_state_dict(weights, strict=True, assign=True)
@@ -67,7 +67,7 @@ def random_reference(family: str, config: PretrainedConfig, seed: int = 0) -> An
 
 @torch.inference_mode()
 def reference_rows(reference: Any, patches: torch.Tensor, grid_thw: list[GridTHW]) -> torch.Tensor:
-    """Main embedding and deepstack layers side by side, as our rows are."""
+    """Main embedding and deepstack layers side by side, as in a `VisionTower`'s rows."""
     output = reference(patches, torch.tensor(grid_thw))
     return torch.cat([output.pooler_output, *(output.get("deepstack_features") or [])], dim=1)
 

@@ -1,4 +1,4 @@
-"""Our towers against transformers' own, fp32 on the CPU, main embedding and every deepstack layer."""
+"""Towers against those of transformers, fp32 on the CPU, main embedding and every deepstack layer."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def patch_width_of(reference: Any) -> int:
     return int(config.in_channels * config.temporal_patch_size * config.patch_size**2)
 
 
-def assert_rows_equal(ours: VisionTower, reference: Any, grid_thw: list[GridTHW]) -> None:
+def assert_rows_equal(tower: VisionTower, reference: Any, grid_thw: list[GridTHW]) -> None:
     patches = random_patches(grid_thw, patch_width_of(reference))
-    rows, expected = ours.forward(patches, grid_thw), reference_rows(reference, patches, grid_thw)
-    assert rows.shape == expected.shape == (sum(t * h * w // 4 for t, h, w in grid_thw), ours.row_width)
+    rows, expected = tower.forward(patches, grid_thw), reference_rows(reference, patches, grid_thw)
+    assert rows.shape == expected.shape == (sum(t * h * w // 4 for t, h, w in grid_thw), tower.row_width)
     assert expected.std() > 0.1, "weights too small for a difference to show"
     for block, (got, want) in enumerate(
-        zip(rows.split(ours.out_hidden_size, 1), expected.split(ours.out_hidden_size, 1), strict=True)
+        zip(rows.split(tower.out_hidden_size, 1), expected.split(tower.out_hidden_size, 1), strict=True)
     ):
         difference = (got - want).abs().max().item()
         assert difference <= MAX_DIFFERENCE, f"block {block} of the rows differs by {difference}"
@@ -58,42 +58,42 @@ def assert_rows_equal(ours: VisionTower, reference: Any, grid_thw: list[GridTHW]
 
 @pytest.mark.parametrize("grid_thw", GRIDS.values(), ids=GRIDS.keys())
 def test_rows_equal_transformers(tower_folder: Path, grid_thw: list[GridTHW]) -> None:
-    ours, reference = towers_of(tower_folder)
-    assert_rows_equal(ours, reference, grid_thw)
+    tower, reference = towers_of(tower_folder)
+    assert_rows_equal(tower, reference, grid_thw)
 
 
 def test_an_image_does_not_depend_on_what_is_packed_beside_it(tower_folder: Path) -> None:
-    ours, reference = towers_of(tower_folder)
+    tower, reference = towers_of(tower_folder)
     grid: GridTHW = (1, 10, 6)
     width = patch_width_of(reference)
     image, other = random_patches([grid], width, seed=1), random_patches([(1, 12, 8)], width, seed=2)
-    packed = ours.forward(torch.cat([image, other, image]), [grid, (1, 12, 8), grid])
-    alone = ours.forward(image, [grid])
+    packed = tower.forward(torch.cat([image, other, image]), [grid, (1, 12, 8), grid])
+    alone = tower.forward(image, [grid])
     assert (packed[:15] - alone).abs().max() <= MAX_DIFFERENCE
     assert (packed[-15:] - alone).abs().max() <= MAX_DIFFERENCE
-    assert (packed[:15] - ours.forward(other[:60], [grid])).abs().max() > 0.1, "rows do not depend on the image"
+    assert (packed[:15] - tower.forward(other[:60], [grid])).abs().max() > 0.1, "rows do not depend on the image"
 
 
 def test_equal_patch_totals_with_different_segments_differ(tower_folder: Path) -> None:
-    ours, reference = towers_of(tower_folder)
+    tower, reference = towers_of(tower_folder)
     for grid_thw in ([(1, 8, 16)], [(1, 16, 8)], [(2, 8, 8)], [(1, 8, 8), (1, 8, 8)]):
-        assert_rows_equal(ours, reference, grid_thw)
+        assert_rows_equal(tower, reference, grid_thw)
 
 
-def test_frames_of_a_video_do_not_see_each_other(tower_folder: Path) -> None:
-    ours, reference = towers_of(tower_folder)
+def test_frames_of_a_video_do_not_attend_to_each_other(tower_folder: Path) -> None:
+    tower, reference = towers_of(tower_folder)
     frames = random_patches([(2, 6, 6)], patch_width_of(reference))
-    video, second = ours.forward(frames, [(2, 6, 6)]), ours.forward(frames[36:], [(1, 6, 6)])
+    video, second = tower.forward(frames, [(2, 6, 6)]), tower.forward(frames[36:], [(1, 6, 6)])
     assert (video[9:] - second).abs().max() <= MAX_DIFFERENCE
 
 
 def test_bfloat16_follows_float32(tower_folder: Path) -> None:
-    ours, reference = towers_of(tower_folder)
+    tower, reference = towers_of(tower_folder)
     half = build_tower(open_checkpoint(str(tower_folder)), CPU, torch.bfloat16)
     patches = random_patches([(1, 6, 10)], patch_width_of(reference))
     rows = half.forward(patches, [(1, 6, 10)])
     assert rows.dtype == torch.bfloat16
-    expected = ours.forward(patches, [(1, 6, 10)])
+    expected = tower.forward(patches, [(1, 6, 10)])
     assert (rows.float() - expected).norm() / expected.norm() < 0.05
 
 
@@ -102,9 +102,9 @@ def test_bfloat16_follows_float32(tower_folder: Path) -> None:
     [([(1, 4, 4)], 15), ([(1, 3, 4)], 12), ([(1, 0, 4)], 0), ([], 0), ([(1, 2, 2), (1, 2, 2)], 4)],
 )
 def test_grids_that_do_not_fit_are_refused(qwen3_vl_folder: Path, grid_thw: list[GridTHW], num_patches: int) -> None:
-    ours = build_tower(open_checkpoint(str(qwen3_vl_folder)), CPU, torch.float32)
+    tower = build_tower(open_checkpoint(str(qwen3_vl_folder)), CPU, torch.float32)
     with pytest.raises(ValueError, match=r"grid|patches"):
-        ours.forward(torch.zeros(num_patches, 3 * 2 * 16 * 16), grid_thw)
+        tower.forward(torch.zeros(num_patches, 3 * 2 * 16 * 16), grid_thw)
 
 
 def true_dims(family: str) -> Any:
@@ -142,6 +142,6 @@ def test_layers_at_true_dims_equal_transformers(family: str) -> None:
     reference = random_reference(family, config.vision_config)
     parsed = config.to_dict()
     with torch.device("meta"):
-        ours = (qwen2_5_vl if family == "qwen2_5_vl" else qwen3_vl).FAMILY.build(parsed)
-    ours.load_state_dict(reference.state_dict(), strict=True, assign=True)
-    assert_rows_equal(ours, reference, [(1, 10, 18), (1, 2, 2), (2, 8, 8)])
+        tower = (qwen2_5_vl if family == "qwen2_5_vl" else qwen3_vl).FAMILY.build(parsed)
+    tower.load_state_dict(reference.state_dict(), strict=True, assign=True)
+    assert_rows_equal(tower, reference, [(1, 10, 18), (1, 2, 2), (2, 8, 8)])

@@ -27,7 +27,7 @@ def rewrite(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 class WatchedCheckpoint(Checkpoint):
-    """Notes the name of every tensor that is read."""
+    """Records the name of every tensor that is read."""
 
     names_read: list[str]
 
@@ -67,7 +67,7 @@ def test_a_missing_tensor_is_named(folder_copy: Path) -> None:
         build_tower(open_checkpoint(str(folder_copy)), CPU, torch.float32)
 
 
-def test_a_tensor_left_over_is_named(folder_copy: Path) -> None:
+def test_an_unexpected_tensor_is_named(folder_copy: Path) -> None:
     tensors = load_file(folder_copy / "model.safetensors")
     prefix = next(n for n in tensors if "visual." in n).split("visual.")[0]
     rewrite(folder_copy, tensors | {f"{prefix}visual.extra": torch.zeros(1)})
@@ -114,7 +114,7 @@ def test_the_released_spelling_of_the_channels_is_read(folder_copy: Path) -> Non
         ({"window_size": 8}, "window_size 8 is smaller"),
     ],
 )
-def test_a_config_that_makes_no_sense_is_refused(folder_copy: Path, vision: dict[str, object], message: str) -> None:
+def test_an_invalid_config_is_refused(folder_copy: Path, vision: dict[str, object], message: str) -> None:
     edit_config(folder_copy, **vision)
     with pytest.raises(CheckpointError, match=message):
         build_tower(open_checkpoint(str(folder_copy)), CPU, torch.float32)

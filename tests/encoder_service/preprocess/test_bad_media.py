@@ -1,4 +1,4 @@
-"""Media that must be refused, each with the error that says why, and without decoding what can be told before."""
+"""Media that must be refused, each with the error that says why, and without needless decoding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests.encoder_service.preprocess.samples import QWEN25_IMAGE, encode, photo, png, settings, video
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
-from vitrine_vlm.encoder_service.preprocess.file_length import is_cut_short
+from vitrine_vlm.encoder_service.preprocess.file_length import is_truncated
 from vitrine_vlm.encoder_service.preprocess.preprocessor import Preprocessor
 from vitrine_vlm.errors import (
     BadAspectRatio,
@@ -128,7 +128,7 @@ def test_a_whole_video_with_something_behind_it(preprocessor: Preprocessor, junk
 def test_a_file_of_nothing_but_boxes_is_given_up_soon() -> None:
     boxes = b"\0\0\0\x18ftypisom" + bytes(12) + b"\0\0\0\x08free" * (2 << 20)
     start = time.process_time()
-    assert not is_cut_short(boxes)
+    assert not is_truncated(boxes)
     assert time.process_time() - start < 0.5
 
 

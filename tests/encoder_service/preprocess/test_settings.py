@@ -25,7 +25,7 @@ QWEN25_BARE = {name: value for name, value in QWEN25_IMAGE.items() if name not i
         ("qwen3_vl_moe", QWEN3_IMAGE, QWEN3_VIDEO),
         ("qwen3_vl", QWEN3_IMAGE, None),
         ("qwen3_vl", QWEN3_IMAGE, {"fps": 4, "min_frames": 8, "max_frames": 32}),
-        ("qwen3_vl", QWEN3_IMAGE, {"min_pixels": 4000, "max_pixels": 8000}),  # a spelling this class does not know
+        ("qwen3_vl", QWEN3_IMAGE, {"min_pixels": 4000, "max_pixels": 8000}),  # a spelling that this class does not read
         ("qwen3_5", QWEN3_IMAGE, QWEN3_VIDEO),
         ("qwen3_5_moe", QWEN3_IMAGE, {"fps": 1, "max_frames": 16}),
         ("qwen4_exp", QWEN3_IMAGE, None),
@@ -39,28 +39,31 @@ QWEN25_BARE = {name: value for name, value in QWEN25_IMAGE.items() if name not i
 def test_fields_and_defaults_equal_transformers(
     tmp_path: Path, model_type: str, image: dict[str, Any], video: dict[str, Any] | None
 ) -> None:
-    ours = settings(tmp_path, model_type, image, video)
+    found = settings(tmp_path, model_type, image, video)
     images = reference.image_processor(image)
     # Without a file for videos (an empty one counts as none), transformers reads the one for images.
     videos = reference.video_processor(model_type, video or image)
     for name in ("patch_size", "temporal_patch_size", "merge_size"):
-        assert getattr(ours, name) == getattr(images, name) == getattr(videos, name)
-    assert (ours.min_pixels, ours.max_pixels) == (images.size["shortest_edge"], images.size["longest_edge"])
-    assert (ours.video_min_pixels, ours.video_max_pixels) == (videos.size["shortest_edge"], videos.size["longest_edge"])
-    assert list(ours.image_mean) == list(images.image_mean) == list(videos.image_mean)
-    assert list(ours.image_std) == list(images.image_std) == list(videos.image_std)
-    assert (ours.video_min_frames, ours.video_max_frames) == (videos.min_frames, videos.max_frames)
-    assert ours.video_fps == (videos.fps or 2)
+        assert getattr(found, name) == getattr(images, name) == getattr(videos, name)
+    assert (found.min_pixels, found.max_pixels) == (images.size["shortest_edge"], images.size["longest_edge"])
+    assert (found.video_min_pixels, found.video_max_pixels) == (
+        videos.size["shortest_edge"],
+        videos.size["longest_edge"],
+    )
+    assert list(found.image_mean) == list(images.image_mean) == list(videos.image_mean)
+    assert list(found.image_std) == list(images.image_std) == list(videos.image_std)
+    assert (found.video_min_frames, found.video_max_frames) == (videos.min_frames, videos.max_frames)
+    assert found.video_fps == (videos.fps or 2)
 
 
 @pytest.mark.parametrize("video", [None, QWEN3_VIDEO, {"min_pixels": 4000, "max_pixels": 8000}])
 def test_omni_videos_have_the_bounds_of_its_processor(tmp_path: Path, video: dict[str, Any] | None) -> None:
     """Qwen3OmniMoeProcessor itself cannot be built without torchvision; its class attributes can be read."""
-    ours = settings(tmp_path, "qwen3_omni_moe", OMNI_IMAGE, video and QWEN3_IMAGE | video)
+    found = settings(tmp_path, "qwen3_omni_moe", OMNI_IMAGE, video and QWEN3_IMAGE | video)
     size = Qwen3OmniMoeProcessor.videos_kwargs["size"]
-    assert (ours.video_min_pixels, ours.video_max_pixels) == (size["shortest_edge"], size["longest_edge"])
-    assert (ours.min_pixels, ours.max_pixels) == (3136, 12845056)
-    assert (ours.frame_sampling, ours.video_bounds, ours.video_fps) == ("grouped", "frame", 2.0)
+    assert (found.video_min_pixels, found.video_max_pixels) == (size["shortest_edge"], size["longest_edge"])
+    assert (found.min_pixels, found.max_pixels) == (3136, 12845056)
+    assert (found.frame_sampling, found.video_bounds, found.video_fps) == ("grouped", "frame", 2.0)
 
 
 def test_saved_by_transformers(tmp_path: Path) -> None:
@@ -76,8 +79,8 @@ def test_saved_by_transformers(tmp_path: Path) -> None:
 def test_nested_file_comes_first(tmp_path: Path) -> None:
     nested = {"image_processor": QWEN3_IMAGE, "video_processor": QWEN3_VIDEO | {"fps": 1}}
     (tmp_path / "processor_config.json").write_text(json.dumps(nested))
-    ours = settings(tmp_path, "qwen3_vl", QWEN25_IMAGE, QWEN25_IMAGE)
-    assert ours.patch_size == 16 and ours.video_fps == 1.0 and ours.video_max_pixels == 25165824
+    found = settings(tmp_path, "qwen3_vl", QWEN25_IMAGE, QWEN25_IMAGE)
+    assert found.patch_size == 16 and found.video_fps == 1.0 and found.video_max_pixels == 25165824
 
 
 def test_a_checkpoint_that_does_not_sample_gets_every_frame(tmp_path: Path) -> None:
@@ -107,8 +110,8 @@ def test_unknown_model_type(tmp_path: Path) -> None:
         settings(tmp_path, "llava", QWEN3_IMAGE)
 
 
-def test_fingerprint_tells_settings_apart(tmp_path: Path) -> None:
-    ours = settings(tmp_path, "qwen3_vl", QWEN3_IMAGE, QWEN3_VIDEO)
+def test_different_settings_have_different_fingerprints(tmp_path: Path) -> None:
+    found = settings(tmp_path, "qwen3_vl", QWEN3_IMAGE, QWEN3_VIDEO)
     other = settings(tmp_path, "qwen3_vl", QWEN3_IMAGE, QWEN3_VIDEO | {"fps": 3})
-    assert ours.fingerprint() == settings(tmp_path, "qwen3_vl", QWEN3_IMAGE, QWEN3_VIDEO).fingerprint()
-    assert ours.fingerprint() != other.fingerprint()
+    assert found.fingerprint() == settings(tmp_path, "qwen3_vl", QWEN3_IMAGE, QWEN3_VIDEO).fingerprint()
+    assert found.fingerprint() != other.fingerprint()

@@ -97,7 +97,7 @@ def test_pixel_bounds_equal_transformers(tmp_path: Path, family: str, bounds: tu
 def test_other_containers_equal_transformers(
     tmp_path: Path, family: str, container: str, codec: str, pixel_format: str
 ) -> None:
-    """Some declare no frame count: there ours is found by decoding, and transformers is told it."""
+    """Some declare no number of frames: EncodedVideo counts by decoding, and transformers gets that number."""
     data = video(17, container=container, codec=codec, pixel_format=pixel_format)
     path = tmp_path / "clip"
     path.write_bytes(data)
