@@ -30,6 +30,7 @@ from vitrine_vlm.encoder_service.media.loader import MediaLoader
 from vitrine_vlm.encoder_service.metrics import EncoderMetrics
 from vitrine_vlm.encoder_service.models import PlainTower, VisionTower
 from vitrine_vlm.encoder_service.models.weights import stored_dtype
+from vitrine_vlm.encoder_service.preprocess.preprocess_pool import PreprocessPool
 from vitrine_vlm.encoder_service.preprocess.preprocessor import Preprocessor
 from vitrine_vlm.encoder_service.preprocess.settings import ProcessorSettings
 from vitrine_vlm.encoder_service.server import EncoderServer, EncoderServicer, ServiceState
@@ -186,20 +187,23 @@ async def serve(config: EncoderConfig) -> None:
         metrics.watch_cache(cache.stats)
         preprocess_device = model.device if config.gpu_preprocess else torch.device("cpu")
         num_cpus = os.cpu_count() or 1
+        preprocess_pool = PreprocessPool(
+            Preprocessor(model.settings, limits, preprocess_device, DTYPES[model.identity.dtype]),
+            revision=model.identity.revision,
+            num_threads=num_cpus if preprocess_device.type == "cpu" else min(num_cpus, _GPU_PREPROCESS_THREADS),
+        )
+        stack.push_async_callback(preprocess_pool.close)
+        preprocess_pool.start(supervisor)
         service = EncodeService(
             loader,
             media_budget,
-            Preprocessor(model.settings, limits, preprocess_device, DTYPES[model.identity.dtype]),
+            preprocess_pool,
             admission,
             batcher,
             cache,
-            revision=model.identity.revision,
             max_items=config.max_items,
-            num_threads=num_cpus if preprocess_device.type == "cpu" else min(num_cpus, _GPU_PREPROCESS_THREADS),
             metrics=metrics,
         )
-        stack.push_async_callback(service.close)
-        service.start(supervisor)
         metrics.watch_queue(admission, lambda: media_budget.reserved_nbytes, lambda: batcher.waiting_patches)
         metrics.watch_exporter(exporter.stats)
         if model.gpu_stats is not None:

@@ -11,11 +11,10 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -26,18 +25,15 @@ from vitrine_vlm.encoder_service.engine.cache import EmbeddingCache, EncodedRows
 from vitrine_vlm.encoder_service.media.byte_budget import ByteBudget, Reserve
 from vitrine_vlm.encoder_service.media.loader import MediaLoader
 from vitrine_vlm.encoder_service.metrics import EncoderMetrics
-from vitrine_vlm.encoder_service.preprocess.jpeg_batcher import JpegBatcher
-from vitrine_vlm.encoder_service.preprocess.preprocessor import OpenedMedia, Preprocessor
+from vitrine_vlm.encoder_service.preprocess.preprocess_pool import PreprocessPool
+from vitrine_vlm.encoder_service.preprocess.preprocessor import OpenedMedia
 from vitrine_vlm.errors import BadRequest, InternalError, TooManyItems, VitrineError
 from vitrine_vlm.service_runtime.logs import harmless
-from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.service_runtime.traces import past_span, span
 from vitrine_vlm.types import ItemTimings, Layout, MediaItem
 
 _log = logging.getLogger(__name__)
 _ITEM = "vitrine.item_index"
-
-Result = TypeVar("Result")
 
 
 class Replies(Protocol):
@@ -76,43 +72,27 @@ class EncodeService:
         self,
         loader: MediaLoader,
         media_budget: ByteBudget,
-        preprocessor: Preprocessor,
+        preprocess_pool: PreprocessPool,
         admission: Admission,
         batcher: Batcher,
         cache: EmbeddingCache,
         *,
-        revision: str,
         max_items: int,
-        num_threads: int,
         metrics: EncoderMetrics,
     ) -> None:
         """
         Args:
             media_budget: bounds the encoded media of all items in work.
-            revision: the model's; part of an item's content hash.
             max_items: items accepted in one request.
-            num_threads: items opened, decoded and preprocessed at once, besides JPEGs on a GPU.
         """
         self._loader = loader
         self._media_budget = media_budget
-        self._preprocessor = preprocessor
+        self._preprocess_pool = preprocess_pool
         self._admission = admission
         self._batcher = batcher
         self._cache = cache
         self._max_items = max_items
         self._metrics = metrics
-        self._hash_seed = f"{preprocessor.settings.fingerprint()}:{revision}"
-        self._jpeg_batcher = JpegBatcher(preprocessor.patches_of_batch)
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="encoder-preprocess")
-
-    def start(self, supervisor: Supervisor) -> None:
-        """Starts the loops that batch JPEGs, which the supervisor owns."""
-        self._jpeg_batcher.start(supervisor)
-
-    async def close(self) -> None:
-        """Discards decoding that has not begun and waits for the rest."""
-        await self._jpeg_batcher.close()
-        await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
 
     async def encode(
         self, items: Sequence[MediaItem], replies: Replies, tenant: str = "", deadline: float = math.inf
@@ -171,7 +151,8 @@ class EncodeService:
         with self._stage("load", index) as load:
             data = await self._loader.load(item, reserve_bytes)
         with self._stage("open", index) as opening:
-            opened, layout, key = await self._in_thread(self._open, item, data, tenant)
+            opened, layout = await self._preprocess_pool.open(item, data)
+        key = _cache_key(layout.content_hash, tenant)
         admission = self._admission.admit(layout.grid_thw, deadline, reserve=not self._cache.has(key))
         with admission as reservation, replies.shipment(index) as shipment:
             await replies.layout(index, layout)
@@ -200,10 +181,7 @@ class EncodeService:
         # Only now where the cache had these rows and has evicted them since, or where their computation was cancelled.
         reservation.reserve()
         with self._stage("preprocess", index) as preprocess:
-            if opened.decodes_on_gpu:
-                patches_PX = await self._jpeg_batcher.patches(opened)
-            else:
-                patches_PX = await self._in_thread(opened.patches)
+            patches_PX = await self._preprocess_pool.patches(opened)
         encoded = await self._batcher.encode(patches_PX, layout.grid_thw, deadline, hook)
         queue_s, forward_s = encoded.queue_ms / 1e3, encoded.forward_ms / 1e3
         with harmless("a metric of the queue"):
@@ -211,23 +189,6 @@ class EncodeService:
             past_span("queue", queue_s + forward_s, queue_s, **{_ITEM: index})
             past_span("forward", forward_s, forward_s, **{_ITEM: index})
         return EncodedRows(encoded.rows_TW, preprocess.elapsed_ms, encoded.queue_ms, encoded.forward_ms)
-
-    def _open(self, item: MediaItem, data: bytes, tenant: str) -> tuple[OpenedMedia, Layout, bytes]:
-        """The opened media, its layout, and its key in the cache."""
-        opened = self._preprocessor.open(item.kind, data, item.video_fps)
-        content_hash = self._content_hash(item, data)
-        # Tenants share no rows: the speed of an answer would reveal to one what another has sent.
-        key = hashlib.sha256(f"{len(tenant)}:{tenant}:".encode() + content_hash).digest()
-        return opened, replace(opened.layout, content_hash=content_hash), key
-
-    def _content_hash(self, item: MediaItem, data: bytes) -> bytes:
-        """SHA-256 over everything that decides the rows; equal items have equal rows."""
-        digest = hashlib.sha256(f"{self._hash_seed}:{item.kind}:{item.video_fps}:".encode())
-        digest.update(data)
-        return digest.digest()
-
-    async def _in_thread(self, function: Callable[..., Result], *arguments: object) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
     @contextmanager
     def _stage(self, name: str, index: int) -> Iterator[_Stopwatch]:
@@ -244,3 +205,8 @@ class EncodeService:
 class _Stopwatch:
     started: float = field(default_factory=time.monotonic)
     elapsed_ms: float = 0.0
+
+
+def _cache_key(content_hash: bytes, tenant: str) -> bytes:
+    # Tenants share no rows: the speed of an answer would reveal to one what another has sent.
+    return hashlib.sha256(f"{len(tenant)}:{tenant}:".encode() + content_hash).digest()

@@ -29,6 +29,7 @@ from vitrine_vlm.encoder_service.media.loader import MediaLoader
 from vitrine_vlm.encoder_service.metrics import EncoderMetrics
 from vitrine_vlm.encoder_service.models import VisionTower
 from vitrine_vlm.encoder_service.models.grids import GridTHW
+from vitrine_vlm.encoder_service.preprocess.preprocess_pool import PreprocessPool
 from vitrine_vlm.encoder_service.preprocess.preprocessor import Preprocessor
 from vitrine_vlm.encoder_service.server import EncoderServer, EncoderServicer, ServiceState
 from vitrine_vlm.encoder_service.service import EncodeService
@@ -123,19 +124,11 @@ async def run_encoder(
     preprocessor = Preprocessor(processor_settings(checkpoint), limits)
     cache = EmbeddingCache(gpu_nbytes=0, host_nbytes=cache_bytes)
     cache.start(Supervisor())
+    preprocess_pool = PreprocessPool(preprocessor, revision=identity.revision, num_threads=2)
+    preprocess_pool.start(Supervisor())
     service = EncodeService(
-        loader,
-        media_budget,
-        preprocessor,
-        admission,
-        batcher,
-        cache,
-        revision=identity.revision,
-        max_items=MAX_ITEMS,
-        num_threads=2,
-        metrics=metrics,
+        loader, media_budget, preprocess_pool, admission, batcher, cache, max_items=MAX_ITEMS, metrics=metrics
     )
-    service.start(Supervisor())
     metrics.watch_cache(cache.stats)
     metrics.watch_queue(admission, lambda: media_budget.reserved_nbytes, lambda: batcher.waiting_patches)
     metrics.watch_exporter(exporter.stats)
@@ -164,7 +157,7 @@ async def run_encoder(
         )
     tower.gate.set()
     await server.stop(0)
-    await service.close()
+    await preprocess_pool.close()
     await cache.close()
     await loader.close()
     await batcher.close()

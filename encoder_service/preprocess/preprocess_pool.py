@@ -1,0 +1,73 @@
+"""Runs a preprocessor beside the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+
+from vitrine_vlm.encoder_service.preprocess.jpeg_batcher import JpegBatcher
+from vitrine_vlm.encoder_service.preprocess.preprocessor import OpenedMedia, Preprocessor
+from vitrine_vlm.service_runtime.supervisor import Supervisor
+from vitrine_vlm.types import Layout, MediaItem
+
+Result = TypeVar("Result")
+
+
+class PreprocessPool:
+    """Threads that open and preprocess items, and the batcher of JPEGs that a GPU decodes.
+
+    It belongs to one event loop.
+    """
+
+    def __init__(self, preprocessor: Preprocessor, *, revision: str, num_threads: int) -> None:
+        """
+        Args:
+            revision: the model's; part of an item's content hash.
+            num_threads: items opened and preprocessed at once, besides JPEGs on a GPU.
+        """
+        self._preprocessor = preprocessor
+        self._hash_seed = f"{preprocessor.settings.fingerprint()}:{revision}"
+        self._jpeg_batcher = JpegBatcher(preprocessor.patches_of_batch)
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="encoder-preprocess")
+
+    def start(self, supervisor: Supervisor) -> None:
+        """Starts the loops that batch JPEGs, which the supervisor owns."""
+        self._jpeg_batcher.start(supervisor)
+
+    async def close(self) -> None:
+        """Discards decoding that has not begun and waits for the rest."""
+        await self._jpeg_batcher.close()
+        await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
+
+    async def open(self, item: MediaItem, data: bytes) -> tuple[OpenedMedia, Layout]:
+        """Opens an item, whose encoded file is `data`; returns also its layout with its content hash.
+
+        Raises:
+            MediaError: see `Preprocessor.open`.
+        """
+        return await self._in_thread(self._open, item, data)
+
+    async def patches(self, opened: OpenedMedia) -> torch.Tensor:
+        """See `OpenedMedia.patches`."""
+        if opened.decodes_on_gpu:
+            return await self._jpeg_batcher.patches(opened)
+        return await self._in_thread(opened.patches)
+
+    def _open(self, item: MediaItem, data: bytes) -> tuple[OpenedMedia, Layout]:
+        opened = self._preprocessor.open(item.kind, data, item.video_fps)
+        return opened, replace(opened.layout, content_hash=self._content_hash(item, data))
+
+    def _content_hash(self, item: MediaItem, data: bytes) -> bytes:
+        """SHA-256 over everything that decides the rows; equal items have equal rows."""
+        digest = hashlib.sha256(f"{self._hash_seed}:{item.kind}:{item.video_fps}:".encode())
+        digest.update(data)
+        return digest.digest()
+
+    async def _in_thread(self, function: Callable[..., Result], *arguments: object) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
