@@ -26,7 +26,7 @@ class EarlyWrite:
         self._in_batch = False
         self._closed = False
 
-    def follow(self, rows_TW: torch.Tensor) -> None:
+    def enqueue(self, rows_TW: torch.Tensor) -> None:
         """Queues the copy behind what the current stream does to the rows; on the thread that launches it."""
         self._in_batch = True
         if not self._closed:

@@ -19,14 +19,14 @@ _MAX_DUE_S = 30.0
 class PostForwardHook(Protocol):
     """Work on an item's rows that is queued right behind the forward, before the forward has run."""
 
-    def follow(self, rows_TW: torch.Tensor) -> None:
+    def enqueue(self, rows_TW: torch.Tensor) -> None:
         """Queues the work on the current stream, where the rows are complete. Called on the forward's thread."""
         ...
 
     def batch_ended(self) -> None:
         """The batch has ended, well or not, and so has the queued work.
 
-        Called on the event loop, also where `follow` was not called.
+        Called on the event loop, also where `enqueue` was not called.
         """
         ...
 
@@ -111,7 +111,7 @@ class Batch:
         rows = list(rows_TW.split(num_tokens))
         for item, item_TW in zip(self.items, rows, strict=True):
             if item.hook is not None:
-                item.hook.follow(item_TW)
+                item.hook.enqueue(item_TW)
         return rows
 
 

@@ -63,13 +63,13 @@ class RecordedShipment:
 
     def __init__(self, item_index: int, add: Callable[[Event], None]) -> None:
         self.hook = self
-        self.followed: torch.Tensor | None = None
+        self.enqueued: torch.Tensor | None = None
         self.ended = self.closed = False
         self._item_index = item_index
         self._add = add
 
-    def follow(self, rows_TW: torch.Tensor) -> None:
-        self.followed = rows_TW
+    def enqueue(self, rows_TW: torch.Tensor) -> None:
+        self.enqueued = rows_TW
 
     def batch_ended(self) -> None:
         self.ended = True
@@ -149,9 +149,9 @@ async def test_a_hook_follows_the_forward_of_its_rows_and_not_of_cached_ones(
             await encoder.service.encode([image(png(96, 64))], replies)
         (shipment,) = made.shipments
         rows = rows_by_item(made.events)[0].rows_TW
-        assert shipment.followed is not None and torch.equal(shipment.followed, rows)
+        assert shipment.enqueued is not None and torch.equal(shipment.enqueued, rows)
         assert shipment.ended and shipment.closed
-        assert [(other.followed, other.ended) for other in kept.shipments] == [(None, False)]
+        assert [(other.enqueued, other.ended) for other in kept.shipments] == [(None, False)]
         assert torch.equal(rows_by_item(kept.events)[0].rows_TW, rows)
 
 

@@ -44,7 +44,7 @@ async def export(exporter: RowExporter, session_id: str, early: EarlyWrite) -> e
 async def test_rows_are_in_the_pool_before_they_are_exported(tmp_path: Path) -> None:
     async with session(tmp_path) as (exporter, pool, connection):
         with exporter.early_write(connection.session_id) as early:
-            early.follow(ROWS)
+            early.enqueue(ROWS)
             early.batch_ended()
             used = pool.used_nbytes
             assert used > ROWS.nbytes
@@ -61,19 +61,19 @@ async def test_rows_are_in_the_pool_before_they_are_exported(tmp_path: Path) -> 
 async def test_a_block_that_nobody_takes_is_given_back_once_its_batch_has_ended(tmp_path: Path) -> None:
     async with session(tmp_path) as (exporter, pool, connection):
         with exporter.early_write(connection.session_id) as given_up:
-            given_up.follow(ROWS)
+            given_up.enqueue(ROWS)
         assert pool.used_nbytes > 0, "the batch may still write to it"
         given_up.batch_ended()
         assert pool.used_nbytes == 0
 
         with exporter.early_write(connection.session_id) as ended:
-            ended.follow(ROWS)
+            ended.enqueue(ROWS)
             ended.batch_ended()
         assert pool.used_nbytes == 0
 
         with exporter.early_write(connection.session_id) as cancelled_in_the_queue:
             pass
-        cancelled_in_the_queue.follow(ROWS)
+        cancelled_in_the_queue.enqueue(ROWS)
         assert pool.used_nbytes == 0
         cancelled_in_the_queue.batch_ended()
 
@@ -83,14 +83,14 @@ async def test_without_room_or_session_rows_are_written_when_they_are_exported(t
         rest = pool.allocate(pool.nbytes - 1024, lease_id=99)
         assert rest is not None
         with exporter.early_write(connection.session_id) as early:
-            early.follow(torch.zeros(100, IDENTITY.row_width))
+            early.enqueue(torch.zeros(100, IDENTITY.row_width))
             early.batch_ended()
             pool.free(rest)
             assert pool.used_nbytes == 0
             lease = await export(exporter, connection.session_id, early)
             assert lease.nbytes == ROWS.nbytes
         with exporter.early_write("") as bytes_only:
-            bytes_only.follow(ROWS)
+            bytes_only.enqueue(ROWS)
             bytes_only.batch_ended()
             responses = exporter.export("", 0, TensorSource(ROWS), ItemTimings(), bytes_only)
             (chunk,) = [each async for each in responses]
@@ -100,6 +100,6 @@ async def test_without_room_or_session_rows_are_written_when_they_are_exported(t
 async def test_who_waits_for_room_is_served_before_rows_that_are_written_early(tmp_path: Path) -> None:
     async with session(tmp_path) as (exporter, pool, connection), exporter._lending._turns[pool]:
         with exporter.early_write(connection.session_id) as early:
-            early.follow(ROWS)
+            early.enqueue(ROWS)
             assert pool.used_nbytes == 0
             early.batch_ended()

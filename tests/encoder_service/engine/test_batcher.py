@@ -231,8 +231,8 @@ class RecordingHook:
         self._calls = calls
         self._error = error
 
-    def follow(self, rows_TW: torch.Tensor) -> None:
-        self._calls.append("follow")
+    def enqueue(self, rows_TW: torch.Tensor) -> None:
+        self._calls.append("enqueue")
         if self._error is not None:
             raise self._error
         self.rows = rows_TW
@@ -256,7 +256,7 @@ async def test_hooks_get_their_rows_behind_the_forward_and_before_the_request_do
         tower.gate.set()
         encoded = await asyncio.gather(*tasks)
         await blocker
-    assert calls == ["follow", "follow", "ended", "ended", "rows"]
+    assert calls == ["enqueue", "enqueue", "ended", "ended", "rows"]
     for item, hook in zip(encoded, hooks, strict=True):
         assert hook.rows is not None and torch.equal(item.rows_TW, hook.rows)
 
@@ -270,7 +270,7 @@ async def test_hooks_are_notified_of_the_end_of_a_batch_that_fails(tower: GatedT
         with pytest.raises(InternalError):
             await batcher.encode(random_patches([SMALL], PATCH_WIDTH), SMALL, hook=hook)
         await asyncio.sleep(0)
-        assert calls == (["ended"] if fails == "forward" else ["follow", "ended"])
+        assert calls == (["ended"] if fails == "forward" else ["enqueue", "ended"])
         tower.error = None
         await submit(batcher, SMALL)
 
