@@ -59,7 +59,7 @@ _GPU_PREPROCESS_THREADS = 8
 class LoadedModel:
     """The vision half of a checkpoint, ready to run.
 
-    gpu_stats: reads what the CUDA graphs did; None without them. gpu_uuids: of `device`, as peers on this host know it.
+    gpu_stats: reads the counters of the CUDA graphs; None for a plain tower. gpu_uuids: of `device`; empty on a CPU.
     """
 
     identity: ModelIdentity
@@ -156,7 +156,7 @@ async def serve(config: EncoderConfig) -> None:
         _log.info("LISTENING %s", addresses)
 
         try:
-            model = await asyncio.to_thread(load_model, config, lambda: lifecycle.is_ending, metrics.set_start_progress)
+            model = await asyncio.to_thread(load_model, config, lambda: lifecycle.is_ending, metrics.show_progress)
         except LoadingStopped:
             lifecycle.raise_failure()
             _log.info("stopped while loading")

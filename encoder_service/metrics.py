@@ -60,7 +60,7 @@ class EncoderMetrics:
             registry=self.registry,
         )
 
-    def set_start_progress(self, stage: str, part: float) -> None:
+    def show_progress(self, stage: str, part: float) -> None:
         """Sets which part of a stage of the start is done, 0 to 1."""
         self.start_progress.labels(stage).set(part)
 

@@ -107,7 +107,7 @@ class _Rank:
 
 
 def rank_environment(config: EncoderConfig, rank: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """The settings of one rank as environment variables: ports that follow each other, one GPU of those visible.
+    """The settings of one rank as environment variables: consecutive ports, one of the visible GPUs.
 
     Args:
         environment: of this process, which may restrict the visible GPUs already.

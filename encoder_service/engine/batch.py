@@ -73,6 +73,7 @@ class Batch:
 
     @classmethod
     def pack(cls, items: list[QueuedItem]) -> Batch:
+        """Concatenates the items' patches."""
         for item in items:
             if item.patches_PX.is_cuda:
                 # Made on another stream: their memory must not be reused before what this thread launches has read it.

@@ -214,7 +214,7 @@ class Batcher:
             batch.notify_hooks()
         if forward_s is None:
             return
-        # First of all: whatever fails below must not keep rows from their items.
+        # Results are set first: nothing below may keep an item from its rows.
         for item, rows_TW in zip(batch.items, launched.rows, strict=True):
             if not item.result.done():
                 queue_ms = (launched.started_at - item.queued_at) * 1e3
@@ -226,7 +226,7 @@ class Batcher:
     async def _fail_batch(self, items: list[QueuedItem]) -> None:
         """Fails the items of a batch; called in the handler of the exception."""
         _log.exception("a batch failed, grids %s", [item.grid_thw for item in items])
-        # First of all: an encoder that has lost its GPU fails, and clients may send its items to another one.
+        # Before the items fail: the encoder fails with its GPU, and clients may then send them to another one.
         if await asyncio.get_running_loop().run_in_executor(self._wait_thread, is_lost, self._device):
             self._on_gpu_lost()
         _fail(items, InternalError("the vision tower failed; the encoder's log has the reason"))

@@ -1,4 +1,4 @@
-"""What the encoder has to know of a family of vision-language checkpoints."""
+"""The encoder's part of a family of vision-language checkpoints."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ class Merger(nn.Module):
             x_TM = self.norm(x_PC.view(-1, self.merged_size))
         else:
             x_TM = self.norm(x_PC).view(-1, self.merged_size)
-        # Exact GELU here, as hidden_act is the MLP's.
+        # Exact GELU here: hidden_act is the MLP's only.
         linear_into(self.linear_fc2, F.gelu(self.linear_fc1(x_TM)), out_TO)
 
 

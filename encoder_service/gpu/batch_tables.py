@@ -63,7 +63,7 @@ class Layouts:
             for t, h, w in grid_thw:
                 self.window_lengths += t * _window_lengths(h // merge_size, w // merge_size, merge_size, window_tokens)
         self.num_patches = sum(self.frame_lengths)
-        # Exactly what this batch needs.
+        # The capacity that this batch needs, no more.
         self.shape = TableShape(len(self.frames), len(self.window_lengths), max(self.frame_lengths))
 
     def fits(self, shape: TableShape) -> bool:
