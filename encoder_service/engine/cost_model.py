@@ -42,7 +42,7 @@ class Measurement:
 
 
 class CostModel:
-    """seconds = fixed + per_patch * patches + per_pair * pairs of patches that see each other (attention's part)."""
+    """seconds = fixed + per_patch * patches + per_pair * pairs of patches that attend to each other."""
 
     def __init__(self, fixed_s: float, per_patch_s: float, per_pair_s: float) -> None:
         self.fixed_s, self.per_patch_s, self.per_pair_s = fixed_s, per_patch_s, per_pair_s

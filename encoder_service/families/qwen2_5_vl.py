@@ -98,7 +98,7 @@ class Merger(nn.Module):
         self.ln_q = RMSNorm(config.hidden_size)
         self.mlp = nn.Sequential(
             nn.Linear(self.merged_size, self.merged_size),
-            nn.GELU(),  # exact, whatever hidden_act says for the MLP
+            nn.GELU(),  # exact: hidden_act is the MLP's only
             nn.Linear(self.merged_size, config.out_hidden_size),
         )
 

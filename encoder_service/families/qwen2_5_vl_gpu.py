@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's vision tower as fused kernels; `qwen2_5_vl.py` is the plain twin.
+"""Qwen2.5-VL's vision tower as fused kernels; `qwen2_5_vl.py` has the plain tower.
 
 Patches are sorted by attention window from the embedding to the merger.
 

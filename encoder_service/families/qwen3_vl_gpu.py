@@ -1,4 +1,4 @@
-"""Qwen3-VL's vision tower as fused kernels; `qwen3_vl.py` is the plain twin.
+"""Qwen3-VL's vision tower as fused kernels; `qwen3_vl.py` has the plain tower.
 
 Shapes: P patches with padding, X pixel values a patch, C hidden size, T tokens, W row width.
 """
