@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import Qwen3VLConfig
 
-from benchmarks.towers import QWEN3_VL_8B
+from benchmarks.vit import QWEN3_VL_8B
 from vitrine_vlm.sample_models.random_checkpoint import save_weightless_checkpoint, small_config, special_token_ids
 
 # text_config of Qwen/Qwen3-VL-8B-Instruct.

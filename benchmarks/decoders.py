@@ -13,7 +13,7 @@ from transformers import DynamicCache, Qwen3VLConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
 from benchmarks.checkpoints import QWEN3_VL_8B_TEXT, save_qwen3_vl_8b
-from benchmarks.towers import QWEN3_VL_8B, draw_weights
+from benchmarks.vit import QWEN3_VL_8B, draw_weights
 from vitrine_vlm.llm_worker.families import text_config
 from vitrine_vlm.llm_worker.models.decoder import TextDecoder
 from vitrine_vlm.model_loading.checkpoint import open_checkpoint

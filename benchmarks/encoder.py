@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.towers import QWEN3_VL_8B, Towers, operations, qwen2_5_vl_7b, qwen3_vl_8b
+from benchmarks.vit import QWEN3_VL_8B, VitPair, operations, qwen2_5_vl_7b, qwen3_vl_8b
 from vitrine_vlm.encoder_service.gpu.graphs import GpuTower
 from vitrine_vlm.encoder_service.gpu.tower import gpu_tower
 from vitrine_vlm.encoder_service.models.grids import GridTHW
@@ -60,35 +60,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     device = torch.device("cuda")
-    towers = qwen3_vl_8b(device)
-    graphed = _graphed(towers, fp8=False)
+    pair = qwen3_vl_8b(device)
+    graphed = _graphed(pair, fp8=False)
     names = options.only or _NAMES
     print("| figure | ours, ms | img/s | of the floor | compared with | its ms | times faster |")
     print("|---|---|---|---|---|---|---|", flush=True)
     for case in _CASES:
         if case.name in names:
-            print(_row(case, graphed, towers), flush=True)
+            print(_row(case, graphed, pair), flush=True)
     if _MIXED in names:
         print(_mixed_row(graphed), flush=True)
     if _FP8 in names:
-        print(_fp8_row(graphed, _graphed(towers, fp8=True)), flush=True)
+        print(_fp8_row(graphed, _graphed(pair, fp8=True)), flush=True)
     if _QWEN2_5 in names:
-        del graphed, towers
+        del graphed, pair
         print(_qwen2_5_row(qwen2_5_vl_7b(device)), flush=True)
     return 0
 
 
-def _graphed(towers: Towers, *, fp8: bool) -> GpuTower:
-    return gpu_tower(
-        towers.plain, towers.family.fuse, _MAX_BATCH_PATCHES, lambda num_captured, num_graphs: None, fp8=fp8
-    )
+def _graphed(pair: VitPair, *, fp8: bool) -> GpuTower:
+    return gpu_tower(pair.plain, pair.family.fuse, _MAX_BATCH_PATCHES, lambda num_captured, num_graphs: None, fp8=fp8)
 
 
-def _row(case: Case, graphed: GpuTower, towers: Towers) -> str:
+def _row(case: Case, graphed: GpuTower, pair: VitPair) -> str:
     grids = list(case.grids)
     patches_PX = _patches(grids)
     ms = _median_ms(lambda: graphed.forward(patches_PX, grids), _REPEATS)
-    return _figures(case.name, ms, grids, _floor_ms(grids), "transformers", _transformers_ms(towers, patches_PX, grids))
+    return _figures(case.name, ms, grids, _floor_ms(grids), "transformers", _transformers_ms(pair, patches_PX, grids))
 
 
 def _fp8_row(bf16: GpuTower, fp8: GpuTower) -> str:
@@ -100,20 +98,20 @@ def _fp8_row(bf16: GpuTower, fp8: GpuTower) -> str:
     return _figures(_FP8, ms, grids, None, "ours in bfloat16", bf16_ms)
 
 
-def _qwen2_5_row(towers: Towers) -> str:
+def _qwen2_5_row(pair: VitPair) -> str:
     grids = [_grid(560, 560, patch_size=14)] * 32
     patches_PX = _patches(grids, patch_size=14)
-    graphed = _graphed(towers, fp8=False)
+    graphed = _graphed(pair, fp8=False)
     ms = _median_ms(lambda: graphed.forward(patches_PX, grids), _REPEATS)
-    return _figures(_QWEN2_5, ms, grids, None, "transformers", _transformers_ms(towers, patches_PX, grids))
+    return _figures(_QWEN2_5, ms, grids, None, "transformers", _transformers_ms(pair, patches_PX, grids))
 
 
-def _transformers_ms(towers: Towers, patches_PX: torch.Tensor, grids: list[GridTHW]) -> float:
+def _transformers_ms(pair: VitPair, patches_PX: torch.Tensor, grids: list[GridTHW]) -> float:
     grid_thw = torch.tensor(grids, device="cuda")
 
     def forward() -> None:
         with torch.inference_mode():
-            towers.transformers(patches_PX, grid_thw=grid_thw)
+            pair.transformers(patches_PX, grid_thw=grid_thw)
 
     return _median_ms(forward, _SLOW_REPEATS)
 

@@ -66,16 +66,16 @@ class LoadClient:
         Raises:
             RuntimeError: the client ended.
         """
-        await self._process.say(json.dumps(dataclasses.asdict(load)))
-        await self._process.hear()
+        await self._process.send_line(json.dumps(dataclasses.asdict(load)))
+        await self._process.read_line()
 
     async def measure(self) -> Measured:
         """
         Raises:
             RuntimeError: the client ended.
         """
-        await self._process.say("")
-        return Measured(**json.loads(await self._process.hear()))
+        await self._process.send_line("")
+        return Measured(**json.loads(await self._process.read_line()))
 
 
 @dataclass

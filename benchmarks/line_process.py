@@ -1,4 +1,4 @@
-"""A process that measures or loads, and is spoken to in lines: what it does takes no time from the one that asks."""
+"""A process that measures or sends load, driven by lines on its stdin, so that it takes no CPU time of the caller."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LINE_LIMIT_BYTES = 64 * 1024 * 1024
 
 
 class LineProcess:
-    """Make it with `started`."""
+    """A running process. Create it with `started`."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdin is not None and process.stdout is not None
@@ -21,7 +21,7 @@ class LineProcess:
     @classmethod
     @asynccontextmanager
     async def started(cls, module: str, *arguments: str) -> AsyncIterator[LineProcess]:
-        """`python -m module`, which should end with its stdin; it is ended behind the context."""
+        """Runs `python -m module` inside the context and terminates it at the end."""
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", module, *arguments, stdin=pipe, stdout=pipe, limit=_LINE_LIMIT_BYTES
@@ -33,16 +33,16 @@ class LineProcess:
                 process.terminate()
             await process.wait()
 
-    async def say(self, line: str) -> None:
+    async def send_line(self, line: str) -> None:
         self._to.write(f"{line}\n".encode())
         await self._to.drain()
 
-    async def hear(self) -> str:
-        """A line without its end.
+    async def read_line(self) -> str:
+        """Returns the next line of its stdout, without the line break.
 
         Raises:
-            RuntimeError: it ended.
+            RuntimeError: the process has ended.
         """
         if line := await self._from.readline():
             return line.decode().strip()
-        raise RuntimeError("a client ended before it had measured: see above")
+        raise RuntimeError("the process ended before it had printed its result: see its output above")

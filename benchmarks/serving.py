@@ -25,8 +25,8 @@ import torch
 from benchmarks.chat_load import ChatClient, Load, load_rows, run_load
 from benchmarks.checkpoints import save_qwen3_vl_8b, save_small_qwen3_vl
 from benchmarks.pictures import random_jpegs, show_size
-from benchmarks.pouring import Poured, Pouring
 from benchmarks.report import Row, table
+from benchmarks.vision_interference import InterferenceResult, VisionInterference
 from vitrine_vlm.deploy.launcher.ask import AskFailed
 from vitrine_vlm.deploy.launcher.stack import Stack
 from vitrine_vlm.service_runtime.child_process import ChildFailed
@@ -37,10 +37,10 @@ _WARM_UP_TOKENS = 8
 
 @dataclass(frozen=True)
 class Workload:
-    """num_prompts requests with a picture, `concurrency` in flight; then num_streams answers of stream_tokens each,
-    alone and with num_pouring requests for poured_size pictures in flight beside them.
+    """First num_prompts requests with a picture, `concurrency` in flight; then num_streams answers of stream_tokens
+    each, alone and with num_interfering requests with interfering_size pictures in flight.
 
-    Sizes are (width, height) in pixels; text_tokens are those of every prompt's text.
+    Sizes are (width, height) in pixels; text_tokens is the length of every prompt's text.
     """
 
     num_prompts: int
@@ -49,8 +49,8 @@ class Workload:
     text_tokens: int
     num_streams: int
     stream_tokens: int
-    num_pouring: int
-    poured_size: tuple[int, int]
+    num_interfering: int
+    interfering_size: tuple[int, int]
 
 
 FULL = Workload(256, 32, (560, 560), 128, 16, 384, 8, (1920, 1080))
@@ -58,11 +58,11 @@ SMALL = Workload(16, 4, (128, 96), 32, 2, 24, 2, (320, 192))
 
 
 def serving_rows(*, small: bool, encoder_flags: Sequence[str] = (), worker_flags: Sequence[str] = ()) -> list[Row]:
-    """Starts the services, measures, stops them. What goes on is said on stderr.
+    """Starts the services, measures, stops them. Progress is printed on stderr.
 
     Raises:
         ChildFailed: a service ended by itself.
-        AskFailed: the worker does not even answer plain text.
+        AskFailed: the worker cannot answer plain text.
     """
     workload = SMALL if small else FULL
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
@@ -83,12 +83,12 @@ async def _serve_and_measure(
         encoder_environment=encoder_environment,
         worker_environment=worker_environment,
     ) as stack:
-        poured = Pouring.drawing(workload.poured_size, workload.num_pouring, workload.text_tokens)
-        async with poured as pouring:
+        starting = VisionInterference.started(workload.interfering_size, workload.num_interfering, workload.text_tokens)
+        async with starting as interference:
             drawing = asyncio.to_thread(_Pictures, workload)
-            pictures, _, _ = await asyncio.gather(drawing, pouring.drawn(), stack.wait_ready())
+            pictures, _, _ = await asyncio.gather(drawing, interference.wait_ready(), stack.wait_ready())
             _say(f"ready after {time.perf_counter() - start:.1f} s")
-            return await stack.unless_failed(_measure(stack.base_url, workload, pictures, pouring))
+            return await stack.unless_failed(_measure(stack.base_url, workload, pictures, interference))
 
 
 class _Pictures:
@@ -97,11 +97,11 @@ class _Pictures:
         self.asked = random_jpegs(workload.num_prompts, workload.image_size, seed=1)
 
 
-async def _measure(url: str, workload: Workload, pictures: _Pictures, pouring: Pouring) -> list[Row]:
+async def _measure(url: str, workload: Workload, pictures: _Pictures, interference: VisionInterference) -> list[Row]:
     async with ChatClient.connected(url) as client:
         rows = [Row("transport of rows", await _transport(url))]
         rows += await _measure_pictures(client, workload, pictures)
-        return rows + await _measure_decoding(client, url, workload, pouring)
+        return rows + await _measure_decoding(client, url, workload, interference)
 
 
 async def _measure_pictures(client: ChatClient, workload: Workload, pictures: _Pictures) -> list[Row]:
@@ -116,7 +116,9 @@ async def _measure_pictures(client: ChatClient, workload: Workload, pictures: _P
     return [Row(f"{what}: {row.figure}", row.measured, row.bar) for row in load_rows(load)]
 
 
-async def _measure_decoding(client: ChatClient, url: str, workload: Workload, pouring: Pouring) -> list[Row]:
+async def _measure_decoding(
+    client: ChatClient, url: str, workload: Workload, interference: VisionInterference
+) -> list[Row]:
     def streams(max_tokens: int) -> list[bytes]:
         return [client.body(workload.text_tokens, max_tokens) for _ in range(workload.num_streams)]
 
@@ -124,20 +126,20 @@ async def _measure_decoding(client: ChatClient, url: str, workload: Workload, po
     _say(f"{workload.num_streams} streams of {workload.stream_tokens} tokens")
     alone = await run_load(client, streams(workload.stream_tokens), workload.num_streams)
 
-    _say(f"the same while pictures of {show_size(workload.poured_size)} pour in")
-    await pouring.begin(url)
+    _say(f"the same while pictures of {show_size(workload.interfering_size)} are in flight")
+    await interference.start(url)
     await asyncio.sleep(_SETTLE_S)
     beside = await run_load(client, streams(workload.stream_tokens), workload.num_streams)
-    poured = await pouring.end()
-    for failures in (alone.failures, beside.failures, poured.failures):
+    result = await interference.stop()
+    for failures in (alone.failures, beside.failures, result.failures):
         _say_failures(failures)
-    return _decoding_rows(workload, alone, beside, poured)
+    return _decoding_rows(workload, alone, beside, result)
 
 
-def _decoding_rows(workload: Workload, alone: Load, beside: Load, poured: Poured) -> list[Row]:
+def _decoding_rows(workload: Workload, alone: Load, beside: Load, result: InterferenceResult) -> list[Row]:
     what = f"{workload.num_streams} decoding streams"
-    pictures = f"with {workload.num_pouring} pictures of {show_size(workload.poured_size)} in flight"
-    num_failures = sum(len(each.failures) for each in (alone, beside, poured))
+    pictures = f"with {workload.num_interfering} pictures of {show_size(workload.interfering_size)} in flight"
+    num_failures = sum(len(each.failures) for each in (alone, beside, result))
     rows = [Row(f"{what}, {pictures}: failures", str(num_failures), "0")]
     if not (alone.answers and beside.answers):
         return rows
@@ -146,7 +148,7 @@ def _decoding_rows(workload: Workload, alone: Load, beside: Load, poured: Poured
         Row(f"{what}: ITL, ms, median / p99", f"{alone.itl_ms(50):.2f} / {alone.itl_ms(99):.2f}"),
         Row(f"{what}, {pictures}: ITL, ms, median / p99", f"{beside.itl_ms(50):.2f} / {beside.itl_ms(99):.2f}"),
         Row(f"{what}: p99 ITL with pictures / without", f"{beside.itl_ms(99) / alone.itl_ms(99):.2f}"),
-        Row("pictures/s meanwhile", f"{poured.requests_per_s:.1f}"),
+        Row("pictures/s meanwhile", f"{result.requests_per_s:.1f}"),
     ]
 
 

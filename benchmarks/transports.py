@@ -109,7 +109,7 @@ async def serve(shm_folder: Path, chunk_nbytes: int) -> None:
 async def running_server(shm_folder: Path, chunk_nbytes: int) -> AsyncIterator[tuple[str, int]]:
     """Address and process id."""
     async with LineProcess.started(_THIS, "--serve", str(shm_folder), str(chunk_nbytes)) as process:
-        yield await process.hear(), process.pid
+        yield await process.read_line(), process.pid
 
 
 class Worker:
@@ -211,10 +211,10 @@ async def measure_together(num_encoders: int, num_workers: int, num_in_flight: i
             for index in range(num_workers)
         ]
         for worker in asking:
-            await worker.hear()
+            await worker.read_line()
         for worker in asking:
-            await worker.say("")
-        rates = await asyncio.gather(*(worker.hear() for worker in asking))
+            await worker.send_line("")
+        rates = await asyncio.gather(*(worker.read_line() for worker in asking))
     return sum(map(float, rates)) / 1e9
 
 

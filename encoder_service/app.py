@@ -40,7 +40,7 @@ from vitrine_vlm.model_loading.checkpoint import open_checkpoint
 from vitrine_vlm.model_loading.loading import LoadingStopped, ProgressLog, choose_device, choose_dtype
 from vitrine_vlm.service_runtime.lifecycle import Lifecycle
 from vitrine_vlm.service_runtime.logs import log_at_any_level
-from vitrine_vlm.service_runtime.memory import spare_startup_objects
+from vitrine_vlm.service_runtime.memory import freeze_gc
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.types import DTYPES, ModelIdentity
@@ -212,7 +212,7 @@ async def serve(config: EncoderConfig) -> None:
             model.identity, model.settings, exporter.transports, config.max_items, model.gpu_uuids
         )
         stats = lambda: stats_to_proto(admission.seconds, cache.stats(), exporter.stats())  # noqa: E731
-        spare_startup_objects()
+        freeze_gc()
         servicer.open(ServiceState(description, service, exporter, stats))
         if not lifecycle.is_ending:
             await server.set_serving(True)

@@ -15,7 +15,7 @@ import grpc
 import torch
 
 from vitrine_vlm.embedding_transport.pools.row_source import TensorSource
-from vitrine_vlm.embedding_transport.shipping.early_write import EarlyWrite
+from vitrine_vlm.embedding_transport.shipping.async_pool_write import AsyncPoolWrite
 from vitrine_vlm.embedding_transport.shipping.encoder_rpc import SERVICE, encoder_handlers
 from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter
 from vitrine_vlm.embedding_transport.shipping.session_rpc import SessionServicer
@@ -86,7 +86,7 @@ class EncoderServicer(SessionServicer, encoder_pb2_grpc.EncoderServicer):  # typ
         set_request_id(request.request_id)
         caller = metadata_carrier(context.invocation_metadata())
         try:
-            with self._calls.one(), serving_span("encode", caller, **{"vitrine.num_items": len(request.items)}):
+            with self._calls.track(), serving_span("encode", caller, **{"vitrine.num_items": len(request.items)}):
                 await self._encode(request, context)
             outcome = "ok"
         except Exception as error:
@@ -152,14 +152,14 @@ class _Replies:
 
     @contextmanager
     def shipment(self, item_index: int) -> Iterator[_Shipment]:
-        with self._exporter.early_write(self._session_id) as early:
+        with self._exporter.async_pool_write(self._session_id) as early:
             yield _Shipment(self, item_index, early)
 
     async def failed(self, item_index: int, error: VitrineError) -> None:
         _log.info("item %d: %s: %s", item_index, error.code, error)
         await self._write(failed_to_proto(item_index, error))
 
-    async def ship(self, item_index: int, early: EarlyWrite, rows_TW: torch.Tensor, timings: ItemTimings) -> None:
+    async def ship(self, item_index: int, early: AsyncPoolWrite, rows_TW: torch.Tensor, timings: ItemTimings) -> None:
         responses = self._exporter.export(self._session_id, item_index, TensorSource(rows_TW), timings, early)
         async with aclosing(responses):
             async for response in responses:
@@ -187,7 +187,7 @@ class _Replies:
 class _Shipment:
     """Ships one item's rows; see `service.Shipment`."""
 
-    def __init__(self, replies: _Replies, item_index: int, hook: EarlyWrite) -> None:
+    def __init__(self, replies: _Replies, item_index: int, hook: AsyncPoolWrite) -> None:
         self.hook = hook
         self._replies = replies
         self._item_index = item_index

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from aiohttp import web
 
 from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
-from vitrine_vlm.embedding_transport.fleet.discovery import follow
+from vitrine_vlm.embedding_transport.fleet.discovery import watch_sources
 from vitrine_vlm.embedding_transport.fleet.row_peer import ConnectOptions
 from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter, export_pools
 from vitrine_vlm.errors import VitrineError, WorkerUnavailable
@@ -41,7 +41,7 @@ from vitrine_vlm.llm_worker.prefill.server import Prefilling, PrefillServicer
 from vitrine_vlm.llm_worker.requests import Requests
 from vitrine_vlm.model_loading.loading import LoadingStopped, ProgressLog
 from vitrine_vlm.service_runtime.lifecycle import Lifecycle
-from vitrine_vlm.service_runtime.memory import spare_startup_objects
+from vitrine_vlm.service_runtime.memory import freeze_gc
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 
@@ -129,7 +129,7 @@ async def serve(config: LlmConfig) -> None:
         context = PromptContext(engine, model.prompt_config, model.tokenizer)
         generator = Generator(context, make_feed, config.max_items)
         metrics.watch_engine(engine.stats)
-        spare_startup_objects()
+        freeze_gc()
         served = ServedModel(model.identity.model, generator, model.defaults)
         http.open(served)
         dashboard.open(served.name, generator, engine.stats, upstream)
@@ -244,7 +244,7 @@ async def _follow(config: LlmConfig, upstream: Upstream, supervisor: Supervisor)
         found.set()
 
     # A job, as fixed addresses need no looking for.
-    supervisor.start_job("discovery", follow(config.sources(), use))
+    supervisor.start_job("discovery", watch_sources(config.sources(), use))
     with suppress(TimeoutError):
         async with asyncio.timeout(config.connect_timeout_s):
             await supervisor.unless_failed(found.wait())

@@ -33,6 +33,6 @@ class Requests:
         Raises:
             WorkerUnavailable: the worker is ending, or has to in the middle of the request.
         """
-        with self._metrics.watch() as observe, self._calls.one():
+        with self._metrics.watch() as observe, self._calls.track():
             async with aclosing(start(observe)) as events:
                 yield events

@@ -28,7 +28,7 @@ def reuse_message_memory() -> None:
     mallopt(_M_TOP_PAD, 64 * _MIB)
 
 
-def spare_startup_objects() -> None:
+def freeze_gc() -> None:
     """Has garbage collection pass over everything there is now; for when a service is about to serve.
 
     The objects of the libraries are hundreds of thousands: a full collection that visits them stops all for 0.2 s.

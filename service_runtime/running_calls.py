@@ -29,7 +29,7 @@ class RunningCalls:
         return len(self._calls)
 
     @contextmanager
-    def one(self) -> Iterator[None]:
+    def track(self) -> Iterator[None]:
         """One is in flight inside, on the current task.
 
         Raises:

@@ -19,7 +19,7 @@ from vitrine_vlm import __version__
 from vitrine_vlm.service_runtime.logs import LogFormat, LogLevel, start_logging
 from vitrine_vlm.service_runtime.memory import reuse_message_memory
 from vitrine_vlm.service_runtime.supervisor import ServiceFailed
-from vitrine_vlm.service_runtime.threads import take_short_turns
+from vitrine_vlm.service_runtime.threads import set_switch_interval
 from vitrine_vlm.service_runtime.tls import ServerTls
 from vitrine_vlm.service_runtime.traces import start_tracing
 
@@ -151,7 +151,7 @@ def run_service(
         return 0
     start_logging(config.log_level, config.log_format)
     reuse_message_memory()
-    take_short_turns()
+    set_switch_interval()
     expected: tuple[type[Exception], ...] = (OSError, ValueError, *failures)
     end_tracing = start_tracing(settings.service_name, config.otlp_endpoint)
     try:

@@ -9,6 +9,6 @@ import sys
 _SWITCH_INTERVAL_S = 0.00005
 
 
-def take_short_turns() -> None:
+def set_switch_interval() -> None:
     """Has a thread that computes give the interpreter to one that waits for it after a twentieth of a millisecond."""
     sys.setswitchinterval(_SWITCH_INTERVAL_S)

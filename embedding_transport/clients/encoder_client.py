@@ -1,4 +1,4 @@
-"""The client of an encoder fleet: picks an encoder for each item, receives its rows, goes elsewhere if it dies."""
+"""The client of an encoder fleet: chooses an encoder for each item, receives the rows, retries on another encoder."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ from vitrine_vlm.types import (
     RowsEvent,
 )
 
-# An encoder that cannot be reached or shuts down, or has no capacity. What it says of the item itself holds on all.
+# The encoder cannot be reached, shuts down or has no capacity. All other errors are about the item itself.
 ENCODE_RETRIES = RetryPolicy[VitrineError](elsewhere=(EncoderUnavailable, Overloaded))
 
 
 class EncoderClient(FleetClient[EncoderPeer]):
-    """Encodes media on one of several encoders. Make and use it on one event loop.
+    """Encodes media on one of several encoders. Create and use it on one event loop.
 
     Args:
-        addresses: "host:port" of every encoder; none if `set_addresses` is to say.
-        expected: what the encoders must serve; None takes any.
-        transport: "auto", or one transport and no other.
-        shm_folder: shared-memory folder, the same as the encoders'.
-        connect_timeout_s: for Describe and for the negotiation, each.
-        encode_timeout_s: for one request on one encoder.
-        gpu: on which rows are landed, if on any: then "auto" tries CUDA IPC first.
-        tls: towards encoders; None for none.
-        supervisor: owns the loops of this client; None for one of its own. Once one has failed, `encode` fails.
+        addresses: "host:port" of every encoder; empty if `set_addresses` provides them.
+        expected: the model that the encoders must serve; None accepts any.
+        transport: "auto", or the only transport to accept.
+        shm_folder: the shared-memory folder, the same as the encoders'.
+        connect_timeout_s: seconds for Describe and for the negotiation, each.
+        encode_timeout_s: seconds for one request on one encoder.
+        gpu: the GPU on which rows are landed; with one, "auto" tries CUDA IPC first.
+        tls: for connections to encoders; None for no TLS.
+        supervisor: owns the loops of this client; by default a new one. Once a loop has failed, `encode` fails.
     """
 
     def __init__(
@@ -76,13 +76,13 @@ class EncoderClient(FleetClient[EncoderPeer]):
         )
 
     async def encoder_stats(self, timeout_s: float = 1.0) -> dict[str, encoder_pb2.GetStatsResponse]:
-        """What each encoder says of itself, by address; those that do not answer in time are left out."""
+        """Returns each encoder's statistics by address, without encoders that do not answer in time."""
 
-        async def ask(connection: Connection[EncoderDescription]) -> encoder_pb2.GetStatsResponse | None:
+        async def get_stats(connection: Connection[EncoderDescription]) -> encoder_pb2.GetStatsResponse | None:
             try:
                 stub = encoder_pb2_grpc.EncoderStub(connection.channel)
                 return await stub.GetStats(encoder_pb2.GetStatsRequest(), timeout=timeout_s)
-            except (grpc.aio.AioRpcError, grpc.aio.UsageError):  # UsageError: its channel is closed already
+            except (grpc.aio.AioRpcError, grpc.aio.UsageError):  # UsageError: the channel is closed already
                 return None
             except asyncio.CancelledError:
                 if is_own_cancellation():
@@ -90,22 +90,22 @@ class EncoderClient(FleetClient[EncoderPeer]):
                 return None  # the connection was closed meanwhile
 
         connected = {peer.address: peer.connection for peer in self._peers if peer.connection is not None}
-        answers = await asyncio.gather(*map(ask, connected.values()))
+        answers = await asyncio.gather(*map(get_stats, connected.values()))
         return {address: answer for address, answer in zip(connected, answers, strict=True) if answer is not None}
 
     def encode(self, items: Sequence[MediaItem], request_id: str, tenant: str = "") -> AsyncGenerator[EncodeEvent]:
-        """Encodes the items of one request; yields a LayoutEvent and a RowsEvent for each, as they get there.
+        """Encodes the items of one request; yields a LayoutEvent and a RowsEvent for each, as they arrive.
 
-        The caller owns the rows it was given. Rows it was not given are released when the iteration ends or is closed.
-        Items go to encoders one by one, by their content. If an encoder dies or is overloaded, what is missing is
+        The caller owns the rows that were yielded. All others are released when the iteration ends or is closed.
+        Items go to encoders one by one, by their content. If an encoder dies or is overloaded, the missing items are
         encoded on another one.
 
         Args:
-            tenant: encoders use cached rows again within one tenant only.
+            tenant: encoders reuse cached rows within one tenant only.
 
         Raises:
             EncoderUnavailable: no encoder is left.
-            Overloaded: those that are left are overloaded.
+            Overloaded: all encoders that are left are overloaded.
             VitrineError: the error of the first item that failed.
         """
         self._num_requests += 1
@@ -113,20 +113,20 @@ class EncoderClient(FleetClient[EncoderPeer]):
         return request.events.read(partial(self._encode_all, request))
 
     async def _encode_all(self, request: _Request) -> None:
-        if len(self._peers) > 1:  # one needs no choice
-            # Off the loop: a long video takes a while.
+        if len(self._peers) > 1:  # with one encoder there is nothing to choose
+            # In a thread: hashing a long video takes a while.
             request.keys = await asyncio.to_thread(lambda: [item.content_key for item in request.items])
         await self._encode(request, range(len(request.items)))
 
     async def _encode(self, request: _Request, indices: Sequence[int]) -> None:
-        """Starts these items on as many encoders as they belong to.
+        """Chooses an encoder for each of these items and starts one call per encoder.
 
         Raises:
             EncoderUnavailable, Overloaded: no encoder is left.
         """
         usable = await self._usable(request.attempts)
         shares: dict[str, _Share] = {}
-        # The largest choose first, as far as that can be told from outside.
+        # The largest items are assigned first; the size of an item at a URL is unknown.
         for index in sorted(indices, key=lambda index: -len(request.items[index].data or b"")):
             peer = self._choose(request.keys[index], usable)
             shares.setdefault(peer.address, _Share(peer)).add(index)
@@ -134,9 +134,9 @@ class EncoderClient(FleetClient[EncoderPeer]):
             request.events.start(partial(self._encode_share, request, share), share.release)
 
     async def _encode_share(self, request: _Request, share: _Share) -> None:
-        """On one encoder, and what is missing of it on others if it is lost or overloaded."""
+        """Encodes a share on its encoder; if that is lost or overloaded, the missing items are encoded on others."""
         try:
-            await self._receive(share.peer, partial(self._begin, request, share), partial(request.emit, share))
+            await self._receive(share.peer, partial(self._exchange, request, share), partial(request.emit, share))
         except request.attempts.elsewhere as error:
             request.attempts.failed(share.peer.address, error)
         missing = sorted(share.pending)
@@ -144,7 +144,7 @@ class EncoderClient(FleetClient[EncoderPeer]):
         if missing:
             await self._encode(request, missing)
 
-    def _begin(
+    def _exchange(
         self, request: _Request, share: _Share, connection: Connection[EncoderDescription]
     ) -> Exchange[EncodeEvent]:
         items = {index: request.items[index] for index in sorted(share.pending)}
@@ -158,11 +158,11 @@ class EncoderClient(FleetClient[EncoderPeer]):
 
     def _unavailable(self, failures: Mapping[str, VitrineError]) -> EncoderUnavailable:
         reasons = self._reasons(failures)
-        return EncoderUnavailable(f"no encoder is left to encode on: {reasons}; start one or give it time")
+        return EncoderUnavailable(f"no encoder is left to encode on: {reasons}; start one, or wait until one is ready")
 
 
 class _Share:
-    """Items of a request that go to one encoder. pending: those whose rows have not come; they count as in flight."""
+    """The items of a request that go to one encoder. `pending` are those without rows yet; they count as in flight."""
 
     def __init__(self, peer: EncoderPeer) -> None:
         self.peer = peer
@@ -177,13 +177,13 @@ class _Share:
         self.peer.in_flight -= 1
 
     def release(self) -> None:
-        """Nothing more will come of it there."""
+        """The call has ended: the pending items are no longer in flight on this encoder."""
         self.peer.in_flight -= len(self.pending)
         self.pending.clear()
 
 
 class _Request:
-    """keys: of the items, by which they are routed; layouts: of the items that have one, whichever encoder sent it."""
+    """One call of `encode`. `keys` are the content keys of the items, by which they are routed."""
 
     def __init__(
         self, items: Sequence[MediaItem], request_id: str, tenant: str, policy: RetryPolicy[VitrineError]
@@ -197,9 +197,10 @@ class _Request:
         self._layouts: dict[int, Layout] = {}
 
     async def emit(self, share: _Share, event: EncodeEvent) -> None:
-        """
+        """Passes an event of a share on to the caller.
+
         Raises:
-            InternalError: an encoder that was lost had sent another layout of the item.
+            InternalError: another encoder, which was lost, had sent a different layout of the item.
         """
         index = event.item_index
         if isinstance(event, RowsEvent):
@@ -208,13 +209,13 @@ class _Request:
             earlier = self._layouts.setdefault(index, event.layout)
             if earlier != event.layout:
                 raise InternalError(f"item {index} has layout {event.layout} now and had {earlier} before")
-            if earlier is not event.layout:  # it was handed out before
+            if earlier is not event.layout:  # the layout was emitted before
                 return
         await self.events.emit(event)
 
 
 class _EncodeStream(RowStream[EncodeEvent]):
-    """The responses of one Encode call. items: those that it is about, in its order, by their index in the request."""
+    """The responses of one Encode call. `items` are those of the call, in its order, by their index in the request."""
 
     def __init__(
         self,

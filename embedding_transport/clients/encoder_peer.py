@@ -15,16 +15,17 @@ from vitrine_vlm.types import ModelIdentity
 
 @dataclass(frozen=True)
 class EncoderDescription:
-    """What an encoder says of itself. merge_size: patches merged into one token along each side."""
+    """An encoder's answer to Describe. `merge_size` is the number of patches merged into one token along each side."""
 
     identity: ModelIdentity
     merge_size: int
 
 
 class EncoderPeer(RowPeer[EncoderDescription]):
-    """
+    """The connection to one encoder.
+
     Args:
-        expected: what the encoder must serve; None takes any.
+        expected: the model that the encoder must serve; None accepts any.
     """
 
     service = "encoder"
@@ -46,14 +47,15 @@ class EncoderPeer(RowPeer[EncoderDescription]):
 
 
 def check_identity(address: str, served: ModelIdentity, expected: ModelIdentity) -> None:
-    """
+    """Compares what an encoder serves with what is expected.
+
     Raises:
         EncoderMismatch: names the first field that differs, with both values.
     """
     for field in fields(ModelIdentity):
-        theirs, ours = getattr(served, field.name), getattr(expected, field.name)
-        if theirs != ours:
+        found, needed = getattr(served, field.name), getattr(expected, field.name)
+        if found != needed:
             raise EncoderMismatch(
-                f"encoder {address} serves another {field.name}: {theirs!r}, this worker needs {ours!r}; "
+                f"encoder {address} serves another {field.name}: {found!r}, this worker needs {needed!r}; "
                 "start both from the same checkpoint"
             )

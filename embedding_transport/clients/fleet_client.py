@@ -1,4 +1,4 @@
-"""A client of several services that ship rows: picks one by content, receives from it, goes elsewhere if it fails."""
+"""A client of several services that ship rows: chooses one by content, receives rows, retries on another one."""
 
 from __future__ import annotations
 
@@ -23,13 +23,17 @@ from vitrine_vlm.service_runtime.traces import outgoing_metadata
 from vitrine_vlm.types import RowsEvent
 
 EventT = TypeVar("EventT")
-# The method to call, on the connection's channel, its message, and the stream that its responses go through.
+# The method to call, the request message, and the stream that parses the responses.
 Exchange: TypeAlias = tuple[grpc.aio.UnaryStreamMultiCallable[Any, bytes], Any, RowStream[EventT]]
 
 
 @dataclass
 class ClientStats:
-    """Since the start: requests, retries on another peer, connections fallen back to bytes, bytes by transport."""
+    """Counts since the start.
+
+    fallbacks: connections that do not use the best transport the client accepts.
+    received_nbytes: bytes of rows by transport.
+    """
 
     requests: int
     retries: int
@@ -38,12 +42,12 @@ class ClientStats:
 
 
 class FleetClient(PeerFleet[PeerT]):
-    """What the clients of encoders and of prefill workers have in common.
+    """The common part of the clients of encoders and of prefill workers.
 
     Args:
         addresses, make_peer, supervisor: see PeerFleet.
-        policy: with a budget of 0: every peer is tried once.
-        timeout_s: for one request on one peer.
+        policy: must have a budget of 0: every peer is tried once.
+        timeout_s: seconds for one request on one peer.
     """
 
     def __init__(
@@ -66,12 +70,12 @@ class FleetClient(PeerFleet[PeerT]):
         return ClientStats(self._num_requests, self._num_retries, self.num_fallbacks, dict(self._received_nbytes))
 
     async def _usable(self, attempts: Attempts[VitrineError]) -> dict[str, PeerT]:
-        """By address those that are connected and have not failed this request. Choose without awaiting.
+        """Returns the connected peers that have not failed this request, by address. Choose one without awaiting.
 
         Raises:
-            VitrineError: none is left; Overloaded, with the soonest time, where any was overloaded.
+            VitrineError: none is left; Overloaded, with the shortest retry time, if any was overloaded.
         """
-        await self._until_tried()
+        await self._wait_until_attempted()
         failures = attempts.failures
         usable = {peer.address: peer for peer in self._peers if peer.connection and peer.address not in failures}
         if not usable:
@@ -81,28 +85,28 @@ class FleetClient(PeerFleet[PeerT]):
         return usable
 
     def _choose(self, key: bytes, usable: dict[str, PeerT]) -> PeerT:
-        """The one where this content belongs, among those with load to spare."""
+        """Returns the peer that this content is routed to."""
         return usable[ranked(key, {address: peer.in_flight for address, peer in usable.items()})[0]]
 
     async def _receive(
         self,
         peer: PeerT,
-        begin: Callable[[Connection[Any]], Exchange[EventT]],
+        exchange: Callable[[Connection[Any]], Exchange[EventT]],
         emit: Callable[[EventT], Awaitable[None]],
     ) -> None:
-        """One call on one peer; emits its events.
+        """Makes one call on one peer and emits its events.
 
         Raises:
-            VitrineError: why it did not come to its end; the peer's `unavailable` where the peer was lost.
+            VitrineError: the call failed; the peer's `unavailable` if the peer was lost.
         """
         connection = peer.connection
-        if connection is None:  # since it was chosen: the event loop may have run anything in between
+        if connection is None:  # lost since the peer was chosen
             raise peer.unavailable(str(peer.error))
-        method, message, stream = begin(connection)
+        method, message, stream = exchange(connection)
         call: grpc.aio.UnaryStreamCall[Any, bytes] | None = None
         try:
             call = method(message, timeout=self._timeout_s, metadata=outgoing_metadata())
-            # To its end, also once nothing is missing: a call that is cancelled takes its leases back.
+            # Reads to the end, also once nothing is missing: cancelling a call releases its leases.
             while isinstance(raw := await call.read(), bytes):
                 event = stream.receive(raw)
                 if event is not None:
@@ -113,7 +117,7 @@ class FleetClient(PeerFleet[PeerT]):
         except grpc.aio.AioRpcError as error:
             if stream.missing:
                 raise error_from_rpc(error) or peer.unavailable(f"{error.code().name} {error.details()}") from error
-        except grpc.aio.UsageError as error:  # grpc's answer to a call on a channel that is closed
+        except grpc.aio.UsageError as error:  # grpc raises this for a call on a closed channel
             if stream.missing:
                 raise peer.unavailable("the connection was closed") from error
         except asyncio.CancelledError:
@@ -128,6 +132,6 @@ class FleetClient(PeerFleet[PeerT]):
 
     def _count(self, event: object, stream: RowStream[Any], connection: Connection[Any]) -> None:
         if isinstance(event, RowsEvent):
-            # An item larger than the pool comes as bytes although its session has one.
+            # An item larger than the pool is sent as bytes, although its session has a pool.
             transport = connection.transport if isinstance(event.rows, LeasedRows) else "grpc"
             self._received_nbytes[transport] += event.rows.num_tokens * stream.row_format.row_nbytes

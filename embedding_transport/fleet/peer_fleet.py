@@ -1,4 +1,4 @@
-"""Several services of one kind that ship rows: which there are, and which of them can be used now."""
+"""Several services of one kind that ship rows: their addresses, and which of them can be used now."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PeerT = TypeVar("PeerT", bound=RowPeer[Any])
 
 @dataclass(frozen=True)
 class PeerStatus:
-    """One service as of now; `error` says why it is not ready."""
+    """The current state of one service; `error` is the reason why it is not ready."""
 
     address: str
     ready: bool
@@ -32,13 +32,13 @@ class PeerStatus:
 
 
 class PeerFleet(ABC, Generic[PeerT]):
-    """Keeps them connected. Make and use it on one event loop.
+    """Keeps the services connected. Create and use it on one event loop.
 
     Args:
-        addresses: "host:port" of each; none if `set_addresses` is to say.
-        make_peer: for an address.
-        supervisor: owns the loops that keep them connected; None for one of its own. Once it has seen a failure,
-            requests fail.
+        addresses: "host:port" of each service; empty if `set_addresses` provides them.
+        make_peer: creates the peer of an address.
+        supervisor: owns the loops that keep the peers connected; by default a new one. Once one of its loops has
+            failed, requests fail.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class PeerFleet(ABC, Generic[PeerT]):
         self._changed = asyncio.Event()
 
     async def start(self) -> None:
-        """Begins to connect to every one and waits for the first attempt of each.
+        """Starts to connect to every service and waits for the first attempt of each.
 
         Raises:
-            VitrineError: one that answers cannot be used.
+            VitrineError: a service answers but cannot be used.
         """
         if self._first_addresses:
             self.set_addresses(self._first_addresses)
@@ -65,7 +65,7 @@ class PeerFleet(ABC, Generic[PeerT]):
                 raise peer.error
 
     def set_addresses(self, addresses: Sequence[str]) -> None:
-        """Uses these from now on. Those that are not among them finish what they have."""
+        """Sends new requests to these addresses only. Other peers are disconnected once they are idle."""
         known = {peer.address: peer for peer in self._peers}
         for address in addresses:
             if address not in known:
@@ -74,39 +74,40 @@ class PeerFleet(ABC, Generic[PeerT]):
                 self._peers.append(peer)
         for address in known.keys() - set(addresses):
             self._peers.remove(known[address])
-            leaving = self._supervisor.start_job(f"leaving {address}", self._let_go(known[address]))
+            leaving = self._supervisor.start_job(f"leaving {address}", self._disconnect_when_idle(known[address]))
             self._leaving.add(leaving)
             leaving.add_done_callback(self._leaving.discard)
         self._changed.set()
 
     async def close(self) -> None:
-        """Gives back what is released and disconnects."""
+        """Sends the pending releases and disconnects."""
         await self._supervisor.stop(*self._leaving)
         await asyncio.gather(*(peer.close() for peer in self._peers))
 
     @property
     def ready(self) -> bool:
-        """Whether any is connected."""
+        """Whether at least one service is connected."""
         return any(peer.connection is not None for peer in self._peers)
 
     @property
     def num_fallbacks(self) -> int:
-        """Connections that came down to bytes, since the start."""
+        """Connections since the start that do not use the best transport the client accepts."""
         return sum(peer.num_fallbacks for peer in self._peers)
 
     async def wait_ready(self, timeout_s: float) -> None:
-        """
+        """Waits until at least one service is connected.
+
         Raises:
-            VitrineError: none got connected within `timeout_s` seconds.
+            VitrineError: none was connected within `timeout_s` seconds.
         """
         try:
             async with asyncio.timeout(timeout_s):
-                await self._until(lambda: self.ready)
+                await self._wait_until(lambda: self.ready)
         except TimeoutError:
             raise self._unavailable({}) from None
 
-    async def _until_tried(self) -> None:
-        """Waits while none is connected and some are tried for the first time: they may be there to replace others.
+    async def _wait_until_attempted(self) -> None:
+        """Waits while no service is connected and the first attempt on some is in flight: they may replace lost ones.
 
         Raises:
             VitrineError: a loop of this client has failed.
@@ -114,9 +115,9 @@ class PeerFleet(ABC, Generic[PeerT]):
         if self._supervisor.failure is not None:
             reason = str(self._supervisor.failure)
             raise self._unavailable({peer.address: peer.unavailable(reason) for peer in self._peers})
-        await self._until(lambda: self.ready or all(peer.attempted.is_set() for peer in self._peers))
+        await self._wait_until(lambda: self.ready or all(peer.attempted.is_set() for peer in self._peers))
 
-    async def _until(self, holds: Callable[[], bool]) -> None:
+    async def _wait_until(self, holds: Callable[[], bool]) -> None:
         while not holds():
             self._changed.clear()
             await self._changed.wait()
@@ -134,7 +135,7 @@ class PeerFleet(ABC, Generic[PeerT]):
         ]
 
     def _reasons(self, failures: Mapping[str, VitrineError]) -> str:
-        """Why none can be used. `failures`: of one request, by the address of the peer that was lost."""
+        """Says why no service can be used. `failures` are those of one request, by the address of the lost peer."""
 
         def reason(peer: PeerT) -> str:
             failure = failures.get(peer.address)
@@ -144,13 +145,13 @@ class PeerFleet(ABC, Generic[PeerT]):
 
     @abstractmethod
     def _unavailable(self, failures: Mapping[str, VitrineError]) -> VitrineError:
-        """The error of a request that no service is left for."""
+        """Returns the error for a request that no service is left for."""
 
-    async def _let_go(self, peer: PeerT) -> None:
-        """Disconnects once nothing is under way there and none of its rows are held, or if it is gone."""
-        _log.info("%s %s is not one of ours any more", peer.service, peer.address)
+    async def _disconnect_when_idle(self, peer: PeerT) -> None:
+        """Disconnects once the peer has no request in flight and no lease is held, or its session has ended."""
+        _log.info("%s %s was removed from the addresses", peer.service, peer.address)
         try:
-            while peer.has_session and (peer.in_flight or peer.num_held):  # noqa: ASYNC110 it counts up, too
+            while peer.has_session and (peer.in_flight or peer.num_leases):  # noqa: ASYNC110 both may grow, too
                 await asyncio.sleep(_LEAVING_POLL_S)
         finally:
             await peer.close()

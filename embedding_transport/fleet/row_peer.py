@@ -1,4 +1,4 @@
-"""A service that ships rows as its client sees it: a connection that is kept up, and the leases held over it."""
+"""The client's side of one service that ships rows: a connection that is kept open, and the leases held over it."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ TransportChoice = Literal["auto", "cuda_ipc", "shm", "grpc"]
 _FIRST_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 2.0
 _FLUSH_TIMEOUT_S = 1.0
-# Leases given back within so long go in one call, which costs either side as much Python as half an Encode does.
-_GATHER_S = 0.01
+# Leases released within this time are sent in one call: a call costs each side half as much CPU time as an Encode.
+_RELEASE_BATCH_S = 0.01
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ DescriptionT = TypeVar("DescriptionT")
 
 
 class RowStub(Protocol):
-    """The calls that every service that ships rows offers, with the encoder's messages."""
+    """The calls that all services which ship rows have in common; the messages are the encoder's."""
 
     @property
     def Connect(
@@ -56,7 +56,7 @@ class RowStub(Protocol):
 
 @dataclass(frozen=True)
 class Connection(Generic[DescriptionT]):
-    """A connected service: what it says of itself, the negotiated session and its mapped pool, if rows lie in one."""
+    """A connected service: its description, the negotiated session, and its mapped pool, if it ships rows in one."""
 
     channel: grpc.aio.Channel
     description: DescriptionT
@@ -69,11 +69,11 @@ class Connection(Generic[DescriptionT]):
 class ConnectOptions:
     """How a client connects.
 
-    transport: "auto" takes the best that works, and counts where it comes down to bytes; others accept nothing else.
-    shm_folder: shared-memory folder, the same as the other side's.
-    connect_timeout_s: for each step of connecting, seconds.
-    gpu: on which rows are landed, if on any; without one "auto" leaves CUDA IPC out.
-    tls: read anew for every connection; None for none.
+    transport: "auto" uses the best transport that works; another value is the only transport to accept.
+    shm_folder: the shared-memory folder, the same as the service's.
+    connect_timeout_s: seconds for each step of connecting.
+    gpu: the GPU on which rows are landed; without one "auto" leaves out CUDA IPC.
+    tls: its files are read again for every connection; None for no TLS.
     """
 
     transport: TransportChoice = "auto"
@@ -84,7 +84,7 @@ class ConnectOptions:
 
     @property
     def transports(self) -> list[str]:
-        """What is accepted, best first."""
+        """The accepted transports, best first."""
         on_host = ["shm", "grpc"]
         if self.transport != "auto":
             return [self.transport]
@@ -92,11 +92,14 @@ class ConnectOptions:
 
 
 class RowPeer(ABC, Generic[DescriptionT]):
-    """Keeps one service connected, and gives its leases back. Lives on one event loop.
+    """Keeps one service connected and releases its leases. It belongs to one event loop.
 
-    service: its name in messages; unavailable: the error of one that cannot be reached.
-    connection: for what is new, None also while it drains; has_session: what is under way and held there goes on.
-    in_flight: what it is working on for us; num_held: leases of its rows that we have not given back.
+    service: the kind of service, for messages.
+    unavailable: the error for a service that cannot be reached.
+    connection: for new requests; None while the service is not connected or drains.
+    has_session: whether requests in flight and leases are still valid, also while the service drains.
+    in_flight: items or requests that the service is working on for this client.
+    num_leases: leases that this client holds and has not released.
     """
 
     service: ClassVar[str]
@@ -105,7 +108,7 @@ class RowPeer(ABC, Generic[DescriptionT]):
     def __init__(self, address: str, options: ConnectOptions) -> None:
         self.address = address
         self.in_flight = 0
-        self.num_held = 0
+        self.num_leases = 0
         self.num_fallbacks = 0
         self.connection: Connection[DescriptionT] | None = None
         self.has_session = False
@@ -118,7 +121,7 @@ class RowPeer(ABC, Generic[DescriptionT]):
         self._task: asyncio.Task[None] | None = None
 
     def start(self, on_change: Callable[[], None], supervisor: Supervisor) -> None:
-        """Begins to connect, and to connect again; `on_change` is called whenever readiness has changed."""
+        """Connects, and connects again after a loss; calls `on_change` whenever readiness has changed."""
         self._on_change = on_change
         self._loop = asyncio.get_running_loop()
         self._supervisor = supervisor
@@ -129,16 +132,16 @@ class RowPeer(ABC, Generic[DescriptionT]):
             await self._supervisor.stop(self._task)
 
     def release(self, session_id: str, lease_id: int) -> None:
-        """Gives a lease back in the background; from any thread."""
+        """Releases a lease in the background; callable from any thread."""
         with suppress(RuntimeError):  # the loop is closed, and the session with it
             self._loop.call_soon_threadsafe(self._to_release.put_nowait, (session_id, lease_id))
 
     @abstractmethod
     async def _describe(self, channel: grpc.aio.Channel) -> DescriptionT:
-        """Asks the service what it is.
+        """Calls the service's Describe.
 
         Raises:
-            VitrineError: it is not what is needed here.
+            VitrineError: the service does not serve what this client needs.
         """
 
     @abstractmethod
@@ -159,18 +162,18 @@ class RowPeer(ABC, Generic[DescriptionT]):
                     self._report(named or self.unavailable(f"{self.service} {self.address}: {error.details()}"))
                 except TimeoutError:
                     self._report(self.unavailable(f"{self.service} {self.address} did not answer in time"))
-                except OSError as error:  # of a file with certificates
+                except OSError as error:  # a certificate file cannot be read
                     self._report(self.unavailable(f"{self.service} {self.address} cannot be connected to: {error}"))
-                except (asyncio.InvalidStateError, grpc.aio.BaseError):  # grpc's answers where a call has ended
+                except (asyncio.InvalidStateError, grpc.aio.BaseError):  # grpc raises these for a call that has ended
                     self._report(self.unavailable(f"{self.service} {self.address} ended the connection"))
                 except asyncio.CancelledError:
                     if is_own_cancellation():
                         raise
                     self._report(self.unavailable(f"{self.service} {self.address} cancelled the connection"))
                 except Exception as error:
-                    if self.has_session:  # a fault of ours
+                    if self.has_session:  # a bug in this client
                         raise
-                    # A service that talks nonsense, or whose pool cannot be mapped.
+                    # The service breaks the protocol, or its pool cannot be mapped.
                     self._report(self.unavailable(f"{self.service} {self.address} cannot be connected to: {error!r}"))
                 finally:
                     if self.has_session:
@@ -187,7 +190,7 @@ class RowPeer(ABC, Generic[DescriptionT]):
         self.error = error
 
     async def _serve_connection(self, channel: grpc.aio.Channel) -> None:
-        """Connects and returns when the service ends the session or begins to drain."""
+        """Connects; returns when the service ends the session."""
         async with asyncio.timeout(self._options.connect_timeout_s):
             description = await self._describe(channel)
         stub = self._stub(channel)
@@ -197,7 +200,7 @@ class RowPeer(ABC, Generic[DescriptionT]):
                 session, mapping = await self._negotiate(call)
             self.connection = Connection(channel, description, session.session_id, session.transport, mapping)
             self.has_session = True
-            # Shown once it drains, and after an orderly end.
+            # Reported once the service drains, and after an orderly end.
             self.error = self.unavailable(f"{self.service} {self.address} is shutting down")
             _log.info("connected to %s %s, transport %s", self.service, self.address, session.transport)
             self.attempted.set()
@@ -235,7 +238,7 @@ class RowPeer(ABC, Generic[DescriptionT]):
         possible = {"grpc"} if mapping is None else {"grpc", offered}
         if transport not in possible & set(self._transports):
             raise TransportUnavailable(
-                f"{self.service} {self.address} would send rows by {transport!r}, asked for is "
+                f"{self.service} {self.address} would send rows by {transport!r}; this client accepts "
                 f"{' or '.join(self._transports)}"
             )
         if transport != self._transports[0]:
@@ -245,15 +248,15 @@ class RowPeer(ABC, Generic[DescriptionT]):
         return response.session, mapping if transport != "grpc" else None
 
     def _probe(self, offer: encoder_pb2.Offer) -> tuple[PoolMapping | None, encoder_pb2.ProbeResult]:
-        """Maps the offered pool and reads its nonce; blocking.
+        """Maps the offered pool and reads its nonce. Blocks.
 
         Raises:
-            TransportUnavailable: it cannot be reached, and nothing else is accepted.
+            TransportUnavailable: the pool cannot be mapped, and no other transport is accepted.
         """
         try:
             mapping, pool = self._map(offer)
             return mapping, encoder_pb2.ProbeResult(nonce=mapping.read(pool.probe_offset, pool.probe_nbytes))
-        except Exception as error:  # CUDA has many: the next transport may do
+        except Exception as error:  # CUDA raises many types; the next transport may work
             reason = str(error) if isinstance(error, TransportUnavailable) else repr(error)
             if len(self._transports) == 1:
                 raise TransportUnavailable(f"{self.service} {self.address}: {reason}") from error
@@ -263,7 +266,7 @@ class RowPeer(ABC, Generic[DescriptionT]):
         if offer.WhichOneof("pool") == "cuda_ipc":
             pool, gpu = offer.cuda_ipc, self._options.gpu
             if gpu is None:
-                raise TransportUnavailable("rows come in GPU memory, and there is no GPU here to land them on")
+                raise TransportUnavailable("the rows lie in GPU memory, and this process has no GPU to land them on")
             return CudaIpcMapping(pool.handle, pool.nbytes, pool.gpu_uuid, gpu), pool
         return ShmMapping(self._options.shm_folder, offer.shm.name, offer.shm.nbytes), offer.shm
 
@@ -271,7 +274,7 @@ class RowPeer(ABC, Generic[DescriptionT]):
         while True:
             first = await self._to_release.get()
             self._to_release.put_nowait(first)
-            await asyncio.sleep(_GATHER_S)
+            await asyncio.sleep(_RELEASE_BATCH_S)
             await self._flush_releases(stub)
 
     async def _flush_releases(self, stub: RowStub) -> None:
@@ -284,12 +287,12 @@ class RowPeer(ABC, Generic[DescriptionT]):
             try:
                 await stub.Release(request, timeout=_FLUSH_TIMEOUT_S)
             except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:  # UsageError: the channel is closed already
-                _log.debug("release failed, the leases are reclaimed with the session or expire: %s", error)
+                _log.debug("release failed; the leases end with the session or expire: %s", error)
             except asyncio.CancelledError:
-                for lease_id in lease_ids:  # for the last flush
+                for lease_id in lease_ids:  # the last flush sends them again
                     self._to_release.put_nowait((session_id, lease_id))
                 raise
-            self.num_held -= len(lease_ids)
+            self.num_leases -= len(lease_ids)
 
 
 async def _read(

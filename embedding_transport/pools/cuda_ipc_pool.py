@@ -1,7 +1,7 @@
-"""The exported pool in GPU memory, mapped by other processes of the host through CUDA IPC: no host copy on the way.
+"""The exported pool in GPU memory, mapped by other processes of the host through CUDA IPC, without a copy to the host.
 
-The pool is one plain cudaMalloc allocation that lives as long as its process; memory of virtual-memory allocations
-cannot be exported. The raw handle works across PID, IPC, network and mount namespaces, as long as the two processes
+The pool is one plain cudaMalloc allocation, which exists as long as its process; virtual-memory allocations cannot be
+exported. The raw handle works across PID, IPC, network and mount namespaces, as long as the two processes
 have different PIDs.
 """
 
@@ -24,12 +24,12 @@ from vitrine_vlm.embedding_transport.pools.row_source import RowSource
 from vitrine_vlm.errors import TransportUnavailable
 
 _HANDLE_NBYTES = 64
-# Headers on their way to the GPU at once; with more of them, the next one waits.
+# Headers that may be in flight to the GPU at once; the next one then waits for them.
 _NUM_STAGED = 1024
 
 
 class CudaIpcPool(ExportPool):
-    """The owner's side, on one GPU. handle: cudaIpcMemHandle_t, 64 bytes.
+    """The owner's side, on one GPU. `handle` is its cudaIpcMemHandle_t, 64 bytes.
 
     Raises:
         TransportUnavailable: cuda-bindings is not installed, or the GPU has no room.
@@ -45,7 +45,7 @@ class CudaIpcPool(ExportPool):
             pointer = _checked(runtime.cudaMalloc(self.mapped_nbytes), f"a pool of {nbytes} bytes")
             self.handle = bytes(_checked(runtime.cudaIpcGetMemHandle(pointer), "exporting it").reserved)
             self._memory = _as_tensor(_DeviceMemory(int(pointer), self.mapped_nbytes), device)
-            # Of its own: nothing here may wait for the tower's work on the default stream.
+            # A separate stream: copies must not wait for the tower's work on the default stream.
             self._stream = torch.cuda.Stream()
         self._staged = torch.zeros((_NUM_STAGED, HEADER_NBYTES), dtype=torch.uint8, pin_memory=True)
         self._next_staged = 0
@@ -58,11 +58,11 @@ class CudaIpcPool(ExportPool):
             done = self._stream.record_event()
         done.synchronize()
 
-    def can_follow(self, rows_TW: torch.Tensor) -> bool:
+    def supports_device(self, rows_TW: torch.Tensor) -> bool:
         return rows_TW.device == self._memory.device
 
-    def write_behind(self, block: Block, rows_TW: torch.Tensor) -> None:
-        # The block's header, and the clearing of what lay there, went over our own stream, which nothing ever holds up.
+    def write_async(self, block: Block, rows_TW: torch.Tensor) -> None:
+        # The header was written, and the last one cleared, on the pool's own stream, which is never blocked for long.
         torch.cuda.current_stream(rows_TW.device).wait_stream(self._stream)
         num_tokens, width = rows_TW.shape
         self._rows(block, (num_tokens, width), rows_TW.dtype).copy_(rows_TW, non_blocking=True)
@@ -72,11 +72,11 @@ class CudaIpcPool(ExportPool):
         return self._memory[block.offset : block.offset + block.nbytes].view(dtype).view(shape)
 
     def close(self) -> None:
-        """Nothing: the memory goes with the process, and a peer may still read it."""
+        """Does nothing: the memory is freed with the process, and a peer may still read it."""
 
     def _write_header(self, offset: int, header: bytes) -> None:
         if self._next_staged == _NUM_STAGED:
-            self._stream.synchronize()  # every copy out of the staging memory is through: it can be used again
+            self._stream.synchronize()  # all copies out of the staging memory are done, so it can be used again
             self._next_staged = 0
         staged = self._staged[self._next_staged, : len(header)]
         self._next_staged += 1
@@ -86,18 +86,20 @@ class CudaIpcPool(ExportPool):
 
 
 class CudaIpcMapping(PoolMapping):
-    """The readers' side, for one thread at a time. Unmapped once neither it nor a view of its rows is left.
+    """The readers' side, for one thread at a time. The pool is unmapped once neither this nor a view of it is left.
 
-    Whichever GPU holds the pool, the reader's own reads it, and torch takes it for memory of that one: a kernel of ours
-    over there, be it as short as that of a copy, would wait until the owner's process has had its turn.
+    The reader's GPU reads the pool, whichever GPU holds it, and torch treats it as memory of the reader's GPU: a kernel
+    of the reader on the owner's GPU, even a short copy, would wait for the time slice of the owner's process.
 
     Args:
-        handle: of the pool; nbytes: said to be in it.
-        uuid: of the GPU that holds it; device: the GPU that reads it.
+        handle: the handle of the pool.
+        nbytes: the size of the pool, as its owner states it.
+        uuid: the GPU that holds the pool.
+        device: the GPU that reads the pool.
 
     Raises:
         TransportUnavailable: this process does not see the exporter's GPU, has the same PID as the exporter, or the
-            handle is no good.
+            handle is not valid.
     """
 
     def __init__(self, handle: bytes, nbytes: int, uuid: str, device: torch.device) -> None:
@@ -110,7 +112,7 @@ class CudaIpcMapping(PoolMapping):
         raw = runtime.cudaIpcMemHandle_t()
         raw.reserved = handle
         with torch.cuda.device(device):
-            torch.cuda.current_stream()  # makes the context
+            torch.cuda.current_stream()  # creates the context
             opened = runtime.cudaIpcOpenMemHandle(raw, runtime.cudaIpcMemLazyEnablePeerAccess)
             pointer = int(_checked(opened, f"opening the pool of GPU {uuid}"))
             mapped = _MappedMemory(pointer, nbytes, runtime.cudaIpcCloseMemHandle)
@@ -119,7 +121,7 @@ class CudaIpcMapping(PoolMapping):
                 raise TransportUnavailable(f"a pool said to have {nbytes} bytes has {int(size)}")
             self._memory = _as_tensor(mapped, device)
             self._staged = torch.zeros(PAGE_NBYTES, dtype=torch.uint8, pin_memory=True)
-            # Of its own: nothing here may wait for steps of the model.
+            # A separate stream: reads must not wait for steps of the model.
             self._stream = torch.cuda.Stream()
 
     def source(self) -> PoolSource:
@@ -145,7 +147,7 @@ class CudaIpcMapping(PoolMapping):
 
 
 class _DeviceMemory:
-    """Bytes on a GPU for torch to wrap; torch keeps this object as long as any view lives."""
+    """Bytes on a GPU for torch to wrap; torch keeps this object as long as any view exists."""
 
     def __init__(self, pointer: int, nbytes: int) -> None:
         self.pointer = pointer
@@ -163,17 +165,17 @@ class _MappedMemory(_DeviceMemory):
         self._close = close
 
     def __del__(self) -> None:
-        # An unclosed mapping would pin the exporter's memory even after its end.
+        # An open mapping would pin the exporter's memory even after the exporter has ended.
         self._close(self.pointer)
 
 
 def gpu_uuid(device: torch.device | int) -> str:
-    """By which another process finds the same GPU, whatever its number there: "GPU-..."."""
+    """Returns the GPU's UUID ("GPU-..."), which is the same in all processes, unlike its index."""
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
 def gpu_uuids(device: torch.device) -> tuple[str, ...]:
-    """UUID of the GPU ("GPU-..."), by which another process finds the same one; empty on the CPU."""
+    """Returns the UUID of the GPU ("GPU-..."), the same in all processes; nothing for the CPU."""
     if device.type == "cpu":
         return ()
     return (gpu_uuid(device),)
@@ -204,10 +206,10 @@ def _driver() -> Any:
 
 
 def _checked(result: tuple[Any, ...], what: str) -> Any:
-    """The last value of a CUDA call's result.
+    """Returns the last value of a CUDA call's result.
 
     Raises:
-        TransportUnavailable: CUDA says no.
+        TransportUnavailable: the call failed.
     """
     error, *values = result
     if int(error) != 0:

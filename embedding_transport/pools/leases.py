@@ -1,4 +1,4 @@
-"""Who may read which exported block, and until when; the same for all pools."""
+"""Leases: which session may read which exported block, and until when; the same for all pools."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BlockT = TypeVar("BlockT")
 
 @dataclass(frozen=True)
 class Lease(Generic[BlockT]):
-    """lease_id is never used twice in one process; expires_at is on the table's clock, in seconds."""
+    """`lease_id` is never used twice in one process; `expires_at` is in seconds on the table's clock."""
 
     lease_id: int
     session_id: str
@@ -22,7 +22,10 @@ class Lease(Generic[BlockT]):
 
 @dataclass
 class LeaseCounts:
-    """How many leases were granted and how they ended, since the start; unknown: releases of leases not held."""
+    """Leases since the start: granted, and ended by release, by expiry, or by the end of their session (reclaimed).
+
+    unknown: releases of leases that the session did not hold.
+    """
 
     granted: int = 0
     released: int = 0
@@ -32,28 +35,28 @@ class LeaseCounts:
 
 
 class LeaseTable(Generic[BlockT]):
-    """Grants leases and gives each block back exactly once: on release, on expiry, or when its session ends.
+    """Grants leases and ends each exactly once: on release, on expiry, or when its session ends.
 
     Args:
-        ttl_s: life of a lease that nobody releases, seconds.
-        clock: seconds, monotonic.
-        give_back: called with the block of every lease that ends.
+        ttl_s: seconds after which a lease expires if its peer does not release it.
+        clock: returns monotonic seconds.
+        on_end: called with the block of every lease that ends.
     """
 
-    def __init__(self, ttl_s: float, clock: Callable[[], float], give_back: Callable[[BlockT], None]) -> None:
+    def __init__(self, ttl_s: float, clock: Callable[[], float], on_end: Callable[[BlockT], None]) -> None:
         self.ttl_s = ttl_s
         self.counts = LeaseCounts()
         self._clock = clock
-        self._give_back = give_back
+        self._on_end = on_end
         self._leases: dict[int, Lease[BlockT]] = {}
         self._lease_ids = itertools.count(1)
 
     def __len__(self) -> int:
-        """Leases alive."""
+        """The number of live leases."""
         return len(self._leases)
 
     def reserve_id(self) -> int:
-        """A fresh lease id, to be written into the block's header before `grant`; from any thread."""
+        """Returns a new lease id, which the block's header names before `grant`; callable from any thread."""
         return next(self._lease_ids)
 
     def grant(self, lease_id: int, session_id: str, block: BlockT) -> Lease[BlockT]:
@@ -63,7 +66,7 @@ class LeaseTable(Generic[BlockT]):
         return lease
 
     def release(self, session_id: str, lease_ids: Iterable[int]) -> tuple[int, int]:
-        """Ends leases of this session; returns how many, and how many were not its own to release."""
+        """Ends leases of this session; returns how many, and how many ids were not leases of this session."""
         num_released = num_unknown = 0
         for lease_id in lease_ids:
             lease = self._leases.get(lease_id)
@@ -76,12 +79,12 @@ class LeaseTable(Generic[BlockT]):
         self.counts.unknown += num_unknown
         return num_released, num_unknown
 
-    def reclaim(self, session_id: str) -> int:
-        """Ends all leases of a session whose peer is gone; returns how many."""
+    def release_session(self, session_id: str) -> int:
+        """Ends all leases of a session that has ended; returns how many."""
         return self._end_all(lambda lease: lease.session_id == session_id, "reclaimed")
 
     def expire(self) -> int:
-        """Ends all leases past their time; returns how many."""
+        """Ends all leases whose time is over; returns how many."""
         now = self._clock()
         return self._end_all(lambda lease: lease.expires_at <= now, "expired")
 
@@ -94,4 +97,4 @@ class LeaseTable(Generic[BlockT]):
 
     def _end(self, lease: Lease[BlockT]) -> None:
         del self._leases[lease.lease_id]
-        self._give_back(lease.block)
+        self._on_end(lease.block)

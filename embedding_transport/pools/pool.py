@@ -1,8 +1,8 @@
-"""What every exported pool is: one probe page that starts with a random nonce, then blocks of rows.
+"""The layout of every exported pool: one probe page that starts with a random nonce, then blocks of rows.
 
 A block is a 64-byte header (magic, lease_id, generation, nbytes; little-endian u64) and the rows right behind it. The
-owner changes the generation before it uses a block anew, so a reader that compares the header after its copy knows what
-it copied.
+owner changes the generation before it uses a block again, so a reader that compares the header after its copy can tell
+whether the copy is valid.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _ALIGNMENT = 64
 _MAGIC = 0x76697472696E6531
 _HEADER = struct.Struct("<QQQQ")
 
-# Plain values, as JSON takes them.
+# Values that JSON can hold.
 PoolSource: TypeAlias = dict[str, str | int]
 
 
 @dataclass(frozen=True)
 class Block:
-    """Part of the pool: `offset` is where the rows begin, `nbytes` how long they are; the header lies before it."""
+    """A part of the pool: the rows begin at `offset` and have `nbytes` bytes; the header lies right before `offset`."""
 
     offset: int
     nbytes: int
@@ -41,13 +41,13 @@ class Block:
 
 
 class FreeList:
-    """First-fit allocation of [0, nbytes), neighbours joined on free. Sizes are rounded up to the alignment."""
+    """First-fit allocation of [0, nbytes). Adjacent free ranges are joined; sizes are rounded up to the alignment."""
 
     def __init__(self, nbytes: int) -> None:
         self._free: list[tuple[int, int]] = [(0, nbytes)]  # start, length; sorted by start
 
-    def take(self, nbytes: int) -> int | None:
-        """Start of a free range of that length, or None."""
+    def allocate(self, nbytes: int) -> int | None:
+        """Returns the start of a range of that length, or None if no free range is long enough."""
         nbytes = _aligned(nbytes)
         for index, (start, length) in enumerate(self._free):
             if length >= nbytes:
@@ -58,7 +58,7 @@ class FreeList:
                 return start
         return None
 
-    def give_back(self, start: int, nbytes: int) -> None:
+    def release(self, start: int, nbytes: int) -> None:
         insort(self._free, (start, _aligned(nbytes)))
         joined: list[tuple[int, int]] = []
         for begin, length in self._free:
@@ -74,13 +74,14 @@ class FreeList:
 
 
 class ExportPool(ABC):
-    """The owner's side. Blocks are taken and given back from any thread.
+    """The owner's side of a pool. Blocks are allocated and released from any thread.
 
-    transport: how peers reach it; nonce: what its probe page begins with; mapped_nbytes: what a peer maps, probe page,
-    blocks and all.
+    transport: the name of the transport by which peers read the pool.
+    nonce: the random bytes at the beginning of the probe page.
+    mapped_nbytes: the size of the whole mapping, probe page included.
 
     Args:
-        nbytes: bytes for blocks and their headers.
+        nbytes: the bytes for blocks and their headers.
     """
 
     transport: str
@@ -98,13 +99,13 @@ class ExportPool(ABC):
         return self.nbytes - self._free_list.free_nbytes
 
     def could_hold(self, nbytes: int) -> bool:
-        """Whether a block of that many bytes would fit if the pool were empty."""
+        """Whether a block of that many bytes fits the empty pool."""
         return HEADER_NBYTES + _aligned(nbytes) <= self.nbytes
 
     def allocate(self, nbytes: int, lease_id: int) -> Block | None:
-        """A block whose header names `lease_id`, or None while there is no room."""
+        """Returns a block whose header names `lease_id`, or None while there is no room."""
         with self._lock:
-            start = self._free_list.take(HEADER_NBYTES + nbytes)
+            start = self._free_list.allocate(HEADER_NBYTES + nbytes)
             if start is None:
                 return None
             self._generation += 1
@@ -112,53 +113,54 @@ class ExportPool(ABC):
             self._write_header(header_offset, _packed_header(_MAGIC, lease_id, self._generation, nbytes))
             return Block(header_offset + HEADER_NBYTES, nbytes, self._generation)
 
-    def free(self, block: Block) -> None:
-        """Takes the block back; readers that still copy will find its header cleared."""
+    def release(self, block: Block) -> None:
+        """Releases the block and clears its header, so that a reader that still copies notices it."""
         header_offset = block.offset - HEADER_NBYTES
         with self._lock:
             self._write_header(header_offset, bytes(HEADER_NBYTES))
-            self._free_list.give_back(header_offset - PAGE_NBYTES, HEADER_NBYTES + block.nbytes)
+            self._free_list.release(header_offset - PAGE_NBYTES, HEADER_NBYTES + block.nbytes)
 
     @abstractmethod
     def write(self, block: Block, rows: RowSource) -> None:
-        """Copies rows of exactly the block's bytes into it; blocking. Peers may read them when it returns."""
+        """Copies rows of exactly the block's size into it. Blocks until peers may read them."""
 
     @abstractmethod
-    def can_follow(self, rows_TW: torch.Tensor) -> bool:
-        """Whether `write_behind` can copy rows that lie where these do."""
+    def supports_device(self, rows_TW: torch.Tensor) -> bool:
+        """Whether `write_async` can copy rows from the device of these."""
 
     @abstractmethod
-    def write_behind(self, block: Block, rows_TW: torch.Tensor) -> None:
-        """As `write`, behind what the current stream is doing to the rows: peers may read them once that is through."""
+    def write_async(self, block: Block, rows_TW: torch.Tensor) -> None:
+        """Queues the copy on the current stream, behind its work on the rows. Peers may read them after the copy."""
 
     @abstractmethod
     def close(self) -> None:
-        """Ends the pool. Peers that mapped it keep what they mapped."""
+        """Closes the pool. Mappings that peers have made stay valid."""
 
     @abstractmethod
     def _write_header(self, offset: int, header: bytes) -> None: ...
 
 
 class PoolMapping(ABC):
-    """A reader's side: the pool of another process, of `nbytes` in all."""
+    """A reader's side: the mapped pool of another process, of `nbytes` bytes in all."""
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
 
     def read(self, offset: int, nbytes: int) -> bytes:
-        """
+        """Returns a copy of these bytes of the pool.
+
         Raises:
-            TransportUnavailable: not all of it lies in the pool.
+            TransportUnavailable: they do not lie inside the pool.
         """
         if offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes:
             raise TransportUnavailable(f"{nbytes} bytes at {offset} lie outside the pool of {self.nbytes}")
         return self._bytes(offset, nbytes)
 
     def rows(self, offset: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-        """Rows at `offset` as a view, [num_tokens, row_width].
+        """Returns a view of the rows at `offset`, [num_tokens, row_width].
 
         Raises:
-            TransportUnavailable: they do not lie inside the pool, or not aligned.
+            TransportUnavailable: they do not lie inside the pool, or are not aligned.
         """
         nbytes = shape[0] * shape[1] * dtype.itemsize
         if offset % _ALIGNMENT or offset < PAGE_NBYTES + HEADER_NBYTES or offset + nbytes > self.nbytes:
@@ -166,28 +168,30 @@ class PoolMapping(ABC):
         return self._view(offset, shape, dtype)
 
     def queue_header(self, offset: int) -> torch.Tensor | None:
-        """For `check`: the header of the block with rows at `offset`, as the current stream will find it.
+        """Queues a copy of the header of the block at `offset` on the current stream, for `check`.
 
-        None where the host reads the pool by itself.
+        Returns None where the host can read the pool itself.
         """
         return None
 
-    def check(self, offset: int, lease_id: int, generation: int, nbytes: int, seen: torch.Tensor | None = None) -> None:
-        """Compares the block's header with the lease: if they agree, whatever was read of the rows before is right.
+    def check(
+        self, offset: int, lease_id: int, generation: int, nbytes: int, header: torch.Tensor | None = None
+    ) -> None:
+        """Compares the block's header with the lease: if they agree, all rows that were read before are valid.
 
         Args:
-            seen: the header from `queue_header`, whose stream is through; None to read it now.
+            header: the result of `queue_header`, once its stream has copied it; None to read the header now.
 
         Raises:
-            LeaseExpired: the owner has taken the block back.
+            LeaseExpired: the owner has released the block.
         """
-        header = self._bytes(offset - HEADER_NBYTES, HEADER_NBYTES) if seen is None else seen.numpy().tobytes()
-        if header != _packed_header(_MAGIC, lease_id, generation, nbytes):
-            raise LeaseExpired(f"lease {lease_id} is no longer held: its owner took the rows back; ask for them again")
+        found = self._bytes(offset - HEADER_NBYTES, HEADER_NBYTES) if header is None else header.numpy().tobytes()
+        if found != _packed_header(_MAGIC, lease_id, generation, nbytes):
+            raise LeaseExpired(f"lease {lease_id} is no longer held: its owner released the rows; request them again")
 
     @abstractmethod
     def source(self) -> PoolSource:
-        """By which another process of this host maps the same pool, see `pool_source.py`."""
+        """Returns what another process of this host needs to map the same pool, see `pool_source.py`."""
 
     @abstractmethod
     def _bytes(self, offset: int, nbytes: int) -> bytes: ...

@@ -1,4 +1,4 @@
-"""Maps a pool that another process of this host has mapped already, by what that one says of it."""
+"""Maps a pool that another process of this host has mapped already."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from vitrine_vlm.embedding_transport.pools.shm_pool import ShmMapping
 
 
 def map_source(source: PoolSource, device: torch.device) -> PoolMapping:
-    """
+    """Maps the pool that `source` describes.
+
     Args:
-        source: of PoolMapping.source.
-        device: that lands its rows.
+        source: the result of `PoolMapping.source`.
+        device: the device on which the rows are landed.
 
     Raises:
         TransportUnavailable: this process cannot map it.

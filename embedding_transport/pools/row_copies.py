@@ -1,4 +1,4 @@
-"""Copies of rows that are complete when they are handed out, and that wait for nothing but themselves."""
+"""Blocking copies of rows on a stream of their own, which do not wait for other work on the GPU."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import functools
 import torch
 
 
-def host_rows(rows_TW: torch.Tensor) -> torch.Tensor:
-    """The rows in host memory, contiguous; themselves if they are there already. Blocking.
+def copy_to_host(rows_TW: torch.Tensor) -> torch.Tensor:
+    """Returns the rows in host memory, contiguous; without a copy if they lie there already. Blocks.
 
     Args:
-        rows_TW: complete: this does not wait for the stream that makes them.
+        rows_TW: complete rows: the copy does not wait for the stream that computes them.
     """
     if rows_TW.device.type == "cpu":
         return rows_TW.contiguous()
-    # Pinned memory is kept and used again by torch; from pageable memory the copy would run at a fraction of the speed.
+    # torch caches pinned memory; a copy into pageable memory would run at a fraction of the speed.
     host = torch.empty(rows_TW.shape, dtype=rows_TW.dtype, pin_memory=True)
     with on_copy_stream(rows_TW.device):
         host.copy_(rows_TW, non_blocking=True)
@@ -25,8 +25,8 @@ def host_rows(rows_TW: torch.Tensor) -> torch.Tensor:
     return host
 
 
-def own_rows(rows_TW: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy on the same device, in memory of its own. Blocking; `rows_TW` as of `host_rows`."""
+def clone_rows(rows_TW: torch.Tensor) -> torch.Tensor:
+    """Returns a contiguous copy on the same device. Blocks; `rows_TW` must be complete, as for `copy_to_host`."""
     if rows_TW.device.type == "cpu":
         return rows_TW.clone(memory_format=torch.contiguous_format)
     with on_copy_stream(rows_TW.device):
@@ -37,11 +37,11 @@ def own_rows(rows_TW: torch.Tensor) -> torch.Tensor:
 
 
 def on_copy_stream(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """What is launched inside on a GPU runs beside the work of others; on the CPU it changes nothing."""
+    """Makes the device's copy stream the current one inside the context; does nothing for the CPU."""
     return torch.cuda.stream(_copy_stream(device)) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @functools.cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """Of its own, so that a copy does not wait for the tower's next batch."""
+    """Returns the device's copy stream, whose copies do not wait for the tower's next batch."""
     return torch.cuda.Stream(device)

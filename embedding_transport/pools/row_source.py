@@ -1,4 +1,4 @@
-"""Rows on the side that ships them, wherever they lie."""
+"""Rows on the side that ships them, independent of where they lie."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from vitrine_vlm.embedding_transport.pools.row_copies import host_rows
+from vitrine_vlm.embedding_transport.pools.row_copies import copy_to_host
 
 
 class RowSource(ABC):
-    """Complete rows: reading them waits for no stream. shape: num_tokens, row_width."""
+    """Complete rows, whose reads wait for no stream. `shape` is (num_tokens, row_width)."""
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
         self.shape = shape
@@ -23,11 +23,11 @@ class RowSource(ABC):
 
     @abstractmethod
     def copy_to(self, target_TW: torch.Tensor) -> None:
-        """Copies all rows: onto a GPU on its current stream, into host memory blocking."""
+        """Copies all rows: to a GPU on its current stream, to host memory blocking."""
 
     @abstractmethod
     def on_host(self) -> torch.Tensor:
-        """The rows in host memory, [num_tokens, row_width], contiguous. Blocking."""
+        """Returns the rows in host memory, [num_tokens, row_width], contiguous. Blocks."""
 
 
 class TensorSource(RowSource):
@@ -39,9 +39,9 @@ class TensorSource(RowSource):
         self._rows_TW = rows_TW
 
     def copy_to(self, target_TW: torch.Tensor) -> None:
-        # To the host by way of the pinned copy, which does not wait for the tower's next batch.
+        # A copy to the host goes through pinned memory, which does not wait for the tower's next batch.
         rows_TW = self._rows_TW if target_TW.is_cuda else self.on_host()
         target_TW.copy_(rows_TW, non_blocking=True)
 
     def on_host(self) -> torch.Tensor:
-        return host_rows(self._rows_TW)
+        return copy_to_host(self._rows_TW)

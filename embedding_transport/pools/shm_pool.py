@@ -1,4 +1,4 @@
-"""The exported pool as one file in a shared-memory folder: its owner's side and its readers' side."""
+"""The exported pool as a file in a shared-memory folder: the owner's side and the readers' side."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _NAME = re.compile(r"vitrine-[0-9a-f]{32}")
 
 
 class ShmPool(ExportPool):
-    """The owner's side. The file lives as long as the pool; a killed owner's file is removed by the next one.
+    """The owner's side. The file exists as long as the pool; the next pool removes the file of a killed owner.
 
     Args:
         folder: shared-memory folder, e.g. /dev/shm.
-        nbytes: bytes for blocks and their headers.
+        nbytes: the bytes for blocks and their headers.
 
     Raises:
-        TransportUnavailable: the folder cannot be written, or has no room.
+        TransportUnavailable: the folder is not writable, or has no room.
     """
 
     transport = "shm"
@@ -54,16 +54,16 @@ class ShmPool(ExportPool):
         self._memory[:PROBE_NBYTES] = self.nonce
 
     def _make_file(self, folder: Path) -> tuple[int, mmap.mmap]:
-        """Named only once it is locked and has its size: nobody ever sees a pool without its owner."""
+        """Links the file only once it is locked and has its size, so that a pool without an owner is never visible."""
         fd = os.open(folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
         try:
-            # Held for life: whoever can take this lock knows that the owner is dead.
+            # Held as long as the process runs: if another process can take this lock, the owner is dead.
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.posix_fallocate(fd, 0, self.mapped_nbytes)
             memory = mmap.mmap(fd, self.mapped_nbytes)
             folder_fd = os.open(folder, os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                # With a folder descriptor Python calls linkat, which unlike link follows the one in /proc.
+                # With a folder descriptor Python calls linkat, which, unlike link, follows the symbolic link in /proc.
                 os.link(f"/proc/self/fd/{fd}", self.name, dst_dir_fd=folder_fd)
             finally:
                 os.close(folder_fd)
@@ -73,7 +73,7 @@ class ShmPool(ExportPool):
         return fd, memory
 
     def rows(self, block: Block, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-        """The block as a tensor to write into; [num_tokens, row_width], exactly the block's bytes."""
+        """Returns the block as a writable tensor, [num_tokens, row_width], of exactly the block's size."""
         assert shape[0] * shape[1] * dtype.itemsize == block.nbytes, "rows do not fill their block"
         flat = torch.frombuffer(self._memory, dtype=dtype, count=shape[0] * shape[1], offset=block.offset)
         return flat.view(shape)
@@ -81,15 +81,15 @@ class ShmPool(ExportPool):
     def write(self, block: Block, rows: RowSource) -> None:
         rows.copy_to(self.rows(block, rows.shape, rows.dtype))
 
-    def can_follow(self, rows_TW: torch.Tensor) -> bool:
-        """A GPU does not reach this memory by itself."""
+    def supports_device(self, rows_TW: torch.Tensor) -> bool:
+        """Only rows on the CPU: a GPU does not write this memory itself."""
         return rows_TW.device.type == "cpu"
 
-    def write_behind(self, block: Block, rows_TW: torch.Tensor) -> None:
+    def write_async(self, block: Block, rows_TW: torch.Tensor) -> None:
         self.write(block, TensorSource(rows_TW))
 
     def close(self) -> None:
-        """Removes the file. Peers that mapped it keep what they mapped."""
+        """Removes the file. Mappings that peers have made stay valid."""
         self._path.unlink(missing_ok=True)
         os.close(self._fd)
 
@@ -98,19 +98,19 @@ class ShmPool(ExportPool):
 
 
 class ShmMapping(PoolMapping):
-    """The readers' side: the pool of another process, mapped privately, so that nothing here can change it.
+    """The readers' side: the pool of another process, mapped privately, so that this process cannot change it.
 
     Raises:
-        TransportUnavailable: a name that is no pool's, no such file, or a file shorter than claimed.
+        TransportUnavailable: the name is not that of a pool, the file does not exist, or it is shorter than `nbytes`.
     """
 
     def __init__(self, folder: Path, name: str, nbytes: int) -> None:
         super().__init__(nbytes)
         self._folder, self._name = folder, name
         if not _NAME.fullmatch(name):
-            raise TransportUnavailable(f"{name!r} is no name of a shared-memory pool")
+            raise TransportUnavailable(f"{name!r} is not the name of a shared-memory pool")
         try:
-            # O_NONBLOCK: opening a pipe by that name would wait for its writer.
+            # O_NONBLOCK: opening a named pipe would otherwise wait for its writer.
             fd = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise TransportUnavailable(
@@ -120,7 +120,7 @@ class ShmMapping(PoolMapping):
             file_nbytes = os.fstat(fd).st_size
             if not PAGE_NBYTES <= nbytes <= file_nbytes:
                 raise TransportUnavailable(f"pool {name} is said to have {nbytes} bytes, its file has {file_nbytes}")
-            # Private and writable only because torch refuses read-only buffers: a write would stay in this process.
+            # Writable because torch refuses read-only buffers; private, so that a write would stay in this process.
             self._memory = mmap.mmap(fd, nbytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         finally:
             os.close(fd)
@@ -136,10 +136,10 @@ class ShmMapping(PoolMapping):
 
 
 def _remove_stale_files(folder: Path) -> None:
-    """Removes pools whose owner was killed: nobody holds their lock."""
+    """Removes pools whose owner was killed: their lock is free."""
     for path in folder.glob(_PREFIX + "*"):
         if not _NAME.fullmatch(path.name):
-            continue  # somebody else's
+            continue  # another program's file
         with contextlib.suppress(OSError):
             fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:

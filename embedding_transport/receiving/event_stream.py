@@ -1,4 +1,4 @@
-"""One asynchronous stream of what several tasks emit."""
+"""One asynchronous stream of the events that several tasks emit."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from vitrine_vlm.service_runtime.cancellation import is_own_cancellation
 
 T = TypeVar("T")
 
-# Events that may wait for a slow reader; then the task that emits the next one waits, and with it its call.
+# Events that may wait for a slow reader. The task that emits one more waits, and with it the call it reads from.
 _MAX_WAITING = 8
 
 
 @dataclass(frozen=True)
 class _End:
-    """A task ended, or failed with `error`."""
+    """A task has ended; with `error` if it failed."""
 
     error: BaseException | None
 
 
 class EventStream(Generic[T]):
-    """Lives on one event loop, and is read once.
+    """A stream that is read once, on one event loop.
 
     Args:
-        discard: called with every event that was emitted and is not read.
+        discard: called with every event that was emitted but not read.
     """
 
     def __init__(self, discard: Callable[[T], None]) -> None:
@@ -35,10 +35,10 @@ class EventStream(Generic[T]):
         self._tasks: list[asyncio.Task[None]] = []
 
     async def read(self, begin: Callable[[], Awaitable[None]]) -> AsyncGenerator[T]:
-        """What the tasks emit, as it comes, until all have ended. The first error ends all; so does closing this one.
+        """Yields events as they are emitted until all tasks have ended. An error, or closing, ends all tasks.
 
         Args:
-            begin: awaited first; starts the first tasks and emits nothing itself.
+            begin: awaited first; it starts the first tasks and emits nothing itself.
         """
         num_ended = 0
         event: T | _End | None = None
@@ -53,7 +53,7 @@ class EventStream(Generic[T]):
                 else:
                     num_ended += 1
         finally:
-            event = None  # an error whose traceback leads here would hold itself
+            event = None  # otherwise the error and this frame would refer to each other
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -63,17 +63,17 @@ class EventStream(Generic[T]):
                     self._discard(unread)
 
     def start(self, work: Callable[[], Awaitable[None]], at_end: Callable[[], None] = lambda: None) -> None:
-        """Runs `work` as a task of this stream: from `begin`, or from another task of it.
+        """Runs `work` as a task of this stream; called from `begin` or from another of its tasks.
 
         Args:
-            at_end: called once it is over, also where it was cancelled before it began.
+            at_end: called once the task has ended, also if it was cancelled before it began.
         """
         task = asyncio.create_task(self._run(work))
         task.add_done_callback(lambda _: at_end())
         self._tasks.append(task)
 
     async def emit(self, event: T) -> None:
-        """Hands an event to the reader, from one of the tasks; waits while too many are waiting there."""
+        """Passes an event from one of the tasks to the reader; waits while too many events are unread."""
         try:
             await self._waiting.put(event)
         except asyncio.CancelledError:

@@ -1,4 +1,4 @@
-"""Lands rows on a GPU: one Triton kernel from where the encoder put them to all the buffers that they are for.
+"""Lands rows on a GPU: one Triton kernel copies them from the encoder's pool into the main and deepstack buffers.
 
 Shapes: T tokens, C hidden size, N deepstack layers, W row width (C * (1 + N)).
 """
@@ -13,11 +13,11 @@ _COPIED_A_PROGRAM = 4096
 
 
 def land_rows(rows_TW: torch.Tensor, main_TC: torch.Tensor, deepstack_NTC: torch.Tensor | None) -> None:
-    """Copies rows, main and deepstack parts in one launch, by the current GPU.
+    """Copies the main and deepstack parts of rows in one launch on the current GPU.
 
     Args:
-        rows_TW: on the same GPU or mapped for it (`CudaIpcMapping`); contiguous.
-        main_TC, deepstack_NTC: any stride between rows and layers; no deepstack for a model without.
+        rows_TW: contiguous rows on the same GPU, or mapped for it (`CudaIpcMapping`).
+        main_TC, deepstack_NTC: the destinations, with any stride between rows and layers; None without deepstack.
     """
     num_tokens, hidden = main_TC.shape
     width = hidden if deepstack_NTC is None else hidden * (1 + len(deepstack_NTC))

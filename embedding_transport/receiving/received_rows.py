@@ -1,4 +1,4 @@
-"""Rows on the receiving side: a view of the other side's pool under a lease, or a host buffer filled from chunks."""
+"""Rows on the receiving side: a view of the sender's pool under a lease, or a host buffer filled from chunks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def copy_rows(rows_TW: torch.Tensor, main_TD: torch.Tensor, deepstack_NTD: torch
         )
 
         with torch.cuda.device(main_TD.device):
-            # Rows on the host go over in one piece, and to their places on the GPU.
+            # Rows on the host are copied to the GPU in one piece first.
             land_rows(part_TW.to(main_TD.device, non_blocking=True), main_TD, deepstack_NTD)
         return
     main_TD.copy_(part_TW[:, :hidden])
@@ -38,7 +38,7 @@ def copy_rows(rows_TW: torch.Tensor, main_TD: torch.Tensor, deepstack_NTD: torch
 
 @dataclass
 class LeasedRows:
-    """Rows in the memory of who made them; `on_release` gives the lease back."""
+    """Rows in the sender's pool; `on_release` is called with the id of the lease."""
 
     num_tokens: int
     timings: ItemTimings
@@ -57,9 +57,9 @@ class LeasedRows:
     def check(self) -> None:
         self._check(None)
 
-    def _check(self, seen: torch.Tensor | None) -> None:
+    def _check(self, header: torch.Tensor | None) -> None:
         lease = self.lease
-        self.mapping.check(lease.offset, lease.lease_id, lease.generation, lease.nbytes, seen)
+        self.mapping.check(lease.offset, lease.lease_id, lease.generation, lease.nbytes, header)
 
     def release(self) -> None:
         if not self._released:
@@ -68,20 +68,20 @@ class LeasedRows:
 
 
 class HostBufferPool:
-    """Host buffers that are used again: a fresh page costs more than the copy into it."""
+    """Reuses host buffers: a new page costs more than the copy into it."""
 
     def __init__(self) -> None:
         self._kept: list[torch.Tensor] = []
 
-    def take(self, nbytes: int) -> torch.Tensor:
-        """A flat uint8 tensor of at least `nbytes` bytes, contents undefined."""
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """Returns a flat uint8 tensor of at least `nbytes` bytes; its contents are undefined."""
         fitting = [(buffer.nbytes, index) for index, buffer in enumerate(self._kept) if buffer.nbytes >= nbytes]
         if not fitting:
             # Powers of two, so that the next item of about this size fits.
             return torch.empty(1 << max(nbytes - 1, 1).bit_length(), dtype=torch.uint8)
-        return self._kept.pop(min(fitting)[1])  # another thread gives back at the end of the list
+        return self._kept.pop(min(fitting)[1])  # other threads only append to the list
 
-    def give_back(self, buffer: torch.Tensor) -> None:
+    def release(self, buffer: torch.Tensor) -> None:
         if sum(kept.nbytes for kept in self._kept) + buffer.nbytes <= _MAX_KEPT_NBYTES:
             self._kept.append(buffer)
 
@@ -94,7 +94,7 @@ class HostRows:
     timings: ItemTimings
     rows_TW: torch.Tensor
     buffer: torch.Tensor | None
-    give_back: Callable[[torch.Tensor], None]
+    on_release: Callable[[torch.Tensor], None]
 
     def copy_to(self, main_TD: torch.Tensor, deepstack_NTD: torch.Tensor | None, first_row: int) -> None:
         copy_rows(self.rows_TW, main_TD, deepstack_NTD, first_row)
@@ -103,23 +103,23 @@ class HostRows:
         return self.check
 
     def check(self) -> None:
-        """They are ours."""
+        """Does nothing: the buffer belongs to this process."""
 
     def release(self) -> None:
         if self.buffer is not None:
             buffer, self.buffer = self.buffer, None
-            self.give_back(buffer)
+            self.on_release(buffer)
 
 
 class ChunkAssembly:
-    """Fills one item's host buffer from its chunks, which come in order and without gaps."""
+    """Fills one item's host buffer from its chunks, which arrive in order and without gaps."""
 
     def __init__(self, num_tokens: int, row_format: RowFormat, pool: HostBufferPool) -> None:
         self.nbytes = num_tokens * row_format.row_nbytes
         self._shape = (num_tokens, row_format.row_width)
         self._dtype = DTYPES[row_format.dtype]
         self._pool = pool
-        self._buffer: torch.Tensor | None = pool.take(self.nbytes)
+        self._buffer: torch.Tensor | None = pool.allocate(self.nbytes)
         self._bytes = memoryview(self._buffer.numpy())  # type: ignore[arg-type]
         self._received_nbytes = 0
 
@@ -128,10 +128,10 @@ class ChunkAssembly:
         return self._received_nbytes == self.nbytes
 
     def add(self, chunk: ChunkView) -> None:
-        """Copies a chunk to its place.
+        """Copies a chunk into the buffer.
 
         Raises:
-            InternalError: a chunk out of order or past the end.
+            InternalError: the chunk is out of order or past the end.
         """
         end = chunk.offset + chunk.data.nbytes
         if chunk.offset != self._received_nbytes or end > self.nbytes or not chunk.data.nbytes:
@@ -143,14 +143,14 @@ class ChunkAssembly:
         self._received_nbytes = end
 
     def rows(self, timings: ItemTimings) -> HostRows:
-        """The finished rows; they own the buffer from now on."""
+        """Returns the complete rows; they own the buffer from now on."""
         buffer, self._buffer = self._buffer, None
         assert buffer is not None and self.complete
         rows_TW = buffer[: self.nbytes].view(self._dtype).view(self._shape)
-        return HostRows(self._shape[0], timings, rows_TW, buffer, self._pool.give_back)
+        return HostRows(self._shape[0], timings, rows_TW, buffer, self._pool.release)
 
-    def drop(self) -> None:
-        """Gives the buffer back if the rows were not taken."""
+    def discard(self) -> None:
+        """Releases the buffer, unless `rows` was called."""
         if self._buffer is not None:
-            self._pool.give_back(self._buffer)
+            self._pool.release(self._buffer)
             self._buffer = None

@@ -1,4 +1,4 @@
-"""What the calls that rows come back on have in common: rows of announced items, under a lease or in chunks."""
+"""The common part of all calls that return rows: rows of announced items, under a lease or in chunks."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from vitrine_vlm.errors import InternalError
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 from vitrine_vlm.types import DTYPES, RowFormat
 
-# Far above any real item (the longest video of an 8B model is 400 MB): a length that is a lie must not take all memory.
+# Far above any real item (the longest video of an 8B model has 400 MB): a false length must not exhaust the memory.
 _MAX_ITEM_NBYTES = 4 * 1024**3
 
 EventT = TypeVar("EventT")
 
 
 class RowStream(ABC, Generic[EventT]):
-    """Turns the responses of one call into events, and checks each against what came before.
+    """Turns the responses of one call into events, and checks each response against the earlier ones.
 
     Args:
-        row_format: of the rows that come.
-        max_nbytes: of one item's rows.
+        row_format: the format of the received rows.
+        max_nbytes: the most bytes of one item's rows.
     """
 
     def __init__(
@@ -47,52 +47,52 @@ class RowStream(ABC, Generic[EventT]):
     @property
     @abstractmethod
     def missing(self) -> str:
-        """What has not come yet; empty once nothing more is needed."""
+        """Describes what has not arrived yet; empty once everything has."""
 
     @abstractmethod
     def receive(self, raw: bytes) -> EventT | None:
-        """The next response, serialized; the event that it completes, if it does.
+        """Parses the next serialized response; returns the event that it completes, if any.
 
         Raises:
             InternalError, TransportUnavailable: the peer does not follow the protocol.
-            VitrineError: what it answers instead.
+            VitrineError: the peer answers with this error.
         """
 
     def close(self) -> None:
-        """The call is over: releases what is not complete."""
+        """Ends the stream and discards incomplete rows."""
         for item in self._announced.values():
             item.close()
 
     @property
     def _num_complete(self) -> int:
-        """Items whose rows have been handed out."""
+        """The number of items whose rows are complete."""
         return sum(item.complete for item in self._announced.values())
 
     def _announce(self, index: int, num_tokens: int) -> None:
-        """Rows of an item will come.
+        """Announces an item, whose rows may arrive from now on.
 
         Raises:
-            InternalError: it was announced before, or more rows than any item has.
+            InternalError: the item was announced before, or is too large.
         """
         nbytes = num_tokens * self.row_format.row_nbytes
         if index in self._announced or nbytes > self._max_nbytes:
             raise InternalError(
                 f"{self._sender} announced {num_tokens} rows of {self.row_format.row_nbytes} bytes as item {index}: "
-                f"at most {self._max_nbytes} bytes are taken in for an item, and it is announced once"
+                f"an item may have at most {self._max_nbytes} bytes and is announced once"
             )
         self._announced[index] = _ItemRows(num_tokens, self.row_format, self._buffers)
 
     def _receive_rows(self, message: encoder_pb2.Ready | ChunkView) -> LeasedRows | HostRows | None:
-        """An item's rows, once they are complete.
+        """Returns an item's rows if this message completes them.
 
         Raises:
-            InternalError: rows that are not missing, or of another size, or of a pool that was not offered.
+            InternalError: the rows are not missing, have another size, or lie in a pool that was not negotiated.
             TransportUnavailable: the lease does not lie in the pool.
         """
         index = message.item_index
         item = self._announced.get(index)
         if item is None or item.complete:
-            raise InternalError(f"{self._sender} sent rows of item {index}, which is not announced or complete already")
+            raise InternalError(f"{self._sender} sent rows of item {index}, which is not announced or already complete")
         return item.add_chunk(message) if isinstance(message, ChunkView) else self._leased(item, message)
 
     def _leased(self, item: _ItemRows, message: encoder_pb2.Ready) -> LeasedRows:
@@ -108,12 +108,12 @@ class RowStream(ABC, Generic[EventT]):
         item.complete = True
         timings = timings_from_proto(message.timings, (time.perf_counter() - start) * 1000)
         release = lambda lease_id: peer.release(connection.session_id, lease_id)  # noqa: E731
-        peer.num_held += 1
+        peer.num_leases += 1
         return LeasedRows(item.num_tokens, timings, connection.mapping, lease, rows_TW, release)
 
 
 class _ItemRows:
-    """One item's rows on their way. complete: they have been handed out."""
+    """One announced item. `complete`: its rows have been returned to the caller."""
 
     def __init__(self, num_tokens: int, row_format: RowFormat, buffers: HostBufferPool) -> None:
         self.num_tokens = num_tokens
@@ -124,7 +124,7 @@ class _ItemRows:
         self._first_chunk_at = 0.0
 
     def add_chunk(self, chunk: ChunkView) -> HostRows | None:
-        """The rows, once this was the last chunk."""
+        """Returns the rows if this was the last chunk."""
         if self._assembly is None:
             self._assembly = ChunkAssembly(self.num_tokens, self._format, self._buffers)
             self._first_chunk_at = time.perf_counter()
@@ -137,4 +137,4 @@ class _ItemRows:
 
     def close(self) -> None:
         if self._assembly is not None:
-            self._assembly.drop()
+            self._assembly.discard()

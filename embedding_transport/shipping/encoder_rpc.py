@@ -1,4 +1,4 @@
-"""The Encoder service's method handlers: as generated, but Encode's responses go through our own codec."""
+"""The Encoder service's method handlers: as generated, except that `chunk_codec` serializes Encode's responses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SERVICE = encoder_pb2.DESCRIPTOR.services_by_name["Encoder"].full_name
 
 
 def encoder_handlers(servicer: encoder_pb2_grpc.EncoderServicer) -> grpc.GenericRpcHandler:
-    """Handlers of all methods, for `server.add_generic_rpc_handlers`.
+    """Returns handlers of all methods, for `server.add_generic_rpc_handlers`.
 
     `servicer.Encode` yields EncodeResponse messages or chunks that `encode_chunk` serialized.
     """

@@ -1,4 +1,4 @@
-"""The shipping side of the transports: rows of an item go into a pool under a lease, or leave as chunks."""
+"""The shipping side of the transports: rows of an item are written to a pool under a lease, or sent as chunks."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from vitrine_vlm.embedding_transport.pools.cuda_ipc_pool import CudaIpcPool
+from vitrine_vlm.embedding_transport.pools.lease_manager import LeaseManager, PoolBlock
 from vitrine_vlm.embedding_transport.pools.leases import LeaseCounts
-from vitrine_vlm.embedding_transport.pools.lending import Held, Lending
 from vitrine_vlm.embedding_transport.pools.pool import ExportPool
 from vitrine_vlm.embedding_transport.pools.row_source import RowSource
 from vitrine_vlm.embedding_transport.pools.shm_pool import ShmPool
-from vitrine_vlm.embedding_transport.shipping.early_write import EarlyWrite
+from vitrine_vlm.embedding_transport.shipping.async_pool_write import AsyncPoolWrite
 from vitrine_vlm.embedding_transport.shipping.sessions import Session, Sessions
 from vitrine_vlm.embedding_transport.wire.chunk_codec import encode_chunk
 from vitrine_vlm.embedding_transport.wire.messages import timings_to_proto
@@ -32,10 +32,11 @@ CHUNK_NBYTES = 1024 * 1024
 
 @dataclass(frozen=True)
 class ExporterStats:
-    """Snapshot for metrics: lease ends since the start, leases alive, bytes of the pools and in use, bytes shipped.
+    """A snapshot for metrics.
 
+    leases: counts since the start; live_leases: the leases that peers hold now.
     pool_nbytes, pool_used_nbytes, shipped_nbytes: by transport.
-    oversize_items: sent as bytes to a peer that has a pool, because they were larger than the whole pool.
+    oversize_items: items sent as bytes to a peer with a pool, because they were larger than the whole pool.
     """
 
     leases: LeaseCounts
@@ -50,14 +51,16 @@ class ExporterStats:
 def export_pools(
     device: torch.device, cuda_ipc_nbytes: int, shm_folder: Path | None, shm_nbytes: int
 ) -> list[ExportPool]:
-    """What peers on this host can map, best first.
+    """Creates the pools that peers on this host can map, best first.
 
     Args:
-        device: where rows are made.
-        cuda_ipc_nbytes: of a pool there; 0 for none. shm_folder: None for no pool in shared memory.
+        device: the device on which rows are computed.
+        cuda_ipc_nbytes: the size of a pool in that GPU's memory; 0 for no such pool.
+        shm_folder: the folder of a pool in shared memory; None for no such pool.
+        shm_nbytes: the size of that pool.
 
     Raises:
-        TransportUnavailable: no room for one of them.
+        TransportUnavailable: there is no room for one of them.
     """
     pools: list[ExportPool] = []
     if device.type == "cuda" and cuda_ipc_nbytes:
@@ -68,13 +71,13 @@ def export_pools(
 
 
 class RowExporter:
-    """Ships rows by the transport that each peer has negotiated. One per process; lives on one event loop.
+    """Ships rows by the transport that each peer has negotiated. A process has one, on one event loop.
 
     Args:
-        pools: what is offered, best first; without any, rows go as bytes ("grpc").
-        lease_ttl_s: life of a lease that nobody releases, seconds.
+        pools: the pools to offer, best first; without any, rows are sent as bytes ("grpc").
+        lease_ttl_s: seconds after which a lease expires if its peer does not release it.
         chunk_nbytes: bytes of rows in one message of the "grpc" transport.
-        clock: seconds, monotonic.
+        clock: returns monotonic seconds.
     """
 
     def __init__(
@@ -87,43 +90,43 @@ class RowExporter:
     ) -> None:
         self._chunk_nbytes = chunk_nbytes
         self._pools = list(pools)
-        self._lending = Lending(self._pools, lease_ttl_s, clock)
-        self._sessions = Sessions(self._pools, lease_ttl_s, self._lending.reclaim)
+        self._leases = LeaseManager(self._pools, lease_ttl_s, clock)
+        self._sessions = Sessions(self._pools, lease_ttl_s, self._leases.release_session)
         self._num_oversize_items = 0
         self.transports = self._sessions.transports
         self._shipped_nbytes = dict.fromkeys(self.transports, 0)
 
     def start(self, supervisor: Supervisor) -> None:
-        """Begins to expire leases; the supervisor owns the loop that does."""
-        self._lending.start(supervisor)
+        """Starts the loop that expires leases; the supervisor owns it."""
+        self._leases.start(supervisor)
 
     async def close(self) -> None:
-        await self._lending.close()
+        await self._leases.close()
         for pool in self._pools:
             pool.close()
 
     def connect(
         self, requests: AsyncIterator[encoder_pb2.ConnectRequest]
     ) -> AsyncIterator[encoder_pb2.ConnectResponse]:
-        """The whole Connect call, see `Sessions.connect`. When it ends, in whatever way, its leases are reclaimed."""
+        """Serves one Connect call, see `Sessions.connect`. The leases of the session are released when it ends."""
         return self._sessions.connect(requests)
 
     @contextlib.contextmanager
-    def early_write(self, session_id: str) -> Iterator[EarlyWrite]:
-        """For an item of this session whose rows are still to be made; to be handed to `export` with them."""
+    def async_pool_write(self, session_id: str) -> Iterator[AsyncPoolWrite]:
+        """Opens a write for an item of this session before its rows are computed; pass it to `export` with the rows."""
         session = self._sessions.get(session_id)
         pool = session.pool if session is not None else None
 
-        def take(rows_TW: torch.Tensor) -> Held | None:
-            if pool is None or not pool.can_follow(rows_TW):
+        def allocate(rows_TW: torch.Tensor) -> PoolBlock | None:
+            if pool is None or not pool.supports_device(rows_TW):
                 return None
-            return self._lending.take_now(pool, rows_TW.nbytes)
+            return self._leases.try_allocate(pool, rows_TW.nbytes)
 
-        early = EarlyWrite(take, self._lending.give_back)
+        pool_write = AsyncPoolWrite(allocate, self._leases.release_block)
         try:
-            yield early
+            yield pool_write
         finally:
-            early.close()
+            pool_write.close()
 
     async def export(
         self,
@@ -131,50 +134,50 @@ class RowExporter:
         item_index: int,
         rows: RowSource,
         timings: ItemTimings,
-        early: EarlyWrite | None = None,
+        pool_write: AsyncPoolWrite | None = None,
     ) -> AsyncGenerator[encoder_pb2.EncodeResponse | bytes]:
         """Ships one item's rows: yields one Ready, or serialized chunks.
 
         Args:
-            rows: in the dtype that the peer knows of.
-            early: may have them in the pool already.
+            rows: in the dtype that Describe states.
+            pool_write: may have written the rows to the pool already.
 
         Raises:
-            EncoderUnavailable: the session is not known (its Connect stream has ended).
+            EncoderUnavailable: the session is unknown (its Connect stream has ended).
             Overloaded: the pool stayed full.
-            TransportUnavailable: the rows are larger than the pool and the peer takes nothing but leases.
+            TransportUnavailable: the rows are larger than the pool, and the peer does not accept bytes.
         """
         start = time.perf_counter()
         session = self._sessions.get(session_id)
         if session_id and session is None:
             raise EncoderUnavailable(f"session {session_id} is not open: connect again")
-        held = early.taken() if early is not None else None
-        if held is None and session is not None:
-            held = await self._write(session, rows)
-        if held is not None:
+        allocated = pool_write.pop_block() if pool_write is not None else None
+        if allocated is None and session is not None:
+            allocated = await self._write(session, rows)
+        if allocated is not None:
             export_ms = (time.perf_counter() - start) * 1000
-            yield self._leased(session_id, held, item_index, replace(timings, export_ms=export_ms))
+            yield self._leased(session_id, allocated, item_index, replace(timings, export_ms=export_ms))
         else:
             rows_TW = await asyncio.to_thread(rows.on_host)
             for chunk in self._chunks(item_index, rows_TW, timings):
                 yield chunk
 
     def release(self, session_id: str, lease_ids: Sequence[int]) -> tuple[int, int]:
-        """Gives leases back; returns how many, and how many were not this session's."""
-        return self._lending.release(session_id, lease_ids)
+        """Releases leases; returns how many, and how many ids were not leases of this session."""
+        return self._leases.release(session_id, lease_ids)
 
     def start_draining(self) -> None:
-        """Tells every peer to send nothing new."""
+        """Notifies all peers that they must send no new requests."""
         self._sessions.start_draining()
 
     async def drained(self, timeout_s: float) -> bool:
-        """Waits until no lease is left; False if that took longer than `timeout_s` seconds."""
-        return await self._lending.drained(timeout_s)
+        """Waits until no lease is left; returns False after `timeout_s` seconds."""
+        return await self._leases.drained(timeout_s)
 
     def stats(self) -> ExporterStats:
         return ExporterStats(
-            leases=replace(self._lending.leases.counts),
-            live_leases=len(self._lending.leases),
+            leases=replace(self._leases.leases.counts),
+            live_leases=len(self._leases.leases),
             sessions=len(self._sessions),
             pool_nbytes={pool.transport: pool.nbytes for pool in self._pools},
             pool_used_nbytes={pool.transport: pool.used_nbytes for pool in self._pools},
@@ -182,40 +185,42 @@ class RowExporter:
             oversize_items=self._num_oversize_items,
         )
 
-    async def _write(self, session: Session, rows: RowSource) -> Held | None:
-        """The rows in a block of the session's pool; None if they must go as bytes."""
+    async def _write(self, session: Session, rows: RowSource) -> PoolBlock | None:
+        """Writes the rows to a block of the session's pool; returns None if they must be sent as bytes."""
         pool = session.pool
-        if pool is None or not self._fits(rows.nbytes, pool, session.takes_bytes):
+        if pool is None or not self._fits(rows.nbytes, pool, session.accepts_bytes):
             return None
-        held = await self._lending.take(pool, rows.nbytes)
+        allocated = await self._leases.allocate(pool, rows.nbytes)
         try:
-            # Off the loop: 64 MiB take long enough to stall every other stream.
-            await _uncancelled(asyncio.to_thread(pool.write, held.block, rows))
+            # In a thread: a copy of 64 MiB takes long enough to stall every other stream.
+            await _uncancelled(asyncio.to_thread(pool.write, allocated.block, rows))
             if self._sessions.get(session.session_id) is None:
                 raise EncoderUnavailable(f"session {session.session_id} has ended: connect again")
         except BaseException:
-            self._lending.give_back(held)
+            self._leases.release_block(allocated)
             raise
-        return held
+        return allocated
 
-    def _fits(self, nbytes: int, pool: ExportPool, takes_bytes: bool) -> bool:
-        """Whether rows go by lease; larger ones than the pool could ever hold go as bytes, and are counted."""
+    def _fits(self, nbytes: int, pool: ExportPool, accepts_bytes: bool) -> bool:
+        """Whether the rows fit the pool. Rows that never fit are counted and sent as bytes."""
         if pool.could_hold(nbytes):
             return True
-        if not takes_bytes:
+        if not accepts_bytes:
             raise TransportUnavailable(
-                f"{nbytes} bytes of rows do not fit the {pool.transport} pool of {pool.nbytes}, and the peer takes "
-                "nothing else: set --pool-bytes or --cuda-ipc-pool-bytes higher or let the worker use --transport auto"
+                f"{nbytes} bytes of rows do not fit the {pool.transport} pool of {pool.nbytes}, and the peer "
+                "accepts no other transport: raise --pool-bytes or --cuda-ipc-pool-bytes, or set --transport auto there"
             )
         self._num_oversize_items += 1
         return False
 
-    def _leased(self, session_id: str, held: Held, item_index: int, timings: ItemTimings) -> encoder_pb2.EncodeResponse:
-        block = held.block
-        self._lending.lend(session_id, held)
-        self._shipped_nbytes[held.pool.transport] += block.nbytes
+    def _leased(
+        self, session_id: str, allocated: PoolBlock, item_index: int, timings: ItemTimings
+    ) -> encoder_pb2.EncodeResponse:
+        block = allocated.block
+        self._leases.grant(session_id, allocated)
+        self._shipped_nbytes[allocated.pool.transport] += block.nbytes
         lease = encoder_pb2.Lease(
-            lease_id=held.lease_id, generation=block.generation, offset=block.offset, nbytes=block.nbytes
+            lease_id=allocated.lease_id, generation=block.generation, offset=block.offset, nbytes=block.nbytes
         )
         return encoder_pb2.EncodeResponse(
             ready=encoder_pb2.Ready(item_index=item_index, lease=lease, timings=timings_to_proto(timings))
@@ -231,13 +236,13 @@ class RowExporter:
 
 
 async def _uncancelled(work: Coroutine[Any, Any, object]) -> None:
-    """Waits for `work` to its end even when cancelled: a block must not be freed while a thread still writes to it."""
+    """Waits until `work` ends even if cancelled: a block must not be released while a thread still writes to it."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
         try:
             await asyncio.shield(task)
-        except asyncio.CancelledError as error:  # again and again, where several scopes give up
+        except asyncio.CancelledError as error:  # may happen several times, if several scopes cancel
             cancelled = error
     if cancelled is not None:
         raise cancelled

@@ -1,4 +1,4 @@
-"""The methods that all services which ship rows have in common: Connect and Release, over their exporter."""
+"""Connect and Release: the methods that all services which ship rows have in common."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ ReleaseContext: TypeAlias = grpc.aio.ServicerContext[encoder_pb2.ReleaseRequest,
 
 
 class SessionServicer(ABC):
-    """Goes in front of a generated servicer, whose type has generators where these are coroutines."""
+    """A base to list before a generated servicer, whose type declares generators where these are coroutines."""
 
     @abstractmethod
     def _exporter(self) -> RowExporter:
-        """
+        """Returns the service's exporter.
+
         Raises:
-            VitrineError: there is none yet.
+            VitrineError: the service has none yet.
         """
 
-    # Connect is a coroutine that writes, not a generator: when a peer goes away the cancellation is raised inside it,
-    # so that what it holds is given back at once and not when a generator is collected.
+    # Connect is a coroutine that writes, not a generator: when a peer disconnects, the cancellation is raised in it, so
+    # that the leases are released at once and not when a generator is garbage-collected.
 
     async def Connect(self, requests: AsyncIterator[encoder_pb2.ConnectRequest], context: ConnectContext) -> None:
         try:
@@ -47,7 +48,7 @@ class SessionServicer(ABC):
 
 
 def session_handlers(servicer: Any) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
-    """Handlers of both methods, for a service that has them among its own."""
+    """Returns handlers of both methods, for a service to add to its own."""
     return {
         "Connect": grpc.stream_stream_rpc_method_handler(
             servicer.Connect,

@@ -1,4 +1,4 @@
-"""Who is connected, and by which transport each peer gets its rows: the shipping side of Connect."""
+"""The sessions of connected peers, and the transport of each: the shipping side of Connect."""
 
 from __future__ import annotations
 
@@ -19,11 +19,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Session:
-    """What a peer has negotiated. pool: None where rows go as bytes; takes_bytes: those that do not fit it may, too."""
+    """What a peer has negotiated.
+
+    pool: where its rows are written; None if they are sent as bytes.
+    accepts_bytes: whether rows that do not fit the pool may be sent as bytes.
+    """
 
     session_id: str
     pool: ExportPool | None
-    takes_bytes: bool
+    accepts_bytes: bool
 
     @property
     def transport(self) -> str:
@@ -31,11 +35,11 @@ class Session:
 
 
 class Sessions:
-    """Lives on one event loop.
+    """All open sessions. It belongs to one event loop.
 
     Args:
-        pools: what is offered, best first; without any, rows go as bytes ("grpc").
-        lease_ttl_s: what peers are told about leases, seconds.
+        pools: the pools to offer, best first; without any, rows are sent as bytes ("grpc").
+        lease_ttl_s: the lease time that peers are informed of, seconds.
         on_end: called with the id of a session whose Connect stream has ended.
     """
 
@@ -51,45 +55,45 @@ class Sessions:
         return len(self._open)
 
     def get(self, session_id: str) -> Session | None:
-        """None if there is no such session, or no longer."""
+        """Returns the session, or None if it is unknown or has ended."""
         return self._open.get(session_id)
 
     def start_draining(self) -> None:
-        """Tells every peer to send nothing new."""
+        """Notifies all peers that they must send no new requests."""
         self._draining.set()
 
     async def connect(
         self, requests: AsyncIterator[encoder_pb2.ConnectRequest]
     ) -> AsyncIterator[encoder_pb2.ConnectResponse]:
-        """The whole Connect call; the session lasts as long.
+        """Serves one Connect call; the session ends with it.
 
         Raises:
             BadRequest: the peer does not follow the protocol.
-            TransportUnavailable: no transport in common, or the peer's probe failed and it allows no other.
+            TransportUnavailable: no transport in common, or all probes failed and the peer does not accept bytes.
         """
         hello = await anext(requests, None)
         if hello is None or hello.WhichOneof("message") != "hello":
-            raise BadRequest("Connect begins with hello")
+            raise BadRequest("the first message of Connect must be hello")
         if hello.hello.protocol_version != PROTOCOL_VERSION:
-            raise BadRequest(f"protocol version {hello.hello.protocol_version}: this service speaks {PROTOCOL_VERSION}")
+            raise BadRequest(f"protocol version {hello.hello.protocol_version}: this service needs {PROTOCOL_VERSION}")
         pool: ExportPool | None = None
         for offered in self._pools:
             if offered.transport in hello.hello.transports:
                 yield encoder_pb2.ConnectResponse(offer=offer_to_proto(offered))
                 answer = await anext(requests, None)
                 if answer is None or answer.WhichOneof("message") != "probe_result":
-                    raise BadRequest("an offer is answered with probe_result")
+                    raise BadRequest("the answer to an offer must be probe_result")
                 if secrets.compare_digest(answer.probe_result.nonce, offered.nonce):
                     pool = offered
                     break
                 reason = answer.probe_result.error or "wrong nonce"
                 _log.warning("%s does not reach a peer: %s", offered.transport, reason)
-        takes_bytes = "grpc" in hello.hello.transports
-        if pool is None and not takes_bytes:
+        accepts_bytes = "grpc" in hello.hello.transports
+        if pool is None and not accepts_bytes:
             raise TransportUnavailable(
                 f"none of {list(hello.hello.transports)} reaches this service, which offers {list(self.transports)}"
             )
-        session = Session(secrets.token_hex(16), pool, takes_bytes)
+        session = Session(secrets.token_hex(16), pool, accepts_bytes)
         self._open[session.session_id] = session
         try:
             opened = encoder_pb2.Session(
@@ -105,7 +109,7 @@ class Sessions:
     async def _hold(
         self, requests: AsyncIterator[encoder_pb2.ConnectRequest]
     ) -> AsyncIterator[encoder_pb2.ConnectResponse]:
-        """Stays until the peer closes its side, passing on the news that this service is draining."""
+        """Waits until the peer closes its side; notifies the peer when this service starts to drain."""
         peer_gone = asyncio.ensure_future(anext(requests, None))
         draining = asyncio.ensure_future(self._draining.wait())
         try:

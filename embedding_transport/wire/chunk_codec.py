@@ -1,7 +1,7 @@
-"""EncodeResponse on the wire, with the row bytes of a chunk framed by hand.
+"""The wire format of EncodeResponse, with the bytes of a chunk framed by hand.
 
 The generated classes would copy a chunk's bytes twice on each side. Here a chunk is written with one copy and read as a
-view. What travels is exactly what encoder.proto says, so callers with generated classes see no difference.
+view. The bytes are exactly those that encoder.proto defines, so clients with generated classes work as well.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ResponseT = TypeVar("ResponseT", bound=Message)
 
 @dataclass(frozen=True)
 class ChunkView:
-    """A received chunk; `data` is a view into the received message. timings only on an item's last chunk."""
+    """A received chunk. `data` is a view of the received message; only an item's last chunk has `timings`."""
 
     item_index: int
     offset: int
@@ -38,10 +38,10 @@ class ChunkView:
 def encode_chunk(
     item_index: int, offset: int, data: memoryview, timings: encoder_pb2.ItemTimings | None = None
 ) -> bytes:
-    """A serialized EncodeResponse with this chunk; `data` is copied once.
+    """Returns a serialized EncodeResponse with this chunk; `data` is copied once.
 
     Args:
-        offset: first byte of `data` within the item's rows.
+        offset: the position of `data` within the item's rows, in bytes.
         data: contiguous bytes.
     """
     head = _varint(_ITEM_INDEX) + _varint(item_index) + _varint(_OFFSET) + _varint(offset)
@@ -55,7 +55,7 @@ def encode_chunk(
 
 
 def serialize_response(response: Message | bytes) -> bytes:
-    """Serializer of such responses: chunks come in serialized already."""
+    """Serializes a response; a chunk from `encode_chunk` is already serialized."""
     return response if isinstance(response, bytes) else response.SerializeToString()
 
 
@@ -66,14 +66,14 @@ def parse_response(raw: bytes, response: type[ResponseT]) -> ResponseT | ChunkVi
         response: EncodeResponse, or another message whose field `chunk` has the same number.
 
     Raises:
-        InternalError: the bytes are no such message.
+        InternalError: the bytes are not such a message.
     """
     try:
         if raw[:1] == bytes((_RESPONSE_CHUNK,)):
             return _parse_chunk(memoryview(raw))
         return response.FromString(raw)
     except (DecodeError, ValueError) as error:
-        raise InternalError(f"the other side sent {len(raw)} bytes that are no response: {error}") from error
+        raise InternalError(f"the other side sent {len(raw)} bytes that are not a response: {error}") from error
 
 
 def _parse_chunk(raw: memoryview) -> ChunkView:

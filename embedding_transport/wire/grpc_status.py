@@ -1,7 +1,7 @@
-"""Errors on gRPC: one table from error code to status, and the way back.
+"""Errors over gRPC: one table from error code to status, and the inverse.
 
-The stable code travels in the trailing metadata, so that a caller need not guess it from the status. So does when it is
-worth trying again, under the key that gRPC's own clients heed where they retry (gRFC A6).
+The stable code is sent in the trailing metadata, because the status alone does not determine it. The time after which
+to retry is sent there, too, under the key that gRPC's own clients read for their retries (gRFC A6).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ResponseT = TypeVar("ResponseT")
 ERROR_CODE_KEY = "vitrine-error-code"
 RETRY_KEY = "grpc-retry-pushback-ms"
 _LEAST_RETRY_S = 1.0
-# The message travels in the trailers, percent-encoded (up to three bytes for one), and trailers are refused from 8 KiB.
+# The message is sent in the trailers, percent-encoded (up to three bytes for one); trailers of 8 KiB are refused.
 _MAX_MESSAGE_NBYTES = 2048
 
 _Status = grpc.StatusCode
@@ -52,12 +52,12 @@ STATUS_BY_CODE: dict[str, grpc.StatusCode] = {
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
-    """Ends the call with the error's status, message and code; of other exceptions a number is told, for the log.
+    """Ends the call with the error's status, message and code; other exceptions become a number that the log explains.
 
-    Long messages are cut: with trailers past gRPC's limit the peer would get neither message nor code.
+    Long messages are truncated: with trailers above gRPC's limit the peer would get neither message nor code.
 
     Raises:
-        CancelledError: there is no peer any more.
+        CancelledError: the peer has disconnected.
     """
     if is_peer_gone(error):
         raise asyncio.CancelledError("the peer is gone") from error
@@ -75,7 +75,7 @@ async def send(context: grpc.aio.ServicerContext[Any, ResponseT], message: Respo
     """Writes one message of a stream.
 
     Raises:
-        CancelledError: there is no peer any more; gRPC cancels the call where it notices first.
+        CancelledError: the peer has disconnected; if gRPC notices that first, it cancels the call itself.
     """
     try:
         await context.write(message)
@@ -86,12 +86,12 @@ async def send(context: grpc.aio.ServicerContext[Any, ResponseT], message: Respo
 
 
 def is_peer_gone(error: Exception) -> bool:
-    """Whether it is what gRPC raises where a call is used whose peer has ended it, or is lost: no fault of ours."""
+    """Whether gRPC raised this error because the peer has ended the call or is lost."""
     return isinstance(error, grpc.aio.UsageError | grpc.aio.InternalError)
 
 
 def _sendable(message: str) -> str:
-    """Valid UTF-8 (JSON can bring lone surrogates into a message) of at most _MAX_MESSAGE_NBYTES."""
+    """Returns the message as valid UTF-8 (JSON may contain lone surrogates) of at most _MAX_MESSAGE_NBYTES."""
     encoded = message.encode(errors="replace")
     if len(encoded) <= _MAX_MESSAGE_NBYTES:
         return encoded.decode()
@@ -99,7 +99,7 @@ def _sendable(message: str) -> str:
 
 
 def error_from_rpc(error: grpc.aio.AioRpcError) -> VitrineError | None:
-    """The error a peer ended the call with, or None where the call failed below it (no connection, cancelled, ...)."""
+    """Returns the error that the peer raised, or None if the call itself failed (no connection, cancelled, ...)."""
     metadata = {key: str(value) for key, value in error.trailing_metadata() or ()}
     if ERROR_CODE_KEY not in metadata:
         return None

@@ -1,4 +1,4 @@
-"""Between protobuf messages and the plain values of `types`; everything from the wire is checked here."""
+"""Conversion between protobuf messages and the values of `types`; everything from the wire is checked here."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ def item_to_proto(item: MediaItem) -> encoder_pb2.MediaItem:
 
 
 def describe_identity(description: encoder_pb2.DescribeResponse) -> ModelIdentity:
-    """
+    """Returns the identity in a description.
+
     Raises:
-        InternalError: a dtype we do not know.
+        InternalError: the dtype is unknown.
     """
     if description.dtype not in DTYPES:
-        raise InternalError(f"the encoder's dtype is {description.dtype!r}, known are {', '.join(DTYPES)}")
+        raise InternalError(f"the encoder's dtype is {description.dtype!r}; supported are {', '.join(DTYPES)}")
     return ModelIdentity(
         model=description.model,
         revision=description.revision,
@@ -45,7 +46,7 @@ def describe_identity(description: encoder_pb2.DescribeResponse) -> ModelIdentit
 
 
 def describe(identity: ModelIdentity, **fields: Any) -> encoder_pb2.DescribeResponse:
-    """The inverse of `describe_identity`; `fields` are the others of the message."""
+    """The inverse of `describe_identity`; `fields` are the other fields of the message."""
     return encoder_pb2.DescribeResponse(
         protocol_version=identity.protocol_version,
         model=identity.model,
@@ -59,9 +60,10 @@ def describe(identity: ModelIdentity, **fields: Any) -> encoder_pb2.DescribeResp
 
 
 def layout_from_proto(message: encoder_pb2.Layout, item: MediaItem, merge_size: int) -> Layout:
-    """
+    """Returns an item's layout.
+
     Raises:
-        InternalError: grid, tokens and timestamps do not belong together.
+        InternalError: grid, number of tokens and timestamps do not agree.
     """
     if len(message.grid_thw) != 3 or merge_size < 1:
         raise InternalError(f"layout with grid {list(message.grid_thw)} and merge_size {merge_size}")
@@ -114,7 +116,7 @@ def timings_to_proto(timings: ItemTimings) -> encoder_pb2.ItemTimings:
 
 
 def offer_to_proto(pool: ExportPool) -> encoder_pb2.Offer:
-    """What a peer needs to map the pool."""
+    """Returns the offer from which a peer can map the pool."""
     probe = {"nbytes": pool.mapped_nbytes, "probe_offset": 0, "probe_nbytes": PROBE_NBYTES}
     if isinstance(pool, CudaIpcPool):
         cuda_ipc = encoder_pb2.CudaIpcPool(handle=pool.handle, gpu_uuid=pool.gpu_uuid, **probe)

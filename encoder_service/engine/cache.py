@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from vitrine_vlm.embedding_transport.pools.row_copies import host_rows, own_rows
+from vitrine_vlm.embedding_transport.pools.row_copies import clone_rows, copy_to_host
 from vitrine_vlm.errors import Overloaded
 from vitrine_vlm.service_runtime.cancellation import is_own_cancellation
 from vitrine_vlm.service_runtime.supervisor import Supervisor
@@ -191,7 +191,7 @@ class EmbeddingCache:
     async def _store(self, key: bytes, rows_TW: torch.Tensor) -> None:
         try:
             # Rows are a view of their batch's rows: cached as they are, they would keep the whole batch in memory.
-            own_TW = await asyncio.to_thread(own_rows, rows_TW)
+            own_TW = await asyncio.to_thread(clone_rows, rows_TW)
         finally:
             del self._in_flight[key]
         if rows_TW.is_cuda:
@@ -204,6 +204,6 @@ class EmbeddingCache:
         if not self._host.fits(rows_TW.nbytes):
             self._stats.evictions += 1
             return
-        on_host_TW = await asyncio.to_thread(host_rows, rows_TW)
+        on_host_TW = await asyncio.to_thread(copy_to_host, rows_TW)
         if key not in self._gpu and key not in self._host:
             self._stats.evictions += len(self._host.put(key, on_host_TW))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from vitrine_vlm.embedding_transport.pools.row_copies import host_rows, on_copy_stream
+from vitrine_vlm.embedding_transport.pools.row_copies import copy_to_host, on_copy_stream
 from vitrine_vlm.embedding_transport.pools.row_source import RowSource
 from vitrine_vlm.types import EmbeddingRows
 
@@ -43,7 +43,7 @@ class CachedKv(RowSource):
         # Not on the engine's stream: its next step is not to be waited for.
         with on_copy_stream(self._layers_L2SKD.device):
             for rows, slots_T in _parts(self._slots_T):
-                target_TW[rows].copy_(host_rows(self._gathered(slots_T)))
+                target_TW[rows].copy_(copy_to_host(self._gathered(slots_T)))
 
     def on_host(self) -> torch.Tensor:
         host_TW = torch.empty(self.shape, dtype=self.dtype, pin_memory=self._layers_L2SKD.is_cuda)

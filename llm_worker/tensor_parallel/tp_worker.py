@@ -30,7 +30,7 @@ from vitrine_vlm.llm_worker.tensor_parallel.shared_pools import NUMBER
 from vitrine_vlm.llm_worker.tensor_parallel.step_message import PoolLanding, StepDeserializer, StepMessage
 from vitrine_vlm.model_loading.checkpoint import CheckpointError
 from vitrine_vlm.service_runtime.logs import start_logging
-from vitrine_vlm.service_runtime.memory import spare_startup_objects
+from vitrine_vlm.service_runtime.memory import freeze_gc
 
 _log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def main() -> int:
             torch.cuda.set_device(device)
         group = TorchGroup.join(int(rank), config.tp, device, Path(store_file))
         worker = TpWorker(config, group, channel)
-        spare_startup_objects()
+        freeze_gc()
         worker.run()
     except ChannelClosed:
         return 0

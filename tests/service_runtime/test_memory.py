@@ -36,9 +36,9 @@ def test_blocks_of_a_megabyte_are_used_again() -> None:
 
 COLLECTED = """
 import gc
-from vitrine_vlm.service_runtime.memory import spare_startup_objects
+from vitrine_vlm.service_runtime.memory import freeze_gc
 loaded = [[number] for number in range(100_000)]
-spare_startup_objects()
+freeze_gc()
 loop = []
 loop.append(loop)
 del loop
@@ -55,8 +55,8 @@ def test_collections_pass_over_what_was_there_and_still_find_garbage() -> None:
 
 WITH_A_LIBRARY = """
 import gc, triton
-from vitrine_vlm.service_runtime.memory import spare_startup_objects
-spare_startup_objects()
+from vitrine_vlm.service_runtime.memory import freeze_gc
+freeze_gc()
 assert gc.get_freeze_count() > 10_000
 """
 

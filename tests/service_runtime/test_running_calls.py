@@ -14,7 +14,7 @@ class Unavailable(Exception):
 
 
 async def serve(calls: RunningCalls, done: asyncio.Event) -> str:
-    with calls.one():
+    with calls.track():
         await done.wait()
         return "answer"
 

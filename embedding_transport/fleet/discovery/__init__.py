@@ -1,9 +1,9 @@
-"""Where encoders are: fixed addresses, names in DNS, a file, or Kubernetes' EndpointSlices.
+"""Discovers the addresses of encoders: fixed addresses, DNS names, a file, or Kubernetes' EndpointSlices.
 
-Each source yields all its addresses whenever they may have changed; what cannot be asked right now leaves things as
-they are. Whether an encoder can be used is not decided here: connections find that out.
+Each source yields all its addresses whenever they may have changed; a source that cannot be read right now yields
+nothing, so its last addresses stay in use. Whether an encoder is usable is found out by connecting to it.
 """
 
-from vitrine_vlm.embedding_transport.fleet.discovery.sources import Source, follow, parse_sources
+from vitrine_vlm.embedding_transport.fleet.discovery.sources import Source, parse_sources, watch_sources
 
-__all__ = ["Source", "follow", "parse_sources"]
+__all__ = ["Source", "parse_sources", "watch_sources"]

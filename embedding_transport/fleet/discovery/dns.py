@@ -1,4 +1,4 @@
-"""All addresses that a name has, such as those of the pods behind a headless Service."""
+"""All addresses of a DNS name, such as those of the pods behind a headless Service."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _INTERVAL_S = 5.0
 
 class DnsSource:
     def __init__(self, name: str, port: str, interval_s: float = _INTERVAL_S) -> None:
-        """Raises ValueError for a port that is no number."""
+        """Raises ValueError if the port is not a number."""
         if not port.isdecimal():
             raise ValueError(f"dns:{name}:{port}: the port must be a number")
         self._name, self._port, self._interval_s = name, int(port), interval_s
@@ -23,7 +23,7 @@ class DnsSource:
             try:
                 yield await self._look_up()
             except socket.gaierror as error:
-                # A Service none of whose pods is ready has no name at all; neither has one while DNS is down.
+                # The name of a Service without a ready pod does not resolve; nor does any name while DNS is down.
                 _log.warning("%s has no address now: %s", self._name, error)
             await asyncio.sleep(self._interval_s)
 

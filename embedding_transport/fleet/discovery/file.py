@@ -1,4 +1,4 @@
-"""A text file with one address a line, kept up to date by somebody else. Empty lines and # comments do not count."""
+"""A text file with one address per line, read again every second. Empty lines and # comments are ignored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ready pods behind a Service, by Kubernetes' EndpointSlices.
+"""The ready pods behind a Service, from Kubernetes' EndpointSlices.
 
 Needs a service account that may list and watch endpointslices of discovery.k8s.io in the namespace.
 
@@ -23,14 +23,19 @@ from vitrine_vlm.service_runtime.backoff import Backoff
 _log = logging.getLogger(__name__)
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.5, 10.0
-# The server ends a watch after so long; then everything is listed again, so nothing stays missed for ever.
+# The server ends a watch after this time; then all endpoints are listed again, so no missed change stays missed.
 _WATCH_S = 300
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_WATCH_S + 30)
 
 
 @dataclass(frozen=True)
 class ApiServer:
-    """url: without a path; token_file: read for every request, as the kubelet renews it; ca_file: who signs `url`'s."""
+    """How to reach the Kubernetes API.
+
+    url: without a path.
+    token_file: read for every request, because the kubelet renews it.
+    ca_file: the CA of the server's certificate.
+    """
 
     url: str
     token_file: Path
@@ -38,16 +43,17 @@ class ApiServer:
 
     @classmethod
     def of_this_pod(cls) -> ApiServer:
-        """
+        """Returns the API server that Kubernetes announces to this pod.
+
         Raises:
-            ValueError: this is no pod, or it has no service account.
+            ValueError: this process does not run in a pod, or the pod has no service account.
         """
         host, port = os.environ.get("KUBERNETES_SERVICE_HOST"), os.environ.get("KUBERNETES_SERVICE_PORT")
         token_file = _ACCOUNT / "token"
         if not host or not port or not token_file.exists():
             raise ValueError(
                 f"kubernetes: needs a pod with a service account; KUBERNETES_SERVICE_HOST is {host!r} and {token_file} "
-                f"{'is there' if token_file.exists() else 'is not there'}"
+                f"{'exists' if token_file.exists() else 'does not exist'}"
             )
         shown_host = f"[{host}]" if ":" in host else host
         return cls(f"https://{shown_host}:{port}", token_file, _ACCOUNT / "ca.crt")
@@ -57,8 +63,8 @@ class KubernetesSource:
     def __init__(self, namespace: str, service: str, port: str, server: ApiServer | None = None) -> None:
         """
         Args:
-            port: a number, or the name that the Service gives it.
-            server: None for that of the pod we run in.
+            port: a number, or the port's name in the Service.
+            server: None for the API server of the pod that this process runs in.
         """
         self._name, self._port, self._server = f"{namespace}/{service}", port, server
         self._path = f"/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices"
@@ -78,7 +84,9 @@ class KubernetesSource:
                     await self._wait_for_change(session, server, context, listed["metadata"]["resourceVersion"])
                 except (aiohttp.ClientError, TimeoutError, OSError, KeyError) as error:
                     delay_s = backoff.next_s()
-                    _log.warning("the endpoints of %s cannot be had: %r; again in %.1f s", self._name, error, delay_s)
+                    _log.warning(
+                        "the endpoints of %s cannot be read: %r; trying again in %.1f s", self._name, error, delay_s
+                    )
                     await asyncio.sleep(delay_s)
 
     async def _list(
@@ -92,12 +100,12 @@ class KubernetesSource:
     async def _wait_for_change(
         self, session: aiohttp.ClientSession, server: ApiServer, context: ssl.SSLContext | None, version: str
     ) -> None:
-        """Returns at the first event behind `version`, or when the server ends the watch."""
+        """Returns at the first event after `version`, or when the server ends the watch."""
         params = self._selector | {"watch": "true", "resourceVersion": version, "timeoutSeconds": str(_WATCH_S)}
         async with session.get(self._path, params=params, headers=_headers(server), ssl=context or True) as got:
-            if got.status != 410:  # Gone: too much has happened since
+            if got.status != 410:  # Gone: the server no longer keeps events that old
                 got.raise_for_status()
-                await got.content.readany()  # whatever it says: all are listed anew
+                await got.content.readany()  # the content does not matter: all endpoints are listed again
 
 
 def _headers(server: ApiServer) -> dict[str, str]:
@@ -105,7 +113,7 @@ def _headers(server: ApiServer) -> dict[str, str]:
 
 
 def _addresses(slices: list[dict[str, Any]], port: str) -> list[str]:
-    """Of the endpoints that are ready; those that begin to terminate are not."""
+    """Returns the addresses of the ready endpoints; terminating ones are not ready."""
     found: set[str] = set()
     for each in slices:
         numbers = [entry["port"] for entry in each.get("ports") or () if entry.get("name") == port]
@@ -113,7 +121,7 @@ def _addresses(slices: list[dict[str, Any]], port: str) -> list[str]:
         if number is None:
             continue
         for endpoint in each.get("endpoints") or ():
-            # Unknown counts as ready.
+            # An unknown state counts as ready.
             if (endpoint.get("conditions") or {}).get("ready") is not False:
                 hosts = endpoint["addresses"]
                 found |= {f"[{host}]:{number}" if ":" in host else f"{host}:{number}" for host in hosts[:1]}

@@ -1,4 +1,4 @@
-"""From what `--encoders` says to a list of addresses that is kept up to date."""
+"""Parses `--encoders` into sources of addresses, and watches them."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ _MAX_PORT_RANGE = 64
 
 class Source(Protocol):
     def watch(self) -> AsyncGenerator[list[str]]:
-        """All addresses, "host:port", at first and whenever they may have changed."""
+        """Yields all addresses, "host:port", first at once and then whenever they may have changed."""
         ...
 
 
 class StaticSource:
-    """host:port, or one address for each port of host:first-last."""
+    """The address host:port, or one address for each port of host:first-last."""
 
     def __init__(self, spec: str) -> None:
-        """Raises ValueError for anything else."""
+        """Raises ValueError if `spec` has neither form."""
         match = re.fullmatch(r"(?P<host>.+):(?P<first>\d+)(-(?P<last>\d+))?", spec)
         if match is None:
             raise ValueError(f"{spec!r} is neither host:port nor host:first-last, dns:, file: or kubernetes:")
         first, last = int(match["first"]), int(match["last"] or match["first"])
         if not first <= last < first + _MAX_PORT_RANGE:
-            raise ValueError(f"{spec!r}: the last port is before the first, or {_MAX_PORT_RANGE} and more behind it")
+            raise ValueError(
+                f"{spec!r}: the last port must be at most {_MAX_PORT_RANGE - 1} above the first, and not below it"
+            )
         self._addresses = [f"{match['host']}:{port}" for port in range(first, last + 1)]
 
     async def watch(self) -> AsyncGenerator[list[str]]:
@@ -40,27 +42,28 @@ class StaticSource:
 
 
 def parse_sources(specs: str) -> list[Source]:
-    """
+    """Parses the value of `--encoders`.
+
     Args:
         specs: separated by commas: host:port, host:first-last, dns:NAME:PORT, file:PATH,
-            kubernetes:NAMESPACE/SERVICE:PORT, PORT a number or a name.
+            kubernetes:NAMESPACE/SERVICE:PORT, where PORT is a number or a name.
 
     Raises:
-        ValueError: names the one that is none of these.
+        ValueError: names the spec that has none of these forms.
     """
     return [_parse(spec.strip()) for spec in specs.split(",")]
 
 
-async def follow(sources: Sequence[Source], on_change: Callable[[list[str]], None]) -> None:
-    """Calls `on_change` with the addresses of all sources, each once, whenever they have changed; until cancelled.
+async def watch_sources(sources: Sequence[Source], on_change: Callable[[list[str]], None]) -> None:
+    """Calls `on_change` with the addresses of all sources, without duplicates, whenever they change; until cancelled.
 
     Raises:
-        ValueError: a source that cannot work here.
+        ValueError: a source cannot be used in this process.
     """
     latest: list[list[str] | None] = [None] * len(sources)
     shown: list[str] | None = None
 
-    async def follow_one(index: int, source: Source) -> None:
+    async def watch_one(index: int, source: Source) -> None:
         nonlocal shown
         async with aclosing(source.watch()) as changes:
             async for addresses in changes:
@@ -74,7 +77,7 @@ async def follow(sources: Sequence[Source], on_change: Callable[[list[str]], Non
     try:
         async with asyncio.TaskGroup() as group:
             for index, source in enumerate(sources):
-                group.create_task(follow_one(index, source))
+                group.create_task(watch_one(index, source))
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from errors
 

@@ -473,7 +473,7 @@ async def test_an_encoder_whose_channel_is_closed_has_no_stats_and_takes_no_rele
         assert await client.encoder_stats() == {}
         event.rows.release()
         async with asyncio.timeout(5):
-            while peer.num_held:  # or it would never be let go
+            while peer.num_leases:  # or it would never be let go
                 await asyncio.sleep(0.01)
             while servicer.exporter.stats().live_leases:
                 await asyncio.sleep(0.01)

@@ -98,7 +98,7 @@ def test_rows_arrive_and_a_block_that_is_taken_back_is_noticed(pool: object, wra
         pool.write(first, TensorSource(rows(2)))  # type: ignore[attr-defined]
         assert float(ask(process, first, 7)) == 2 * SHAPE[0] * SHAPE[1]
         assert ask(process, first, 8) == "expired"
-        pool.free(first)  # type: ignore[attr-defined]
+        pool.release(first)  # type: ignore[attr-defined]
         assert ask(process, first, 7) == "expired"
         second = pool.allocate(nbytes, 9)  # type: ignore[attr-defined]
         pool.write(second, TensorSource(rows(3)))  # type: ignore[attr-defined]
@@ -129,8 +129,8 @@ def test_rows_written_behind_what_makes_them_arrive(pool: object) -> None:
         torch.cuda._sleep(1_000_000_000)  # about half a second, on the stream that then makes the rows
         made = torch.full(SHAPE, 4, dtype=torch.bfloat16, device="cuda")
         block = pool.allocate(nbytes, 11)  # type: ignore[attr-defined]
-        assert pool.can_follow(made) and not pool.can_follow(torch.zeros(SHAPE))  # type: ignore[attr-defined]
-        pool.write_behind(block, made)  # type: ignore[attr-defined]
+        assert pool.supports_device(made) and not pool.supports_device(torch.zeros(SHAPE))  # type: ignore[attr-defined]
+        pool.write_async(block, made)  # type: ignore[attr-defined]
         assert not torch.cuda.current_stream().query(), "taking a block or queueing the copy waited for the rows"
         torch.cuda.current_stream().synchronize()
         assert float(ask(process, block, 11)) == 4 * SHAPE[0] * SHAPE[1]
@@ -146,7 +146,7 @@ def test_headers_are_right_however_many_there_were(pool: object) -> None:
         torch.cuda.synchronize()
         header = pool._memory[block.offset - HEADER_NBYTES : block.offset].cpu()  # type: ignore[attr-defined]
         assert header.view(torch.int64).tolist()[1:4] == [lease_id, block.generation, 64]
-        pool.free(block)  # type: ignore[attr-defined]
+        pool.release(block)  # type: ignore[attr-defined]
     torch.cuda.synchronize()
     assert not pool._memory[block.offset - HEADER_NBYTES : block.offset].any()  # type: ignore[attr-defined]
 

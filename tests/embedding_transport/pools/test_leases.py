@@ -57,7 +57,7 @@ def test_a_lost_peers_leases_are_reclaimed_and_nobody_elses() -> None:
     leases, given_back = table(Clock())
     for session, block in (("a", "one"), ("b", "two"), ("a", "three")):
         grant(leases, session, block)
-    assert leases.reclaim("a") == 2
+    assert leases.release_session("a") == 2
     assert sorted(given_back) == ["one", "three"]
-    assert leases.reclaim("a") == 0
+    assert leases.release_session("a") == 0
     assert leases.counts.reclaimed == 2

@@ -36,10 +36,10 @@ def test_free_list_never_overlaps_and_joins_what_comes_back() -> None:
     for _ in range(5000):
         if held and rng.random() < 0.5:
             start = rng.choice(list(held))
-            free_list.give_back(start, held.pop(start))
+            free_list.release(start, held.pop(start))
             continue
         nbytes = rng.randint(1, 5000)
-        taken = free_list.take(nbytes)
+        taken = free_list.allocate(nbytes)
         if taken is None:
             num_refused += 1
             continue
@@ -48,9 +48,9 @@ def test_free_list_never_overlaps_and_joins_what_comes_back() -> None:
         held[taken] = nbytes
     assert num_refused, "the pool was never full: the test proves little"
     for start, nbytes in held.items():
-        free_list.give_back(start, nbytes)
+        free_list.release(start, nbytes)
     assert free_list.free_nbytes == POOL_NBYTES
-    assert free_list.take(POOL_NBYTES) == 0
+    assert free_list.allocate(POOL_NBYTES) == 0
 
 
 def test_rows_are_read_as_written_until_the_block_is_freed(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_rows_are_read_as_written_until_the_block_is_freed(tmp_path: Path) -> No
         with pytest.raises(LeaseExpired):
             mapping.check(block.offset, lease_id, generation, block.nbytes)
 
-    pool.free(block)
+    pool.release(block)
     with pytest.raises(LeaseExpired):
         mapping.check(block.offset, 7, block.generation, block.nbytes)
     again = pool.allocate(5 * 8 * 4, lease_id=7)

@@ -65,25 +65,25 @@ def test_a_second_release_does_not_free_what_others_use() -> None:
     assembly.add(chunk(0, bytes(NBYTES)))
     rows = assembly.rows(ItemTimings())
     rows.release()
-    in_use = pool.take(NBYTES)
+    in_use = pool.allocate(NBYTES)
     rows.release()
-    assert pool.take(NBYTES).data_ptr() != in_use.data_ptr()
+    assert pool.allocate(NBYTES).data_ptr() != in_use.data_ptr()
 
 
 def test_buffers_are_used_again() -> None:
     pool = HostBufferPool()
-    first = pool.take(5000)
+    first = pool.allocate(5000)
     address = first.data_ptr()
-    pool.give_back(first)
-    assert pool.take(3000).data_ptr() == address
-    assert pool.take(3000).data_ptr() != address
+    pool.release(first)
+    assert pool.allocate(3000).data_ptr() == address
+    assert pool.allocate(3000).data_ptr() != address
 
     assembly = ChunkAssembly(NUM_TOKENS, IDENTITY, pool)
     assembly.add(chunk(0, bytes(NBYTES)))
     rows = assembly.rows(ItemTimings())
-    assembly.drop()  # the rows own the buffer now
+    assembly.discard()  # the rows own the buffer now
     address = rows.rows_TW.data_ptr()
     rows.release()
     rows.release()
-    assert pool.take(NBYTES).data_ptr() == address
-    assert pool.take(NBYTES).data_ptr() != address
+    assert pool.allocate(NBYTES).data_ptr() == address
+    assert pool.allocate(NBYTES).data_ptr() != address

@@ -17,7 +17,7 @@ import torch
 
 from tests.embedding_transport.clients.encoder_stub import IDENTITY, running_stub, synthetic_rows
 from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
-from vitrine_vlm.embedding_transport.pools import lending
+from vitrine_vlm.embedding_transport.pools import lease_manager
 from vitrine_vlm.embedding_transport.pools.row_source import TensorSource
 from vitrine_vlm.embedding_transport.pools.shm_pool import ShmPool
 from vitrine_vlm.embedding_transport.shipping import exporter as exporter_module
@@ -97,14 +97,14 @@ async def export_all(exporter: RowExporter, session_id: str, rows: torch.Tensor)
     return [response async for response in exporter.export(session_id, 0, TensorSource(rows), ItemTimings())]
 
 
-async def test_an_unknown_session_is_told_to_connect_again(tmp_path: Path) -> None:
+async def test_an_unknown_session_must_connect_again(tmp_path: Path) -> None:
     async with running_stub(tmp_path) as (_, servicer, _):
         with pytest.raises(EncoderUnavailable, match="connect again"):
-            await export_all(servicer.exporter, "nobody", torch.zeros(1, IDENTITY.row_width))
+            await export_all(servicer.exporter, "unknown", torch.zeros(1, IDENTITY.row_width))
 
 
 async def test_a_pool_that_stays_full_is_overload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lending, "_POOL_WAIT_S", 0.1)
+    monkeypatch.setattr(lease_manager, "_POOL_WAIT_S", 0.1)
     async with running_stub(tmp_path, pool_bytes=16 << 10) as (address, _, _):
         client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
         await client.start()
@@ -114,7 +114,7 @@ async def test_a_pool_that_stays_full_is_overload(tmp_path: Path, monkeypatch: p
         await client.close()
 
 
-async def test_rows_larger_than_the_pool_come_as_bytes_where_that_is_allowed(tmp_path: Path) -> None:
+async def test_rows_larger_than_the_pool_are_sent_as_bytes_if_the_peer_accepts_them(tmp_path: Path) -> None:
     item = MediaItem("image", data=b"large 1000")
     async with running_stub(tmp_path, pool_bytes=16 << 10) as (address, servicer, _):
         client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
@@ -142,16 +142,16 @@ async def test_waiting_for_room_is_first_come_first_served(tmp_path: Path) -> No
         await client.start()
         order: list[str] = []
 
-        async def take(name: str, num_tokens: int) -> RowsEvent:
+        async def encode(name: str, num_tokens: int) -> RowsEvent:
             events = client.encode([MediaItem("image", data=f"{name} {num_tokens}".encode())], name)
             rows = [event async for event in events if isinstance(event, RowsEvent)]
             order.append(name)
             return rows[0]
 
-        held = await take("holds", 60)  # 7680 of 16384 bytes
-        large = asyncio.create_task(take("large", 100))
+        held = await encode("holds", 60)  # 7680 of 16384 bytes
+        large = asyncio.create_task(encode("large", 100))
         await asyncio.sleep(0.1)
-        small = asyncio.create_task(take("small", 10))  # would fit, but came later
+        small = asyncio.create_task(encode("small", 10))  # would fit, but came later
         await asyncio.sleep(0.1)
         assert order == ["holds"]
         held.rows.release()
@@ -159,18 +159,18 @@ async def test_waiting_for_room_is_first_come_first_served(tmp_path: Path) -> No
         await client.close()
 
 
-async def test_who_waits_for_room_in_one_pool_stands_in_nobodys_way_in_another(tmp_path: Path) -> None:
+async def test_an_allocation_that_waits_for_one_pool_does_not_block_another_pool(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     full, other = ShmPool(tmp_path, 4096), ShmPool(tmp_path / "other", 4096)
-    lender = lending.Lending([full, other], lease_ttl_s=30, clock=time.monotonic)
-    held = await lender.take(full, 4000)
-    waiting = asyncio.create_task(lender.take(full, 100))
+    manager = lease_manager.LeaseManager([full, other], lease_ttl_s=30, clock=time.monotonic)
+    held = await manager.allocate(full, 4000)
+    waiting = asyncio.create_task(manager.allocate(full, 100))
     await asyncio.sleep(0)
-    assert lender.take_now(full, 1) is None, "whoever waits is served first"
-    lender.give_back(await asyncio.wait_for(lender.take(other, 4000), 1))
-    assert lender.take_now(other, 4000) is not None
+    assert manager.try_allocate(full, 1) is None, "a waiting allocation comes first"
+    manager.release_block(await asyncio.wait_for(manager.allocate(other, 4000), 1))
+    assert manager.try_allocate(other, 4000) is not None
     assert not waiting.done()
-    lender.give_back(held)
+    manager.release_block(held)
     await asyncio.wait_for(waiting, 1)
     for pool in (full, other):
         pool.close()

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.towers import draw_weights
+from benchmarks.vit import draw_weights
 from vitrine_vlm.encoder_service.families import Family, qwen2_5_vl, qwen3_5, qwen3_omni, qwen3_vl
 
 pytestmark = pytest.mark.gpu

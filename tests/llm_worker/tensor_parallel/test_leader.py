@@ -172,7 +172,7 @@ def test_a_lease_that_ends_within_the_step_does_not_pass_its_check(
         leased.append(LeasedRows(5, ItemTimings(), pool, lease, rows_TW, lambda lease_id: None))
     failures: list[Exception] = []
     assert blocks[0] is not None
-    forward_pass = leading(decoder, lambda: shm_pool.free(blocks[0]), failures)  # type: ignore[arg-type]
+    forward_pass = leading(decoder, lambda: shm_pool.release(blocks[0]), failures)  # type: ignore[arg-type]
     chunks = [Chunk(sequence(forward_pass, rows), 0, 12, True) for rows in (leased[0], None)]
     chunks.append(Chunk(sequence(forward_pass, leased[1]), 0, 8, True))
 

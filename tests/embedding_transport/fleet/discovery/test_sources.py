@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from vitrine_vlm.embedding_transport.fleet.discovery import Source, follow, parse_sources
+from vitrine_vlm.embedding_transport.fleet.discovery import Source, parse_sources, watch_sources
 from vitrine_vlm.embedding_transport.fleet.discovery.dns import DnsSource
 from vitrine_vlm.embedding_transport.fleet.discovery.file import FileSource
 
@@ -20,7 +20,7 @@ from vitrine_vlm.embedding_transport.fleet.discovery.file import FileSource
 async def following(sources: list[Source]) -> AsyncIterator[list[list[str]]]:
     """What was shown so far."""
     shown: list[list[str]] = []
-    task = asyncio.create_task(follow(sources, shown.append))
+    task = asyncio.create_task(watch_sources(sources, shown.append))
     try:
         yield shown
     finally:
@@ -86,4 +86,4 @@ async def test_a_file_that_changes_vanishes_breaks_and_comes_back(tmp_path: Path
 async def test_outside_of_a_pod_kubernetes_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with pytest.raises(ValueError, match="needs a pod with a service account"):
-        await follow(parse_sources("a:1,kubernetes:default/encoders:grpc"), lambda addresses: None)
+        await watch_sources(parse_sources("a:1,kubernetes:default/encoders:grpc"), lambda addresses: None)

@@ -49,7 +49,7 @@ QWEN2_5_VL_7B: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Towers:
+class VitPair:
     """The plain tower and transformers', bfloat16 on the GPU, same weights."""
 
     plain: PlainTower
@@ -57,7 +57,7 @@ class Towers:
     family: Family
 
 
-def qwen3_vl_8b(device: torch.device) -> Towers:
+def qwen3_vl_8b(device: torch.device) -> VitPair:
     """Weights at scales that keep the residual stream lively; seeded."""
     config = Qwen3VLConfig(vision_config=QWEN3_VL_8B).vision_config
     with device:
@@ -65,7 +65,7 @@ def qwen3_vl_8b(device: torch.device) -> Towers:
         return _with_equal_weights(qwen3_vl.FAMILY, QWEN3_VL_8B, reference)
 
 
-def qwen2_5_vl_7b(device: torch.device) -> Towers:
+def qwen2_5_vl_7b(device: torch.device) -> VitPair:
     """Weights as above."""
     config = Qwen2_5_VLConfig(vision_config=QWEN2_5_VL_7B).vision_config
     with device:
@@ -75,12 +75,12 @@ def qwen2_5_vl_7b(device: torch.device) -> Towers:
         return _with_equal_weights(qwen2_5_vl.FAMILY, QWEN2_5_VL_7B, reference)
 
 
-def _with_equal_weights(family: Family, vision: dict[str, Any], reference: PreTrainedModel) -> Towers:
+def _with_equal_weights(family: Family, vision: dict[str, Any], reference: PreTrainedModel) -> VitPair:
     torch.manual_seed(0)
     draw_weights(reference)
     plain = family.build({"vision_config": vision}).to(torch.bfloat16).eval()
     plain.load_state_dict(reference.state_dict())
-    return Towers(plain, reference.eval(), family)
+    return VitPair(plain, reference.eval(), family)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Rows written behind their forward: who has the block when, and that nobody gets it while it may be written to."""
+"""Async pool writes: when a block is allocated and released, and that it is not reused while it may be written to."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vitrine_vlm.embedding_transport.clients.encoder_peer import EncoderDescript
 from vitrine_vlm.embedding_transport.fleet.row_peer import Connection
 from vitrine_vlm.embedding_transport.pools.pool import ExportPool
 from vitrine_vlm.embedding_transport.pools.row_source import TensorSource
-from vitrine_vlm.embedding_transport.shipping.early_write import EarlyWrite
+from vitrine_vlm.embedding_transport.shipping.async_pool_write import AsyncPoolWrite
 from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 from vitrine_vlm.types import ItemTimings
@@ -35,20 +35,20 @@ async def session(folder: Path) -> AsyncIterator[tuple[RowExporter, ExportPool, 
         await client.close()
 
 
-async def export(exporter: RowExporter, session_id: str, early: EarlyWrite) -> encoder_pb2.Lease:
-    (response,) = [each async for each in exporter.export(session_id, 0, TensorSource(ROWS), ItemTimings(), early)]
+async def export(exporter: RowExporter, session_id: str, pool_write: AsyncPoolWrite) -> encoder_pb2.Lease:
+    (response,) = [each async for each in exporter.export(session_id, 0, TensorSource(ROWS), ItemTimings(), pool_write)]
     assert isinstance(response, encoder_pb2.EncodeResponse)
     return response.ready.lease
 
 
 async def test_rows_are_in_the_pool_before_they_are_exported(tmp_path: Path) -> None:
     async with session(tmp_path) as (exporter, pool, connection):
-        with exporter.early_write(connection.session_id) as early:
-            early.enqueue(ROWS)
-            early.batch_ended()
+        with exporter.async_pool_write(connection.session_id) as pool_write:
+            pool_write.enqueue(ROWS)
+            pool_write.batch_ended()
             used = pool.used_nbytes
             assert used > ROWS.nbytes
-            lease = await export(exporter, connection.session_id, early)
+            lease = await export(exporter, connection.session_id, pool_write)
         assert pool.used_nbytes == used, "the block that was written is the one that is leased"
         assert connection.mapping is not None
         connection.mapping.check(lease.offset, lease.lease_id, lease.generation, lease.nbytes)
@@ -58,20 +58,20 @@ async def test_rows_are_in_the_pool_before_they_are_exported(tmp_path: Path) -> 
         assert pool.used_nbytes == 0
 
 
-async def test_a_block_that_nobody_takes_is_given_back_once_its_batch_has_ended(tmp_path: Path) -> None:
+async def test_a_block_that_is_not_exported_is_released_once_its_batch_has_ended(tmp_path: Path) -> None:
     async with session(tmp_path) as (exporter, pool, connection):
-        with exporter.early_write(connection.session_id) as given_up:
-            given_up.enqueue(ROWS)
+        with exporter.async_pool_write(connection.session_id) as not_exported:
+            not_exported.enqueue(ROWS)
         assert pool.used_nbytes > 0, "the batch may still write to it"
-        given_up.batch_ended()
+        not_exported.batch_ended()
         assert pool.used_nbytes == 0
 
-        with exporter.early_write(connection.session_id) as ended:
+        with exporter.async_pool_write(connection.session_id) as ended:
             ended.enqueue(ROWS)
             ended.batch_ended()
         assert pool.used_nbytes == 0
 
-        with exporter.early_write(connection.session_id) as cancelled_in_the_queue:
+        with exporter.async_pool_write(connection.session_id) as cancelled_in_the_queue:
             pass
         cancelled_in_the_queue.enqueue(ROWS)
         assert pool.used_nbytes == 0
@@ -82,14 +82,14 @@ async def test_without_room_or_session_rows_are_written_when_they_are_exported(t
     async with session(tmp_path) as (exporter, pool, connection):
         rest = pool.allocate(pool.nbytes - 1024, lease_id=99)
         assert rest is not None
-        with exporter.early_write(connection.session_id) as early:
-            early.enqueue(torch.zeros(100, IDENTITY.row_width))
-            early.batch_ended()
-            pool.free(rest)
+        with exporter.async_pool_write(connection.session_id) as pool_write:
+            pool_write.enqueue(torch.zeros(100, IDENTITY.row_width))
+            pool_write.batch_ended()
+            pool.release(rest)
             assert pool.used_nbytes == 0
-            lease = await export(exporter, connection.session_id, early)
+            lease = await export(exporter, connection.session_id, pool_write)
             assert lease.nbytes == ROWS.nbytes
-        with exporter.early_write("") as bytes_only:
+        with exporter.async_pool_write("") as bytes_only:
             bytes_only.enqueue(ROWS)
             bytes_only.batch_ended()
             responses = exporter.export("", 0, TensorSource(ROWS), ItemTimings(), bytes_only)
@@ -97,9 +97,9 @@ async def test_without_room_or_session_rows_are_written_when_they_are_exported(t
             assert isinstance(chunk, bytes)
 
 
-async def test_who_waits_for_room_is_served_before_rows_that_are_written_early(tmp_path: Path) -> None:
-    async with session(tmp_path) as (exporter, pool, connection), exporter._lending._turns[pool]:
-        with exporter.early_write(connection.session_id) as early:
-            early.enqueue(ROWS)
+async def test_allocations_that_wait_for_room_come_before_async_writes(tmp_path: Path) -> None:
+    async with session(tmp_path) as (exporter, pool, connection), exporter._leases._locks[pool]:
+        with exporter.async_pool_write(connection.session_id) as pool_write:
+            pool_write.enqueue(ROWS)
             assert pool.used_nbytes == 0
-            early.batch_ended()
+            pool_write.batch_ended()

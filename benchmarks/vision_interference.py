@@ -1,7 +1,7 @@
-"""Pictures that pour into a server while something else is measured there.
+"""Picture requests in flight on a server while something else is measured there.
 
-A process of its own, because sending them would delay whoever takes the time. It draws its pictures, says so, begins
-when it gets the server's URL, says so, ends with an empty line, and says what came of it.
+A process of its own sends them, so that sending does not delay the measuring process. It draws the pictures, prints
+"drawn", reads the server's URL, prints "begun", sends requests until it reads an empty line, and prints its result.
 """
 
 from __future__ import annotations
@@ -19,50 +19,54 @@ from benchmarks.chat_load import ChatClient, run_load
 from benchmarks.line_process import LineProcess
 from benchmarks.pictures import parse_size, random_jpegs, show_size
 
-_NUM_PICTURES = 256  # different ones, asked in turn: at full size more than are asked for, so that no cache answers
+_NUM_PICTURES = 256  # different ones, sent in turn; at full size fewer are sent, so that no cache can answer
 _SEED = 2
 
 
 @dataclass(frozen=True)
-class Poured:
-    """What came of the requests; failures: their reasons."""
+class InterferenceResult:
+    """How the requests ended; `failures` are the reasons of those that failed."""
 
     requests_per_s: float
     failures: list[str]
 
 
-class Pouring:
-    """Make it with `drawing`."""
+class VisionInterference:
+    """A running process. Create it with `started`."""
 
     def __init__(self, process: LineProcess) -> None:
         self._process = process
 
     @classmethod
     @asynccontextmanager
-    async def drawing(cls, size: tuple[int, int], in_flight: int, text_tokens: int) -> AsyncIterator[Pouring]:
-        """
+    async def started(
+        cls, size: tuple[int, int], in_flight: int, text_tokens: int
+    ) -> AsyncIterator[VisionInterference]:
+        """Starts the process, which begins to draw its pictures.
+
         Args:
             size: (width, height) of the pictures, pixels.
-            in_flight: requests, each with one picture, text and one token of answer.
+            in_flight: the number of requests in flight, each with one picture, text and one token of answer.
+            text_tokens: the tokens of each prompt's text.
         """
         options = [show_size(size), str(in_flight), str(text_tokens)]
-        async with LineProcess.started("benchmarks.pouring", *options) as process:
+        async with LineProcess.started("benchmarks.vision_interference", *options) as process:
             yield cls(process)
 
-    async def drawn(self) -> None:
-        await self._process.hear()
+    async def wait_ready(self) -> None:
+        await self._process.read_line()
 
-    async def begin(self, url: str) -> None:
-        await self._process.say(url)
-        await self._process.hear()
+    async def start(self, url: str) -> None:
+        await self._process.send_line(url)
+        await self._process.read_line()
 
-    async def end(self) -> Poured:
-        """Asks nothing more, and waits for what is in flight."""
-        await self._process.say("")
-        return Poured(**json.loads(await self._process.hear()))
+    async def stop(self) -> InterferenceResult:
+        """Sends no more requests and waits for those in flight."""
+        await self._process.send_line("")
+        return InterferenceResult(**json.loads(await self._process.read_line()))
 
 
-async def _pour(size: tuple[int, int], in_flight: int, text_tokens: int) -> None:
+async def _interfere(size: tuple[int, int], in_flight: int, text_tokens: int) -> None:
     pictures = random_jpegs(_NUM_PICTURES, size, _SEED)
     print("drawn", flush=True)
     url = (await asyncio.to_thread(sys.stdin.readline)).strip()
@@ -75,7 +79,7 @@ async def _pour(size: tuple[int, int], in_flight: int, text_tokens: int) -> None
         load = await run_load(
             client, itertools.takewhile(lambda _: not ended.done(), itertools.cycle(bodies)), in_flight
         )
-    print(json.dumps(asdict(Poured(load.requests_per_s, load.failures))), flush=True)
+    print(json.dumps(asdict(InterferenceResult(load.requests_per_s, load.failures))), flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("in_flight", type=int, help="requests")
     parser.add_argument("text_tokens", type=int, help="of a prompt")
     options = parser.parse_args(arguments)
-    asyncio.run(_pour(options.size, options.in_flight, options.text_tokens))
+    asyncio.run(_interfere(options.size, options.in_flight, options.text_tokens))
     return 0
 
 
