@@ -1,7 +1,7 @@
 """Reads a Hugging Face checkpoint: a local folder or a hub id, one named part of its tensors at a time.
 
-Both services must be built from the same checkpoint, so how one is found, identified and read is shared;
-which tensors are read is each service's own choice and neither reads the other's.
+Both services are built from the same checkpoint, so they share how it is found, identified and read. Each service
+chooses its own tensors and does not read the other's.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class TensorPart:
-    """Ranges of a tensor along one dim, which are read and put one behind the other."""
+    """Ranges of a tensor along one dim, which are read and concatenated."""
 
     dim: int
     ranges: tuple[slice, ...]
 
 
-# A tensor's name and shape to the part of it to read; None for all of it.
+# Maps a tensor's name and shape to the part to read; None reads the whole tensor.
 ChoosePart: TypeAlias = Callable[[str, tuple[int, ...]], TensorPart | None]
 
 
@@ -47,9 +47,9 @@ ChoosePart: TypeAlias = Callable[[str, tuple[int, ...]], TensorPart | None]
 class Checkpoint:
     """A checkpoint on local disk.
 
-    model: the name it was asked for by (hub id, or folder name); revision: hub commit or content fingerprint, marked
-    where the weights are dummies: they fit no real ones.
-    load_format: "dummy" means that there need be no weights, and that those there are are not read.
+    model: the hub id or folder name by which it was requested.
+    revision: the hub commit or a content fingerprint, with a prefix for dummy weights, which match no real ones.
+    load_format: with "dummy" no weights are read, and none need exist.
     """
 
     folder: Path
@@ -58,7 +58,7 @@ class Checkpoint:
     load_format: LoadFormat = "auto"
 
     def json(self, name: str) -> dict[str, Any]:
-        """Contents of a JSON file of the checkpoint; empty where the file is missing."""
+        """Returns the content of a JSON file of the checkpoint; empty if the file is missing."""
         path = self.folder / name
         if not path.is_file():
             return {}
@@ -75,15 +75,15 @@ class Checkpoint:
         return config
 
     def tensor_names(self) -> dict[str, Path]:
-        """Every tensor's name and the safetensors file that holds it."""
+        """Returns every tensor's name with the safetensors file that holds it."""
         if (self.folder / _INDEX).is_file():
             weight_map = self.json(_INDEX).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise CheckpointError(f"{self.folder / _INDEX} has no weight_map from tensor names to file names")
             for file in weight_map.values():
-                # The index comes with the checkpoint: it may not point outside the folder.
+                # The index is not trusted: it must not point outside the folder.
                 if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-                    raise CheckpointError(f"{_INDEX} names {file!r}, which is no plain name of a safetensors file")
+                    raise CheckpointError(f"{_INDEX} names {file!r}, which is not the plain name of a safetensors file")
             return {name: self.folder / file for name, file in weight_map.items()}
         path = self.folder / _SINGLE
         if not path.is_file():
@@ -97,7 +97,7 @@ class Checkpoint:
         device: str | torch.device = "cpu",
         choose_part: ChoosePart = lambda name, shape: None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields the named tensors, or the chosen parts, in the stored dtype, file by file; nothing else is read.
+        """Yields the named tensors, or the chosen parts, in the stored dtype, file by file; reads nothing else.
 
         Raises:
             CheckpointError: a name is not in the checkpoint.
@@ -126,12 +126,12 @@ def open_checkpoint(
     served_model_name: str | None = None,
     load_format: LoadFormat = "auto",
 ) -> Checkpoint:
-    """Finds `model` on local disk or downloads it from the hub.
+    """Opens `model` on local disk or downloads it from the hub.
 
     Args:
         model: a folder with config.json, or a hub id such as "organization/name".
         revision: hub branch, tag or commit; not used for folders.
-        served_model_name: name to serve under instead of the hub id or folder name.
+        served_model_name: the name to serve, instead of the hub id or folder name.
         load_format: with "dummy" weights are neither downloaded nor part of a folder's revision.
 
     Raises:
@@ -146,7 +146,7 @@ def open_checkpoint(
     try:
         files = [*_OTHER_FILES] if load_format == "dummy" else [*_OTHER_FILES, _WEIGHTS]
         snapshot = Path(snapshot_download(model, revision=revision, allow_patterns=files))
-    except Exception as error:  # the hub client's errors share no base
+    except Exception as error:  # the hub client's errors have no common base
         raise CheckpointError(f"could not get {model!r} from the hub: {error}") from error
     # The hub cache lays snapshots out as .../snapshots/<commit>/.
     return Checkpoint(snapshot, served_model_name or model, _revision(snapshot.name, load_format), load_format)
@@ -157,7 +157,7 @@ def _revision(content: str, load_format: LoadFormat) -> str:
 
 
 def _fingerprint(folder: Path, load_format: LoadFormat) -> str:
-    """SHA-256 over config.json and, of each weights file, name, size and evenly spread samples: fast at any size."""
+    """Returns the SHA-256 of config.json and of each weights file's name, size and evenly spread samples."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in [] if load_format == "dummy" else sorted(folder.glob(_WEIGHTS)):
         nbytes = path.stat().st_size

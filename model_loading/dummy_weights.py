@@ -1,4 +1,4 @@
-"""Random weights in place of a checkpoint's: enough to measure a model at its true dims without its files."""
+"""Random weights instead of a checkpoint's, to measure a model at its true dims without its files."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def draw_dummy_weights(
     dtype: torch.dtype,
     on_progress: Callable[[int, int], None],
 ) -> None:
-    """Fills `model`, built on the meta device, as its authors' training began: the same values at every start.
+    """Initializes `model`, built on the meta device, with the same random values at every start.
 
     Products and embeddings are normal with config.json's `initializer_range`, biases 0, norms' weights 1.
 
     Args:
-        device, dtype: where the weights are drawn, without a copy elsewhere, and in what.
-        on_progress: called with (tensors drawn, tensors in all) after each.
+        device, dtype: of the weights, which are drawn on the device without a copy elsewhere.
+        on_progress: called with (tensors drawn, tensors in all) after each tensor.
     """
     _log.warning("LOAD FORMAT DUMMY: the weights of %s are random and its answers mean nothing", checkpoint.model)
     generator = torch.Generator(device).manual_seed(_SEED)
     std = _stated(checkpoint, "initializer_range") or _DEFAULT_STD
-    undrawn = dict(model.named_parameters())  # tied ones once
+    undrawn = dict(model.named_parameters())  # tied parameters appear once
     drawn: dict[nn.Parameter, nn.Parameter] = {}
     for name, parameter in undrawn.items():
         values = torch.empty(parameter.shape, device=device, dtype=dtype)
@@ -54,18 +54,20 @@ def draw_dummy_weights(
 
 
 def configured_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """What config.json says of the weights' element type; bfloat16 where it says nothing.
+    """Returns the dtype that config.json states for the weights; bfloat16 if it states none.
 
     Raises:
-        CheckpointError: it names one that is not served.
+        CheckpointError: the dtype is not supported.
     """
     name = _stated(checkpoint, "dtype") or _stated(checkpoint, "torch_dtype") or _DEFAULT_DTYPE
     if name not in DTYPES:
-        raise CheckpointError(f"config.json in {checkpoint.folder} says dtype {name!r}: served are {', '.join(DTYPES)}")
+        raise CheckpointError(
+            f"config.json in {checkpoint.folder} states dtype {name!r}; supported are {', '.join(DTYPES)}"
+        )
     return DTYPES[name]
 
 
 def _stated(checkpoint: Checkpoint, name: str) -> Any:
-    """A field of config.json, of the whole model or of its text model, as released ones have it in either place."""
+    """Returns a field of config.json or of its text_config: released models have it in either place."""
     config = checkpoint.config
     return config.get(name) or (config.get("text_config") or {}).get(name)

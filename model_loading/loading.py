@@ -1,4 +1,4 @@
-"""What both services do alike while they load their half of a checkpoint: pick device and dtype, log, stop."""
+"""The common part of loading in both services: choose device and dtype, log progress, stop."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ _PROGRESS_INTERVAL_S = 0.5
 
 
 class LoadingStopped(Exception):
-    """The service was told to stop while it loaded."""
+    """The service was stopped while it loaded."""
 
 
 class ProgressLog:
-    """Logs at most every half second, and the end; raises LoadingStopped once `must_stop` says so."""
+    """Logs progress at most every half second, and the end; raises LoadingStopped once `must_stop` returns True."""
 
     def __init__(self, what: str, must_stop: Callable[[], bool], show: Callable[[float], None]) -> None:
         """
         Args:
-            show: called with the part that is done, 0 to 1, every time.
+            what: the beginning of each log line.
+            show: called with the fraction that is done, 0 to 1, at every call.
         """
         self._what = what
         self._must_stop = must_stop
@@ -47,23 +48,23 @@ class ProgressLog:
 
 
 def choose_device(choice: DeviceChoice) -> torch.device:
-    """auto: a GPU where torch sees one.
+    """Returns the device; "auto" is a GPU if torch finds one.
 
     Raises:
-        CheckpointError: a GPU is asked for and there is none.
+        CheckpointError: the choice is "cuda", and there is no GPU.
     """
     has_gpu = torch.cuda.is_available()
     if choice == "cuda" and not has_gpu:
-        raise CheckpointError("device is cuda, but torch sees no GPU: install the CUDA build of torch or use the CPU")
+        raise CheckpointError("device is cuda, but torch finds no GPU: install the CUDA build of torch or use the CPU")
     return torch.device("cuda" if has_gpu and choice != "cpu" else "cpu")
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether torch computes bfloat16 products on this CPU by instructions of its own (AVX-512 BF16, AMX).
+    """Whether this CPU has instructions for bfloat16 products that torch uses (AVX-512 BF16, AMX).
 
-    Without them, such a product takes up to 6 times (AVX-512) or 90 times (AVX2) as long as in float32. oneDNN knows
-    what ONEDNN_MAX_CPU_ISA permits, but answers yes to AVX-512 alone, too, for which it converts; torch.cpu knows what
-    the CPU has.
+    Without them, such a product takes up to 6 times (AVX-512) or 90 times (AVX2) as long as in float32. oneDNN
+    respects ONEDNN_MAX_CPU_ISA, but also reports support for plain AVX-512, where it converts; torch.cpu reports the
+    CPU's own instructions.
     """
     return bool(
         torch.backends.mkldnn.is_available()
@@ -73,14 +74,14 @@ def cpu_has_bfloat16() -> bool:
 
 
 def choose_dtype(choice: DtypeChoice, device: torch.device, stored: torch.dtype) -> str:
-    """Name of the dtype; auto: the stored one on a GPU, float32 on the CPU, where half precision is slow.
+    """Returns the name of the dtype; "auto" is the stored one on a GPU, and float32 on the CPU.
 
     Raises:
-        CheckpointError: the weights are stored in a dtype that is not served.
+        CheckpointError: the weights are stored in an unsupported dtype.
     """
     if choice != "auto":
         if choice == "bfloat16" and device.type == "cpu" and not cpu_has_bfloat16():
-            _log.warning("dtype is bfloat16, but this CPU has no instructions for it: float32 is many times as fast")
+            _log.warning("dtype is bfloat16, but this CPU has no instructions for it: float32 is many times faster")
         return choice
     if device.type == "cpu":
         if stored != torch.float32:

@@ -1,1 +1,1 @@
-"""What makes a process a service: settings, logs, traces, TLS, health."""
+"""The common parts of every service process: settings, logs, traces, TLS, health, supervision."""

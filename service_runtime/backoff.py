@@ -1,4 +1,4 @@
-"""How long to wait before something that failed is tried again."""
+"""Delays between retries."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import random
 class Backoff:
     """Delays in seconds, each drawn between half a bound and the bound, which doubles from `first_s` up to `max_s`.
 
-    The jitter keeps the many clients of one service that failed from coming back all at once.
+    The jitter keeps the clients of a failed service from retrying all at the same time.
     Source: "Exponential Backoff and Jitter" (AWS Architecture Blog), there called equal jitter.
     """
 
@@ -18,7 +18,7 @@ class Backoff:
         self._bound_s = first_s
 
     def next_s(self) -> float:
-        """The next delay, seconds."""
+        """Returns the next delay, in seconds."""
         bound_s, self._bound_s = self._bound_s, min(2 * self._bound_s, self._max_s)
         return random.uniform(bound_s / 2, bound_s)
 
@@ -26,5 +26,5 @@ class Backoff:
         await asyncio.sleep(self.next_s())
 
     def reset(self) -> None:
-        """Begins from `first_s` again: what failed before has worked since."""
+        """Starts from `first_s` again, after a success."""
         self._bound_s = self._first_s

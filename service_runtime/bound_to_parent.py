@@ -1,4 +1,4 @@
-"""Becomes another program that gets SIGTERM when the process that started it is gone, killed with SIGKILL even.
+"""Executes another program, which gets SIGTERM when its parent process has ended, even by SIGKILL.
 
 Run as a script: `python bound_to_parent.py PARENT_PID PROGRAM ARGUMENTS...`.
 """
@@ -14,6 +14,6 @@ if __name__ == "__main__":
     parent, program, *arguments = sys.argv[1:]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != int(parent):  # it died before the call, and the signal will never come
+        if os.getppid() != int(parent):  # the parent ended before the call, so the signal would never be sent
             sys.exit(1)
     os.execv(program, [program, *arguments])

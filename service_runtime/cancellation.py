@@ -1,4 +1,4 @@
-"""Whose cancellation it is."""
+"""Tells apart the cancellation of a task and of what the task awaits."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import asyncio
 
 
 def is_own_cancellation() -> bool:
-    """Whether a CancelledError is meant for this task, and not only for what it waited for.
+    """Whether a CancelledError is meant for this task, and not only for what the task awaited.
 
-    A future that was cancelled raises one, too, and so does grpc where a call or its channel was ended.
+    A cancelled future raises one, too, and so does grpc when a call or its channel was closed.
     """
     task = asyncio.current_task()
     return task is None or task.cancelling() > 0

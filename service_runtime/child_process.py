@@ -1,4 +1,4 @@
-"""A service run as a child process: its output prefixed with its name, its life bound to ours."""
+"""A service run as a child process: its output is prefixed with its name, and it ends with this process."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _LINE_LIMIT_BYTES = 1024 * 1024
 
 
 class ChildFailed(RuntimeError):
-    """A service ended although nobody asked it to, or did not get ready in time."""
+    """A service ended without having been stopped, or was not ready in time."""
 
 
 class Child:
-    """One running service. Make it with `start`; always `stop` it."""
+    """One running service. Create it with `start`, and always call `stop`."""
 
     def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
         self.name = name
         self._process = process
-        # Its end is seen by `failed`, which the owner of a child waits for.
+        # The owner of the child waits for the end of this task by `failed`.
         self._output = asyncio.create_task(self._print_output(), name=f"{name} output")
 
     @classmethod
@@ -36,19 +36,19 @@ class Child:
         environment: Mapping[str, str] | None = None,
         pass_fds: Sequence[int] = (),
     ) -> Child:
-        """Starts `python -P -m arguments...` in our process group, with the interpreter we run in.
+        """Starts `python -P -m arguments...` in this process group, with the same interpreter.
 
         Args:
-            environment: added to ours.
-            pass_fds: file descriptors that it gets under the same numbers.
+            environment: variables to add to this process's environment.
+            pass_fds: file descriptors that the child inherits under the same numbers.
         """
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            "-IS",  # only the standard library is needed until it becomes the service
+            "-IS",  # only the standard library is needed before the exec
             str(_BOUND_TO_PARENT),
             str(os.getpid()),
             sys.executable,
-            "-P",  # folders of the working directory named as our packages or others are not imported
+            "-P",  # packages are not imported from the working directory
             "-m",
             *arguments,
             stdin=asyncio.subprocess.DEVNULL,
@@ -61,18 +61,18 @@ class Child:
         return cls(name, process)
 
     async def failed(self) -> ChildFailed:
-        """Waits until the service ends by itself and says so.
+        """Waits until the service ends by itself; returns the error that describes it.
 
         Raises:
-            OSError: its output cannot be passed on, as ours is closed.
+            OSError: its output cannot be printed, because this process's output is closed.
         """
-        await asyncio.shield(self._output)  # which ends with the process
+        await asyncio.shield(self._output)  # ends with the process
         code = await self._process.wait()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         return ChildFailed(f"{self.name} {how}: its last lines above say why")
 
     async def stop(self, grace_s: float) -> None:
-        """Asks the service to end, and after `grace_s` seconds ends it. Does nothing if it has ended."""
+        """Terminates the service, and kills it after `grace_s` seconds. Does nothing if it has ended."""
         if self._process.returncode is None:
             self._process.terminate()
             try:
@@ -81,7 +81,7 @@ class Child:
                 print(f"[{self.name}] did not stop within {grace_s:g} s and is killed", flush=True)
                 self._process.kill()
                 await self._process.wait()
-        # Where our own output was closed it failed, which must not keep the other services from being stopped.
+        # The task fails if this process's output is closed, which must not keep the other services from being stopped.
         await asyncio.gather(self._output, return_exceptions=True)
 
     async def _print_output(self) -> None:
@@ -89,7 +89,7 @@ class Child:
         while True:
             try:
                 line = await self._process.stdout.readline()
-            except ValueError:  # longer than the limit, and dropped; unread output would bring the service to a halt
+            except ValueError:  # longer than the limit, and discarded; unread output would block the service
                 continue
             if not line:
                 return

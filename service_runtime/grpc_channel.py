@@ -1,4 +1,4 @@
-"""How our gRPC connections are set up, on both sides."""
+"""The options of all gRPC connections, on both sides."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ MAX_MESSAGE_BYTES = 512 * 1024 * 1024
 _KEEPALIVE_MS = 10_000
 # For channels and servers alike.
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
-    # Media travel inside EncodeRequest; gRPC's own limit is 4 MiB.
+    # EncodeRequest holds whole media files; gRPC's default limit is 4 MiB.
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # A host that loses its network closes no connection. Both sides ask, so that requests move on and leases come back.
+    # A host that loses its network closes no connection. Both sides send pings, so that requests are retried elsewhere
+    # and leases are released.
     ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", _KEEPALIVE_MS),
-    # Tried with grpcio 1.85: without this one an unanswered ping is waited for far longer than the line above says.
+    # Seen with grpcio 1.85: without this option an unanswered ping times out far later than the line above states.
     ("grpc.http2.ping_timeout_ms", _KEEPALIVE_MS),
-    # An idle Connect stream carries no data: ask all the same, and do not take it for an attack.
+    # An idle Connect stream carries no data: send pings all the same, and do not treat them as an attack.
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
-    # Encoders are addressed directly; the environment's proxy is for the world outside.
+    # Encoders are addressed directly; a proxy in the environment is for other hosts.
     ("grpc.enable_http_proxy", 0),
 ]
 
 
 def open_channel(address: str, tls: ClientTls | None = None) -> grpc.aio.Channel:
-    """A channel to `address`, "host:port", with TLS if any is given.
+    """Returns a channel to `address`, "host:port", with TLS if `tls` is given.
 
     Raises:
         OSError: a file of `tls` cannot be read.

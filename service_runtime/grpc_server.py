@@ -1,4 +1,4 @@
-"""The listening port of a service: its methods, grpc.health.v1 and reflection. NOT_SERVING until told otherwise."""
+"""The listening port of a service: its methods, grpc.health.v1 and reflection; NOT_SERVING until `set_serving`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from vitrine_vlm.service_runtime.tls import ServerTls
 
 _OPTIONS = [
     *CHANNEL_OPTIONS,
-    # Without this two services on one port would both start and share its connections.
+    # Without this option two services could listen on one port and would share its connections.
     ("grpc.so_reuseport", 0),
 ]
 
 
 class ServiceServer:
-    """Add the services' handlers to `grpc` before `start`.
+    """A gRPC server. Add the services' handlers to `grpc` before `start`.
 
     Args:
         services: full names, e.g. "vitrine.encoder.v1.Encoder".
@@ -35,14 +35,14 @@ class ServiceServer:
         reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), self.grpc)
 
     async def start(self, host: str, port: int, tls: ServerTls | None = None, health_socket: Path | None = None) -> str:
-        """Listens, and returns "host:port" with the actual port.
+        """Starts to listen; returns "host:port" with the actual port.
 
         Args:
-            health_socket: where the health service answers, too, for the process that started this one; it needs to
-                know neither port nor certificates then.
+            health_socket: a Unix socket for the health service, too, so that the parent process needs neither the port
+                nor certificates.
 
         Raises:
-            OSError: the address cannot be listened on, or a file of `tls` not be read.
+            OSError: the address is in use or invalid, or a file of `tls` cannot be read.
         """
         shown_host = f"[{host}]" if ":" in host else host
         address = f"{shown_host}:{port}"
@@ -60,7 +60,7 @@ class ServiceServer:
             try:
                 self._local.add_insecure_port(f"unix:{health_socket}")
             except RuntimeError as error:
-                raise OSError(f"cannot listen on {health_socket}: is its folder there?") from error
+                raise OSError(f"cannot listen on {health_socket}: does its folder exist?") from error
             await self._local.start()
         return f"{shown_host}:{actual_port}"
 
@@ -70,10 +70,10 @@ class ServiceServer:
             await self._health.set(name, status)
 
     async def set_not_serving_for_good(self) -> None:
-        """Later calls of `set_serving` change nothing."""
+        """Sets NOT_SERVING; later calls of `set_serving` have no effect."""
         await self._health.enter_graceful_shutdown()
 
     async def stop(self, grace_s: float) -> None:
-        """Takes no new calls and ends those under way after `grace_s` seconds."""
+        """Accepts no new calls and ends those in flight after `grace_s` seconds."""
         await self.grpc.stop(grace_s)
         await self._local.stop(0)

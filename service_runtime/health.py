@@ -1,4 +1,4 @@
-"""What grpc.health.v1 says of a service."""
+"""A client of grpc.health.v1."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from vitrine_vlm.service_runtime.tls import ClientTls
 
 
 async def health_status(address: str, timeout_s: float, service: str = "", tls: ClientTls | None = None) -> str:
-    """ "SERVING", "NOT_SERVING" or another name of its statuses.
+    """Returns "SERVING", "NOT_SERVING" or another name of a status.
 
     Args:
-        service: full name of one service; all there are by default.
+        service: the full name of one service; by default all services of the server.
 
     Raises:
-        grpc.aio.AioRpcError: nothing answers, or the service is not known there.
+        grpc.aio.AioRpcError: no server answers, or it does not know the service.
         OSError: a file of `tls` cannot be read.
     """
     async with open_channel(address, tls) as channel:

@@ -1,4 +1,4 @@
-"""`vitrine-health HOST:PORT`: whether a service is ready, for probes of containers. Exit code 0 says yes."""
+"""`vitrine-health HOST:PORT`: checks whether a service is ready, for container probes. Exit code 0: it is ready."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, prog="vitrine-health")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("address", metavar="HOST:PORT", help="of the gRPC port")
-    parser.add_argument("--service", default="", help="full name of the gRPC service; default: all there are")
+    parser.add_argument("--service", default="", help="full name of the gRPC service; default: all services")
     parser.add_argument("--timeout-s", type=float, default=3.0, help="default: %(default)s")
-    parser.add_argument("--ca-file", type=Path, help="who signs the service's certificate (PEM); none: no TLS")
-    parser.add_argument("--cert-file", type=Path, help="certificate for a service that asks for one (PEM)")
+    parser.add_argument("--ca-file", type=Path, help="CA of the service's certificate (PEM); none: no TLS")
+    parser.add_argument("--cert-file", type=Path, help="certificate for a service that requires one (PEM)")
     parser.add_argument("--key-file", type=Path, help="its private key (PEM)")
     parser.add_argument("--server-name", help="name in the service's certificate, where it is not that of HOST")
     options = parser.parse_args(arguments)

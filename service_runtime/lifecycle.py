@@ -1,9 +1,9 @@
-"""How a service ends: asked to by a signal, or because something it cannot do without has failed.
+"""How a service ends: by a signal, or because a part that it cannot do without has failed.
 
-    SIGTERM, SIGINT -> NOT_SERVING, new requests are refused -> those in flight end by themselves, or at the deadline
-    a failure       -> NOT_SERVING, all requests are refused -> shown for a moment, so that probes and clients see why
+    SIGTERM, SIGINT -> NOT_SERVING, new requests are refused -> requests in flight complete, or fail at the deadline
+    a failure       -> NOT_SERVING, all requests are refused -> reported for a moment, for probes and clients
 
-Then the service cleans up. One second after the deadline the process ends, whatever a thread of it still does.
+Then the service cleans up. One second after the deadline the process ends, even if a thread still runs.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from vitrine_vlm.service_runtime.supervisor import Failure, ServiceFailed, Super
 _log = logging.getLogger(__name__)
 # From the deadline to the end of the process.
 EXIT_MARGIN_S = 1.0
-# How long a failed service still answers that it has failed.
-_SHOWN_S = 2.0
+# How long a failed service still reports its failure.
+_REPORT_S = 2.0
 
 
 class Lifecycle:
-    """Make it on the service's event loop.
+    """The end of one service. Create it on the service's event loop.
 
-    supervisor: owns everything in the background of the service.
-    reason: why no request is served any more; empty before.
+    supervisor: owns all background work of the service.
+    reason: why no request is served any more; empty until then.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class Lifecycle:
         """
         Args:
             calls: the requests of all ports.
-            unavailable: makes the error of requests that are refused, or ended, from a message.
-            drain_timeout_s: from the signal to the deadline; a failed service has ended by then.
+            unavailable: makes the error for refused or ended requests from a message.
+            drain_timeout_s: seconds from the signal to the deadline; a failed service ends earlier.
         """
         self.supervisor = Supervisor()
         self.reason = ""
@@ -62,20 +62,20 @@ class Lifecycle:
 
     @property
     def is_ending(self) -> bool:
-        """From any thread: whether what is only worth it for a service that goes on should end, such as loading."""
+        """Whether the service is ending, so that work such as loading should stop; readable from any thread."""
         return self._ending.is_set()
 
     @property
     def left_s(self) -> float:
-        """Seconds to the deadline, once the service is ending; at least 0."""
+        """Seconds to the deadline once the service is ending; at least 0."""
         return max(0.0, self._deadline - time.monotonic())
 
     async def ending(self) -> None:
-        """Waits until the service is to end."""
+        """Waits until the service is ending."""
         await self._ending.wait()
 
     async def drain(self) -> None:
-        """Waits for requests in flight, until the deadline: then they fail. Of a failed service they have failed."""
+        """Waits for requests in flight, which fail at the deadline; those of a failed service have failed already."""
         await self._server.set_not_serving_for_good()
         if self.supervisor.failure is not None:
             await asyncio.sleep(self.left_s)
@@ -85,7 +85,7 @@ class Lifecycle:
             await self._calls.idle(EXIT_MARGIN_S / 2)
 
     def raise_failure(self) -> None:
-        """Ends the process where it cannot clean up.
+        """Ends the process at once if it cannot clean up after a failure.
 
         Raises:
             ServiceFailed: the service has failed.
@@ -105,20 +105,20 @@ class Lifecycle:
         self._calls.refuse(lambda: self._unavailable("is shutting down: send the request to another one"))
 
     def _fail(self, failure: Failure) -> None:
-        shown_s = min(_SHOWN_S, max(0.0, self._drain_timeout_s - EXIT_MARGIN_S))
-        self._end_by(shown_s, str(failure))
+        report_s = min(_REPORT_S, max(0.0, self._drain_timeout_s - EXIT_MARGIN_S))
+        self._end_by(report_s, str(failure))
         self._calls.end(lambda: self._unavailable(f"has failed ({failure}): send the request to another one"))
-        # Not by `drain` alone: the service may be busy, loading for instance.
+        # `drain` sets it, too, but the service may be busy before, for instance loading.
         self.supervisor.start_job("health after a failure", self._server.set_not_serving_for_good())
 
     def _cut_off(self) -> None:
         timeout_s = self._drain_timeout_s
         _log.warning("%d requests still ran after %g s and are cut off", self._calls.count, timeout_s)
-        message = f"is shutting down, and the request was not through within {timeout_s:g} s: send it to another one"
+        message = f"is shutting down, and the request did not complete within {timeout_s:g} s: send it to another one"
         self._calls.end(lambda: self._unavailable(message))
 
     def _end_by(self, seconds: float, reason: str) -> None:
-        """Sets the deadline; an earlier one holds."""
+        """Sets the deadline, unless an earlier one is set."""
         deadline = time.monotonic() + seconds
         if self.is_ending and deadline >= self._deadline:
             return
@@ -129,21 +129,21 @@ class Lifecycle:
 
 
 def end_process_in(seconds: float, names: Callable[[], list[str]]) -> None:
-    """Ends the process with status 1, unless it has ended by then, whatever its threads do.
+    """Ends the process with status 1 after this time, even if its threads still run.
 
     Args:
-        names: of what still runs, for the log.
+        names: returns the names of background work that still runs, for the log.
     """
 
     def end() -> None:
         threads = [thread.name for thread in threading.enumerate() if not thread.daemon]
-        _end_process(f"it was to end by now; still there: {', '.join([*names(), *threads])}")
+        _end_process(f"it should have ended by now; still there: {', '.join([*names(), *threads])}")
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True
     timer.name = "end of process"
     timer.start()
-    # A thread in C code that keeps the interpreter keeps the timer from running; this one needs no interpreter.
+    # C code that holds the interpreter lock keeps the timer from running; faulthandler needs no interpreter lock.
     faulthandler.dump_traceback_later(seconds + EXIT_MARGIN_S / 4, exit=True)
 
 

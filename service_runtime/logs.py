@@ -1,4 +1,4 @@
-"""The log of a service: text for people or JSON for collectors, each line with the request it is about."""
+"""The log of a service: text for people or JSON for collectors, each line with the id of its request."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _request_id: ContextVar[str] = ContextVar("request_id", default="")
 
 
 def set_request_id(request_id: str) -> None:
-    """Names the request that the current task works for, in what it and the tasks it starts log from now on."""
+    """Sets the request id for the log lines of the current task and of the tasks that it starts from now on."""
     _request_id.set(request_id[:_MAX_ID_LENGTH])
 
 
@@ -35,13 +35,13 @@ def start_logging(level: LogLevel, log_format: LogFormat) -> None:
 
 
 def log_at_any_level(logger: logging.Logger, message: str, *arguments: object) -> None:
-    """A line of level info that comes whatever the log's level is: for what other processes wait to read."""
+    """Logs a line of level info whatever the log's level is, because another process waits for the line."""
     logger.handle(logger.makeRecord(logger.name, logging.INFO, __file__, 0, message, arguments, None))
 
 
 @contextmanager
 def harmless(what: str) -> Iterator[None]:
-    """What fails inside is logged, and nothing else: for metrics and the like, beside work whose result counts."""
+    """Logs and suppresses exceptions of its body: for metrics and the like, which must not fail a request."""
     try:
         yield
     except Exception:
@@ -54,7 +54,7 @@ class _TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         request_id = _request_id.get()
-        # Quoted, as clients choose it: a line break in it must not look like a line of ours.
+        # Quoted, because clients choose it: a line break in it must not look like a line of this log.
         record.request = f"[{request_id!r}] " if request_id else ""
         return super().format(record)
 

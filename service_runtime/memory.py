@@ -1,4 +1,4 @@
-"""What a process that serves does about its memory."""
+"""Settings of the memory allocator and the garbage collector for service processes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _MIB = 1024 * 1024
 
 
 def reuse_message_memory() -> None:
-    """Has blocks of up to 4 MiB, which messages are, used again instead of going back to the system after each use.
+    """Makes malloc reuse blocks of up to 4 MiB, the size of messages, instead of returning them to the system.
 
-    Pages that come back are faulted in one by one, which takes longer than filling them does (docs/transports.md).
-    Keeps up to 256 MiB that are free. glibc only; elsewhere nothing is changed.
+    New pages are faulted in one by one, which takes longer than filling them (docs/transports.md). Up to 256 MiB of
+    free memory are kept. glibc only; with other C libraries this does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
-        _log.debug("this C library has no mallopt: memory of messages is taken anew for each")
+        _log.debug("this C library has no mallopt: the memory of messages is not reused")
         return
     mallopt(_M_MMAP_THRESHOLD, 4 * _MIB)
     mallopt(_M_TRIM_THRESHOLD, 256 * _MIB)
@@ -29,11 +29,11 @@ def reuse_message_memory() -> None:
 
 
 def freeze_gc() -> None:
-    """Has garbage collection pass over everything there is now; for when a service is about to serve.
+    """Excludes all present objects from garbage collection; call it right before a service starts to serve.
 
-    The objects of the libraries are hundreds of thousands: a full collection that visits them stops all for 0.2 s.
+    Libraries have hundreds of thousands of objects: a full collection that visits them stops all threads for 0.2 s.
     """
     gc.collect()
     gc.freeze()
-    # At the end they are collected as ever: libraries report what is left then as leaks.
+    # At the end they must be collected: libraries report remaining objects as leaks.
     atexit.register(gc.unfreeze)

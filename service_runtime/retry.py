@@ -1,4 +1,4 @@
-"""Which failures of a peer send a request to another one, and for how long."""
+"""Which failures of a peer are retried on another peer, and for how long."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ ErrorT = TypeVar("ErrorT", bound=Exception)
 
 @dataclass(frozen=True)
 class RetryPolicy(Generic[ErrorT]):
-    """
-    elsewhere: errors that are no fault of the request: another peer may serve it. All others end it.
-    budget_s: how long a request also waits for peers that have failed it, with growing pauses; 0: each is tried once.
+    """How a client retries a request.
+
+    elsewhere: errors that are not caused by the request, so that another peer may serve it; all others end the request.
+    budget_s: seconds in which failed peers are tried again, too, after growing pauses; 0: each peer is tried once.
     """
 
     elsewhere: tuple[type[ErrorT], ...]
@@ -25,14 +26,14 @@ class RetryPolicy(Generic[ErrorT]):
 
 
 class RetryBudget:
-    """Pauses between the tries of one request, which grow, until `seconds` from now on are spent."""
+    """Growing pauses between the attempts of one request, until `seconds` from now."""
 
     def __init__(self, seconds: float) -> None:
         self._deadline = time.monotonic() + seconds
         self._backoff = Backoff(_FIRST_PAUSE_S, _MAX_PAUSE_S)
 
     async def pause(self) -> bool:
-        """Waits before the next try; False at once if the budget is spent."""
+        """Waits before the next attempt; returns False at once if the budget is spent."""
         if time.monotonic() >= self._deadline:
             return False
         await self._backoff.pause()
@@ -40,9 +41,9 @@ class RetryBudget:
 
 
 class Attempts(Generic[ErrorT]):
-    """The peers that one request has failed on so far.
+    """The failed attempts of one request so far.
 
-    elsewhere: see RetryPolicy, for an `except`; failures: the last error of each peer, by address.
+    elsewhere: that of the RetryPolicy, for an `except`; failures: the last error of each peer, by address.
     """
 
     def __init__(self, policy: RetryPolicy[ErrorT]) -> None:
@@ -51,11 +52,11 @@ class Attempts(Generic[ErrorT]):
         self._budget = RetryBudget(policy.budget_s)
 
     def failed(self, address: str, error: ErrorT) -> None:
-        """One of `elsewhere` ended a try on this peer."""
-        # The frames of a traceback hold the request, which holds this: a cycle that only a garbage collection frees.
+        """Records that an error of `elsewhere` ended an attempt on this peer."""
+        # The frames of a traceback refer to the request, which refers to this: only garbage collection frees a cycle.
         error.__cause__ = error.__context__ = None
         self.failures[address] = error.with_traceback(None)
 
     async def pause(self) -> bool:
-        """Waits before the next try, see `RetryBudget.pause`."""
+        """Waits before the next attempt, see `RetryBudget.pause`."""
         return await self._budget.pause()

@@ -1,4 +1,4 @@
-"""The requests that a service has in flight: how many, and how all of them end at once."""
+"""The requests in flight of a service: their number, and a way to end all of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class _Call:
 
 
 class RunningCalls:
-    """Belongs to one event loop."""
+    """The requests in flight. It belongs to one event loop."""
 
     def __init__(self) -> None:
         self._calls: set[_Call] = set()
@@ -30,10 +30,10 @@ class RunningCalls:
 
     @contextmanager
     def track(self) -> Iterator[None]:
-        """One is in flight inside, on the current task.
+        """Counts the current task's request as in flight inside the context.
 
         Raises:
-            Exception: what `refuse` or `end` was given; the latter in the middle of the request, too.
+            Exception: the error of `refuse` or `end`; that of `end` also in the middle of the request.
         """
         if self._make_error is not None:
             raise self._make_error()
@@ -45,7 +45,7 @@ class RunningCalls:
         try:
             yield
         except asyncio.CancelledError as error:
-            # As asyncio.timeout does: a request that was cancelled from elsewhere, too, stays cancelled.
+            # As in asyncio.timeout: a request that was also cancelled by its caller stays cancelled.
             if call.is_ended and task.uncancel() <= call.num_cancelled_before and self._make_error is not None:
                 raise self._make_error() from error
             raise
@@ -55,11 +55,11 @@ class RunningCalls:
                 self._idle.set()
 
     def refuse(self, make_error: Callable[[], Exception]) -> None:
-        """Requests that come from now on fail with this error; those in flight go on."""
+        """Makes new requests fail with this error; requests in flight go on."""
         self._make_error = make_error
 
     def end(self, make_error: Callable[[], Exception]) -> None:
-        """All requests fail with this error, those in flight as well."""
+        """Makes all requests fail with this error, those in flight as well."""
         self.refuse(make_error)
         for call in self._calls:
             if not call.is_ended:
@@ -67,7 +67,7 @@ class RunningCalls:
                 call.task.cancel()
 
     async def idle(self, timeout_s: float) -> bool:
-        """Waits until none is in flight; False if that took longer than `timeout_s` seconds."""
+        """Waits until no request is in flight; returns False after `timeout_s` seconds."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()

@@ -1,4 +1,4 @@
-"""Settings and start of a service process: flags win over the environment, then comes a file, then the defaults."""
+"""Settings and start of a service process. Flags override the environment, which overrides a file and the defaults."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vitrine_vlm.service_runtime.traces import start_tracing
 
 
 class ServiceSettings(BaseSettings):
-    """Base of a service's settings; subclasses set `env_prefix`, `cli_prog_name` and `service_name`, as in traces."""
+    """The base of a service's settings; subclasses set `env_prefix`, `cli_prog_name` and `service_name`."""
 
     service_name: ClassVar[str]
 
@@ -36,7 +36,7 @@ class ServiceSettings(BaseSettings):
         cli_implicit_flags=True,
         cli_hide_none_type=True,
         cli_avoid_json=True,
-        # Fields such as model_name are ours, not pydantic's.
+        # Fields such as model_name are allowed.
         protected_namespaces=(),
     )
 
@@ -56,17 +56,17 @@ class ServiceSettings(BaseSettings):
 
     @classmethod
     def from_command_line(cls, arguments: Sequence[str]) -> Self:
-        """Reads flags, environment and the file that either of them names.
+        """Reads the flags, the environment and the file that either of them names.
 
         Raises:
             SystemExit: --help, --version, or an unknown or malformed flag.
-            ValueError: the file cannot be read, or the environment has a setting that there is not.
+            ValueError: the file cannot be read, or the environment has an unknown setting.
             pydantic.ValidationError: a value is missing or out of range, or the file has an unknown key.
         """
         file = cls._config_file(arguments)
         in_file: Any = {}
         if file:
-            with file.open() as stream:  # not its text: YAML's errors then name the file
+            with file.open() as stream:  # a stream, because YAML's errors then name the file
                 in_file = yaml.safe_load(stream)
         if not isinstance(in_file, dict):
             raise ValueError(f"--config {file}: it must hold settings as `name: value`, not a {type(in_file).__name__}")
@@ -80,15 +80,15 @@ class ServiceSettings(BaseSettings):
 
     @classmethod
     def _check_environment(cls) -> None:
-        """Pydantic looks for the variables it knows, and sees no others."""
+        """Refuses unknown variables with the prefix, which pydantic ignores."""
         prefix = cls.model_config.get("env_prefix", "")
-        ours = [name for name in os.environ if name.upper().startswith(prefix)]
-        if unknown := sorted(name for name in ours if name[len(prefix) :].lower() not in cls.model_fields):
+        prefixed = [name for name in os.environ if name.upper().startswith(prefix)]
+        if unknown := sorted(name for name in prefixed if name[len(prefix) :].lower() not in cls.model_fields):
             raise ValueError(f"{', '.join(unknown)}: no such settings in the environment; see --help")
 
     @classmethod
     def _config_file(cls, arguments: Sequence[str]) -> Path | None:
-        """Found before the others are read, because it comes last among them."""
+        """Returns the file that --config or the environment names; it is needed before the other settings are read."""
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         parser.add_argument("--config", default=os.environ.get(f"{cls.model_config.get('env_prefix', '')}CONFIG"))
         name = parser.parse_known_args(arguments)[0].config
@@ -97,9 +97,10 @@ class ServiceSettings(BaseSettings):
         return Path(name) if name else None
 
     def server_tls(self) -> ServerTls | None:
-        """
+        """Returns the TLS settings of the ports, or None without TLS.
+
         Raises:
-            ValueError: certificate and key are not given together, or a CA without them.
+            ValueError: certificate and key are not given together, or a CA is given without them.
         """
         cert_file, key_file, client_ca_file = self.tls_cert_file, self.tls_key_file, self.tls_client_ca_file
         if cert_file and key_file:
@@ -109,14 +110,14 @@ class ServiceSettings(BaseSettings):
         return None
 
     def as_yaml(self) -> str:
-        """What `--config` would read to the same effect."""
+        """Returns the settings as a file for `--config`."""
         own = self.model_dump(mode="json", exclude={"config", "print_config"})
         return yaml.safe_dump(own, sort_keys=False, allow_unicode=True)
 
     def as_environment(self, **changed: object) -> dict[str, str]:
-        """Environment variables by which another process gets the same settings, but for those that are changed.
+        """Returns environment variables that give another process the same settings, except for those in `changed`.
 
-        All of them, defaults too: a file that is named in our environment must not come between.
+        Defaults are included: a file that this process's environment names must not override them.
         """
         own = self.model_dump(mode="json", exclude_none=True, exclude={"config", "print_config"}) | changed
         prefix = self.model_config.get("env_prefix", "")
@@ -131,10 +132,10 @@ def run_service(
     serve: Callable[[SettingsT], Coroutine[Any, Any, None]],
     failures: tuple[type[Exception], ...],
 ) -> int:
-    """Runs a service; returns 0 after an orderly stop, 1 where it could not start or failed, 2 for bad settings.
+    """Runs a service; returns 0 after an orderly stop, 1 if it could not start or has failed, 2 for bad settings.
 
     Args:
-        failures: what explains itself well enough without a trace, besides OSError and ValueError.
+        failures: errors that are logged without a traceback, besides OSError and ValueError.
     """
     try:
         config = settings.from_command_line(sys.argv[1:])

@@ -1,8 +1,8 @@
-"""Owns what runs in the background of a process, and notices what ends without having been asked to.
+"""Owns the background work of a process, and notices when a part of it ends without having been stopped.
 
-Everything that lives longer than one request has an owner here: tasks that loop, raw threads, child processes. A
-supervisor restarts nothing. It logs what ended, with its name and its traceback, and the first such end is its
-`failure`: services end with it (`lifecycle.py`), a client that is used alone fails its calls.
+All that runs longer than one request has its owner here: tasks that loop, raw threads, child processes. A supervisor
+restarts nothing. It logs the name and the traceback of what ended, and the first such end is its `failure`: a service
+ends with it (`lifecycle.py`); a client outside of a service fails its calls.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ Owned: TypeAlias = "asyncio.Task[None] | threading.Thread"
 
 
 class ServiceFailed(RuntimeError):
-    """Something that a service cannot do without has ended by itself; its traceback is in the log."""
+    """A part that a service cannot do without has ended by itself; its traceback is in the log."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An end that was not asked for.
+    """An unexpected end of background work.
 
-    name: of what ended.
-    error: what it raised; None where it returned.
-    can_unwind: False where cleaning up would wait for ever, or make it worse: then the process ends without.
+    name: the name of the task, thread or process.
+    error: the exception that it raised; None if it returned.
+    can_unwind: False if cleaning up would block or do harm; then the process ends without.
     """
 
     name: str
@@ -52,9 +52,9 @@ class _Entry:
 
 
 class Supervisor:
-    """Lives on one event loop.
+    """The owner of background work. It belongs to one event loop.
 
-    failure: the first end that was not asked for, once there is one.
+    failure: the first unexpected end, once there is one.
     """
 
     def __init__(self) -> None:
@@ -64,15 +64,15 @@ class Supervisor:
         self._failed = asyncio.Event()
 
     def start_task(self, name: str, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Runs a loop, which ends only by `stop` or `close`: that it returns is a failure, too."""
+        """Runs a loop, which ends only by `stop` or `close`: if it returns, that is a failure, too."""
         return self._start(_Entry(name), coroutine)
 
     def start_job(self, name: str, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Runs work that comes to an end by itself; that it raises is a failure."""
+        """Runs work that ends by itself; if it raises, that is a failure."""
         return self._start(_Entry(name, may_return=True), coroutine)
 
     def start_thread(self, name: str, target: Callable[[], None]) -> threading.Thread:
-        """Runs a daemon thread; before its owner makes it end, `expect_end` is due."""
+        """Runs a daemon thread. Call `expect_end` before you make it end."""
         loop = asyncio.get_running_loop()
 
         def run() -> None:
@@ -90,11 +90,11 @@ class Supervisor:
         return thread
 
     def watch_thread(self, name: str, thread: threading.Thread) -> threading.Thread:
-        """Owns a thread that a library has started, by one that waits for it, which is returned; see `start_thread`."""
+        """Owns a thread that a library has started: starts and returns one that joins it; see `start_thread`."""
         return self.start_thread(name, thread.join)
 
     def watch_child(self, child: Child, *, can_unwind: bool = True) -> asyncio.Task[None]:
-        """Owns a running child process until the task that is returned is stopped; then the child is to be stopped.
+        """Owns a running child process until the returned task is stopped. Stop that task before the child.
 
         Args:
             can_unwind: see `Failure`.
@@ -106,11 +106,11 @@ class Supervisor:
         return self._start(_Entry(child.name, can_unwind=can_unwind), fail_with_child())
 
     def names(self) -> list[str]:
-        """Of all that it owns now, in the order in which it was started."""
+        """Returns the names of all background work, in the order of its start."""
         return [entry.name for entry in list(self._entries.values())]
 
     def expect_end(self, owned: Owned) -> None:
-        """The end of this one is asked for from now on."""
+        """Marks the end of this task or thread as expected."""
         self._entries.pop(owned, None)
 
     async def stop(self, *tasks: asyncio.Task[None]) -> None:
@@ -121,7 +121,7 @@ class Supervisor:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def close(self) -> None:
-        """Stops all tasks that are left, the last one first; threads and children are their owners' to end."""
+        """Stops all remaining tasks, the last one first; threads and child processes are not ended."""
         owned = list(self._entries)
         self._entries.clear()
         for each in reversed(owned):
@@ -129,9 +129,9 @@ class Supervisor:
                 await self.stop(each)
 
     def fail(self, name: str, error: BaseException | None, *, can_unwind: bool = True) -> None:
-        """Something ended without having been asked to; also for what is owned elsewhere, such as a GPU."""
+        """Records a failure; also for what this supervisor does not own, such as a GPU."""
         failure = Failure(name, error, can_unwind)
-        _log.error("%s, and was not asked to: %s", failure, error or "it returned", exc_info=error)
+        _log.error("%s unexpectedly: %s", failure, error or "it returned", exc_info=error)
         if self.failure is not None:
             return
         self.failure = failure
@@ -140,19 +140,20 @@ class Supervisor:
             try:
                 callback(failure)
             except Exception:
-                _log.exception("what was to happen after a failure failed itself")
+                _log.exception("a callback for failures has failed")
 
     def on_failure(self, callback: Callable[[Failure], None]) -> None:
-        """Has `callback` called with the failure, on the event loop, at once where there is one already."""
+        """Calls `callback` with the failure, on the event loop; at once if there is a failure already."""
         self._callbacks.append(callback)
         if self.failure is not None:
             callback(self.failure)
 
     def check(self) -> None:
-        """
+        """Raises an error if there is a failure.
+
         Raises:
-            Exception: the failure's own.
-            ServiceFailed: what failed has returned, or was cancelled.
+            Exception: the exception of the failed work.
+            ServiceFailed: the work returned or was cancelled.
         """
         if self.failure is None:
             return
@@ -167,10 +168,10 @@ class Supervisor:
         return self.failure
 
     async def unless_failed(self, work: Awaitable[T]) -> T:
-        """The result of `work`, which is cancelled as soon as there is a failure.
+        """Returns the result of `work`, which is cancelled as soon as there is a failure.
 
         Raises:
-            Exception: see `check`; a failure explains an error of the work, not the other way round.
+            Exception: see `check`; a failure takes precedence over an error of `work`, which it may have caused.
         """
         working = asyncio.ensure_future(work)
         failing = asyncio.ensure_future(self._failed.wait())

@@ -1,4 +1,4 @@
-"""Certificates of servers and clients, read from files anew when they have changed."""
+"""Certificates of servers and clients; gRPC servers read changed files again, clients for every new channel."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ import grpc
 
 @dataclass(frozen=True)
 class ServerTls:
-    """What a server shows, PEM files; with `client_ca_file` clients must show a certificate that it signed."""
+    """A server's certificate (PEM files); with `client_ca_file` clients must present a certificate of this CA."""
 
     cert_file: Path
     key_file: Path
     client_ca_file: Path | None = None
 
     def credentials(self) -> grpc.ServerCredentials:
-        """For a gRPC port. A certificate that is renewed in place is used for connections from then on.
+        """Returns credentials for a gRPC port. A certificate that is renewed in place is used for new connections.
 
         Raises:
             OSError: a file cannot be read.
         """
-        shown = self._read()
+        current = self._read()
 
         def if_changed() -> grpc.ServerCertificateConfiguration | None:
-            nonlocal shown
+            nonlocal current
             try:
                 now = self._read()
-            except OSError:  # half renewed: the old one still holds
+            except OSError:  # partly renewed: keep the old certificate
                 return None
-            if now == shown:
+            if now == current:
                 return None
-            shown = now
+            current = now
             return _configuration(now)
 
         return grpc.dynamic_ssl_server_credentials(
-            _configuration(shown),
-            if_changed,  # type: ignore[arg-type]  # None is for "the same as before"
+            _configuration(current),
+            if_changed,  # type: ignore[arg-type]  # None means unchanged
             require_client_authentication=self.client_ca_file is not None,
         )
 
     def context(self) -> ssl.SSLContext:
-        """For an HTTP port.
+        """Returns the context of an HTTP port.
 
         Raises:
-            OSError: a file cannot be read, or is no certificate.
+            OSError: a file cannot be read, or is not a certificate.
         """
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=self.client_ca_file)
         context.load_cert_chain(self.cert_file, self.key_file)
@@ -61,9 +61,9 @@ class ServerTls:
 
 @dataclass(frozen=True)
 class ClientTls:
-    """Whom a client trusts, and what it shows where servers ask for it; PEM files.
+    """The CA that a client trusts, and its own certificate for servers that require one (PEM files).
 
-    server_name: what the server's certificate must name, where that is not the address by which it is reached.
+    server_name: the name in the server's certificate, if it differs from the host of the address.
     """
 
     ca_file: Path
@@ -72,7 +72,7 @@ class ClientTls:
     server_name: str | None = None
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """For a new channel.
+        """Returns credentials for a new channel.
 
         Raises:
             OSError: a file cannot be read.

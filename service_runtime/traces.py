@@ -11,13 +11,13 @@ from opentelemetry.util.types import AttributeValue
 
 from vitrine_vlm import __version__
 
-# None until `start_tracing` has somewhere to send spans to: then nothing is made that nobody will see.
+# None unless `start_tracing` has a collector: without one no spans are created.
 _tracer: trace.Tracer | None = None
 _TRACE_CONTEXT = "traceparent"
 
 
 def start_tracing(service_name: str, otlp_endpoint: str) -> Callable[[], None]:
-    """Sends the spans of this process to a collector; what it returns sends the last ones.
+    """Sends the spans of this process to a collector. The returned function sends the last ones.
 
     Args:
         otlp_endpoint: http://host:port of its OTLP/gRPC receiver, or https. Empty for no traces at all.
@@ -25,7 +25,7 @@ def start_tracing(service_name: str, otlp_endpoint: str) -> Callable[[], None]:
     global _tracer
     if not otlp_endpoint:
         return lambda: None
-    # Here, because a client of the services needs only OpenTelemetry's API, by which it passes a trace on.
+    # Imported here, because a client of the services needs only OpenTelemetry's API, to propagate a trace.
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
     from opentelemetry.sdk.trace import TracerProvider
@@ -41,16 +41,16 @@ def start_tracing(service_name: str, otlp_endpoint: str) -> Callable[[], None]:
 
 @contextmanager
 def serving_span(name: str, carrier: Mapping[str, str], **attributes: AttributeValue) -> Iterator[None]:
-    """A request as it is served here. What is done meanwhile, in tasks started meanwhile too, belongs to it.
+    """The span of a request in this service. Spans inside, also of tasks started inside, are its children.
 
     Args:
-        carrier: headers or metadata of the request, names in lower case.
+        carrier: the headers or metadata of the request, with names in lower case.
     """
     if _tracer is not None:
         with _tracer.start_as_current_span(name, propagate.extract(dict(carrier)), trace.SpanKind.SERVER, attributes):
             yield
     elif _TRACE_CONTEXT in carrier:
-        # Not traced here, but what is called from here may be.
+        # This service is not traced, but a service that it calls may be.
         token = context.attach(propagate.extract(dict(carrier)))
         try:
             yield
@@ -62,7 +62,7 @@ def serving_span(name: str, carrier: Mapping[str, str], **attributes: AttributeV
 
 @contextmanager
 def span(name: str, **attributes: AttributeValue) -> Iterator[None]:
-    """A part of the current request. Unlike `serving_span` it may be left in another task than it was entered in."""
+    """The span of a part of the current request. Unlike `serving_span` it may be exited in another task."""
     if _tracer is None:
         yield
         return
@@ -74,7 +74,7 @@ def span(name: str, **attributes: AttributeValue) -> Iterator[None]:
 
 
 def past_span(name: str, started_s_ago: float, duration_s: float, **attributes: AttributeValue) -> None:
-    """A part of the current request that is over."""
+    """Records the span of a part of the current request that has ended."""
     if _tracer is None:
         return
     start_ns = time.time_ns() - int(started_s_ago * 1e9)
@@ -83,12 +83,12 @@ def past_span(name: str, started_s_ago: float, duration_s: float, **attributes: 
 
 
 def outgoing_metadata() -> list[tuple[str, str]]:
-    """What tells the service that is called which request it works for."""
+    """Returns the metadata that propagates the current trace to the called service."""
     carrier: dict[str, str] = {}
     propagate.inject(carrier)
     return list(carrier.items())
 
 
 def metadata_carrier(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, str]:
-    """A gRPC call's metadata for `serving_span`."""
+    """Returns a gRPC call's metadata as a carrier for `serving_span`."""
     return {key: value for key, value in metadata or () if isinstance(value, str)}

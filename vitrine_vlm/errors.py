@@ -1,4 +1,4 @@
-"""Errors both services raise, each with a stable code that survives the wire.
+"""The errors of both services, each with a stable code that clients receive.
 
 VitrineError
 ├── BadRequest                invalid_request
@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 
 class VitrineError(Exception):
-    """Base of all errors that a caller may see. The message says what was wrong, with the values, and what to do."""
+    """The base of all errors for callers. The message states what was wrong, with the values, and what to do."""
 
     code = "internal_error"
 
@@ -103,7 +103,7 @@ class BadAspectRatio(MediaError):
 
 
 class Overloaded(VitrineError):
-    """retry_after_s: when it is worth trying again, seconds; 0 where that is not known."""
+    """The service has no capacity. `retry_after_s` is the time after which to retry, in seconds; 0 if unknown."""
 
     code = "overloaded"
 
@@ -145,7 +145,7 @@ class InternalError(VitrineError):
 
 
 def soonest_overloaded(errors: Iterable[Exception]) -> Overloaded | None:
-    """Of the errors that are Overloaded the one whose peer is worth trying again first."""
+    """Returns the Overloaded error with the shortest retry time, or None if none of the errors is Overloaded."""
     overloaded = [error for error in errors if isinstance(error, Overloaded)]
     return min(overloaded, key=lambda error: error.retry_after_s, default=None)
 
@@ -158,7 +158,7 @@ _BY_CODE = {error.code: error for error in _subclasses(VitrineError)}
 
 
 def error_from_code(code: str, message: str, retry_after_s: float = 0.0) -> VitrineError:
-    """The error a peer named by `code`; an unknown code becomes InternalError and is kept in the message."""
+    """Returns the error with this code; an unknown code becomes InternalError and is kept in the message."""
     if code == Overloaded.code:
         return Overloaded(message, retry_after_s)
     error = _BY_CODE.get(code)
@@ -166,7 +166,7 @@ def error_from_code(code: str, message: str, retry_after_s: float = 0.0) -> Vitr
 
 
 def as_vitrine_error(error: Exception) -> VitrineError:
-    """The error itself, or for a foreign one an InternalError whose number is in the log beside the details."""
+    """Returns the error itself, or for other exceptions an InternalError whose number is logged with the details."""
     if isinstance(error, VitrineError):
         return error
     number = uuid.uuid4().hex[:8]

@@ -1,4 +1,4 @@
-"""The values that travel between the two services, free of protobuf."""
+"""The values that the two services exchange, independent of protobuf."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 def content_key(data: bytes | None, url: str | None) -> bytes:
-    """SHA-256 over an item's bytes, or its address where it has none. Takes a while for a long video."""
+    """Returns the SHA-256 of an item's bytes, or of its URL if it has no bytes. Slow for a long video."""
     return hashlib.sha256(data if data is not None else (url or "").encode()).digest()
 
 
 @dataclass(frozen=True)
 class MediaItem:
-    """One image or video of a request: an address (`url`) or the encoded file itself (`data`), never both."""
+    """One image or video of a request: either its address (`url`) or the encoded file itself (`data`)."""
 
     kind: MediaKind
     url: str | None = None
@@ -42,12 +42,12 @@ class MediaItem:
 
     @cached_property
     def content_key(self) -> bytes:
-        """See `content_key` above; hashed once, at the first use."""
+        """The function `content_key` of this item; computed once, at the first use."""
         return content_key(self.data, self.url)
 
 
 class RowFormat(Protocol):
-    """What rows look like. dtype: a name of DTYPES; row_width: elements in one row."""
+    """The format of rows. `dtype` is a name of DTYPES; `row_width` is the number of elements in one row."""
 
     @property
     def dtype(self) -> str: ...
@@ -61,9 +61,9 @@ class RowFormat(Protocol):
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """What an encoder serves and what a worker needs; the two must agree field by field.
+    """The model that an encoder serves or a worker needs; the two must be equal in every field.
 
-    `out_hidden_size` is in elements; a row holds `out_hidden_size * (1 + len(deepstack_visual_indexes))` of them.
+    A row has `out_hidden_size * (1 + len(deepstack_visual_indexes))` elements.
     """
 
     model: str
@@ -76,7 +76,7 @@ class ModelIdentity:
 
     @property
     def row_width(self) -> int:
-        """Elements in one row."""
+        """The number of elements in one row."""
         return self.out_hidden_size * (1 + len(self.deepstack_visual_indexes))
 
     @property
@@ -86,10 +86,10 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class Layout:
-    """Size of one media item, known before the ViT runs.
+    """The size of one media item, known before the ViT runs.
 
-    grid_thw: patches along time, height, width.
-    num_tokens: rows, t * (h / merge_size) * (w / merge_size).
+    grid_thw: patches along time, height and width.
+    num_tokens: the number of rows, t * (h / merge_size) * (w / merge_size).
     timestamps_s: video only, seconds, one per temporal patch.
     second_per_grid_t: video only, seconds between temporal patches.
     content_hash: SHA-256, 32 bytes.
@@ -105,7 +105,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class ItemTimings:
-    """Where the time of one item went, in milliseconds; `ship_ms` is added by the receiving side."""
+    """The time of one item by stage, in milliseconds; the receiving side adds `ship_ms`."""
 
     load_ms: float = 0.0
     preprocess_ms: float = 0.0
@@ -116,49 +116,49 @@ class ItemTimings:
 
 
 class EmbeddingRows(Protocol):
-    """Rows of one media item on the receiving side, readable until released.
+    """The rows of one media item on the receiving side, readable until released.
 
-    The memory may belong to the encoder: read it with `copy_to` and call `release` exactly once, also on errors.
+    The memory may belong to the encoder: read it with `copy_to`, and call `release` also after errors.
     """
 
     num_tokens: int
     timings: ItemTimings
 
     def copy_to(self, main_TD: torch.Tensor, deepstack_NTD: torch.Tensor | None, first_row: int) -> None:
-        """Copies rows [first_row, first_row + T) into the caller's buffers; on a GPU only launched.
+        """Copies rows [first_row, first_row + T) into the caller's buffers; on a GPU the copy is only launched.
 
-        What was copied counts if `check` passes when the copy is through.
+        The copied rows are valid if `check` passes after the copy.
 
         Args:
-            main_TD: destination of the main embedding, [T, out_hidden_size], any strides over T.
-            deepstack_NTD: destination of the deepstack layers, [num_deepstack, T, out_hidden_size], or None.
-            first_row: first row of this item to copy.
+            main_TD: the destination of the main embedding, [T, out_hidden_size], with any stride over T.
+            deepstack_NTD: the destination of the deepstack layers, [num_deepstack, T, out_hidden_size], or None.
+            first_row: the first row of this item to copy.
         """
         ...
 
     def queue_check(self) -> Callable[[], None]:
-        """A `check` of what was copied so far, to be called when the current stream is through with all it was given.
+        """Returns a `check` of the rows copied so far; call it once the current stream has run all its present work.
 
-        On a GPU the stream has looked by then, which spares `check` its own look.
+        On a GPU the stream copies the block's header to the host by then, so that the check does not have to.
         """
         ...
 
     def check(self) -> None:
-        """Whatever was copied so far is right; to be called when all copies, also those of a GPU, are through.
+        """Checks that all rows copied so far are valid; call it once all copies, also those of a GPU, are done.
 
         Raises:
-            LeaseExpired: the encoder reclaimed the memory, before, while or after it was copied.
+            LeaseExpired: the encoder released the memory before, during or after the copy.
         """
         ...
 
     def release(self) -> None:
-        """Gives the memory back. Later calls do nothing. Never blocks and never raises."""
+        """Releases the memory. Later calls do nothing. Never blocks and never raises."""
         ...
 
 
 @dataclass(frozen=True)
 class LayoutEvent:
-    """Item `item_index` of the request has this size."""
+    """The layout of item `item_index` of the request."""
 
     item_index: int
     layout: Layout
@@ -166,7 +166,7 @@ class LayoutEvent:
 
 @dataclass(frozen=True)
 class RowsEvent:
-    """Item `item_index` is encoded."""
+    """The rows of item `item_index` of the request."""
 
     item_index: int
     rows: EmbeddingRows = field(repr=False)

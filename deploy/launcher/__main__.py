@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="ask one question about a picture, print answer and timings, stop")
-    serve = commands.add_parser("serve", help="stay up with an OpenAI endpoint until Ctrl-C")
+    serve = commands.add_parser("serve", help="serve an OpenAI endpoint until Ctrl-C")
     for command in (run, serve):
         command.add_argument("--model", help="checkpoint folder or hub id; default: the small one shipped along")
     run.add_argument("--image", help="file or http(s) address; default: a picture drawn on the spot")

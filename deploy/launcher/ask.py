@@ -19,10 +19,11 @@ class AskFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Answer:
-    """How one streamed answer went.
+    """The end and the timing of one streamed answer.
 
     finish_reason: "stop" or "length".
-    timings_ms: the worker's own account by stage, in milliseconds; ttft_ms and total_ms are the client's clock.
+    timings_ms: the worker's times by stage, in milliseconds.
+    ttft_ms, total_ms: measured by the client, in milliseconds.
     """
 
     finish_reason: str | None
@@ -33,17 +34,17 @@ class Answer:
 
 
 async def served_model(base_url: str) -> str:
-    """The name under which the worker serves its model."""
+    """Returns the name under which the worker serves its model."""
     async with aiohttp.ClientSession(timeout=_TIMEOUT) as session, session.get(f"{base_url}/v1/models") as response:
         response.raise_for_status()
         return str((await response.json())["data"][0]["id"])
 
 
 async def ask(base_url: str, picture_url: str, prompt: str, *, max_tokens: int, show: Callable[[str], None]) -> Answer:
-    """Streams the answer, handing every piece of text to `show` as it arrives.
+    """Streams the answer and calls `show` with every piece of text as it arrives.
 
     Raises:
-        AskFailed: with the worker's own message.
+        AskFailed: the worker refused the question; with its message.
     """
     content = [{"type": "image_url", "image_url": {"url": picture_url}}, {"type": "text", "text": prompt}]
     body = {
@@ -77,7 +78,7 @@ async def ask(base_url: str, picture_url: str, prompt: str, *, max_tokens: int, 
 
 
 async def server_sent_events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
-    """The JSON objects of a server-sent event stream, up to [DONE]."""
+    """Yields the JSON objects of a server-sent event stream, up to [DONE]."""
     async for line in response.content:
         if line.startswith(b"data: "):
             data = line.removeprefix(b"data: ").strip()

@@ -1,4 +1,4 @@
-"""The picture the launcher asks about: one given, or one drawn on the spot."""
+"""The picture of the launcher's question: a given one, or one that is drawn."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ DRAWN_PICTURE = "a red circle, a blue square and a green triangle on white"
 
 
 def picture_url(image: str | None) -> str:
-    """The picture as something an OpenAI client can send.
+    """Returns the picture as a URL for an OpenAI client.
 
     Args:
-        image: an http(s) address, passed on as it is; a file, sent along as a data: URL; None for a drawn picture.
+        image: an http(s) address, which is returned unchanged; a file, which becomes a data: URL; None to draw one.
 
     Raises:
         ValueError: the file is missing or Pillow cannot open it.

@@ -16,7 +16,7 @@ _STAGES = {
 
 
 def stage_table(answer: Answer) -> str:
-    """One line a stage, in milliseconds, then what the client saw. Stages overlap, so they need not add up."""
+    """Returns one line per stage, in milliseconds, then the client's times. Stages overlap, so the sum may differ."""
     lines = [f"{'stage':<12}{'ms':>9}   where"]
     for stage, where in _STAGES.items():
         duration_ms = answer.timings_ms.get(f"{stage}_ms")

@@ -18,16 +18,16 @@ from vitrine_vlm.service_runtime.supervisor import Supervisor
 
 _HOST = "127.0.0.1"
 _POLL_INTERVAL_S = 0.1
-# For all of them together; none is killed at once.
+# For all services together, and at least this long for each.
 _STOP_GRACE_S, _MIN_STOP_GRACE_S = 10.0, 1.0
-# Unless told otherwise the worker leaves half of a GPU to the encoders beside it.
+# By default the worker leaves half of the GPU to the encoders.
 _SHARED_GPU = {"VITRINE_LLM_GPU_MEMORY_UTILIZATION": "0.5"}
 
 T = TypeVar("T")
 
 
 class Stack:
-    """The running services. Make it with `running`.
+    """The running services. Create it with `running`.
 
     base_url: the worker's HTTP endpoint, without /v1; grpc_address: its gRPC endpoint.
     """
@@ -50,14 +50,14 @@ class Stack:
         encoder_environment: Mapping[str, str] | None = None,
         worker_environment: Mapping[str, str] | None = None,
     ) -> AsyncIterator[Stack]:
-        """Starts all services at once and stops them at the end, whatever happens in between.
+        """Starts all services at once inside the context and stops them at its end, also after errors.
 
         Args:
             model: checkpoint folder or hub id.
             port: HTTP port of the LLM worker; None for a free one.
             dp: ranks of each encoder.
             encoder_flags, worker_flags: more flags for every encoder and for the LLM worker.
-            encoder_environment, worker_environment: added to ours, to give each its GPUs for instance.
+            encoder_environment, worker_environment: variables to add to this process's, for instance to assign GPUs.
         """
         http_port, grpc_port = _free_ports(2)
         encoder_ports = [_free_ports(dp, in_a_row=True)[0] for _ in range(num_encoders)]
@@ -82,14 +82,14 @@ class Stack:
         finally:
             await supervisor.close()
             deadline = time.monotonic() + _STOP_GRACE_S
-            # The worker first: it gives its leases back while the encoders still listen.
+            # The worker first: it releases its leases while the encoders still listen.
             for child in reversed(children):
                 await child.stop(max(_MIN_STOP_GRACE_S, deadline - time.monotonic()))
 
     async def wait_ready(self) -> None:
         """Returns once the worker has loaded and is connected to the encoder.
 
-        There is no time limit: a large checkpoint may still be on its way from the hub.
+        There is no time limit: a large checkpoint may take long to download.
 
         Raises:
             ChildFailed: a service ended instead.
@@ -97,7 +97,7 @@ class Stack:
         await self.unless_failed(self._poll_ready())
 
     async def unless_failed(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`, given up as soon as a service ends by itself.
+        """Returns the result of `work`, which is cancelled as soon as a service ends by itself.
 
         Raises:
             ChildFailed: names the service that ended.
@@ -117,13 +117,13 @@ class Stack:
 def _free_ports(count: int, *, in_a_row: bool = False) -> list[int]:
     while True:
         with contextlib.ExitStack() as stack:
-            # All open at once, so that no port is handed out twice.
+            # All are open at the same time, so that no port is returned twice.
             sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
             sockets[0].bind((_HOST, 0))
             first = int(sockets[0].getsockname()[1])
             try:
                 for offset, one in enumerate(sockets[1:], start=1):
                     one.bind((_HOST, first + offset if in_a_row else 0))
-            except (OSError, OverflowError):  # taken, or beyond the last port: another first one may do
+            except (OSError, OverflowError):  # in use, or above the last port: try another first port
                 continue
             return [int(one.getsockname()[1]) for one in sockets]

@@ -14,14 +14,14 @@ from vitrine_vlm.deploy.ray_serve.encoder import QUEUE_SECONDS, EncoderReplica
 from vitrine_vlm.deploy.ray_serve.gateway import Gateway
 from vitrine_vlm.deploy.ray_serve.llm import QUEUED_TOKENS, LlmReplica
 
-# The services refuse what is too much for them themselves, and say when to come again.
+# The services themselves refuse requests above their capacity, with a time after which to retry.
 _MAX_ONGOING_REQUESTS = 100_000
 # On top of the time that a service may take to drain.
 _STOP_MARGIN_S = 5.0
 
 
 def build(arguments: ServeArguments) -> serve.Application:
-    """Encoders, LLM workers, and the gateway in front of both."""
+    """Builds encoders, LLM workers, and the gateway in front of both."""
     model, encoders, llm, gateway = arguments.model, arguments.encoders, arguments.llm, arguments.gateway
     encoder_settings, llm_settings = encoders.service_settings(model), llm.service_settings(model)
 
@@ -66,7 +66,7 @@ def _options(pool: Pool, stat: str, target: float, stop_grace_s: float) -> dict[
         ),
         "request_router_config": {"request_router_class": ContentRouter},
         "health_check_period_s": pool.health_check_period_s,
-        # Ray Serve first waits for requests under way, then for the replica's __del__, all within this time.
+        # Ray Serve first waits for requests in flight, then for the replica's __del__, all within this time.
         "graceful_shutdown_timeout_s": 2 * stop_grace_s,
-        "logging_config": {"enable_access_log": False},  # LLM workers ask for addresses every second
+        "logging_config": {"enable_access_log": False},  # LLM workers request addresses every second
     }

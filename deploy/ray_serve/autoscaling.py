@@ -1,8 +1,8 @@
-"""How many replicas there should be: so many that each has a given amount of queued work.
+"""Autoscaling: as many replicas as needed for each to have a given amount of queued work.
 
 Ray Serve calls the policy with averages over the look-back period. It keeps the result within the pool's range, adds
-replicas once the wish for more has lasted for upscale_delay_s, and takes some away once the wish for fewer has lasted,
-without a break, for downscale_delay_s.
+replicas once more have been wanted for upscale_delay_s, and removes some once fewer have been wanted, without a break,
+for downscale_delay_s.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from ray.serve.config import AutoscalingContext
 
-# Fewer replicas only if they would have no more than this part of their target: a queue near it changes nothing.
+# Replicas are removed only if the others then have at most this part of their target, to avoid oscillation.
 _SHRINK_MARGIN = 0.5
 
 
@@ -19,8 +19,8 @@ class QueuedWork:
     """An autoscaling policy of Ray Serve (`policy_function`; the arguments are its `policy_kwargs`).
 
     Args:
-        stat: what each replica's record_autoscaling_stats calls its queued work.
-        target: of it per replica, in its unit.
+        stat: the name of the queued work in each replica's record_autoscaling_stats.
+        target: the queued work that a replica should have, in the same unit.
     """
 
     def __init__(self, stat: str, target: float) -> None:
@@ -28,10 +28,10 @@ class QueuedWork:
         self._target = target
 
     def __call__(self, context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
-        """The number of replicas, before rounding up, and no state to keep."""
+        """Returns the number of replicas, before rounding up, and no state."""
         now = context.target_num_replicas
         reports = (context.aggregated_metrics or {}).get(self._stat, {})
-        if not reports:  # nobody has reported yet
+        if not reports:  # no replica has reported yet
             return now, {}
         wanted = sum(reports.values()) / self._target
         if wanted > now:

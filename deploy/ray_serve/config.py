@@ -1,4 +1,4 @@
-"""What the application is built from, checked before anything starts: Ray Serve's own schema takes misspelt keys."""
+"""The application's arguments, checked before anything starts: Ray Serve's own schema accepts misspelt keys."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vitrine_vlm.encoder_service.config import EncoderConfig
 from vitrine_vlm.llm_worker.config import LlmConfig
 from vitrine_vlm.service_runtime.settings import ServiceSettings
 
-# Each replica has addresses of its own, and they talk to each other without TLS.
+# Each replica chooses its own addresses, and they connect to each other without TLS.
 _CHOSEN_HERE = frozenset(
     ["model", "host", "port", "config", "print_config", "tls_cert_file", "tls_key_file", "tls_client_ca_file"]
 )
@@ -25,7 +25,7 @@ class _Strict(BaseModel):
 
 
 class Pool(_Strict):
-    """Replicas of one kind, each with a service process of its own."""
+    """Replicas of one kind, each with its own service process."""
 
     chosen_here: ClassVar[frozenset[str]] = _CHOSEN_HERE
 
@@ -47,14 +47,14 @@ class Pool(_Strict):
 
     @abstractmethod
     def service_settings(self, model: str) -> ServiceSettings:
-        """The settings of the service, but for what each replica chooses itself.
+        """Returns the settings of the service, without those that each replica chooses itself.
 
         Raises:
-            ValueError: one is unknown, out of range, or not to be chosen here.
+            ValueError: a setting is unknown, out of range, or chosen by the replicas.
         """
 
     def environment(self, model: str) -> dict[str, str]:
-        """The given settings as environment variables of the service; raises as `service_settings` does."""
+        """Returns the given settings as environment variables; raises the errors of `service_settings`."""
         service_settings = self.service_settings(model)
         given = service_settings.model_dump(mode="json", include={"model", *self.settings}, exclude_none=True)
         return environment_variables(type(service_settings), given)
@@ -81,11 +81,11 @@ class LlmPool(Pool):
     target_queued_tokens: int = Field(default=8192, ge=1, description="of prompts, that a replica should have queued")
 
     def service_settings(self, model: str) -> LlmConfig:
-        return LlmConfig(encoders="127.0.0.1:1", **self._given(model))  # a placeholder: they are not there yet
+        return LlmConfig(encoders="127.0.0.1:1", **self._given(model))  # a placeholder: the encoders do not exist yet
 
 
 class GatewaySettings(_Strict):
-    """Of what stands between Ray Serve's proxies and the replicas."""
+    """Settings of the gateway between Ray Serve's proxies and the replicas."""
 
     num_replicas: int = Field(default=1, ge=1)
     num_cpus: float = Field(default=1.0, gt=0, description="of a replica")
@@ -93,7 +93,7 @@ class GatewaySettings(_Strict):
 
 
 class ServeArguments(_Strict):
-    """Arguments of the application. On the command line a dot leads into a part, as in `encoders.num_gpus=1`."""
+    """Arguments of the application. On the command line nested ones have dots, as in `encoders.num_gpus=1`."""
 
     model: str = Field(description="checkpoint folder or hub id, such as Qwen/Qwen3-VL-2B-Instruct")
     encoders: EncoderPool = EncoderPool()
@@ -124,7 +124,7 @@ class ServeArguments(_Strict):
 
 
 def environment_variables(service: type[ServiceSettings], values: Mapping[str, Any]) -> dict[str, str]:
-    """How `service` reads these settings from its environment."""
+    """Returns the environment variables from which `service` reads these settings."""
     prefix = service.model_config.get("env_prefix", "")
     return {
         f"{prefix}{name}".upper(): value if isinstance(value, str) else json.dumps(value)

@@ -1,5 +1,5 @@
-"""Encode calls from outside, forwarded item by item: each to the encoder where its content belongs, and to another one
-if that dies. Rows are sent on as they arrive, as bytes.
+"""Forwards Encode calls from outside item by item: each to the encoder that its content is routed to, and to another
+one if that dies. Rows are forwarded as they arrive, as bytes.
 """
 
 from __future__ import annotations
@@ -39,11 +39,12 @@ _DESCRIBE_TIMEOUT_S = 10.0
 
 
 class EncodeForwarder:
-    """
+    """Forwards requests to encoders.
+
     Args:
-        encoders: they are chosen by ContentRouter.
-        max_items: accepted in one request.
-        retry_s: how long an item waits for an encoder in place of one that died.
+        encoders: replicas that ContentRouter chooses from.
+        max_items: the most items accepted in one request.
+        retry_s: seconds that an item waits for another encoder if one died.
     """
 
     def __init__(self, encoders: DeploymentHandle[EncoderReplica], max_items: int, retry_s: float) -> None:
@@ -52,10 +53,10 @@ class EncodeForwarder:
         self._policy = replace(ENCODE_RETRIES, budget_s=retry_s)
 
     async def describe(self) -> encoder_pb2.DescribeResponse:
-        """What one of the encoders serves, less the transports that cannot be had here.
+        """Returns the description of one encoder, without the transports that do not work through the gateway.
 
         Raises:
-            EncoderUnavailable: it does not answer.
+            EncoderUnavailable: the encoder does not answer.
         """
         async with self._encoders.choose_replica(b"", []) as replica:
             address = replica.replica_metadata["address"]
@@ -72,22 +73,23 @@ class EncodeForwarder:
     def encode(
         self, request: encoder_pb2.EncodeRequest, metadata: Metadata = ()
     ) -> AsyncGenerator[encoder_pb2.EncodeResponse]:
-        """
+        """Encodes the items; yields the encoders' responses.
+
         Args:
-            metadata: for the encoders.
+            metadata: sent to the encoders.
 
         Raises:
-            BadRequest, TooManyItems, TransportUnavailable: the request cannot be served here.
+            BadRequest, TooManyItems, TransportUnavailable: the gateway cannot serve the request.
             VitrineError: an encoder refused it.
         """
         if request.session_id:
-            raise TransportUnavailable("a session is with one encoder: call that one, or leave session_id empty")
+            raise TransportUnavailable("a session belongs to one encoder: call that one, or leave session_id empty")
         if not request.items:
             raise BadRequest("the request has no media items: give at least one")
         if len(request.items) > self._max_items:
             raise TooManyItems(f"{len(request.items)} media items: at most {self._max_items} are accepted at once")
         events: EventStream[encoder_pb2.EncodeResponse] = EventStream(lambda response: None)
-        # Of the choices that are made at the same time for one request Ray Serve forgets all but one.
+        # Ray Serve keeps only one of the choices that are made concurrently for one request.
         choosing = asyncio.Lock()
 
         async def begin() -> None:
@@ -104,7 +106,7 @@ class EncodeForwarder:
         choosing: asyncio.Lock,
         events: EventStream[encoder_pb2.EncodeResponse],
     ) -> None:
-        """Emits everything about one item. It ends with a Failed where no encoder could take it."""
+        """Emits all events of one item; the last one is a Failed if no encoder could encode it."""
         item = request.items[index]
         alone = encoder_pb2.EncodeRequest(request_id=request.request_id, tenant=request.tenant, items=[item])
         key = content_key(item.data or None, item.url)
@@ -114,7 +116,7 @@ class EncodeForwarder:
                 async with choosing:
                     choice = self._encoders.choose_replica(key, sorted(attempts.failures))
                     address = (await stack.enter_async_context(choice)).replica_metadata["address"]
-                # Those that failed come last. A lost one may be back by now; if it is overloaded, all of them are.
+                # Failed encoders come last. A lost one may be back; if an overloaded one is chosen, all are.
                 if isinstance(attempts.failures.get(address), Overloaded):
                     break
                 channel = await stack.enter_async_context(open_channel(address))
@@ -137,11 +139,11 @@ class EncodeForwarder:
         sent: _Sent,
         events: EventStream[encoder_pb2.EncodeResponse],
     ) -> None:
-        """Emits what the caller lacks of one encoder's responses.
+        """Emits those of one encoder's responses that the caller does not have yet.
 
         Raises:
-            EncoderUnavailable: it was lost before it was done.
-            VitrineError: it refused the request.
+            EncoderUnavailable: the encoder was lost before the end.
+            VitrineError: the encoder refused the request.
         """
         stub: encoder_pb2_grpc.EncoderAsyncStub = encoder_pb2_grpc.EncoderStub(channel)
         call = stub.Encode(request, metadata=metadata)
@@ -162,7 +164,7 @@ class EncodeForwarder:
 
 
 class _Sent:
-    """What the caller has got of an item: an encoder that takes over from a lost one starts from the beginning."""
+    """The part of an item that was sent to the caller: an encoder that replaces a lost one starts at the beginning."""
 
     def __init__(self, index: int) -> None:
         self._index = index
@@ -170,10 +172,10 @@ class _Sent:
         self._nbytes = 0
 
     def is_missing(self, response: encoder_pb2.EncodeResponse) -> bool:
-        """Whether to send it on; if so, it is cut to what the caller lacks and has the item's index in the request.
+        """Whether to forward the response; if so, it is reduced to the missing bytes and gets the item's index.
 
         Raises:
-            InternalError: this encoder makes something else of the item than the one before.
+            InternalError: this encoder's layout of the item differs from that of the one before.
         """
         event = response.WhichOneof("event")
         if event == "layout":

@@ -1,4 +1,4 @@
-"""An encoder as a Ray Serve replica: found by its address, scaled by its queue, replaced when it dies."""
+"""An encoder as a Ray Serve replica: discovered by its address, scaled by its queue, replaced when it dies."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ QUEUE_SECONDS = "queue_seconds"
 
 
 class EncoderReplica:
-    """Answers Ray Serve's questions; pictures and rows go straight to and from the process, never through here."""
+    """Reports to Ray Serve; pictures and rows go directly to and from the service process."""
 
     async def __init__(self, environment: Mapping[str, str], stop_grace_s: float) -> None:  # type: ignore[misc]
         """Returns once the encoder serves; Ray Serve awaits it.
 
         Args:
             environment: the encoder's settings.
-            stop_grace_s: how long it may drain.
+            stop_grace_s: seconds that the encoder may drain.
         """
         self._stop_grace_s = stop_grace_s
         host = node_host()
@@ -37,34 +37,35 @@ class EncoderReplica:
         await self._process.wait_until(self._serving)
 
     async def address(self) -> str:
-        """Where LLM workers connect to.
+        """Returns the address for LLM workers.
 
         Raises:
-            ChildFailed: nowhere any more.
+            ChildFailed: the encoder ended.
         """
         self._supervisor.check()
         return self._address
 
     async def record_replica_metadata(self) -> dict[str, str]:
-        """What requests are routed by."""
+        """Returns the address, by which requests are routed."""
         return {"address": self._address}
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Queued patches by the patches a second that the encoder measured, as its cost model counts them."""
+        """Returns the seconds of queued work, by the encoder's measured cost model."""
         return {QUEUE_SECONDS: await read_gauge(self._metrics_url, "vitrine_encoder_queue_seconds")}
 
     async def check_health(self) -> None:
-        """
+        """Checks that the encoder serves.
+
         Raises:
             ChildFailed: the encoder ended.
-            RuntimeError: it does not answer, or not that it serves.
+            RuntimeError: the encoder does not answer, or is not SERVING.
         """
         self._supervisor.check()
         if not await self._serving():
-            raise RuntimeError(f"the encoder at {self._address} runs, but its gRPC health check does not say SERVING")
+            raise RuntimeError(f"the encoder at {self._address} runs, but its gRPC health check is not SERVING")
 
     async def __del__(self) -> None:
-        """Ray Serve awaits it before it ends the actor: lets the encoder drain."""
+        """Drains the encoder; Ray Serve awaits this before it ends the actor."""
         await self._process.stop(self._stop_grace_s)
 
     async def _serving(self) -> bool:

@@ -1,7 +1,7 @@
-"""The application's ingress: what Ray Serve's HTTP and gRPC proxies hand requests to.
+"""The application's ingress, to which Ray Serve's HTTP and gRPC proxies send requests.
 
-Rows never pass here on their way to an LLM worker. Those of Encode calls from outside do, and then through Ray Serve's
-proxy, which is slow: whoever wants many of them should connect to encoders themselves.
+Rows for LLM workers do not pass through it. Those of Encode calls from outside do, and through Ray Serve's proxy, which
+is slow: clients that need many rows should connect to encoders directly.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from vitrine_vlm.errors import TransportUnavailable, VitrineError
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 
 _TRACE_CONTEXT = ("traceparent", "tracestate")
-_ONE_ENCODER = TransportUnavailable("this is about one encoder, and there may be several: connect to it itself")
+_ONE_ENCODER = TransportUnavailable(
+    "this call is for one encoder, and there may be several: connect to that encoder directly"
+)
 
 
 class Gateway:
@@ -38,21 +40,21 @@ class Gateway:
     ) -> None:
         """
         Args:
-            max_items: media items accepted in one Encode.
-            retry_s: how long requests wait for a replica in place of one that died.
+            max_items: the most media items accepted in one Encode.
+            retry_s: seconds that a request waits for another replica if one died.
         """
         self._encoding = EncodeForwarder(encoders, max_items, retry_s)
         self._http = HttpForwarder(workers, retry_s)
 
     async def __del__(self) -> None:
-        """Ray Serve awaits it before it ends the actor."""
+        """Closes the HTTP client; Ray Serve awaits this before it ends the actor."""
         await self._http.close()
 
     async def __call__(self, request: Request) -> Response:
-        """OpenAI over HTTP."""
+        """Answers an OpenAI request over HTTP."""
         return _Forwarded(self._http, request)
 
-    # The methods of vitrine.encoder.v1.Encoder; Ray Serve looks for them by their names.
+    # The methods of vitrine.encoder.v1.Encoder; Ray Serve finds them by their names.
 
     async def Describe(
         self, request: encoder_pb2.DescribeRequest, grpc_context: RayServegRPCContext
@@ -87,7 +89,7 @@ class Gateway:
 
 
 class _Forwarded(Response):
-    """A worker's answer. It is asked for when this is sent, so that whoever gives one up gives both up."""
+    """A worker's answer. The worker is called when this is sent, so that cancelling the response cancels the call."""
 
     def __init__(self, forwarder: HttpForwarder, request: Request) -> None:
         super().__init__()
@@ -98,7 +100,7 @@ class _Forwarded(Response):
 
 
 def _fail(context: RayServegRPCContext, error: VitrineError) -> NoReturn:
-    """Ends the call with the error's status: when something is raised Ray Serve takes it from the context."""
+    """Ends the call with the error's status, which Ray Serve reads from the context when an error is raised."""
     context.set_code(STATUS_BY_CODE[error.code])
     context.set_details(f"{error.code}: {error}")
     raise error

@@ -1,4 +1,4 @@
-"""OpenAI requests from outside, forwarded to an LLM worker, and to another one if that dies before it answers."""
+"""Forwards OpenAI requests to an LLM worker, and to another one if that dies before it answers."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from vitrine_vlm.service_runtime.retry import Attempts, RetryPolicy
 
 _PATHS = "/v1/"
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10)
-# They are about one connection, not about what travels over it.
+# Headers of one connection, which are not forwarded.
 _HOP_BY_HOP = frozenset(
     ["connection", "content-length", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"]
 )
-_UNAVAILABLE = 503  # what LLM workers answer to requests that may go well a moment later
+_UNAVAILABLE = 503  # the answer of LLM workers to requests that may succeed a moment later
 
 
 class HttpForwarder:
-    """Make it on the event loop that it is used on.
+    """Forwards requests to LLM workers. Create it on the event loop on which it is used.
 
     Args:
-        workers: they are chosen by ContentRouter.
-        retry_s: how long a request waits for a worker, or for that one's encoder, in place of one that died.
+        workers: replicas that ContentRouter chooses from.
+        retry_s: seconds that a request waits for another worker, or another encoder of a worker, if one died.
     """
 
     def __init__(self, workers: DeploymentHandle[LlmReplica], retry_s: float) -> None:
@@ -42,7 +42,7 @@ class HttpForwarder:
         await self._session.close()
 
     async def forward(self, request: Request, send: Send) -> None:
-        """Sends a worker's answer as it comes. Where the worker is lost in the middle of it, it breaks off."""
+        """Sends a worker's answer as it arrives. If the worker is lost in the middle of it, the answer is truncated."""
         path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
         if not path.startswith(_PATHS) or ".." in path.split("/"):
             message = f"{request.method} {path}: only paths below {_PATHS} are served here"
@@ -50,7 +50,7 @@ class HttpForwarder:
         body = await request.body()
         attempts = Attempts(self._policy)
         while True:
-            # Any worker will do: nothing about a request says where its beginning is cached.
+            # Any worker: a request does not tell which worker has its beginning in the prefix cache.
             async with self._workers.choose_replica(os.urandom(8), sorted(attempts.failures)) as replica:
                 address = replica.replica_metadata["address"]
                 try:
@@ -61,11 +61,12 @@ class HttpForwarder:
                 return await attempts.failures[address].answer(request.scope, request.receive, send)
 
     async def _attempt(self, address: str, path: str, request: Request, body: bytes, send: Send) -> None:
-        """
+        """Sends one worker's answer.
+
         Raises:
-            _WorkerUnavailable: nothing was sent.
+            _WorkerUnavailable: the worker failed before anything was sent.
         """
-        # `path` has been unquoted, and is quoted again here: what is in it cannot lead elsewhere.
+        # `path` has been unquoted and is quoted again here, so that it cannot change the rest of the URL.
         query = request.url.query
         url = URL.build(scheme="http", authority=address, path=quote(path), query_string=query, encoded=True)
         headers = [(name, value) for name, value in request.headers.items() if name not in _HOP_BY_HOP]
@@ -86,13 +87,13 @@ class HttpForwarder:
 
 
 class _WorkerUnavailable(Exception):
-    """Another worker may serve the request. answer: for the client, if this was the last attempt."""
+    """Another worker may serve the request. `answer` is the client's response if this was the last attempt."""
 
     def __init__(self, answer: Response) -> None:
         self.answer = answer
 
 
 def _error(status: int, code: str, message: str) -> Response:
-    """In OpenAI's form."""
+    """Returns an error in OpenAI's format."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": code}}, status)

@@ -1,4 +1,4 @@
-"""An LLM worker as a Ray Serve replica: its encoders follow Ray Serve's, its queue scales it."""
+"""An LLM worker as a Ray Serve replica: connected to Ray Serve's encoders, scaled by its queue."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from vitrine_vlm.llm_worker.config import LlmConfig
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 
 QUEUED_TOKENS = "queued_prefill_tokens"
-_FOLLOW_INTERVAL_S = 1.0
-_ASK_TIMEOUT_S = 5.0
+_ADDRESS_INTERVAL_S = 1.0
+_ADDRESS_TIMEOUT_S = 5.0
 
 _log = logging.getLogger("ray.serve")
 
 
 class LlmReplica:
-    """Answers Ray Serve's questions; prompts and tokens go straight to and from the process, never through here."""
+    """Reports to Ray Serve; prompts and tokens go directly to and from the service process."""
 
     async def __init__(  # type: ignore[misc]
         self, environment: Mapping[str, str], stop_grace_s: float, encoders: DeploymentHandle[EncoderReplica]
@@ -37,7 +37,7 @@ class LlmReplica:
 
         Args:
             environment: the worker's settings.
-            stop_grace_s: how long it may drain.
+            stop_grace_s: seconds that the worker may drain.
         """
         self._stop_grace_s = stop_grace_s
         host = node_host()
@@ -47,7 +47,7 @@ class LlmReplica:
         addresses = Path(self._folder.name) / "addresses"
         addresses.touch()
         self._supervisor = Supervisor()
-        self._supervisor.start_task("encoder addresses", _follow(encoders, addresses))
+        self._supervisor.start_task("encoder addresses", _update_addresses(encoders, addresses))
         settings = {"host": host, "port": port, "grpc_port": grpc_port, "encoders": f"file:{addresses}"}
         own = environment_variables(LlmConfig, settings)
         own |= gpu_environment(ray.get_gpu_ids(), num_gpus_of_node())
@@ -55,36 +55,36 @@ class LlmReplica:
         await self._process.wait_until(lambda: http_ok(f"http://{self._address}/ready"))
 
     async def record_replica_metadata(self) -> dict[str, str]:
-        """Where the gateway sends requests."""
+        """Returns the address to which the gateway sends requests."""
         return {"address": self._address}
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Prompt tokens that are not computed yet."""
+        """Returns the number of prompt tokens that are not computed yet."""
         return {QUEUED_TOKENS: await read_gauge(f"http://{self._address}/metrics", "vitrine_llm_queued_prefill_tokens")}
 
     async def check_health(self) -> None:
-        """Not whether it is ready: that it has no encoder is no reason to load the model once more.
+        """Checks that the worker answers. It need not be ready: a new replica would have no encoder, either.
 
         Raises:
             ChildFailed: the worker ended.
-            RuntimeError: it does not answer.
-            OSError: the addresses of encoders cannot be written.
+            RuntimeError: the worker does not answer.
+            OSError: the file of encoder addresses cannot be written.
         """
         self._supervisor.check()
         if not await http_ok(f"http://{self._address}/health"):
             raise RuntimeError(f"the LLM worker at {self._address} runs, but /health does not answer")
 
     async def __del__(self) -> None:
-        """Ray Serve awaits it before it ends the actor: lets the worker drain."""
+        """Drains the worker; Ray Serve awaits this before it ends the actor."""
         await self._process.stop(self._stop_grace_s)
         await self._supervisor.close()
         self._folder.cleanup()
 
 
 def gpu_environment(own: Sequence[int | str], num_on_node: int) -> dict[str, str]:
-    """All GPUs of the node, the worker's own first: that is where it runs.
+    """Returns variables that make all GPUs of the node visible, the worker's own first, on which it runs.
 
-    Ray hides the others, and with them the memory of encoders that run there, which is read through CUDA IPC.
+    Ray hides the others, and with them the memory of their encoders, which the worker reads through CUDA IPC.
     """
     names = [str(each) for each in own]
     if not names or not all(name.isdecimal() for name in names):
@@ -93,30 +93,32 @@ def gpu_environment(own: Sequence[int | str], num_on_node: int) -> dict[str, str
     return {"CUDA_VISIBLE_DEVICES": ",".join(names + others)}
 
 
-async def _follow(encoders: DeploymentHandle[EncoderReplica], file: Path) -> None:
-    """Keeps the addresses of the running encoders in `file`, one a line, where the worker looks for them."""
+async def _update_addresses(encoders: DeploymentHandle[EncoderReplica], file: Path) -> None:
+    """Keeps the addresses of the running encoders in `file`, one per line, from which the worker reads them."""
     known: list[str] | None = None
     while True:
         addresses = await _addresses(encoders)
-        # Where nobody answers the worker sees by itself who is gone; those that are not must not be forgotten.
+        # If no encoder answers, the addresses stay: the worker itself notices which encoders are lost.
         if addresses and addresses != known:
             _log.info("encoders: %s", ", ".join(addresses))
             _replace(file, "".join(f"{address}\n" for address in addresses))
             known = addresses
-        await asyncio.sleep(_FOLLOW_INTERVAL_S)
+        await asyncio.sleep(_ADDRESS_INTERVAL_S)
 
 
 async def _addresses(encoders: DeploymentHandle[EncoderReplica]) -> list[str]:
     try:
-        answers = await encoders.broadcast("address").results_async(timeout_s=_ASK_TIMEOUT_S, return_exceptions=True)
+        answers = await encoders.broadcast("address").results_async(
+            timeout_s=_ADDRESS_TIMEOUT_S, return_exceptions=True
+        )
     except Exception as error:  # none runs yet, or Ray Serve's controller is being replaced
-        _log.debug("no encoder gives its address: %s", error)
+        _log.debug("no encoder reports its address: %s", error)
         return []
     return sorted(answer for answer in answers if isinstance(answer, str))
 
 
 def _replace(file: Path, text: str) -> None:
-    """All at once: a reader sees the old text or the new one."""
+    """Replaces the file atomically: a reader sees the old text or the new one."""
     new = file.with_suffix(".new")
     new.write_text(text)
     os.replace(new, file)

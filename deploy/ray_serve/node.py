@@ -9,7 +9,7 @@ import ray
 
 
 def node_host() -> str:
-    """The address under which this node is known to the others."""
+    """Returns the address of this node within the cluster."""
     return str(_node()["NodeManagerAddress"])
 
 
@@ -24,7 +24,7 @@ def _node() -> dict[str, Any]:
 
 
 def free_ports(host: str, count: int) -> list[int]:
-    """Ports that were free a moment ago. Where one is taken meanwhile the process ends, and Ray Serve tries again."""
+    """Returns free ports. If one is used before the service binds it, the service ends and Ray Serve retries."""
     sockets = [socket.create_server((host, 0)) for _ in range(count)]
     ports = [int(each.getsockname()[1]) for each in sockets]
     for each in sockets:

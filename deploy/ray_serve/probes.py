@@ -1,4 +1,4 @@
-"""What a service says of itself: whether it is healthy, and how much it has to do."""
+"""Probes of a service: its health and its queued work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _TIMEOUT_S = 10.0
 
 
 async def grpc_serving(address: str) -> bool:
-    """Whether grpc.health.v1 says SERVING; False where nothing answers."""
+    """Whether grpc.health.v1 answers SERVING; False without an answer."""
     try:
         return await health_status(address, _TIMEOUT_S) == "SERVING"
     except grpc.aio.AioRpcError:
@@ -20,7 +20,7 @@ async def grpc_serving(address: str) -> bool:
 
 
 async def http_ok(url: str) -> bool:
-    """Whether the answer is 200; False where nothing answers."""
+    """Whether the answer is 200; False without an answer."""
     timeout = aiohttp.ClientTimeout(_TIMEOUT_S)
     try:
         async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url) as response:
@@ -30,11 +30,11 @@ async def http_ok(url: str) -> bool:
 
 
 async def read_gauge(url: str, name: str) -> float:
-    """The value of a Prometheus metric.
+    """Returns the value of a Prometheus metric.
 
     Raises:
-        aiohttp.ClientError, TimeoutError: nothing answers.
-        KeyError: there is no such metric.
+        aiohttp.ClientError, TimeoutError: the service does not answer.
+        KeyError: the service has no such metric.
     """
     timeout = aiohttp.ClientTimeout(_TIMEOUT_S)
     async with aiohttp.ClientSession(timeout=timeout, raise_for_status=True) as session, session.get(url) as response:

@@ -1,9 +1,9 @@
 """The service process of a replica, a child of the replica's actor.
 
-Not objects inside the actor: a tower or decoder that keeps the interpreter busy would hold up Ray's own calls, a crash
-in native code would take the actor along without a word of its log, and it is the very program that runs everywhere
-else. Whoever kills either of the two ends the replica: without its process it fails its health check, and the process
-is bound to the actor's life.
+The service does not run inside the actor, because a tower or decoder that keeps the interpreter busy would delay Ray's
+own calls, and a crash in native code would end the actor without a log; also, the process is the same program as in all
+other deployments. The end of either ends the replica: without its process it fails its health check, and the process
+ends with the actor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _POLL_INTERVAL_S = 0.2
 
 
 class ServiceProcess:
-    """Make it with `start`; always `stop` it."""
+    """A running service process. Create it with `start`, and always call `stop`."""
 
     def __init__(self, child: Child, supervisor: Supervisor) -> None:
         self._child = child
@@ -27,24 +27,24 @@ class ServiceProcess:
 
     @classmethod
     async def start(cls, module: str, environment: Mapping[str, str], supervisor: Supervisor) -> ServiceProcess:
-        """Starts `python -P -m module`, with these variables added to our environment.
+        """Starts `python -P -m module` with these variables added to this process's environment.
 
         Args:
-            supervisor: the replica's, which sees a failure where the process ends.
+            supervisor: the replica's, to which the end of the process is a failure.
         """
         return cls(await Child.start(module, [module], environment), supervisor)
 
     async def wait_until(self, ready: Callable[[], Awaitable[bool]]) -> None:
-        """Polls. There is no time limit: a large checkpoint may still be on its way from the hub.
+        """Polls `ready`. There is no time limit: a large checkpoint may take long to download.
 
         Raises:
-            ChildFailed: it ended instead.
+            ChildFailed: the process ended instead.
         """
         while not await ready():
             self._supervisor.check()
             await asyncio.sleep(_POLL_INTERVAL_S)
 
     async def stop(self, grace_s: float) -> None:
-        """Lets it drain, for `grace_s` seconds at most."""
+        """Terminates the process, which may drain for at most `grace_s` seconds."""
         await self._supervisor.stop(self._watching)
         await self._child.stop(grace_s)

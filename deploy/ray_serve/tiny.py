@@ -1,4 +1,4 @@
-"""The application with the small model that ships along, ready made: what `serve build` takes."""
+"""The application with the small model that ships with the project, for `serve build`."""
 
 from vitrine_vlm.deploy.ray_serve.application import build
 from vitrine_vlm.deploy.ray_serve.config import ServeArguments
