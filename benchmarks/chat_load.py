@@ -28,14 +28,14 @@ from benchmarks.pictures import parse_size, random_jpegs
 from benchmarks.report import Row, table
 from vitrine_vlm.deploy.launcher.ask import AskFailed, served_model, server_sent_events
 
-# An answer that stops coming fails rather than hangs the measurement.
+# An answer that stalls fails instead of blocking the measurement.
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=120)
 _FEW_WORDS, _MANY_WORDS = 16, 272
 
 
 @dataclass(frozen=True)
 class Answer:
-    """How one streamed answer came: seconds until its first token, seconds between its pieces, tokens in all."""
+    """One streamed answer: seconds until its first token, seconds between its pieces, number of tokens."""
 
     ttft_s: float
     itl_s: list[float]
@@ -44,7 +44,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Load:
-    """What came of many requests."""
+    """The results of many requests."""
 
     seconds: float
     answers: list[Answer]
@@ -66,7 +66,7 @@ class Load:
 
 
 class ChatClient:
-    """Asks one endpoint. Make it with `connected`."""
+    """Sends requests to one endpoint. Create it with `connected`."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str, model: str) -> None:
         self._session = session
@@ -78,10 +78,11 @@ class ChatClient:
     @classmethod
     @asynccontextmanager
     async def connected(cls, url: str, model: str | None = None) -> AsyncIterator[ChatClient]:
-        """
+        """Connects to an endpoint inside the context.
+
         Args:
-            url: without /v1.
-            model: name to ask for; default the first that is served.
+            url: the server's URL, without /v1.
+            model: the name of the model; by default the first that is served.
 
         Raises:
             AskFailed: the endpoint refuses plain text.
@@ -94,9 +95,9 @@ class ChatClient:
             yield client
 
     def body(self, num_text_tokens: int, max_tokens: int, jpeg: bytes | None = None) -> bytes:
-        """A request with random text of about so many tokens, whatever the tokenizer, behind a picture if given.
+        """Returns a greedy request with an optional picture and random text of about this many tokens.
 
-        Greedy, and not ended early by servers that know `ignore_eos`.
+        Servers that support `ignore_eos` do not end the answer early.
         """
         text = self._text(max(1, round(num_text_tokens / self._tokens_per_word)))
         content: list[dict[str, Any]] = [{"type": "text", "text": text}]
@@ -107,15 +108,16 @@ class ChatClient:
         return self._encoded(content, max_tokens, options)
 
     async def ask(self, body: bytes) -> Answer:
-        """
+        """Sends a request and reads the streamed answer.
+
         Raises:
-            AskFailed: an error instead of an answer, or within it.
+            AskFailed: the server answered with an error, or the answer ended with one.
             aiohttp.ClientError: the connection failed.
         """
         start = time.perf_counter()
         arrivals: list[float] = []
         num_tokens: int | None = None
-        # As a file, because bytes of a large picture would be sent in one go and hold up all other answers.
+        # As a file, because the bytes of a large picture would be sent at once and delay all other answers.
         async with self._session.post(
             self._url, data=io.BytesIO(body), headers={"content-type": "application/json"}
         ) as response:
@@ -152,7 +154,7 @@ class ChatClient:
 
 
 async def run_load(client: ChatClient, bodies: Iterable[bytes], concurrency: int) -> Load:
-    """Asks all, `concurrency` at a time: as one answer ends, the next request is sent."""
+    """Sends all requests, `concurrency` at a time: when one answer ends, the next request is sent."""
     waiting = iter(bodies)
     answers: list[Answer] = []
     failures: list[str] = []
@@ -171,14 +173,16 @@ async def run_load(client: ChatClient, bodies: Iterable[bytes], concurrency: int
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", required=True, help="of the server, without /v1")
-    parser.add_argument("--model", help="name to ask for; default: the first that is served")
+    parser.add_argument("--url", required=True, help="URL of the server, without /v1")
+    parser.add_argument("--model", help="name of the model; default: the first that is served")
     parser.add_argument("--num-prompts", type=int, default=256, help="default: %(default)s")
     parser.add_argument("--concurrency", type=int, default=32, help="requests in flight; default: %(default)s")
     parser.add_argument("--image-size", type=parse_size, default=(560, 560), help="WIDTHxHEIGHT; default: 560x560")
-    parser.add_argument("--num-images", type=int, help="different ones, asked in turn; 0: text only; default: all are")
-    parser.add_argument("--text-tokens", type=int, default=128, help="of text in a prompt; default: %(default)s")
-    parser.add_argument("--max-tokens", type=int, default=1, help="of an answer; default: %(default)s")
+    parser.add_argument(
+        "--num-images", type=int, help="different pictures, sent in turn; 0: text only; default: all differ"
+    )
+    parser.add_argument("--text-tokens", type=int, default=128, help="text tokens of a prompt; default: %(default)s")
+    parser.add_argument("--max-tokens", type=int, default=1, help="tokens of an answer; default: %(default)s")
     try:
         load = asyncio.run(_measure(parser.parse_args(arguments)))
     except (AskFailed, aiohttp.ClientError) as error:
@@ -191,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def load_rows(load: Load) -> list[Row]:
-    """All figures of a load."""
+    """Returns all figures of a load."""
     rows = [Row("failures", str(len(load.failures)), "0")]
     if load.answers:
         rows += [
@@ -218,7 +222,7 @@ def _percentile_ms(seconds: list[float], percentile: float) -> float:
 
 
 def _brings_tokens(choice: dict[str, Any]) -> bool:
-    """Not the opening, which names the role, nor the closing, which gives the reason; a token may have no text."""
+    """Whether the piece has tokens, unlike the first one with the role and the last one with the finish reason."""
     delta = choice.get("delta", {})
     return bool(delta.get("content")) or ("role" not in delta and choice.get("finish_reason") is None)
 

@@ -1,4 +1,4 @@
-"""Checkpoints to measure with: the files of one, less its weights, for `--load-format dummy`."""
+"""Checkpoints without weights for measurements with `--load-format dummy`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _MAX_PIXELS = 16_777_216  # as released
 
 
 def save_qwen3_vl_8b(folder: Path) -> Path:
-    """Qwen3-VL-8B with a tokenizer of bytes: a character is a token."""
+    """Writes the files of Qwen3-VL-8B, with a byte tokenizer: an ASCII character is a token."""
     config = Qwen3VLConfig(
         text_config=dict(QWEN3_VL_8B_TEXT),
         vision_config=dict(QWEN3_VL_8B),
@@ -47,5 +47,5 @@ def save_qwen3_vl_8b(folder: Path) -> Path:
 
 
 def save_small_qwen3_vl(folder: Path) -> Path:
-    """The same architecture at dims that a CPU runs at once."""
+    """Writes the files of the same architecture at dims small enough for a CPU."""
     return save_weightless_checkpoint(folder, "qwen3_vl", small_config("qwen3_vl"))

@@ -1,4 +1,4 @@
-"""Text decoders of published dims with random weights: ours and transformers' with the same ones."""
+"""Text decoders of published dims with equal random weights: Vitrine's and transformers'."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ NUM_DEEPSTACK = len(QWEN3_VL_8B["deepstack_visual_indexes"])
 
 
 def qwen3_vl_8b_decoder(device: torch.device, num_layers: int | None = None) -> TextDecoder:
-    """bfloat16, weights at scales that keep the residual stream lively; seeded.
+    """Returns a seeded decoder in bfloat16, with weights at scales that keep the residual stream from vanishing.
 
     Args:
-        num_layers: None for all 36.
+        num_layers: the number of layers; None for all 36.
     """
     with tempfile.TemporaryDirectory() as folder:
         config = text_config(open_checkpoint(str(save_qwen3_vl_8b(Path(folder))), load_format="dummy"))
@@ -39,7 +39,7 @@ def qwen3_vl_8b_decoder(device: torch.device, num_layers: int | None = None) -> 
 
 
 class TransformersDecoder(nn.Module):
-    """transformers' own model, eager, with `sdpa`, over our decoder's weights: nothing is in memory twice."""
+    """transformers' own model, eager, with `sdpa`, which shares the weights of a Vitrine decoder."""
 
     def __init__(self, decoder: TextDecoder) -> None:
         super().__init__()
@@ -49,13 +49,13 @@ class TransformersDecoder(nn.Module):
             self.model = Qwen3VLTextModel._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
         weights = {name: each for name, each in decoder.state_dict().items() if not name.startswith("lm_head.")}
         self.model.load_state_dict(weights, assign=True, strict=True)
-        # The only tensors that are no weights.
+        # The only tensors that are not weights.
         rotary = type(self.model.rotary_emb)(config).to(decoder.device)
         self.model.rotary_emb = rotary
         self._lm_head = decoder.lm_head
 
     def filled_cache(self, batch: int, num_tokens: int) -> DynamicCache:
-        """Random keys and values of so many tokens of each sequence."""
+        """Returns a cache with random keys and values of `num_tokens` tokens of each sequence."""
         config, cache = self.model.config, DynamicCache()
         shape = (2, batch, config.num_key_value_heads, num_tokens, config.head_dim)
         for layer in range(config.num_hidden_layers if num_tokens else 0):
@@ -63,7 +63,7 @@ class TransformersDecoder(nn.Module):
         return cache
 
     def forward(self, token_ids_BT: torch.Tensor, positions_3BT: torch.Tensor, cache: Any) -> torch.Tensor:
-        """Logits of each sequence's last token, [B, V]."""
+        """Returns the logits of each sequence's last token, [B, V]."""
         out = self.model(
             input_ids=token_ids_BT, position_ids=positions_3BT, past_key_values=cache, use_cache=cache is not None
         )

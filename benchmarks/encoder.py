@@ -1,7 +1,7 @@
-"""What the encoder's GPU path reaches: `python -m benchmarks.encoder` prints one Markdown table.
+"""Measures the encoder's GPU path: `python -m benchmarks.encoder` prints one Markdown table.
 
-Random weights of the published dims; pictures come as patches that are on the GPU already. The floor is the time the
-operations of matrix products and attention would take at 790 TFLOP/s, what a large bf16 product reaches on an H200.
+The towers have random weights at the published dims; the patches are on the GPU already. The floor is the time the
+operations of matrix products and attention take at 790 TFLOP/s, which a large bf16 product reaches on an H200.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _row(case: Case, graphed: GpuTower, pair: VitPair) -> str:
 
 
 def _fp8_row(bf16: GpuTower, fp8: GpuTower) -> str:
-    """Right behind each other, as both heat the GPU up."""
+    """Measures both towers right after each other, because each heats up the GPU."""
     grids = list(_MANY.grids)
     patches_PX = _patches(grids)
     bf16_ms = _median_ms(lambda: bf16.forward(patches_PX, grids), _REPEATS)
@@ -123,15 +123,15 @@ def _figures(name: str, ms: float, grids: list[GridTHW], floor_ms: float | None,
 
 
 def _mixed_row(graphed: GpuTower) -> str:
-    """Pictures of log-uniform sizes, in batches as the batcher forms them."""
+    """Measures pictures of log-uniform sizes, in batches like those of the batch builder."""
     batches = list(_batches(_mixed_grids()))
     patches = [_patches(grids) for grids in batches]
 
-    def ours() -> None:
+    def encode_all() -> None:
         for patches_PX, grids in zip(patches, batches, strict=True):
             graphed.forward(patches_PX, grids)
 
-    ms = _median_ms(ours, _SLOW_REPEATS)
+    ms = _median_ms(encode_all, _SLOW_REPEATS)
     num_real = sum(len(each) for each in patches)
     buckets = [graphed.bucket_of(grids) for grids in batches]
     num_computed = sum(

@@ -1,7 +1,7 @@
-"""One client of encoders, which plays the worker: sends JPEGs, lands the rows in its own buffers, tells how it went.
+"""A client process of encoders in place of a worker: it sends JPEGs and lands the rows in its own buffers.
 
-`benchmarks.encoder_service` starts several of these, and has them begin at the same time. For each `Load` on stdin, as
-a line of JSON, one prints a line once it is warm, begins when it gets an empty line, and prints what it `Measured`.
+`benchmarks.encoder_service` runs several, which begin at the same time. For each `Load`, a line of JSON on stdin, a
+client prints a line once it is warm, begins when it reads an empty line, and prints what it `Measured`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vitrine_vlm.embedding_transport.fleet.row_peer import TransportChoice
 from vitrine_vlm.types import MediaItem, RowsEvent
 
 _WARM_UP = 64
-_NUM_PICTURES = 16  # asked in turn, each time with another comment in its file
+_NUM_PICTURES = 16  # sent in turn, each time with another comment in the file
 _NUM_DEEPSTACK, _HIDDEN = 3, 4096
 _MAX_TOKENS = 8192
 _WARM = "warm"
@@ -33,7 +33,7 @@ _WARM = "warm"
 
 @dataclass(frozen=True)
 class Load:
-    """addresses: of the encoders; requests: in all; width, height: of the pictures, pixels."""
+    """Requests to the encoders at `addresses`; `width` and `height` of the pictures are in pixels."""
 
     addresses: list[str]
     transport: TransportChoice
@@ -44,7 +44,7 @@ class Load:
 
 
 class LoadClient:
-    """A client process. Make it with `started`."""
+    """A client process. Create it with `started`."""
 
     def __init__(self, process: LineProcess) -> None:
         self._process = process
@@ -52,17 +52,19 @@ class LoadClient:
     @classmethod
     @asynccontextmanager
     async def started(cls, seed: int, gpu: int) -> AsyncIterator[LoadClient]:
-        """
+        """Starts the process inside the context.
+
         Args:
-            seed: different for each client, and so are their pictures.
-            gpu: on which it lands rows.
+            seed: different for each client, so that their pictures differ.
+            gpu: the GPU on which it lands rows.
         """
         options = ["--seed", str(seed), "--gpu", str(gpu)]
         async with LineProcess.started("benchmarks.encoder_load", *options) as process:
             yield cls(process)
 
     async def warm_up(self, load: Load) -> None:
-        """
+        """Sends a load, and waits until the client is warm.
+
         Raises:
             RuntimeError: the client ended.
         """
@@ -70,7 +72,8 @@ class LoadClient:
         await self._process.read_line()
 
     async def measure(self) -> Measured:
-        """
+        """Starts the load, and returns its results.
+
         Raises:
             RuntimeError: the client ended.
         """
@@ -80,8 +83,11 @@ class LoadClient:
 
 @dataclass
 class Measured:
-    """start, stop: on the host's monotonic clock, s. Delivery is what either side spends on complete rows: a message's
-    way between them is in the whole request only. stages_ms: preprocess, queue, forward."""
+    """The results of a load. `start` and `stop` are on the host's monotonic clock, in seconds.
+
+    Delivery is the time that both sides spend on complete rows; the transfer of messages between them is only in the
+    time of the whole request. stages_ms: preprocess, queue, forward.
+    """
 
     start: float = 0.0
     stop: float = 0.0
@@ -160,14 +166,16 @@ async def _ask_all(
 
 
 def _with_comment(jpeg: bytes, number: int) -> bytes:
-    """The same picture in another file: a comment segment of 8 bytes behind the start marker."""
+    """Returns another file of the same picture: with a comment segment of 8 bytes behind the start marker."""
     return jpeg[:2] + b"\xff\xfe\x00\x0a" + number.to_bytes(8, "big") + jpeg[2:]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, required=True, help="different for each client, and so are their pictures")
-    parser.add_argument("--gpu", type=int, default=0, help="on which rows are landed, if there is any")
+    parser.add_argument(
+        "--seed", type=int, required=True, help="different for each client, so that their pictures differ"
+    )
+    parser.add_argument("--gpu", type=int, default=0, help="GPU on which rows are landed, if there is one")
     options = parser.parse_args(arguments)
     asyncio.run(_serve(options.seed, options.gpu))
     return 0

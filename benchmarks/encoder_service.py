@@ -1,7 +1,7 @@
-"""What a whole encoder delivers: JPEG bytes in over gRPC, rows landed in another process's buffers.
+"""Measures a whole encoder: JPEG bytes in over gRPC, rows landed in another process's buffers.
 
-`python -m benchmarks.encoder_service` starts a real encoder of Qwen3-VL-8B's dims with dummy weights and asks it with
-many requests in flight; client processes play workers. It prints a Markdown table.
+`python -m benchmarks.encoder_service` starts a real encoder of Qwen3-VL-8B's dims with dummy weights; client processes
+in place of workers keep many requests in flight. It prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -31,13 +31,15 @@ _MAX_QUEUED_PATCHES = 1 << 20
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=512, help="of each size; default: %(default)s")
-    parser.add_argument("--in-flight", nargs="+", type=int, default=[1, 64], help="requests; default: %(default)s")
+    parser.add_argument("--requests", type=int, default=512, help="requests of each size; default: %(default)s")
+    parser.add_argument(
+        "--in-flight", nargs="+", type=int, default=[1, 64], help="requests in flight; default: %(default)s"
+    )
     parser.add_argument("--transports", nargs="+", default=["cuda_ipc", "grpc"], help="default: %(default)s")
     sizes = ["560x560", "1920x1080"]
     parser.add_argument("--sizes", nargs="+", default=sizes, help="WIDTHxHEIGHT each; default: %(default)s")
-    parser.add_argument("--dp", type=int, default=1, help="encoders, one a GPU; default: %(default)s")
-    parser.add_argument("--clients", type=int, help="processes that ask; default: two an encoder")
+    parser.add_argument("--dp", type=int, default=1, help="encoders, one per GPU; default: %(default)s")
+    parser.add_argument("--clients", type=int, help="client processes; default: two per encoder")
     parser.add_argument("--encoder-flags", nargs="*", default=[], help="more flags for the encoder, without dashes")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +53,7 @@ async def _measure(checkpoint: Path, options: argparse.Namespace) -> None:
     print("|---|---|---|---|---|---|---|---|")
     async with AsyncExitStack() as stack:
         num_gpus = max(1, torch.cuda.device_count())
-        # Workers have GPUs of their own, as far as there are any.
+        # Clients have their own GPUs, as far as there are enough.
         gpus = list(range(options.dp, num_gpus)) or list(range(num_gpus))
         clients = [
             await stack.enter_async_context(LoadClient.started(seed, gpus[seed % len(gpus)]))
@@ -94,11 +96,11 @@ def _percentiles(times_ms: list[float]) -> str:
 
 @asynccontextmanager
 async def _encoders(checkpoint: Path, dp: int, flags: list[str]) -> AsyncIterator[list[str]]:
-    """Real encoder processes; their addresses."""
+    """Runs real encoder processes; yields their addresses."""
     command = [sys.executable, "-m", "vitrine_vlm.encoder_service", "--model", str(checkpoint), "--dtype", "bfloat16"]
     command += ["--load-format", "dummy", "--dp", str(dp), "--port", str(_PORT if dp > 1 else 0)]
     command += ["--cuda-ipc-pool-bytes", str(_POOL_NBYTES)]
-    command += ["--cache-gpu-bytes", "0", "--cache-host-bytes", "0"]  # or equal pictures would not be encoded again
+    command += ["--cache-gpu-bytes", "0", "--cache-host-bytes", "0"]  # equal pictures must be encoded again
     command += ["--max-queued-patches", str(_MAX_QUEUED_PATCHES), *flags]
     process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.STDOUT, stdout=-1)
     assert process.stdout is not None
@@ -114,7 +116,7 @@ async def _encoders(checkpoint: Path, dp: int, flags: list[str]) -> AsyncIterato
         if num_serving == dp:
             break
     else:
-        raise RuntimeError("the encoder ended at its start")
+        raise RuntimeError("the encoder ended while it started: see its output above")
     drain = asyncio.create_task(_drain(process.stdout))
     try:
         yield addresses

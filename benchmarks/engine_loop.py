@@ -1,7 +1,7 @@
-"""What the engine's loop takes on the host: `python -m benchmarks.engine_loop` prints two lines, and needs no GPU.
+"""Measures the engine's loop on the host: `python -m benchmarks.engine_loop` prints two lines and needs no GPU.
 
-Requests decode on a decoder that computes nothing: what is left is Python, and small tensors on the CPU. Steps overlap
-as on a GPU. Times are CPU time, as other processes change that least.
+Requests decode on a decoder that computes nothing: what remains is Python, and small tensors on the CPU. Steps overlap
+as on a GPU. Times are CPU time, which other processes affect least.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vitrine_vlm.llm_worker.models.decoder import StepInputs, TextDecoder
 
 
 class _NoDecoder:
-    """A `Runner` whose hidden states are always the same, and whose steps can be overlapped at once."""
+    """A `Runner` whose hidden states are constant, and whose steps can overlap at once."""
 
     def __init__(self, decoder: TextDecoder, kv_cache: KvCache, buffer: InputEmbedBuffer) -> None:
         self._hidden_MC = torch.zeros_like(buffer.embeds_MC)
@@ -42,8 +42,8 @@ class _NoDecoder:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--num-requests", type=int, default=128, help="at once; default: %(default)s")
-    parser.add_argument("--num-tokens", type=int, default=256, help="of each answer; default: %(default)s")
+    parser.add_argument("--num-requests", type=int, default=128, help="requests at once; default: %(default)s")
+    parser.add_argument("--num-tokens", type=int, default=256, help="tokens of each answer; default: %(default)s")
     parser.add_argument("--num-prompt-tokens", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=7, help="default: %(default)s")
     options = parser.parse_args(arguments)
@@ -91,7 +91,7 @@ async def _one(engine: Engine, index: int, options: argparse.Namespace) -> None:
 
 
 def _decoder() -> TextDecoder:
-    """One whose logits cost little, all zeros."""
+    """Returns a decoder whose logits cost little and are all zeros."""
     config = TextConfig(
         model_type="qwen3_vl",
         vocab_size=64,

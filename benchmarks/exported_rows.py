@@ -1,4 +1,4 @@
-"""Rows in the CUDA IPC pool of another process, as an encoder would lease them."""
+"""Rows in the CUDA IPC pool of another process, leased as by an encoder."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _LEASE_ID = 1
 
 @contextmanager
 def exported_rows(gpu: int, num_tokens: int, row_width: int) -> Iterator[LeasedRows]:
-    """Random bfloat16 rows in a pool on that GPU, mapped here."""
+    """Yields random bfloat16 rows in a pool on this GPU, mapped by this process."""
     command = [sys.executable, "-m", __name__, str(gpu), str(num_tokens), str(row_width)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None and process.stdout is not None
     try:
-        said = json.loads(process.stdout.readline())
-        handle = bytes.fromhex(said["handle"])
-        mapping = CudaIpcMapping(handle, said["mapped_nbytes"], said["gpu_uuid"], torch.device("cuda", 0))
-        lease = encoder_pb2.Lease(lease_id=_LEASE_ID, **said["lease"])
+        exported = json.loads(process.stdout.readline())
+        handle = bytes.fromhex(exported["handle"])
+        mapping = CudaIpcMapping(handle, exported["mapped_nbytes"], exported["gpu_uuid"], torch.device("cuda", 0))
+        lease = encoder_pb2.Lease(lease_id=_LEASE_ID, **exported["lease"])
         rows_TW = mapping.rows(lease.offset, (num_tokens, row_width), torch.bfloat16)
         yield LeasedRows(num_tokens, ItemTimings(), mapping, lease, rows_TW, lambda lease_id: None)
     finally:
-        process.stdin.close()  # which ends it
+        process.stdin.close()  # ends the process
         process.wait()
 
 
@@ -46,8 +46,13 @@ def _export(gpu: int, num_tokens: int, row_width: int) -> None:
     assert block is not None
     pool.write(block, TensorSource(rows_TW))
     lease = {"offset": block.offset, "nbytes": block.nbytes, "generation": block.generation}
-    said = {"handle": pool.handle.hex(), "mapped_nbytes": pool.mapped_nbytes, "gpu_uuid": pool.gpu_uuid, "lease": lease}
-    print(json.dumps(said), flush=True)
+    exported = {
+        "handle": pool.handle.hex(),
+        "mapped_nbytes": pool.mapped_nbytes,
+        "gpu_uuid": pool.gpu_uuid,
+        "lease": lease,
+    }
+    print(json.dumps(exported), flush=True)
     sys.stdin.read()
 
 

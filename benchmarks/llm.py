@@ -1,10 +1,10 @@
-"""What the worker's GPU path reaches: `python -m benchmarks.llm` prints one Markdown table.
+"""Measures the worker's GPU path: `python -m benchmarks.llm` prints one Markdown table.
 
-Qwen3-VL-8B's decoder with random weights in bfloat16. A time is that of a whole step as the engine runs it: inputs to
-the GPU, landing, the decoder, logits, the next tokens back on the host. Of decoding it is from one step's tokens to the
-next one's: each step starts before the one in front is through. The floor is the larger of two times: that of
-the operations at 790 TFLOP/s, what a large bf16 product reaches on an H200, and that of reading weights and KV at 4.8
-TB/s.
+The decoder is Qwen3-VL-8B's with random weights in bfloat16. A time is that of a whole step as the engine runs it:
+inputs to the GPU, landing, the decoder, logits, the next tokens back on the host. For decoding it is the time from one
+step's tokens to the next step's: each step starts before the previous one has ended. The floor is the larger of two
+times: that of the operations at 790 TFLOP/s, which a large bf16 product reaches on an H200, and that of reading weights
+and KV at 4.8 TB/s.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _WARM_UPS, _REPEATS, _SLOW_REPEATS, _DECODE_STEPS = 3, 20, 5, 50
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=36, help="of the decoder; default: %(default)s")
+    parser.add_argument("--layers", type=int, default=36, help="layers of the decoder; default: %(default)s")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("this benchmark needs an NVIDIA GPU", file=sys.stderr)
@@ -71,7 +71,7 @@ def _rows(num_layers: int) -> list[str]:
 
 
 class _Worker:
-    """The parts of the engine that a step runs through."""
+    """The parts of the engine that run a step."""
 
     def __init__(self, num_layers: int) -> None:
         self.decoder = qwen3_vl_8b_decoder(torch.device("cuda"), num_layers)
@@ -80,7 +80,7 @@ class _Worker:
         self._kv_cache.layers.normal_()
 
     def without_graphs(self) -> ForwardPass:
-        """Over the same memory for keys and values."""
+        """Returns a forward pass without CUDA graphs over the same KV cache."""
         forward_pass = self._forward_pass(graphs=False)
         forward_pass.kv_cache.layers.copy_(self._kv_cache.layers)
         return forward_pass
@@ -102,7 +102,7 @@ class _Worker:
         return ForwardPass(self.decoder, config, make_runner)
 
     def prompt(self, num_tokens: int, spans: tuple[MediaSpan, ...] = ()) -> RequestState:
-        """A request with nothing computed yet, and room in the cache for one more token."""
+        """Returns a request with nothing computed yet, and KV blocks for one more token."""
         token_ids = torch.randint(1000, 100000, (num_tokens,)).tolist()
         greedy = SamplingParams(temperature=0.0)
         row = self.graphed.token_pool.allocate()
@@ -112,26 +112,26 @@ class _Worker:
         return request
 
     def decoding(self, num_tokens: int) -> RequestState:
-        """A request with so many tokens computed, and one more to run."""
+        """Returns a request with `num_tokens` tokens computed, and one more to run."""
         request = self.prompt(num_tokens)
         request.num_computed = num_tokens
         request.token_ids.append(1000)
         return request
 
-    def free(self, requests: Sequence[RequestState]) -> None:
+    def release(self, requests: Sequence[RequestState]) -> None:
         for request in requests:
             self._kv_cache.release(request.table)
             self.graphed.token_pool.release(request.row)
 
     def step(self, chunks: list[Chunk], forward_pass: ForwardPass) -> list[int | None]:
-        """As the engine's; the next tokens."""
+        """Runs a step as the engine does; returns the next tokens."""
         return [each.token_id for each in self._launch(chunks, forward_pass).read()]
 
     def decode_ms(self, requests: Sequence[RequestState], num_steps: int) -> float:
-        """From one step's tokens to the next one's, median."""
+        """Returns the median time from one step's tokens to the next step's."""
         chunks = [Chunk(request, request.num_computed, request.num_computed + 1, True) for request in requests]
         in_flight = self._launch(chunks, self.graphed)
-        for request in requests:  # whose token is read from the token pool from now on
+        for request in requests:  # their tokens are read from the token pool from now on
             request.token_ids.pop()
             request.sampled.num_in_flight = 1
         times = [time.perf_counter()]
@@ -155,7 +155,7 @@ def _prefill_row(worker: _Worker, reference: TransformersDecoder, num_tokens: in
     request = worker.prompt(num_tokens)
     chunks = [Chunk(request, 0, num_tokens, True)]
     ms = _median_ms(lambda: worker.step(chunks, worker.graphed), _REPEATS)
-    worker.free([request])
+    worker.release([request])
     token_ids_BT = torch.randint(1000, 100000, (1, num_tokens), device="cuda")
     positions_3BT = torch.arange(num_tokens, device="cuda").expand(3, 1, -1)
     its_ms = _median_ms(
@@ -167,7 +167,7 @@ def _prefill_row(worker: _Worker, reference: TransformersDecoder, num_tokens: in
 def _decode_row(worker: _Worker, reference: TransformersDecoder, batch: int) -> str:
     requests = [worker.decoding(_CONTEXT) for _ in range(batch)]
     ms = worker.decode_ms(requests, _DECODE_STEPS)
-    worker.free(requests)
+    worker.release(requests)
     cache = reference.filled_cache(batch, _CONTEXT)
     token_ids_BT = torch.randint(1000, 100000, (batch, 1), device="cuda")
     positions_3BT = torch.full((3, batch, 1), _CONTEXT, device="cuda")
@@ -182,7 +182,7 @@ def _decode_row(worker: _Worker, reference: TransformersDecoder, batch: int) -> 
 
 
 def _graphs_row(worker: _Worker) -> str:
-    """A prompt with a picture, with and without graphs."""
+    """Measures a prompt with a picture, with and without CUDA graphs."""
     num_tokens = _TEXT_TOKENS + _MEDIA_TOKENS
     spans = (MediaSpan(0, _TEXT_TOKENS // 2, _MEDIA_TOKENS, 0),)
     request = worker.prompt(num_tokens, spans)
@@ -193,13 +193,13 @@ def _graphs_row(worker: _Worker) -> str:
     plain = worker.without_graphs()
     ms = _median_ms(lambda: worker.step(chunks, worker.graphed), _REPEATS)
     its_ms = _median_ms(lambda: worker.step(chunks, plain), _REPEATS)
-    worker.free([request])
+    worker.release([request])
     floor_ms = _floor_ms(worker.decoder, [num_tokens], [0])
     return _figures(f"prefill of {num_tokens} tokens with a picture", ms, floor_ms, its_ms, "the same without graphs")
 
 
 def _landing_row(worker: _Worker, gpu: int) -> str:
-    """Rows of another process's pool to the input buffers; the check that the lease held, when the step is through."""
+    """Measures landing from another process's pool, and the check of the lease at the end of the step."""
     buffer = worker.graphed.buffer
     where = "another GPU" if gpu else "this GPU"
     with exported_rows(gpu, _LANDED_TOKENS, worker.decoder.config.hidden_size * (1 + NUM_DEEPSTACK)) as rows:
@@ -217,7 +217,7 @@ def _landing_row(worker: _Worker, gpu: int) -> str:
 
 @dataclass(eq=False)
 class _TensorRows:
-    """Rows that lie in a tensor of this process."""
+    """Rows in a tensor of this process."""
 
     rows_TW: torch.Tensor
 
@@ -239,7 +239,7 @@ class _TensorRows:
 
 
 def _floor_ms(decoder: TextDecoder, num_new: list[int], num_past: list[int]) -> float:
-    """Of sequences with so many new tokens behind so many that have KV; logits of one token each."""
+    """Returns the floor for sequences with these numbers of new tokens and of tokens with KV; one logits row each."""
     config = decoder.config
     layer_weights = sum(each.numel() for each in decoder.layers.parameters() if each.ndim == 2)
     head_weights = decoder.lm_head.weight.numel()
@@ -257,7 +257,7 @@ def _figures(name: str, ms: float, floor_ms: float, its_ms: float, other: str = 
 
 
 def _median_ms(work: Callable[[], object], repeats: int) -> float:
-    """By the clock: `work` ends with its result on the host."""
+    """Returns the median wall-clock time; `work` must end with its result on the host."""
     for _ in range(_WARM_UPS):
         work()
     times = []

@@ -1,4 +1,4 @@
-"""Pictures to measure with: as large as photographs are once compressed, and no two alike."""
+"""Pictures for measurements: as large as photographs once compressed, and all different."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """(width, height) of WIDTHxHEIGHT."""
+    """Returns (width, height) of WIDTHxHEIGHT."""
     width, height = map(int, text.split("x"))
     return width, height
 
@@ -19,7 +19,7 @@ def show_size(size: tuple[int, int]) -> str:
 
 
 def random_jpegs(num_pictures: int, size: tuple[int, int], seed: int = 0) -> list[bytes]:
-    """JPEG files of `size`, (width, height): one picture with detail at every scale, shifted differently each time."""
+    """Returns JPEG files of `size`, (width, height): one picture with detail at every scale, shifted differently."""
     rng = np.random.default_rng(seed)
     image = np.zeros((size[1], size[0], 3), dtype=np.float32)
     for cells in (4, 16, 64, 256):

@@ -1,4 +1,4 @@
-"""Rows of figures, as Markdown."""
+"""Tables of figures, as Markdown."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Row:
-    """bar: what the figure is held against; empty where it stands by itself."""
+    """A figure. `bar` is the value that it is compared with, or empty."""
 
     figure: str
     measured: str

@@ -1,9 +1,9 @@
-"""What the whole split delivers: OpenAI requests in, tokens out, one real encoder and one real LLM worker between.
+"""Measures the whole split: OpenAI requests in, tokens out, with one real encoder and one real LLM worker.
 
 `python -m benchmarks.serving` starts both at Qwen3-VL-8B's dims with dummy weights, the encoder on the first visible
-GPU and the worker on the second (on the same one where there is no other), asks as any client would, and prints a
-Markdown table: first many requests with a picture and one token of answer each, then decoding streams, alone and while
-large pictures pour in. `--small` does the same at small dims, on a CPU too.
+GPU and the worker on the second (on the same one if there is no other), sends requests as a client, and prints a
+Markdown table: first many requests with a picture and one token of answer each, then decoding streams, alone and with
+large pictures in flight. `--small` does the same at small dims, on a CPU, too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from vitrine_vlm.deploy.launcher.ask import AskFailed
 from vitrine_vlm.deploy.launcher.stack import Stack
 from vitrine_vlm.service_runtime.child_process import ChildFailed
 
-_SETTLE_S = 1.0  # until the pictures that pour in have filled every stage
+_SETTLE_S = 1.0  # until the interfering pictures have filled every stage
 _WARM_UP_TOKENS = 8
 
 
@@ -87,14 +87,14 @@ async def _serve_and_measure(
         async with starting as interference:
             drawing = asyncio.to_thread(_Pictures, workload)
             pictures, _, _ = await asyncio.gather(drawing, interference.wait_ready(), stack.wait_ready())
-            _say(f"ready after {time.perf_counter() - start:.1f} s")
+            _log(f"ready after {time.perf_counter() - start:.1f} s")
             return await stack.unless_failed(_measure(stack.base_url, workload, pictures, interference))
 
 
 class _Pictures:
     def __init__(self, workload: Workload) -> None:
         self.warm_up = random_jpegs(workload.concurrency, workload.image_size, seed=0)
-        self.asked = random_jpegs(workload.num_prompts, workload.image_size, seed=1)
+        self.measured = random_jpegs(workload.num_prompts, workload.image_size, seed=1)
 
 
 async def _measure(url: str, workload: Workload, pictures: _Pictures, interference: VisionInterference) -> list[Row]:
@@ -106,12 +106,13 @@ async def _measure(url: str, workload: Workload, pictures: _Pictures, interferen
 
 async def _measure_pictures(client: ChatClient, workload: Workload, pictures: _Pictures) -> list[Row]:
     warm_up, bodies = (
-        [client.body(workload.text_tokens, 1, jpeg) for jpeg in jpegs] for jpegs in (pictures.warm_up, pictures.asked)
+        [client.body(workload.text_tokens, 1, jpeg) for jpeg in jpegs]
+        for jpegs in (pictures.warm_up, pictures.measured)
     )
     await run_load(client, warm_up, workload.concurrency)
-    _say(f"{len(bodies)} prompts with a picture, {workload.concurrency} in flight")
+    _log(f"{len(bodies)} prompts with a picture, {workload.concurrency} in flight")
     load = await run_load(client, bodies, workload.concurrency)
-    _say_failures(load.failures)
+    _print_failures(load.failures)
     what = f"{show_size(workload.image_size)}, {workload.text_tokens} text tokens, {workload.concurrency} in flight"
     return [Row(f"{what}: {row.figure}", row.measured, row.bar) for row in load_rows(load)]
 
@@ -123,16 +124,16 @@ async def _measure_decoding(
         return [client.body(workload.text_tokens, max_tokens) for _ in range(workload.num_streams)]
 
     await run_load(client, streams(_WARM_UP_TOKENS), workload.num_streams)
-    _say(f"{workload.num_streams} streams of {workload.stream_tokens} tokens")
+    _log(f"{workload.num_streams} streams of {workload.stream_tokens} tokens")
     alone = await run_load(client, streams(workload.stream_tokens), workload.num_streams)
 
-    _say(f"the same while pictures of {show_size(workload.interfering_size)} are in flight")
+    _log(f"the same while pictures of {show_size(workload.interfering_size)} are in flight")
     await interference.start(url)
     await asyncio.sleep(_SETTLE_S)
     beside = await run_load(client, streams(workload.stream_tokens), workload.num_streams)
     result = await interference.stop()
     for failures in (alone.failures, beside.failures, result.failures):
-        _say_failures(failures)
+        _print_failures(failures)
     return _decoding_rows(workload, alone, beside, result)
 
 
@@ -159,7 +160,7 @@ async def _transport(url: str) -> str:
 
 
 def _gpus() -> tuple[dict[str, str], dict[str, str]]:
-    """Environments of encoder and worker. The worker also sees the encoder's GPU, whose memory it reads by CUDA IPC."""
+    """Returns the environments of encoder and worker; the encoder's GPU is visible to the worker for CUDA IPC."""
     visible = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
     gpus = visible or [str(index) for index in range(torch.cuda.device_count())]
     if len(gpus) < 2:
@@ -167,12 +168,12 @@ def _gpus() -> tuple[dict[str, str], dict[str, str]]:
     return {"CUDA_VISIBLE_DEVICES": gpus[0]}, {"CUDA_VISIBLE_DEVICES": f"{gpus[1]},{gpus[0]}"}
 
 
-def _say_failures(failures: list[str]) -> None:
+def _print_failures(failures: list[str]) -> None:
     for failure in failures[:3]:
-        _say(f"failed: {failure}")
+        _log(f"failed: {failure}")
 
 
-def _say(message: str) -> None:
+def _log(message: str) -> None:
     print(f"[benchmark] {message}", file=sys.stderr, flush=True)
 
 

@@ -1,8 +1,8 @@
-"""What shipping rows costs: throughput and CPU time of each transport between two processes on this host.
+"""Measures the cost of shipping rows: throughput and CPU time of each transport between two processes on this host.
 
-Each figure covers one item from the encode call to its rows lying in the worker's input buffers: export into the pool
-or chunks, the way over, and the landing copy. Run `python -m benchmarks.transports`; it prints two Markdown tables:
-one item at a time, and several connections at once, each kept busy by a worker process of its own.
+Each figure covers one item from the encode call until its rows are in the worker's input buffers: export to the pool or
+to chunks, the transfer, and the landing copy. `python -m benchmarks.transports` prints two Markdown tables: one item at
+a time, and several connections at once, each kept busy by its own worker process.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SIZES_MIB = (1, 10, 64)
 CHUNKS_KIB = (256, 1024, 2048, 4096)
 # Rows of Qwen3-VL-8B: 32 KiB each.
 IDENTITY = ModelIdentity("benchmark", "1", "qwen3_vl", 4096, (8, 16, 24), "bfloat16")
-# Encoder processes, worker processes, items in flight in each worker. Worker i asks encoder i modulo their number.
+# Encoder processes, worker processes, items in flight in each worker. Worker i calls encoder i modulo their number.
 CONNECTIONS = ((1, 1, 1), (1, 1, 4), (1, 4, 1), (4, 4, 1))
 _CONNECTIONS_SIZE_MIB, _CONNECTIONS_S = 10, 5.0
 _WARM_UPS = 3
@@ -54,7 +54,7 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True)
 class Cost:
-    """Medians over the repeats; CPU seconds are of all repeats together, per GB (10^9 bytes) shipped."""
+    """Medians over the repeats; CPU seconds of all repeats together, per GB (10^9 bytes) shipped."""
 
     gb_per_s: float
     spread_gb_per_s: tuple[float, float]
@@ -63,7 +63,7 @@ class Cost:
 
 
 class RowServer(SessionServicer, encoder_pb2_grpc.EncoderServicer):  # type: ignore[misc]
-    """An encoder without a tower: the item's data is the number of rows wanted."""
+    """An encoder without a tower: the item's data is the number of rows to ship."""
 
     def __init__(self, exporter: RowExporter) -> None:
         self._rows_exporter = exporter
@@ -107,13 +107,13 @@ async def serve(shm_folder: Path, chunk_nbytes: int) -> None:
 
 @contextlib.asynccontextmanager
 async def running_server(shm_folder: Path, chunk_nbytes: int) -> AsyncIterator[tuple[str, int]]:
-    """Address and process id."""
+    """Runs a server; yields its address and process id."""
     async with LineProcess.started(_THIS, "--serve", str(shm_folder), str(chunk_nbytes)) as process:
         yield await process.read_line(), process.pid
 
 
 class Worker:
-    """Asks for items of one size and lands them in buffers of its own."""
+    """Requests items of one size and lands them in its own buffers."""
 
     def __init__(self, client: EncoderClient, size_mib: int) -> None:
         num_tokens = size_mib * MIB // IDENTITY.row_nbytes
@@ -124,7 +124,7 @@ class Worker:
         self._deepstack_NTD = torch.zeros(3, *self._main_TD.shape, dtype=self._main_TD.dtype)
 
     async def ship(self) -> float:
-        """One item; seconds it took."""
+        """Ships one item; returns the seconds that it took."""
         start = time.perf_counter()
         async for event in self._client.encode([self._item], "benchmark"):
             if isinstance(event, RowsEvent):
@@ -175,8 +175,8 @@ async def measure_all() -> None:
         print(f"| {num_encoders} | {num_workers} | {num_in_flight} | {gb_per_s:.2f} |", flush=True)
 
 
-async def ask(address: str, num_in_flight: int) -> None:
-    """A worker process: says when it is warm, begins with a line on stdin, prints how many bytes a second came."""
+async def work(address: str, num_in_flight: int) -> None:
+    """Runs a worker process: prints "warm", begins when it reads a line on stdin, prints the bytes per second."""
     client = EncoderClient([address], IDENTITY, transport="grpc")
     await client.start()
     workers = [Worker(client, _CONNECTIONS_SIZE_MIB) for _ in range(num_in_flight)]
@@ -200,13 +200,13 @@ async def ask(address: str, num_in_flight: int) -> None:
 
 
 async def measure_together(num_encoders: int, num_workers: int, num_in_flight: int) -> float:
-    """GB/s of all connections, while all are busy."""
+    """Returns the GB/s of all connections together, while all are busy."""
     async with contextlib.AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm")))
         servers = [await stack.enter_async_context(running_server(folder, CHUNK_NBYTES)) for _ in range(num_encoders)]
         asking = [
             await stack.enter_async_context(
-                LineProcess.started(_THIS, "--ask", servers[index % num_encoders][0], str(num_in_flight))
+                LineProcess.started(_THIS, "--work", servers[index % num_encoders][0], str(num_in_flight))
             )
             for index in range(num_workers)
         ]
@@ -228,7 +228,7 @@ def _own_cpu_s() -> float:
 
 
 def _cpu_s(pid: int) -> float:
-    """User and system time of a process, seconds (fields 14 and 15 of /proc/<pid>/stat)."""
+    """Returns the user and system time of a process in seconds (fields 14 and 15 of /proc/<pid>/stat)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
 
@@ -236,14 +236,14 @@ def _cpu_s(pid: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--serve", nargs=2, metavar=("SHM_FOLDER", "CHUNK_NBYTES"), help=argparse.SUPPRESS)
-    parser.add_argument("--ask", nargs=2, metavar=("ADDRESS", "NUM_IN_FLIGHT"), help=argparse.SUPPRESS)
+    parser.add_argument("--work", nargs=2, metavar=("ADDRESS", "NUM_IN_FLIGHT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     reuse_message_memory()  # as the services do
     if options.serve:
         asyncio.run(serve(Path(options.serve[0]), int(options.serve[1])))
-    elif options.ask:
-        asyncio.run(ask(options.ask[0], int(options.ask[1])))
+    elif options.work:
+        asyncio.run(work(options.work[0], int(options.work[1])))
     else:
         asyncio.run(measure_all())
 

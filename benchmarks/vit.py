@@ -1,4 +1,4 @@
-"""Vision towers of published dims with random weights: ours and transformers' with the same ones."""
+"""Vision towers of published dims with equal random weights: Vitrine's and transformers'."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ QWEN2_5_VL_7B: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class VitPair:
-    """The plain tower and transformers', bfloat16 on the GPU, same weights."""
+    """Vitrine's plain tower and transformers' tower with equal weights, in bfloat16 on the GPU."""
 
     plain: PlainTower
     transformers: PreTrainedModel
@@ -58,7 +58,7 @@ class VitPair:
 
 
 def qwen3_vl_8b(device: torch.device) -> VitPair:
-    """Weights at scales that keep the residual stream lively; seeded."""
+    """Returns seeded towers of Qwen3-VL-8B's dims."""
     config = Qwen3VLConfig(vision_config=QWEN3_VL_8B).vision_config
     with device:
         reference = Qwen3VLVisionModel._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
@@ -66,7 +66,7 @@ def qwen3_vl_8b(device: torch.device) -> VitPair:
 
 
 def qwen2_5_vl_7b(device: torch.device) -> VitPair:
-    """Weights as above."""
+    """Returns seeded towers of Qwen2.5-VL-7B's dims."""
     config = Qwen2_5_VLConfig(vision_config=QWEN2_5_VL_7B).vision_config
     with device:
         reference = Qwen2_5_VisionTransformerPretrainedModel._from_config(
@@ -85,7 +85,7 @@ def _with_equal_weights(family: Family, vision: dict[str, Any], reference: PreTr
 
 @torch.no_grad()
 def draw_weights(model: nn.Module) -> None:
-    """Scales that keep the residual stream lively, from torch's generator; nothing needs a gradient any more."""
+    """Draws weights at scales that keep the residual stream from vanishing; turns gradients off."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
         if name.endswith("bias"):
@@ -99,7 +99,7 @@ def draw_weights(model: nn.Module) -> None:
 
 
 def operations(vision: dict[str, Any], grid_thw: list[GridTHW]) -> float:
-    """Multiplications and additions of matrix products and attention of a Qwen3-VL tower, nothing else."""
+    """Returns the multiplications and additions in the matrix products and attention of a Qwen3-VL tower."""
     hidden, wide, out = vision["hidden_size"], vision["intermediate_size"], vision["out_hidden_size"]
     num_patches = sum(t * h * w for t, h, w in grid_thw)
     pairs = sum(t * (h * w) ** 2 for t, h, w in grid_thw)

@@ -1,7 +1,7 @@
-"""Generates the stubs beside each .proto, or with --check only says whether they are up to date.
+"""Generates the stubs beside each .proto, or with --check only checks whether they are up to date.
 
-Runs in the environment of protos/requirements.txt, which `make protos` sets up, because the generator is kept at the
-oldest gRPC and protobuf that Vitrine supports.
+It runs in the environment of protos/requirements.txt, which `make protos` creates, because the generator must be that
+of the oldest gRPC and protobuf that Vitrine supports.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _PLUGINS = ("mypy", "mypy_grpc")
 
 
 def generate(folder: Path) -> list[Path]:
-    """Writes the stubs of every .proto under `folder`, mirroring the packages; returns their relative paths."""
-    # The generator's plugins live beside the interpreter, which need not be on PATH.
+    """Writes the stubs of every .proto below `folder`, in folders as of the packages; returns their relative paths."""
+    # The generator's plugins are beside the interpreter, whose folder need not be on PATH.
     plugins = [f"--plugin=protoc-gen-{name}={Path(sys.executable).parent / f'protoc-gen-{name}'}" for name in _PLUGINS]
     outputs = [
         f"--python_out={folder}",
@@ -48,7 +48,7 @@ def main() -> int:
         ]
         if check:
             for stub in differing:
-                print(f"{stub} is not what its .proto gives: run make protos", file=sys.stderr)
+                print(f"{stub} does not match its .proto: run make protos", file=sys.stderr)
             return 1 if differing else 0
         for stub in differing:
             shutil.copyfile(folder / stub, _ROOT / stub)

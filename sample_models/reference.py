@@ -1,9 +1,9 @@
-"""The same checkpoint in one process by transformers: what every number of the split is compared with.
+"""transformers' own model in one process, with which all results of the split are compared.
 
-transformers' processor classes cannot be built without torchvision, so the processor is put together from the
-parts that can: the Pillow image processor, the video processor's own `sample_frames`, `smart_resize` and `patchify`,
-and the processor's own placeholder replacement. Resizing is torchvision's, the backend transformers prefers, which is
-torch's own underneath; videos for Qwen2.5-VL must need none.
+transformers' processor classes cannot be built without torchvision, so the processor is assembled from the parts that
+can: the Pillow image processor, the video processor's own `sample_frames`, `smart_resize` and `patchify`, and the
+processor's own placeholder replacement. Pictures are resized by torch, as in torchvision, transformers' preferred
+backend; videos for Qwen2.5-VL must not need resizing.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ VIDEO_FPS = 2.0
 
 @dataclass(frozen=True)
 class Media:
-    """One encoded file and what it is."""
+    """One encoded file and its kind."""
 
     kind: MediaKind
     data: bytes
 
 
 class Reference:
-    """transformers' model and processor parts over one checkpoint folder, fp32 on the CPU."""
+    """transformers' model and processor parts for one checkpoint folder, in float32 on the CPU."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -62,7 +62,7 @@ class Reference:
         self.processor.vision_start_token, self.processor.vision_end_token = "<|vision_start|>", "<|vision_end|>"
 
     def inputs(self, text: str, media: list[Media]) -> dict[str, torch.Tensor]:
-        """Model inputs of `text`, which holds one placeholder a media item, as the processor would make them."""
+        """Returns the processor's model inputs for `text`, which has one placeholder per media item."""
         inputs: dict[str, Any] = {}
         images = [self._image(item.data) for item in media if item.kind == "image"]
         image_texts, video_texts = [], []
@@ -89,7 +89,7 @@ class Reference:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds, **inputs}
 
     def greedy(self, inputs: dict[str, torch.Tensor], num_tokens: int) -> tuple[list[int], torch.Tensor]:
-        """Greedy continuation: token ids, and log-probabilities [num_tokens, vocab]."""
+        """Returns the greedy continuation: token ids, and log-probabilities [num_tokens, vocab]."""
         with torch.inference_mode():
             out = self.model.generate(
                 **inputs,
@@ -104,7 +104,7 @@ class Reference:
         return logits.argmax(-1).tolist(), logits.log_softmax(-1)
 
     def answer(self, question: str, media: list[Media], max_tokens: int) -> str:
-        """The greedy answer to a question about `media`, which stand in front of it."""
+        """Returns the greedy answer to a question about `media`, which precede the question in the prompt."""
         content = [*({"type": item.kind} for item in media), {"type": "text", "text": question}]
         text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
@@ -116,7 +116,7 @@ class Reference:
         return answer
 
     def _image(self, data: bytes) -> Image.Image:
-        """At its final size, so that the processor, whose Pillow resizes slightly differently, finds nothing to do."""
+        """Returns the picture at its final size, because the processor's resizing by Pillow gives other results."""
         image = Image.open(io.BytesIO(data)).convert("RGB")
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         size = smart_resize_image(image.height, image.width, **_limits(self.image_processor))
@@ -154,7 +154,7 @@ def _limits(processor: Any) -> dict[str, int]:
 
 
 def _resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """uint8 [items, 3, height, width] at another (height, width)."""
+    """Returns uint8 pixels [items, 3, height, width] at another (height, width)."""
     return torch.nn.functional.interpolate(pixels, size, mode="bicubic", antialias=True)
 
 
@@ -165,7 +165,7 @@ def _video_processor(folder: Path, config: Any) -> Any:
 
 
 def _qwen2_video_processor_class() -> Any:
-    """Qwen2VLVideoProcessor, whose module imports torchvision at its top; what is used of it here needs none."""
+    """Returns Qwen2VLVideoProcessor, whose module imports torchvision; the methods used here do not need it."""
     names = (
         "torchvision",
         "torchvision.transforms",

@@ -1,6 +1,6 @@
-"""Asks held-out questions through the whole split and prints accuracy by kind: `make eval`.
+"""Answers held-out questions through the whole split and prints accuracy by kind: `make eval`.
 
-Every way of answering has to come out at the same accuracy, but for the last: it has no deepstack rows and must lose.
+All ways of answering must reach the same accuracy, except for the last: without deepstack rows it must be worse.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             folder = without_deepstack(options.model, Path(scratch) / "model") if name == ABLATION else options.model
             start = time.perf_counter()
-            # The services' log lines would tear the table apart.
+            # The services' log lines must not interrupt the table.
             with contextlib.redirect_stdout(sys.stderr):
                 answers = answer(folder, questions)
             seconds = time.perf_counter() - start
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def ways() -> dict[str, Answer]:
-    """All ways to answer that this machine has, by name."""
+    """Returns all ways of answering that this machine supports, by name."""
     no_embedding_cache = ("--cache-gpu-bytes", "0", "--cache-host-bytes", "0")
     small_chunks = ("--max-num-batched-tokens", "40")
     found = {

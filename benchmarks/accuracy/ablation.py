@@ -1,4 +1,4 @@
-"""A copy of a checkpoint whose deepstack rows are all zero: what a split that loses them would answer."""
+"""A copy of a checkpoint whose deepstack rows are all zero: it answers like a split that loses them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Right answers counted by kind of question, and the table of them."""
+"""Counts right answers by kind of question, and prints them as a table."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from vitrine_vlm.sample_models.tiny_vlm.data.generator import KINDS
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares of right answers, 0 to 1: over all questions, and by kind for the kinds that were asked."""
+    """Shares of right answers, 0 to 1: of all questions, and of each kind that has questions."""
 
     overall: float
     by_kind: dict[str, float]
 
 
 def accuracy(questions: Sequence[AskedQuestion], answers: Sequence[str]) -> Accuracy:
-    """An answer is right if it equals the expected one, letter for letter."""
+    """Returns the accuracy; an answer is right if it equals the expected one, letter for letter."""
     asked = Counter(question.kind for question in questions)
     pairs = zip(questions, answers, strict=True)
     right = Counter(question.kind for question, answer in pairs if answer.strip() == question.answer)
@@ -32,7 +32,7 @@ def table_header() -> str:
 
 
 def table_row(name: str, measured: Accuracy, same: float | None, seconds: float) -> str:
-    """One line of a Markdown table; `same` is the share of answers that transformers gave, too."""
+    """Returns a line of a Markdown table; `same` is the share of answers that equal those of transformers."""
     shares = [measured.overall, *(measured.by_kind.get(kind) for kind in KINDS), same]
     shown = ["-" if share is None else f"{share:.1%}" for share in shares]
     return f"| {' | '.join([name, *shown, f'{seconds:.0f}'])} |"

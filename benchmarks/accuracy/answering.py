@@ -1,4 +1,4 @@
-"""Three ways to have the questions answered: transformers in one process, and the split over OpenAI HTTP."""
+"""Two ways to answer the questions: transformers in one process, and the split over OpenAI HTTP."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MIME_TYPES = {"image": "image/png", "video": "video/mp4"}
 
 
 def answers_of_transformers(folder: Path, questions: Sequence[AskedQuestion]) -> list[str]:
-    """Greedy answers of transformers' own model and processor, in fp32, one question at a time."""
+    """Returns greedy answers of transformers' own model and processor, in float32, one question at a time."""
     reference = Reference(folder)
     return [reference.answer(question.text, list(question.media), _MAX_TOKENS) for question in questions]
 
@@ -35,10 +35,10 @@ async def answers_of_split(
     worker_flags: Sequence[str] = (),
     rounds: int = 1,
 ) -> list[str]:
-    """Greedy answers of real services, several questions in flight.
+    """Returns greedy answers of real services, with several questions in flight.
 
     Args:
-        rounds: how often everything is asked; the last answers count.
+        rounds: how often all questions are sent; the last answers are returned.
 
     Raises:
         AskFailed: the worker refused a question.

@@ -18,7 +18,7 @@ _VIDEO_BITS_PER_S = 4_000_000
 
 @dataclass(frozen=True)
 class AskedQuestion:
-    """media: the files in order; text: the question; answer: the only right one."""
+    """A question: `media` are its files in order, `text` is the question, `answer` the only right answer."""
 
     kind: Kind
     media: tuple[Media, ...]
@@ -27,7 +27,7 @@ class AskedQuestion:
 
 
 def held_out_questions(count: int) -> list[AskedQuestion]:
-    """The first `count` of the held-out split; the kinds of question take turns."""
+    """Returns the first `count` questions of the held-out split; the kinds of question alternate."""
     asked = []
     for index in range(count):
         sample, question = draw_question("heldout", index)
@@ -46,7 +46,7 @@ def _mp4(clip: Clip) -> Media:
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", rate=clip.fps)
-        # Subsampled colour needs even sides: the last row or column may go.
+        # Subsampled colour needs even sides: the last row or column may be cut.
         stream.width, stream.height = (side // 2 * 2 for side in clip.size)
         stream.pix_fmt, stream.bit_rate = "yuv420p", _VIDEO_BITS_PER_S
         for index in range(clip.num_frames):

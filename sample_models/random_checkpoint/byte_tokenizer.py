@@ -1,4 +1,4 @@
-"""The random checkpoints' tokenizer: one token a byte, the Qwen special tokens and a short ChatML template."""
+"""The random checkpoints' tokenizer: one token per byte, the Qwen special tokens and a short ChatML template."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ _CHAT_TEMPLATE = """\
 
 
 def printable_token_ids() -> list[int]:
-    """Ids of newline and the printable ASCII characters."""
+    """Returns the ids of the newline and of the printable ASCII characters."""
     vocab = _byte_vocab()
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    # A single ASCII character comes back as the one letter that stands for its byte.
+    # For a single ASCII character the pre-tokenizer returns the one letter that represents its byte.
     return [vocab[byte_level.pre_tokenize_str(char)[0][0]] for char in ["\n", *map(chr, range(32, 127))]]
 
 
@@ -56,8 +56,8 @@ def save_byte_tokenizer(folder: Path, vocab_size: int) -> None:
     """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, loadable by AutoTokenizer.
 
     Args:
-        vocab_size: the model's; ids above the special tokens' stand for their number in hexadecimal and are never read
-            from text, so that every token a model may choose has a text.
+        vocab_size: the model's; ids above the special tokens decode to their number in hexadecimal and are never
+            encoded from text, so that every token a model may choose has a text.
     """
     others = {f"{token_id:x}": token_id for token_id in range(_NUM_BYTES + len(_SPECIAL_TOKENS), vocab_size)}
     tokenizer = Tokenizer(models.BPE(vocab=_byte_vocab() | SPECIAL_TOKEN_IDS | others, merges=[]))

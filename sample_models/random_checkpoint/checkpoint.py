@@ -1,7 +1,7 @@
-"""Seeded random checkpoints of the true architectures at small dims, laid out on disk as released ones are.
+"""Seeded random checkpoints of the true architectures at small dims, with the same files as released ones.
 
-They let every test and the laptop run work without a download. The weights are drawn at scales that keep activations
-lively, so another picture or prompt gives another greedy answer; the answers themselves are noise.
+With them tests need no download. The weights are drawn at scales that keep activations from vanishing, so another
+picture or prompt gives another greedy answer; the answers themselves are noise.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ def save_random_checkpoint(
     """Writes a complete checkpoint: config, safetensors, generation, processor and tokenizer files.
 
     Args:
-        folder: made if missing; files of an earlier call are overwritten.
-        seed: of the weights; equal seeds and configs give equal files.
-        config: instead of `small_config(family)`; its special token ids must be those of the byte tokenizer.
-        max_shard_size: such as "200KB", to get several safetensors files and an index.
+        folder: created if missing; files of an earlier call are overwritten.
+        seed: the seed of the weights; equal seeds and configs give equal files.
+        config: used instead of `small_config(family)`; its special token ids must be those of the byte tokenizer.
+        max_shard_size: for example "200KB", to write several safetensors files and an index.
 
     Returns:
         `folder`.
@@ -90,7 +90,7 @@ def save_weightless_checkpoint(
     """Writes what `--load-format dummy` needs: all files but the weights.
 
     Args:
-        folder: made if missing; files of an earlier call are overwritten.
+        folder: created if missing; files of an earlier call are overwritten.
         config: its special token ids must be those of the byte tokenizer.
         max_pixels: larger pictures are scaled down.
 
@@ -121,7 +121,7 @@ def _draw_weights(model: PreTrainedModel, generator: torch.Generator) -> None:
         if name.endswith("bias"):
             parameter.copy_(0.1 * noise)
         elif parameter.ndim == 1:
-            # Attention logits are as wide as the product of these two gains: 1 would leave them near uniform.
+            # The spread of attention logits is the product of these two gains: with 1 attention would be near uniform.
             gain = 1.6 if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0
             parameter.copy_(gain * (1.0 + 0.1 * noise))
         elif name.endswith(("embed_tokens.weight", "pos_embed.weight")):
@@ -130,18 +130,18 @@ def _draw_weights(model: PreTrainedModel, generator: torch.Generator) -> None:
             parameter.copy_(noise * _LOGITS_STD / parameter.shape[-1] ** 0.5)
         else:
             parameter.copy_(noise * _gain(name) / _fan_in(parameter) ** 0.5)
-    # The talking half of a model that has one is not in these checkpoints.
-    answering = getattr(model, "thinker", model)
-    if not answering.config.tie_word_embeddings:
-        # A zero row has logit 0, far below the best of the others: only printable text comes out, and no early stop.
-        head = answering.get_output_embeddings().weight
+    # These checkpoints have no talker.
+    thinker = getattr(model, "thinker", model)
+    if not thinker.config.tie_word_embeddings:
+        # A zero row has logit 0, far below the best of the others: answers are printable and do not end early.
+        head = thinker.get_output_embeddings().weight
         unprintable = torch.ones(head.shape[0], dtype=torch.bool)
         unprintable[printable_token_ids()] = False
         head[unprintable] = 0.0
 
 
 def _gain(name: str) -> float:
-    # Patch pixels of flat pictures lie close together; a larger first step keeps pictures apart.
+    # Patches of plain pictures are similar; a larger gain in the first layer separates them.
     return 2.0 if "patch_embed" in name else 1.3
 
 
@@ -152,7 +152,7 @@ def _fan_in(parameter: torch.Tensor) -> int:
 
 
 def _write_processor_configs(folder: Path, family: Family, config: PretrainedConfig, max_pixels: int) -> None:
-    """Fields and names as the released checkpoints of the family write them, with limits that keep videos small."""
+    """Writes the fields of the family's released checkpoints, with limits that keep videos small."""
     vision = getattr(config, "thinker_config", config).vision_config
     name = _PROCESSOR_NAMES[family]
     shared: dict[str, Any] = {
@@ -165,7 +165,7 @@ def _write_processor_configs(folder: Path, family: Family, config: PretrainedCon
     }
     old_bounds: dict[str, Any] = {"min_pixels": _MIN_PIXELS, "max_pixels": max_pixels}
     if family == "qwen3_omni_moe":
-        # No file for videos: their bounds stand in the processor's class.
+        # There is no file for videos: the processor's class has their bounds.
         _write_json(
             folder / "preprocessor_config.json",
             shared | old_bounds | {"image_processor_type": "Qwen2VLImageProcessor"},
@@ -188,7 +188,7 @@ def _write_processor_configs(folder: Path, family: Family, config: PretrainedCon
             "image_processor_type": "Qwen2VLImageProcessorFast",
         }
         video = {
-            # Over all frames together, unlike the picture's.
+            # Of all frames together, unlike the bounds of pictures.
             "size": {"shortest_edge": _MIN_PIXELS, "longest_edge": _MAX_VIDEO_PIXELS},
             "video_processor_type": "Qwen3VLVideoProcessor",
         }

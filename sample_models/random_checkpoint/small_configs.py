@@ -20,8 +20,8 @@ from vitrine_vlm.sample_models.random_checkpoint.byte_tokenizer import SPECIAL_T
 Family = Literal["qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "qwen3_omni_moe"]
 
 _VOCAB_SIZE = 304
-# Released checkpoints use millions, with 128 dims a head. With so few dims here that would leave most of them, and
-# with them whole M-RoPE axes, without any effect on the tokens.
+# Released checkpoints use millions, with 128 dims per head. With the few dims here most of them, and so whole M-RoPE
+# axes, would then have no effect on the tokens.
 _ROPE_THETA = 300.0
 _LINEAR_ATTENTION: dict[Family, type[PretrainedConfig]] = {
     "qwen3_5": Qwen3_5Config,
@@ -40,7 +40,7 @@ _INDEXER: dict[Family, dict[str, int]] = {
 
 
 def special_token_ids() -> dict[str, int]:
-    """Fields of config.json that name the byte tokenizer's special tokens."""
+    """Returns the fields of config.json with the byte tokenizer's special tokens."""
     return {
         "image_token_id": SPECIAL_TOKEN_IDS["<|image_pad|>"],
         "video_token_id": SPECIAL_TOKEN_IDS["<|video_pad|>"],
@@ -50,13 +50,13 @@ def special_token_ids() -> dict[str, int]:
 
 
 def small_config(family: Family) -> PretrainedConfig:
-    """The family's architecture with every feature in place and dims small enough for a test.
+    """Returns a config with all features of the family's architecture and dims small enough for a test.
 
     Args:
-        family: which architecture; those with deepstack take it after vision layers 1, 2 and 3.
+        family: the architecture; with deepstack, its vision layers are 1, 2 and 3.
 
     Raises:
-        ValueError: `family` is none of `Family`.
+        ValueError: `family` is not one of `Family`.
     """
     special_ids = special_token_ids()
     text: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The small model that ships with the project: its pictures and questions, and its training."""
+"""The small model that ships with the project: its training data and its training."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class DescribeResponse(_message.Message):
 
     @_builtins.property
     def processor(self) -> Global___ProcessorSettings:
-        """How media become patches."""
+        """How media are cut into patches."""
 
     @_builtins.property
     def transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -225,7 +225,7 @@ class Hello(_message.Message):
     protocol_version: _builtins.int
     @_builtins.property
     def transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Transports the peer can land rows from. The encoder takes the best that both have and that passes its probe."""
+        """Transports the peer can land rows from. The encoder chooses the best one that both have and that passes its probe."""
 
     def __init__(
         self,
@@ -250,7 +250,7 @@ class ProbeResult(_message.Message):
     NONCE_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     nonce: _builtins.bytes
-    """The nonce that the peer read through the offered transport; empty where it could not read it."""
+    """The nonce that the peer read through the offered transport; empty if it could not read it."""
     error: _builtins.str
     """Why the probe failed, for the encoder's log; empty on success."""
     def __init__(
@@ -299,7 +299,7 @@ Global___ConnectResponse: _TypeAlias = ConnectResponse  # noqa: Y015
 
 @_typing.final
 class Offer(_message.Message):
-    """How the peer is to reach the encoder's memory. The peer maps it, reads the probe page, and answers."""
+    """How the peer can map the encoder's memory. The peer maps it, reads the nonce, and answers with ProbeResult."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -382,7 +382,7 @@ class CudaIpcPool(_message.Message):
     probe_nbytes: _builtins.int
     """Length of the nonce, in bytes."""
     gpu_uuid: _builtins.str
-    """The GPU that holds the pool ("GPU-..."): the peer has to see it, under whatever number."""
+    """The GPU that holds the pool ("GPU-..."): it must be visible to the peer, under any index."""
     def __init__(
         self,
         *,
@@ -414,7 +414,7 @@ class Session(_message.Message):
     transport: _builtins.str
     """"cuda_ipc", "shm" or "grpc"."""
     lease_ttl_s: _builtins.float
-    """Time a lease lives without being released, in seconds."""
+    """Seconds after which a lease expires if it is not released."""
     def __init__(
         self,
         *,
@@ -493,7 +493,7 @@ class EncodeRequest(_message.Message):
     session_id: _builtins.str
     """From Connect; empty for rows as bytes."""
     tenant: _builtins.str
-    """Cached rows are used again within one tenant only; chosen by the caller, may be empty."""
+    """Cached rows are reused within one tenant only; chosen by the caller, may be empty."""
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___MediaItem]:
         """Media in the order of their placeholders in the prompt."""
@@ -633,11 +633,11 @@ class Lease(_message.Message):
     NBYTES_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.int
     generation: _builtins.int
-    """Changes whenever the block is used anew; written in the block's header for the reader to compare
-    when it has copied.
+    """Changes whenever the block is used again; the reader compares it with the block's header after
+    its copy.
     """
     offset: _builtins.int
-    """First byte of the rows, from the start of the pool. The 64-byte block header lies right before it."""
+    """Where the rows begin, in bytes from the start of the pool. The 64-byte block header lies right before it."""
     nbytes: _builtins.int
     """num_tokens * out_hidden_size * (1 + num_deepstack_layers) * bytes of dtype."""
     def __init__(
@@ -706,7 +706,7 @@ class Failed(_message.Message):
     message: _builtins.str
     """What was wrong, with the values, and what to do."""
     retry_after_s: _builtins.float
-    """"overloaded" only: when to try again, in seconds; 0 where that is not known."""
+    """"overloaded" only: the time after which to retry, in seconds; 0 if it is not known."""
     def __init__(
         self,
         *,
@@ -725,7 +725,7 @@ Global___Failed: _TypeAlias = Failed  # noqa: Y015
 
 @_typing.final
 class ItemTimings(_message.Message):
-    """Where the time of one item went, in milliseconds."""
+    """The time of one item by stage, in milliseconds."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -788,9 +788,9 @@ class ReleaseResponse(_message.Message):
     NUM_RELEASED_FIELD_NUMBER: _builtins.int
     NUM_UNKNOWN_FIELD_NUMBER: _builtins.int
     num_released: _builtins.int
-    """Leases given back by this call."""
+    """Leases released by this call."""
     num_unknown: _builtins.int
-    """Leases that were unknown, expired, released before, or of another session."""
+    """Ids of leases that were unknown, expired, released before, or of another session."""
     def __init__(
         self,
         *,
@@ -855,11 +855,11 @@ class GetStatsResponse(_message.Message):
     queue_seconds: _builtins.float
     """Seconds of the tower's work that are admitted and not yet shipped, by the measured cost model."""
     num_cache_hits: _builtins.int
-    """Items since the start by where their rows came from: kept, of an equal item in flight, made."""
+    """Items since the start by the origin of their rows: the cache, an equal item in flight, a forward."""
     num_cache_joined: _builtins.int
     num_cache_misses: _builtins.int
     cache_gpu_bytes: _builtins.int
-    """Bytes of kept rows."""
+    """Bytes of cached rows, on the GPU and on the host."""
     cache_host_bytes: _builtins.int
     num_live_leases: _builtins.int
     """Leases that peers hold now."""

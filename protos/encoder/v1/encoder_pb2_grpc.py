@@ -65,15 +65,15 @@ class EncoderServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Describe(self, request, context):
-        """What this encoder serves. A worker compares it with its own checkpoint before it sends anything.
+        """Returns what this encoder serves. A worker compares it with its own checkpoint before it sends requests.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Connect(self, request_iterator, context):
-        """Negotiates a transport and then stays open for the life of the peer. When this stream ends, for
-        whatever reason, every lease of the session is reclaimed. Callers that take rows as bytes
+        """Negotiates a transport and then stays open as long as the session. When this stream ends, for
+        whatever reason, all leases of the session are released. Callers that receive rows as bytes
         (transport "grpc") need no session.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -81,24 +81,24 @@ class EncoderServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Encode(self, request, context):
-        """Encodes the items of one request. Per item: one Layout as soon as its size is known, then either one
+        """Encodes the items of one request. It sends, per item, one Layout as soon as its size is known, then either one
         Ready (rows lie in the encoder's memory under a lease) or Chunks (rows as bytes), or one Failed instead.
-        Items answer in the order in which they finish, so events of different items interleave.
-        Cancelling the call before its end gives back all its leases.
+        Events are sent as soon as they are known, so those of different items interleave.
+        Cancelling the call before its end releases all its leases.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Release(self, request, context):
-        """Gives leases back. Unknown, expired and already released leases are counted, not errors.
+        """Releases leases. Unknown, expired and already released leases are counted, not errors.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetStats(self, request, context):
-        """How busy this encoder is, for people and their pages. Monitoring reads its Prometheus metrics instead.
+        """Returns the load of this encoder, for status pages. Monitoring reads its Prometheus metrics instead.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

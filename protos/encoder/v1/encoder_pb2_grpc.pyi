@@ -38,43 +38,43 @@ class EncoderStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> EncoderAsyncStub: ...
     Describe: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.DescribeRequest, _encoder_pb2.DescribeResponse]
-    """What this encoder serves. A worker compares it with its own checkpoint before it sends anything."""
+    """Returns what this encoder serves. A worker compares it with its own checkpoint before it sends requests."""
     Connect: _grpc.StreamStreamMultiCallable[_encoder_pb2.ConnectRequest, _encoder_pb2.ConnectResponse]
-    """Negotiates a transport and then stays open for the life of the peer. When this stream ends, for
-    whatever reason, every lease of the session is reclaimed. Callers that take rows as bytes
+    """Negotiates a transport and then stays open as long as the session. When this stream ends, for
+    whatever reason, all leases of the session are released. Callers that receive rows as bytes
     (transport "grpc") need no session.
     """
     Encode: _grpc.UnaryStreamMultiCallable[_encoder_pb2.EncodeRequest, _encoder_pb2.EncodeResponse]
-    """Encodes the items of one request. Per item: one Layout as soon as its size is known, then either one
+    """Encodes the items of one request. It sends, per item, one Layout as soon as its size is known, then either one
     Ready (rows lie in the encoder's memory under a lease) or Chunks (rows as bytes), or one Failed instead.
-    Items answer in the order in which they finish, so events of different items interleave.
-    Cancelling the call before its end gives back all its leases.
+    Events are sent as soon as they are known, so those of different items interleave.
+    Cancelling the call before its end releases all its leases.
     """
     Release: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.ReleaseRequest, _encoder_pb2.ReleaseResponse]
-    """Gives leases back. Unknown, expired and already released leases are counted, not errors."""
+    """Releases leases. Unknown, expired and already released leases are counted, not errors."""
     GetStats: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.GetStatsRequest, _encoder_pb2.GetStatsResponse]
-    """How busy this encoder is, for people and their pages. Monitoring reads its Prometheus metrics instead."""
+    """Returns the load of this encoder, for status pages. Monitoring reads its Prometheus metrics instead."""
 
 @_typing.type_check_only
 class EncoderAsyncStub(EncoderStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Describe: _aio.UnaryUnaryMultiCallable[_encoder_pb2.DescribeRequest, _encoder_pb2.DescribeResponse]  # type: ignore[assignment]
-    """What this encoder serves. A worker compares it with its own checkpoint before it sends anything."""
+    """Returns what this encoder serves. A worker compares it with its own checkpoint before it sends requests."""
     Connect: _aio.StreamStreamMultiCallable[_encoder_pb2.ConnectRequest, _encoder_pb2.ConnectResponse]  # type: ignore[assignment]
-    """Negotiates a transport and then stays open for the life of the peer. When this stream ends, for
-    whatever reason, every lease of the session is reclaimed. Callers that take rows as bytes
+    """Negotiates a transport and then stays open as long as the session. When this stream ends, for
+    whatever reason, all leases of the session are released. Callers that receive rows as bytes
     (transport "grpc") need no session.
     """
     Encode: _aio.UnaryStreamMultiCallable[_encoder_pb2.EncodeRequest, _encoder_pb2.EncodeResponse]  # type: ignore[assignment]
-    """Encodes the items of one request. Per item: one Layout as soon as its size is known, then either one
+    """Encodes the items of one request. It sends, per item, one Layout as soon as its size is known, then either one
     Ready (rows lie in the encoder's memory under a lease) or Chunks (rows as bytes), or one Failed instead.
-    Items answer in the order in which they finish, so events of different items interleave.
-    Cancelling the call before its end gives back all its leases.
+    Events are sent as soon as they are known, so those of different items interleave.
+    Cancelling the call before its end releases all its leases.
     """
     Release: _aio.UnaryUnaryMultiCallable[_encoder_pb2.ReleaseRequest, _encoder_pb2.ReleaseResponse]  # type: ignore[assignment]
-    """Gives leases back. Unknown, expired and already released leases are counted, not errors."""
+    """Releases leases. Unknown, expired and already released leases are counted, not errors."""
     GetStats: _aio.UnaryUnaryMultiCallable[_encoder_pb2.GetStatsRequest, _encoder_pb2.GetStatsResponse]  # type: ignore[assignment]
-    """How busy this encoder is, for people and their pages. Monitoring reads its Prometheus metrics instead."""
+    """Returns the load of this encoder, for status pages. Monitoring reads its Prometheus metrics instead."""
 
 class EncoderServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -83,7 +83,7 @@ class EncoderServicer(metaclass=_abc_1.ABCMeta):
         request: _encoder_pb2.DescribeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_encoder_pb2.DescribeResponse, _abc.Awaitable[_encoder_pb2.DescribeResponse]]:
-        """What this encoder serves. A worker compares it with its own checkpoint before it sends anything."""
+        """Returns what this encoder serves. A worker compares it with its own checkpoint before it sends requests."""
 
     @_abc_1.abstractmethod
     def Connect(
@@ -91,8 +91,8 @@ class EncoderServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_encoder_pb2.ConnectRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_encoder_pb2.ConnectResponse], _abc.AsyncIterator[_encoder_pb2.ConnectResponse]]:
-        """Negotiates a transport and then stays open for the life of the peer. When this stream ends, for
-        whatever reason, every lease of the session is reclaimed. Callers that take rows as bytes
+        """Negotiates a transport and then stays open as long as the session. When this stream ends, for
+        whatever reason, all leases of the session are released. Callers that receive rows as bytes
         (transport "grpc") need no session.
         """
 
@@ -102,10 +102,10 @@ class EncoderServicer(metaclass=_abc_1.ABCMeta):
         request: _encoder_pb2.EncodeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_encoder_pb2.EncodeResponse], _abc.AsyncIterator[_encoder_pb2.EncodeResponse]]:
-        """Encodes the items of one request. Per item: one Layout as soon as its size is known, then either one
+        """Encodes the items of one request. It sends, per item, one Layout as soon as its size is known, then either one
         Ready (rows lie in the encoder's memory under a lease) or Chunks (rows as bytes), or one Failed instead.
-        Items answer in the order in which they finish, so events of different items interleave.
-        Cancelling the call before its end gives back all its leases.
+        Events are sent as soon as they are known, so those of different items interleave.
+        Cancelling the call before its end releases all its leases.
         """
 
     @_abc_1.abstractmethod
@@ -114,7 +114,7 @@ class EncoderServicer(metaclass=_abc_1.ABCMeta):
         request: _encoder_pb2.ReleaseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_encoder_pb2.ReleaseResponse, _abc.Awaitable[_encoder_pb2.ReleaseResponse]]:
-        """Gives leases back. Unknown, expired and already released leases are counted, not errors."""
+        """Releases leases. Unknown, expired and already released leases are counted, not errors."""
 
     @_abc_1.abstractmethod
     def GetStats(
@@ -122,6 +122,6 @@ class EncoderServicer(metaclass=_abc_1.ABCMeta):
         request: _encoder_pb2.GetStatsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_encoder_pb2.GetStatsResponse, _abc.Awaitable[_encoder_pb2.GetStatsResponse]]:
-        """How busy this encoder is, for people and their pages. Monitoring reads its Prometheus metrics instead."""
+        """Returns the load of this encoder, for status pages. Monitoring reads its Prometheus metrics instead."""
 
 def add_EncoderServicer_to_server(servicer: EncoderServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -76,7 +76,7 @@ class TokenIds(_message.Message):
     IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Prompt token ids; each media item as one placeholder token or as its already expanded run."""
+        """Prompt token ids; each media item is one placeholder token or its already expanded run."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class Prompt(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     MEDIA_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Text that already follows the model's chat template, with one placeholder per media item."""
+    """Text in the format of the model's chat template, with one placeholder per media item."""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Needs no tokenizer in the worker."""
@@ -139,7 +139,7 @@ class SamplingParams(_message.Message):
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
-    """Most tokens to generate; 0 for what the context leaves."""
+    """Most tokens to generate; 0 for as many as the context length allows."""
     temperature: _builtins.float
     """0 is greedy. Unset: the checkpoint's generation_config.json."""
     top_p: _builtins.float
@@ -271,7 +271,7 @@ class Started(_message.Message):
     num_prompt_tokens: _builtins.int
     """Tokens of the expanded prompt."""
     num_media_tokens: _builtins.int
-    """Those of them that are media rows."""
+    """Those of them that are media tokens."""
     def __init__(
         self,
         *,
@@ -325,7 +325,7 @@ class Delta(_message.Message):
 
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
-        """One per token where asked for."""
+        """One per token if requested."""
 
     def __init__(
         self,
@@ -382,7 +382,7 @@ class Finished(_message.Message):
     num_prompt_tokens: _builtins.int
     num_completion_tokens: _builtins.int
     num_cached_tokens: _builtins.int
-    """Tokens of the prompt that an earlier request had left in the KV cache."""
+    """Tokens of the prompt that were in the KV cache from an earlier request."""
     @_builtins.property
     def timings(self) -> Global___StageTimings: ...
     def __init__(
@@ -404,7 +404,7 @@ Global___Finished: _TypeAlias = Finished  # noqa: Y015
 
 @_typing.final
 class StageTimings(_message.Message):
-    """Where the time of one request went, in milliseconds. Stages of different items overlap; each number is
+    """The time of one request by stage, in milliseconds. Stages of different items overlap; each number is
     the slowest item's.
     """
 
@@ -423,7 +423,7 @@ class StageTimings(_message.Message):
     encode_ms: _builtins.float
     """Queue and forward in the encoder."""
     ship_ms: _builtins.float
-    """From the encoder's last byte of work to the rows being readable here."""
+    """From the end of the encoder's work until the rows are readable in the worker."""
     land_ms: _builtins.float
     """Copies into the input-embed and deepstack buffers."""
     prefill_ms: _builtins.float
@@ -490,10 +490,10 @@ class PrefillResponse(_message.Message):
     text: _builtins.str
     """Its text; empty without a tokenizer."""
     num_cached_tokens: _builtins.int
-    """Tokens of the prompt that an earlier request had left in the KV cache."""
+    """Tokens of the prompt that were in the KV cache from an earlier request."""
     @_builtins.property
     def first_token(self) -> Global___TokenLogprobs:
-        """The first generated token and, where asked for, its alternatives."""
+        """The first generated token and, if requested, its alternatives."""
 
     @_builtins.property
     def timings(self) -> Global___StageTimings: ...

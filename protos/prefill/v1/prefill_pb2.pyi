@@ -40,7 +40,7 @@ Global___DescribeRequest: _TypeAlias = DescribeRequest  # noqa: Y015
 
 @_typing.final
 class KvFormat(_message.Message):
-    """Two workers must agree on every field. How many tokens a block of their caches holds may differ."""
+    """Two workers must agree on every field. The block sizes of their KV caches may differ."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -98,18 +98,18 @@ class PrefillRequest(_message.Message):
     session_id: _builtins.str
     """From Connect; empty for rows as bytes."""
     first_row: _builtins.int
-    """The first token whose row is sent: the caller has the keys and values of those before it. Less than the prompt's
-    number of tokens.
+    """The first token whose row is sent: the caller has the keys and values of those before it. It must be less than the
+    number of prompt tokens.
     """
     @_builtins.property
     def format(self) -> Global___KvFormat:
-        """The caller's own, which must be that of Describe."""
+        """The caller's format, which must equal that of Describe."""
 
     @_builtins.property
     def prompt(self) -> _llm_pb2.Prompt: ...
     @_builtins.property
     def sampling(self) -> _llm_pb2.SamplingParams:
-        """Of the whole answer. No rows are sent where its first token ends it."""
+        """For the whole answer. No rows are sent if its first token ends it."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class PrefillResponse(_message.Message):
     PREFILLED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def layout(self) -> _encoder_pb2.Layout:
-        """Size of one media item, from which the prompt follows as on any worker."""
+        """Size of one media item, with which the worker can expand the prompt."""
 
     @_builtins.property
     def ready(self) -> _encoder_pb2.Ready:
@@ -171,7 +171,7 @@ Global___PrefillResponse: _TypeAlias = PrefillResponse  # noqa: Y015
 
 @_typing.final
 class Prefilled(_message.Message):
-    """The prompt is computed."""
+    """Sent when the prompt is computed."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -185,14 +185,14 @@ class Prefilled(_message.Message):
     token_id: _builtins.int
     """The first token of the answer."""
     num_cached_tokens: _builtins.int
-    """Tokens of the prompt that an earlier request had left in the KV cache."""
+    """Tokens of the prompt that were in the KV cache from an earlier request."""
     @_builtins.property
     def logprobs(self) -> _llm_pb2.TokenLogprobs:
-        """Where asked for."""
+        """Set if requested."""
 
     @_builtins.property
     def timings(self) -> _llm_pb2.StageTimings:
-        """Up to the first token."""
+        """The stages up to the first token."""
 
     def __init__(
         self,

@@ -61,29 +61,29 @@ class PrefillServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Describe(self, request, context):
-        """What the rows are. A worker compares it with its own before it sends anything.
+        """Returns the format of the rows. A worker compares it with its own before it sends requests.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Connect(self, request_iterator, context):
-        """As of encoder.proto: negotiates a transport, stays open, and its end reclaims the session's leases.
+        """As in encoder.proto: negotiates a transport and stays open; its end releases the session's leases.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Prefill(self, request, context):
-        """Runs a prompt: one Layout a media item, one Prefilled, then one Ready (rows lie under a lease) or Chunks, unless
-        the first token is the last. Cancelling the call before its end frees everything.
+        """Runs a prompt. It sends one Layout per media item, one Prefilled, then one Ready (rows lie under a lease) or Chunks, unless
+        the first token is the last. Cancelling the call before its end releases everything.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Release(self, request, context):
-        """Gives leases back. Unknown, expired and already released leases are counted, not errors.
+        """Releases leases. Unknown, expired and already released leases are counted, not errors.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,29 +38,29 @@ class PrefillStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> PrefillAsyncStub: ...
     Describe: _grpc.UnaryUnaryMultiCallable[_prefill_pb2.DescribeRequest, _prefill_pb2.KvFormat]
-    """What the rows are. A worker compares it with its own before it sends anything."""
+    """Returns the format of the rows. A worker compares it with its own before it sends requests."""
     Connect: _grpc.StreamStreamMultiCallable[_encoder_pb2.ConnectRequest, _encoder_pb2.ConnectResponse]
-    """As of encoder.proto: negotiates a transport, stays open, and its end reclaims the session's leases."""
+    """As in encoder.proto: negotiates a transport and stays open; its end releases the session's leases."""
     Prefill: _grpc.UnaryStreamMultiCallable[_prefill_pb2.PrefillRequest, _prefill_pb2.PrefillResponse]
-    """Runs a prompt: one Layout a media item, one Prefilled, then one Ready (rows lie under a lease) or Chunks, unless
-    the first token is the last. Cancelling the call before its end frees everything.
+    """Runs a prompt. It sends one Layout per media item, one Prefilled, then one Ready (rows lie under a lease) or Chunks, unless
+    the first token is the last. Cancelling the call before its end releases everything.
     """
     Release: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.ReleaseRequest, _encoder_pb2.ReleaseResponse]
-    """Gives leases back. Unknown, expired and already released leases are counted, not errors."""
+    """Releases leases. Unknown, expired and already released leases are counted, not errors."""
 
 @_typing.type_check_only
 class PrefillAsyncStub(PrefillStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Describe: _aio.UnaryUnaryMultiCallable[_prefill_pb2.DescribeRequest, _prefill_pb2.KvFormat]  # type: ignore[assignment]
-    """What the rows are. A worker compares it with its own before it sends anything."""
+    """Returns the format of the rows. A worker compares it with its own before it sends requests."""
     Connect: _aio.StreamStreamMultiCallable[_encoder_pb2.ConnectRequest, _encoder_pb2.ConnectResponse]  # type: ignore[assignment]
-    """As of encoder.proto: negotiates a transport, stays open, and its end reclaims the session's leases."""
+    """As in encoder.proto: negotiates a transport and stays open; its end releases the session's leases."""
     Prefill: _aio.UnaryStreamMultiCallable[_prefill_pb2.PrefillRequest, _prefill_pb2.PrefillResponse]  # type: ignore[assignment]
-    """Runs a prompt: one Layout a media item, one Prefilled, then one Ready (rows lie under a lease) or Chunks, unless
-    the first token is the last. Cancelling the call before its end frees everything.
+    """Runs a prompt. It sends one Layout per media item, one Prefilled, then one Ready (rows lie under a lease) or Chunks, unless
+    the first token is the last. Cancelling the call before its end releases everything.
     """
     Release: _aio.UnaryUnaryMultiCallable[_encoder_pb2.ReleaseRequest, _encoder_pb2.ReleaseResponse]  # type: ignore[assignment]
-    """Gives leases back. Unknown, expired and already released leases are counted, not errors."""
+    """Releases leases. Unknown, expired and already released leases are counted, not errors."""
 
 class PrefillServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -69,7 +69,7 @@ class PrefillServicer(metaclass=_abc_1.ABCMeta):
         request: _prefill_pb2.DescribeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_prefill_pb2.KvFormat, _abc.Awaitable[_prefill_pb2.KvFormat]]:
-        """What the rows are. A worker compares it with its own before it sends anything."""
+        """Returns the format of the rows. A worker compares it with its own before it sends requests."""
 
     @_abc_1.abstractmethod
     def Connect(
@@ -77,7 +77,7 @@ class PrefillServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_encoder_pb2.ConnectRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_encoder_pb2.ConnectResponse], _abc.AsyncIterator[_encoder_pb2.ConnectResponse]]:
-        """As of encoder.proto: negotiates a transport, stays open, and its end reclaims the session's leases."""
+        """As in encoder.proto: negotiates a transport and stays open; its end releases the session's leases."""
 
     @_abc_1.abstractmethod
     def Prefill(
@@ -85,8 +85,8 @@ class PrefillServicer(metaclass=_abc_1.ABCMeta):
         request: _prefill_pb2.PrefillRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_prefill_pb2.PrefillResponse], _abc.AsyncIterator[_prefill_pb2.PrefillResponse]]:
-        """Runs a prompt: one Layout a media item, one Prefilled, then one Ready (rows lie under a lease) or Chunks, unless
-        the first token is the last. Cancelling the call before its end frees everything.
+        """Runs a prompt. It sends one Layout per media item, one Prefilled, then one Ready (rows lie under a lease) or Chunks, unless
+        the first token is the last. Cancelling the call before its end releases everything.
         """
 
     @_abc_1.abstractmethod
@@ -95,6 +95,6 @@ class PrefillServicer(metaclass=_abc_1.ABCMeta):
         request: _encoder_pb2.ReleaseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_encoder_pb2.ReleaseResponse, _abc.Awaitable[_encoder_pb2.ReleaseResponse]]:
-        """Gives leases back. Unknown, expired and already released leases are counted, not errors."""
+        """Releases leases. Unknown, expired and already released leases are counted, not errors."""
 
 def add_PrefillServicer_to_server(servicer: PrefillServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

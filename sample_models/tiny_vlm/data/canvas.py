@@ -18,7 +18,7 @@ _MAX_RATIO = 3.0
 def size(
     rng: random.Random, min_width: int = MIN_SIDE, min_height: int = MIN_SIDE, max_side: int = MAX_SIDE
 ) -> tuple[int, int]:
-    """(width, height) in pixels, each log-uniform, neither more than three times the other."""
+    """Returns (width, height) in pixels, each log-uniform, neither more than three times the other."""
     width = _log_uniform(rng, min_width, max_side)
     low = max(min_height, math.ceil(width / _MAX_RATIO))
     high = min(max_side, int(width * _MAX_RATIO))
@@ -26,7 +26,7 @@ def size(
 
 
 def blank(rng: random.Random, size: tuple[int, int], color: Rgb) -> Image.Image:
-    """A plain picture, now and then with a slight gradient."""
+    """Returns a plain picture, sometimes with a slight gradient."""
     if rng.random() < 0.85:
         return Image.new("RGB", size, color)
     end = tuple(min(255, max(0, value + rng.randint(-25, 25))) for value in color)
@@ -35,7 +35,7 @@ def blank(rng: random.Random, size: tuple[int, int], color: Rgb) -> Image.Image:
 
 
 def worn(rng: random.Random, image: Image.Image) -> Image.Image:
-    """The picture as it might come out of a camera or off a page: sometimes noisy, sometimes through JPEG."""
+    """Returns the picture with artifacts of cameras and scanners: sometimes noise, sometimes JPEG compression."""
     if rng.random() < 0.12:
         noise = np.random.default_rng(rng.getrandbits(32)).normal(0, rng.uniform(2, 9), (image.height, image.width, 1))
         image = Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""Named colours with some play, and backgrounds on which they can be seen."""
+"""Named colours with random variation, and backgrounds on which they are visible."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 Rgb = tuple[int, int, int]
 
-# Several anchors for a name, the plain CSS colour among them; every pixel colour lies within _JITTER of one.
+# Several anchors per name, including the plain CSS colour; every pixel colour is within _JITTER of one.
 COLORS: dict[str, tuple[Rgb, ...]] = {
     "red": ((255, 0, 0), (205, 30, 40), (225, 45, 30)),
     "orange": ((255, 165, 0), (245, 130, 25)),
@@ -42,13 +42,13 @@ def background(rng: random.Random) -> Rgb:
 
 
 def visible_colors(rng: random.Random, on: Rgb, count: int) -> list[str]:
-    """`count` names, repeats possible, all well apart from the background `on`."""
+    """Returns `count` names, possibly repeated, all clearly different from the background `on`."""
     names = [name for name, anchors in COLORS.items() if all(_distance(each, on) > _MIN_DISTANCE for each in anchors)]
     return rng.choices(names, k=count)
 
 
 def readable_color(rng: random.Random, on: Rgb) -> str:
-    """A name whose strokes can be read on the background `on`: lighter or darker, not only of another hue."""
+    """Returns a name that is readable on the background `on`: lighter or darker, not only of another hue."""
     return rng.choice(
         [
             name
@@ -59,7 +59,7 @@ def readable_color(rng: random.Random, on: Rgb) -> str:
 
 
 def shade(rng: random.Random, name: str) -> Rgb:
-    """A pixel colour of that name."""
+    """Returns a pixel colour of this name."""
     return _jittered(rng, rng.choice(COLORS[name]))
 
 

@@ -1,4 +1,4 @@
-"""Fonts that come with Pillow and matplotlib, so that nothing has to be installed on the system."""
+"""Fonts of Pillow and matplotlib, so that none need be installed on the system."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAMES = (
 
 @functools.lru_cache(maxsize=4096)
 def font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    """Font `name` of NAMES at `size` pixels."""
+    """Returns font `name` of NAMES at `size` pixels."""
     if name:
         return ImageFont.truetype(_FOLDER / f"{name}.ttf", size)
     default = ImageFont.load_default(size)

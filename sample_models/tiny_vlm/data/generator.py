@@ -1,5 +1,5 @@
-"""Draws samples. Equal arguments give equal ones; the splits share no seed, and held-out words and handwritten digits
-never occur in training."""
+"""Draws samples. Equal arguments give equal samples; the splits share no seed, and held-out words and handwritten
+digits never occur in training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MAX_SIDE_OF_SEVERAL = 320
 
 @dataclass(frozen=True)
 class _Scene:
-    """One picture, what is in it, and that in words."""
+    """One picture, its questions, and its description."""
 
     image: Image.Image
     description: str
@@ -36,7 +36,7 @@ class _Scene:
 
 
 def draw_sample(split: Split, index: int) -> Sample:
-    """Sample `index` of the split, of any make."""
+    """Returns sample `index` of the split, of any kind."""
     rng = random.Random(f"{split} {index}")
     make: Callable[[random.Random, Split], Sample] = rng.choices(
         (_shapes_sample, _texts_sample, _strip_sample, _pictures_sample, _video_sample), (20, 46, 12, 15, 7)
@@ -45,7 +45,7 @@ def draw_sample(split: Split, index: int) -> Sample:
 
 
 def draw_question(split: Split, index: int) -> tuple[Sample, Question]:
-    """Question `index` of the split with its sample: the kinds take turns, so that all are equally frequent."""
+    """Returns question `index` of the split with its sample; the kinds alternate, so that all are equally frequent."""
     kind = KINDS[index % len(KINDS)]
     rng = random.Random(f"{split} question {index}")
     while True:
@@ -77,7 +77,7 @@ def _any_picture_sample(rng: random.Random, split: Split) -> Sample:
 
 
 def _pictures_sample(rng: random.Random, split: Split) -> Sample:
-    """Two or three pictures, asked about together."""
+    """Returns two or three pictures with questions about all of them."""
     scenes = []
     for _ in range(rng.randint(2, 3)):
         what = rng.random()
@@ -151,6 +151,6 @@ def _questions_about_several(rng: random.Random, scenes: list[_Scene]) -> Iterat
 
 
 def _which(text: str, holds: list[bool]) -> Iterator[Question]:
-    """The question where exactly one picture is the answer."""
+    """Yields the question if exactly one picture is the answer."""
     if holds.count(True) == 1:
         yield Question("pictures", text, f"the {_ORDINALS[holds.index(True)]}")

@@ -23,7 +23,7 @@ _ORDINALS = ("first", "second", "third", "fourth", "fifth")
 
 @functools.cache
 def _digits(split: Split) -> list[list[npt.NDArray[np.uint8]]]:
-    """By digit, its 8x8 pictures (0 to 240, ink bright); every tenth of a digit's is held out."""
+    """Returns the 8x8 pictures (0 to 240, ink bright) of each digit; every tenth one of a digit is held out."""
     data = load_digits()
     pictures: list[list[npt.NDArray[np.uint8]]] = [[] for _ in range(10)]
     for pixels, digit in zip(data.images, data.target, strict=True):
@@ -35,7 +35,7 @@ def _digits(split: Split) -> list[list[npt.NDArray[np.uint8]]]:
 
 
 def draw_strip(rng: random.Random, split: Split, max_side: int = canvas.MAX_SIDE) -> tuple[Image.Image, str]:
-    """A picture of two to five digits in a row, and the digits."""
+    """Returns a picture of two to five digits in a row, and the digits."""
     width, height = canvas.size(rng, max_side=max_side)
     count = rng.randint(2, min(MAX_DIGITS, width // (_MIN_SIDE + 2)))
     ground = colors.background(rng)
@@ -55,7 +55,7 @@ def draw_strip(rng: random.Random, split: Split, max_side: int = canvas.MAX_SIDE
 
 
 def _written(rng: random.Random, pixels: npt.NDArray[np.uint8], side: int) -> Image.Image:
-    """A digit as a mask of side x side pixels, slightly turned, slanted and stretched."""
+    """Returns a digit as a mask of side x side pixels, slightly rotated, slanted and stretched."""
     slant, turn = rng.uniform(-0.15, 0.15), rng.uniform(-0.15, 0.15)
     across, down = 8 / side * rng.uniform(0.95, 1.1), 8 / side * rng.uniform(0.95, 1.1)
     a, b, d, e = across, across * (slant - turn), down * turn, down
@@ -66,7 +66,7 @@ def _written(rng: random.Random, pixels: npt.NDArray[np.uint8], side: int) -> Im
 
 
 def strip_questions(rng: random.Random, digits: str) -> Iterator[Question]:
-    """Questions about one strip."""
+    """Yields questions about one strip."""
     yield Question("handwriting", rng.choice(_ASK_DIGITS), digits)
     index = rng.randrange(len(digits))
     ordinal = "last" if index == len(digits) - 1 and rng.random() < 0.5 else _ORDINALS[index]

@@ -1,4 +1,4 @@
-"""What the generator hands out: media, and questions about them with their only right answers."""
+"""The generator's results: media, and questions about them with their only right answers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Sample:
 
 
 def sentence(parts: list[str]) -> str:
-    """The parts as one sentence: "A red circle, a blue square and a green star." """
+    """Returns the parts as one sentence: "A red circle, a blue square and a green star." """
     text = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
     return text[0].upper() + text[1:] + "."
 

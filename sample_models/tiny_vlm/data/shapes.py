@@ -1,4 +1,4 @@
-"""Coloured shapes in the cells of a grid, and what can be asked about them."""
+"""Coloured shapes in the cells of a grid, and questions about them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vitrine_vlm.sample_models.tiny_vlm.data.sample import Question, sentence, w
 NAMES = ("circle", "square", "triangle", "star", "diamond", "cross")
 MAX_SHAPES = 6
 _MIN_CELL = 30
-# Rows and columns of the cells; shapes stand in their middles.
+# Rows and columns of the cells; shapes are in their centers.
 _GRIDS = ((1, 1), (1, 2), (1, 3), (2, 1), (3, 1), (2, 2), (2, 2), (2, 3), (3, 2), (3, 3), (3, 3), (3, 3))
 _ROWS = {1: ("",), 2: ("top", "bottom"), 3: ("top", "", "bottom")}
 _COLUMNS = {1: ("",), 2: ("left", "right"), 3: ("left", "", "right")}
@@ -48,7 +48,7 @@ _ASK_COUNT = ("How many shapes are there?", "How many shapes are in the picture?
 
 @dataclass(frozen=True)
 class Shape:
-    """name, color: as asked for; row, column: of its cell; place: such as "top left" or "center"."""
+    """A shape. `name` and `color` as in questions; `row` and `column` of its cell; `place`, such as "top left"."""
 
     name: str
     color: str
@@ -62,7 +62,7 @@ class Shape:
 
 
 def draw_shapes(rng: random.Random, max_side: int = canvas.MAX_SIDE) -> tuple[Image.Image, tuple[Shape, ...]]:
-    """A picture and its shapes in reading order."""
+    """Returns a picture and its shapes in reading order."""
     width, height = canvas.size(rng, max_side=max_side)
     rows, columns = rng.choice(
         [grid for grid in _GRIDS if height >= _MIN_CELL * grid[0] and width >= _MIN_CELL * grid[1]]
@@ -90,7 +90,7 @@ def draw_shapes(rng: random.Random, max_side: int = canvas.MAX_SIDE) -> tuple[Im
 def draw_shape(
     image: Image.Image, name: str, center: tuple[float, float], radius: float, color: colors.Rgb, turn: float = 0.0
 ) -> None:
-    """Draws one shape with smooth edges onto `image`; `turn` in radians."""
+    """Draws one shape with smooth edges onto `image`; `turn` is in radians."""
     scale = 4 if radius < 40 else 2
     side = math.ceil(2 * radius) + 2
     left, top = math.floor(center[0] - radius) - 1, math.floor(center[1] - radius) - 1
@@ -108,7 +108,7 @@ def draw_shape(
 
 
 def shape_questions(rng: random.Random, shapes: tuple[Shape, ...]) -> Iterator[Question]:
-    """Questions about one picture of shapes."""
+    """Yields questions about one picture of shapes."""
     names = Counter(shape.name for shape in shapes)
     palette = Counter(shape.color for shape in shapes)
     phrases = Counter(shape.phrase for shape in shapes)
@@ -138,7 +138,7 @@ def shape_questions(rng: random.Random, shapes: tuple[Shape, ...]) -> Iterator[Q
 
 
 def describe_shapes(shapes: tuple[Shape, ...]) -> str:
-    """All shapes in reading order, such as: A red circle, a blue square and a green star."""
+    """Returns all shapes in reading order, such as: A red circle, a blue square and a green star."""
     return sentence([with_article(shape.phrase) for shape in shapes])
 
 
@@ -153,7 +153,7 @@ def _relation(rng: random.Random, one: Shape, other: Shape) -> Question:
 
 
 def _existence(rng: random.Random, shapes: tuple[Shape, ...]) -> Question:
-    """Half of them true; a false one mixes a shape and a colour that are both there where it can."""
+    """Returns a yes-or-no question, evenly drawn; for "no" it combines the name and colour of two shapes, if it can."""
     phrases = {shape.phrase for shape in shapes}
     absent = [f"{a.color} {b.name}" for a in shapes for b in shapes if f"{a.color} {b.name}" not in phrases]
     absent = absent or [

@@ -21,7 +21,7 @@ _READ = ("What does it say?", "What is written here?", "Read the text.")
 
 @dataclass(frozen=True)
 class Texts:
-    """What is printed in a picture and in which colour; None for what is not there."""
+    """The texts of a picture and their colours; None for a missing one."""
 
     word: str | None
     word_color: str
@@ -29,7 +29,7 @@ class Texts:
 
 
 def draw_texts(rng: random.Random, split: Split, max_side: int = canvas.MAX_SIDE) -> tuple[Image.Image, Texts]:
-    """A picture of a word, a number, or both."""
+    """Returns a picture of a word, a number, or both."""
     both = rng.random() < 0.25
     has_word = both or rng.random() < 0.65
     has_number = both or not has_word
@@ -55,7 +55,7 @@ def _print(
     """Prints `text` somewhere inside `box`, in any font and at any size that fits."""
     left, top, right, bottom = box
     name = rng.choice(fonts.NAMES)
-    # Every font's text grows in proportion: one measure gives the largest size.
+    # The size of a text is proportional to the font size, so one measurement gives the largest size.
     x0, y0, x1, y1 = fonts.font(name, 64).getbbox(text)
     largest = int(64 * min((right - left - 4) / (x1 - x0), (bottom - top - 4) / (y1 - y0)))
     largest = max(10, min(_MAX_FONT_SIZE, largest))
@@ -72,7 +72,7 @@ def _number(rng: random.Random, max_length: int) -> str:
 
 
 def text_questions(rng: random.Random, texts: Texts) -> Iterator[Question]:
-    """Questions about one picture of texts."""
+    """Yields questions about one picture of texts."""
     if texts.word is not None:
         yield Question(
             "word", rng.choice(("Which word is printed here?", "What word does the picture say?")), texts.word
@@ -89,7 +89,7 @@ def text_questions(rng: random.Random, texts: Texts) -> Iterator[Question]:
 
 
 def describe_texts(texts: Texts) -> str:
-    """Such as: The word river and the number 42."""
+    """Returns a description, such as: The word river and the number 42."""
     parts = [f"the word {texts.word}"] if texts.word is not None else []
     parts += [f"the number {texts.number}"] if texts.number is not None else []
     return sentence(parts)

@@ -1,4 +1,4 @@
-"""Short videos of a ball that moves one way, sometimes past a shape that stands still."""
+"""Short videos of a ball that moves in one direction, sometimes past a shape that does not move."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Motion:
 
 
 def film_ball(rng: random.Random) -> tuple[Clip, Motion]:
-    """A clip of two to four seconds, and what moves in it."""
+    """Returns a clip of two to four seconds, and its motion."""
     size = canvas.size(rng, max_side=MAX_SIDE)
     ground = colors.background(rng)
     color, standing = colors.visible_colors(rng, ground, 2)
     direction = rng.choice(list(_STEPS))
     radius = min(size) * rng.uniform(0.1, 0.18)
-    # The ball's middle runs in a box that keeps it inside the picture: along the way from `start` to `end`.
+    # The ball's center moves from `start` to `end` in a box that keeps the ball inside the picture.
     room = [side - 2 * radius for side in size]
     start, end = sorted((rng.uniform(0, 0.3), rng.uniform(0.7, 1.0)))
     across = rng.uniform(0, 1)
@@ -72,7 +72,7 @@ def _frame(
 
 
 def clip_questions(rng: random.Random, motion: Motion) -> Iterator[Question]:
-    """Questions about one clip."""
+    """Yields questions about one clip."""
     yield Question("video", rng.choice(_ASK_DIRECTION), motion.direction)
     yield Question("video", rng.choice(("What color is the ball?", "What is the color of the ball?")), motion.color)
     asked = (

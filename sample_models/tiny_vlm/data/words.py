@@ -1,4 +1,4 @@
-"""Short words to print. Held-out ones never occur in training, where made-up ones keep the model reading letters."""
+"""Short words to print. Held-out ones never occur in training, whose made-up words make the model read letters."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _TRAIN = (Path(__file__).parent / "words_train.txt").read_text(encoding="utf-8")
 _HELD_OUT = (Path(__file__).parent / "words_heldout.txt").read_text(encoding="utf-8").split()
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _MIN_LENGTH, _MAX_LENGTH = 3, 8
-# Letters whose two cases look alike: by themselves they don't show in which case a word is printed.
+# Letters whose two cases look alike: alone they do not show the case of a word.
 _CASELESS = frozenset("cosuvwxz")
 
 
 def word(rng: random.Random, split: Split, max_length: int) -> str:
-    """A word of 3 to `max_length` letters, at most 8, in lower case, upper case or with a capital."""
+    """Returns a word of 3 to `max_length` letters, at most 8, in lower case, upper case or with a capital."""
     max_length = min(max_length, _MAX_LENGTH)
     if split == "train" and rng.random() < 0.7:
         text = _made_up(rng)[:max_length]
@@ -29,7 +29,7 @@ def word(rng: random.Random, split: Split, max_length: int) -> str:
 
 
 def _made_up(rng: random.Random) -> str:
-    """Letters in any order, or the beginning of one word and the end of another with, at times, a letter exchanged."""
+    """Returns random letters, or the beginning of a word and the end of another, sometimes with a letter changed."""
     if rng.random() < 0.4:
         return "".join(rng.choices(_LETTERS, k=rng.randint(_MIN_LENGTH, _MAX_LENGTH)))
     beginning, end = rng.choice(_TRAIN), rng.choice(_TRAIN)

@@ -1,6 +1,6 @@
 """Trains the tiny model: `python -m vitrine_vlm.sample_models.tiny_vlm.training FOLDER` writes a checkpoint there.
 
-Minutes on one GPU; on a CPU only good for a smoke test with few `--steps` and `--samples`.
+It takes minutes on one GPU; on a CPU only a smoke test with few `--steps` and `--samples` is practical.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _END_OF_DECAY = 0.01
 _WEIGHT_DECAY = 0.05
 _ADAMW_BETAS = (0.9, 0.98)
 _MAX_GRAD_NORM = 1.0
-# Examples that have only their deepstack rows: without them the model could do nearly without these rows, and
-# nobody would notice if a service lost them.
+# The share of examples with deepstack rows only: otherwise the model would hardly need these rows, and a service that
+# loses them would answer nearly as well.
 _DROP_MAIN = 0.3
 _EVALUATION_BATCH = 100
 _LOG_EVERY = 50
 
 
 class _TrainingBatches(Dataset[Batch]):
-    """Item `step` is the whole batch of that step, whichever process makes it."""
+    """Item `step` is the whole batch of that step, independent of the process that makes it."""
 
     def __init__(self, folder: Path, num_steps: int, num_samples: int) -> None:
         self._maker = BatchMaker(folder)
@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak; default: %(default)s")
     parser.add_argument("--workers", type=int, default=14, help="processes that draw samples; default: %(default)s")
     parser.add_argument(
-        "--questions", type=int, default=1100, help="held-out ones an evaluation asks; default: %(default)s"
+        "--questions", type=int, default=1100, help="held-out questions of an evaluation; default: %(default)s"
     )
     parser.add_argument("--evaluate-every", type=int, default=500, help="steps; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights; default: %(default)s")
@@ -159,7 +159,7 @@ def _optimizers(model: Qwen3VLForConditionalGeneration) -> list[torch.optim.Opti
 
 
 def _schedule(step: int, num_steps: int) -> float:
-    """Linear warm-up, then a cosine down to _END_OF_DECAY of the peak."""
+    """Returns the factor of the learning rate: linear warm-up, then a cosine down to _END_OF_DECAY of the peak."""
     if step < _WARMUP_STEPS:
         return (step + 1) / _WARMUP_STEPS
     done = (step - _WARMUP_STEPS) / max(1, num_steps - _WARMUP_STEPS)
@@ -167,7 +167,7 @@ def _schedule(step: int, num_steps: int) -> float:
 
 
 class _Evaluation:
-    """Held-out questions, the same for every call."""
+    """Evaluates a model on held-out questions, the same ones in every call."""
 
     def __init__(self, folder: Path, num_questions: int) -> None:
         maker = BatchMaker(folder)
@@ -177,7 +177,7 @@ class _Evaluation:
 
     @torch.inference_mode()
     def __call__(self, model: Qwen3VLForConditionalGeneration) -> str:
-        """Accuracy in words."""
+        """Returns the accuracy as text."""
         asked = Counter(KINDS[index % len(KINDS)] for indices in self._indices for index in indices)
         right, without = self._right(model), self._right(model, zero_deepstack=True)
         kinds = ", ".join(f"{kind} {right[kind] / asked[kind]:.1%}" for kind in KINDS if asked[kind])
@@ -187,7 +187,7 @@ class _Evaluation:
         )
 
     def _right(self, model: Qwen3VLForConditionalGeneration, *, zero_deepstack: bool = False) -> Counter[str]:
-        """Right answers by kind. Greedy decoding gives the whole answer exactly where every token's argmax is right."""
+        """Counts right answers by kind. Greedy decoding is right if and only if the argmax of every token is right."""
         right: Counter[str] = Counter()
         for indices, batch in zip(self._indices, self._batches, strict=True):
             logits, targets = answer_logits(model, batch.to(model.device), zero_deepstack=zero_deepstack)

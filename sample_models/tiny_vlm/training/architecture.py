@@ -1,4 +1,4 @@
-"""The Qwen3-VL architecture at dims that fit into 12 MiB, and the other files of its checkpoint."""
+"""The Qwen3-VL architecture at dims that fit 12 MiB, and the other files of its checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MAX_VIDEO_PIXELS = 16 * 192 * 192
 
 
 def tiny_config() -> Qwen3VLConfig:
-    """5.9 million parameters: a tower 128 wide with three deepstack layers, a decoder 256 wide with M-RoPE."""
+    """Returns a config of 5.9 million parameters: tower 128 wide, three deepstack layers, decoder 256 wide, M-RoPE."""
     text: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 256,
@@ -65,7 +65,7 @@ def generation_config() -> GenerationConfig:
 
 
 def save_processor_configs(folder: Path) -> None:
-    """Writes preprocessor_config.json and video_preprocessor_config.json, as the released checkpoints have them."""
+    """Writes preprocessor_config.json and video_preprocessor_config.json, as in released checkpoints."""
     shared = {
         "patch_size": 16,
         "temporal_patch_size": 2,
@@ -79,7 +79,7 @@ def save_processor_configs(folder: Path) -> None:
         "image_processor_type": "Qwen2VLImageProcessorFast",
     }
     video = {
-        # Over all frames together, unlike the picture's.
+        # Of all frames together, unlike the bounds of pictures.
         "size": {"shortest_edge": MIN_SIDE**2, "longest_edge": _MAX_VIDEO_PIXELS},
         "video_processor_type": "Qwen3VLVideoProcessor",
     }

@@ -1,6 +1,6 @@
-"""From samples to packed batches: the very prompts and pixels that the services will see, and what to answer.
+"""Packs samples into batches, with the same prompts and pixels as in the services, and the answers as targets.
 
-Shapes: N tokens of all examples in a row, B examples, P patches, D = 3 * patch_size ** 2 values of one frame's patch.
+Shapes: N tokens of all examples, B examples, P patches, D = 3 * patch_size ** 2 values of one frame's patch.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _PLACEHOLDERS: dict[MediaKind, str] = {
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples packed one behind the other.
+    """Packed examples.
 
-    token_ids [N]; positions_3N: M-RoPE; targets [N]: the token that should follow, NO_TARGET where it does not matter;
+    token_ids [N]; positions_3N: M-RoPE; targets [N]: the token that should follow, NO_TARGET outside of answers;
     cu_seqlens [B + 1], int32.
     pictures [P, D] and clips [P, 2 * D]: uint8 patches (a picture's second frame, equal to the first, is left out);
     picture_grids, clip_grids [items, 3]: their grid_thw.
@@ -73,7 +73,7 @@ class _Example:
 
 
 class BatchMaker:
-    """Makes batches for the checkpoint in `folder`, of which only configs and tokenizer are read."""
+    """Makes batches for the checkpoint in `folder`, of which only the configs and the tokenizer are read."""
 
     def __init__(self, folder: Path) -> None:
         checkpoint = open_checkpoint(str(folder))
@@ -82,7 +82,7 @@ class BatchMaker:
         self._tokenizer = PromptTokenizer(checkpoint)
 
     def training_batch(self, indices: Sequence[int]) -> Batch:
-        """The training samples of these indices, each as a conversation of up to six questions."""
+        """Returns the training samples of these indices, each as a conversation of up to six questions."""
         examples = []
         for index in indices:
             sample = draw_sample("train", index)
@@ -93,7 +93,7 @@ class BatchMaker:
         return self._packed(examples)
 
     def heldout_batch(self, indices: Sequence[int]) -> Batch:
-        """The held-out questions of these indices, each by itself."""
+        """Returns the held-out questions of these indices, each as one example."""
         drawn = (draw_question("heldout", index) for index in indices)
         return self._packed([self._example(sample, [question], "", question_first=False) for sample, question in drawn])
 
@@ -109,7 +109,7 @@ class BatchMaker:
             asked = turn.text + where if question_first else where + turn.text
             prompt = encode(f"{before}<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n")
             answer = encode(f"{turn.answer}<|im_end|>")
-            # Every token is a target one place before its own.
+            # Every token of the answer is the target of the position before it.
             targets += [NO_TARGET] * (len(prompt) - 1) + answer + [NO_TARGET]
             token_ids += prompt + answer
             if index < len(turns) - 1:
@@ -119,7 +119,7 @@ class BatchMaker:
         kinds = [layout.kind for layout in layouts]
         plan = plan_placeholders(token_ids, kinds, self._prompt_config)
         expanded = expand_prompt(plan, layouts, self._prompt_config, encode)
-        # All placeholders stand before the first answer: what expanding them added has no targets.
+        # All placeholders are before the first answer, so the tokens that replace them have no targets.
         targets = [NO_TARGET] * (len(expanded.token_ids) - len(token_ids)) + targets
         return _Example(expanded.token_ids, expanded.positions_3N, targets, media)
 
@@ -136,7 +136,7 @@ class BatchMaker:
             picture_grids=picture_grids,
             clips=clips,
             clip_grids=clip_grids,
-            # Here, because transformers makes them in a loop over the items, which would keep the GPU waiting.
+            # Computed here, because transformers computes them in a loop over the items, which would stall the GPU.
             patch_positions=get_vision_position_ids(torch.cat([picture_grids, clip_grids]), self._settings.merge_size),
         )
 
@@ -163,7 +163,7 @@ class BatchMaker:
 
 
 def _pixels(image: Image.Image) -> torch.Tensor:
-    """[3, height, width], uint8."""
+    """Returns the pixels [3, height, width], uint8."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 

@@ -7,7 +7,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from vitrine_vlm.sample_models.tiny_vlm.training.examples import NO_TARGET, Batch
 
-_PIXEL_MIDDLE = 127.5  # mean and standard deviation of 0.5 each, of pixels scaled to 0..1
+_PIXEL_MIDDLE = 127.5  # mean and standard deviation are 0.5 for pixels scaled to 0..1
 
 
 def answer_logits(
@@ -17,13 +17,14 @@ def answer_logits(
     drop_main: float = 0.0,
     zero_deepstack: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """
+    """Runs the model and returns the logits of the answers.
+
     Args:
-        drop_main: share of the examples, chosen at random, whose media have no rows but those of deepstack.
-        zero_deepstack: all media have their main rows alone.
+        drop_main: the share of examples, chosen at random, whose media have only their deepstack rows.
+        zero_deepstack: whether all media have only their main rows.
 
     Returns:
-        logits [T, vocab] at the T places whose next token is part of an answer, and these tokens [T].
+        The logits [T, vocab] at the T positions whose next token is part of an answer, and these tokens [T].
     """
     config = model.config
     is_media = (batch.token_ids == config.image_token_id) | (batch.token_ids == config.video_token_id)
@@ -52,15 +53,15 @@ def answer_logits(
 def _media_rows(
     model: Qwen3VLForConditionalGeneration, batch: Batch, is_media: torch.Tensor
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Rows of all media in the order of their tokens, and those of each deepstack layer."""
+    """Returns the main rows of all media in the order of their tokens, and the rows of each deepstack layer."""
     patches = [batch.clips]
     if len(batch.pictures):
-        # A picture's patch holds its one frame twice.
+        # A picture's patch has its only frame twice.
         patches.insert(0, batch.pictures.unflatten(1, (3, 1, -1)).expand(-1, -1, 2, -1).flatten(1))
     pixels = torch.cat([each for each in patches if len(each)]).float().sub_(_PIXEL_MIDDLE).div_(_PIXEL_MIDDLE)
     grid_thw = torch.cat([batch.picture_grids, batch.clip_grids])
     output = model.model.visual(pixels, grid_thw=grid_thw, position_ids=batch.patch_positions, return_dict=True)
-    # The tower saw pictures first, then clips; the tokens stand as they come.
+    # The tower's input has pictures first, then clips; the tokens are in the order of the prompts.
     is_clip = batch.token_ids[is_media] == model.config.video_token_id
     order = torch.empty_like(is_clip, dtype=torch.int64)
     num_picture_rows = int((~is_clip).sum())

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 class Float32Muon(torch.optim.Muon):
     """torch's Muon with its Newton-Schulz products in float32, for which torch has no option.
 
-    Torch casts each gradient to bfloat16 first. Without instructions for it, a CPU takes up to 90 times as long for
+    Torch casts each gradient to bfloat16 first. A CPU without bfloat16 instructions takes up to 90 times as long for
     bfloat16 products as for float32 ones.
     """
 
@@ -23,7 +23,7 @@ class Float32Muon(torch.optim.Muon):
 
 
 class _CastToBfloat16Copies(TorchFunctionMode):
-    """`tensor.bfloat16()` returns a copy in the tensor's own dtype: Muon changes the result in place."""
+    """Makes `tensor.bfloat16()` return a copy in the tensor's dtype; a copy, because Muon changes it in place."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -1,4 +1,4 @@
-"""Attention over packed sequences for transformers' classes: no padding, one call for a whole batch."""
+"""Attention over packed sequences for transformers' classes: without padding, in one call per batch."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-# transformers hands cu_seqlens to implementations with "flash" in their name only.
+# transformers passes cu_seqlens only to implementations with "flash" in their name.
 _NAME = "packed_flash"
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Makes tower and decoder take packed sequences, described by `cu_seq_lens_q` and `max_length_q`."""
+    """Makes tower and decoder accept packed sequences, described by `cu_seq_lens_q` and `max_length_q`."""
     AttentionInterface.register(_NAME, _attend)
     AttentionMaskInterface.register(_NAME, _no_mask)
-    # Not by set_attn_implementation, which looks for a kernel package of every name with "flash" in it.
+    # Not set_attn_implementation, which searches a kernel package for every name with "flash" in it.
     model.config._attn_implementation = _NAME
 
 
 def _no_mask(*_args: Any, **_kwargs: Any) -> None:
-    """cu_seqlens says all that a mask could."""
+    """Returns no mask: cu_seqlens delimits the sequences."""
 
 
 def _attend(
@@ -37,12 +37,13 @@ def _attend(
     max_length_q: int,
     **_kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """
+    """Computes causal or full attention within each sequence.
+
     Args:
         query: [1, heads, N, head_dim]; key, value: [1, kv_heads, N, head_dim].
 
     Returns:
-        [1, N, heads, head_dim], and no attention weights.
+        The output [1, N, heads, head_dim], and no attention weights.
     """
     causal = bool(module.is_causal)
     groups = query.shape[1] // key.shape[1]
@@ -63,7 +64,7 @@ def _attend_on_gpu(
     scale: float,
     causal: bool,
 ) -> torch.Tensor:
-    """All [N, heads, head_dim]."""
+    """Arguments and result are [N, heads, head_dim]."""
     q, k, v = (each.to(torch.bfloat16) for each in (q, k, v))
     window = (-1, 0) if causal else (-1, -1)
     packed = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=window)

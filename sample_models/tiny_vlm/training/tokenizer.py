@@ -1,4 +1,4 @@
-"""A byte-level BPE of 480 tokens, learnt from the questions, with Qwen's special tokens and a short ChatML template."""
+"""A byte-level BPE of 480 tokens, trained on the questions, with Qwen's special tokens and a short ChatML template."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vitrine_vlm.sample_models.random_checkpoint.byte_tokenizer import write_tok
 from vitrine_vlm.sample_models.tiny_vlm.data.generator import KINDS, draw_question
 
 VOCAB_SIZE = 480
-# Qwen3-VL's, in its order (tokenizer_config.json of the released checkpoints), up to the media placeholders.
+# Qwen3-VL's special tokens up to the media placeholders, in its order (tokenizer_config.json of the released models).
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -37,7 +37,7 @@ _NUM_TRAINING_QUESTIONS = 1100
 
 
 def save_tokenizer(folder: Path) -> None:
-    """Learns the tokenizer and writes tokenizer.json, tokenizer_config.json and chat_template.jinja."""
+    """Trains the tokenizer; writes tokenizer.json, tokenizer_config.json and chat_template.jinja."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -64,7 +64,7 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def _corpus() -> Iterator[str]:
-    """Questions and answers, without the printed words: these are to be spelled, not known."""
+    """Yields questions and answers, without the printed words, which must be spelled out of smaller tokens."""
     for index in range(_NUM_TRAINING_QUESTIONS):
         _, question = draw_question("train", index)
         yield from ("user", question.text, "assistant")
