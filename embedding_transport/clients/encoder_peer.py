@@ -1,4 +1,4 @@
-"""One encoder as a client sees it."""
+"""A client's connection to one encoder."""
 
 from __future__ import annotations
 

@@ -117,8 +117,8 @@ class PeerFleet(ABC, Generic[PeerT]):
             raise self._unavailable({peer.address: peer.unavailable(reason) for peer in self._peers})
         await self._wait_until(lambda: self.ready or all(peer.attempted.is_set() for peer in self._peers))
 
-    async def _wait_until(self, holds: Callable[[], bool]) -> None:
-        while not holds():
+    async def _wait_until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
             self._changed.clear()
             await self._changed.wait()
 

@@ -98,8 +98,8 @@ class CudaIpcMapping(PoolMapping):
         device: the GPU that reads the pool.
 
     Raises:
-        TransportUnavailable: this process does not see the exporter's GPU, has the same PID as the exporter, or the
-            handle is not valid.
+        TransportUnavailable: the exporter's GPU is not visible to this process, both processes have the same PID, or
+            the handle is not valid.
     """
 
     def __init__(self, handle: bytes, nbytes: int, uuid: str, device: torch.device) -> None:

@@ -65,7 +65,7 @@ async def test_failures_are_counted_and_do_not_end_the_load(url: str) -> None:
     assert load.tokens_per_s == pytest.approx(3 * load.requests_per_s)
 
 
-async def test_a_name_that_is_not_served_is_said(url: str) -> None:
+async def test_a_name_that_is_not_served_is_an_error(url: str) -> None:
     with pytest.raises(AskFailed, match="404"):
         async with ChatClient.connected(url, "another"):
             pass

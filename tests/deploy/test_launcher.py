@@ -51,7 +51,7 @@ def test_run_prints_answer_and_timings(qwen3_vl_folder: Path) -> None:
 
 
 def test_run_without_a_model_answers_right_in_any_folder(tmp_path: Path) -> None:
-    """Folders there that are named as what we import are not imported."""
+    """Folders of the working directory named like imported packages are not imported."""
     for name in ("protos", "encoder_service", "llm_worker", "vitrine_vlm", "torch", "grpc", "numpy"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(f"raise RuntimeError('{name} of the working directory')")

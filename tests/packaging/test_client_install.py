@@ -1,4 +1,4 @@
-"""A client of the services installs our base dependencies and brings torch, and needs nothing else."""
+"""A client of the services needs only the base dependencies and torch."""
 
 from __future__ import annotations
 

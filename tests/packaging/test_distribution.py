@@ -1,4 +1,4 @@
-"""What pip installs: our own names only, and all that the tests of a source distribution need."""
+"""The installed packages: one import name, and in the source distribution all that its tests need."""
 
 from __future__ import annotations
 

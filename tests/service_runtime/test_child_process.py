@@ -43,7 +43,7 @@ async def test_output_is_prefixed_and_failure_named(module: Path, capsys: pytest
 async def test_a_line_beyond_the_limit_does_not_end_the_reading(
     module: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A service whose output nobody reads stands still with its next line."""
+    """A service whose output is not read blocks at its next line."""
     (module / "wordy.py").write_text("print('x' * (3 << 20)); print('y' * (1 << 20)); print('end')")
     child = await Child.start("llm", ["wordy"])
     async with asyncio.timeout(20):
@@ -62,7 +62,7 @@ async def test_stubborn_child_is_killed(module: Path, capsys: pytest.CaptureFixt
     assert "did not stop within 0.2 s" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of their parent's death")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux signals children when their parent dies")
 def test_no_orphans_when_the_parent_is_killed(module: Path) -> None:
     (module / "sleeper.py").write_text("import time; time.sleep(60)")
     (module / "parent.py").write_text(

@@ -1,4 +1,4 @@
-"""What runs in the background has an owner, which sees every end that was not asked for."""
+"""Background work has an owner, which notices every unexpected end."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ async def test_an_exception_is_logged_with_name_and_traceback_and_is_the_failure
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     supervisor = Supervisor()
-    told: list[Failure] = []
-    supervisor.on_failure(told.append)
+    reported: list[Failure] = []
+    supervisor.on_failure(reported.append)
     supervisor.start_task("steady", for_ever())
     supervisor.start_task("shaky", failing(ValueError("by accident")))
     failure = await seen(supervisor)
     assert (failure.name, str(failure)) == ("shaky", "shaky ended with ValueError")
-    assert told == [failure]
-    assert supervisor.names() == ["steady"], "the others go on: who ends the process is not decided here"
+    assert reported == [failure]
+    assert supervisor.names() == ["steady"], "the others go on: the supervisor does not end the process"
     (record,) = caplog.records
     assert "shaky" in record.message and record.exc_info is not None and "by accident" in str(record.exc_info[1])
     with pytest.raises(ValueError, match="by accident"):
@@ -78,14 +78,14 @@ async def test_only_the_first_end_is_the_failure_and_all_are_logged(caplog: pyte
     def broken(failure: Failure) -> None:
         raise RuntimeError("a callback's own")
 
-    told: list[str] = []
+    reported: list[str] = []
     supervisor.on_failure(broken)
-    supervisor.on_failure(lambda failure: told.append(failure.name))
+    supervisor.on_failure(lambda failure: reported.append(failure.name))
     for name in ("first", "second"):
         supervisor.start_task(name, failing(ValueError(name)))
     await seen(supervisor)
     await asyncio.sleep(0.01)
-    assert told == ["first"]
+    assert reported == ["first"]
     assert [name for name in ("first", "second", "a callback's own") if name in caplog.text] == [
         "first",
         "second",
@@ -148,7 +148,7 @@ async def test_a_child_that_ends_is_noticed_with_its_name(tmp_path: Path, monkey
     await child.stop(1.0)
 
 
-async def test_work_is_given_up_with_a_failure() -> None:
+async def test_work_is_cancelled_by_a_failure() -> None:
     supervisor = Supervisor()
     assert await supervisor.unless_failed(asyncio.sleep(0, "done")) == "done"
     supervisor.start_task("shaky", failing(ValueError("by accident")))

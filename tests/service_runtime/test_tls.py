@@ -1,4 +1,4 @@
-"""TLS between real processes' ends: who is let in, who is trusted, and a certificate renewed in place."""
+"""TLS over real connections: trusted clients and servers, and a certificate that is renewed in place."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SERVICE = "vitrine.test.v1.Test"
 
 
 @pytest.fixture
-def ours(tmp_path: Path) -> Files:
-    return authority(tmp_path / "ours")
+def own(tmp_path: Path) -> Files:
+    return authority(tmp_path / "own")
 
 
 @pytest.fixture
-def theirs(tmp_path: Path) -> Files:
-    return authority(tmp_path / "theirs")
+def foreign(tmp_path: Path) -> Files:
+    return authority(tmp_path / "foreign")
 
 
 async def status(address: str, tls: ClientTls | None) -> int:
@@ -42,12 +42,12 @@ async def is_refused(address: str, tls: ClientTls | None) -> bool:
     return refused.value.code() == grpc.StatusCode.UNAVAILABLE
 
 
-async def test_a_client_must_trust_the_server(ours: Files, theirs: Files) -> None:
+async def test_a_client_must_trust_the_server(own: Files, foreign: Files) -> None:
     server = ServiceServer(SERVICE)
-    address = await server.start("127.0.0.1", 0, ServerTls(ours.cert, ours.key))
+    address = await server.start("127.0.0.1", 0, ServerTls(own.cert, own.key))
     await server.set_serving(True)
-    assert await status(address, ClientTls(ours.ca)) == health_pb2.HealthCheckResponse.SERVING
-    assert await is_refused(address, ClientTls(theirs.ca))
+    assert await status(address, ClientTls(own.ca)) == health_pb2.HealthCheckResponse.SERVING
+    assert await is_refused(address, ClientTls(foreign.ca))
     assert await is_refused(address, None)
     await server.stop(0)
 
@@ -63,16 +63,16 @@ async def test_a_certificate_for_another_name_is_taken_if_that_name_is_expected(
     await server.stop(0)
 
 
-async def test_with_mutual_tls_the_server_must_trust_the_client(ours: Files, theirs: Files) -> None:
+async def test_with_mutual_tls_the_server_must_trust_the_client(own: Files, foreign: Files) -> None:
     server = ServiceServer(SERVICE)
-    address = await server.start("127.0.0.1", 0, ServerTls(ours.cert, ours.key, ours.ca))
+    address = await server.start("127.0.0.1", 0, ServerTls(own.cert, own.key, own.ca))
     await server.set_serving(True)
-    assert await status(address, ClientTls(ours.ca, ours.cert, ours.key)) == health_pb2.HealthCheckResponse.SERVING
-    assert await is_refused(address, ClientTls(ours.ca))
-    assert await is_refused(address, ClientTls(ours.ca, theirs.cert, theirs.key))
+    assert await status(address, ClientTls(own.ca, own.cert, own.key)) == health_pb2.HealthCheckResponse.SERVING
+    assert await is_refused(address, ClientTls(own.ca))
+    assert await is_refused(address, ClientTls(own.ca, foreign.cert, foreign.key))
 
-    command = [address, "--service", SERVICE, "--ca-file", str(ours.ca)]
-    shown = ["--cert-file", str(ours.cert), "--key-file", str(ours.key)]
+    command = [address, "--service", SERVICE, "--ca-file", str(own.ca)]
+    shown = ["--cert-file", str(own.cert), "--key-file", str(own.key)]
     assert await asyncio.to_thread(main, command) == 1
     assert await asyncio.to_thread(main, command + shown) == 0
     await server.set_serving(False)
@@ -81,22 +81,22 @@ async def test_with_mutual_tls_the_server_must_trust_the_client(ours: Files, the
     assert await asyncio.to_thread(main, command + shown) == 1
 
 
-async def test_a_certificate_can_be_renewed_in_place(ours: Files, theirs: Files) -> None:
+async def test_a_certificate_can_be_renewed_in_place(own: Files, foreign: Files) -> None:
     server = ServiceServer(SERVICE)
-    address = await server.start("127.0.0.1", 0, ServerTls(ours.cert, ours.key))
+    address = await server.start("127.0.0.1", 0, ServerTls(own.cert, own.key))
     await server.set_serving(True)
-    assert await status(address, ClientTls(ours.ca))
+    assert await status(address, ClientTls(own.ca))
     for name in ("cert", "key"):
-        shutil.copy(getattr(theirs, name), getattr(ours, name))
-    assert await status(address, ClientTls(theirs.ca))
-    assert await is_refused(address, ClientTls(ours.ca))
-    ours.cert.unlink()
-    assert await status(address, ClientTls(theirs.ca)), "without its file the last certificate still holds"
+        shutil.copy(getattr(foreign, name), getattr(own, name))
+    assert await status(address, ClientTls(foreign.ca))
+    assert await is_refused(address, ClientTls(own.ca))
+    own.cert.unlink()
+    assert await status(address, ClientTls(foreign.ca)), "without its file the last certificate still holds"
     await server.stop(0)
 
 
-def test_files_that_are_missing_are_named(tmp_path: Path, ours: Files, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_are_missing_are_named(tmp_path: Path, own: Files, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(OSError, match="nowhere"):
-        ServerTls(tmp_path / "nowhere", ours.key).credentials()
+        ServerTls(tmp_path / "nowhere", own.key).credentials()
     assert main(["127.0.0.1:9", "--ca-file", str(tmp_path / "nowhere")]) == 1
     assert "nowhere" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Without a collector nothing is recorded, but a caller's trace goes on to whom we call."""
+"""Without a collector nothing is recorded, but a caller's trace is propagated to called services."""
 
 from __future__ import annotations
 

@@ -100,8 +100,8 @@ def test_the_settings_are_the_services(target: str, monkeypatch: pytest.MonkeyPa
         llm = LlmConfig.from_command_line(["--model", "m", "--encoders", "e:50051"])
         names, prefix = LlmConfig.model_fields, "VITRINE_LLM_"
         host, grpc_port, ports = llm.host, llm.grpc_port, {llm.port, llm.grpc_port}
-    ours = {name for name in environment(STAGES, target) if name.startswith("VITRINE_")}
-    assert ours <= {prefix + name.upper() for name in names}
+    own = {name for name in environment(STAGES, target) if name.startswith("VITRINE_")}
+    assert own <= {prefix + name.upper() for name in names}
     assert host == "0.0.0.0"
     assert {int(port) for port in exposed.split()} == ports
     assert f'"127.0.0.1:{grpc_port}"' in STAGES[target].arguments("HEALTHCHECK")[0]
@@ -170,7 +170,7 @@ def _files(package: str) -> list[Path]:
 
 
 def _imports(file: Path) -> set[str]:
-    """Names of the top-level packages, of our own those below vitrine_vlm."""
+    """Returns the names of the top-level packages; of Vitrine the packages below vitrine_vlm."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):

@@ -97,7 +97,7 @@ def test_the_command_starts_with_no_signal_blocked_or_ignored() -> None:
 class TestInAPidNamespace:
     def test_services_get_process_ids_that_differ(self) -> None:
         pids = [int(_run("sh", "-c", "echo $$", prefix=CONTAINER).stdout) for _ in range(3)]
-        # Two of them are equal once in 8000 times; that all are, nobody will see.
+        # Two of them are equal once in 8000 times; all of them practically never.
         assert len(set(pids)) > 1, pids
         assert min(pids) > 1
 

@@ -82,7 +82,7 @@ _MATCHER = re.compile(r'(\w+)\s*(=~|!~|!=|=)\s*"([^"]*)"')
 
 
 def problems(expression: str, recorded: set[str]) -> list[str]:
-    """What a PromQL expression asks for that nobody exports.
+    """Returns the series in a PromQL expression that no service exports.
 
     Args:
         recorded: names of recording rules.

@@ -28,7 +28,7 @@ HOST = "127.0.0.2"
 _SERVICER = "vitrine_vlm.protos.encoder.v1.encoder_pb2_grpc.add_EncoderServicer_to_server"
 _MARK = "VITRINE_TEST_RUN"
 _GONE_TIMEOUT_S = 30.0
-# Of Ray Serve: on a busy machine a proxy is not there within the 5 s after which it is killed and begun anew.
+# For Ray Serve: on a busy machine a proxy does not start within the 5 s after which it is killed and restarted.
 _PROXY_TIMEOUT_VARIABLE, _PROXY_TIMEOUT_S = "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "50"
 
 

@@ -142,7 +142,7 @@ async def test_killed_encoder_is_replaced_and_no_request_is_lost(application: Ru
     await wait_until(lambda: len(application.encoder_addresses()) == 1, "one encoder alone")
     [address] = await asyncio.to_thread(application.encoder_addresses)
     async with Load.running(application, MODEL, num_encoding=2, num_chatting=2) as load:
-        await wait_until(lambda: load.num_encoded > 3 and load.num_chats > 3, "requests under way")
+        await wait_until(lambda: load.num_encoded > 3 and load.num_chats > 3, "requests in flight")
         os.kill(application.pid_of_encoder(address), signal.SIGKILL)
         num_before = load.num_encoded, load.num_chats
 

@@ -139,7 +139,7 @@ async def test_an_item_does_not_wait_for_ever() -> None:
         assert await collect(forwarder(Replicas(addresses), retry_s=0.0), request(b"a")) == ["encoder_unavailable"]
 
 
-async def test_overload_is_told_once_all_have_been_asked() -> None:
+async def test_overload_is_reported_once_all_are_overloaded() -> None:
     overloaded = ("overloaded",) * 10
     async with serving(Encoder(refuses=overloaded), Encoder(refuses=overloaded)) as addresses:
         replicas = Replicas(addresses)

@@ -45,7 +45,7 @@ async def encode_all(client: EncoderClient, items: list[MediaItem]) -> dict[int,
 
 
 def landed(event: RowsEvent, identity: ModelIdentity) -> torch.Tensor:
-    """All rows through copy_to in two parts, put side by side again: [num_tokens, row_width]."""
+    """Returns all rows, copied by copy_to in two parts and joined again: [num_tokens, row_width]."""
     num_tokens, hidden, layers = event.rows.num_tokens, identity.out_hidden_size, len(identity.deepstack_visual_indexes)
     main = torch.zeros(num_tokens, hidden, dtype=DTYPES[identity.dtype])
     deepstack = torch.zeros(layers, num_tokens, hidden, dtype=DTYPES[identity.dtype])
@@ -117,7 +117,7 @@ async def test_a_client_that_has_lost_a_loop_fails_its_calls_and_says_why(
         await client.close()
 
 
-async def test_what_cannot_be_mapped_for_whatever_reason_is_not_insisted_on(
+async def test_a_pool_that_cannot_be_mapped_for_any_reason_falls_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*arguments: object) -> NoReturn:
@@ -136,7 +136,7 @@ async def test_what_cannot_be_mapped_for_whatever_reason_is_not_insisted_on(
 
 
 @pytest.mark.parametrize(("said", "transport"), [("carrier_pigeon", "auto"), ("shm", "grpc"), ("grpc", "shm")])
-async def test_a_transport_that_was_not_asked_for_is_refused(
+async def test_a_transport_that_the_client_does_not_accept_is_refused(
     tmp_path: Path, said: str, transport: TransportChoice
 ) -> None:
     class OfItsOwnMind(StubServicer):
@@ -189,7 +189,7 @@ async def test_mismatch_names_the_field_and_both_values(tmp_path: Path, field: s
         await client.close()
 
 
-async def test_a_failed_item_raises_its_error_and_rows_nobody_took_are_released(tmp_path: Path) -> None:
+async def test_a_failed_item_raises_its_error_and_unread_rows_are_released(tmp_path: Path) -> None:
     async with running_stub(tmp_path) as (address, servicer, _):
         client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
         await client.start()
@@ -245,7 +245,7 @@ async def test_reconnects_to_an_encoder_that_comes_back(tmp_path: Path) -> None:
     await client.close()
 
 
-async def test_leases_expire_and_the_reader_is_told(tmp_path: Path) -> None:
+async def test_leases_expire_and_the_reader_notices(tmp_path: Path) -> None:
     async with running_stub(tmp_path, lease_ttl_s=0.2) as (address, servicer, _):
         client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
         await client.start()
@@ -337,7 +337,7 @@ def busy_servicer(retry_after_s: float) -> type[StubServicer]:
     return BusyServicer
 
 
-async def test_an_overloaded_encoder_is_passed_over(tmp_path: Path) -> None:
+async def test_an_overloaded_encoder_is_skipped(tmp_path: Path) -> None:
     async with running_stub(tmp_path, servicer_class=busy_servicer(3.0)) as busy, running_stub(tmp_path) as idle:
         client = EncoderClient([busy[0], idle[0]], IDENTITY, shm_folder=tmp_path)
         await client.start()
@@ -349,7 +349,7 @@ async def test_an_overloaded_encoder_is_passed_over(tmp_path: Path) -> None:
         await client.close()
 
 
-async def test_where_all_are_overloaded_the_soonest_says_when_to_come_again(tmp_path: Path) -> None:
+async def test_if_all_are_overloaded_the_shortest_retry_time_is_reported(tmp_path: Path) -> None:
     slow, soon = busy_servicer(9.0), busy_servicer(2.0)
     async with running_stub(tmp_path, servicer_class=slow) as one, running_stub(tmp_path, servicer_class=soon) as other:
         client = EncoderClient([one[0], other[0]], IDENTITY, shm_folder=tmp_path)
@@ -403,7 +403,7 @@ async def test_encoders_come_and_go_under_load_and_nothing_is_lost(tmp_path: Pat
                     assert each.data is not None
                     expected = synthetic_rows(each.data, rows[position].rows.num_tokens, IDENTITY)
                     assert torch.equal(landed(rows[position], IDENTITY), expected)
-                    await asyncio.sleep(0.002)  # rows are held while their encoder may be let go
+                    await asyncio.sleep(0.002)  # rows are held while their encoder may be disconnected
                     rows[position].rows.release()
 
         asking = asyncio.gather(*(ask(name) for name in "abcd"))
@@ -414,7 +414,7 @@ async def test_encoders_come_and_go_under_load_and_nothing_is_lost(tmp_path: Pat
         await asking
         assert min(stub[1].num_items for stub in (first, second, third)) > 0
         async with asyncio.timeout(30):
-            while second[1].exporter.stats().sessions:  # it was let go of
+            while second[1].exporter.stats().sessions:  # it was disconnected
                 await asyncio.sleep(0.01)
             while any(stub[1].exporter.stats().live_leases for stub in (first, second, third)):
                 await asyncio.sleep(0.01)
@@ -431,7 +431,7 @@ async def test_requests_wait_for_those_that_replace_all_others(tmp_path: Path) -
         [event] = (await encode_all(client, [item("a 5")])).values()
         event.rows.release()
         assert new[1].num_items == 1
-        client.set_addresses(["127.0.0.1:1"])  # nobody is there
+        client.set_addresses(["127.0.0.1:1"])  # nothing listens there
         with pytest.raises(EncoderUnavailable, match=r"127\.0\.0\.1:1: failed to connect"):
             await asyncio.wait_for(encode_all(client, [item("a 5")]), 10)
         await client.close()
@@ -439,7 +439,7 @@ async def test_requests_wait_for_those_that_replace_all_others(tmp_path: Path) -
 
 @pytest.mark.parametrize("leaves_first", [True, False])
 async def test_an_encoder_that_drains_and_leaves_finishes_what_it_has(tmp_path: Path, leaves_first: bool) -> None:
-    """As a pod does that ends: it is taken off the list and told to stop, in either order."""
+    """As with a pod that ends: it is removed from the list and drained, in either order."""
     async with running_stub(tmp_path) as (address, servicer, _):
         client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
         await client.start()
@@ -455,7 +455,7 @@ async def test_an_encoder_that_drains_and_leaves_finishes_what_it_has(tmp_path: 
             while peer.connection is not None:
                 await asyncio.sleep(0.01)
         client.set_addresses([])
-        await asyncio.sleep(0.3)  # several looks at whether it can be let go
+        await asyncio.sleep(0.3)  # several polls of whether it can be disconnected
         servicer.go_on.set()
         rows = await asyncio.wait_for(asking, 5)
         await asyncio.sleep(0.3)

@@ -1,4 +1,4 @@
-"""Encoders that go away, refuse, lie or fall silent: the request goes on elsewhere or ends with a named error."""
+"""Encoders that disconnect, refuse, break the protocol or stop answering: another encoder serves, or a named error."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ async def encode(client: EncoderClient, *texts: str) -> list[RowsEvent]:
 
 
 class CancelsEncode(StubServicer):
-    """Ends every Encode with CANCELLED, as a proxy or a stopping server does."""
+    """Ends every Encode with CANCELLED, like a proxy or a stopping server."""
 
     async def Encode(self, request, context):  # type: ignore[no-untyped-def]
         content_hash = hashlib.sha256(request.items[0].data).digest()
@@ -74,7 +74,7 @@ class CancelsEncode(StubServicer):
 
 
 class Drains(StubServicer):
-    """Refuses every Encode as an encoder does that shuts down."""
+    """Refuses every Encode like an encoder that shuts down."""
 
     async def Encode(self, request, context):  # type: ignore[no-untyped-def, override]
         await abort(context, EncoderUnavailable("the encoder is shutting down"))
@@ -105,7 +105,7 @@ class BreaksFirstConnect(StubServicer):
 
 
 class ForgetsSessions(StubServicer):
-    """Like an encoder that was started anew on the same address."""
+    """Like an encoder that was restarted on the same address."""
 
     async def Encode(self, request, context):  # type: ignore[no-untyped-def]
         request.session_id = "0" * 32
@@ -223,7 +223,7 @@ async def test_connects_again_after_an_answer_that_is_none(tmp_path: Path) -> No
     await client.close()
 
 
-async def test_a_session_the_encoder_no_longer_knows_is_a_lost_encoder(tmp_path: Path) -> None:
+async def test_a_session_that_the_encoder_does_not_have_means_a_lost_encoder(tmp_path: Path) -> None:
     async with running_stub(tmp_path, servicer_class=ForgetsSessions) as (address, _, _):
         client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
         await client.start()
@@ -271,7 +271,7 @@ def chunk(**changes: object) -> encoder_pb2.EncodeResponse:
     ],
     ids=range(19),
 )
-async def test_what_the_encoder_says_is_checked(tmp_path: Path, responses: list[encoder_pb2.EncodeResponse]) -> None:
+async def test_the_encoders_responses_are_checked(tmp_path: Path, responses: list[encoder_pb2.EncodeResponse]) -> None:
     async with running_stub(tmp_path, servicer_class=Says) as (address, servicer, _):
         servicer.responses = responses  # type: ignore[attr-defined]
         client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
@@ -307,7 +307,7 @@ async def test_more_rows_than_could_be_are_refused_before_a_prompt_is_made_of_th
         await client.close()
 
 
-async def test_an_encoder_that_falls_silent_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_encoder_that_stops_answering_counts_as_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A stopped process keeps its sockets open and answers nothing, like a host that lost its network.
     monkeypatch.setattr(grpc_channel, "CHANNEL_OPTIONS", QUICK_KEEPALIVE)
     server = await asyncio.create_subprocess_exec(
@@ -332,7 +332,9 @@ async def test_an_encoder_that_falls_silent_is_given_up(tmp_path: Path, monkeypa
         await server.wait()
 
 
-async def test_a_peer_that_falls_silent_loses_its_leases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_leases_of_a_peer_that_stops_answering_are_released(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(encoder_stub, "CHANNEL_OPTIONS", QUICK_KEEPALIVE)
     async with running_stub(tmp_path) as (address, servicer, _):
         peer = await asyncio.create_subprocess_exec(
@@ -401,7 +403,7 @@ async def test_cancelling_at_any_moment_leaves_no_lease_past_its_time(tmp_path: 
 
 
 async def test_a_channel_closed_under_a_request_is_a_lost_encoder(tmp_path: Path) -> None:
-    """As when the connection is found dead by its Connect stream first: the request is not cancelled, and may go on."""
+    """As if the Connect stream noticed the loss first: the request is not cancelled and may be retried."""
     async with running_stub(tmp_path) as (address, servicer, _):
         client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
         await client.start()
@@ -427,7 +429,7 @@ async def close_channel(peer: EncoderPeer) -> None:
 
 
 class LosesTheFirstChoice(EncoderClient):
-    """Loses the encoder that was chosen first before the task that is to call it runs, as its connection's own may."""
+    """Loses the chosen encoder before the task that calls it runs, as its connection task may."""
 
     lose = staticmethod(disconnect)
     has_lost = False
@@ -463,7 +465,7 @@ async def test_an_encoder_lost_between_choice_and_use_is_a_lost_encoder(
         await alone.close()
 
 
-async def test_an_encoder_whose_channel_is_closed_has_no_stats_and_takes_no_releases(tmp_path: Path) -> None:
+async def test_an_encoder_whose_channel_is_closed_has_no_stats_and_gets_no_releases(tmp_path: Path) -> None:
     async with running_stub(tmp_path) as (address, servicer, _):
         client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
         await client.start()
@@ -473,14 +475,14 @@ async def test_an_encoder_whose_channel_is_closed_has_no_stats_and_takes_no_rele
         assert await client.encoder_stats() == {}
         event.rows.release()
         async with asyncio.timeout(5):
-            while peer.num_leases:  # or it would never be let go
+            while peer.num_leases:  # otherwise it would never be disconnected
                 await asyncio.sleep(0.01)
             while servicer.exporter.stats().live_leases:
                 await asyncio.sleep(0.01)
         await client.close()
 
 
-async def test_an_encoder_that_is_let_go_while_it_is_asked_for_its_stats_is_left_out(tmp_path: Path) -> None:
+async def test_an_encoder_that_is_disconnected_during_get_stats_is_left_out(tmp_path: Path) -> None:
     async with running_stub(tmp_path, servicer_class=HangsInStats) as (address, servicer, _):
         client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
         await client.start()

@@ -85,7 +85,7 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS.values(), ids=WRAPPERS)
-def test_rows_arrive_and_a_block_that_is_taken_back_is_noticed(pool: object, wrapper: tuple[str, ...]) -> None:
+def test_rows_arrive_and_the_release_of_a_block_is_noticed(pool: object, wrapper: tuple[str, ...]) -> None:
     if wrapper and (shutil.which("unshare") is None or os.geteuid() != 0):
         pytest.skip("making namespaces needs unshare and root")
     with reader(pool, wrapper=wrapper) as process:
@@ -121,7 +121,7 @@ def test_rows_arrive_on_another_gpu(pool: object) -> None:
         process.stdin.close()
 
 
-def test_rows_written_behind_what_makes_them_arrive(pool: object) -> None:
+def test_rows_written_behind_their_computation_arrive(pool: object) -> None:
     with reader(pool) as process:
         assert process.stdout is not None
         process.stdout.readline()
@@ -162,7 +162,7 @@ def test_a_write_does_not_wait_for_the_tower(pool: object) -> None:
     torch.cuda.synchronize()
 
 
-def test_lies_are_refused(pool: object) -> None:
+def test_false_sizes_and_handles_are_refused(pool: object) -> None:
     from vitrine_vlm.embedding_transport.pools.cuda_ipc_pool import CudaIpcMapping
 
     handle, nbytes, uuid = pool.handle, pool.mapped_nbytes, pool.gpu_uuid  # type: ignore[attr-defined]

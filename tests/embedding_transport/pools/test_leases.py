@@ -1,4 +1,4 @@
-"""Leases end exactly once, whichever way comes first."""
+"""A lease ends exactly once: by release, by expiry, or with its session."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ class Clock:
 
 
 def table(clock: Clock) -> tuple[LeaseTable[str], list[str]]:
-    given_back: list[str] = []
-    return LeaseTable(10.0, clock, given_back.append), given_back
+    ended: list[str] = []
+    return LeaseTable(10.0, clock, ended.append), ended
 
 
 def grant(leases: LeaseTable[str], session: str, block: str) -> int:
     return leases.grant(leases.reserve_id(), session, block).lease_id
 
 
-def test_release_counts_and_gives_back_once() -> None:
-    leases, given_back = table(Clock())
+def test_release_counts_and_ends_each_lease_once() -> None:
+    leases, ended = table(Clock())
     first, second = grant(leases, "a", "one"), grant(leases, "a", "two")
     assert first != second
     assert leases.release("a", [first, first, 999]) == (1, 2)
-    assert given_back == ["one"]
+    assert ended == ["one"]
     assert len(leases) == 1
     assert (leases.counts.granted, leases.counts.released, leases.counts.unknown) == (2, 1, 2)
 
 
 def test_a_session_cannot_release_anothers_lease() -> None:
-    leases, given_back = table(Clock())
+    leases, ended = table(Clock())
     lease = grant(leases, "a", "one")
     assert leases.release("b", [lease]) == (0, 1)
-    assert not given_back
+    assert not ended
 
 
 def test_leases_expire_at_their_time_and_not_before() -> None:
     clock = Clock()
-    leases, given_back = table(clock)
+    leases, ended = table(clock)
     early = grant(leases, "a", "early")
     clock.now += 5
     grant(leases, "a", "late")
@@ -48,16 +48,16 @@ def test_leases_expire_at_their_time_and_not_before() -> None:
     assert leases.expire() == 0
     clock.now += 0.001
     assert leases.expire() == 1
-    assert given_back == ["early"]
+    assert ended == ["early"]
     assert leases.release("a", [early]) == (0, 1)
     assert leases.counts.expired == 1
 
 
-def test_a_lost_peers_leases_are_reclaimed_and_nobody_elses() -> None:
-    leases, given_back = table(Clock())
+def test_the_end_of_a_session_ends_its_leases_and_no_others() -> None:
+    leases, ended = table(Clock())
     for session, block in (("a", "one"), ("b", "two"), ("a", "three")):
         grant(leases, session, block)
     assert leases.release_session("a") == 2
-    assert sorted(given_back) == ["one", "three"]
+    assert sorted(ended) == ["one", "three"]
     assert leases.release_session("a") == 0
     assert leases.counts.reclaimed == 2

@@ -1,4 +1,4 @@
-"""The pool's allocator against a model, its headers, its file, and what a reader refuses."""
+"""The pool's allocator against a model, its headers, its file, and what a reader must refuse."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ time.sleep(60)
 """
 
 
-def test_free_list_never_overlaps_and_joins_what_comes_back() -> None:
+def test_free_list_never_overlaps_and_joins_released_ranges() -> None:
     rng = random.Random(0)
     free_list = FreeList(POOL_NBYTES)
     held: dict[int, int] = {}
@@ -53,7 +53,7 @@ def test_free_list_never_overlaps_and_joins_what_comes_back() -> None:
     assert free_list.allocate(POOL_NBYTES) == 0
 
 
-def test_rows_are_read_as_written_until_the_block_is_freed(tmp_path: Path) -> None:
+def test_rows_are_read_as_written_until_the_block_is_released(tmp_path: Path) -> None:
     pool = ShmPool(tmp_path, POOL_NBYTES)
     mapping = ShmMapping(tmp_path, pool.name, pool.mapped_nbytes)
     assert mapping.read(0, PROBE_NBYTES) == pool.nonce

@@ -74,7 +74,7 @@ async def test_what_was_emitted_and_not_read_is_discarded() -> None:
     assert first.ended and second.ended
 
 
-async def test_a_slow_reader_holds_the_task_back_and_what_waits_is_discarded_too() -> None:
+async def test_a_slow_reader_blocks_the_task_and_waiting_events_are_discarded_too() -> None:
     task = Task(*range(1000))
     discarded: list[int] = []
     stream = EventStream(discarded.append)

@@ -52,14 +52,14 @@ def test_rows_past_the_end_are_not_made_up() -> None:
         copy_rows(rows, torch.zeros(2, 8), torch.zeros(3, 2, 8), 3)
 
 
-def test_rows_are_not_handed_out_before_they_are_complete() -> None:
+def test_rows_are_not_returned_before_they_are_complete() -> None:
     assembly = ChunkAssembly(NUM_TOKENS, IDENTITY, HostBufferPool())
     assembly.add(chunk(0, bytes(NBYTES - 1)))
     with pytest.raises(AssertionError):
         assembly.rows(ItemTimings())
 
 
-def test_a_second_release_does_not_free_what_others_use() -> None:
+def test_a_second_release_does_not_release_the_buffer_of_other_rows() -> None:
     pool = HostBufferPool()
     assembly = ChunkAssembly(NUM_TOKENS, IDENTITY, pool)
     assembly.add(chunk(0, bytes(NBYTES)))
@@ -70,7 +70,7 @@ def test_a_second_release_does_not_free_what_others_use() -> None:
     assert pool.allocate(NBYTES).data_ptr() != in_use.data_ptr()
 
 
-def test_buffers_are_used_again() -> None:
+def test_buffers_are_reused() -> None:
     pool = HostBufferPool()
     first = pool.allocate(5000)
     address = first.data_ptr()

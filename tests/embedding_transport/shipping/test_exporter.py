@@ -1,4 +1,4 @@
-"""The Connect protocol and the pool's limits, spoken to directly."""
+"""The Connect protocol and the limits of the pool, without the client."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def test_damaged_bytes_are_refused_or_read_but_never_more() -> None:
     assert num_refused > 1000
 
 
-def test_lengths_that_are_lies_are_refused() -> None:
+def test_false_lengths_are_refused() -> None:
     whole = encode_chunk(1, 2, memoryview(b"1234"))
     assert whole[-5:] == b"\x041234"
     longer_data = whole[:-5] + b"\x051234"

@@ -58,7 +58,7 @@ async def test_round_trip(
 
 
 @pytest.mark.parametrize(("after_s", "says_s"), [(0.0, 1.0), (2.5004, 2.501), (90.0, 90.0)])
-async def test_who_is_overloaded_says_when_to_try_again(
+async def test_overloaded_has_a_time_after_which_to_retry(
     failing: tuple[Failing, encoder_pb2_grpc.EncoderAsyncStub], after_s: float, says_s: float
 ) -> None:
     servicer, stub = failing
@@ -70,7 +70,7 @@ async def test_who_is_overloaded_says_when_to_try_again(
     assert again.retry_after_s == pytest.approx(says_s)
 
 
-def test_a_time_to_try_again_that_is_none_is_passed_over() -> None:
+def test_an_invalid_retry_time_is_ignored() -> None:
     for said in ("-1", "soon", "", "9" * 5000):
         metadata = grpc.aio.Metadata(("vitrine-error-code", "overloaded"), ("grpc-retry-pushback-ms", said))
         error = error_from_rpc(grpc.aio.AioRpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.aio.Metadata(), metadata))

@@ -50,9 +50,9 @@ def test_transformers_loads_it_whole() -> None:
 def test_it_is_what_the_training_makes(tmp_path: Path) -> None:
     shipped, made = AutoConfig.from_pretrained(MODEL_FOLDER), tiny_config()
     for part in ("text_config", "vision_config"):
-        ours, theirs = (getattr(config, part).to_dict() for config in (shipped, made))
-        ours.pop("dtype"), theirs.pop("dtype")
-        assert ours == theirs
+        shipped_part, made_part = (getattr(config, part).to_dict() for config in (shipped, made))
+        shipped_part.pop("dtype"), made_part.pop("dtype")
+        assert shipped_part == made_part
     save_processor_configs(tmp_path)
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
         assert json.loads((MODEL_FOLDER / name).read_text()) == json.loads((tmp_path / name).read_text())

@@ -102,7 +102,7 @@ async def test_it_goes_on_after_errors_and_with_a_new_token(
     slices.gone = True
     async with aclosing(source.watch()) as changes, asyncio.timeout(10):
         assert await anext(changes) == ["10.0.0.1:50051"]
-        assert await anext(changes) == ["10.0.0.1:50051"], "a version that is gone is listed anew"
+        assert await anext(changes) == ["10.0.0.1:50051"], "after a version that is gone all are listed again"
         slices.token = "renewed"
         following = asyncio.create_task(anext(changes))
         await asyncio.sleep(0.1)

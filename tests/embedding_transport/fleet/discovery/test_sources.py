@@ -18,7 +18,7 @@ from vitrine_vlm.embedding_transport.fleet.discovery.file import FileSource
 
 @asynccontextmanager
 async def following(sources: list[Source]) -> AsyncIterator[list[list[str]]]:
-    """What was shown so far."""
+    """The addresses reported so far."""
     shown: list[list[str]] = []
     task = asyncio.create_task(watch_sources(sources, shown.append))
     try:
