@@ -44,7 +44,9 @@ class ServiceSettings(BaseSettings):
     print_config: bool = Field(False, description="print the settings in force as such a file, and end")
     tls_cert_file: Path | None = Field(None, description="certificate chain (PEM) to serve with; none: no TLS")
     tls_key_file: Path | None = Field(None, description="its private key (PEM)")
-    tls_client_ca_file: Path | None = Field(None, description="who signs clients' certificates (PEM), required then")
+    tls_client_ca_file: Path | None = Field(
+        None, description="CA of clients' certificates (PEM), which are then required"
+    )
     health_socket: Path | None = Field(
         None, description="Unix socket where the gRPC health service answers, too, without TLS; none: no such socket"
     )

@@ -34,9 +34,9 @@ class Pool(_Strict):
     max_replicas: int = Field(default=1, ge=1)
     num_cpus: float = Field(default=1.0, gt=0, description="of a replica")
     num_gpus: float = Field(default=0.0, ge=0, description="of a replica; 0.5 puts two on one")
-    look_back_s: float = Field(default=10.0, gt=0, description="queues are averaged over so long")
-    upscale_delay_s: float = Field(default=5.0, ge=0, description="queues are long for so long before replicas come")
-    downscale_delay_s: float = Field(default=300.0, ge=0, description="and short for so long before some go")
+    look_back_s: float = Field(default=10.0, gt=0, description="seconds over which queues are averaged")
+    upscale_delay_s: float = Field(default=5.0, ge=0, description="seconds of long queues before replicas are added")
+    downscale_delay_s: float = Field(default=300.0, ge=0, description="seconds of short queues before some are removed")
     health_check_period_s: float = Field(default=2.0, gt=0, description="three failures in a row replace a replica")
 
     @model_validator(mode="after")
@@ -89,7 +89,9 @@ class GatewaySettings(_Strict):
 
     num_replicas: int = Field(default=1, ge=1)
     num_cpus: float = Field(default=1.0, gt=0, description="of a replica")
-    retry_s: float = Field(default=60.0, ge=0, description="a request waits so long for another replica if one dies")
+    retry_s: float = Field(
+        default=60.0, ge=0, description="seconds that a request waits for another replica if one dies"
+    )
 
 
 class ServeArguments(_Strict):

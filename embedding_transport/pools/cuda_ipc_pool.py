@@ -58,8 +58,8 @@ class CudaIpcPool(ExportPool):
             done = self._stream.record_event()
         done.synchronize()
 
-    def supports_device(self, rows_TW: torch.Tensor) -> bool:
-        return rows_TW.device == self._memory.device
+    def supports_device(self, device: torch.device) -> bool:
+        return device == self._memory.device
 
     def write_async(self, block: Block, rows_TW: torch.Tensor) -> None:
         # The header was written, and the last one cleared, on the pool's own stream, which is never blocked for long.

@@ -125,8 +125,8 @@ class ExportPool(ABC):
         """Copies rows of exactly the block's size into it. Blocks until peers may read them."""
 
     @abstractmethod
-    def supports_device(self, rows_TW: torch.Tensor) -> bool:
-        """Whether `write_async` can copy rows from the device of these."""
+    def supports_device(self, device: torch.device) -> bool:
+        """Whether `write_async` can copy rows from this device."""
 
     @abstractmethod
     def write_async(self, block: Block, rows_TW: torch.Tensor) -> None:

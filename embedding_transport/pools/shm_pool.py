@@ -81,9 +81,9 @@ class ShmPool(ExportPool):
     def write(self, block: Block, rows: RowSource) -> None:
         rows.copy_to(self.rows(block, rows.shape, rows.dtype))
 
-    def supports_device(self, rows_TW: torch.Tensor) -> bool:
-        """Only rows on the CPU: a GPU does not write this memory itself."""
-        return rows_TW.device.type == "cpu"
+    def supports_device(self, device: torch.device) -> bool:
+        """Only the CPU: a GPU does not write this memory itself."""
+        return device.type == "cpu"
 
     def write_async(self, block: Block, rows_TW: torch.Tensor) -> None:
         self.write(block, TensorSource(rows_TW))

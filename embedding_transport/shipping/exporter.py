@@ -118,7 +118,7 @@ class RowExporter:
         pool = session.pool if session is not None else None
 
         def allocate(rows_TW: torch.Tensor) -> PoolBlock | None:
-            if pool is None or not pool.supports_device(rows_TW):
+            if pool is None or not pool.supports_device(rows_TW.device):
                 return None
             return self._leases.try_allocate(pool, rows_TW.nbytes)
 

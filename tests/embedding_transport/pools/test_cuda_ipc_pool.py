@@ -129,7 +129,8 @@ def test_rows_written_behind_their_computation_arrive(pool: object) -> None:
         torch.cuda._sleep(1_000_000_000)  # about half a second, on the stream that then makes the rows
         made = torch.full(SHAPE, 4, dtype=torch.bfloat16, device="cuda")
         block = pool.allocate(nbytes, 11)  # type: ignore[attr-defined]
-        assert pool.supports_device(made) and not pool.supports_device(torch.zeros(SHAPE))  # type: ignore[attr-defined]
+        assert pool.supports_device(made.device)  # type: ignore[attr-defined]
+        assert not pool.supports_device(torch.device("cpu"))  # type: ignore[attr-defined]
         pool.write_async(block, made)  # type: ignore[attr-defined]
         assert not torch.cuda.current_stream().query(), "taking a block or queueing the copy waited for the rows"
         torch.cuda.current_stream().synchronize()
