@@ -36,7 +36,7 @@ class _NoDecoder:
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         return self._hidden_MC[: len(inputs.slot_mapping_T)]
 
-    def until_nearly_done(self) -> bool:
+    def wait_until_nearly_done(self) -> bool:
         return True
 
 

@@ -16,14 +16,14 @@ from vitrine_vlm.service_runtime.settings import run_service
 
 
 def main() -> int:
-    """Runs an LLM worker; see run_service for the exit code."""
+    """Runs an LLM worker; `run_service` documents the exit code."""
     return run_service(LlmConfig, serve, (CheckpointError, VitrineError))
 
 
 if __name__ == "__main__":
     status = main()
     if dist.is_initialized():
-        # At once: NCCL's own end waits for ranks that are gone, and for graphs that hold its sums.
+        # Without cleaning up: NCCL would wait for ranks that have ended, and for graphs that captured its collectives.
         logging.shutdown()
         os._exit(status)
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""Builds an LLM worker from its configuration and runs it until it is told to stop."""
+"""Builds an LLM worker from its configuration and runs it until a signal asks it to stop."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from vitrine_vlm.llm_worker.engine.engine import Engine
 from vitrine_vlm.llm_worker.engine.forward_pass import ForwardPass
 from vitrine_vlm.llm_worker.frontend.grpc_server import LlmServer, LlmServicer
 from vitrine_vlm.llm_worker.frontend.openai_http import OpenAiHttp
-from vitrine_vlm.llm_worker.generation.generation import Generator, MakeFeed
-from vitrine_vlm.llm_worker.generation.known_layouts import KnownLayouts
-from vitrine_vlm.llm_worker.generation.media_feed import MediaFeed
-from vitrine_vlm.llm_worker.generation.prompt_feed import PromptContext
+from vitrine_vlm.llm_worker.generation.encoder_inputs import EncoderInputs
+from vitrine_vlm.llm_worker.generation.generation import Generator, MakeInputs
+from vitrine_vlm.llm_worker.generation.layout_cache import LayoutCache
+from vitrine_vlm.llm_worker.generation.request_inputs import PromptContext
 from vitrine_vlm.llm_worker.generation.served_model import ServedModel
 from vitrine_vlm.llm_worker.loading import LoadedModel, choose_runner, engine_config, load_model
 from vitrine_vlm.llm_worker.metrics import LlmMetrics
 from vitrine_vlm.llm_worker.prefill.client import PrefillClient
 from vitrine_vlm.llm_worker.prefill.kv_format import KvFormat
-from vitrine_vlm.llm_worker.prefill.prefill_feed import PrefillFeed
+from vitrine_vlm.llm_worker.prefill.prefill_inputs import PrefillInputs
 from vitrine_vlm.llm_worker.prefill.rpc import SERVICE as PREFILL_SERVICE
 from vitrine_vlm.llm_worker.prefill.rpc import prefill_handlers
-from vitrine_vlm.llm_worker.prefill.server import Prefilling, PrefillServicer
-from vitrine_vlm.llm_worker.requests import Requests
+from vitrine_vlm.llm_worker.prefill.server import PrefillServicer, ServedPrefill
+from vitrine_vlm.llm_worker.request_tracker import RequestTracker
 from vitrine_vlm.model_loading.loading import LoadingStopped, ProgressLog
 from vitrine_vlm.service_runtime.lifecycle import Lifecycle
 from vitrine_vlm.service_runtime.memory import freeze_gc
@@ -50,26 +50,30 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _READY_POLL_S = 0.1
-# Sessions of decode workers last until the server ends them: this only lets the last answers leave.
+# For the last answers only: sessions of decode workers last until the server ends them.
 _STOP_GRACE_S = 0.5
 
-Upstream: TypeAlias = EncoderClient | PrefillClient
+# The client of the fleet that this worker gets its inputs from.
+WorkerFleetClient: TypeAlias = EncoderClient | PrefillClient
 
 
 class Readiness:
-    """Whether requests can be served, and why not: what /ready answers."""
+    """The answer of /ready: whether requests can be served, and the state of the other fleet or the reason why not.
+
+    fleet_client: set once the model is loaded.
+    """
 
     def __init__(self, lifecycle: Lifecycle) -> None:
-        self.upstream: Upstream | None = None
+        self.fleet_client: WorkerFleetClient | None = None
         self._lifecycle = lifecycle
 
     def __call__(self) -> tuple[bool, dict[str, Any]]:
         if self._lifecycle.reason:
             return False, {"reason": self._lifecycle.reason}
-        if self.upstream is None:
+        if self.fleet_client is None:
             return False, {"reason": "loading the model"}
-        name = "encoders" if isinstance(self.upstream, EncoderClient) else "prefill_workers"
-        return self.upstream.ready, {name: [asdict(status) for status in self.upstream.status()]}
+        name = "encoders" if isinstance(self.fleet_client, EncoderClient) else "prefill_workers"
+        return self.fleet_client.ready, {name: [asdict(status) for status in self.fleet_client.status()]}
 
 
 async def serve(config: LlmConfig) -> None:
@@ -80,7 +84,7 @@ async def serve(config: LlmConfig) -> None:
         OSError: a port cannot be listened on.
     """
     metrics, calls = LlmMetrics(), RunningCalls()
-    requests = Requests(metrics, calls)
+    requests = RequestTracker(metrics, calls)
     servicer = LlmServicer(requests)
     prefill = PrefillServicer(requests) if config.role == "prefill" else None
     server = LlmServer(servicer, *([PREFILL_SERVICE] if prefill else []))
@@ -97,8 +101,8 @@ async def serve(config: LlmConfig) -> None:
         dashboard.add_routes(application)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(supervisor.close)
-        # The ports answer before anything slow begins, so that probes see progress, not refusal.
-        # handler_cancellation: a client that goes away ends its request everywhere.
+        # The ports answer before anything slow begins, so that probes get an answer and no refused connection.
+        # handler_cancellation: a request is cancelled everywhere when its client disconnects.
         runner = web.AppRunner(application, access_log=None, handler_cancellation=True, shutdown_timeout=_STOP_GRACE_S)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
@@ -117,22 +121,24 @@ async def serve(config: LlmConfig) -> None:
             return
 
         decoder = model.decoder
-        # Nothing can be cleaned up without the GPU: whatever is freed on the way is freed on it.
+        # Nothing can be cleaned up without the GPU, as tensors on it could not be freed.
         gpu_lost = partial(supervisor.fail, "GPU", None, can_unwind=False)
         loop = asyncio.get_running_loop()
         engine = Engine(forward_pass, limits, on_gpu_lost=lambda: loop.call_soon_threadsafe(gpu_lost))
         engine.start(supervisor)
         stack.push_async_callback(asyncio.to_thread, engine.close)
         kv_format = KvFormat.of(model.identity, decoder.config)
-        upstream, make_feed = _upstream(config, model, kv_format, limits.max_model_len, metrics, supervisor)
-        stack.push_async_callback(upstream.close)
+        fleet_client, make_inputs = _make_fleet_client(
+            config, model, kv_format, limits.max_model_len, metrics, supervisor
+        )
+        stack.push_async_callback(fleet_client.close)
         context = PromptContext(engine, model.prompt_config, model.tokenizer)
-        generator = Generator(context, make_feed, config.max_items)
+        generator = Generator(context, make_inputs, config.max_items)
         metrics.watch_engine(engine.stats)
         freeze_gc()
         served = ServedModel(model.identity.model, generator, model.defaults)
         http.open(served)
-        dashboard.open(served.name, generator, engine.stats, upstream)
+        dashboard.open(served.name, generator, engine.stats, fleet_client)
         servicer.open(served)
         exporter: RowExporter | None = None
         if prefill:
@@ -142,13 +148,13 @@ async def serve(config: LlmConfig) -> None:
             stack.push_async_callback(exporter.close)
             exporter.start(supervisor)
             metrics.watch_exporter(exporter.stats)
-            prefill.open(Prefilling(served, kv_format, exporter))
-        await _follow(config, upstream, supervisor)
-        # An encoder that does not fit is no reason to end: another may come, and text needs none. /ready says why.
+            prefill.open(ServedPrefill(served, kv_format, exporter))
+        await _discover(config, fleet_client, supervisor)
+        # The worker runs on without a fitting encoder: one may come, and text needs none. /ready has the reason.
         with suppress(VitrineError):
-            await upstream.start()
-        readiness.upstream = upstream
-        supervisor.start_task("health", _keep_health(server, upstream))
+            await fleet_client.start()
+        readiness.fleet_client = fleet_client
+        supervisor.start_task("health", _keep_health(server, fleet_client))
         _log.info("SERVING %s with %s", model.identity.model, config.prefill_workers or config.encoders)
 
         await lifecycle.ending()
@@ -165,10 +171,10 @@ async def serve(config: LlmConfig) -> None:
 async def _prepare(
     config: LlmConfig, must_stop: Callable[[], bool], metrics: LlmMetrics, tp_workers: TpWorkers | None
 ) -> tuple[LoadedModel, ForwardPass, EngineConfig]:
-    """Everything slow: the weights, and on a GPU the graphs.
+    """Does everything that is slow: loads the weights and, on a GPU, captures the graphs.
 
     Raises:
-        CheckpointError: see `load_model`; LoadingStopped: `must_stop` said so.
+        CheckpointError: see `load_model`; LoadingStopped: `must_stop` has returned True.
     """
     group = await asyncio.to_thread(tp_workers.join) if tp_workers is not None else None
     model = await asyncio.to_thread(load_model, config, must_stop, metrics.show_progress, group)
@@ -179,16 +185,16 @@ async def _prepare(
     return model, await asyncio.to_thread(make_forward_pass, model.decoder, limits, make_runner), limits
 
 
-def _upstream(
+def _make_fleet_client(
     config: LlmConfig,
     model: LoadedModel,
     kv_format: KvFormat,
     max_model_len: int,
     metrics: LlmMetrics,
     supervisor: Supervisor,
-) -> tuple[Upstream, MakeFeed]:
-    """Who works for this worker, and how its requests use them."""
-    known = KnownLayouts()
+) -> tuple[WorkerFleetClient, MakeInputs]:
+    """The client of the encoders or prefill workers, and what makes a request's inputs with it."""
+    layout_cache = LayoutCache()
     gpu, shm_folder = model.decoder.device if model.decoder.device.type == "cuda" else None, Path(config.shm_folder)
     if config.role == "decode":
         workers = PrefillClient(
@@ -201,7 +207,7 @@ def _upstream(
             supervisor=supervisor,
         )
         metrics.watch_prefill_workers(workers.stats)
-        return workers, partial(PrefillFeed, workers, known)
+        return workers, partial(PrefillInputs, workers, layout_cache)
     encoders = EncoderClient(
         [],
         model.identity,
@@ -214,16 +220,16 @@ def _upstream(
         supervisor=supervisor,
     )
     metrics.watch_encoders(encoders.stats)
-    return encoders, partial(MediaFeed, encoders, known)
+    return encoders, partial(EncoderInputs, encoders, layout_cache)
 
 
 async def _start_tp_workers(config: LlmConfig, supervisor: Supervisor, stack: AsyncExitStack) -> TpWorkers:
-    """The other ranks of a tensor parallel worker, which ends with any of them.
+    """Starts the other ranks of a tensor parallel worker, which ends when any of them ends.
 
     Raises:
         CheckpointError: see `TpWorkers.start`.
     """
-    from vitrine_vlm.llm_worker.tensor_parallel.tp_workers import TpWorkers  # torch.distributed is for those who use it
+    from vitrine_vlm.llm_worker.tensor_parallel.tp_workers import TpWorkers  # imports torch.distributed
 
     tp_workers = TpWorkers(config, supervisor)
     stack.push_async_callback(tp_workers.stop)
@@ -231,30 +237,30 @@ async def _start_tp_workers(config: LlmConfig, supervisor: Supervisor, stack: As
     return tp_workers
 
 
-async def _follow(config: LlmConfig, upstream: Upstream, supervisor: Supervisor) -> None:
-    """Keeps the client's addresses up to date; returns once some are known, or were not found at once.
+async def _discover(config: LlmConfig, fleet_client: WorkerFleetClient, supervisor: Supervisor) -> None:
+    """Keeps the client's addresses up to date; returns once some are known, or after `connect_timeout_s`.
 
     Raises:
-        ValueError: a way to find them that cannot work here.
+        ValueError: a source of addresses that cannot work here.
     """
     found = asyncio.Event()
 
     def use(addresses: list[str]) -> None:
-        upstream.set_addresses(addresses)
+        fleet_client.set_addresses(addresses)
         found.set()
 
-    # A job, as fixed addresses need no looking for.
+    # A job, which may end by itself: fixed addresses do not change.
     supervisor.start_job("discovery", watch_sources(config.sources(), use))
     with suppress(TimeoutError):
         async with asyncio.timeout(config.connect_timeout_s):
             await supervisor.unless_failed(found.wait())
 
 
-async def _keep_health(server: LlmServer, upstream: Upstream) -> None:
-    """Keeps grpc.health.v1 saying what /ready says."""
+async def _keep_health(server: LlmServer, fleet_client: WorkerFleetClient) -> None:
+    """Keeps the status in grpc.health.v1 equal to that of /ready."""
     shown: bool | None = None
     while True:
-        if upstream.ready != shown:
-            shown = upstream.ready
+        if fleet_client.ready != shown:
+            shown = fleet_client.ready
             await server.set_serving(shown)
         await asyncio.sleep(_READY_POLL_S)

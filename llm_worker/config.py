@@ -18,7 +18,7 @@ _BLOCK_SIZE = 16
 
 
 class LlmConfig(ServiceSettings):
-    """Vitrine's LLM worker: prompts and embedding rows in, tokens out, over OpenAI HTTP and gRPC."""
+    """Vitrine's LLM worker: generates tokens from prompts and media embeddings, over OpenAI HTTP and gRPC."""
 
     service_name = "vitrine-llm"
     model_config = SettingsConfigDict(env_prefix="VITRINE_LLM_", cli_prog_name="vitrine-llm")
@@ -27,12 +27,12 @@ class LlmConfig(ServiceSettings):
     revision: str | None = Field(None, description="hub branch, tag or commit; not used for folders")
     served_model_name: str | None = Field(None, description="name to serve under instead of hub id or folder name")
     load_format: Literal["auto", "dummy"] = Field(
-        "auto", description="dummy: random weights, for measuring without their files; answers mean nothing"
+        "auto", description="dummy: random weights, for measuring without their files; answers are meaningless"
     )
 
     role: Literal["both", "prefill", "decode"] = Field(
         "both",
-        description="prefill: also hands prompts' keys and values to decode workers; decode: takes them from "
+        description="prefill: also sends prompts' keys and values to decode workers; decode: receives them from "
         "--prefill-workers and needs no encoders",
     )
     encoders: str = Field(
@@ -43,10 +43,11 @@ class LlmConfig(ServiceSettings):
     prefill_workers: str = Field(
         "",
         description="gRPC addresses of a decode worker's prefill workers, in the forms of --encoders; "
-        "--encode-timeout-s and --encoder-* are for them, too",
+        "--encode-timeout-s and --encoder-* apply to them, too",
     )
     transport: Literal["auto", "cuda_ipc", "shm", "grpc"] = Field(
-        "auto", description="how rows come: cuda_ipc or shm (same host), or grpc (bytes); auto: the first that works"
+        "auto",
+        description="how embeddings come: cuda_ipc or shm (same host), or grpc (bytes); auto: the first that works",
     )
     shm_folder: str = Field("/dev/shm", description="shared-memory folder, the same as the other side's")
     connect_timeout_s: float = Field(
@@ -60,9 +61,9 @@ class LlmConfig(ServiceSettings):
     cuda_ipc_pool_bytes: int = Field(
         4096 * MIB, ge=0, description="a prefill worker's GPU memory that decode workers map, bytes; 0 is off"
     )
-    lease_ttl_s: float = Field(60.0, gt=0, description="how long a decode worker may hold rows in these pools, s")
+    lease_ttl_s: float = Field(60.0, gt=0, description="how long a decode worker may hold KV in these pools, s")
 
-    encoder_ca_file: Path | None = Field(None, description="who signs encoders' certificates (PEM); none: no TLS")
+    encoder_ca_file: Path | None = Field(None, description="CA that signs encoders' certificates (PEM); none: no TLS")
     encoder_cert_file: Path | None = Field(None, description="certificate (PEM) for encoders that ask for one")
     encoder_key_file: Path | None = Field(None, description="its private key (PEM)")
     encoder_server_name: str | None = Field(
@@ -78,7 +79,7 @@ class LlmConfig(ServiceSettings):
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the decoder runs; auto: a GPU if any")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of weights, KV cache and rows; auto: the checkpoint's on a GPU, float32 on the CPU"
+        "auto", description="of weights, KV cache and embeddings; auto: the checkpoint's on a GPU, float32 on the CPU"
     )
     tp: int = Field(1, ge=1, description="tensor parallel: GPUs that share the decoder, one process each")
 
@@ -87,16 +88,16 @@ class LlmConfig(ServiceSettings):
     mixed_step_tokens: int = Field(
         128,
         ge=1,
-        description="tokens in a step that also decodes: more serves prompts sooner, and decoding waits longer",
+        description="tokens in a step that also decodes: more serve prompts sooner, but decoding waits longer",
     )
     max_num_seqs: int = Field(64, ge=1, description="requests in one step")
     kv_cache_tokens: int | None = Field(
-        None, ge=_BLOCK_SIZE, description="tokens whose keys and values are kept; default: what fits, 32768 on the CPU"
+        None, ge=_BLOCK_SIZE, description="tokens that the KV cache holds; default: what fits, 32768 on the CPU"
     )
     gpu_memory_utilization: float = Field(
         0.85, gt=0, le=1, description="part of the GPU's memory to use, where kv_cache_tokens is not given"
     )
-    prefix_cache: bool = Field(True, description="use keys and values again for prompts that begin alike")
+    prefix_cache: bool = Field(True, description="use keys and values again for prompts with the same beginning")
     max_waiting: int = Field(512, ge=0, description="requests that may wait before more are refused with 429")
     max_items: int = Field(64, ge=0, description="images and videos accepted in one request")
     skip_tokenizer_init: bool = Field(False, description="load no tokenizer: token ids in, token ids out")
@@ -122,7 +123,7 @@ class LlmConfig(ServiceSettings):
     def encoder_tls(self) -> ClientTls | None:
         """
         Raises:
-            ValueError: a certificate without its key or without a CA for the other side.
+            ValueError: a certificate without its key, or without a CA to check the other side with.
         """
         ca_file, cert_file, key_file = self.encoder_ca_file, self.encoder_cert_file, self.encoder_key_file
         if (cert_file is None) != (key_file is None) or (cert_file and not ca_file):
@@ -130,17 +131,17 @@ class LlmConfig(ServiceSettings):
         return ClientTls(ca_file, cert_file, key_file, self.encoder_server_name) if ca_file else None
 
     def sources(self) -> list[Source]:
-        """Of the encoders, or of a decode worker's prefill workers."""
+        """Sources of the encoders' addresses, or of a decode worker's prefill workers."""
         return parse_sources(self.prefill_workers if self.role == "decode" else self.encoders)
 
     @property
     def pool_gpu_nbytes(self) -> int:
-        """GPU memory that is not for the engine: a prefill worker's pool."""
+        """GPU memory of a prefill worker's pool, which the engine must not use, bytes."""
         return self.cuda_ipc_pool_bytes if self.role == "prefill" else 0
 
     def engine_config(self, max_position_embeddings: int, kv_tokens_that_fit: int) -> EngineConfig:
         max_model_len = min(self.max_model_len or max_position_embeddings, max_position_embeddings)
-        # More than all requests can have together, in whole blocks, is of use only to the prefix cache.
+        # All requests together need no more than this, in whole blocks; more would only serve the prefix cache.
         longest = -(-max_model_len // _BLOCK_SIZE) * _BLOCK_SIZE
         kv_cache_tokens = self.kv_cache_tokens or min(kv_tokens_that_fit, self.max_num_seqs * longest)
         return EngineConfig(

@@ -1,4 +1,4 @@
-"""What every rank of a worker does before it can run: choose a device, load its part of the model, choose a runner."""
+"""Prepares one rank of a worker: chooses its device, loads its part of the model, chooses a runner."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class LoadedModel:
 
 
 def rank_device(config: LlmConfig, rank: int) -> torch.device:
-    """The GPU of this rank, the one of its number among those that are visible, or the CPU.
+    """The device of this rank: the visible GPU whose index is the rank, or the CPU.
 
     Raises:
         CheckpointError: a GPU is asked for and there is none, or none for this rank.
@@ -62,9 +62,9 @@ def load_model(
     """Finds the checkpoint and loads its decoder, logging the progress. Blocking.
 
     Args:
-        must_stop: once it says so, loading ends with LoadingStopped.
+        must_stop: once it returns True, loading ends with LoadingStopped.
         show: called with a stage of the start ("weights") and the part of it that is done.
-        group: the ranks of which ours loads its part; None for one that loads all.
+        group: the ranks that share the model, of which this one loads its part; None for one rank that loads all.
 
     Raises:
         CheckpointError: no such checkpoint, or one that this worker cannot serve.
@@ -98,7 +98,8 @@ def load_model(
 
 
 def engine_config(config: LlmConfig, decoder: TextDecoder) -> EngineConfig:
-    """
+    """The engine's limits, with as many KV blocks as the settings or the memory allow.
+
     Raises:
         CheckpointError: see `kv_tokens_that_fit`.
     """
@@ -115,10 +116,10 @@ def engine_config(config: LlmConfig, decoder: TextDecoder) -> EngineConfig:
 def choose_runner(
     decoder: TextDecoder, config: EngineConfig, on_progress: Callable[[int, int], None] = lambda num_done, num_all: None
 ) -> MakeRunner:
-    """Fused kernels and CUDA graphs on a GPU, the plain decoder elsewhere.
+    """Returns the runner with fused kernels and CUDA graphs for a GPU, the plain one otherwise.
 
     Args:
-        on_progress: called with the number of graphs that are captured, and of all.
+        on_progress: called with the number of graphs captured so far, and of all.
     """
     if decoder.device.type != "cuda":
         return PlainRunner
@@ -132,7 +133,7 @@ def choose_runner(
         max_num_seqs=config.max_num_seqs,
         max_model_len=config.max_model_len,
         causal=installed_attention(decoder.dtype),
-        # Which experts run is decided on the host: nothing that can be captured.
+        # The host decides which experts run, which cannot be captured.
         capture=None if decoder.config.moe is None else lambda work: work,
         on_progress=on_progress,
     )

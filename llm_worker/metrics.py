@@ -23,7 +23,7 @@ _ITL_BUCKETS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 
 
 class LlmMetrics:
-    """One registry a process (or a test)."""
+    """The metrics of one worker, in a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -55,12 +55,15 @@ class LlmMetrics:
         )
         self.kv_hand_over = Histogram(
             "vitrine_llm_kv_hand_over_seconds",
-            "From a prefill worker's first token to its KV being readable here, seconds.",
+            "From a prefill worker's first token until its KV can be read here, seconds.",
             buckets=_TTFT_BUCKETS,
             registry=self.registry,
         )
         self.start_progress = Gauge(
-            "vitrine_llm_start_progress", "How much of a stage of the start is done.", ["stage"], registry=self.registry
+            "vitrine_llm_start_progress",
+            "Part of a stage of the start that is done, 0 to 1.",
+            ["stage"],
+            registry=self.registry,
         )
         self._tokens = Counter(
             "vitrine_llm_tokens",
@@ -73,8 +76,8 @@ class LlmMetrics:
         self.start_progress.labels(stage).set(part)
 
     @contextmanager
-    def watch(self) -> Iterator[Observe]:
-        """Measures one request, which is in flight inside; what this gives is to be called with each of its events."""
+    def measure_request(self) -> Iterator[Observe]:
+        """Measures one request, in flight inside the context; the yielded function is to be called with each event."""
         outcome = "cancelled"
         previous = time.perf_counter()
         latency = self._ttft
@@ -100,7 +103,7 @@ class LlmMetrics:
         try:
             yield observe
         except ConnectionError:
-            raise  # its client is gone
+            raise  # the client has disconnected
         except Exception as error:
             if outcome != "ok":
                 outcome = error.code if isinstance(error, VitrineError) else InternalError.code
@@ -110,19 +113,19 @@ class LlmMetrics:
                 self._requests.labels(outcome).inc()
 
     def watch_engine(self, stats: Callable[[], EngineStats]) -> None:
-        """Reads the engine at each scrape."""
+        """Exports the engine's statistics; `stats` is called at each scrape."""
         self.registry.register(_EngineCollector(stats))
 
     def watch_encoders(self, stats: Callable[[], ClientStats]) -> None:
-        """Reads the encoder client at each scrape."""
+        """Exports the encoder client's statistics; `stats` is called at each scrape."""
         self.registry.register(_EncoderCollector(stats))
 
     def watch_prefill_workers(self, stats: Callable[[], ClientStats]) -> None:
-        """Reads the client of the prefill workers at each scrape."""
+        """Exports the prefill client's statistics; `stats` is called at each scrape."""
         self.registry.register(_PrefillCollector(stats))
 
     def watch_exporter(self, stats: Callable[[], ExporterStats]) -> None:
-        """Reads what is handed to decode workers at each scrape."""
+        """Exports statistics of the KV that is sent to decode workers; `stats` is called at each scrape."""
         self.registry.register(_ExporterCollector(stats))
 
 
@@ -132,29 +135,31 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         stats = self._stats()
-        yield GaugeMetricFamily("vitrine_llm_running", "Requests that hold KV blocks.", stats.running)
-        yield GaugeMetricFamily("vitrine_llm_waiting", "Requests that wait for room.", stats.waiting)
+        yield GaugeMetricFamily(
+            "vitrine_llm_running", "Requests that hold KV blocks, or wait for their media's sizes.", stats.running
+        )
+        yield GaugeMetricFamily("vitrine_llm_waiting", "Requests that wait for KV blocks.", stats.waiting)
         yield GaugeMetricFamily(
             "vitrine_llm_queued_prefill_tokens", "Prompt tokens that are not computed yet.", stats.queued_prefill_tokens
         )
         yield GaugeMetricFamily("vitrine_llm_kv_blocks_used", "KV blocks in use.", stats.kv_blocks_used)
         yield GaugeMetricFamily(
             "vitrine_llm_kv_blocks_kept",
-            "KV blocks held by nobody whose content may be used again.",
+            "KV blocks that no request uses and whose content can be used again.",
             stats.kv_blocks_kept,
         )
         yield GaugeMetricFamily("vitrine_llm_kv_blocks", "KV blocks in all.", stats.kv_blocks_total)
-        yield CounterMetricFamily("vitrine_llm_kv_blocks_evicted", "Kept KV blocks given up.", stats.kv_blocks_evicted)
+        yield CounterMetricFamily("vitrine_llm_kv_blocks_evicted", "Kept KV blocks evicted.", stats.kv_blocks_evicted)
         yield CounterMetricFamily(
             "vitrine_llm_preemptions",
-            "Requests that gave their KV blocks up and were computed anew.",
+            "Preemptions: a request's KV blocks were released, and it was computed again.",
             stats.num_preempted,
         )
         yield CounterMetricFamily(
             "vitrine_llm_cached_tokens", "Prompt tokens whose KV was in the cache.", stats.num_cached_tokens
         )
         yield CounterMetricFamily("vitrine_llm_steps", "Steps of the engine.", stats.num_steps)
-        computed = CounterMetricFamily("vitrine_llm_computed_tokens", "Tokens run, by phase.", labels=["phase"])
+        computed = CounterMetricFamily("vitrine_llm_computed_tokens", "Tokens computed, by phase.", labels=["phase"])
         computed.add_metric(["prefill"], stats.num_prefill_tokens)
         computed.add_metric(["decode"], stats.num_decode_tokens)
         yield computed
@@ -170,10 +175,10 @@ class _EncoderCollector(Collector):
         yield CounterMetricFamily("vitrine_llm_encode_retries", "Retries on another encoder.", stats.retries)
         yield CounterMetricFamily(
             "vitrine_llm_transport_fallbacks",
-            "Connections that fell back to bytes.",
+            "Connections that fell back to sending bytes over gRPC.",
             stats.fallbacks,
         )
-        received = CounterMetricFamily("vitrine_llm_received_bytes", "Bytes of rows.", labels=["transport"])
+        received = CounterMetricFamily("vitrine_llm_received_bytes", "Bytes of media embeddings.", labels=["transport"])
         for transport, nbytes in stats.received_nbytes.items():
             received.add_metric([transport], nbytes)
         yield received
@@ -188,7 +193,9 @@ class _PrefillCollector(Collector):
         yield CounterMetricFamily("vitrine_llm_prefill_requests", "Prompts sent to prefill workers.", stats.requests)
         yield CounterMetricFamily("vitrine_llm_prefill_retries", "Retries on another prefill worker.", stats.retries)
         yield CounterMetricFamily(
-            "vitrine_llm_transport_fallbacks", "Connections that fell back to bytes.", stats.fallbacks
+            "vitrine_llm_transport_fallbacks",
+            "Connections that fell back to sending bytes over gRPC.",
+            stats.fallbacks,
         )
         received = CounterMetricFamily("vitrine_llm_kv_received_bytes", "Bytes of KV.", labels=["transport"])
         for transport, nbytes in stats.received_nbytes.items():
@@ -202,7 +209,9 @@ class _ExporterCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         stats = self._stats()
-        yield GaugeMetricFamily("vitrine_llm_kv_leases_live", "Prompts' KV that peers hold.", stats.live_leases)
+        yield GaugeMetricFamily(
+            "vitrine_llm_kv_leases_live", "Prompts whose KV decode workers hold.", stats.live_leases
+        )
         yield GaugeMetricFamily("vitrine_llm_kv_sessions", "Connected decode workers.", stats.sessions)
         shipped = CounterMetricFamily("vitrine_llm_kv_shipped_bytes", "Bytes of KV.", labels=["transport"])
         for transport, nbytes in stats.shipped_nbytes.items():

@@ -1,4 +1,4 @@
-"""Between the messages of llm.proto and plain values; what clients send is checked here."""
+"""Converts between the messages of llm.proto and plain values, and checks what clients send."""
 
 from __future__ import annotations
 
@@ -124,8 +124,8 @@ def _media_item_to_proto(item: MediaItem) -> llm_pb2.MediaItem:
 
 
 def sampling_to_proto(sampling: SamplingParams) -> llm_pb2.SamplingParams:
-    """Everything said: the receiver's defaults play no part."""
-    # JSON has no limit where these fields have 32 bits. What is beyond means the same.
+    """Sets every field, so that the receiver's defaults are not used."""
+    # Numbers in JSON have no limit, these fields have 32 bits; larger values have the same effect as the largest.
     return llm_pb2.SamplingParams(
         max_tokens=min(sampling.max_tokens or 0, _MAX_UINT32),
         temperature=sampling.temperature,
@@ -133,6 +133,6 @@ def sampling_to_proto(sampling: SamplingParams) -> llm_pb2.SamplingParams:
         top_k=min(sampling.top_k, _MAX_UINT32),
         seed=sampling.seed % 2**64 if sampling.seed is not None else None,
         stop_token_ids=sorted(each for each in sampling.stop_token_ids if 0 <= each <= _MAX_UINT32),
-        ignore_eos=True,  # those of the model are among the stop tokens
+        ignore_eos=True,  # the model's end tokens are among the stop tokens
         logprobs=sampling.logprobs,
     )

@@ -1,14 +1,15 @@
-"""`/dashboard`: three static files, and what they show as JSON. The page asks again every second."""
+"""`/dashboard`: three static files, and the data that they show, as JSON. The page requests it every second."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
 
 from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
 from vitrine_vlm.llm_worker.engine.engine import EngineStats
@@ -17,7 +18,7 @@ from vitrine_vlm.llm_worker.prefill.client import PrefillClient
 
 _FOLDER = Path(__file__).parent
 _FILES = {"": "index.html", "/dashboard.css": "dashboard.css", "/dashboard.js": "dashboard.js"}
-# Nothing from elsewhere: the page shows what clients have sent.
+# Nothing from other origins, as the page shows what clients have sent.
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -26,27 +27,28 @@ _HEADERS = {
 
 
 class Dashboard:
-    """Adds the routes; `open` gives it something to show."""
+    """Serves the page. `open` is called once the model is loaded; until then the page shows readiness only."""
 
     def __init__(self, readiness: Callable[[], tuple[bool, dict[str, Any]]]) -> None:
         self._readiness = readiness
-        self._shown: Callable[[], Any] | None = None
+        self._shown: Callable[[], Awaitable[dict[str, Any]]] | None = None
 
     def open(
         self,
         model: str,
         generator: Generator,
         engine_stats: Callable[[], EngineStats],
-        upstream: EncoderClient | PrefillClient,
+        fleet_client: EncoderClient | PrefillClient,
     ) -> None:
         async def shown() -> dict[str, Any]:
-            answers = await upstream.encoder_stats() if isinstance(upstream, EncoderClient) else {}
+            answers = await fleet_client.encoder_stats() if isinstance(fleet_client, EncoderClient) else {}
             return {
                 "model": model,
                 "engine": asdict(engine_stats()),
-                "client": asdict(upstream.stats()),
+                "client": asdict(fleet_client.stats()),
                 "encoders": [
-                    asdict(status) | {"stats": _as_dict(answers.get(status.address))} for status in upstream.status()
+                    asdict(status) | {"stats": _as_dict(answers.get(status.address))}
+                    for status in fleet_client.status()
                 ],
                 "recent": [_recent(each) for each in generator.recent],
             }
@@ -64,15 +66,15 @@ class Dashboard:
         return web.json_response({"ready": ready} | shown, headers=_HEADERS)
 
     @staticmethod
-    def _file_handler(name: str) -> Callable[[web.Request], Any]:
+    def _file_handler(name: str) -> Callable[[web.Request], Awaitable[web.FileResponse]]:
         async def handler(request: web.Request) -> web.FileResponse:
             return web.FileResponse(_FOLDER / name, headers=_HEADERS)
 
         return handler
 
 
-def _as_dict(answer: Any) -> dict[str, Any] | None:
-    """With every field; 64-bit numbers as numbers, which JSON of protobuf has as strings."""
+def _as_dict(answer: Message | None) -> dict[str, Any] | None:
+    """Every field of a message; 64-bit integers as numbers, which protobuf's JSON has as strings."""
     if answer is None:
         return None
     fields = MessageToDict(answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)

@@ -1,4 +1,4 @@
-"""How many requests the engine holds, of as many as it may."""
+"""The number of requests that the engine holds, and its limit."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ class Capacity:
         self._lock = threading.Lock()
 
     def check(self) -> None:
-        """
+        """Refuses a further request where the limit is reached.
+
         Raises:
-            Overloaded: there are as many requests as may be.
+            Overloaded: the limit is reached.
         """
         if self.num_used >= self._limit:
             raise Overloaded(

@@ -1,4 +1,4 @@
-"""A request's share of a step."""
+"""The tokens of one request in a step."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from vitrine_vlm.llm_worker.engine.request_state import RequestState
 
 
 class Chunk(NamedTuple):
-    """Tokens [start, stop) of a request run in this step; `samples` where they end at its last token.
+    """Tokens [start, stop) of a request, to be computed in one step.
 
-    epoch: of the request, when the chunk was made.
+    samples: whether they end at its last token, so that the next one is sampled.
+    epoch: the request's, when the chunk was made.
     """
 
     request: RequestState
@@ -29,6 +30,6 @@ class Chunk(NamedTuple):
         return self.start < self.request.num_prompt_tokens
 
     @property
-    def counts(self) -> bool:
-        """Whether its request still runs and has not lost what the chunk builds on."""
+    def is_current(self) -> bool:
+        """Whether its request still runs and has not been rolled back since: otherwise its results are discarded."""
         return self.epoch == self.request.epoch

@@ -1,4 +1,4 @@
-"""What the engine is asked to do, as values, and the queue that takes them to its thread."""
+"""The engine's commands, as values, and the queue in which they reach its thread."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Submit:
 
 @dataclass(frozen=True)
 class SetPrompt:
-    """See `RequestHandle.set_prompt`. announced: media items whose embeddings come without being requested."""
+    """See `RequestHandle.set_prompt`. announced: media items whose embeddings will be set without being requested."""
 
     key: int
     prompt: ExpandedPrompt
@@ -42,7 +42,7 @@ class SetPrompt:
 
 @dataclass(frozen=True)
 class SetEmbeddings:
-    """A media item's embeddings, which the engine is to release."""
+    """A media item's embeddings, which the engine releases."""
 
     key: int
     item_index: int
@@ -61,7 +61,7 @@ class SetFirstToken:
 
 @dataclass(frozen=True)
 class SetKv:
-    """The KV of a prompt that is computed elsewhere, which the engine is to release."""
+    """The KV of a prompt that is computed elsewhere, which the engine releases."""
 
     key: int
     kv: EmbeddingRows
@@ -69,7 +69,7 @@ class SetKv:
 
 @dataclass(frozen=True)
 class Cancel:
-    """Ends the request, and releases what it was to keep."""
+    """Ends the request, and releases all it holds, kept KV included."""
 
     key: int
 
@@ -86,9 +86,9 @@ Command: TypeAlias = Submit | SetPrompt | SetEmbeddings | SetFirstToken | SetKv 
 
 
 class CommandQueue:
-    """Commands from any thread, in order, to the engine's.
+    """A queue from any thread to the engine's.
 
-    error: why no commands are taken any more; None while they are.
+    error: why no commands are accepted any more; None while they are.
     """
 
     def __init__(self) -> None:
@@ -110,17 +110,17 @@ class CommandQueue:
         with self._lock:
             if self.error is None:
                 self.error = error
-                self._queue.put(None)  # ends a wait
+                self._queue.put(None)  # ends `wait`
 
     def wait(self) -> Iterator[Command]:
-        """Waits for a command, or for the end; yields those that are here."""
+        """Waits for a command, or for `close`; yields the commands in the queue."""
         first = self._queue.get()
         if first is not None:
             yield first
-        yield from self.take()
+        yield from self.pop_all()
 
-    def take(self) -> Iterator[Command]:
-        """Yields the commands that are here."""
+    def pop_all(self) -> Iterator[Command]:
+        """Yields the commands in the queue."""
         while not self._queue.empty():
             command = self._queue.get()
             if command is not None:
@@ -128,7 +128,7 @@ class CommandQueue:
 
 
 def discard(command: Command, error: VitrineError) -> None:
-    """What becomes of a command that is not executed: what it carries is released, a new request fails."""
+    """Ends a command that is not executed: releases what it carries, fails a new request."""
     match command:
         case Submit(subscriber=subscriber):
             send_now(subscriber.loop, [(subscriber, RequestFailed(copy(error), EngineTimings()))])

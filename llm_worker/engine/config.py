@@ -12,7 +12,7 @@ class EngineConfig:
     max_num_batched_tokens: tokens in one step, and so the longest prefill chunk; max_num_seqs: sequences in one step.
     num_blocks blocks of block_size tokens are the KV cache; max_model_len: longest prompt plus answer, tokens.
     max_waiting: requests that may wait beside max_num_seqs running ones. prefix_cache: whether KV is used again.
-    mixed_step_tokens: tokens in a step that also decodes; None for as many as in others.
+    mixed_step_tokens: tokens in a step that also decodes; None for max_num_batched_tokens.
     """
 
     max_num_batched_tokens: int = 2048

@@ -27,9 +27,9 @@ from vitrine_vlm.service_runtime.supervisor import Supervisor
 class EngineStats:
     """Requests and KV blocks now; steps, tokens, preemptions and evicted blocks since the start.
 
-    running: or on the way to it, while media are encoded; waiting: for memory.
-    queued_prefill_tokens: of prompts, not computed yet. kv_blocks_kept: used by no request, with content that can be
-    used again. num_cached_tokens: of prompts, not computed because their KV was there.
+    running: requests that hold KV blocks, or wait for their media's sizes; waiting: requests that wait for KV blocks.
+    queued_prefill_tokens: prompt tokens that are not computed yet. kv_blocks_kept: without users, with content that can
+    be used again. num_cached_tokens: prompt tokens whose KV was in the cache.
     """
 
     running: int
@@ -47,7 +47,7 @@ class EngineStats:
 
 
 class Engine:
-    """Runs the model for many requests. `run` and what it calls belong to the engine's thread, the rest to any."""
+    """Runs the model for many requests. `run` belongs to the engine's thread; other public methods are safe on any."""
 
     def __init__(
         self, forward_pass: ForwardPass, config: EngineConfig, on_gpu_lost: Callable[[], object] = lambda: None
@@ -55,7 +55,7 @@ class Engine:
         """
         Args:
             forward_pass: made with the same config.
-            on_gpu_lost: called on the engine's thread where the GPU will run no other step after one that failed.
+            on_gpu_lost: called on the engine's thread where a step has failed and the GPU can run no other.
         """
         self._forward_pass = forward_pass
         self._config = config
@@ -85,7 +85,7 @@ class Engine:
         return self._forward_pass.decoder.config.vocab_size
 
     def start(self, supervisor: Supervisor) -> None:
-        """Begins to run steps, on a thread that the supervisor owns."""
+        """Starts the engine's thread, which the supervisor owns."""
         self._supervisor = supervisor
         self._thread = supervisor.start_thread("engine", self.run)
 
@@ -98,7 +98,7 @@ class Engine:
     def fail_all(self, error: VitrineError) -> None:
         """Fails all requests in flight with this error, refuses later ones with it, and ends `run`.
 
-        The first call counts: after an exception of its own, `run` has made one.
+        Only the first call has an effect; `run` makes one itself when it fails.
         """
         self._commands.close(error)
 
@@ -112,19 +112,19 @@ class Engine:
         keep_kv: bool = False,
         prompt: ExpandedPrompt | None = None,
     ) -> RequestHandle:
-        """Takes a request in. Its prefix, the text in front of the first media item, is prefilled at once.
+        """Adds a request. Its prefix, the text in front of the first media item, is prefilled at once.
 
         Args:
-            send_embeddings: called on the caller's event loop when embeddings of these items are needed that are not to
-                come: they were not announced, or they are lost. Then `set_embeddings` is due, or `fail`.
-            send_kv: where the prompt is computed elsewhere, called likewise once there is room for its KV, and when it
-                is lost, with the first token whose KV is missing. Then `set_prompt`, `set_first_token` and `set_kv` are
-                due, or `fail`.
+            send_embeddings: called on the caller's event loop when embeddings of these items are needed that were not
+                announced, or were lost. The caller then has to call `set_embeddings`, or `fail`.
+            send_kv: where the prompt is computed elsewhere, called likewise once there are blocks for its KV, and when
+                the KV was lost, with the first token whose KV is missing. The caller then has to call `set_prompt`,
+                `set_first_token` and `set_kv`, or `fail`.
             keep_kv: the blocks of a request that got its last token are kept until `cancel`.
-            prompt: the whole one, where it is known by now: `set_prompt` is not due then.
+            prompt: the whole prompt, where it is known already; then `set_prompt` is not called.
 
         Raises:
-            PromptTooLong: the prefix leaves no room by itself.
+            PromptTooLong: the prefix alone exceeds the context length.
             Overloaded: too many requests are waiting.
         """
         self._scheduler.check_context_length(len(prefix_token_ids))
@@ -138,14 +138,15 @@ class Engine:
         return handle
 
     def check_capacity(self) -> None:
-        """
+        """Refuses a further request where the limit is reached.
+
         Raises:
-            Overloaded: as many requests are running or waiting as may.
+            Overloaded: as many requests are running or waiting as are allowed.
         """
         self._capacity.check()
 
     def missing_items(self, prompt: ExpandedPrompt) -> set[int]:
-        """Media items of the prompt whose KV is not in the cache now; it may be evicted any moment."""
+        """Media items of the prompt whose KV is not in the cache now. The KV of others may be evicted at any moment."""
         if not self._config.prefix_cache:
             return prompt.items_from(0)
         block_size = self._config.block_size
@@ -154,15 +155,15 @@ class Engine:
         return prompt.items_from(len(self._kv_cache.match_prefix(hashes)) * block_size)
 
     def stats(self) -> EngineStats:
-        """As of the last step; a value that the engine's thread has published."""
+        """The statistics that the engine's thread published last, after a step."""
         return self._stats
 
     def run(self) -> None:
         """The thread's target; returns after `fail_all`.
 
         Raises:
-            Exception: a fault of the loop itself. All requests have failed, and later ones are refused. What goes wrong
-                in a step is not raised, it fails that step's requests.
+            Exception: a fault of the loop itself. All requests have failed, and later ones are refused. An error in a
+                step is not raised, it fails that step's requests.
         """
         try:
             while self._commands.error is None:
@@ -170,7 +171,7 @@ class Engine:
                 chunks = self._schedule()
                 launched = self._launch(chunks)
                 self._process_last(launched)
-            self._process_last(None)  # what it reads is not to be released before
+            self._process_last(None)  # before anything that it reads is released
         except BaseException as error:
             self.fail_all(WorkerUnavailable(f"the worker's engine has ended: {type(error).__name__}"))
             raise
@@ -178,8 +179,8 @@ class Engine:
             self._end()
 
     def _receive(self) -> None:
-        """Executes the commands that have come, and waits for one where there is nothing else to do."""
-        for command in self._commands.wait() if self._is_idle else self._commands.take():
+        """Executes the commands in the queue, and waits for one where there is nothing else to do."""
+        for command in self._commands.wait() if self._is_idle else self._commands.pop_all():
             self._requests.execute(command)
 
     def _schedule(self) -> list[Chunk]:
@@ -193,13 +194,13 @@ class Engine:
             self._publish_events()
         has_landed = self._executor.land_kv()
         launched = self._executor.launch(chunks) if chunks else None
-        # What has come up meanwhile is sent while the GPU computes: event loops would delay what launches its work.
+        # New events are sent while the GPU computes: before a launch, the event loops' work would delay it.
         self._publish_events()
         self._is_idle = not (chunks or has_landed or self._in_flight)
         return launched
 
     def _process_last(self, launched: InFlightStep | None) -> None:
-        """Takes in the last step's results, and those of the one just launched unless the next one can overlap it."""
+        """Processes the last step's results, and those of the one just launched unless the next one can overlap it."""
         last, self._in_flight = self._in_flight, launched
         if last is not None:
             self._executor.process(last, overlapped=launched is not None)
@@ -209,24 +210,24 @@ class Engine:
             self._in_flight = None
 
     def _can_overlap(self, launched: InFlightStep) -> bool:
-        """Whether the next step is to be launched before this one is through; waits until it nearly is."""
-        return self._executor.can_overlap(launched) and self._forward_pass.until_nearly_done()
+        """Whether the next step is to be launched before this one ends; waits until it is nearly done."""
+        return self._executor.can_overlap(launched) and self._forward_pass.wait_until_nearly_done()
 
     def _publish(self) -> None:
-        """Sends the events that have come up, and stats that are no older."""
+        """Publishes current statistics, and then the new events, so that no event precedes its statistics."""
         self._stats = self._count()
         self._outbox.send()
 
     def _publish_events(self) -> None:
-        """The same, if there are any events."""
+        """Publishes likewise, if there are any events."""
         if not self._outbox.is_empty:
             self._publish()
 
     def _end(self) -> None:
-        """Nothing may wait for a thread that is gone."""
+        """Fails all requests and discards all commands, so that nothing waits for a thread that has ended."""
         error = self._commands.error
         assert error is not None
-        for command in self._commands.take():
+        for command in self._commands.pop_all():
             discard(command, error)
         try:
             self._requests.fail_all(error)

@@ -1,4 +1,4 @@
-"""What the engine reports of a request, as values; an `Outbox` takes them to the request's event loop."""
+"""The engine's events of a request, as values; an `Outbox` delivers them on the request's event loop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vitrine_vlm.llm_worker.engine.request import EngineTimings, TokenOutput
 
 
 class TokenSampled(NamedTuple):
-    """The next token. kv: the prompt's, with the last token of a request that keeps it."""
+    """The next token. kv: the prompt's KV, with the last token of a request that keeps it."""
 
     output: TokenOutput
     timings: EngineTimings
@@ -25,13 +25,13 @@ class RequestFailed(NamedTuple):
 
 
 class EmbeddingsNeeded(NamedTuple):
-    """Embeddings of these media items are needed that are not to come: they were not announced, or they are lost."""
+    """Embeddings of these media items are needed: they were not announced, or they were lost."""
 
     items: list[int]
 
 
 class KvNeeded(NamedTuple):
-    """The prompt's KV from this token on is needed: there is room for it now, or it is lost."""
+    """The prompt's KV from this token on is needed: there are blocks for it now, or it was lost."""
 
     first_token: int
 

@@ -1,12 +1,11 @@
-"""The model side of a step: tokens and media rows into the buffers, through the decoder, logits out.
+"""The model's part of a step: tokens and media embeddings are written to the buffers, the decoder computes logits.
 
 Shapes: B sampled tokens, C hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Many
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +26,7 @@ class StepOutput:
     sampling: the chunks that end at their request's last token, those of `failed` included.
     logits_BV: in the model's dtype, one row for each chunk of `sampling`.
     pool_rows_B: the token pool's rows of their requests, on the device; valid until the next step.
-    landed: checks of the media rows in the step, by chunk, to be called when it is computed.
+    landed: checks of the media embeddings in the step, by chunk, to be called when the step is computed.
     failed: see PreparedStep.
     """
 
@@ -50,7 +49,7 @@ class ForwardPass:
     def __init__(self, decoder: TextDecoder, config: EngineConfig, make_runner: MakeRunner = PlainRunner) -> None:
         """
         Args:
-            make_runner: what runs the decoder over buffers and cache.
+            make_runner: makes the runner, which runs the decoder over buffers and cache.
         """
         self.decoder = decoder
         self.is_asynchronous = decoder.device.type == "cuda"
@@ -59,11 +58,11 @@ class ForwardPass:
         self.buffer = InputEmbedBuffer(decoder, config.max_num_batched_tokens, config.max_num_seqs, self.token_pool)
         self._run_decoder = make_runner(decoder, self.kv_cache, self.buffer)
 
-    def __call__(self, chunks: Many[Chunk]) -> StepOutput:
-        """Launches a step of these chunks; their KV is in the cache afterwards."""
+    def __call__(self, chunks: Sequence[Chunk]) -> StepOutput:
+        """Launches a step of these chunks, which writes their KV into the cache."""
         prepared = self.buffer.write(chunks)
         logits_BV = self.run(prepared)
-        # A video has many landings.
+        # One check for each item: a video has many landings.
         landed = {
             chunk: [each.queue_check() for each in {id(each.embeddings): each.embeddings for each in landings}.values()]
             for chunk, landings in prepared.landings.items()
@@ -81,6 +80,6 @@ class ForwardPass:
             hidden_TC = hidden_TC.index_select(0, self.buffer.sampled_tokens_S[: len(sampled)])
         return self.decoder.logits(hidden_TC[: len(sampled)])
 
-    def until_nearly_done(self) -> bool:
-        """See `Runner.until_nearly_done`."""
-        return self._run_decoder.until_nearly_done()
+    def wait_until_nearly_done(self) -> bool:
+        """See `Runner.wait_until_nearly_done`."""
+        return self._run_decoder.wait_until_nearly_done()

@@ -1,4 +1,4 @@
-"""The static input buffers of a step. The decoder reads only these; text embeddings and media rows are written in.
+"""The static input buffers of a step: text and media embeddings are written to them, and the decoder reads only them.
 
 Shapes: M max_num_batched_tokens, T tokens of the step, S max_num_seqs, P tokens read from the token pool, B sampled
 sequences, C hidden size, N deepstack layers.
@@ -7,7 +7,7 @@ sequences, C hidden size, N deepstack layers.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as Many
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -42,10 +42,10 @@ class Landing:
 class PreparedStep:
     """A step whose inputs are in the buffers.
 
-    sampled_tokens: which of its tokens logits are wanted of, one of each chunk that samples.
-    landings: what has been landed, by chunk.
-    failed: chunks whose media rows could not be landed, with the reason: their share of the step holds placeholders,
-        so what comes out for them must not be used.
+    sampled_tokens: the tokens of the step that need logits, one of each chunk that samples.
+    landings: the embeddings that were landed, by chunk.
+    failed: chunks whose media embeddings could not be landed, with the reason: their tokens have the embeddings of
+        placeholders, so their results must not be used.
     """
 
     inputs: StepInputs
@@ -57,7 +57,7 @@ class PreparedStep:
 class InputEmbedBuffer:
     """Buffers of fixed size and address, overwritten by each step from their first row on.
 
-    embeds_MC, deepstack_NMC, positions_3M, slot_mapping_M: of which StepInputs has the first rows.
+    embeds_MC, deepstack_NMC, positions_3M, slot_mapping_M: StepInputs has the step's part of them.
     sampled_tokens_S, sampled_pool_rows_S: PreparedStep.sampled_tokens and the token pool's rows of their requests, on
         the device.
     """
@@ -71,7 +71,7 @@ class InputEmbedBuffer:
         self._token_pool = token_pool
         self.embeds_MC = torch.zeros(hidden, device=device, dtype=decoder.dtype)
         self.deepstack_NMC = torch.zeros(config.num_deepstack, *hidden, device=device, dtype=decoder.dtype)
-        # All integers of a step lie in one piece of memory, as each copy to a GPU costs a launch.
+        # All integers of a step are in one tensor, as each copy to a GPU costs a launch.
         num_integers = _NUM_INTEGERS * max_num_batched_tokens
         self._staged = PinnedStagingBuffer((num_integers + 4 * max_num_seqs,), torch.int64, device)
         integers_5M, indices_4S = _views(self._staged.tensor, num_integers)
@@ -81,11 +81,11 @@ class InputEmbedBuffer:
         self._token_ids_M, self.positions_3M, self.slot_mapping_M = integers_5M[0], integers_5M[1:4], integers_5M[4]
         self._pooled_tokens_S, self._pooled_rows_S, self.sampled_tokens_S, self.sampled_pool_rows_S = indices_4S
         if device.type == "cuda":
-            # Compiles what lands rows: the first picture would wait for it.
+            # Compiles the kernel that lands embeddings, for which the first image would otherwise wait.
             row_1W = self.embeds_MC.new_zeros(1, config.hidden_size * (1 + config.num_deepstack))
             copy_rows(row_1W, *self.places(0, 1), 0)
 
-    def write(self, chunks: Many[Chunk]) -> PreparedStep:
+    def write(self, chunks: Sequence[Chunk]) -> PreparedStep:
         """Fills the buffers with the step's tokens. Slots behind them are -1."""
         stops = list(accumulate(chunk.length for chunk in chunks))
         starts, num_tokens = [0, *stops[:-1]], stops[-1]
@@ -103,15 +103,15 @@ class InputEmbedBuffer:
             for chunk, start in zip(chunks, starts, strict=True):
                 try:
                     prepared.landings[chunk] = self._land_chunk(chunk, start)
-                except Exception as error:  # whatever happens to one request's rows must not reach the others
+                except Exception as error:  # of one request, and must not fail the others
                     prepared.failed[chunk] = error
         return prepared
 
     def stage(self, integers_5T: npt.NDArray[np.int64], sampled_tokens: list[int]) -> None:
-        """Writes to the host's memory what another rank has in its own.
+        """Writes the integers of another rank's step to the host's memory.
 
         Args:
-            integers_5T: its `staged_integers`.
+            integers_5T: `staged_integers` of that rank.
         """
         num_tokens = integers_5T.shape[1]
         self._begin(num_tokens)
@@ -124,9 +124,9 @@ class InputEmbedBuffer:
         return integers_5T
 
     def copy_to_device(
-        self, num_tokens: int, sequences: Many[SequenceSlice], with_deepstack: bool, num_pooled: int = 0
+        self, num_tokens: int, sequences: Sequence[SequenceSlice], with_deepstack: bool, num_pooled: int = 0
     ) -> StepInputs:
-        """Fills the buffers from what is staged on the host; media rows are still to be landed.
+        """Fills the buffers from the integers that are staged on the host; media embeddings are landed afterwards.
 
         Args:
             with_deepstack: whether deepstack rows are to be landed.
@@ -159,21 +159,21 @@ class InputEmbedBuffer:
         landing.embeddings.copy_to(main_TC, deepstack_NTC, landing.first_row)
 
     def places(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Where media rows of these tokens go: main embedding, and deepstack rows where the model has any."""
+        """Views of the buffers at these tokens: embeddings, and deepstack where the model has it."""
         tokens = slice(start, stop)
         return self.embeds_MC[tokens], self.deepstack_NMC[:, tokens] if len(self.deepstack_NMC) else None
 
     def _begin(self, num_tokens: int) -> None:
-        """The host's memory may be written: the copy of the step before has read it."""
+        """Waits until the host's memory may be written: the last step's copy must have read it."""
         self._staged.wait()
-        # A step before may have failed on its way here, with more tokens than this one.
+        # An earlier step may have failed while it was staged, with more tokens than this one.
         self._num_staged = max(self._num_staged, num_tokens)
 
-    def _write_integers(self, chunks: Many[Chunk], starts: list[int], sampled: list[int]) -> int:
+    def _write_integers(self, chunks: Sequence[Chunk], starts: list[int], sampled: list[int]) -> int:
         """Stages a step's integers on the host; returns how many of its tokens are read from the token pool."""
         self._begin(starts[-1] + chunks[-1].length)
         integers_5M, indices_4S = self._host_5M, self._host_4S
-        # Lists for tokens that decode, as an array costs more than the few numbers of one of them.
+        # Lists for tokens that decode: an array for the few numbers of one token would cost more.
         tokens: list[int] = []
         decoding: list[tuple[int, int, int, int, int]] = []
         pooled: list[int] = []
@@ -205,7 +205,7 @@ class InputEmbedBuffer:
         return len(pooled)
 
     def _land_chunk(self, chunk: Chunk, first_token: int) -> list[Landing]:
-        """Copies the chunk's part of every media item to its place."""
+        """Copies the chunk's part of every media item to its tokens."""
         begin = time.perf_counter()
         landings = []
         for span in chunk.request.spans_in(chunk.start, chunk.stop):
@@ -219,5 +219,5 @@ class InputEmbedBuffer:
 
 
 def _views(staged: Any, num_integers: int) -> tuple[Any, Any]:
-    """[5, M] integers of tokens, and [4, S] indices: pooled tokens, their rows, sampled tokens, their rows."""
+    """Views: [5, M] integers of tokens; [4, S] pooled tokens, their pool rows, sampled tokens, their pool rows."""
     return staged[:num_integers].reshape(_NUM_INTEGERS, -1), staged[num_integers:].reshape(4, -1)

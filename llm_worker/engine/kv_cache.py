@@ -1,8 +1,8 @@
-"""The paged KV cache: its memory, how many sequences use which block, and which computed blocks can be used again.
+"""The paged KV cache: its memory, the sequences that use each block, and the computed blocks that can be used again.
 
-A full block is known by a hash over everything in front of it and in it (`prefix_hashes.py`). Sequences that begin
-alike share such blocks, which are not written to any more. A block without users keeps its content until the block is
-allocated again.
+A full block is identified by a hash over everything in front of it and in it (`prefix_hashes.py`). Sequences with the
+same beginning share such blocks, which are not written to any more. A block without users keeps its content until it
+is allocated again.
 
 Shapes: L layers, S slots (num_blocks * block_size), K key/value heads, D head dim.
 """
@@ -22,7 +22,7 @@ from vitrine_vlm.llm_worker.models.paged_attention import BlockTable
 class KvCache:
     """Keys and values of every layer, [L, 2, S, K, D], in blocks of `block_size` slots.
 
-    num_evicted: blocks with known content that were allocated for something else, since the start.
+    num_evicted: registered blocks that were allocated for other content, since the start.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class KvCache:
         self.layers = torch.zeros(shape, device=device, dtype=dtype)
         self._ref_counts = [0] * num_blocks
         self._prefixes = PrefixIndex()
-        # Blocks without users: those without content of use, and the cached ones, least recently used first.
+        # Blocks without users: those that are not registered, and the cached ones, least recently used first.
         self._empty = list(range(num_blocks))
         self._cached_free: OrderedDict[int, None] = OrderedDict()
 
@@ -46,15 +46,15 @@ class KvCache:
 
     @property
     def num_cached_free(self) -> int:
-        """Blocks that no sequence uses and whose content is known."""
+        """Registered blocks that no sequence uses."""
         return len(self._cached_free)
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold `num_tokens` tokens."""
+        """The number of blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
     def match_prefix(self, hashes: Iterable[bytes]) -> list[int]:
-        """Blocks with the content of the first of these hashes, up to the first that is not here. From any thread."""
+        """Blocks with the content of the first hashes, up to one that is not registered. Safe on any thread."""
         return self._prefixes.match(hashes)
 
     def allocate(self, table: BlockTable, matched: Sequence[int], num_tokens: int, num_reserved: int = 0) -> bool:
@@ -86,12 +86,12 @@ class KvCache:
         return True
 
     def register_hash(self, table: BlockTable, index: int, content_hash: bytes) -> None:
-        """Makes the table's block at `index`, which is full and computed, known by its content."""
+        """Registers the table's block at `index`, which is full and computed, under the hash of its content."""
         self._prefixes.register(table.blocks[index], content_hash)
 
     def release(self, table: BlockTable) -> None:
         """Releases all of a table's blocks and empties the table."""
-        # Last ones first: the beginning of a prompt is what others have in common, and should be evicted last.
+        # Last ones first: other prompts share the beginning, which should be evicted last.
         for block in reversed(table.blocks):
             self._ref_counts[block] -= 1
             if not self._ref_counts[block]:

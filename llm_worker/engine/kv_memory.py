@@ -1,4 +1,4 @@
-"""How many tokens of keys and values a worker has memory for, where its settings do not fix their number."""
+"""The size of the KV cache where a worker's settings do not fix it."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from vitrine_vlm.llm_worker.models.config import TextConfig
 from vitrine_vlm.llm_worker.models.decoder import TextDecoder
 from vitrine_vlm.model_loading.checkpoint import CheckpointError
 
-_ON_THE_CPU = 32768
+_TOKENS_ON_CPU = 32768
 # CUDA's context, graphs, the libraries' workspaces.
 _RESERVED_NBYTES = 2 << 30
 
 
 def kv_tokens_that_fit(decoder: TextDecoder, max_num_batched_tokens: int, utilization: float, pool_nbytes: int) -> int:
-    """Tokens for which the GPU has memory beside weights, pool and a step's intermediate results; 32,768 on the CPU.
+    """Tokens whose KV fits beside weights, pool and a step's intermediate results; 32,768 on the CPU.
 
-    It follows from the memory that the GPU has, not from what is free of it: all ranks of a worker find the same.
+    Computed from the GPU's total memory, not from the free memory, so that all ranks of a worker get the same number.
 
     Args:
         utilization: part of the GPU's memory that this worker may use in all.
-        pool_nbytes: of it, what goes to a pool that other workers map.
+        pool_nbytes: the part of that which is the pool that decode workers map, bytes.
 
     Raises:
-        CheckpointError: there is no memory for any.
+        CheckpointError: not even one fits.
     """
     config, device, itemsize = decoder.config, decoder.device, decoder.dtype.itemsize
     if device.type == "cpu":
-        return _ON_THE_CPU
+        return _TOKENS_ON_CPU
     allowed = int(torch.cuda.get_device_properties(device).total_memory * utilization)
     weights = sum(each.nbytes for each in decoder.parameters())
     step = max_num_batched_tokens * _elements_a_token(config) * itemsize
@@ -44,7 +44,7 @@ def kv_tokens_that_fit(decoder: TextDecoder, max_num_batched_tokens: int, utiliz
 
 
 def _elements_a_token(config: TextConfig) -> int:
-    """Of static buffers (embeddings, hidden states, deepstack, queries) and of the widest intermediate results."""
+    """Elements in static buffers (embeddings, hidden states, deepstack, queries) and widest intermediate results."""
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     static = (2 + config.num_deepstack) * config.hidden_size + 2 * queries

@@ -1,6 +1,6 @@
-"""Keys and values as rows, one a token: the form in which a prompt's KV goes from one worker to another.
+"""Keys and values as rows, one a token: the form in which a prompt's KV is sent from one worker to another.
 
-Rows know nothing of blocks, so the caches of the two may be cut differently.
+Rows do not depend on blocks, so the two caches may have different block sizes.
 
 Shapes: L layers, S slots, K key/value heads, D head dim, T tokens, W = L * 2 * K * D elements of a row.
 """
@@ -18,11 +18,11 @@ _TOKENS_AT_ONCE = 512
 
 
 class CachedKv(RowSource):
-    """The KV of tokens in the cache, computed, in blocks that stay allocated as long as this is read. From any thread.
+    """The computed KV of tokens in the cache, whose blocks stay allocated while it is read. Safe on any thread.
 
     Args:
         layers_L2SKD: the cache.
-        slots_T: of the tokens, in order, on the host.
+        slots_T: cache slots of the tokens, in order, on the host.
     """
 
     def __init__(self, layers_L2SKD: torch.Tensor, slots_T: torch.Tensor) -> None:
@@ -32,7 +32,7 @@ class CachedKv(RowSource):
         self._slots_T = slots_T
 
     def from_row(self, first_row: int) -> CachedKv:
-        """That of the tokens from this one on."""
+        """The KV of the tokens from this one on."""
         return CachedKv(self._layers_L2SKD, self._slots_T[first_row:])
 
     def copy_to(self, target_TW: torch.Tensor) -> None:
@@ -40,7 +40,7 @@ class CachedKv(RowSource):
             for rows, slots_T in _parts(self._slots_T):
                 target_TW[rows].copy_(self._gathered(slots_T))
             return
-        # Not on the engine's stream: its next step is not to be waited for.
+        # Not on the engine's stream, where the copy would wait for the next step.
         with on_copy_stream(self._layers_L2SKD.device):
             for rows, slots_T in _parts(self._slots_T):
                 target_TW[rows].copy_(copy_to_host(self._gathered(slots_T)))
@@ -59,10 +59,10 @@ def land_kv(rows: EmbeddingRows, first_row: int, layers_L2SKD: torch.Tensor, slo
     """Copies rows from `first_row` on into the cache.
 
     Args:
-        slots_T: where they go, on the host.
+        slots_T: cache slots for the rows, on the host.
 
     Raises:
-        LeaseExpired: their lease has ended. The slots hold nothing of use then.
+        LeaseExpired: the rows' lease has ended. The content of the slots is undefined then.
     """
     layers, two, _, heads, head_dim = layers_L2SKD.shape
     for part, slots in _parts(slots_T):

@@ -1,4 +1,4 @@
-"""The requests that the engine holds, and what commands and tokens do to them."""
+"""The requests that the engine holds, and the effects of commands and tokens on them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from vitrine_vlm.llm_worker.engine.token_pool import TokenPool
 
 
 class LiveRequests:
-    """Belongs to the engine's thread. A request is here from `Submit` to its end, or to `Cancel` if it keeps its KV."""
+    """Holds a request from `Submit` to its end, or to `Cancel` if it keeps its KV. Belongs to the engine's thread."""
 
     def __init__(
         self, scheduler: Scheduler, kv_cache: KvCache, token_pool: TokenPool, outbox: Outbox, capacity: Capacity
@@ -40,7 +40,7 @@ class LiveRequests:
         self._requests: dict[int, RequestState] = {}
 
     def execute(self, command: Command) -> None:
-        """Does what a command asks for; of a request that has ended, what it carries is released."""
+        """Executes a command; releases what it carries where its request has ended."""
         if isinstance(command, Submit):
             self._submit(command)
             return
@@ -63,7 +63,7 @@ class LiveRequests:
                 self._cancel(request)
 
     def request_inputs(self) -> None:
-        """Reports what running requests need and what is not to come."""
+        """Requests the inputs that running requests need and that were neither announced nor requested."""
         for request in self._scheduler.running:
             if request.status is RequestStatus.DECODING:
                 continue
@@ -73,7 +73,7 @@ class LiveRequests:
             elif missing := request.media.request_missing(request.prompt, request.num_computed):
                 self._outbox.put(request.key, EmbeddingsNeeded(missing))
 
-    def take_token(self, request: RequestState, next_token: NextToken) -> None:
+    def process_token(self, request: RequestState, next_token: NextToken) -> None:
         """Appends the request's next token, which may be its last."""
         token_id = next_token.token_id
         if token_id is None:
@@ -100,10 +100,10 @@ class LiveRequests:
             self._end(request)
 
     def fail_all(self, error: VitrineError) -> None:
-        """Ends every request. Each has its event before anything is released, which may go wrong after a fault."""
+        """Ends every request. All events are put before anything is released, as a release may fail after a fault."""
         running = [each for each in self._requests.values() if each.status is not RequestStatus.FINISHED]
         for request in running:
-            # One exception is not to be raised in many tasks.
+            # A copy each: one exception must not be raised in several tasks.
             self._outbox.put(request.key, RequestFailed(copy(error), request.timings_now()))
         for request in running:
             self._end(request)
@@ -139,7 +139,7 @@ class LiveRequests:
         if request.status is RequestStatus.FINISHED or request.num_tokens > request.num_prompt_tokens:
             return
         request.prefilled_elsewhere(command.prefill_ms / 1000, command.num_cached_tokens)
-        self.take_token(request, command.first)
+        self.process_token(request, command.first)
 
     def _cancel(self, request: RequestState) -> None:
         if request.status is not RequestStatus.FINISHED:

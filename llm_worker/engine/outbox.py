@@ -1,4 +1,4 @@
-"""Events of the engine's thread on their way to event loops: all of a step's at once, as waking a loop costs more."""
+"""Delivers events of the engine's thread on event loops, those of a step together, as waking a loop is costly."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _log = logging.getLogger(__name__)
 
 
 class Subscriber(Protocol):
-    """Where the events of one request go. loop: the one that `receive` is called on."""
+    """Receives the events of one request. loop: the one that `receive` is called on."""
 
     loop: asyncio.AbstractEventLoop
 
@@ -20,7 +20,7 @@ class Subscriber(Protocol):
 
 
 class Outbox:
-    """Belongs to the engine's thread. Holds a subscriber until `unsubscribe`, and until its last event has arrived."""
+    """Holds a subscriber until `unsubscribe`, and until its last event is delivered. Belongs to the engine's thread."""
 
     def __init__(self) -> None:
         self._subscribers: dict[int, Subscriber] = {}
@@ -44,6 +44,7 @@ class Outbox:
             self._waiting.setdefault(subscriber.loop, []).append((subscriber, event))
 
     def send(self) -> None:
+        """Has all events delivered that were put since the last call."""
         if self._waiting:
             waiting, self._waiting = self._waiting, {}
             for loop, events in waiting.items():
@@ -51,7 +52,7 @@ class Outbox:
 
 
 def send_now(loop: asyncio.AbstractEventLoop, events: list[tuple[Subscriber, Event]]) -> None:
-    """From any thread."""
+    """Has these events delivered on the loop. Safe on any thread."""
     try:
         loop.call_soon_threadsafe(_deliver, loop, events)
     except RuntimeError:
@@ -62,5 +63,7 @@ def _deliver(loop: asyncio.AbstractEventLoop, events: list[tuple[Subscriber, Eve
     for subscriber, event in events:
         try:
             subscriber.receive(event)
-        except Exception as error:  # of one request, and nothing to the others
-            loop.call_exception_handler({"message": "an event of the engine was not taken", "exception": error})
+        except Exception as error:  # of one request, and must not reach the others
+            loop.call_exception_handler(
+                {"message": "a subscriber failed on an event of the engine", "exception": error}
+            )

@@ -1,6 +1,6 @@
-"""What a block of KV depends on, as a hash: its tokens, its media rows, and everything in front of them.
+"""The hash of all that a block of KV depends on: its tokens, its media embeddings, and everything in front of them.
 
-Positions need no place in it: those of equal tokens and media behind equal ones are equal.
+Positions are not part of it: they are equal where tokens and media, and all in front of them, are equal.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from collections.abc import Sequence
 
 from vitrine_vlm.llm_worker.engine.request import ExpandedPrompt
 
-# Where in the block rows of an item begin, and with which of them.
+# Where in the block an item's embeddings begin, and the first of them, as a row of the item.
 _PLACE = struct.Struct("<qq")
 
 
 def extend_prefix_hashes(
     hashes: list[bytes], token_ids: Sequence[int], prompt: ExpandedPrompt, block_size: int, num_blocks: int
 ) -> None:
-    """Appends SHA-256 hashes until there are `num_blocks`, or until media whose content is unknown stand in the way.
+    """Appends SHA-256 hashes of blocks until there are `num_blocks`, or up to the first media item of unknown content.
 
     Args:
-        hashes: of the first blocks of the same tokens.
-        token_ids: the prompt's and those generated since; `num_blocks` blocks of them at least.
-        prompt: of its text in front of the first media item, while only that is known.
+        hashes: those of the first blocks of the same tokens.
+        token_ids: of the prompt and generated since; at least `num_blocks` blocks of them.
+        prompt: only the text in front of the first media item, while no more is known.
     """
     first, stop = len(hashes) * block_size, num_blocks * block_size
     tokens, nbytes = array("q", token_ids[first:stop]).tobytes(), 8 * block_size

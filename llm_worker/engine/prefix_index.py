@@ -1,4 +1,4 @@
-"""Which block of the KV cache has which content, by the hashes of `prefix_hashes.py`."""
+"""An index of the KV cache's blocks by the hash of their content (`prefix_hashes.py`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class PrefixIndex:
-    """Full, computed blocks by the hash of their content. Safe to use from any thread.
+    """Full, computed blocks by the hash of their content. Safe on any thread.
 
     The engine's thread registers and discards blocks; other threads only look prompts up.
     """
@@ -32,13 +32,13 @@ class PrefixIndex:
         return blocks
 
     def register(self, block: int, content_hash: bytes) -> None:
-        """Makes the block known by its content, unless an equal one already is: one of them is enough."""
+        """Registers the block under its content's hash, unless a block of equal content is registered."""
         with self._lock:
             if content_hash not in self._block_of and block not in self._hash_of:
                 self._block_of[content_hash] = block
                 self._hash_of[block] = content_hash
 
     def discard(self, block: int) -> None:
-        """The block, which is registered, is about to be overwritten."""
+        """Removes a registered block, which is about to be overwritten."""
         with self._lock:
             del self._block_of[self._hash_of.pop(block)]

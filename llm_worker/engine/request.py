@@ -1,4 +1,4 @@
-"""What the frontends hand to the engine and what comes back."""
+"""The values that pass between the frontends and the engine: sampling, prompts, tokens, timings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-# The quotients of smaller temperatures overflow, and the best token already has all of the probability.
+# Logits divided by smaller temperatures overflow, and the best token has all of the probability anyway.
 _GREEDY_BELOW = 1e-5
 
 
@@ -17,7 +17,7 @@ _GREEDY_BELOW = 1e-5
 class SamplingParams:
     """How to choose tokens.
 
-    temperature 0 is greedy; top_k 0 keeps all tokens; max_tokens None means what the context leaves.
+    temperature: 0 is greedy. top_k: 0 keeps all tokens. max_tokens: None for as many as the context leaves.
     logprobs: None for none, 0 for the sampled token's, n for also the n most probable (20 at most).
     """
 
@@ -31,19 +31,19 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the most probable token is taken, so that nothing is drawn."""
+        """Whether the most probable token is chosen, without a random number."""
         return self.temperature < _GREEDY_BELOW
 
     def is_last(self, first_token_id: int) -> bool:
-        """Whether an answer that begins with this token ends with it."""
+        """Whether this first token of an answer is also its last."""
         return self.max_tokens == 1 or first_token_id in self.stop_token_ids
 
 
 @dataclass(frozen=True)
 class MediaSpan:
-    """A run of placeholder positions that take consecutive rows of one media item.
+    """A run of placeholders for consecutive embeddings of one media item.
 
-    start: first position in the prompt; length: positions; first_row: row of the item that goes to `start`.
+    start: first position in the prompt; length: positions; first_row: row of the item's embeddings for `start`.
     An image is one span; a timestamped video is one span a temporal patch.
     """
 
@@ -62,11 +62,11 @@ class MediaSpan:
 class ExpandedPrompt:
     """The whole prompt, once every media item has a layout.
 
-    token_ids: N ids, media positions hold the placeholder id.
+    token_ids: N ids, with placeholder ids at media positions.
     positions_3N: M-RoPE positions (t, h, w), int64 on the CPU.
     next_position: M-RoPE position of the first generated token (all three axes).
     spans: in order of `start`.
-    content_hashes: of each media item, empty where it is not known: equal ones have equal rows.
+    content_hashes: of each media item, empty where unknown; items with equal ones have equal embeddings.
     """
 
     token_ids: list[int]
@@ -80,19 +80,20 @@ class ExpandedPrompt:
         return sum(span.length for span in self.spans)
 
     def spans_in(self, start: int, stop: int) -> list[MediaSpan]:
-        """Those that overlap positions [start, stop)."""
-        # In order of their starts, and so of their stops: a video has hundreds.
+        """The spans that overlap positions [start, stop)."""
+        # By bisection, as the spans are in order of their starts and stops: a video has hundreds.
         first = bisect_right(self.spans, start, key=lambda span: span.stop)
         return list(takewhile(lambda span: span.start < stop, self.spans[first:]))
 
     def items_from(self, start: int) -> set[int]:
-        """Media items with rows at position `start` or behind it."""
+        """Media items with embeddings at position `start` or behind it."""
         return {span.item_index for span in self.spans if span.stop > start}
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Natural logarithms of probabilities before temperature, top-p and top-k; `top` most probable first."""
+    """Natural logarithms of probabilities before temperature, top-p and top-k. top: token ids and theirs, most probable
+    first."""
 
     token_id: int
     logprob: float
@@ -110,7 +111,7 @@ class TokenOutput(NamedTuple):
 class EngineTimings(NamedTuple):
     """Milliseconds this request spent in the engine; `ttft_ms` counts from submit to the first token.
 
-    num_cached_tokens: tokens of the prompt whose keys and values were there already.
+    num_cached_tokens: prompt tokens whose KV was in the cache.
     """
 
     land_ms: float = 0.0

@@ -1,4 +1,4 @@
-"""A request as its frontend holds it: it puts commands into the engine's queue, and the engine's events end here."""
+"""A frontend's handle of a request, which sends commands to the engine, and the subscriber that receives its events."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from vitrine_vlm.types import EmbeddingRows
 
 
 class RequestHandle:
-    """A request as the frontend holds it: iterate over its tokens. Belongs to the event loop that submitted it.
+    """A frontend's handle of a request; iterating yields its tokens. Belongs to the event loop that submitted it.
 
-    timings: as of the last token. failed: why it ended early, once it has.
+    timings: as of the last token. failed: the error, once the request has failed.
     """
 
     def __init__(self, key: int, request_id: str, commands: CommandQueue) -> None:
@@ -47,28 +47,28 @@ class RequestHandle:
         self._commands.put(SetPrompt(self._key, prompt, frozenset(items)))
 
     def set_embeddings(self, item_index: int, embeddings: EmbeddingRows) -> None:
-        """Hands embeddings over: the engine releases them once they have landed, or when the request ends."""
+        """Passes embeddings to the engine, which releases them once they have landed, or when the request ends."""
         self._commands.put(SetEmbeddings(self._key, item_index, embeddings))
 
     def set_first_token(self, first: NextToken, prefill_ms: float, num_cached_tokens: int) -> None:
-        """Sets the answer's first token, where the prompt is computed elsewhere, after the prompt is set.
+        """Sets the answer's first token, where the prompt is computed elsewhere; the prompt must be set before.
 
         Args:
-            prefill_ms, num_cached_tokens: of the computation there.
+            prefill_ms, num_cached_tokens: as the prefill worker reports them.
         """
         self._commands.put(SetFirstToken(self._key, first, prefill_ms, num_cached_tokens))
 
     def set_kv(self, kv: EmbeddingRows) -> None:
-        """Hands over the KV that was requested, a row a token (see `kv_rows.py`), as `set_embeddings` does."""
+        """Passes the requested KV, a row a token (see `kv_rows.py`), to the engine, which releases it."""
         self._commands.put(SetKv(self._key, kv))
 
     def kv(self) -> CachedKv:
-        """The prompt's KV: from the last token until `cancel`, for a request that was submitted with `keep_kv`."""
+        """The prompt's KV, valid from the last token until `cancel`; only for a request submitted with `keep_kv`."""
         assert self._kv is not None
         return self._kv
 
     def cancel(self) -> None:
-        """Ends the request and releases everything, also what it was to keep. Later calls do nothing."""
+        """Ends the request and releases everything, kept KV included. Later calls do nothing."""
         self._commands.put(Cancel(self._key))
 
     def fail(self, error: VitrineError) -> None:
@@ -89,7 +89,7 @@ class RequestHandle:
                 return
 
     def receive(self, event: TokenSampled | RequestFailed) -> None:
-        """Called by its `RequestSubscriber`."""
+        """Keeps an event; called by the `RequestSubscriber`."""
         self.timings = event.timings
         if isinstance(event, RequestFailed):
             if not self.failed.done():
@@ -101,10 +101,10 @@ class RequestHandle:
 
 
 class RequestSubscriber:
-    """Where the events of one request go: tokens to its handle, needs to what its frontend has for them.
+    """Receives the events of one request: tokens go to its handle, requests for inputs to the frontend's functions.
 
-    The engine holds it while the request runs. A handle does not: it would be held by what it holds itself, and with
-    the bytes of all media both would stay until a garbage collection, which stops all threads.
+    The engine holds it while the request runs. The handle does not hold it: that would be a reference cycle, and the
+    bytes of all media would stay until a garbage collection, which stops all threads.
     """
 
     def __init__(

@@ -15,9 +15,9 @@ from vitrine_vlm.types import EmbeddingRows
 
 @dataclass(slots=True)
 class MediaInputs:
-    """The embeddings of a prompt's media items, as far as they are here and still to be landed.
+    """The embeddings of a prompt's media items that have come and are not all landed yet.
 
-    received: by item. requested_items: those whose embeddings are to come, as they were announced or requested.
+    received: by item. requested_items: items whose embeddings were announced or requested, and have not come yet.
     num_lost: how often embeddings were lost since some were last landed.
     """
 
@@ -26,12 +26,12 @@ class MediaInputs:
     num_lost: int = 0
 
     def first_missing(self, prompt: ExpandedPrompt, start: int) -> int | None:
-        """Where the first span behind position `start` begins whose embeddings are not here; None where all are."""
+        """The start of the first span behind position `start` whose embeddings are not here; None where all are."""
         missing = (span.start for span in prompt.spans if span.stop > start and span.item_index not in self.received)
         return next(missing, None)
 
     def request_missing(self, prompt: ExpandedPrompt, start: int) -> list[int]:
-        """Items with rows from position `start` on that are neither here nor requested; they count as requested now."""
+        """Returns items with embeddings from `start` on that are neither here nor requested; marks them requested."""
         if not prompt.spans:
             return []
         missing = prompt.items_from(start) - self.received.keys() - self.requested_items
@@ -47,7 +47,7 @@ class MediaInputs:
 class RemoteKv:
     """The KV of a prompt that a prefill worker computes.
 
-    received: a row a token, from `first_token` on, until it has landed. is_requested: it is to come.
+    received: a row a token, from `first_token` on, until it has landed. is_requested: it is requested and has not come.
     num_lost: how often it was lost.
     """
 
@@ -57,11 +57,11 @@ class RemoteKv:
     num_lost: int = 0
 
     def request_missing(self, start: int) -> bool:
-        """Whether KV from token `start` on is neither here nor requested; it counts as requested now."""
+        """Returns whether KV from token `start` on is neither here nor requested, and marks it as requested."""
         if self.is_requested:
             return False
         if self.first_token > start:
-            self.release()  # what it goes on from has been lost since it was requested
+            self.release()  # KV in front of it has been lost since it was requested
         if self.received is not None:
             return False
         self.is_requested, self.first_token = True, start
@@ -75,7 +75,7 @@ class RemoteKv:
 
 @dataclass
 class SampledTokens:
-    """How a request's tokens are chosen, and how many of them the host does not know yet.
+    """The sampling of a request's tokens, and the number of tokens that the host does not know yet.
 
     num_in_flight: tokens that steps in flight sample.
     """
@@ -85,14 +85,14 @@ class SampledTokens:
     _uniform: list[float] = field(default_factory=list, init=False)
 
     def uniform(self, index: int) -> float:
-        """What the answer's token `index` is drawn by, from [0, 1); the same however often it is drawn."""
+        """The random number from [0, 1) for the answer's token `index`; the same at every call."""
         while len(self._uniform) <= index:
             self._uniform.append(float(torch.rand((), generator=self._generator, dtype=torch.float64)))
         return self._uniform[index]
 
     @cached_property
     def _generator(self) -> torch.Generator:
-        """Made for requests that draw."""
+        """Made on first use, as greedy requests need none."""
         generator, seed = torch.Generator(), self.params.seed
         if seed is not None:
             generator.manual_seed(seed % 2**64)  # torch takes 64 bits, JSON has no limit
@@ -103,10 +103,10 @@ class SampledTokens:
 
 @dataclass(slots=True)
 class CachedPrefix:
-    """What of a request's KV other requests can use, and what it could use of theirs.
+    """A request's use of the prefix cache.
 
     hashes: of the first full blocks, see `prefix_hashes.py`. is_matched: they were looked up since the prompt is known.
-    num_tokens: tokens of the prompt whose KV was there when the request began.
+    num_tokens: prompt tokens whose KV was in the cache when the request began.
     """
 
     hashes: list[bytes] = field(default_factory=list)
@@ -116,7 +116,7 @@ class CachedPrefix:
 
 @dataclass(slots=True)
 class RequestTimings:
-    """Where a request's time in the engine goes, seconds and moments of `time.perf_counter`."""
+    """The time that a request spends in the engine: durations in seconds, and moments of `time.perf_counter`."""
 
     land_s: float = 0.0
     prefill_s: float = 0.0

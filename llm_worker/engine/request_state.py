@@ -1,4 +1,4 @@
-"""One request inside the engine: its status, what is known of its prompt, and what is computed of it.
+"""The state of one request in the engine: its status, its prompt as far as it is known, and what is computed of it.
 
     WAITING_FOR_PROMPT -> WAITING -> PREFILLING <-> WAITING_FOR_MEDIA -> DECODING -> FINISHED
                              ^           or WAITING_FOR_KV                  |
@@ -31,7 +31,7 @@ from vitrine_vlm.types import EmbeddingRows
 
 
 class RequestStatus(Enum):
-    """What a request does, or waits for. It has KV blocks from PREFILLING on, and none while it is queued."""
+    """What a request does or waits for. It has KV blocks from PREFILLING on, and none while it is queued."""
 
     WAITING_FOR_PROMPT = auto()
     """Queued; nothing can be computed before the sizes of its media are known."""
@@ -46,7 +46,7 @@ class RequestStatus(Enum):
     DECODING = auto()
     """The whole prompt is computed, or will be when the steps in flight are."""
     FINISHED = auto()
-    """It has ended; its blocks may be kept."""
+    """The request has ended; its blocks may be kept."""
 
 
 _QUEUED = (RequestStatus.WAITING_FOR_PROMPT, RequestStatus.WAITING)
@@ -56,15 +56,15 @@ _QUEUED = (RequestStatus.WAITING_FOR_PROMPT, RequestStatus.WAITING)
 class RequestState:
     """Belongs to the engine's thread. Only the methods below write it; steps add to its timings.
 
-    key: of the request within the engine, in order of arrival. row: its row of the token pool.
-    token_ids: the text in front of the first media item, then the whole prompt, then the generated tokens that the host
+    key: identifies the request within the engine; keys are in order of arrival. row: its row of the token pool.
+    token_ids: the text in front of the first media item, or the whole prompt and the generated tokens that the host
         knows.
-    keep_kv: its blocks are kept when it has its last token. remote_kv: None where the prompt is computed here.
-    prompt: of the text in front of the first media item, until it is `complete`.
+    keep_kv: its blocks are kept after its last token. remote_kv: None where the prompt is computed here.
+    prompt: the text in front of the first media item, until the prompt is `complete`.
     table: its KV blocks. num_computed: tokens whose KV is in them, or will be when the steps in flight are computed;
-    num_committed: those whose steps are computed; num_ready: up to which its prompt could be computed now.
-    epoch: how often steps in flight were made void: they count only if they were launched in the current one.
-    max_total_tokens: of prompt and answer, once the prompt is complete.
+    num_committed: tokens whose steps are computed; num_ready: tokens that could be computed by now.
+    epoch: how often it was rolled back; results of steps that were launched in an earlier epoch are discarded.
+    max_total_tokens: limit of prompt and answer, set once the prompt is complete.
     """
 
     key: int
@@ -102,28 +102,28 @@ class RequestState:
 
     @property
     def num_to_hold(self) -> int:
-        """Tokens that need a slot in the KV cache; an answer's last one is never run."""
+        """Tokens that need a slot in the KV cache; an answer's last token is not computed."""
         if self.status is RequestStatus.DECODING:
             return min(self.num_tokens, self.max_total_tokens - 1)
         return self.num_tokens
 
     @property
     def num_runnable(self) -> int:
-        """Up to which token the next step could compute."""
+        """The tokens that would be computed after the next step, if it had no limits."""
         if self.status is RequestStatus.DECODING:
             return self.num_to_hold
         return self.num_ready if self.status is RequestStatus.PREFILLING else self.num_computed
 
-    # The prompt, and what it needs.
+    # The prompt and its inputs.
 
     def set_prompt(self, prompt: ExpandedPrompt, announced: Iterable[int] = ()) -> None:
-        """The whole prompt is known.
+        """Sets the whole prompt.
 
         Args:
             announced: media items whose embeddings will come without being requested.
 
         Raises:
-            InternalError: it does not begin with the tokens that were submitted.
+            InternalError: the prompt does not begin with the tokens that were submitted.
         """
         if prompt.token_ids[: len(self.token_ids)] != self.token_ids:
             raise InternalError(f"the prompt of {self.request_id} does not begin with the text that was prefilled")
@@ -137,23 +137,23 @@ class RequestState:
             self._resume()
 
     def limit_length(self, max_total_tokens: int) -> None:
-        """Prompt and answer may have so many tokens."""
+        """Sets the limit of prompt and answer, tokens."""
         self.max_total_tokens = max_total_tokens
 
     def receive_embeddings(self, item_index: int, embeddings: EmbeddingRows) -> None:
-        """Takes a media item's embeddings over, and releases them as soon as they are not needed any more."""
+        """Keeps a media item's embeddings, and releases them as soon as they are not needed any more."""
         self.media.requested_items.discard(item_index)
         if self.status is RequestStatus.FINISHED or item_index in self.media.received:
             embeddings.release()
             return
         self.media.received[item_index] = embeddings
-        if self.prefix.is_matched:  # and perhaps computed by an earlier request
+        if self.prefix.is_matched:  # its KV may be that of an earlier request
             self._release_landed()
         if self.status in (RequestStatus.PREFILLING, RequestStatus.WAITING_FOR_MEDIA):
             self._resume()
 
     def receive_kv(self, kv: EmbeddingRows) -> None:
-        """Takes the prompt's KV over, and releases it where it is not needed any more."""
+        """Keeps the prompt's KV, or releases it where it is not needed any more."""
         remote = self.remote_kv
         if remote is not None:
             remote.is_requested = False
@@ -163,17 +163,17 @@ class RequestState:
         else:
             kv.release()
 
-    # What the scheduler and the steps do to it.
+    # Changes by the scheduler and by steps.
 
     def admit(self) -> None:
-        """It has been allocated its first blocks."""
+        """Begins to run: its first blocks are allocated."""
         self._resume()
 
     def reuse_prefix(self, num_tokens: int) -> int:
-        """The first blocks are those of earlier requests, with the KV of this many tokens.
+        """Marks the tokens as computed whose KV is in blocks of earlier requests, its first ones.
 
         Returns:
-            How many of them are counted as cached; what a preempted request finds is mostly its own.
+            The number of them that count as cached; a preempted request finds mostly its own KV.
         """
         self.num_computed = max(self.num_computed, num_tokens)
         self.num_committed = max(self.num_committed, num_tokens)
@@ -187,41 +187,41 @@ class RequestState:
         return num_new
 
     def launch(self, stop: int, samples: bool) -> None:
-        """A step that computes it up to token `stop` is in flight, and samples the token behind where `samples`."""
+        """Records that a step in flight computes it up to token `stop`, and with `samples` samples the next token."""
         self.num_computed = stop
         self.sampled.num_in_flight += samples
         if self.status is not RequestStatus.DECODING:
             self._resume()
 
     def commit(self, stop: int) -> None:
-        """The step that computed it up to token `stop` is computed."""
+        """Records that the step is computed which computes it up to token `stop`."""
         self.num_committed = stop
         if self.media.received:
             self._release_landed()
 
     def embeddings_landed(self) -> None:
-        """Some have: those that were lost before do not count any more."""
+        """Records that embeddings have landed: earlier losses do not count any more."""
         self.media.num_lost = 0
 
     def append_token(self, token_id: int) -> None:
-        """The host knows the next token."""
+        """Appends the next token, which the host has received."""
         self.token_ids.append(token_id)
         self.timings.token_sampled()
 
     def token_arrived(self) -> None:
-        """The host is about to know a token that a step in flight sampled."""
+        """Records that the host receives a token that was in flight."""
         self.sampled.num_in_flight -= 1
 
     def prefilled_elsewhere(self, prefill_s: float, num_cached_tokens: int) -> None:
-        """A prefill worker has computed the prompt, in this time and with so many tokens from its cache."""
+        """Records a prefill worker's computation of the prompt: its duration, and the tokens from its cache."""
         self.timings.prefill_s = prefill_s
         self.prefix.num_tokens = num_cached_tokens
 
     def roll_back(self, num_tokens: int, lost_items: Iterable[int] = ()) -> None:
-        """Everything behind these tokens is lost, and what steps in flight compute of it.
+        """Discards the KV of everything behind these tokens, and the results of steps in flight.
 
         Args:
-            lost_items: media items whose embeddings are lost, too.
+            lost_items: media items whose embeddings were lost, which are released.
         """
         self.epoch += 1
         self.sampled.num_in_flight = 0
@@ -231,10 +231,10 @@ class RequestState:
         self._resume()
 
     def lose_inputs(self, start: int, stop: int) -> int:
-        """The embeddings, or the KV, of tokens [start, stop) were lost while they landed, and are released.
+        """Releases the embeddings, or the KV, of tokens [start, stop), which were lost while they landed.
 
         Returns:
-            How often that has happened since some were last landed.
+            How often inputs were lost since some were last landed.
         """
         if self.remote_kv is not None:
             self.remote_kv.release()
@@ -246,24 +246,24 @@ class RequestState:
         return self.media.num_lost
 
     def preempt(self) -> None:
-        """Its blocks were released, and its KV is lost; embeddings that are still here can be used again."""
+        """Puts it back into the queue after its blocks were released; received embeddings are kept."""
         self.roll_back(0)
         self.num_preempted += 1
         self.prefix.is_matched = False
         self.status = RequestStatus.WAITING
 
     def finish(self) -> None:
-        """It has ended: releases what it received. Steps in flight do not count any more."""
+        """Ends it: releases the inputs it received. Results of steps in flight are discarded."""
         self.epoch += 1
         self.status = RequestStatus.FINISHED
         self.media.release(self.media.received)
         if self.remote_kv is not None:
             self.remote_kv.release()
 
-    # What steps read.
+    # Read by steps.
 
     def hashes(self, block_size: int, num_blocks: int) -> Sequence[bytes]:
-        """Of the first blocks, `num_blocks` at most; see `prefix_hashes.py`."""
+        """Hashes of the first blocks, `num_blocks` at most; see `prefix_hashes.py`."""
         extend_prefix_hashes(self.prefix.hashes, self.token_ids, self.prompt, block_size, num_blocks)
         return self.prefix.hashes[:num_blocks]
 
@@ -283,14 +283,14 @@ class RequestState:
         return torch.cat([self.prompt.positions_3N[:, start:], generated], dim=1)
 
     def generated_position(self, index: int) -> int:
-        """Of the token at `index`, which is behind the prompt, along all three axes."""
+        """M-RoPE position of the generated token at `index`, the same along all three axes."""
         return self.prompt.next_position + index - self.num_prompt_tokens
 
     def timings_now(self) -> EngineTimings:
         return self.timings.snapshot(self.prefix.num_tokens)
 
     def _resume(self) -> None:
-        """Sets the status and `num_ready` of a request that has blocks, by what is computed and what is here."""
+        """Sets the status and `num_ready` of a request that has blocks, from what is computed and what has come."""
         if self.complete and self.num_computed >= self.num_prompt_tokens:
             self.status = RequestStatus.DECODING
             if self.remote_kv is not None:
@@ -302,12 +302,12 @@ class RequestState:
                 missing = self.media.first_missing(self.prompt, self.num_computed)
                 self.num_ready = missing if missing is not None else self.num_tokens
             else:
-                # One is kept back: should nothing follow, the last token has yet to run to be sampled from.
+                # Without the last token: if the prompt ends with it, it has to be computed to sample from.
                 self.num_ready = max(len(self.token_ids) - 1, 0)
             can_run = self.num_ready > self.num_computed
             self.status = RequestStatus.PREFILLING if can_run else RequestStatus.WAITING_FOR_MEDIA
 
     def _release_landed(self) -> None:
-        """Releases the embeddings of every item whose last row is in the cache for good."""
+        """Releases the embeddings of every item whose last token is committed."""
         if self.complete and self.media.received:
             self.media.release(self.media.received.keys() - self.prompt.items_from(self.num_committed))

@@ -1,4 +1,4 @@
-"""Runs the decoder over what the input buffers hold."""
+"""Runners: they run the decoder over the input buffers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Runner(Protocol):
         """Hidden states after the last norm, [T, C]; valid until the next step."""
         ...
 
-    def until_nearly_done(self) -> bool:
-        """Waits until the last step is about to end, when the next one is due; False where that is not known."""
+    def wait_until_nearly_done(self) -> bool:
+        """Waits until the last step is about to end, to launch the next; returns False where that is unknown."""
         ...
 
 
@@ -26,7 +26,7 @@ MakeRunner: TypeAlias = Callable[[TextDecoder, KvCache, InputEmbedBuffer], Runne
 
 
 class PlainRunner:
-    """The decoder as it is."""
+    """Runs the decoder as plain torch code."""
 
     def __init__(self, decoder: TextDecoder, kv_cache: KvCache, buffer: InputEmbedBuffer) -> None:
         self._decoder, self._layers = decoder, kv_cache.layers
@@ -35,5 +35,5 @@ class PlainRunner:
         hidden_TC: torch.Tensor = self._decoder(inputs, self._layers)
         return hidden_TC
 
-    def until_nearly_done(self) -> bool:
+    def wait_until_nearly_done(self) -> bool:
         return False

@@ -1,6 +1,6 @@
-"""Chooses the next tokens of a batch of sequences where their logits are, and copies only the choice to the host.
+"""Chooses the next tokens of a batch of sequences on the device of their logits; only the choice is copied to the host.
 
-Only reading the choice waits for a GPU: the next step may be launched before that.
+Only reading the choice waits for a GPU, so the next step may be launched before that.
 
 Shapes: B sequences, V vocabulary, S sequences that draw, A that ask for logprobs, K most probable tokens.
 """
@@ -16,7 +16,7 @@ from vitrine_vlm.llm_worker.engine.request import SamplingParams, TokenLogprobs
 
 
 class NextToken(NamedTuple):
-    """token_id: None where there is none to choose, as the logits were no numbers."""
+    """A chosen token. token_id: None where the logits were NaN, so that none could be chosen."""
 
     token_id: int | None
     logprobs: TokenLogprobs | None
@@ -25,8 +25,8 @@ class NextToken(NamedTuple):
 class Choice:
     """Next tokens of a batch.
 
-    token_ids_B: int64 on the device of the logits, which may still be computed there. All are tokens of the vocabulary,
-        also those of rows whose logits are no numbers.
+    token_ids_B: int64 on the device of the logits, which may still compute them. All are tokens of the vocabulary, also
+        those of sequences whose logits are NaN.
     """
 
     def __init__(
@@ -39,24 +39,25 @@ class Choice:
     ) -> None:
         """
         Args:
-            drawing: rows that draw; is_drawn_S: whether each of them had a distribution to draw from.
-            asking: rows that ask for logprobs, and for those of how many tokens.
-            logprobs: of the chosen tokens [A], of the most probable ones [A, K], and which these are [A, K].
+            drawing: indices of the sequences that draw; is_drawn_S: whether each had a distribution to draw from.
+            asking: the number of most probable tokens that are reported, by index of the sequences with logprobs.
+            logprobs: of the chosen tokens [A], of the most probable ones [A, K], and the ids of these [A, K].
         """
         self.token_ids_B = token_ids_B
         self._drawing, self._asking = drawing, asking
-        # To memory that a GPU can write while the host goes on.
+        # Asynchronous copies, to pinned memory.
         self._token_ids = _to_host(token_ids_B)
         self._is_drawn = _to_host(is_drawn_S) if is_drawn_S is not None else None
         self._logprobs = [_to_host(each) for each in logprobs or ()]
         self._arrived = torch.cuda.current_stream(token_ids_B.device).record_event() if token_ids_B.is_cuda else None
 
     def wait(self) -> None:
-        """Waits until the choice is made, and with it the step whose logits it is made from."""
+        """Waits until the choice, and so the step whose logits it is made from, is computed."""
         if self._arrived is not None:
             self._arrived.synchronize()
 
     def read(self) -> list[NextToken]:
+        """Returns the next token of each sequence, after `wait`."""
         self.wait()
         token_ids: list[int] = self._token_ids.tolist()
         logprobs: dict[int, TokenLogprobs] = {}
@@ -74,11 +75,11 @@ class Choice:
 
 
 def choose(logits_BV: torch.Tensor, params: Sequence[SamplingParams], uniform: Sequence[float]) -> Choice:
-    """For each sequence the most probable token at temperature 0, else one drawn from what top-k and top-p leave.
+    """Chooses each sequence's most probable token at temperature 0, else draws one of those that top-k and top-p leave.
 
     Args:
-        logits_BV: on any device; what is drawn from and reported is computed in float32.
-        uniform: what each sequence draws by, from [0, 1); not looked at where it is greedy.
+        logits_BV: on any device; probabilities are computed in float32.
+        uniform: a random number from [0, 1) for each sequence; not used where it is greedy.
     """
     token_ids_B = logits_BV.argmax(-1)
     drawing = [row for row, each in enumerate(params) if not each.is_greedy]
@@ -97,10 +98,10 @@ def choose(logits_BV: torch.Tensor, params: Sequence[SamplingParams], uniform: S
 def _draw(
     logits_SV: torch.Tensor, params: Sequence[SamplingParams], uniform: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A token of each row by inverting its distribution at a number from [0, 1).
+    """Draws a token of each sequence by inverting its distribution at a number from [0, 1).
 
     Returns:
-        The tokens, and whether each row had a distribution, [S] bool; without one its token is any of the vocabulary.
+        The tokens, and whether each sequence had a distribution, [S] bool; without one its token is arbitrary.
     """
     device = logits_SV.device
     temperature_S, top_p_S, uniform_S = (
@@ -110,17 +111,17 @@ def _draw(
     vocab_size = logits_SV.shape[1]
     top_k = [min(each.top_k, vocab_size) if each.top_k > 0 else vocab_size for each in params]
     ordered_SV, index_SV = (logits_SV / temperature_S[:, None]).sort(dim=-1, descending=True)
-    # Those as good as the k-th stay, too.
+    # Tokens with the same logit as the k-th are kept, too.
     kth_S1 = ordered_SV.gather(1, _on(device, top_k)[:, None] - 1)
     probabilities_SV = ordered_SV.masked_fill(ordered_SV < kth_S1, -torch.inf).softmax(-1)
-    # A token stays if those before it have not yet reached the mass. The first always does, however small top_p.
+    # A token is kept while the mass before it is below top_p. The first always is, however small top_p is.
     before_SV = probabilities_SV.cumsum(-1) - probabilities_SV
     beyond_SV = before_SV >= top_p_S[:, None]
     beyond_SV[:, 0] = False
     mass_SV = probabilities_SV.masked_fill(beyond_SV, 0.0).cumsum(-1)
     total_S1 = mass_SV[:, -1:]
-    # The first token whose mass is above the drawn part of all there is; rounding must not lead behind the last. Of
-    # masses that are no numbers none is below or above another: both places are the first.
+    # The first token whose cumulated mass exceeds the drawn part of the total; rounding must not lead behind the last.
+    # Comparisons with NaN are false, so both places are 0 then.
     place_S1 = (mass_SV <= uniform_S[:, None] * total_S1).sum(-1, keepdim=True)
     last_S1 = (mass_SV < total_S1).sum(-1, keepdim=True)
     drawn_S = index_SV.gather(1, torch.minimum(place_S1, last_S1))[:, 0]
@@ -130,7 +131,7 @@ def _draw(
 def _logprobs(
     logits_BV: torch.Tensor, token_ids_B: torch.Tensor, asking: dict[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Before any sampling parameter; see `Choice`."""
+    """Log-probabilities before any sampling parameter; see `Choice`."""
     rows = _on(logits_BV.device, list(asking))
     logprobs_AV = logits_BV[rows].float().log_softmax(-1)
     values_AK, indices_AK = logprobs_AV.topk(min(max(asking.values()), logprobs_AV.shape[1]))
@@ -139,10 +140,10 @@ def _logprobs(
 
 
 def _on(device: torch.device, values: Sequence[float], dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    """Copied there without waiting for what runs there."""
+    """Copies the values to the device without waiting for its running work."""
     return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def _to_host(on_device: torch.Tensor) -> torch.Tensor:
-    """Copied without waiting; a GPU's copy has arrived once an event behind it has passed."""
+    """Copies without waiting; the copy is complete once an event recorded after it has completed."""
     return on_device.to("cpu", non_blocking=True)

@@ -1,14 +1,14 @@
-"""Which tokens of which requests run in the next step.
+"""Decides which tokens of which requests are computed in the next step.
 
-Requests are admitted by arrival. A running one decodes one token a step; what is left of the step's budget goes to
-prefill chunks. A request whose embeddings are late takes part with what it has, or not at all: no other waits for it.
+Requests are admitted by arrival. A running one decodes one token a step; the rest of the step's budget goes to prefill
+chunks. A request whose embeddings are late is computed as far as they have come, and no other waits for it.
 
-A request has KV blocks for the tokens it knows. Where a running one needs another block and there is none, the one that
-came last is preempted: its blocks are released, and it waits to be computed again. So the first can always go on. What
-the cache still knows by then, or knew of another request's equal beginning, is not computed again.
+A request has KV blocks for the tokens it knows. Where a running one needs another block and none is free, the running
+request that came last is preempted: its blocks are released, and it waits to be computed again. So the first always
+proceeds. What is still in the prefix cache by then, its own or of another request, is not computed again.
 
-A prompt that is computed elsewhere gets its blocks before its KV is requested, and nothing of it runs here until its KV
-has landed in them; what was generated is computed here as ever.
+A prompt that is computed elsewhere gets its blocks before its KV is requested, and none of it is computed here until
+its KV has landed in them; generated tokens are computed here as always.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from vitrine_vlm.llm_worker.engine.request_state import RequestState, RequestSta
 
 class Scheduler:
     """
-    num_preempted: how often a request was preempted; num_cached_tokens: of prompts, not computed because their KV was
-    there; both since the start.
+    waiting, running: requests in order of arrival.
+    num_preempted: how often a request was preempted. num_cached_tokens: prompt tokens whose KV was in the cache. Both
+    since the start.
     """
 
     def __init__(
@@ -39,10 +40,10 @@ class Scheduler:
     ) -> None:
         """
         Args:
-            max_num_batched_tokens, max_num_seqs: in one step.
-            mixed_step_tokens: in a step that also decodes, so that decoding does not wait for long prompts.
+            max_num_batched_tokens, max_num_seqs: limits of one step.
+            mixed_step_tokens: limit of a step that also decodes, so that decoding does not wait for long prompts.
             max_model_len: longest prompt plus answer, tokens.
-            prefix_cache: KV of one request is used again by others that begin alike.
+            prefix_cache: whether KV is used again by requests with the same beginning.
         """
         self.num_preempted = 0
         self.num_cached_tokens = 0
@@ -57,7 +58,7 @@ class Scheduler:
 
     @property
     def num_queued_prefill_tokens(self) -> int:
-        """Tokens of prompts that are not computed yet."""
+        """Prompt tokens that are not computed yet."""
         decoding = RequestStatus.DECODING
         running = (each for each in self.running if each.status is not decoding)
         return _num_uncomputed(self.waiting) + _num_uncomputed(running)
@@ -66,13 +67,13 @@ class Scheduler:
         insort(self.waiting, request, key=lambda each: each.key)
 
     def remove(self, request: RequestState) -> None:
-        """Takes a request out that has ended; its blocks stay allocated."""
+        """Removes a request that has ended; its blocks stay allocated."""
         for requests in (self.waiting, self.running):
             if request in requests:
                 requests.remove(request)
 
     def limit_length(self, request: RequestState) -> None:
-        """Fixes how long a request may become, now that its prompt is known.
+        """Sets the maximum length of a request, once its prompt is known.
 
         Raises:
             PromptTooLong: see `check_context_length`.
@@ -84,10 +85,10 @@ class Scheduler:
         request.limit_length(num_prompt + (longest if wanted is None else min(wanted, longest)))
 
     def check_context_length(self, num_tokens: int) -> None:
-        """From any thread.
+        """Refuses a prompt that is too long. Safe on any thread.
 
         Raises:
-            PromptTooLong: the context does not hold a prompt of so many tokens and one more.
+            PromptTooLong: the context does not hold a prompt of this many tokens and one generated token.
         """
         if num_tokens >= self._max_model_len:
             raise PromptTooLong(
@@ -96,9 +97,9 @@ class Scheduler:
             )
 
     def schedule(self) -> list[Chunk]:
-        """The next step's chunks; empty where nothing can run now."""
+        """Returns the next step's chunks; none where nothing can be computed now."""
         index = 0
-        while index < len(self.running):  # whose last ones may be preempted on the way
+        while index < len(self.running):  # preemption may shorten the list
             self._append_slots(self.running[index])
             index += 1
         self._admit()
@@ -107,10 +108,10 @@ class Scheduler:
         for request in self.running:
             num_left = request.num_runnable - request.num_computed
             if num_left > 0:
-                # What was lost of an answer is computed again as prompts are.
+                # Generated tokens whose KV was lost are computed again in chunks, as prompts are.
                 is_decoding = num_left == 1 and request.status is RequestStatus.DECODING
                 (decoding if is_decoding else prefilling).append(request)
-        # Prompts get some of every step, however many decode, while there is a place for another sequence.
+        # Prompts get a part of every step, however many requests decode, unless max_num_seqs is reached.
         budget = self._max_num_batched_tokens
         if decoding:
             least = max(1, self._mixed_step_tokens // 4)
@@ -128,7 +129,7 @@ class Scheduler:
         return chunks
 
     def commit(self, chunk: Chunk) -> None:
-        """The chunk is computed, or its KV has landed; its full blocks can be used by others from now on."""
+        """Records that the chunk is computed, or its KV has landed; registers its full blocks for other requests."""
         request, block_size = chunk.request, self._kv_cache.block_size
         request.commit(chunk.stop)
         first, stop = chunk.start // block_size, chunk.stop // block_size
@@ -137,7 +138,7 @@ class Scheduler:
                 self._kv_cache.register_hash(request.table, index, content_hash)
 
     def _append_slots(self, request: RequestState) -> None:
-        """Slots for every token that a running request knows, at the cost of those that came after it."""
+        """Allocates slots for all tokens of a running request; preempts later requests where none are free."""
         if request.complete and not request.prefix.is_matched:
             self._match_further(request)
         while not self._kv_cache.append_slots(request.table, request.num_to_hold):
@@ -158,8 +159,8 @@ class Scheduler:
             if request.status is RequestStatus.WAITING_FOR_PROMPT:
                 continue
             if not self._allocate(request):
-                # Text that runs ahead of its media may be passed by requests whose prompt is known. One whose prompt is
-                # computed elsewhere may not: its prompt becomes known only once it is admitted.
+                # Later requests may be admitted before one of which only the text in front of its media is known, but
+                # not if its prompt is computed elsewhere: that prompt becomes known only once it is admitted.
                 if not request.complete and request.remote_kv is None:
                     continue
                 return
@@ -167,7 +168,7 @@ class Scheduler:
             insort(self.running, request, key=lambda each: each.key)
 
     def _allocate(self, request: RequestState) -> bool:
-        """Allocates a request its first blocks, if that leaves a block to each of those that run."""
+        """Allocates a request's first blocks, if that leaves a free block for each running request."""
         matched = self._match_prefix(request)
         if not self._kv_cache.allocate(request.table, matched, request.num_tokens, len(self.running)):
             return False
@@ -176,20 +177,20 @@ class Scheduler:
         return True
 
     def _match_further(self, request: RequestState) -> None:
-        """A request that ran ahead on its text knows its media now, and the cache may know them, too."""
+        """Matches a request again, whose media are known only now: the cache may have more of it than is computed."""
         matched = self._match_prefix(request)
         if len(matched) * self._kv_cache.block_size <= request.num_computed:
             self._reuse_prefix(request, [])
             return
         self._kv_cache.release(request.table)
-        # The blocks that it had suffice for those it gets, less those that it shares.
+        # Allocates the matched blocks only, which need no free ones.
         allocated = self._kv_cache.allocate(request.table, matched, len(matched) * self._kv_cache.block_size)
         assert allocated
         self._reuse_prefix(request, matched)
         request.admit()
 
     def _match_prefix(self, request: RequestState) -> list[int]:
-        """Blocks in the cache with the request's first tokens; the last token has to run, to be sampled from."""
+        """Blocks in the cache with the request's first tokens; the last token is always computed, to sample from."""
         if not self._prefix_cache:
             return []
         block_size = self._kv_cache.block_size

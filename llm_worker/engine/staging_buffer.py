@@ -1,4 +1,4 @@
-"""A tensor that is written on the host and read on the device, step after step."""
+"""A tensor that the host writes and the device reads in every step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 class PinnedStagingBuffer:
     """Memory on the device at a fixed address, and pinned memory on the host; on the CPU they are the same.
 
-    tensor: on the device; host: what was written last.
+    tensor: on the device. host: written by the host; the same tensor on the CPU.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -22,7 +22,7 @@ class PinnedStagingBuffer:
             self._copied = torch.cuda.Event()
 
     def wait(self) -> None:
-        """Waits until the last copy has read the host's memory, which may be written then."""
+        """Waits until the last copy has read the host's memory, so that it may be written."""
         if self._copied is not None:
             self._copied.synchronize()
 
@@ -32,7 +32,7 @@ class PinnedStagingBuffer:
         return self.host.numpy()
 
     def copy_to_device(self, *parts: tuple[slice | int, ...]) -> None:
-        """Copies these parts, contiguous ones, or all, without waiting."""
+        """Copies these parts, which are contiguous, or everything, without waiting."""
         if self._copied is not None:
             for part in parts or ((),):
                 self.tensor[part].copy_(self.host[part], non_blocking=True)

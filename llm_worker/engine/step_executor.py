@@ -1,4 +1,4 @@
-"""Launches steps, and takes their results in as far as they count."""
+"""Launches steps, and processes their results."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from vitrine_vlm.llm_worker.engine.sampler import Choice, choose
 from vitrine_vlm.llm_worker.engine.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
-# How often a request's embeddings, or its KV, are requested again before it fails, with none landed in between: all of
-# a request that waited for long may be lost, and are found so one chunk after the other.
+# How often a request's embeddings, or its KV, are requested again before it fails, with none landed in between: a
+# request that waited for long may have lost all of them, of which each chunk shows only its own.
 _MAX_NUM_LOST = 3
 
 
 @dataclass(frozen=True)
 class InFlightStep:
-    """A step that has been launched: its chunks, and the tokens that come out. launched_at: on the clock."""
+    """A step that has been launched. choice: of the next tokens. launched_at: by `time.perf_counter`."""
 
     chunks: list[Chunk]
     output: StepOutput
@@ -36,9 +36,9 @@ class InFlightStep:
 
 
 class StepExecutor:
-    """Belongs to the engine's thread.
+    """Launches and processes steps. Belongs to the engine's thread.
 
-    num_steps, num_prefill_tokens, num_decode_tokens: since the start.
+    num_steps, num_prefill_tokens, num_decode_tokens: computed since the start.
     """
 
     def __init__(
@@ -50,14 +50,14 @@ class StepExecutor:
     ) -> None:
         """
         Args:
-            on_gpu_lost: called where the GPU will run no other step after one that failed.
+            on_gpu_lost: called where a step has failed and the GPU can run no other.
         """
         self._forward_pass, self._scheduler, self._requests = forward_pass, scheduler, requests
         self._on_gpu_lost = on_gpu_lost
         self.num_steps = self.num_prefill_tokens = self.num_decode_tokens = 0
 
     def land_kv(self) -> bool:
-        """Lands the KV of one prompt that came from elsewhere; of one only, so that others need not wait for more."""
+        """Lands received KV of one prompt, and returns whether there was any; of one only, so that others wait less."""
         for request in self._scheduler.running:
             if request.remote_kv is not None and request.remote_kv.received is not None:
                 self._land_kv(request, request.remote_kv.first_token)
@@ -65,7 +65,7 @@ class StepExecutor:
         return False
 
     def launch(self, chunks: list[Chunk]) -> InFlightStep | None:
-        """Returns None where the step failed, and with it its requests."""
+        """Launches a step; returns None where it failed, and so did its requests."""
         begin = time.perf_counter()
         try:
             with torch.inference_mode():
@@ -83,16 +83,16 @@ class StepExecutor:
         return InFlightStep(launched, output, choice, begin)
 
     def can_overlap(self, step: InFlightStep) -> bool:
-        """Whether the next step can be launched before the tokens are known that this one samples."""
+        """Whether the next step can be launched before the tokens of this one are known."""
         return self._forward_pass.reads_token_pool or all(
             chunk.request.num_runnable <= chunk.stop for chunk in step.output.sampling
         )
 
     def process(self, step: InFlightStep, *, overlapped: bool) -> None:
-        """Waits for a step's results, and takes them in as far as they still count.
+        """Waits for a step's results, and processes those of chunks that are still current.
 
         Args:
-            overlapped: the next step has been launched.
+            overlapped: whether the next step has been launched.
         """
         output = step.output
         try:
@@ -101,19 +101,19 @@ class StepExecutor:
             lost = self._lost(output)
             next_tokens = step.choice.read() if output.sampling else []
         except Exception as error:
-            self._step_failed([chunk for chunk in step.chunks if chunk.counts], error)
+            self._step_failed([chunk for chunk in step.chunks if chunk.is_current], error)
             return
-        computed = [chunk for chunk in step.chunks if chunk.counts and not (lost and chunk in lost)]
+        computed = [chunk for chunk in step.chunks if chunk.is_current and not (lost and chunk in lost)]
         self._commit(computed, time.perf_counter() - step.launched_at)
         for chunk, checks in output.landed.items():
-            if checks and chunk.counts and chunk not in lost:
+            if checks and chunk.is_current and chunk not in lost:
                 chunk.request.embeddings_landed()
         for chunk, reason in lost.items():
             self._landing_failed(chunk, reason)
         for chunk, next_token in zip(output.sampling, next_tokens, strict=True):
-            if chunk.counts:
+            if chunk.is_current:
                 chunk.request.token_arrived()
-                self._requests.take_token(chunk.request, next_token)
+                self._requests.process_token(chunk.request, next_token)
 
     def _land_kv(self, request: RequestState, first_token: int) -> None:
         assert request.remote_kv is not None and request.remote_kv.received is not None
@@ -132,18 +132,18 @@ class StepExecutor:
         request.timings.land_s += time.perf_counter() - begin
 
     def _lost(self, output: StepOutput) -> dict[Chunk, Exception]:
-        """Chunks whose embeddings' lease ended before, or while, they were landed."""
+        """Chunks whose embeddings' lease ended before they had landed, with the error."""
         lost: dict[Chunk, Exception] = {}
         for chunk, checks in output.landed.items():
             try:
-                for check in checks if chunk.counts else ():
+                for check in checks if chunk.is_current else ():
                     check()
-            except Exception as error:  # of one request, and nothing to the others
+            except Exception as error:  # of one request, and must not fail the others
                 lost[chunk] = error
         return lost
 
     def _choose(self, output: StepOutput) -> Choice:
-        """The next tokens of the chunks that end at their request's last token."""
+        """Chooses the next tokens of the chunks that end at their request's last token."""
         params, uniform = [], []
         for chunk in output.sampling:
             sampled = chunk.request.sampled
@@ -155,19 +155,19 @@ class StepExecutor:
     def _step_failed(self, chunks: list[Chunk], error: Exception) -> None:
         _log.error("a step of %d sequences failed", len(chunks), exc_info=error)
         if is_lost(self._forward_pass.decoder.device):
-            self._on_gpu_lost()  # before the requests fail: they can be tried elsewhere
+            self._on_gpu_lost()  # before the requests fail, so that they fail as retryable
         for chunk in chunks:
             self._requests.fail(chunk.request, InternalError(f"the step failed: {type(error).__name__}"))
 
     def _landing_failed(self, chunk: Chunk, error: Exception) -> None:
-        """The chunk does not count. What was lost on the way is requested again, else the request fails."""
+        """Discards a chunk: requests inputs again whose lease has expired; after any other error the request fails."""
         request = chunk.request
         if isinstance(error, LeaseExpired) and request.lose_inputs(chunk.start, chunk.stop) <= _MAX_NUM_LOST:
             _log.warning("request %r: %s", request.request_id[:64], error)
             return
         if not isinstance(error, VitrineError):
-            _log.error("landing the rows of %r failed", request.request_id[:64], exc_info=error)
-            error = InternalError(f"landing the media rows failed: {type(error).__name__}")
+            _log.error("landing the embeddings or the KV of %r failed", request.request_id[:64], exc_info=error)
+            error = InternalError(f"landing the embeddings or the KV failed: {type(error).__name__}")
         self._requests.fail(request, error)
 
     def _commit(self, chunks: list[Chunk], duration_s: float) -> None:

@@ -1,7 +1,7 @@
 """The newest token of every request, on the device.
 
-The sampler writes a step's tokens into the pool, and the next step reads its inputs from there: so it can be launched
-before the host knows these tokens.
+The sampler writes a step's tokens into the pool, and the next step reads its inputs from there, so that it can be
+launched before the host knows these tokens.
 
 Shapes: R rows, B sampled sequences.
 """
@@ -22,7 +22,7 @@ class TokenPool:
         self._free = list(range(num_rows))[::-1]
 
     def allocate(self) -> int:
-        """A row for a request; there is one for each that the engine may hold."""
+        """Allocates a row for a request; there are as many as the engine can hold requests."""
         return self._free.pop()
 
     def release(self, row: int) -> None:

@@ -1,4 +1,4 @@
-"""The families of checkpoints that the worker serves: one file each, which alone knows what the family has of its own.
+"""The families of checkpoints that the worker serves: one file each, with all that is particular to the family.
 
 docs/add_a_model_family.md says how one is added.
 """
@@ -26,9 +26,10 @@ FAMILIES = (qwen3_vl.FAMILY, qwen2_5_vl.FAMILY)
 
 
 def family_of(checkpoint: Checkpoint) -> Family:
-    """
+    """Returns the family that the checkpoint belongs to.
+
     Raises:
-        CheckpointError: no family has this model type; where the encoder has its vision tower, with what to do.
+        CheckpointError: no family has this model type; the message says what to do.
     """
     model_type = checkpoint.config["model_type"]
     for family in FAMILIES:
@@ -49,7 +50,7 @@ def text_config(checkpoint: Checkpoint) -> TextConfig:
 
 
 def prompt_config(checkpoint: Checkpoint) -> PromptConfig:
-    """What building a prompt needs to know of the checkpoint.
+    """The checkpoint's special tokens, and the rules by which its media tokens are placed.
 
     Raises:
         CheckpointError: see `family_of` and `Family`.
@@ -67,10 +68,10 @@ def build_decoder(
     """The checkpoint's text decoder with its weights (or dummies); the vision tower's tensors are not read.
 
     Args:
-        group: the ranks that share it, of which ours reads its part alone; None for all of it.
+        group: the ranks that share the decoder, each of which reads only its part; None for one rank with all of it.
 
     Raises:
-        CheckpointError: a model type we have no decoder for, weights that do not match config.json, or a model that
+        CheckpointError: a model type without a decoder here, weights that do not match config.json, or a model that
             cannot be cut into so many parts.
     """
     config = text_config(checkpoint)

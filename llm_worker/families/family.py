@@ -1,4 +1,4 @@
-"""What makes a family of vision-language checkpoints, as far as the worker is concerned."""
+"""The worker's description of a family of vision-language checkpoints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vitrine_vlm.model_loading.checkpoint import Checkpoint
 class Family:
     """Checkpoints whose text decoders and prompts follow the same rules.
 
-    model_types: config.json's words for them.
+    model_types: values of config.json's `model_type`.
     text_config: the decoder's dims and features.
     prompt_config: special tokens, and how media tokens are placed.
 

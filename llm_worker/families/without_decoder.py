@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from vitrine_vlm.model_loading.checkpoint import Checkpoint, CheckpointError
 
-# Qwen3.5 and Qwen4-Exp have Gated DeltaNet in three of four layers; Qwen3-Omni takes sounds and answers in speech, too.
+# Qwen3.5 and Qwen4-Exp have Gated DeltaNet in three of four layers; Qwen3-Omni also takes sounds and answers in speech.
 _MODEL_TYPES = ("qwen3_5", "qwen3_5_moe", "qwen4_exp", "qwen3_omni_moe")
 
 
 def refuse(checkpoint: Checkpoint) -> None:
-    """
+    """Refuses checkpoints of these families.
+
     Raises:
         CheckpointError: the checkpoint is of such a family.
     """

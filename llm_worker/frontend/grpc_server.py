@@ -1,4 +1,4 @@
-"""The worker's gRPC face: a thin servicer over Generator."""
+"""The Llm service: a thin servicer over Generator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vitrine_vlm.embedding_transport.wire.grpc_status import abort, send
 from vitrine_vlm.errors import WorkerUnavailable
 from vitrine_vlm.llm_worker.generation.events import Delta, Finished, GenerationEvent, Started
 from vitrine_vlm.llm_worker.generation.served_model import ServedModel
-from vitrine_vlm.llm_worker.requests import Requests
+from vitrine_vlm.llm_worker.request_tracker import RequestTracker
 from vitrine_vlm.llm_worker.wire import (
     delta_to_proto,
     finished_to_proto,
@@ -34,20 +34,20 @@ PrefillContext: TypeAlias = grpc.aio.ServicerContext[llm_pb2.PrefillRequest, llm
 class LlmServicer(llm_pb2_grpc.LlmServicer):
     """Answers UNAVAILABLE until `open` is called."""
 
-    def __init__(self, requests: Requests) -> None:
+    def __init__(self, requests: RequestTracker) -> None:
         self._requests = requests
         self._served: ServedModel | None = None
 
     def open(self, served: ServedModel) -> None:
         self._served = served
 
-    # A coroutine that writes, not a generator: when the client goes away the cancellation is raised inside it.
+    # A coroutine that writes, not a generator: a cancellation by the client is raised inside a coroutine.
     async def Generate(self, request: llm_pb2.GenerateRequest, context: GenerateContext) -> None:  # type: ignore[override]
         try:
             served = self._loaded()
             generation = generation_from_proto(request.request_id, request.prompt, request.sampling, served.defaults)
             with serving_span("generate", metadata_carrier(context.invocation_metadata())):
-                async with self._requests.running(partial(served.generator.generate, generation)) as events:
+                async with self._requests.track(partial(served.generator.generate, generation)) as events:
                     await _write_events(events, generation.request_id, context)
         except Exception as error:
             await abort(context, error)
@@ -60,7 +60,7 @@ class LlmServicer(llm_pb2_grpc.LlmServicer):
                 request.sampling.logprobs = 0
             generation = generation_from_proto(request.request_id, request.prompt, request.sampling, served.defaults)
             with serving_span("prefill", metadata_carrier(context.invocation_metadata())):
-                async with self._requests.running(partial(served.generator.generate, generation)) as events:
+                async with self._requests.track(partial(served.generator.generate, generation)) as events:
                     delta, finished = await _first_token(events)
         except Exception as error:
             await abort(context, error)
@@ -84,7 +84,7 @@ class LlmServer(ServiceServer):
     def __init__(self, servicer: LlmServicer, *others: str) -> None:
         """
         Args:
-            others: services whose handlers are added elsewhere.
+            others: names of further services of this port, whose handlers the caller adds.
         """
         super().__init__(SERVICE, *others)
         llm_pb2_grpc.add_LlmServicer_to_server(servicer, self.grpc)

@@ -1,4 +1,4 @@
-"""Errors over HTTP, in OpenAI's form. One table from error code to status."""
+"""Errors over HTTP, in OpenAI's form, and the table from error code to status."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STATUS_BY_CODE: dict[str, int] = {
     "too_many_items": 400,
     "context_length_exceeded": 400,
     "placeholder_mismatch": 400,
-    # Whatever is wrong with the media: the request named them.
+    # Faults of media are faults of the request that names them.
     "invalid_media": 400,
     "media_not_allowed": 400,
     "media_not_found": 400,
@@ -43,7 +43,7 @@ _TYPE_BY_STATUS = {429: "rate_limit_error", 500: "server_error", 503: "server_er
 
 
 def is_client_gone(request: web.Request, error: Exception) -> bool:
-    """Whether it is what aiohttp raises where a client has gone away: no fault of ours."""
+    """Whether aiohttp raised the error because the client has disconnected, which is no fault of the worker."""
     closed = request.transport is None or request.transport.is_closing()
     return closed and isinstance(error, ConnectionError | web.RequestPayloadError)
 
@@ -57,7 +57,7 @@ def error_body(error: VitrineError) -> dict[str, object]:
 def error_response(error: VitrineError) -> web.Response:
     status = STATUS_BY_CODE[error.code]
     retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else 0.0
-    # Whole seconds, as HTTP has it.
+    # HTTP allows whole seconds only.
     headers = {"Retry-After": str(max(_RETRY_AFTER_S, math.ceil(retry_after_s)))} if status in (429, 503) else None
     return web.json_response(error_body(error), status=status, headers=headers)
 
@@ -66,7 +66,7 @@ def error_response(error: VitrineError) -> web.Response:
 async def errors_as_openai(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Turns every error of a handler, aiohttp's own included, into OpenAI's form."""
+    """Answers every error of a handler, aiohttp's own included, in OpenAI's form."""
     try:
         return await handler(request)
     except web.HTTPException as error:
@@ -76,5 +76,5 @@ async def errors_as_openai(
         return web.Response(status=error.status, text=json.dumps(body), content_type="application/json")
     except Exception as error:
         if is_client_gone(request, error):
-            return web.Response(status=_CLIENT_CLOSED_REQUEST)  # goes nowhere
+            return web.Response(status=_CLIENT_CLOSED_REQUEST)  # which the client does not receive
         return error_response(as_vitrine_error(error))

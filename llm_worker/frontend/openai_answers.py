@@ -1,4 +1,4 @@
-"""Answers of the OpenAI API: whole ones and streamed chunks."""
+"""Answers of the OpenAI API, whole or as streamed chunks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ AnswerKind = Literal["chat", "completion"]
 
 @dataclass
 class AnswerWriter:
-    """Writes one answer, at once or piece by piece. timings and token_ids are our additions to OpenAI's fields."""
+    """Writes one answer, whole or in chunks. `timings` and `token_ids` are extensions of OpenAI's fields."""
 
     kind: AnswerKind
     request_id: str
@@ -26,7 +26,7 @@ class AnswerWriter:
     created: int = field(default_factory=lambda: int(time.time()))
     _text_offset: int = field(default=0, init=False)
 
-    def whole(self, deltas: list[Delta], finished: Finished) -> dict[str, Any]:
+    def answer(self, deltas: list[Delta], finished: Finished) -> dict[str, Any]:
         text = "".join(delta.text for delta in deltas)
         choice: dict[str, Any] = {"index": 0, "finish_reason": finished.finish_reason}
         if self.kind == "chat":
@@ -37,13 +37,13 @@ class AnswerWriter:
         if self.return_token_ids:
             choice["token_ids"] = [token_id for delta in deltas for token_id in delta.token_ids]
         kind = "chat.completion" if self.kind == "chat" else "text_completion"
-        return self._body(kind, [choice]) | self.closing(finished)
+        return self._body(kind, [choice]) | self._usage_and_timings(finished)
 
-    def opening(self) -> dict[str, Any]:
-        """First chunk of a streamed chat: names the role."""
+    def role_chunk(self) -> dict[str, Any]:
+        """The first chunk of a streamed chat, which names the role."""
         return self._chunk({"delta": {"role": "assistant", "content": ""}, "finish_reason": None})
 
-    def piece(self, delta: Delta, finish_reason: str | None) -> dict[str, Any]:
+    def delta_chunk(self, delta: Delta, finish_reason: str | None) -> dict[str, Any]:
         choice: dict[str, Any] = {"finish_reason": finish_reason}
         if self.kind == "chat":
             choice["delta"] = {"content": delta.text} if delta.text else {}
@@ -55,11 +55,11 @@ class AnswerWriter:
         return self._chunk(choice)
 
     def usage_chunk(self, finished: Finished) -> dict[str, Any]:
-        """Last chunk, where the request asked for usage."""
-        return self._body(self._chunk_kind, []) | self.closing(finished)
+        """The last chunk, where the request asked for usage."""
+        return self._body(self._chunk_kind, []) | self._usage_and_timings(finished)
 
     @staticmethod
-    def closing(finished: Finished) -> dict[str, Any]:
+    def _usage_and_timings(finished: Finished) -> dict[str, Any]:
         num_prompt, num_completion = finished.num_prompt_tokens, finished.num_completion_tokens
         usage = {
             "prompt_tokens": num_prompt,
@@ -105,10 +105,10 @@ class AnswerWriter:
         return self._token(logprobs.token_id, logprobs.logprob) | {"top_logprobs": top}
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        # A token may be part of a character: its text is not valid then, its bytes are.
+        # A token may be part of a character: then its bytes are exact, and its text is not.
         data = None if self.tokenizer is None else list(self.tokenizer.bytes_of(token_id))
         return {"token": self._text(token_id), "logprob": logprob, "bytes": data}
 
     def _text(self, token_id: int) -> str:
-        """Without a tokenizer the id stands for the text, so that no two tokens look alike."""
+        """The token's text; without a tokenizer its id, so that different tokens have different texts."""
         return self.tokenizer.text_of(token_id) if self.tokenizer is not None else f"token_id:{token_id}"

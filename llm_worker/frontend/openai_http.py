@@ -1,4 +1,4 @@
-"""The OpenAI-compatible HTTP front, and the probes and metrics beside it."""
+"""The HTTP port: the OpenAI-compatible API, probes and metrics."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from vitrine_vlm.llm_worker.frontend.openai_types import ChatRequest, Completion
 from vitrine_vlm.llm_worker.generation.events import Delta, Finished, GenerationEvent, GenerationRequest
 from vitrine_vlm.llm_worker.generation.served_model import ServedModel
 from vitrine_vlm.llm_worker.metrics import LlmMetrics
-from vitrine_vlm.llm_worker.requests import Requests
+from vitrine_vlm.llm_worker.request_tracker import RequestTracker
 from vitrine_vlm.service_runtime.traces import serving_span
 
 MAX_BODY_BYTES = 256 * 1024 * 1024
 
 
 class OpenAiHttp:
-    """Routes of the worker's HTTP port. `open` is called once the model is loaded; until then /ready says 503."""
+    """Handlers of the worker's HTTP port. `open` is called once the model is loaded; until then /ready answers 503."""
 
     def __init__(
-        self, metrics: LlmMetrics, readiness: Callable[[], tuple[bool, dict[str, Any]]], requests: Requests
+        self, metrics: LlmMetrics, readiness: Callable[[], tuple[bool, dict[str, Any]]], requests: RequestTracker
     ) -> None:
         self._metrics = metrics
         self._readiness = readiness
@@ -86,7 +86,7 @@ class OpenAiHttp:
     def _model(self, name: str) -> ServedModel:
         served = self._loaded()
         if name != served.name:
-            raise UnknownModel(f"the model {name!r} is not served here, {served.name!r} is: /v1/models lists it")
+            raise UnknownModel(f"the model {name!r} is not served here: send {served.name!r}, as in /v1/models")
         return served
 
     async def _answer(
@@ -100,7 +100,7 @@ class OpenAiHttp:
         tokenizer = served.generator.tokenizer
         return_token_ids = request.return_token_ids or tokenizer is None
         writer = AnswerWriter(kind, generation.request_id, served.name, tokenizer, return_token_ids)
-        running = self._requests.running(partial(served.generator.generate, generation))
+        running = self._requests.track(partial(served.generator.generate, generation))
         if request.stream:
             return await _stream(http, running, writer, request.include_usage)
         deltas: list[Delta] = []
@@ -109,7 +109,7 @@ class OpenAiHttp:
                 if isinstance(event, Delta):
                     deltas.append(event)
                 elif isinstance(event, Finished):
-                    return web.json_response(writer.whole(deltas, event))
+                    return web.json_response(writer.answer(deltas, event))
         raise RuntimeError("the generation ended without Finished")
 
 
@@ -125,11 +125,12 @@ async def _traced(
 
 
 async def _json_body(http: web.Request) -> bytes:
-    """
+    """Reads the body, which must be declared to be JSON.
+
     Raises:
-        BadRequest: the body is not declared to be JSON.
+        BadRequest: it is declared to be something else.
     """
-    # A web page of another origin cannot send this type without asking first: it keeps browsers from being used.
+    # Browsers let a page of another origin send this type only after a preflight request, which is refused here.
     if http.content_type != "application/json":
         raise BadRequest(f"the content type is {http.content_type}: send JSON as content-type: application/json")
     return await http.read()
@@ -141,7 +142,7 @@ async def _stream(
     writer: AnswerWriter,
     include_usage: bool,
 ) -> web.StreamResponse:
-    """Server-sent events. Errors before the first token still get a status of their own; later ones an error event."""
+    """Streams server-sent events. An error before the first token is raised, with a status; later ones are events."""
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
     try:
         async with running as events:
@@ -150,11 +151,11 @@ async def _stream(
                     if not response.prepared:
                         await response.prepare(http)
                         if writer.kind == "chat":
-                            await _send(response, writer.opening())
-                    await _send(response, writer.piece(event, None))
+                            await _send(response, writer.role_chunk())
+                    await _send(response, writer.delta_chunk(event, None))
                 elif isinstance(event, Finished):
-                    # A chunk of its own, as OpenAI's: a token that waited for it would come a whole step late.
-                    await _send(response, writer.piece(Delta(), event.finish_reason))
+                    # In a chunk of its own, as OpenAI does: the last token would otherwise wait for it, a whole step.
+                    await _send(response, writer.delta_chunk(Delta(), event.finish_reason))
                     if include_usage:
                         await _send(response, writer.usage_chunk(event))
         await response.write(b"data: [DONE]\n\n")

@@ -1,4 +1,4 @@
-"""From an OpenAI request to ours: messages to prompt text, content parts to media items, options to sampling."""
+"""Turns an OpenAI request into a GenerationRequest: messages into text, content parts into media items and so on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vitrine_vlm.llm_worker.frontend.openai_types import (
 from vitrine_vlm.llm_worker.generation.events import GenerationRequest
 from vitrine_vlm.llm_worker.prompt.sampling_defaults import SamplingDefaults
 from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
-from vitrine_vlm.types import MediaItem
+from vitrine_vlm.types import MediaItem, MediaKind
 
 _BASE64 = TypeAdapter(bytes, config=ConfigDict(val_json_bytes="base64"))
 
@@ -73,7 +73,7 @@ def _sampling(
         max_tokens=max_tokens,
         temperature=defaults.temperature if temperature is None else temperature,
         top_p=defaults.top_p if top_p is None else top_p,
-        # -1 is how other servers say "all".
+        # Other servers take -1 for "all".
         top_k=defaults.top_k if top_k is None else max(top_k, 0),
         seed=request.seed,
         stop_token_ids=eos_token_ids | frozenset(request.stop_token_ids),
@@ -82,8 +82,8 @@ def _sampling(
 
 
 def _template_message(message: Message) -> dict[str, Any]:
-    """A message as chat templates expect it; media carry no address there, only their kind."""
-    # OpenAI's newer name for the same role: models' templates leave such a message out without a word.
+    """A message as chat templates expect it: of media only their kind, without URL."""
+    # OpenAI's newer name for the same role, which templates do not know: they would leave the message out silently.
     role = "system" if message.role == "developer" else message.role
     if not isinstance(message.content, list):
         return {"role": role, "content": message.content or ""}
@@ -100,8 +100,8 @@ def _media_item(part: ImagePart | VideoPart) -> MediaItem:
     return _item("image", part.image_url.url, None)
 
 
-def _item(kind: Any, url: str, video_fps: float | None) -> MediaItem:
-    """data: URLs in base64 are decoded here, once: bytes are a quarter smaller on their way to the encoder."""
+def _item(kind: MediaKind, url: str, video_fps: float | None) -> MediaItem:
+    """Decodes data: URLs in base64 here, once: to the encoder go bytes, which are a quarter smaller."""
     head, comma, payload = url.partition(",")
     if head.startswith("data:") and head.endswith(";base64") and comma:
         try:
@@ -112,12 +112,12 @@ def _item(kind: Any, url: str, video_fps: float | None) -> MediaItem:
 
 
 def decode_base64(payload: str) -> bytes:
-    """What base64.b64decode makes of it with `validate`, in a fraction of the time that it holds the interpreter for.
+    """Decodes as base64.b64decode does with `validate`, and holds the interpreter lock for a fraction of its time.
 
     Raises:
-        ValueError: as base64.b64decode does; binascii.Error where it is ASCII.
+        ValueError: the payload is not valid base64; binascii.Error where it is ASCII.
     """
-    # Pydantic also takes what has no padding or is of the alphabet for URLs. All else that it takes means the same.
+    # Pydantic also accepts missing padding and the URL-safe alphabet; otherwise it decodes as the base64 module does.
     if len(payload) % 4 == 0 and "-" not in payload and "_" not in payload:
         with suppress(ValidationError):
             return _BASE64.validate_strings(payload)

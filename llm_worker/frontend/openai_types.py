@@ -1,8 +1,8 @@
-"""Requests of the OpenAI API, as far as they mean something here. Fields we do not know are ignored, as OpenAI's do."""
+"""Requests of the OpenAI API, as far as they are supported. Unknown fields are ignored, as OpenAI's servers do."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator, model_validator
 
@@ -31,7 +31,7 @@ class ImagePart(_Part):
 
 
 class VideoUrl(MediaUrl):
-    """fps: frames sampled per second (ours; the checkpoint's own rate where left out)."""
+    """fps: frames sampled per second, an extension of OpenAI's fields; the checkpoint's own rate where left out."""
 
     fps: float | None = Field(None, gt=0)
 
@@ -59,7 +59,7 @@ class StreamOptions(BaseModel):
 
 
 class _Request(BaseModel):
-    """What chat and plain completions share. top_k and stop_token_ids are extensions of other servers, too."""
+    """The fields that chat and plain completions share. top_k and stop_token_ids are extensions, as elsewhere."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -79,8 +79,8 @@ class _Request(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _null_is_left_out(cls, fields: Any) -> Any:
-        """Clients write fields that were not set as null."""
+    def _drop_nulls(cls, fields: object) -> object:
+        """Drops fields that are null, as some clients write fields that were not set."""
         if not isinstance(fields, dict):
             return fields
         return {name: value for name, value in fields.items() if value is not None}
@@ -106,17 +106,17 @@ class ChatRequest(_Request):
 
 
 class CompletionRequest(_Request):
-    """prompt: text or token ids. media: images and videos of its placeholders, as in a chat message (ours)."""
+    """prompt: text or token ids. media: images and videos of its placeholders, as in a chat message; an extension."""
 
-    # Strict: "1" is a text, not the token 1.
+    # Strict, so that "1" is text and not the token 1.
     prompt: str | list[StrictInt]
     media: list[MediaPart] = []
     logprobs: int | None = Field(None, ge=0, le=_MAX_TOP_LOGPROBS)
 
     @field_validator("prompt", mode="before")
     @classmethod
-    def _one_of_a_batch(cls, prompt: Any) -> Any:
-        """OpenAI takes a list of prompts, and some clients always send one."""
+    def _unwrap_single_prompt(cls, prompt: object) -> object:
+        """Unwraps a list of one prompt: OpenAI accepts lists of prompts, and some clients always send one."""
         if not isinstance(prompt, list) or not any(isinstance(each, str | list) for each in prompt):
             return prompt
         if len(prompt) > 1:
@@ -132,7 +132,7 @@ RequestT = TypeVar("RequestT", ChatRequest, CompletionRequest)
 
 
 class InvalidField(BadRequest):
-    """`param` names the field, as OpenAI's errors do."""
+    """A field that is missing or out of range. param: its name, as in OpenAI's errors."""
 
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
@@ -140,14 +140,15 @@ class InvalidField(BadRequest):
 
 
 def parse_request(kind: type[RequestT], body: bytes) -> RequestT:
-    """
+    """Parses a request's body.
+
     Raises:
-        BadRequest: not JSON, or a field that is missing or out of range.
+        BadRequest: the body is not JSON, or a field is missing or out of range.
     """
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        # Where a field may be one of several types each of them complains: the one that got furthest knows why.
+        # Where a field may be one of several types each has an error: the deepest one says best what is wrong.
         first = max(error.errors(include_url=False, include_input=False), key=lambda each: len(each["loc"]))
         param, message = _field_path(first["loc"]), first["msg"].removeprefix("Value error, ")
         if not param:
@@ -156,7 +157,7 @@ def parse_request(kind: type[RequestT], body: bytes) -> RequestT:
 
 
 def _field_path(loc: tuple[int | str, ...]) -> str:
-    """The field as it stands in the body: pydantic puts the types it tried between the names."""
+    """The field's path in the body, without the types that pydantic tried, which stand between the names."""
     names: list[str] = []
     for previous, each in zip((None, *loc), loc, strict=False):
         is_part_type = isinstance(previous, int) and each in _PART_TYPES

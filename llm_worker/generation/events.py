@@ -1,4 +1,4 @@
-"""What a request is and what comes of it, the same for HTTP and gRPC."""
+"""A request to generate, and the events that answer it, the same for HTTP and gRPC."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from vitrine_vlm.types import Layout, MediaItem
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """prompt: text with one placeholder a media item, or token ids. stop: strings that end the text before them."""
+    """A request of any frontend.
+
+    prompt: text with one placeholder a media item, or token ids. stop: strings; the text ends before the first of them.
+    """
 
     request_id: str
     prompt: str | list[int]
@@ -24,7 +27,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class StageTimings:
-    """Milliseconds by stage. Stages of different items overlap; each number is the slowest item's."""
+    """Milliseconds by stage. Stages of different items overlap; each number is that of the slowest item."""
 
     load_ms: float = 0.0
     preprocess_ms: float = 0.0
@@ -46,7 +49,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Delta:
-    """Tokens since the last delta, and the text that is certain by now."""
+    """Tokens since the last delta, and the text that later tokens cannot change."""
 
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
@@ -55,14 +58,14 @@ class Delta:
 
 @dataclass(frozen=True)
 class PromptKnown(Started):
-    """A Started for whoever makes the same prompt. layouts: of its media items."""
+    """A Started with what another worker needs to expand the same prompt. layouts: of its media items, in order."""
 
     layouts: list[Layout]
 
 
 @dataclass(frozen=True)
 class FirstToken(Delta):
-    """The prompt is computed. kv: of its tokens; timings and num_cached_tokens: up to here, as in Finished."""
+    """The prompt is computed. kv: the KV of its tokens; timings and num_cached_tokens: so far, as in Finished."""
 
     kv: CachedKv = field(kw_only=True)
     timings: StageTimings = field(kw_only=True)
@@ -73,7 +76,7 @@ class FirstToken(Delta):
 class Finished:
     """finish_reason: "stop" (end token, stop token or stop string) or "length".
 
-    num_cached_tokens: of the prompt's, those that an earlier request had left in the KV cache.
+    num_cached_tokens: tokens of the prompt whose KV an earlier request had left in the cache.
     """
 
     finish_reason: str

@@ -1,4 +1,4 @@
-"""One request from start to end: prompt, prefill, tokens, text. HTTP and gRPC are thin skins over this."""
+"""Runs a request from start to end: prompt, prefill, tokens, text. The frontends are thin layers over this."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from vitrine_vlm.errors import BadRequest, TooManyItems
 from vitrine_vlm.llm_worker.engine.request import ExpandedPrompt, TokenOutput
@@ -23,7 +23,7 @@ from vitrine_vlm.llm_worker.generation.events import (
     PromptKnown,
     Started,
 )
-from vitrine_vlm.llm_worker.generation.prompt_feed import PromptContext, PromptFeed
+from vitrine_vlm.llm_worker.generation.request_inputs import PromptContext, RequestInputs
 from vitrine_vlm.llm_worker.generation.stages import Stage, stage_timings, stages
 from vitrine_vlm.llm_worker.generation.stop_strings import StopStrings
 from vitrine_vlm.llm_worker.prompt.placeholders import PlaceholderPlan, plan_placeholders
@@ -31,13 +31,16 @@ from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
 from vitrine_vlm.service_runtime.logs import harmless, set_request_id
 from vitrine_vlm.service_runtime.traces import past_span
 
-MakeFeed: TypeAlias = Callable[[PromptContext, GenerationRequest], PromptFeed]
+MakeInputs: TypeAlias = Callable[[PromptContext, GenerationRequest], RequestInputs]
 _MAX_RECENT = 50
 
 
 @dataclass(frozen=True)
 class RecentRequest:
-    """finished_at: seconds since the epoch; elapsed_ms: from its arrival to its last token."""
+    """A finished request, for the live page.
+
+    finished_at: seconds since the epoch; elapsed_ms: from its arrival to its last token.
+    """
 
     request_id: str
     finished_at: float
@@ -53,20 +56,20 @@ class Generator:
     recent: the last requests that finished, oldest first.
 
     Args:
-        make_feed: who does for a request what is not done here.
+        make_inputs: makes the inputs of a request, which get its embeddings or KV from other services.
         max_items: media items accepted in one request.
     """
 
-    def __init__(self, context: PromptContext, make_feed: MakeFeed, max_items: int) -> None:
+    def __init__(self, context: PromptContext, make_inputs: MakeInputs, max_items: int) -> None:
         self.tokenizer = context.tokenizer
         self._engine = context.engine
         self._prompt_config = context.config
         self._context = context
-        self._make_feed = make_feed
+        self._make_inputs = make_inputs
         self._max_items = max_items
         self.recent: deque[RecentRequest] = deque(maxlen=_MAX_RECENT)
 
-    # A token passes the handle's generator and one of these two, and no other: each would cost it one resumption more.
+    # A token passes through the handle's generator and one of these two only: each more costs one more resumption.
 
     async def generate(
         self, request: GenerationRequest, observe: Observe = lambda event: None
@@ -77,10 +80,10 @@ class Generator:
             observe: called with each event.
 
         Raises:
-            VitrineError: why it could not be done.
+            VitrineError: why the request failed.
         """
-        async with self._running(request) as (feed, handle):
-            prompt = await _prompt_of(feed, handle)
+        async with self._running(request) as (inputs, handle):
+            prompt = await _prompt_of(inputs, handle)
             started = Started(len(prompt.token_ids), prompt.num_media_tokens)
             observe(started)
             yield started
@@ -90,7 +93,7 @@ class Generator:
                 observe(delta)
                 yield delta
                 if finish_reason is not None:
-                    finished = self._finished(request, prompt, handle, feed, finish_reason, text.num_tokens)
+                    finished = self._finished(request, prompt, handle, inputs, finish_reason, text.num_tokens)
                     observe(finished)
                     yield finished
                     return
@@ -98,18 +101,18 @@ class Generator:
     async def prefill(
         self, request: GenerationRequest, observe: Observe = lambda event: None
     ) -> AsyncGenerator[GenerationEvent]:
-        """Yields one PromptKnown, one FirstToken, one Finished. The KV can be read until the iteration goes on.
+        """Yields one PromptKnown, one FirstToken, one Finished. The KV can be read until the iteration is resumed.
 
         Args:
-            observe: as of `generate`.
+            observe: called with each event.
 
         Raises:
-            VitrineError: why it could not be done.
+            VitrineError: why the request failed.
         """
         request = replace(request, sampling=replace(request.sampling, max_tokens=1))
-        async with self._running(request, keep_kv=True) as (feed, handle):
-            prompt = await _prompt_of(feed, handle)
-            known = PromptKnown(len(prompt.token_ids), prompt.num_media_tokens, feed.layouts)
+        async with self._running(request, keep_kv=True) as (inputs, handle):
+            prompt = await _prompt_of(inputs, handle)
+            known = PromptKnown(len(prompt.token_ids), prompt.num_media_tokens, inputs.layouts)
             observe(known)
             yield known
             async for output in handle:
@@ -118,38 +121,42 @@ class Generator:
                     [output.token_id],
                     logprobs=[output.logprobs] if output.logprobs is not None else [],
                     kv=handle.kv(),
-                    timings=stage_timings(feed.arrivals, engine),
+                    timings=stage_timings(inputs.arrivals, engine),
                     num_cached_tokens=engine.num_cached_tokens,
                 )
                 observe(first)
                 yield first
-                finished = self._finished(request, prompt, handle, feed, output.finish_reason or "length", 1)
+                finished = self._finished(request, prompt, handle, inputs, output.finish_reason or "length", 1)
                 observe(finished)
                 yield finished
 
     @asynccontextmanager
     async def _running(
         self, request: GenerationRequest, keep_kv: bool = False
-    ) -> AsyncGenerator[tuple[PromptFeed, RequestHandle]]:
-        """The request while it is with the engine; leaving cancels it everywhere."""
+    ) -> AsyncGenerator[tuple[RequestInputs, RequestHandle]]:
+        """Submits the request to the engine; leaving the context cancels it everywhere.
+
+        Raises:
+            VitrineError: why it was not submitted.
+        """
         set_request_id(request.request_id)
         if len(request.media) > self._max_items:
             raise TooManyItems(
                 f"the request has {len(request.media)} images and videos: at most {self._max_items} are accepted"
             )
-        self._engine.check_capacity()  # encoders shall not work for what is refused
-        feed = self._make_feed(self._context, request)
-        # Before anything else: encoding is the long part, and goes on its way while the prompt is tokenized.
-        feed.start()
+        self._engine.check_capacity()  # before encoders work for a request that is refused
+        inputs = self._make_inputs(self._context, request)
+        # First of all: encoding takes longest, and runs while the prompt is tokenized.
+        inputs.start()
         handle: RequestHandle | None = None
         try:
             plan = await asyncio.to_thread(self._plan, request)
-            handle = await feed.begin(plan, keep_kv)
-            yield feed, handle
+            handle = await inputs.submit(plan, keep_kv)
+            yield inputs, handle
         finally:
             if handle is not None:
                 handle.cancel()
-            await feed.close()
+            await inputs.close()
 
     def _plan(self, request: GenerationRequest) -> PlaceholderPlan:
         if isinstance(request.prompt, str):
@@ -170,17 +177,17 @@ class Generator:
         request: GenerationRequest,
         prompt: ExpandedPrompt,
         handle: RequestHandle,
-        feed: PromptFeed,
+        inputs: RequestInputs,
         finish_reason: str,
         num_tokens: int,
     ) -> Finished:
-        engine, ended_ms = handle.timings, feed.since_arrival_ms()
-        timings = stage_timings(feed.arrivals, engine)
+        engine, ended_ms = handle.timings, inputs.elapsed_ms()
+        timings = stage_timings(inputs.arrivals, engine)
         finished = Finished(finish_reason, len(prompt.token_ids), engine.num_cached_tokens, num_tokens, timings)
         with harmless("the record of a request"):
-            passed = stages(feed.arrivals, engine, ended_ms)
+            passed = stages(inputs.arrivals, engine, ended_ms)
             for stage in passed:
-                if stage.item_index is None:  # the encoder tells of the others itself
+                if stage.item_index is None:  # encoders trace the stages of items themselves
                     past_span(stage.name, (ended_ms - stage.start_ms) / 1e3, stage.duration_ms / 1e3)
             self.recent.append(
                 RecentRequest(request.request_id, time.time(), ended_ms, len(request.media), finished, passed)
@@ -189,7 +196,11 @@ class Generator:
 
 
 class _AnswerText:
-    """An answer's tokens as text, which ends before a stop string. tokenizer: None for tokens without text."""
+    """Turns an answer's tokens into text, which ends before the first stop string.
+
+    Args:
+        tokenizer: None for tokens without text.
+    """
 
     def __init__(self, tokenizer: PromptTokenizer | None, stop: Sequence[str]) -> None:
         self.num_tokens = 0
@@ -197,7 +208,7 @@ class _AnswerText:
         self._stop = StopStrings(stop)
 
     def push(self, output: TokenOutput) -> tuple[Delta, str | None]:
-        """The token with the text that is certain by now, and why the answer ends with it, if it does."""
+        """Returns the token with the text that is certain by now, and the finish reason if the answer ends here."""
         self.num_tokens += 1
         text = ""
         if self._detokenizer is not None and output.finish_reason != "stop":
@@ -208,14 +219,13 @@ class _AnswerText:
         return Delta([output.token_id], text, [output.logprobs] if output.logprobs is not None else []), finish_reason
 
 
-async def _prompt_of(feed: PromptFeed, handle: RequestHandle) -> ExpandedPrompt:
-    """The prompt, once it is known; it may never be where the engine has given the request up.
+async def _prompt_of(inputs: RequestInputs, handle: RequestHandle) -> ExpandedPrompt:
+    """Waits for the prompt; it is never known where the request fails in the engine before.
 
     Raises:
-        VitrineError: why the request ended before.
+        VitrineError: why the request failed.
     """
-    waited_for: list[asyncio.Future[Any]] = [feed.prompt, handle.failed]
-    await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
-    if not feed.prompt.done():
+    await asyncio.wait((inputs.prompt, handle.failed), return_when=asyncio.FIRST_COMPLETED)
+    if not inputs.prompt.done():
         raise handle.failed.result()
-    return feed.prompt.result()
+    return inputs.prompt.result()

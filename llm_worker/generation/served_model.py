@@ -10,7 +10,7 @@ from vitrine_vlm.llm_worker.prompt.sampling_defaults import SamplingDefaults
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What there is once the model is loaded."""
+    """Exists once the model is loaded. name: as requests name it; defaults: sampling where a request sets none."""
 
     name: str
     generator: Generator

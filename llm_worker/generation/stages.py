@@ -1,4 +1,4 @@
-"""Where the time of a finished request went, stage by stage: for answers, traces, metrics and the live page."""
+"""The time that a finished request spent in each stage, for answers, traces, metrics and the live page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vitrine_vlm.types import ItemTimings
 
 @dataclass(frozen=True)
 class ItemArrival:
-    """Rows of a media item are here; arrived_ms counts from the request's arrival."""
+    """The embeddings of a media item have come. arrived_ms: since the request's arrival."""
 
     item_index: int
     timings: ItemTimings
@@ -21,7 +21,7 @@ class ItemArrival:
 
 @dataclass(frozen=True)
 class Stage:
-    """start_ms counts from the request's arrival. item_index: None for what concerns the whole request."""
+    """A stage of a request. start_ms: since the request's arrival. item_index: None for stages of the whole request."""
 
     name: str
     item_index: int | None
@@ -30,6 +30,7 @@ class Stage:
 
 
 def stage_timings(arrivals: Sequence[ItemArrival], engine: EngineTimings) -> StageTimings:
+    """Sums the stages up: of items, the slowest one counts."""
     items = [arrival.timings for arrival in arrivals]
     return StageTimings(
         load_ms=max((item.load_ms for item in items), default=0.0),
@@ -44,10 +45,12 @@ def stage_timings(arrivals: Sequence[ItemArrival], engine: EngineTimings) -> Sta
 
 
 def stages(arrivals: Sequence[ItemArrival], engine: EngineTimings, ended_ms: float) -> list[Stage]:
-    """The stages on one axis. Encoders tell how long theirs took, not when: they are laid out back from the arrival.
+    """Returns the stages on one time axis.
+
+    Encoders report how long their stages took, not when they began: these are placed backwards from the item's arrival.
 
     Args:
-        ended_ms: of the last token, since the request's arrival.
+        ended_ms: when the last token came, since the request's arrival.
     """
     found = [stage for arrival in arrivals for stage in _item_stages(arrival)]
     first_token_ms = ended_ms - engine.decode_ms

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Lets text through up to the first stop string, holding back an end that may yet become one."""
+    """Passes text on up to the first stop string, and holds back an end that may yet become one.
+
+    found: whether a stop string has come.
+    """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = [each for each in stop if each]
@@ -14,11 +17,11 @@ class StopStrings:
         self.found = False
 
     def push(self, text: str) -> str:
-        """Text that is certain by now; once a stop string is found, what came before it and then nothing."""
+        """Returns the text that is certain by now: up to the first stop string, and nothing after it was found."""
         if self.found:
             return ""
         self._held += text
-        # The one that is complete first ends the text, however the text was cut; of several, the longest.
+        # The stop string that is complete first ends the text, however the text was cut; of several, the longest.
         found = [(start + len(each), start) for each in self._stop if (start := self._held.find(each)) >= 0]
         if found:
             self.found = True
@@ -28,12 +31,12 @@ class StopStrings:
         return text
 
     def flush(self) -> str:
-        """What was held back, when nothing more comes."""
+        """Returns what was held back, when no more text comes."""
         text, self._held = self._held, ""
         return "" if self.found else text
 
     def _longest_beginning(self) -> int:
-        """Length of the longest end of the held text with which a stop string begins."""
+        """Returns the length of the longest end of the held text that a stop string begins with."""
         longest = max((len(each) for each in self._stop), default=1) - 1
         for length in range(min(longest, len(self._held)), 0, -1):
             if any(each.startswith(self._held[-length:]) for each in self._stop):

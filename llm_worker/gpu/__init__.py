@@ -1,1 +1,1 @@
-"""The decoder on an NVIDIA GPU: fused kernels."""
+"""The decoder on an NVIDIA GPU: fused kernels and CUDA graphs."""

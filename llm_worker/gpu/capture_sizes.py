@@ -1,4 +1,4 @@
-"""The capture sizes: a step runs in the graph of the smallest size that holds it."""
+"""Capture sizes: a step runs in the graph of the smallest size that holds it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _MULTIPLE = 8
 def token_capture_sizes(max_tokens: int) -> list[int]:
     """Token counts in ascending order up to `max_tokens`: powers of two and seven sizes between two of them.
 
-    From 64 tokens on a step pays for 12.5 % more than it has at most, 6 % on average; below, for 7 more at most.
+    Padding adds at most 12.5 % from 64 tokens on, 6 % on average, and at most 7 tokens below.
     """
     sizes = set(range(_MULTIPLE, 8 * _MULTIPLE, _MULTIPLE))
     octave = 8 * _MULTIPLE
@@ -21,11 +21,11 @@ def token_capture_sizes(max_tokens: int) -> list[int]:
 
 
 def decode_capture_sizes(max_num_seqs: int) -> list[int]:
-    """Batch sizes: powers of two up to 8, then every eighth."""
+    """Batch sizes of decode steps in ascending order: powers of two up to 8, then multiples of 8."""
     sizes = [size for size in (1, 2, 4) if size < max_num_seqs]
     return [*sizes, *range(8, max_num_seqs, 8), max_num_seqs]
 
 
 def capture_size(sizes: Iterable[int], num_tokens: int) -> int:
-    """The smallest that holds so many tokens."""
+    """The smallest of the sizes that holds this many tokens."""
     return min(size for size in sizes if size >= num_tokens)

@@ -1,4 +1,4 @@
-"""The decoder as fused kernels; `models/decoder.py` is the plain twin, whose weights it takes.
+"""The decoder as fused kernels, with the weights of the plain one in `models/decoder.py`.
 
 A layer is two pieces with attention between them: `before_attention` and `after_attention` read and write fixed tensors
 only, so that they can be captured; attention depends on the step's sequences.
@@ -20,30 +20,38 @@ from vitrine_vlm.llm_worker.models.rotary import axis_of_frequency
 
 
 class FusedDecoder:
+    """The layers, rotary angles and last norm of a decoder."""
+
     def __init__(self, decoder: TextDecoder, sizes: tuple[int, ...]) -> None:
         """
         Args:
-            decoder: its weights are put side by side where they are multiplied together, and shared.
+            decoder: shares its weights; those that are multiplied together are concatenated.
             sizes: numbers of tokens that steps will have, ascending; see `Product`.
         """
         config = decoder.config
         self._axis = axis_of_frequency(config).to(decoder.device, torch.int32)
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=decoder.device) / config.head_dim
         self._inverse_frequencies = 1.0 / config.rope_theta**exponents
-        sizes = tuple(size for size in sizes if size not in SKINNY_ROWS)  # which have products of their own
+        sizes = tuple(size for size in sizes if size not in SKINNY_ROWS)  # for which there are other kernels
         self.layers = [FusedLayer(layer, sizes) for layer in decoder.layers if isinstance(layer, DecoderLayer)]
         self._norm = decoder.norm
 
     def write_rope_table(self, positions_3T: torch.Tensor, cos_sin_T2F: torch.Tensor) -> None:
-        """The angles that all layers of a step rotate queries and keys by."""
+        """Computes the angles by which all layers of a step rotate queries and keys."""
         rope_table(positions_3T, self._inverse_frequencies, self._axis, cos_sin_T2F)
 
     def last_norm(self, x_TC: torch.Tensor, added: tuple[torch.Tensor, ...], out_TC: torch.Tensor) -> None:
-        """The norm behind the last layer; `added`: what is due to the residual stream."""
+        """Applies the norm behind the last layer.
+
+        Args:
+            added: tensors that are added to the residual stream before.
+        """
         add_rms_norm(x_TC, added, self._norm.weight, self._norm.eps, out_TC)
 
 
 class FusedLayer:
+    """The two pieces of one layer, before and after attention."""
+
     def __init__(self, layer: DecoderLayer, sizes: tuple[int, ...]) -> None:
         self._group = layer.group
         attention = layer.self_attn
@@ -72,7 +80,7 @@ class FusedLayer:
         v_cache_SKD: torch.Tensor,
         q_THD: torch.Tensor,
     ) -> None:
-        """Adds what is due to the residual stream, and writes queries, keys and values."""
+        """Adds `added` to the residual stream, and writes queries, keys and values."""
         normed_TC = add_rms_norm(x_TC, added, self._input_norm.weight, self._input_norm.eps)
         linear = skinny_linear if len(x_TC) in SKINNY_ROWS else F.linear
         qkv_TX = linear(normed_TC, self._qkv_weight, self._qkv_bias)
@@ -89,7 +97,7 @@ class FusedLayer:
         )
 
     def after_attention(self, x_TC: torch.Tensor, attended_TX: torch.Tensor) -> None:
-        """Adds attention's and the MLP's share to the residual stream."""
+        """Adds the outputs of attention and MLP to the residual stream."""
         self._add_product(x_TC, attended_TX, self._o_weight)
         normed_TC = add_rms_norm(x_TC, (), self._post_norm.weight, self._post_norm.eps)
         if not isinstance(self._mlp, Mlp):
@@ -111,7 +119,7 @@ class FusedLayer:
 
 
 def _side_by_side(projections: list[torch.nn.Linear]) -> torch.Tensor:
-    """Their weights as one; they keep views of it, so that nothing is in memory twice."""
+    """Concatenates weights; the projections keep views of the result, so that nothing is in memory twice."""
     weight = torch.cat([each.weight for each in projections])
     parts = weight.split([each.out_features for each in projections])
     for projection, part in zip(projections, parts, strict=True):

@@ -1,7 +1,7 @@
-"""Runs steps on a GPU as CUDA graphs: short ones whole, long ones as what lies between two attentions.
+"""Runs steps on a GPU as CUDA graphs: short steps whole, long ones piece by piece, with attention between the pieces.
 
-A step is run in the smallest bucket that holds its tokens; rows behind them have slot -1. Each bucket has its graphs
-twice, as far as they differ: for steps with media, whose deepstack rows are added, and for text alone.
+A step runs in the graph of the smallest capture size that holds its tokens; padding tokens have slot -1. There are two
+graphs of each size where they differ: for steps with media, which add deepstack embeddings, and for text alone.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from vitrine_vlm.llm_worker.gpu.step_work import StepWork
 from vitrine_vlm.llm_worker.models.decoder import StepInputs, TextDecoder
 
 _log = logging.getLogger(__name__)
-# Up to here launches take longer than what they launch: attention is in the graph, too. Above, its own kernels for
-# long prompts are worth their launches.
+# Up to this many tokens launches take longer than the kernels, so attention is in the graph, too. Above, the kernels
+# for long prompts are worth their launches.
 _MAX_SHORT_STEP = 512
-# Of a long step, half of all at most: what they take is enough to prepare the next one in.
+# A long step is nearly done before these layers, half of all at most: they take long enough to prepare the next step.
 _LAST_LAYERS = 4
 
 
 class GpuRunner:
-    """A `Runner`. Not thread-safe: one step at a time."""
+    """A `Runner` with CUDA graphs. Not thread-safe: one step at a time."""
 
     def __init__(
         self,
@@ -48,17 +48,17 @@ class GpuRunner:
 
         Args:
             causal: attention of long steps.
-            capture: None for CUDA graphs.
-            max_short_step: tokens of a step that runs as one graph.
-            on_progress: called with the number of buckets that are captured, and of all.
+            capture: what makes a graph of a function; None for CUDA graphs.
+            max_short_step: most tokens of a step that runs as one graph.
+            on_progress: called with the number of sizes captured so far, and of all.
         """
         self._work = StepWork(decoder, kv_cache, buffer, max_num_seqs, max_model_len, max_short_step)
         self._kv_cache, self._causal, self._device = kv_cache, causal, decoder.device
         self._max_num_seqs = max_num_seqs
-        # Of the last step, unless that was a short one of prompts.
+        # When the last step is nearly done; None for a short step of prompts only.
         self._nearly_done: torch.cuda.Event | None = None
         self._decode: dict[int, Work] = {}
-        # Without and with media.
+        # By size, and by whether there are media.
         self._short: dict[int, dict[bool, Work]] = {}
         self._long: dict[int, dict[bool, list[Work]]] = {}
         started = time.monotonic()
@@ -66,7 +66,7 @@ class GpuRunner:
         with torch.inference_mode():
             self._capture_all(capture, len(buffer.slot_mapping_M), max_short_step, on_progress)
             if self._long:
-                self._warm_causal_up()
+                self._warm_up_attention()
         if isinstance(capture, CudaGraphs):
             gib, seconds = capture.nbytes / 2**30, time.monotonic() - started
             _log.info("%d CUDA graphs, %.2f GiB, %.1f s", capture.num_graphs, gib, seconds)
@@ -79,7 +79,7 @@ class GpuRunner:
         if num_tokens == len(sequences) and num_tokens <= self._max_num_seqs and not has_media:
             size = capture_size(self._decode, num_tokens)
             work.tables.write(sequences, work.decode_splits(size), None)
-            self._nearly_done = self._event()  # as soon as it begins: those that decode wait for nothing
+            self._nearly_done = self._event()  # at its beginning, so that the next decode step is prepared at once
             self._decode[size]()
         elif num_tokens <= max(self._short, default=0):
             size = capture_size(self._short, num_tokens)
@@ -99,7 +99,7 @@ class GpuRunner:
                     self._nearly_done = self._event()
         return work.hidden_MC[:num_tokens]
 
-    def until_nearly_done(self) -> bool:
+    def wait_until_nearly_done(self) -> bool:
         if self._nearly_done is None:
             return False
         self._nearly_done.synchronize()
@@ -111,7 +111,7 @@ class GpuRunner:
     def _capture_all(
         self, capture: Capture, max_tokens: int, max_short_step: int, on_progress: Callable[[int, int], None]
     ) -> None:
-        # The largest first: smaller ones find their memory in the pool.
+        # The largest first, so that smaller ones reuse its memory in the pool.
         tokens, batches = token_capture_sizes(max_tokens)[::-1], decode_capture_sizes(self._max_num_seqs)[::-1]
         num_all = len(tokens) + len(batches)
         for num_done, size in enumerate(tokens):
@@ -126,8 +126,8 @@ class GpuRunner:
             self._decode[size] = capture(self._work.decode_step(size))
         on_progress(num_all, num_all)
 
-    def _warm_causal_up(self) -> None:
-        """Some kernels are compiled when they are first used, which takes seconds: not while a long prompt waits."""
+    def _warm_up_attention(self) -> None:
+        """Runs the attention of long steps once: some kernels are compiled at first use, which takes seconds."""
         length = min(self._long)
         q_THD, (k_cache_SKD, v_cache_SKD) = self._work.q_MHD[:length], self._kv_cache.layers[0]
         k_LKD, v_LKD = (each.new_zeros((length, *each.shape[1:])) for each in (k_cache_SKD, v_cache_SKD))
@@ -136,7 +136,7 @@ class GpuRunner:
         self._causal(q_THD, k_LKD, v_LKD, bounds, scale=q_THD.shape[-1] ** -0.5, causal=True)
 
     def _pieces(self, size: int, capture: Capture) -> dict[bool, list[Work]]:
-        """Those that do not differ are captured once."""
+        """Captures the pieces of a long step, without and with media; those that do not differ are captured once."""
         work = self._work
         text = [capture(work.piece(index, size, media=False)) for index in range(work.num_pieces)]
         media = [

@@ -1,4 +1,4 @@
-"""Attention of a long step: one kernel for its tokens that decode, one for its chunks of prompts."""
+"""Attention of a long step: one kernel for the sequences that decode, one for the prefill chunks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vitrine_vlm.llm_worker.models.paged_attention import SequenceSlice
 
 
 class StepAttention:
-    """For all layers of one step; sequences that decode come first among its tokens."""
+    """Attention for all layers of one step, in which the sequences that decode come first."""
 
     def __init__(
         self, sequences: Sequence[SequenceSlice], tables: StepTables, causal: PackedAttention, device: torch.device
@@ -29,15 +29,15 @@ class StepAttention:
             tables.write(decoding, self._splits, None)
         if chunks:
             queries, keys = [chunk.length for chunk in chunks], [chunk.context_length for chunk in chunks]
-            cumulated = _sent(torch.tensor([[0, *queries], [0, *keys]], dtype=torch.int32).cumsum(1).int(), device)
+            cumulated = _to_device(torch.tensor([[0, *queries], [0, *keys]], dtype=torch.int32).cumsum(1).int(), device)
             self._bounds = Bounds(cumulated[0], cumulated[1], max(queries), max(keys))
-            self._slots_L = _sent(torch.cat([chunk.slots for chunk in chunks]), device)
+            self._slots_L = _to_device(torch.cat([chunk.slots for chunk in chunks]), device)
         self._has_chunks = bool(chunks)
 
     def __call__(
         self, q_THD: torch.Tensor, k_cache_SKD: torch.Tensor, v_cache_SKD: torch.Tensor, out_THD: torch.Tensor
     ) -> None:
-        """Fills the rows of `out_THD` that belong to the step's tokens."""
+        """Writes the attention of the step's tokens to `out_THD`."""
         num_decoding = self._num_decoding
         if num_decoding:
             q_NHD, tables = q_THD[:num_decoding], self._tables
@@ -53,6 +53,6 @@ class StepAttention:
             )
 
 
-def _sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On the device, without waiting for what it does before: from pageable memory torch would."""
+def _to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copies to the device without waiting for its running work, as torch would from pageable memory."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x

@@ -1,4 +1,4 @@
-"""What attention has to know of a step's sequences, on the GPU at fixed addresses, so that graphs can read it.
+"""Tables of a step's sequences for attention, on the GPU at fixed addresses, so that graphs can read them.
 
 The unit of work is a tile: a few consecutive tokens of one sequence.
 """
@@ -14,9 +14,9 @@ from vitrine_vlm.llm_worker.engine.staging_buffer import PinnedStagingBuffer
 from vitrine_vlm.llm_worker.models.paged_attention import BlockTable, SequenceSlice
 
 KEYS_A_STEP = 64
-# More are not worth putting together.
+# More splits take longer to combine than they save.
 MAX_SPLITS = 32
-# Programs that fill a GPU: eight a multiprocessor where they only read, two where they have many tokens to compute.
+# Programs that fill a GPU: eight a multiprocessor where they mostly read, two where they compute many tokens.
 MAX_PROGRAMS = 1056
 _PROGRAMS_OF_LONG_TILES = 264
 
@@ -24,8 +24,8 @@ _PROGRAMS_OF_LONG_TILES = 264
 class Tiles:
     """Tiles of at most `tokens_a_tile` tokens each.
 
-    tiles: int32 [4, max_tiles], a column a tile: row of the block tables, first token among the step's, number of
-    tokens, position of the first in its sequence. counts: int32 [2]: tiles, and splits of each one's past.
+    tiles: int32 [4, max_tiles], a column a tile: its row of the block table, its first token in the step, its number of
+    tokens, and the position of its first token in the sequence. counts: int32 [2]: tiles, and splits of each past.
     """
 
     def __init__(self, tokens_a_tile: int, max_tiles: int, num_kv_heads: int, device: torch.device) -> None:
@@ -36,14 +36,14 @@ class Tiles:
         self.counts, self.tiles = self._staged.tensor[:2], self._staged.tensor[2:].view(4, -1)
 
     def splits(self, num_tiles: int) -> int:
-        """Parts that a tile's past may be cut into, so that few tiles fill a GPU, too."""
+        """The number of parts into which a tile's past is cut at most, so that few tiles fill a GPU, too."""
         return max(1, min(MAX_SPLITS, self._programs // (max(1, num_tiles) * self._num_kv_heads)))
 
     def write(self, sequences: Sequence[tuple[int, SequenceSlice]], most_splits: int) -> None:
-        """Tiles of these sequences, which come with their rows of the block tables.
+        """Writes the tiles of these sequences, each given with its row of the block table.
 
         Args:
-            most_splits: that there is memory for.
+            most_splits: splits that there is memory for.
         """
         tiles: list[tuple[int, int, int, int]] = []
         longest = 0
@@ -55,16 +55,17 @@ class Tiles:
         numbers = self._staged.writable()
         if tiles:
             numbers[2:].reshape(4, -1)[:, : len(tiles)] = np.array(tiles, dtype=np.int32).T
-        # Two steps a split at least: what is short is not worth cutting.
+        # At least two iterations a split, as a short past is not worth cutting.
         splits = min(most_splits, self.splits(len(tiles)), longest // (2 * KEYS_A_STEP))
         numbers[:2] = len(tiles), max(1, splits)
         self._staged.copy_to_device()
 
 
 class StepTables:
-    """
+    """The block table and the tiles of a step.
+
     blocks: int32 [max_num_seqs, max_blocks], a row a sequence: its cache blocks in order.
-    singles: of sequences with one token in the step; chunks: of the others.
+    singles: tiles of sequences with one token in the step; chunks: tiles of the others.
     """
 
     def __init__(
@@ -74,13 +75,15 @@ class StepTables:
         self.singles, self.chunks = singles, chunks
         self._blocks = PinnedStagingBuffer((max_num_seqs, max_blocks), torch.int32, device)
         self.blocks = self._blocks.tensor
-        # Which version of which sequence's blocks each row has.
+        # The version of the block table that each row holds.
         self._written = [-1] * max_num_seqs
 
     def write(self, sequences: Sequence[SequenceSlice], single_splits: int, chunk_splits: int | None) -> None:
-        """
+        """Writes the tables of a step.
+
         Args:
-            single_splits, chunk_splits: that there is memory for; None where nobody looks at the chunks' tiles.
+            single_splits, chunk_splits: splits that there is memory for; chunk_splits is None where the tiles of chunks
+                are not read.
         """
         rows = list(enumerate(sequences))
         if chunk_splits is None:

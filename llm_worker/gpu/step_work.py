@@ -1,4 +1,4 @@
-"""What runs in a step of a given size, over fixed memory, so that it can be captured.
+"""The work of a step of a given size, over fixed memory, so that it can be captured.
 
 Shapes: M tokens at most, C hidden size, H query heads, D head dim.
 """
@@ -21,12 +21,12 @@ from vitrine_vlm.llm_worker.gpu.tile_attention import tile_attention
 from vitrine_vlm.llm_worker.models.decoder import TextDecoder
 
 _TOKENS_A_TILE = 16
-# Of single tokens beside chunks: what 16 of them fill a GPU with. Memory for it is there for all.
+# Splits of single tokens beside chunks: with 16 tokens they fill a GPU. There is memory for these splits of all tokens.
 _SINGLE_SPLITS = 8
 
 
 class _Part(NamedTuple):
-    """Of a step's tokens, for attention; see `tile_attention`."""
+    """The tiles of a part of a step's tokens; see `tile_attention`."""
 
     tiles: Tiles
     max_tiles: int
@@ -34,8 +34,9 @@ class _Part(NamedTuple):
 
 
 class StepWork:
-    """
-    q_MHD, attended_MHD: queries of a layer, and what attention makes of them. hidden_MC: a step's result.
+    """Makes the functions that compute steps.
+
+    q_MHD, attended_MHD: queries of a layer, and the result of its attention. hidden_MC: a step's result.
     tables: of the step's sequences.
     """
 
@@ -54,7 +55,7 @@ class StepWork:
         self._kv_cache, self._buffer = kv_cache, buffer
         self._num_deepstack, self._max_num_seqs = config.num_deepstack, max_num_seqs
         heads = (len(buffer.slot_mapping_M), config.num_attention_heads, config.head_dim)
-        # Rows of padding hold what earlier steps left: every row is computed by itself.
+        # Padding holds values of earlier steps, which is harmless, as every token is computed by itself.
         self.q_MHD = torch.zeros(heads, dtype=decoder.dtype, device=device)
         self.attended_MHD = torch.zeros_like(self.q_MHD)
         self.hidden_MC = torch.zeros_like(buffer.embeds_MC)
@@ -63,7 +64,7 @@ class StepWork:
         num_kv_heads = config.num_key_value_heads
         self.tables = StepTables(
             Tiles(1, max_num_seqs, num_kv_heads, device),
-            # One more for each sequence, as its last is rarely full.
+            # One more for each sequence, as its last tile is rarely full.
             Tiles(_TOKENS_A_TILE, max_short_step // _TOKENS_A_TILE + max_num_seqs, num_kv_heads, device),
             max_num_seqs,
             kv_cache.blocks_for(max_model_len),
@@ -72,20 +73,20 @@ class StepWork:
         )
 
     def decode_splits(self, size: int) -> int:
-        """Of single tokens, at most, in decode steps of that size."""
+        """Most splits of single tokens in decode steps of this size."""
         return self.tables.singles.splits(size)
 
     def short_splits(self, size: int) -> tuple[int, int]:
-        """Of single tokens and of chunks, at most, in short steps of that size; of chunks, such as fill a GPU alone."""
+        """Most splits of single tokens and of chunks in short steps of this size; those of chunks fill a GPU alone."""
         return _SINGLE_SPLITS, self.tables.chunks.splits(-(-size // _TOKENS_A_TILE))
 
     def decode_step(self, size: int) -> Work:
-        """For `size` sequences with a token each, none of it of media."""
+        """A step of `size` sequences with one text token each."""
         singles = _Part(self.tables.singles, size, self.decode_splits(size))
         return self._whole_step(size, singles, None, media=False)
 
     def short_step(self, size: int, *, media: bool) -> Work:
-        """For any sequences that have `size` tokens together."""
+        """A step of any sequences with `size` tokens together."""
         single_splits, chunk_splits = self.short_splits(size)
         num_singles, num_chunks = min(size, self._max_num_seqs), -(-size // _TOKENS_A_TILE) + self._max_num_seqs
         singles = _Part(self.tables.singles, num_singles, single_splits)
@@ -97,11 +98,11 @@ class StepWork:
         return len(self._fused.layers) + 1
 
     def has_media_variant(self, index: int) -> bool:
-        """Whether a piece differs where there are media: it adds a layer of deepstack rows."""
+        """Whether a piece differs in steps with media: then it adds a layer of deepstack embeddings."""
         return 1 <= index <= self._num_deepstack
 
     def piece(self, index: int, size: int, *, media: bool) -> Work:
-        """What lies behind attention `index - 1` and in front of attention `index`."""
+        """The work between attention `index - 1` and attention `index`."""
         layers = self._fused.layers
         x_TC, slots_T = self._buffer.embeds_MC[:size], self._buffer.slot_mapping_M[:size]
         cos_sin_T2F, q_THD = self._cos_sin_M2F[:size], self.q_MHD[:size]
@@ -122,7 +123,7 @@ class StepWork:
         return run
 
     def _whole_step(self, size: int, singles: _Part, chunks: _Part | None, *, media: bool) -> Work:
-        """All pieces and the attention between them."""
+        """All pieces, with the attention between them."""
         pieces = [self.piece(index, size, media=media) for index in range(self.num_pieces)]
         q_THD, attended_THD = self.q_MHD[:size], self.attended_MHD[:size]
 

@@ -1,8 +1,8 @@
 """Causal attention over paged keys and values, in Triton kernels that can be captured.
 
-A program's work is a tile of tokens with the query heads that share keys and values. Which tiles there are stands in
-tables on the GPU, so that one graph serves any mix of sequences. The past of a tile is cut into splits that run side by
-side and are put together: the method of "Flash-Decoding" (Dao et al., 2023).
+A program computes a tile of tokens with the query heads that share keys and values. The tiles are listed in tables on
+the GPU, so that one graph serves any mix of sequences. The past of a tile is cut into splits that are computed in
+parallel and combined: the method of "Flash-Decoding" (Dao et al., 2023).
 
 Shapes: T tokens, H query heads, K key/value heads, D head dim, S slots.
 """
@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from vitrine_vlm.gpu_kernels.dependent_launch import has_dependent_launch
 from vitrine_vlm.llm_worker.gpu.step_tables import KEYS_A_STEP, MAX_PROGRAMS, MAX_SPLITS, StepTables, Tiles
 
-# Products of tiles want 16 rows.
+# tl.dot needs at least 16 rows.
 _SMALLEST_TILE = 16
 
 
@@ -31,16 +31,16 @@ def tile_attention(
     most_splits: int,
     out_THD: torch.Tensor,
 ) -> None:
-    """Softmax attention, scaled by D ** -0.5, of all tokens that are in tiles; rows of others are left as they are.
+    """Computes softmax attention, scaled by D ** -0.5, of all tokens in tiles; other rows of `out_THD` are kept.
 
     Args:
         tables, tiles: of the step; read on the GPU only.
-        max_tiles, most_splits: bounds of what may stand in `tiles`.
+        max_tiles, most_splits: upper bounds of `tiles.counts`.
     """
     num_tokens, num_heads, head_dim = q_THD.shape
     num_kv_heads, tokens = k_cache_SKD.shape[1], tiles.tokens_a_tile
     group = num_heads // num_kv_heads
-    # Of each split; then its largest score and its sum of weights.
+    # The result of each split; its largest score and its sum of weights.
     partial = q_THD.new_empty((num_tokens, num_heads, most_splits, head_dim), dtype=torch.float32)
     stats = q_THD.new_empty((num_tokens, num_heads, most_splits, 2), dtype=torch.float32)
     block_d, pdl = max(_SMALLEST_TILE, triton.next_power_of_2(head_dim)), has_dependent_launch(q_THD.device)
@@ -77,7 +77,7 @@ def _attend_split(
         num_tokens = tl.load(tiles + 2 * tiles_stride + tile)
         first_position = tl.load(tiles + 3 * tiles_stride + tile)
         length = first_position + num_tokens
-        # Whole steps a split, so that no two splits share one.
+        # A multiple of KEYS, so that no two splits share an iteration.
         share = tl.cdiv(tl.cdiv(length, num_splits), KEYS) * KEYS
         start = split * share
         stop = tl.minimum(start + share, length)
@@ -104,7 +104,7 @@ def _attend_split(
             seen = there[None, :] & (position[None, :] <= last_key[:, None])
             scores = tl.where(seen, scores, float("-inf"))
             larger = tl.maximum(largest, tl.max(scores, 1))
-            # A row that has seen nothing yet stays at -inf, and -inf less itself is no number.
+            # A row without keys so far stays at -inf, and -inf - -inf would be NaN.
             base = tl.where(larger == float("-inf"), 0.0, larger)
             fading = tl.exp(largest - base)
             weights = tl.exp(scores - base[:, None])
@@ -142,7 +142,7 @@ def _join_splits(
                 at = head * most_splits + split
                 largest = tl.load(stats + at * 2, mask=there, other=float("-inf"))
                 total = tl.load(stats + at * 2 + 1, mask=there, other=0.0)
-                # A split without keys weighs nothing.
+                # A split without keys has weight 0.
                 weight = tl.where(total > 0, tl.exp(largest - tl.max(largest, 0)), 0.0)
                 loaded = there[:, None] & (column < HEAD_DIM)[None, :]
                 parts = tl.load(partial + at[:, None] * HEAD_DIM + column[None, :], mask=loaded, other=0.0)

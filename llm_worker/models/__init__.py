@@ -1,1 +1,1 @@
-"""Text decoders of our own: input buffers in, hidden states and logits out."""
+"""Text decoders: they compute hidden states and logits from the input buffers."""

@@ -1,4 +1,4 @@
-"""What the text decoder needs to know of config.json, for all families and every spelling in use."""
+"""The text decoder's part of config.json, for all families and every spelling in use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vitrine_vlm.model_loading.checkpoint import Checkpoint, CheckpointError
 
 @dataclass(frozen=True)
 class MoeConfig:
-    """Mixture of experts: `sparse_layers` have it, the others a dense MLP."""
+    """Mixture of experts in `sparse_layers`; the others have a dense MLP."""
 
     num_experts: int
     num_experts_per_tok: int
@@ -23,9 +23,9 @@ class MoeConfig:
 class TextConfig:
     """Dims and features of one decoder.
 
-    mrope_section: frequencies that turn with the t, h and w position; mrope_interleaved: in turn, not in blocks.
-    qk_norm: each query and key head is normalized; qkv_bias: their projections and that of values have one.
-    num_deepstack: rows added to the hidden states after each of the first layers.
+    mrope_section: numbers of frequencies that rotate with the t, h and w position; mrope_interleaved: these alternate
+    instead of lying in blocks. qk_norm: each query and key head is normalized. qkv_bias: the projections to queries,
+    keys and values have a bias. num_deepstack: the number of first layers after which deepstack is added.
     """
 
     model_type: str
@@ -55,8 +55,8 @@ def read_text_config(
 
     Args:
         mrope_interleaved, qk_norm: see `TextConfig`.
-        qkv_bias: the family's projections have a bias; else config.json's `attention_bias` says so.
-        moe: the family's layers have experts.
+        qkv_bias: whether the family's projections have a bias; where False, config.json's `attention_bias` decides.
+        moe: whether the family's layers have experts.
 
     Raises:
         CheckpointError: a rope kind that is not supported, or a missing field.
@@ -83,7 +83,7 @@ def read_text_config(
             mrope_interleaved=mrope_interleaved,
             qk_norm=qk_norm,
             qkv_bias=qkv_bias or bool(text.get("attention_bias")),
-            # The whole model's word counts, as in transformers; the text model's where there is no other.
+            # The whole model's value is used, as in transformers; the text model's where there is no other.
             tie_word_embeddings=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
             max_position_embeddings=text["max_position_embeddings"],
             num_deepstack=len(config["vision_config"].get("deepstack_visual_indexes") or ()),

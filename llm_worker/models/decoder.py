@@ -1,6 +1,6 @@
-"""The text decoder of all families; they differ in what `TextConfig` switches on.
+"""The text decoder of all families, which differ only in their `TextConfig`.
 
-It reads only the step's input buffers: text embeddings and image rows have been written there before.
+It reads only the step's input buffers, to which text and media embeddings have been written.
 
 Shapes: T tokens of the step, C hidden size, N deepstack layers, H query heads, K key/value heads, D head dim,
 V vocabulary.
@@ -30,6 +30,7 @@ class StepInputs:
 
     embeds_TC, positions_3T, slot_mapping_T: the tokens, their M-RoPE positions, and the cache slots of their KV.
     deepstack_NTC: added after the first N layers, zero at text positions; None where no token of the step has any.
+    sequences: the sequences of the tokens, in order.
     """
 
     embeds_TC: torch.Tensor
@@ -41,7 +42,7 @@ class StepInputs:
 
 @dataclass(frozen=True)
 class StepShared:
-    """What is computed once a step and read by all layers."""
+    """Values that are computed once a step and read by all layers."""
 
     rotary: Rotary
     attention: AttentionPlan
@@ -89,9 +90,9 @@ class Attention(nn.Module):
             projection(x_TC).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q_THD = shared.rotary.turn(self.q_norm(q_THD))
+        q_THD = shared.rotary.apply_rope(self.q_norm(q_THD))
         k_cache_SKD, v_cache_SKD = kv_cache_2SKD
-        k_cache_SKD[shared.slot_mapping_T] = shared.rotary.turn(self.k_norm(k_TKD))
+        k_cache_SKD[shared.slot_mapping_T] = shared.rotary.apply_rope(self.k_norm(k_TKD))
         v_cache_SKD[shared.slot_mapping_T] = v_TKD
         out_THD = paged_attention(q_THD, k_cache_SKD, v_cache_SKD, shared.attention)
         return self.o_proj(out_THD.flatten(1))
@@ -113,7 +114,7 @@ class DecoderLayer(nn.Module):
 
 
 class TextDecoder(nn.Module):
-    """Parameter names are those of the checkpoints, below their family's prefix.
+    """The decoder. Its parameters have the names of the checkpoints, below their family's prefix.
 
     Args:
         config: of this rank's part, see `sharding.py`.
@@ -124,7 +125,7 @@ class TextDecoder(nn.Module):
         super().__init__()
         self.config = config
         self.group = group if group is not None else OneRank()
-        # The usual initialization would import all of torch's compiler to fill a weight that is loaded anyway: 1.3 s.
+        # nn.Embedding's own initialization would import torch's compiler, 1.3 s, to fill a weight that is loaded later.
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer, self.group) for layer in range(config.num_hidden_layers)
@@ -143,7 +144,7 @@ class TextDecoder(nn.Module):
         return self.embed_tokens.weight.dtype
 
     def embed(self, token_ids_T: torch.Tensor, out_TC: torch.Tensor) -> None:
-        """Text embeddings into `out_TC`, [T, C]."""
+        """Writes text embeddings to `out_TC`, [T, C]."""
         torch.index_select(self.embed_tokens.weight, 0, token_ids_T, out=out_TC)
 
     def forward(self, inputs: StepInputs, kv_caches_L2SKD: torch.Tensor) -> torch.Tensor:
@@ -165,5 +166,5 @@ class TextDecoder(nn.Module):
         return self.norm(x_TC)
 
     def logits(self, hidden_TC: torch.Tensor) -> torch.Tensor:
-        """[T, V], in the model's dtype."""
+        """Logits, [T, V], in the model's dtype."""
         return self.group.gather_columns(self.lm_head(hidden_TC))

@@ -1,4 +1,4 @@
-"""Mixture of experts, plainly: each expert runs once over the tokens that chose it.
+"""Mixture of experts in plain torch: each expert runs once over the tokens routed to it.
 
 Shapes: T tokens, C hidden size, E experts, K experts a token, I expert's intermediate size.
 

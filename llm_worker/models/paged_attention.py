@@ -21,8 +21,8 @@ _versions = itertools.count()
 class BlockTable:
     """The cache blocks of one sequence, in order.
 
-    slots: cache slot of each token they have room for, in order, int64, on the host.
-    version: a number that no other table has, nor had this one before its blocks changed.
+    slots: cache slots of the blocks, one for each token, in order, int64, on the host.
+    version: a number that changes with the blocks, and that no other table ever has.
     """
 
     blocks: list[int] = field(default_factory=list)
@@ -30,17 +30,17 @@ class BlockTable:
     version: int = field(default_factory=lambda: next(_versions))
 
     def set_slots(self, block_size: int) -> None:
-        """To be called when `blocks` have changed."""
-        # NumPy, as torch takes ten times as long over so little.
+        """Updates slots and version; must be called when `blocks` have changed."""
+        # NumPy, as torch takes ten times as long for so few numbers.
         first_slots = np.array(self.blocks, dtype=np.int64)[:, None] * block_size
         self.slots = torch.from_numpy((first_slots + np.arange(block_size)).reshape(-1))
         self.version = next(_versions)
 
 
 class SequenceSlice(NamedTuple):
-    """One sequence's share of a step.
+    """The tokens of one sequence in a step.
 
-    start, length: its tokens among the step's; context_length: tokens with KV after the step, these included.
+    start, length: its tokens in the step. context_length: its tokens with KV after the step, these included.
     """
 
     start: int
@@ -56,23 +56,24 @@ class SequenceSlice(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """What all layers of a step have in common.
+    """The tables of a step that the attention of all layers reads.
 
-    Sequences with one query run as one batch, padded to the longest context: single_rows_B are their tokens among the
-    step's, single_slots_BL their contexts, single_mask_B11L what is context and not padding.
-    chunks: the others, each with the slots of its context, and its mask where it has a past.
+    Sequences with one query run as one batch, padded to the longest context: single_tokens_B are their tokens in the
+    step, single_slots_BL the slots of their contexts, single_mask_B11L is False at padding.
+    chunks: the other sequences, each with the slots of its context, and with its mask where it has a past.
     """
 
-    single_rows_B: torch.Tensor
+    single_tokens_B: torch.Tensor
     single_slots_BL: torch.Tensor
     single_mask_B11L: torch.Tensor
     chunks: list[tuple[SequenceSlice, torch.Tensor, torch.Tensor | None]]
 
 
 def plan_attention(sequences: Sequence[SequenceSlice], device: torch.device) -> AttentionPlan:
-    """
+    """Makes the plan of a step.
+
     Args:
-        sequences: their slices cover all tokens of the step.
+        sequences: cover all tokens of the step.
     """
     singles = [sequence for sequence in sequences if sequence.length == 1]
     longest = max((sequence.context_length for sequence in singles), default=0)
@@ -82,7 +83,7 @@ def plan_attention(sequences: Sequence[SequenceSlice], device: torch.device) -> 
     if singles:
         slots_BL = torch.nn.utils.rnn.pad_sequence([sequence.slots for sequence in singles], batch_first=True)
         slots_BL = slots_BL.to(device)
-        # Masked slots count with weight 0, and 0 * NaN is NaN: pad with a slot of its own, not one of a neighbour.
+        # Masked slots have weight 0, and 0 * NaN is NaN: pad with a slot of the sequence itself.
         slots_BL = torch.where(mask_BL, slots_BL, slots_BL[:, :1])
     return AttentionPlan(
         torch.tensor([sequence.start for sequence in singles], dtype=torch.int64, device=device),
@@ -106,16 +107,16 @@ def _chunk_mask(sequence: SequenceSlice, device: torch.device) -> torch.Tensor |
 def paged_attention(
     q_THD: torch.Tensor, k_cache_SKD: torch.Tensor, v_cache_SKD: torch.Tensor, plan: AttentionPlan
 ) -> torch.Tensor:
-    """Attention of the step's queries to their own sequence's past and themselves, scaled by D ** -0.5.
+    """Computes causal attention of the step's queries within their own sequences, scaled by D ** -0.5.
 
     Args:
-        k_cache_SKD, v_cache_SKD: one slot a token; the step's own keys and values are already in.
+        k_cache_SKD, v_cache_SKD: one slot a token; the step's own keys and values are in them already.
 
     Returns:
         [T, H, D].
     """
     out_THD = torch.empty_like(q_THD)
-    if len(plan.single_rows_B):
+    if len(plan.single_tokens_B):
         _attend_single(q_THD, k_cache_SKD, v_cache_SKD, plan, out_THD)
     for sequence, slots, mask in plan.chunks:
         _attend_chunk(q_THD, k_cache_SKD, v_cache_SKD, sequence, slots, mask, out_THD)
@@ -129,19 +130,19 @@ def _attend_single(
     plan: AttentionPlan,
     out_THD: torch.Tensor,
 ) -> None:
-    """One query a sequence: the heads that share keys and values become the queries of one attention."""
+    """Attends with one query a sequence: query heads that share keys and values are the queries of one attention."""
     num_kv_heads = k_cache_SKD.shape[1]
     attended = F.scaled_dot_product_attention(
-        q_THD[plan.single_rows_B].unflatten(1, (num_kv_heads, -1)),
+        q_THD[plan.single_tokens_B].unflatten(1, (num_kv_heads, -1)),
         _gather(k_cache_SKD, plan.single_slots_BL).transpose(1, 2),
         _gather(v_cache_SKD, plan.single_slots_BL).transpose(1, 2),
         attn_mask=plan.single_mask_B11L,
     )
-    out_THD[plan.single_rows_B] = attended.flatten(1, 2)
+    out_THD[plan.single_tokens_B] = attended.flatten(1, 2)
 
 
 def _gather(cache_SKD: torch.Tensor, slots_BL: torch.Tensor) -> torch.Tensor:
-    """[B, L, K, D]. Several times as fast on the CPU as indexing with a tensor."""
+    """Returns [B, L, K, D]; several times as fast on the CPU as indexing with a tensor."""
     return cache_SKD.index_select(0, slots_BL.flatten()).unflatten(0, slots_BL.shape)
 
 
@@ -154,7 +155,7 @@ def _attend_chunk(
     mask: torch.Tensor | None,
     out_THD: torch.Tensor,
 ) -> None:
-    """A prefill chunk: its queries see everything before them, earlier chunks included."""
+    """Attends with a prefill chunk, whose queries attend to everything before them, earlier chunks included."""
     stop = sequence.start + sequence.length
     attended = F.scaled_dot_product_attention(
         q_THD[sequence.start : stop].transpose(0, 1)[None],

@@ -1,4 +1,4 @@
-"""The ranks that share one decoder, as the decoder sees them."""
+"""The decoder's interface to the ranks that share it."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import torch
 
 
 class RankGroup(Protocol):
-    """rank: ours, of `size`; all ranks make the same calls in the same order."""
+    """The ranks that share one decoder; all make the same calls in the same order. rank: of this process, of `size`."""
 
     rank: int
     size: int
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of every rank's `x`, which it may overwrite."""
+        """Returns the sum of every rank's `x`, which may be overwritten."""
         ...
 
     def gather_columns(self, x_TV: torch.Tensor) -> torch.Tensor:
-        """Every rank's columns side by side, [T, size * V], on every rank."""
+        """Returns the concatenated columns of all ranks, [T, size * V], on every rank."""
         ...
 
 
 class OneRank:
-    """No others: nothing to sum up or to gather."""
+    """A group of one rank, with nothing to sum up or to gather."""
 
     rank, size = 0, 1
 

@@ -1,4 +1,4 @@
-"""Multimodal rotary embedding: each frequency turns with the time, row or column position.
+"""Multimodal rotary embedding: each frequency rotates with the time, row or column position.
 
 Shapes: T tokens, H heads, D head dim, F frequencies (D / 2).
 
@@ -16,18 +16,19 @@ from vitrine_vlm.llm_worker.models.config import TextConfig
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotation of every token of a step, in the model's dtype: [T, 1, D] each."""
+    """Cosines and sines of every token of a step, in the model's dtype."""
 
     cos_T1D: torch.Tensor
     sin_T1D: torch.Tensor
 
-    def turn(self, x_THD: torch.Tensor) -> torch.Tensor:
+    def apply_rope(self, x_THD: torch.Tensor) -> torch.Tensor:
+        """Rotates queries or keys."""
         left, right = x_THD.chunk(2, dim=-1)
         return x_THD * self.cos_T1D + torch.cat([-right, left], dim=-1) * self.sin_T1D
 
 
 def axis_of_frequency(config: TextConfig) -> torch.Tensor:
-    """Which position (0 time, 1 row, 2 column) each frequency turns with, [F] int64."""
+    """The position axis (0 time, 1 row, 2 column) that each frequency rotates with, [F] int64."""
     section = config.mrope_section
     if not config.mrope_interleaved:
         return torch.repeat_interleave(torch.arange(3), torch.tensor(section))
@@ -38,7 +39,7 @@ def axis_of_frequency(config: TextConfig) -> torch.Tensor:
 
 
 def rotary_at(positions_3T: torch.Tensor, config: TextConfig, dtype: torch.dtype) -> Rotary:
-    """Angles in float32, cos and sin in `dtype`."""
+    """Computes the rotation at these positions: angles in float32, cos and sin in `dtype`."""
     device = positions_3T.device
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     frequencies_F = 1.0 / config.rope_theta**exponents

@@ -1,8 +1,8 @@
-"""Which part of the decoder each rank of a tensor parallel worker holds.
+"""The part of the decoder that each rank of a tensor parallel worker holds.
 
-What makes heads or the MLP's inner activations is cut by rows, what reads them by columns: each rank then has a summand
-of every layer's two outputs. Experts are cut alike, all of them on every rank. lm_head is cut by the vocabulary; norms,
-embeddings and the experts' gate are whole everywhere.
+Projections to heads or to the MLP's inner activations are cut by rows, those from them by columns, so that each rank
+computes a summand of both outputs of a layer. Every expert is cut likewise. lm_head is cut by the vocabulary; norms,
+embeddings and the experts' gate are whole on every rank.
 
 Source: Megatron-LM (arXiv 1909.08053), section 3.
 """
@@ -61,13 +61,13 @@ def config_of_rank(config: TextConfig, num_ranks: int) -> TextConfig:
 def part_of_rank(
     name: str, stored_shape: Sequence[int], own_shape: Sequence[int], group: RankGroup
 ) -> TensorPart | None:
-    """What this rank reads of a stored tensor; None for all of it.
+    """The part of a stored tensor that this rank reads; None for all of it.
 
     Args:
-        own_shape: of the parameter it becomes.
+        own_shape: of the rank's parameter.
 
     Raises:
-        CheckpointError: the stored tensor is not as large as all ranks' parts.
+        CheckpointError: the stored tensor does not have the size of all ranks' parts together.
     """
     dim = next((dim for suffix, dim in _CUT_DIM.items() if name.endswith(suffix)), None)
     if dim is None or group.size == 1:
@@ -79,7 +79,7 @@ def part_of_rank(
         if ".experts." not in name or list(stored_shape) != [whole[0], whole[2], whole[1]]:
             raise CheckpointError(f"{name} has shape {tuple(stored_shape)}, config.json asks for {tuple(whole)}")
         dim = 3 - dim
-    if name.endswith(_GATE_UP):  # gate and up lie one behind the other, and each is cut for itself
+    if name.endswith(_GATE_UP):  # gate and up are concatenated, and each is cut by itself
         half = own_size // 2
         starts = [group.rank * half, (group.size + group.rank) * half]
         return TensorPart(dim, tuple(slice(start, start + half) for start in starts))

@@ -1,4 +1,4 @@
-"""Loads the language half of a checkpoint, and nothing of the vision half."""
+"""Loads the text decoder's weights of a checkpoint, and none of the vision tower."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vitrine_vlm.llm_worker.models.sharding import part_of_rank
 from vitrine_vlm.model_loading.checkpoint import Checkpoint, CheckpointError, TensorPart
 from vitrine_vlm.model_loading.dummy_weights import configured_dtype
 
-# Where the decoder's tensors live, newest spelling first; older checkpoints have them right below "model.".
+# Prefixes of the decoder's tensors, the newest first; older checkpoints have them right below "model.".
 _PREFIXES = ("model.language_model.", "language_model.model.", "model.")
 _A_NORM = "layers.0.input_layernorm.weight"
 
@@ -26,7 +26,7 @@ def load_language_weights(
     """Fills the decoder, which was built on the meta device.
 
     Raises:
-        CheckpointError: a tensor is missing, has another shape, or the language half holds one we do not know.
+        CheckpointError: a tensor of the decoder is missing, has another shape, or is unknown.
     """
     names = checkpoint.tensor_names()
     prefix = next((each for each in _PREFIXES if f"{each}embed_tokens.weight" in names), None)
@@ -34,13 +34,13 @@ def load_language_weights(
         raise CheckpointError(f"no embed_tokens.weight below any of {_PREFIXES} in {checkpoint.folder}")
     parameters = dict(decoder.named_parameters())
     if decoder.config.tie_word_embeddings:
-        parameters.pop("lm_head.weight", None)  # it is among the embeddings
+        parameters.pop("lm_head.weight", None)  # it is the weight of the embeddings
     stored_name = {name: name if name.startswith("lm_head.") else prefix + name for name in parameters}
     unknown = [
         name for name in names if name.startswith(prefix) and "visual." not in name and name not in stored_name.values()
     ]
     if unknown:
-        raise CheckpointError(f"{len(unknown)} tensors of the language model have no place here, first: {unknown[:3]}")
+        raise CheckpointError(f"{len(unknown)} tensors of the language model are unknown, first: {unknown[:3]}")
     own_name = {stored: name for name, stored in stored_name.items()}
 
     def part_of_stored(stored: str, shape: tuple[int, ...]) -> TensorPart | None:
@@ -53,16 +53,16 @@ def load_language_weights(
         loaded[name] = _as_shaped(stored, tensor, parameters[name].shape).to(dtype)
         on_progress(len(loaded), len(own_name))
     if decoder.config.tie_word_embeddings:
-        # Not a copy: this rank's part of the vocabulary.
+        # A view: this rank's part of the vocabulary.
         loaded["lm_head.weight"] = loaded["embed_tokens.weight"].chunk(decoder.group.size)[decoder.group.rank]
     decoder.load_state_dict(loaded, assign=True)
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """Element type of the language weights on disk, read from one norm's weight; of dummies what config.json says.
+    """The element type of the decoder's weights on disk, as one norm's weight has it; for dummies that of config.json.
 
     Raises:
-        CheckpointError: there is no such weight, as in models that have no decoder here.
+        CheckpointError: there is no such weight, as in models without a text decoder.
     """
     if checkpoint.load_format == "dummy":
         return configured_dtype(checkpoint)

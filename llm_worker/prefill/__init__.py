@@ -1,1 +1,1 @@
-"""Prefill on one worker, decode on another: prompts go one way, first tokens and KV the other."""
+"""Prefill on one worker, decode on another: prompts go to the first, their first tokens and KV to the second."""

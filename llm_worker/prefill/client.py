@@ -1,4 +1,4 @@
-"""The client of the prefill workers: picks one for each prompt, receives its KV, goes elsewhere if it dies."""
+"""The client of the prefill workers: picks one for each prompt, receives its KV, tries another one where it fails."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from vitrine_vlm.service_runtime.retry import Attempts, RetryPolicy
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.types import RowsEvent
 
-# Prompts that begin alike go to the same worker, whose prefix cache knows them: so many of their tokens decide.
+# Prompts whose first tokens are equal, this many, go to the same worker, whose prefix cache has them.
 _NUM_ROUTED_TOKENS = 256
 
-# The prefill worker cannot be reached or shuts down, its encoders do, or either has no capacity.
+# The prefill worker or its encoders cannot be reached or shut down, or either has no capacity.
 PREFILL_RETRIES = RetryPolicy[VitrineError](elsewhere=(PrefillUnavailable, EncoderUnavailable, Overloaded))
 
-# For KV alone: whatever token comes with it, it is not the last.
+# Where only the KV is needed: the token that comes with it is not used, and not the last.
 _ANY_TOKEN = SamplingParams(temperature=0.0)
 
 
 class PrefillClient(FleetClient[PrefillPeer]):
-    """Has prompts computed on one of several prefill workers. Make and use it on one event loop.
+    """Has prompts computed on one of several prefill workers. Belongs to one event loop.
 
     Args:
-        kv_format: what their rows must be.
+        kv_format: the format that their KV must have.
         merge_size: patches merged into one token along each side.
         timeout_s: for one prompt on one worker.
-        max_prompt_tokens: the longest prompt whose KV is taken in.
-        on_hand_over: called with the seconds from a first token to its KV being readable here.
-        supervisor: owns the loops of this client; None for one of its own. Once one has failed, `prefill` fails.
+        max_prompt_tokens: the longest prompt whose KV is accepted.
+        on_hand_over: called with the seconds from a first token until its KV can be read here.
+        supervisor: owns the loops of this client; None for one of its own. Once a loop has failed, `prefill` fails.
     """
 
     def __init__(
@@ -70,19 +70,19 @@ class PrefillClient(FleetClient[PrefillPeer]):
     def prefill(
         self, request: GenerationRequest, token_ids: list[int], needs_token: bool, first_row: int = 0
     ) -> AsyncGenerator[PrefillEvent]:
-        """Computes a prompt: yields LayoutEvents, again where a worker was lost, one Prefilled, one RowsEvent with KV.
+        """Has a prompt computed: yields LayoutEvents (again where a worker was lost), one Prefilled, one RowsEvent.
 
-        There is no RowsEvent where the first token is the last. The caller owns the rows it was given.
+        There is no RowsEvent where the first token is the last. The caller has to release the KV it receives.
 
         Args:
             token_ids: the request's prompt, tokenized.
             needs_token: False where only the KV is missing: then there is no Prefilled either.
-            first_row: the KV of the tokens before it is here, and is not sent.
+            first_row: KV rows before it are here already, and are not sent.
 
         Raises:
             PrefillUnavailable: no prefill worker is left.
             Overloaded: those that are left are overloaded.
-            VitrineError: why the request cannot be computed.
+            VitrineError: why the prompt cannot be computed.
         """
         self._num_requests += 1
         prompt = _Prompt(request, token_ids, first_row, needs_token, Attempts(self._policy))
@@ -137,12 +137,14 @@ class PrefillClient(FleetClient[PrefillPeer]):
         return prefill_method(connection.channel), message, stream
 
     def _unavailable(self, failures: Mapping[str, VitrineError]) -> PrefillUnavailable:
-        return PrefillUnavailable(f"no prefill worker is left: {self._reasons(failures)}; start one or give it time")
+        return PrefillUnavailable(
+            f"no prefill worker is left: {self._reasons(failures)}; start one, or try again later"
+        )
 
 
 @dataclass
 class _Prompt:
-    """needs_token: no worker's first token has been handed out, and it is wanted."""
+    """A prompt and what is still needed of it. needs_token: the first token is wanted, and was not yielded yet."""
 
     request: GenerationRequest
     token_ids: list[int]

@@ -1,4 +1,4 @@
-"""What the rows of KV are that two workers exchange."""
+"""The format of the KV rows that two workers exchange."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROTOCOL_VERSION = 2
 
 @dataclass(frozen=True)
 class KvFormat:
-    """Two workers must agree on it field by field; a row holds keys and values of all layers of one token."""
+    """Must be equal on both workers. A row holds the keys and values of one token in all layers."""
 
     model: str
     revision: str
@@ -46,18 +46,19 @@ class KvFormat:
         return self.row_width * DTYPES[self.dtype].itemsize
 
 
-def check_format(other: str, theirs: KvFormat, ours: KvFormat) -> None:
-    """
+def check_format(other: str, received: KvFormat, expected: KvFormat) -> None:
+    """Compares the formats of two workers.
+
     Args:
-        other: who the other worker is, for the message.
+        other: the name of the other worker, for the message. received: its format. expected: this worker's.
 
     Raises:
         PrefillMismatch: names the first field that differs, with both values.
     """
     for field in fields(KvFormat):
-        their_value, our_value = getattr(theirs, field.name), getattr(ours, field.name)
-        if their_value != our_value:
+        value, expected_value = getattr(received, field.name), getattr(expected, field.name)
+        if value != expected_value:
             raise PrefillMismatch(
-                f"{other} has another {field.name}: {their_value!r}, this worker has {our_value!r}; "
+                f"{other} has another {field.name}: {value!r}, this worker has {expected_value!r}; "
                 "start both from the same checkpoint, with the same dtype"
             )

@@ -1,4 +1,4 @@
-"""One prefill worker as a worker that decodes sees it."""
+"""A decode worker's view of one prefill worker."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from vitrine_vlm.protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
 
 
 class PrefillPeer(RowPeer[KvFormat]):
-    """
+    """A prefill worker and the connection to it.
+
     Args:
-        expected: what its rows must be.
+        expected: the format that its KV must have.
     """
 
     service = "prefill worker"

@@ -1,4 +1,4 @@
-"""The Prefill service's methods: as generated, but responses go through the codec of encoders' responses."""
+"""The Prefill service's methods, as generated, except that responses pass through the chunk codec."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SERVICE = prefill_pb2.DESCRIPTOR.services_by_name["Prefill"].full_name
 
 
 def prefill_handlers(servicer: prefill_pb2_grpc.PrefillServicer) -> grpc.GenericRpcHandler:
-    """Handlers of all methods, for `server.add_generic_rpc_handlers`.
+    """Returns handlers of all methods, for `server.add_generic_rpc_handlers`.
 
     `servicer.Prefill` writes PrefillResponse messages or chunks that `encode_chunk` serialized.
     """
@@ -33,7 +33,7 @@ def prefill_handlers(servicer: prefill_pb2_grpc.PrefillServicer) -> grpc.Generic
 def prefill_method(
     channel: grpc.aio.Channel,
 ) -> grpc.aio.UnaryStreamMultiCallable[prefill_pb2.PrefillRequest, bytes]:
-    """Prefill on a channel; yields serialized responses, for `parse_response`."""
+    """Returns the Prefill method on a channel; it yields serialized responses, for `parse_response`."""
     return channel.unary_stream(
         f"/{SERVICE}/Prefill",
         request_serializer=prefill_pb2.PrefillRequest.SerializeToString,

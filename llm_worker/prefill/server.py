@@ -1,4 +1,4 @@
-"""The prefill side's gRPC face: a thin servicer over Generator and RowExporter."""
+"""The Prefill service: a thin servicer over Generator and RowExporter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vitrine_vlm.llm_worker.generation.events import FirstToken, GenerationReque
 from vitrine_vlm.llm_worker.generation.served_model import ServedModel
 from vitrine_vlm.llm_worker.prefill.kv_format import KvFormat, check_format
 from vitrine_vlm.llm_worker.prefill.wire import format_from_proto, format_to_proto, prefilled_to_proto
-from vitrine_vlm.llm_worker.requests import Requests
+from vitrine_vlm.llm_worker.request_tracker import RequestTracker
 from vitrine_vlm.llm_worker.wire import generation_from_proto
 from vitrine_vlm.protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
 from vitrine_vlm.service_runtime.traces import metadata_carrier, serving_span
@@ -28,8 +28,8 @@ PrefillContext: TypeAlias = grpc.aio.ServicerContext[prefill_pb2.PrefillRequest,
 
 
 @dataclass(frozen=True)
-class Prefilling:
-    """What there is once the model is loaded."""
+class ServedPrefill:
+    """What the servicer uses, once the model is loaded. kv_format: of the KV that `exporter` sends."""
 
     served: ServedModel
     kv_format: KvFormat
@@ -39,11 +39,11 @@ class Prefilling:
 class PrefillServicer(SessionServicer, prefill_pb2_grpc.PrefillServicer):  # type: ignore[misc]
     """Answers UNAVAILABLE until `open` is called."""
 
-    def __init__(self, requests: Requests) -> None:
+    def __init__(self, requests: RequestTracker) -> None:
         self._requests = requests
-        self._prefilling: Prefilling | None = None
+        self._prefilling: ServedPrefill | None = None
 
-    def open(self, prefilling: Prefilling) -> None:
+    def open(self, prefilling: ServedPrefill) -> None:
         self._prefilling = prefilling
 
     async def Describe(
@@ -56,17 +56,17 @@ class PrefillServicer(SessionServicer, prefill_pb2_grpc.PrefillServicer):  # typ
         except Exception as error:
             await abort(context, error)
 
-    # A coroutine that writes, too: see SessionServicer.
+    # A coroutine that writes instead of a generator, for the reason given at SessionServicer.
     async def Prefill(self, request: prefill_pb2.PrefillRequest, context: PrefillContext) -> None:  # type: ignore[override]
         try:
             prefilling = self._loaded()
-            check_format("the worker that asks", format_from_proto(request.format), prefilling.kv_format)
+            check_format("the decode worker", format_from_proto(request.format), prefilling.kv_format)
             generation = generation_from_proto(
                 request.request_id, request.prompt, request.sampling, prefilling.served.defaults
             )
             with serving_span("prefill", metadata_carrier(context.invocation_metadata())):
                 await self._prefill(generation, request, prefilling, context)
-        except WorkerUnavailable as error:  # to its clients a prefill worker
+        except WorkerUnavailable as error:  # clients know this worker as a prefill worker
             await abort(context, PrefillUnavailable(str(error)))
         except Exception as error:
             await abort(context, error)
@@ -75,19 +75,21 @@ class PrefillServicer(SessionServicer, prefill_pb2_grpc.PrefillServicer):  # typ
         self,
         generation: GenerationRequest,
         request: prefill_pb2.PrefillRequest,
-        prefilling: Prefilling,
+        prefilling: ServedPrefill,
         context: PrefillContext,
     ) -> None:
         known: PromptKnown | None = None
         leases: list[int] = []
         exporter, session_id, first_row = prefilling.exporter, request.session_id, request.first_row
         try:
-            async with self._requests.running(partial(prefilling.served.generator.prefill, generation)) as events:
+            async with self._requests.track(partial(prefilling.served.generator.prefill, generation)) as events:
                 async for event in events:
                     if isinstance(event, PromptKnown):
                         known = event
                         if first_row >= known.num_prompt_tokens:
-                            raise BadRequest(f"KV from row {first_row} on of {known.num_prompt_tokens} tokens")
+                            raise BadRequest(
+                                f"first_row {first_row} must be below the prompt's {known.num_prompt_tokens} tokens"
+                            )
                         for index, layout in enumerate(event.layouts):
                             await send(context, prefill_pb2.PrefillResponse(layout=layout_to_proto(index, layout)))
                     elif isinstance(event, FirstToken):
@@ -104,14 +106,14 @@ class PrefillServicer(SessionServicer, prefill_pb2_grpc.PrefillServicer):  # typ
                                     leases.append(response.ready.lease.lease_id)
                                     await send(context, prefill_pb2.PrefillResponse(ready=response.ready))
         except BaseException:
-            # The lease may still be on its way, where nobody takes it.
+            # A lease may have been sent to a client that does not read it any more.
             exporter.release(session_id, leases)
             raise
 
     def _exporter(self) -> RowExporter:
         return self._loaded().exporter
 
-    def _loaded(self) -> Prefilling:
+    def _loaded(self) -> ServedPrefill:
         if self._prefilling is None:
             raise PrefillUnavailable("the worker is still loading its model: try again when it is SERVING")
         return self._prefilling

@@ -27,8 +27,8 @@ class PrefillStream(RowStream[PrefillEvent]):
 
     Args:
         merge_size: patches merged into one token along each side.
-        max_prompt_tokens: the longest prompt whose KV is taken in.
-        first_row: of the KV that was asked for.
+        max_prompt_tokens: the longest prompt whose KV is accepted.
+        first_row: the first KV row that was requested.
     """
 
     def __init__(
@@ -74,10 +74,10 @@ class PrefillStream(RowStream[PrefillEvent]):
     def _layout(self, message: encoder_pb2.Layout) -> LayoutEvent:
         index = message.item_index
         if index >= len(self._request.media):
-            raise InternalError(f"{self._sender} sent a layout of item {index} unasked for")
+            raise InternalError(f"{self._sender} sent a layout of item {index}, which was not requested")
         if message.num_tokens > self._max_prompt_tokens:
             raise PromptTooLong(
-                f"media item {index} has {message.num_tokens} tokens, prompt and answer at most "
+                f"media item {index} has {message.num_tokens} tokens, prompt and answer may have "
                 f"{self._max_prompt_tokens}: send a smaller one or raise --max-model-len"
             )
         return LayoutEvent(index, layout_from_proto(message, self._request.media[index], self._merge_size))
@@ -86,8 +86,8 @@ class PrefillStream(RowStream[PrefillEvent]):
         num_tokens = message.num_prompt_tokens
         if not self._first_row < num_tokens <= self._max_prompt_tokens:
             raise InternalError(
-                f"{self._sender} computed a prompt of {num_tokens} tokens: at most {self._max_prompt_tokens} are taken "
-                f"in, and there are {self._first_row} of it here"
+                f"{self._sender} computed a prompt of {num_tokens} tokens: {self._max_prompt_tokens} are accepted "
+                f"at most, and KV from row {self._first_row} on was requested"
             )
         self._announce(_KV, num_tokens - self._first_row)
         self._ends_here = self._request.sampling.is_last(message.token_id)

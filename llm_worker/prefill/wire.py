@@ -1,4 +1,4 @@
-"""Between the messages of prefill.proto and plain values."""
+"""Converts between the messages of prefill.proto and plain values."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from vitrine_vlm.types import ItemTimings
 
 @dataclass(frozen=True)
 class Prefilled:
-    """A prompt that was computed elsewhere.
+    """A prompt that a prefill worker has computed.
 
-    media_timings: of its slowest items, as of one; prefill_ms and num_cached_tokens: as in EngineTimings.
+    first: the first token. media_timings: of the slowest items. prefill_ms, num_cached_tokens: see EngineTimings.
     """
 
     num_prompt_tokens: int
@@ -49,7 +49,7 @@ def request_to_proto(
 ) -> prefill_pb2.PrefillRequest:
     """
     Args:
-        token_ids: the request's prompt, tokenized. first_row: of the KV that is wanted.
+        token_ids: the request's prompt, tokenized. first_row: the first KV row that is needed.
     """
     return prefill_pb2.PrefillRequest(
         request_id=request.request_id,

@@ -1,4 +1,4 @@
-"""What building a prompt needs to know of config.json."""
+"""The part of config.json that building a prompt needs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vitrine_vlm.types import MediaKind
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """Special token ids, and how media tokens are placed.
+    """Special token ids, and the rules by which media tokens are placed.
 
     merge_size: patches merged into one token along each side.
     tokens_per_second: time positions per second of video; None where a video's timestamps are text.
@@ -34,9 +34,10 @@ class PromptConfig:
 
 
 def read_prompt_config(checkpoint: Checkpoint, *, timestamped_videos: bool) -> PromptConfig:
-    """
+    """Reads the configuration of a checkpoint's prompts.
+
     Args:
-        timestamped_videos: see `PromptConfig`; else config.json has the `tokens_per_second`.
+        timestamped_videos: see `PromptConfig`; where False, config.json must have `tokens_per_second`.
 
     Raises:
         CheckpointError: config.json lacks a field.

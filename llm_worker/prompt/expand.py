@@ -1,7 +1,7 @@
-"""From token ids with placeholders and the items' layouts to the whole prompt.
+"""Expands the placeholders of a prompt by the items' layouts.
 
 Source: transformers 5.23 `replace_video_token` of the processors that the families name, and
-`ProcessorMixin.get_text_with_replacements`, which leaves what surrounds a placeholder as it is.
+`ProcessorMixin.get_text_with_replacements`, which leaves the text around a placeholder as it is.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ EncodeText = Callable[[str], list[int]]
 def expand_prompt(
     plan: PlaceholderPlan, layouts: Sequence[Layout], config: PromptConfig, encode_text: EncodeText | None
 ) -> ExpandedPrompt:
-    """
+    """Returns the whole prompt.
+
     Args:
         layouts: of the request's items, in order.
-        encode_text: the tokenizer, for timestamps that are text; None without one.
+        encode_text: tokenizes timestamps that are text; None where there is no tokenizer.
 
     Raises:
-        PlaceholderMismatch: expanded placeholders that are not those of the items.
-        BadRequest: a timestamp would have to be tokenized and there is no tokenizer.
+        PlaceholderMismatch: the placeholders are expanded already, but not as the layouts demand.
+        BadRequest: a timestamp has to be tokenized and there is no tokenizer.
     """
     if plan.expanded:
         token_ids, spans = plan.token_ids, match_expanded(plan, layouts, config)

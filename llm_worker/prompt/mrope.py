@@ -29,12 +29,13 @@ class MropePositions:
 def mrope_positions(
     num_tokens: int, spans: Sequence[MediaSpan], layouts: Sequence[Layout], config: PromptConfig
 ) -> MropePositions:
-    """
+    """Computes the positions of a prompt.
+
     Args:
         num_tokens: length of the expanded prompt.
         spans: its media spans in order of their start.
     """
-    # NumPy, as torch takes several times as long over so little.
+    # NumPy, as torch takes several times as long for so few numbers.
     positions_3N = np.empty((3, num_tokens), dtype=np.int64)
     token = position = 0
     for span in spans:
@@ -47,7 +48,7 @@ def mrope_positions(
         times_THW[:] = position + _times(len(times_THW), layout, config)[:, None, None]
         rows_THW[:] = position + np.arange(h)[:, None]
         columns_THW[:] = position + np.arange(w)
-        # Time does not count: a video advances by its longer side, too.
+        # The next text position follows from height and width alone, for videos, too.
         position += max(h, w)
         token = span.stop
     positions_3N[:, token:] = np.arange(position, position + num_tokens - token)
@@ -55,10 +56,10 @@ def mrope_positions(
 
 
 def _times(num_times: int, layout: Layout, config: PromptConfig) -> npt.NDArray[np.int64]:
-    """Positions of a span's temporal patches from 0 on, [num_times]."""
+    """Time positions of a span's temporal patches, from 0 on, [num_times]."""
     times = np.arange(num_times)
     if layout.kind == "video" and config.tokens_per_second is not None:
-        # float32 and truncation as in the source: a rounding here would move whole frames.
+        # float32 and truncation as in the source: rounding would give whole frames other positions.
         interval = np.float32(config.tokens_per_second) * np.float32(layout.second_per_grid_t)
         times = (times.astype(np.float32) * interval).astype(np.int64)
     return times

@@ -1,8 +1,8 @@
-"""Which placeholder tokens of a prompt stand for which media item.
+"""Matches the placeholder tokens of a prompt with media items.
 
-Usually each item has exactly one placeholder, and the i-th placeholder of a kind is the i-th item of that kind: known
-before anything is loaded. Otherwise the prompt's placeholders are expanded already, and they are matched against the
-items' layouts as soon as these are there.
+Usually each item has exactly one placeholder, and the i-th placeholder of a kind is the i-th item of that kind, which
+is known before anything is loaded. Otherwise the prompt's placeholders are expanded already, and they are matched with
+the items' layouts once these are known.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ Positions = dict[MediaKind, npt.NDArray[np.intp]]
 
 @dataclass(frozen=True)
 class PlaceholderPlan:
-    """positions: where each kind's placeholder tokens are; expanded: there is one for every row, not for every item."""
+    """The placeholders of a prompt.
+
+    positions: of each kind's placeholder tokens. expanded: there is one for every embedding, not one for every item.
+    """
 
     token_ids: list[int]
     positions: Positions
@@ -31,12 +34,13 @@ class PlaceholderPlan:
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Text tokens in front of the first placeholder."""
+        """Number of text tokens in front of the first placeholder."""
         return min((int(each[0]) for each in self.positions.values() if len(each)), default=len(self.token_ids))
 
 
 def plan_placeholders(token_ids: list[int], kinds: Sequence[MediaKind], config: PromptConfig) -> PlaceholderPlan:
-    """
+    """Finds the placeholders of a prompt.
+
     Args:
         kinds: of the request's items, in order.
 
@@ -58,7 +62,7 @@ def plan_placeholders(token_ids: list[int], kinds: Sequence[MediaKind], config: 
 
 
 def span_lengths(layout: Layout, config: PromptConfig) -> list[int]:
-    """Rows in each run of placeholders of an item: one run, but one a temporal patch for timestamped videos."""
+    """Lengths of an item's runs of placeholders: one run, but one a temporal patch for timestamped videos."""
     if layout.kind == "image" or not config.timestamped_videos:
         return [layout.num_tokens]
     num_frames = layout.grid_thw[0]
@@ -66,10 +70,10 @@ def span_lengths(layout: Layout, config: PromptConfig) -> list[int]:
 
 
 def match_expanded(plan: PlaceholderPlan, layouts: Sequence[Layout], config: PromptConfig) -> list[MediaSpan]:
-    """The spans of a prompt whose placeholders are expanded, in order of their start.
+    """Returns the spans of a prompt whose placeholders are expanded, in order of their start.
 
     Raises:
-        PlaceholderMismatch: the runs of placeholders are not those of the items.
+        PlaceholderMismatch: the runs of placeholders have other lengths than the layouts demand.
     """
     spans: list[MediaSpan] = []
     for kind, where in plan.positions.items():

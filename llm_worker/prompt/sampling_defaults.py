@@ -1,4 +1,4 @@
-"""Sampling a checkpoint asks for where a request leaves it open: its generation_config.json."""
+"""The sampling parameters of a checkpoint's generation_config.json, for requests that set none."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vitrine_vlm.model_loading.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """eos_token_ids end a generation; the others are SamplingParams' fields."""
+    """eos_token_ids: tokens that end a generation; the others are as in SamplingParams."""
 
     temperature: float
     top_p: float

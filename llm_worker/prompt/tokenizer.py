@@ -1,10 +1,11 @@
-"""The checkpoint's tokenizer and chat template. The only file of the worker that knows transformers."""
+"""The checkpoint's tokenizer and chat template. No other file of the worker imports transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -13,19 +14,19 @@ from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.model_loading.checkpoint import Checkpoint, CheckpointError
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
-# Byte-level tokenizers write every byte as one printable character.
+# Byte-level tokenizers represent every byte by one printable character.
 _BYTE_OF: dict[str, int] = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 class PromptTokenizer:
-    """Text to ids, ids to text, messages to text.
+    """Turns text into ids, ids into text, and messages into text.
 
     Raises:
         CheckpointError: the checkpoint has no tokenizer that can be loaded.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        # transformers makes up an empty tokenizer where there is none.
+        # transformers makes an empty tokenizer where there is none.
         if not any((checkpoint.folder / name).is_file() for name in _TOKENIZER_FILES):
             raise CheckpointError(
                 f"none of {', '.join(_TOKENIZER_FILES)} in {checkpoint.folder}: add the tokenizer's files "
@@ -38,31 +39,31 @@ class PromptTokenizer:
                 f"no tokenizer in {checkpoint.folder}: {error}; add its files or start with --skip-tokenizer-init"
             ) from error
         self._added_token_ids = frozenset(self._tokenizer.added_tokens_decoder)
-        # Older checkpoints keep the template in a file of its own.
+        # Older checkpoints have the template in a file of its own.
         self._chat_template: str | None = self._tokenizer.chat_template or checkpoint.json("chat_template.json").get(
             "chat_template"
         )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` as it stands; special tokens written out in it are recognized. From any thread."""
-        # Not transformers' own encode: it sets truncation on the shared tokenizer, which another thread may be using.
+        """Returns the ids of `text`, without added tokens; special tokens in it are recognized. Safe on any thread."""
+        # Not transformers' own encode, which sets truncation on the shared tokenizer while other threads may use it.
         ids: list[int] = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def text_of(self, token_id: int) -> str:
-        """One token by itself, for log-probabilities; not always valid text."""
+        """The text of one token by itself, for log-probabilities; it may be part of a character."""
         text: str = self._tokenizer.decode([token_id])
         return text
 
     def bytes_of(self, token_id: int) -> bytes:
-        """The token's part of the UTF-8 text; those of several tokens put together are valid text."""
+        """The token's bytes of the UTF-8 text; those of all tokens of a text, joined, are valid."""
         token: str | None = self._tokenizer.convert_ids_to_tokens(token_id)
         if token is None or token_id in self._added_token_ids:
             return (token or "").encode()
         return bytes(_BYTE_OF[character] for character in token)
 
     def render_chat(self, messages: Sequence[dict[str, Any]]) -> str:
-        """The prompt text that asks for the assistant's next message.
+        """Returns the prompt text that asks for the assistant's next message.
 
         Raises:
             BadRequest: the checkpoint has no chat template, or it refuses the messages.
@@ -73,7 +74,7 @@ class PromptTokenizer:
             text: str = self._tokenizer.apply_chat_template(
                 list(messages), chat_template=self._chat_template, add_generation_prompt=True, tokenize=False
             )
-        except Exception as error:  # templates raise whatever they like
+        except Exception as error:  # templates may raise any exception
             raise BadRequest(f"the chat template refuses these messages: {error}") from error
         return text
 
@@ -82,12 +83,12 @@ class PromptTokenizer:
 
 
 class Detokenizer:
-    """Text of one generation, piece by piece: only whole characters come out."""
+    """The text of one generation, token by token, in whole characters only."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
 
     def push(self, token_id: int) -> str:
-        """Text that this token completes; empty in the middle of a character and for special tokens."""
+        """Returns the text that this token completes; empty in the middle of a character and for special tokens."""
         return self._stream.step(self._tokenizer, token_id) or ""

@@ -1,4 +1,4 @@
-"""Embeddings that the other ranks cannot read by themselves: rank 0 broadcasts what it has landed."""
+"""Rank 0 broadcasts the embeddings it has landed where the other ranks cannot read them themselves."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Messages of rank 0 to another rank, and its answers: frames over a Unix socket that only the two of them have.
+"""Messages between rank 0 and another rank: frames over a Unix socket pair.
 
-A frame is its kind (1 byte), its length (8 bytes, little-endian) and so many bytes. A rank that ends closes its side.
+A frame is its kind (1 byte), the length of its payload (8 bytes, little-endian) and the payload. A rank that ends
+closes its side.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ _HEADER = struct.Struct("<BQ")
 _MAX_NBYTES = 1 << 28
 
 
-class Kind(IntEnum):
-    """LOADED: the other rank has loaded its weights, with the number of blocks of keys and values (8 bytes) that it has
-    memory for. STEP: of a StepSerializer. MAP: a pool's number (8 bytes) and its PoolSource as JSON, answered by MAPPED
-    with what went wrong, empty if nothing did. UNMAP: a pool's number.
+class FrameKind(IntEnum):
+    """LOADED: the other rank has loaded its weights; payload: the number of KV blocks that it has memory for (8 bytes).
+    STEP: payload of a StepSerializer. MAP: a pool's number (8 bytes) and its PoolSource as JSON, answered by MAPPED
+    with the error, empty if there was none. UNMAP: a pool's number.
     """
 
     LOADED = 1
@@ -33,40 +34,42 @@ class ChannelClosed(ConnectionError):
 
 
 class Channel:
+    """One side of the connection between two ranks."""
+
     def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
-        # Reentrant: a finalizer may send while this thread is about to, before or after its frame, never within.
+        # Reentrant: a finalizer may send on this thread just before or after another frame is sent, never within it.
         self._sending = threading.RLock()
 
-    def send(self, kind: Kind, payload: bytes = b"") -> None:
+    def send(self, kind: FrameKind, payload: bytes = b"") -> None:
         """
         Raises:
-            ChannelClosed: the other rank is gone.
+            ChannelClosed: the other rank has ended.
         """
         frame = _HEADER.pack(kind, len(payload)) + payload
         with self._sending:
             try:
                 self._socket.sendall(frame)
             except OSError as error:
-                raise ChannelClosed(f"the other rank is gone: {error.strerror}") from error
+                raise ChannelClosed(f"the other rank has ended: {error.strerror}") from error
 
-    def receive(self) -> tuple[Kind, bytes]:
+    def receive(self) -> tuple[FrameKind, bytes]:
         """Waits for the next frame.
 
         Raises:
-            ChannelClosed: there will be none.
-            ValueError: what comes is no frame.
+            ChannelClosed: the other rank has ended.
+            ValueError: the received bytes are no frame.
         """
         number, nbytes = _HEADER.unpack(self._read(_HEADER.size))
         if nbytes > _MAX_NBYTES:
-            raise ValueError(f"a frame of {nbytes} bytes, at most {_MAX_NBYTES} are taken")
-        return Kind(number), self._read(nbytes)
+            raise ValueError(f"a frame of {nbytes} bytes was received, at most {_MAX_NBYTES} are accepted")
+        return FrameKind(number), self._read(nbytes)
 
-    def expect(self, kind: Kind) -> bytes:
+    def expect(self, kind: FrameKind) -> bytes:
         """The payload of the next frame, which is of this kind; raises as `receive`."""
         received, payload = self.receive()
         if received != kind:
-            raise ValueError(f"a frame of kind {received.name}, expected {kind.name}")
+            raise ValueError(f"a frame of kind {received.name} was received, expected {kind.name}")
         return payload
 
     def close(self) -> None:
@@ -79,7 +82,7 @@ class Channel:
             try:
                 count = self._socket.recv_into(view)
             except OSError as error:
-                raise ChannelClosed(f"the other rank is gone: {error.strerror}") from error
+                raise ChannelClosed(f"the other rank has ended: {error.strerror}") from error
             if not count:
                 raise ChannelClosed("the other rank has closed the channel")
             view = view[count:]

@@ -1,6 +1,6 @@
 """The ranks of a tensor parallel worker: one process a GPU, all on this host, over NCCL; over gloo without GPUs.
 
-NCCL's sums can be captured into CUDA graphs once they ran outside of one, as every graph's warm-up has them do.
+NCCL's collectives can be captured into CUDA graphs once they have run outside of one, as in every graph's warm-up.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-# A collective that takes longer means that another rank hangs: one that died is noticed at once.
+# A collective takes longer only where another rank hangs; one that has ended is noticed at once.
 _TIMEOUT = timedelta(minutes=2)
 _NETWORK = {
-    # Multicast over NVLink asks for more of the host than containers usually have.
+    # Multicast over NVLink needs privileges on the host that containers usually do not have.
     "NCCL_NVLS_ENABLE": "0",
-    # Ranks find each other over loopback: nothing listens where others could reach it.
+    # Over loopback only, so that no port can be reached from other hosts.
     "NCCL_SOCKET_IFNAME": "lo",
     "GLOO_SOCKET_IFNAME": "lo",
 }
@@ -34,13 +34,13 @@ class TorchGroup:
         """Waits for all ranks.
 
         Args:
-            store_file: where they find each other; a new name in a folder of our own.
+            store_file: the file by which ranks find each other; a new name in a private folder.
 
         Raises:
-            torch.distributed.DistError: not all of them came in time.
+            torch.distributed.DistError: not all ranks joined in time.
         """
         for name, value in _NETWORK.items():
-            os.environ.setdefault(name, value)  # read by the libraries; what the user has set counts
+            os.environ.setdefault(name, value)  # read by the libraries; variables that the user has set win
         is_gpu = device.type == "cuda"
         dist.init_process_group(
             "nccl" if is_gpu else "gloo",
@@ -48,7 +48,7 @@ class TorchGroup:
             rank=rank,
             world_size=size,
             timeout=_TIMEOUT,
-            device_id=device if is_gpu else None,  # connects now, and not within the first step
+            device_id=device if is_gpu else None,  # so that it connects now, and not in the first step
         )
         return cls(rank, size)
 

@@ -1,14 +1,13 @@
 """Rank 0 of a tensor parallel worker: it alone schedules and samples, and sends the other ranks each step.
 
-In a step all ranks fill their buffers, land the media rows, and run their part of the decoder in lockstep; the sums
-within each layer are where they wait for one another. So when rank 0 is through with a step, all others have landed
-its embeddings: what it reads then in a lease's header holds for their copies, too, and the lease may be released.
+In a step all ranks fill their buffers, land the media embeddings, and run their part of the decoder in lockstep: the
+collectives in each layer synchronize them. So when rank 0 has finished a step, all others have landed its embeddings:
+the lease's header, which rank 0 reads then, is valid for their copies, too, and the lease may be released.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Many
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -19,7 +18,7 @@ from vitrine_vlm.llm_worker.engine.input_embed_buffer import Landing, PreparedSt
 from vitrine_vlm.llm_worker.engine.runner import MakeRunner
 from vitrine_vlm.llm_worker.models.decoder import TextDecoder
 from vitrine_vlm.llm_worker.tensor_parallel.broadcast import broadcast_embeddings
-from vitrine_vlm.llm_worker.tensor_parallel.channel import Channel, Kind
+from vitrine_vlm.llm_worker.tensor_parallel.channel import Channel, FrameKind
 from vitrine_vlm.llm_worker.tensor_parallel.group import TorchGroup
 from vitrine_vlm.llm_worker.tensor_parallel.shared_pools import NUMBER, SharedPools
 from vitrine_vlm.llm_worker.tensor_parallel.step_message import PoolLanding, StepMessage, StepSerializer
@@ -27,9 +26,9 @@ from vitrine_vlm.model_loading.checkpoint import CheckpointError
 
 
 class LeadingForwardPass(ForwardPass):
-    """A forward pass that all ranks run together, and none alone: after a step that failed here there is no other."""
+    """A forward pass that all ranks run together. After a step that failed, all later ones fail."""
 
-    reads_token_pool = False  # the other ranks get all tokens from the host
+    reads_token_pool = False  # the host sends all tokens to the other ranks
 
     def __init__(
         self,
@@ -37,25 +36,25 @@ class LeadingForwardPass(ForwardPass):
         config: EngineConfig,
         make_runner: MakeRunner,
         group: TorchGroup,
-        channels: Many[Channel],
+        channels: Sequence[Channel],
         on_failure: Callable[[Exception], None],
     ) -> None:
-        """Waits until the other ranks have loaded their weights, so that no collective has to wait for that.
+        """Waits until the other ranks have loaded their weights, so that no collective waits for them.
 
         Args:
             channels: to the other ranks.
-            on_failure: called where ranks may no longer be at the same step, so that none can go on.
+            on_failure: called where ranks may no longer be at the same step, so that none can continue.
 
         Raises:
-            ChannelClosed: a rank is gone.
-            CheckpointError: one has memory for more or fewer keys and values than this one.
+            ChannelClosed: a rank has ended.
+            CheckpointError: a rank has memory for another number of KV blocks than this one.
         """
         for rank, channel in enumerate(channels, 1):
-            (num_blocks,) = NUMBER.unpack(channel.expect(Kind.LOADED))
+            (num_blocks,) = NUMBER.unpack(channel.expect(FrameKind.LOADED))
             if num_blocks != config.num_blocks:
                 raise CheckpointError(
                     f"rank {rank} has memory for {num_blocks} blocks of keys and values, rank 0 for "
-                    f"{config.num_blocks}: take GPUs of one kind, or say how many tokens with --kv-cache-tokens"
+                    f"{config.num_blocks}: use GPUs of one kind, or set the number of tokens with --kv-cache-tokens"
                 )
         super().__init__(decoder, config, make_runner)
         self._group, self._channels, self._on_failure = group, channels, on_failure
@@ -79,12 +78,12 @@ class LeadingForwardPass(ForwardPass):
         shared: list[PoolLanding] = []
         own: list[Landing] = []
         for landing in (each for landings in prepared.landings.values() for each in landings):
-            pool_landing = self._in_pool(landing)
+            pool_landing = self._pool_landing(landing)
             if pool_landing is not None:
                 shared.append(pool_landing)
             else:
                 own.append(landing)
-        # One range over all of them: what lies between is the same on every rank anyway.
+        # One range over all of them: the tokens between them are the same on every rank anyway.
         broadcast = (min(each.start for each in own), max(each.stop for each in own)) if own else (0, 0)
         step = StepMessage(
             self.buffer.staged_integers(len(inputs.slot_mapping_T)),
@@ -96,11 +95,11 @@ class LeadingForwardPass(ForwardPass):
         )
         payload = self._serializer.serialize_step(step)
         for channel in self._channels:
-            channel.send(Kind.STEP, payload)
+            channel.send(FrameKind.STEP, payload)
         broadcast_embeddings(self._group, self.buffer, broadcast)
 
-    def _in_pool(self, landing: Landing) -> PoolLanding | None:
-        """What the other ranks need to land these embeddings by themselves; None where they cannot."""
+    def _pool_landing(self, landing: Landing) -> PoolLanding | None:
+        """The message by which the other ranks land these embeddings themselves; None where they cannot."""
         rows = landing.embeddings
         number = self._pools.number_of(rows.mapping) if isinstance(rows, LeasedRows) else None
         if not isinstance(rows, LeasedRows) or number is None:

@@ -1,6 +1,6 @@
-"""A rank of a tensor parallel worker but the first, started by rank 0 as `python -m ...tp_worker RANK FILE FD`.
+"""The process of a rank above 0 of a tensor parallel worker: `python -m ...tp_worker RANK FILE FD`.
 
-Rank 0 starts it with its own settings in the environment, and sends it each step; it ends with rank 0.
+Rank 0 starts it with its own settings in the environment, and sends it each step. It ends with rank 0.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vitrine_vlm.llm_worker.engine.forward_pass import ForwardPass
 from vitrine_vlm.llm_worker.engine.input_embed_buffer import PreparedStep
 from vitrine_vlm.llm_worker.loading import choose_runner, engine_config, load_model, rank_device
 from vitrine_vlm.llm_worker.tensor_parallel.broadcast import broadcast_embeddings
-from vitrine_vlm.llm_worker.tensor_parallel.channel import Channel, ChannelClosed, Kind
+from vitrine_vlm.llm_worker.tensor_parallel.channel import Channel, ChannelClosed, FrameKind
 from vitrine_vlm.llm_worker.tensor_parallel.group import TorchGroup
 from vitrine_vlm.llm_worker.tensor_parallel.shared_pools import NUMBER
 from vitrine_vlm.llm_worker.tensor_parallel.step_message import PoolLanding, StepDeserializer, StepMessage
@@ -42,7 +42,7 @@ class TpWorker:
         model = load_model(config, lambda: False, group=group)
         decoder = model.decoder
         limits = engine_config(config, decoder)
-        channel.send(Kind.LOADED, NUMBER.pack(limits.num_blocks))
+        channel.send(FrameKind.LOADED, NUMBER.pack(limits.num_blocks))
         self._forward_pass = ForwardPass(decoder, limits, choose_runner(decoder, limits))
         self._group, self._channel = group, channel
         self._row_width = decoder.config.hidden_size * (1 + decoder.config.num_deepstack)
@@ -50,18 +50,19 @@ class TpWorker:
 
     @torch.inference_mode()
     def run(self) -> None:
-        """
+        """Executes rank 0's messages.
+
         Raises:
             ChannelClosed: rank 0 has ended.
         """
         deserializer = StepDeserializer(self._forward_pass.kv_cache.block_size)
         while True:
             kind, payload = self._channel.receive()
-            if kind == Kind.STEP:
+            if kind == FrameKind.STEP:
                 self._run_step(deserializer.deserialize_step(payload))
-            elif kind == Kind.MAP:
+            elif kind == FrameKind.MAP:
                 self._map(payload)
-            elif kind == Kind.UNMAP:
+            elif kind == FrameKind.UNMAP:
                 self._pools.pop(NUMBER.unpack(payload)[0], None)
             else:
                 raise ValueError(f"rank 0 sent a frame of kind {kind.name}")
@@ -76,7 +77,7 @@ class TpWorker:
         self._forward_pass.run(PreparedStep(inputs, step.sampled_tokens))
 
     def _land(self, landing: PoolLanding) -> None:
-        """Rank 0 checks the lease when all have read from it."""
+        """Lands embeddings from a pool; rank 0 checks their lease after the step."""
         buffer = self._forward_pass.buffer
         shape = (landing.num_rows, self._row_width)
         rows_TW = self._pools[landing.pool].rows(landing.offset, shape, buffer.embeds_MC.dtype)
@@ -88,13 +89,13 @@ class TpWorker:
             self._pools[number] = map_source(json.loads(payload[NUMBER.size :]), self._forward_pass.decoder.device)
         except TransportUnavailable as reason:
             error = str(reason)
-        self._channel.send(Kind.MAPPED, error.encode())
+        self._channel.send(FrameKind.MAPPED, error.encode())
 
 
 def main() -> int:
-    """Returns 0 when rank 0 has ended, 1 where this rank cannot go on."""
+    """Runs the rank; returns 0 when rank 0 has ended, 1 where this rank has failed."""
     rank, store_file, fd = sys.argv[1:]
-    # Ctrl-C reaches this process, too, but rank 0 decides when the requests in flight are through.
+    # Ctrl-C reaches this process, too, but rank 0 decides when the worker ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     config = LlmConfig.from_command_line([])
     start_logging(config.log_level, config.log_format)
@@ -117,5 +118,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # At once: torch's own end may wait for ranks that are gone, and rank 0 for ours.
+    # Without cleaning up: torch may wait for ranks that have ended, and rank 0 for this one.
     os._exit(main())

@@ -1,4 +1,4 @@
-"""The processes of ranks 1 and up, as rank 0 starts, watches and ends them."""
+"""Rank 0's control of the processes of ranks 1 and up: it starts, watches and ends them."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from vitrine_vlm.service_runtime.supervisor import Supervisor
 
 
 class TpWorkers:
-    """Make it on the event loop, `start` it, and always `stop` it."""
+    """The processes of ranks 1 and up. Belongs to the event loop; `stop` must be called in any case."""
 
     def __init__(self, config: LlmConfig, supervisor: Supervisor) -> None:
         """
         Args:
-            supervisor: sees a failure where a rank has ended by itself, or rank 0 cannot go on. There is no cleaning up
-                then: other threads may be in a collective, waiting for a rank that is gone.
+            supervisor: fails when a rank ends by itself, or a step fails on rank 0. Nothing is cleaned up then, as
+                other threads may be in a collective, waiting for a rank that has ended.
         """
         self._config = config
         self._supervisor = supervisor
@@ -45,17 +45,18 @@ class TpWorkers:
         self._loop = asyncio.get_running_loop()
 
     async def start(self) -> None:
-        """
+        """Starts the processes.
+
         Raises:
             CheckpointError: no such checkpoint, one that cannot be cut into so many parts, or fewer GPUs than ranks.
         """
         await asyncio.to_thread(_check, self._config)
         environment = self._config.as_environment(skip_tokenizer_init=True)
         for rank in range(1, self._config.tp):
-            ours, theirs = socket.socketpair()
-            self._channels.append(Channel(ours))
-            with theirs:
-                fd = theirs.fileno()
+            own_end, child_end = socket.socketpair()
+            self._channels.append(Channel(own_end))
+            with child_end:
+                fd = child_end.fileno()
                 arguments = [
                     "vitrine_vlm.llm_worker.tensor_parallel.tp_worker",
                     str(rank),
@@ -67,12 +68,12 @@ class TpWorkers:
             self._watching.append(self._supervisor.watch_child(child, can_unwind=False))
 
     def join(self) -> TorchGroup:
-        """Becomes rank 0, once all ranks are there; blocking."""
+        """Joins the group as rank 0; blocks until all ranks have joined."""
         self._group = TorchGroup.join(0, self._config.tp, rank_device(self._config, 0), self._store_file)
         return self._group
 
     def forward_pass(self, decoder: TextDecoder, config: EngineConfig, make_runner: MakeRunner) -> ForwardPass:
-        """That of rank 0, after `join`; blocking until the others have loaded their weights.
+        """Makes rank 0's forward pass, after `join`; blocks until the other ranks have loaded their weights.
 
         Raises:
             ChannelClosed, CheckpointError: see `LeadingForwardPass`.
@@ -94,13 +95,13 @@ class TpWorkers:
         return self._folder / "store"
 
     def _report_failure(self, error: Exception) -> None:
-        """From any thread: rank 0 cannot go on."""
+        """Reports that rank 0 cannot continue. Safe on any thread."""
         fail = functools.partial(self._supervisor.fail, "step on rank 0", error, can_unwind=False)
         self._loop.call_soon_threadsafe(fail)
 
 
 def _check(config: LlmConfig) -> None:
-    """What would otherwise end every rank by itself."""
+    """Raises the errors that would otherwise end every rank by itself."""
     for rank in range(config.tp):
         rank_device(config, rank)
     checkpoint = open_checkpoint(config.model, config.revision, config.served_model_name, config.load_format)

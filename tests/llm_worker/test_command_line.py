@@ -1,4 +1,4 @@
-"""`vitrine-llm`: what keeps it from starting is said; it serves what it can, and stops when told to."""
+"""`vitrine-llm`: errors at the start are reported; it serves text without encoders, and stops on a signal."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def broken_folder(qwen3_vl_folder: Path, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
-def test_what_keeps_it_from_starting_is_said(
+def test_errors_at_the_start_are_reported(
     start: Callable[..., tuple[int, str]], broken_folder: Path, qwen3_vl_folder: Path, tmp_path: Path
 ) -> None:
     for flags, says in (
@@ -69,7 +69,7 @@ def test_more_ranks_than_gpus_are_refused(start: Callable[..., tuple[int, str]],
     assert "--tp 64 needs as many GPUs, visible are" in last
 
 
-def test_a_port_in_use_is_said(start: Callable[..., tuple[int, str]], qwen3_vl_folder: Path) -> None:
+def test_a_port_in_use_is_reported(start: Callable[..., tuple[int, str]], qwen3_vl_folder: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -104,7 +104,7 @@ def test_without_any_encoder_text_is_served_and_ready_says_why_not(qwen3_vl_fold
 
 
 async def test_a_prefill_worker_finishes_its_own_answers_before_it_ends(qwen3_vl_folder: Path) -> None:
-    """Its port does not wait for calls by itself: sessions of decode workers never end."""
+    """The gRPC server cannot wait for all calls, as sessions of decode workers never end."""
     flags = ["--model", str(qwen3_vl_folder), "--role", "prefill", "--port", "0", "--grpc-port", "0", *NO_ENCODER]
     worker = ServiceProcess("vitrine_vlm.llm_worker", *flags, "--connect-timeout-s", "1")
     try:

@@ -1,4 +1,4 @@
-"""Flags win over the environment, which wins over defaults; what makes no sense is refused."""
+"""Flags win over the environment, which wins over defaults; values that make no sense are refused."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_help_describes_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         assert field.description and field.description.split()[0] in shown
 
 
-def test_missing_flags_are_said_a_line_each(
+def test_missing_flags_are_reported_a_line_each(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["llm_worker"])
@@ -114,7 +114,7 @@ def test_missing_flags_are_said_a_line_each(
         (["--role", "decode", "--encoders", "a:1", "--prefill-workers", "b:1"], "--prefill-workers", "--encoders"),
     ],
 )
-def test_a_role_needs_those_that_work_for_it_and_no_others(
+def test_a_role_needs_addresses_of_its_own_kind_only(
     flags: list[str], needed: str, refused: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["llm_worker", "--model", "m", *flags])
@@ -125,7 +125,7 @@ def test_a_role_needs_those_that_work_for_it_and_no_others(
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_ranks_do_not_hand_over_or_take_kv(
+def test_tensor_parallel_workers_exchange_no_kv(
     role: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     peers = ["--prefill-workers" if role == "decode" else "--encoders", "a:1"]
@@ -142,6 +142,6 @@ def test_a_pool_on_the_gpu_is_a_prefill_workers() -> None:
     assert read([*NEEDED, *pool, "--role", "prefill"]).pool_gpu_nbytes == 1000
 
 
-def test_a_decode_worker_follows_its_prefill_workers() -> None:
+def test_a_decode_workers_sources_are_its_prefill_workers() -> None:
     config = read(["--model", "m", "--role", "decode", "--prefill-workers", "a:1-2,dns:b:50052"])
     assert len(config.sources()) == 2

@@ -1,4 +1,4 @@
-"""What /metrics says of requests, the engine and the encoders."""
+"""The metrics of requests, the engine and the encoders."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ async def events(*given: GenerationEvent | Exception, gap_s: float = 0.0) -> Asy
 
 
 async def watched(metrics: LlmMetrics, given: AsyncGenerator[GenerationEvent]) -> AsyncGenerator[GenerationEvent]:
-    """As a generator watches its own events."""
-    with metrics.watch() as observe:
+    """Reports events as a generator does."""
+    with metrics.measure_request() as observe:
         async for event in given:
             observe(event)
             yield event

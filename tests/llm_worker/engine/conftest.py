@@ -1,4 +1,4 @@
-"""Requests to the small Qwen3-VL, with what transformers makes of them."""
+"""Requests to the small Qwen3-VL, with the inputs that transformers computes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Feeds the engine what transformers' own processor, vision tower and position code make of a request."""
+"""Engine inputs that transformers' own processor, vision tower and position code compute."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Request:
 
 
 def request_for(reference: Reference, text: str, media: list[Media]) -> Request:
-    """What reaches the engine for this request; images come before videos among the items."""
+    """The engine's inputs for this request; images come before videos among the items."""
     inputs = reference.inputs(text, media)
     ids = inputs["input_ids"][0].tolist()
     model = reference.model.model
@@ -98,14 +98,14 @@ def running_engine(
 
 
 def input_buffer(decoder: TextDecoder, max_num_batched_tokens: int) -> InputEmbedBuffer:
-    """Of up to 32 sequences."""
+    """A token pool of 32 rows."""
     return InputEmbedBuffer(decoder, max_num_batched_tokens, 32, TokenPool(32, decoder.device))
 
 
 def request_state(
     prompt: ExpandedPrompt, embeddings: Sequence[EmbeddingRows] = (), row: int = 0, max_tokens: int = 1
 ) -> RequestState:
-    """A request whose whole prompt is known, with nothing computed and no blocks.
+    """A request whose whole prompt is known, of which nothing is computed, without blocks.
 
     Args:
         embeddings: of its media items, all of them or none.
@@ -122,7 +122,7 @@ def unsent(items: list[int]) -> None:
 
 
 def submit(engine: Engine, request: Request, sampling: SamplingParams) -> RequestHandle:
-    """Prefix, prompt and rows all at once."""
+    """Submits prefix, prompt and embeddings at once."""
     handle = engine.submit("request", request.prefix, sampling, unsent)
     handle.set_prompt(request.prompt)
     for index, rows in enumerate(request.rows):
@@ -154,7 +154,7 @@ def is_idle(engine: Engine) -> bool:
 
 
 def submit_with_rows_at_hand(engine: Engine, request: Request, sampling: SamplingParams) -> RequestHandle:
-    """Rows are handed over as often as they are asked for."""
+    """Submits a request whose embeddings are set as often as they are requested."""
 
     def send_embeddings(items: list[int]) -> None:
         for item in items:

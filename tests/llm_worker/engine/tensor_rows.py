@@ -1,4 +1,4 @@
-"""Rows that lie in a tensor of this process: the smallest real EmbeddingRows."""
+"""Embeddings in a tensor of this process: the smallest real EmbeddingRows."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ from vitrine_vlm.llm_worker.engine.request_handle import RequestHandle
 from vitrine_vlm.sample_models.reference import Reference
 
 
-async def test_late_rows_hold_up_nobody_and_the_request_goes_on_when_they_come(
+async def test_late_embeddings_delay_no_other_request_and_the_request_goes_on_when_they_come(
     qwen3_vl_folder: Path, reference: Reference, image: Request, text: Request
 ) -> None:
     with running_engine(qwen3_vl_folder) as engine:
@@ -56,7 +56,7 @@ async def test_text_before_the_image_is_prefilled_before_anything_is_known_of_th
 ) -> None:
     with running_engine(qwen3_vl_folder) as engine:
         handle = engine.submit("early", image.prefix, greedy(8), unsent)
-        # One token of the prefix is kept back, in case nothing follows it.
+        # The last token of the prefix is not computed yet, in case it is the last of the prompt.
         await until(lambda: engine.stats().num_prefill_tokens == len(image.prefix) - 1)
         handle.set_prompt(image.prompt)
         handle.set_embeddings(0, image.rows[0])
@@ -64,7 +64,7 @@ async def test_text_before_the_image_is_prefilled_before_anything_is_known_of_th
         assert engine.stats().num_prefill_tokens == len(image.prompt.token_ids)
 
 
-async def test_rows_may_come_before_the_prompt_and_after_the_end(
+async def test_embeddings_may_come_before_the_prompt_and_after_the_end(
     qwen3_vl_folder: Path, reference: Reference, image: Request
 ) -> None:
     with running_engine(qwen3_vl_folder) as engine:
@@ -121,7 +121,7 @@ async def test_fail_raises_where_the_tokens_are_awaited(qwen3_vl_folder: Path, i
 async def test_more_requests_than_memory_all_finish(
     qwen3_vl_folder: Path, reference: Reference, image: Request, prefix_cache: bool
 ) -> None:
-    """Room for two requests at a time; ten come, and those that must give way are computed anew, rows and all."""
+    """There are blocks for two requests and ten come: preempted ones are computed again, embeddings included."""
     expected = reference.greedy(image.inputs, 40)[0]
     num_blocks = 2 * -(-(len(image.prompt.token_ids) + 40) // 8)
     with running_engine(qwen3_vl_folder, num_blocks=num_blocks, prefix_cache=prefix_cache) as engine:
@@ -153,7 +153,7 @@ async def test_an_equal_beginning_is_computed_once_and_its_picture_is_not_needed
             num_prompt - num_cached,
             num_prompt - num_cached + len(image.prefix) - 1,
         )
-        # Rows that come although they are not needed are given back at once.
+        # Embeddings that come although they are not needed are released at once.
         surplus = TensorRows(image.rows[0]._rows_TW)
         handle = engine.submit("rows on their way", image.prefix, greedy(8), unsent)
         handle.set_prompt(known.prompt)
@@ -190,7 +190,7 @@ async def test_too_long_prompts_are_refused_and_long_answers_cut(
 
 
 async def test_text_that_is_too_long_by_itself_is_refused_before_its_media_are_known(qwen3_vl_folder: Path) -> None:
-    """A GPU's tables have no place for more blocks, and KV would be waited for that is never asked for."""
+    """A GPU's block table has no columns for more, and the request would wait for KV that is never requested."""
     with running_engine(qwen3_vl_folder, max_model_len=64) as engine:
         for send_kv in (None, lambda first_row: None):
             with pytest.raises(PromptTooLong, match="64"):
@@ -221,7 +221,9 @@ async def test_too_many_requests_are_refused(qwen3_vl_folder: Path, image: Reque
         assert len(await tokens(submit(engine, text, greedy(4)))) == 4
 
 
-async def test_expired_rows_are_asked_for_again(qwen3_vl_folder: Path, reference: Reference, image: Request) -> None:
+async def test_expired_embeddings_are_requested_again(
+    qwen3_vl_folder: Path, reference: Reference, image: Request
+) -> None:
     with running_engine(qwen3_vl_folder) as engine:
         lost = [TensorRows(torch.zeros(12, 1), error=LeaseExpired("lease 1 is over")) for _ in range(2)]
         coming = [*lost, image.rows[0]]
@@ -237,7 +239,7 @@ async def test_expired_rows_are_asked_for_again(qwen3_vl_folder: Path, reference
 async def test_each_of_many_pictures_may_expire_once(
     qwen3_vl_folder: Path, reference: Reference, image: Request
 ) -> None:
-    """As those of a request that waited for memory for longer than leases last."""
+    """A request that waited for memory for longer than leases last has lost all its embeddings."""
     span = image.prompt.spans[0]
     kept_back, length = len(image.prompt.token_ids) - span.stop, span.length // 6
     spans = tuple(MediaSpan(item, span.start + item * length, length, 0) for item in range(6))
@@ -259,7 +261,7 @@ async def test_each_of_many_pictures_may_expire_once(
         assert [rows.num_releases for rows in lost] == [1] * 6
 
 
-async def test_rows_that_expire_again_and_again_fail_their_request_and_no_other(
+async def test_embeddings_that_expire_again_and_again_fail_their_request_and_no_other(
     qwen3_vl_folder: Path, reference: Reference, image: Request
 ) -> None:
     with running_engine(qwen3_vl_folder) as engine:
@@ -299,22 +301,22 @@ async def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(
 
 
 @pytest.mark.parametrize("is_lost", [False, True])
-async def test_it_says_so_when_the_gpu_is_lost(
+async def test_a_lost_gpu_is_reported(
     qwen3_vl_folder: Path, text: Request, is_lost: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: Any) -> torch.Tensor:
         raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setattr(step_executor, "is_lost", lambda device: is_lost)
-    told: list[str] = []
-    with running_engine(qwen3_vl_folder, on_gpu_lost=lambda: told.append("lost")) as engine:
+    reported: list[str] = []
+    with running_engine(qwen3_vl_folder, on_gpu_lost=lambda: reported.append("lost")) as engine:
         monkeypatch.setattr(engine._forward_pass.decoder, "forward", fail)
         with pytest.raises(InternalError):
             await collect(submit(engine, text, greedy(4)))
-    assert told == (["lost"] if is_lost else [])
+    assert reported == (["lost"] if is_lost else [])
 
 
-async def test_a_prompt_that_does_not_begin_with_its_prefix_is_our_fault(qwen3_vl_folder: Path) -> None:
+async def test_a_prompt_that_does_not_begin_with_its_prefix_is_an_internal_error(qwen3_vl_folder: Path) -> None:
     with running_engine(qwen3_vl_folder) as engine:
         handle = engine.submit("wrong", [1, 2, 3], greedy(4), unsent)
         handle.set_prompt(ExpandedPrompt([1, 9, 3], torch.arange(3).expand(3, -1), 3))
@@ -322,7 +324,9 @@ async def test_a_prompt_that_does_not_begin_with_its_prefix_is_our_fault(qwen3_v
             await collect(handle)
 
 
-async def test_close_fails_what_runs_and_releases_its_rows(qwen3_vl_folder: Path, image: Request) -> None:
+async def test_close_fails_running_requests_and_releases_their_embeddings(
+    qwen3_vl_folder: Path, image: Request
+) -> None:
     with running_engine(qwen3_vl_folder) as engine:
         handle = engine.submit("running", image.prefix, greedy(4), unsent)
         handle.set_embeddings(0, image.rows[0])
@@ -343,11 +347,11 @@ async def test_a_closed_engine_refuses_and_releases(qwen3_vl_folder: Path, image
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-async def test_nobody_waits_for_an_engine_that_broke(
+async def test_no_request_waits_for_an_engine_that_broke(
     qwen3_vl_folder: Path, image: Request, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail() -> None:
-        raise RuntimeError("a bug of ours")
+        raise RuntimeError("a bug")
 
     with running_engine(qwen3_vl_folder) as engine:
         running = engine.submit("running", image.prefix, greedy(4), unsent)
@@ -365,19 +369,19 @@ async def test_an_exception_of_the_loop_leaves_run_for_the_threads_owner(
     qwen3_vl_folder: Path, image: Request, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail() -> None:
-        raise RuntimeError("a bug of ours")
+        raise RuntimeError("a bug")
 
     with running_engine(qwen3_vl_folder, start=False) as engine:
         monkeypatch.setattr(engine._scheduler, "schedule", fail)
         handle = submit(engine, image, greedy(4))
-        with pytest.raises(RuntimeError, match="a bug of ours"):
+        with pytest.raises(RuntimeError, match="a bug"):
             await asyncio.to_thread(engine.run)
         with pytest.raises(WorkerUnavailable, match="ended: RuntimeError"):
             await asyncio.wait_for(collect(handle), 10)
         assert image.rows[0].num_releases == 1 and is_idle(engine)
 
 
-async def test_fail_all_fails_what_runs_and_what_comes_later(qwen3_vl_folder: Path, image: Request) -> None:
+async def test_fail_all_fails_running_and_later_requests(qwen3_vl_folder: Path, image: Request) -> None:
     with running_engine(qwen3_vl_folder) as engine:
         running = engine.submit("running", image.prefix, greedy(4), unsent)
         running.set_embeddings(0, image.rows[0])
@@ -397,7 +401,7 @@ async def test_fail_all_fails_what_runs_and_what_comes_later(qwen3_vl_folder: Pa
 async def test_what_cannot_be_sampled_fails_alone(
     qwen3_vl_folder: Path, reference: Reference, image: Request, text: Request
 ) -> None:
-    """Rows of NaN end in logits of NaN. They share steps, a padded batch and the whole cache with a sound request."""
+    """Embeddings of NaN lead to logits of NaN, in steps, a padded batch and a cache shared with a sound request."""
     num_blocks = -(-(len(text.prompt.token_ids) + 40) // 8) + -(-(len(image.prompt.token_ids) + 8) // 8)
     with running_engine(qwen3_vl_folder, num_blocks=num_blocks) as engine:
         sound = submit(engine, text, greedy(40))
@@ -410,11 +414,13 @@ async def test_what_cannot_be_sampled_fails_alone(
         with pytest.raises(InternalError, match="token"):
             await collect(submit(engine, broken, SamplingParams(max_tokens=8)))
         assert await tokens(sound) == expected[1:]
-        # What NaN was left in the cache does not reach those who come next.
+        # NaN that is left in the cache does not reach later requests.
         assert await tokens(submit(engine, text, greedy(40))) == expected
 
 
-async def test_rows_nobody_asked_for_are_released(qwen3_vl_folder: Path, reference: Reference, image: Request) -> None:
+async def test_embeddings_that_were_not_requested_are_released(
+    qwen3_vl_folder: Path, reference: Reference, image: Request
+) -> None:
     with running_engine(qwen3_vl_folder) as engine:
         without_span, twice = TensorRows(torch.zeros(1, 1)), TensorRows(torch.zeros(1, 1))
         handle = engine.submit("more rows than spans", image.prefix, greedy(4), unsent)
@@ -444,7 +450,7 @@ async def test_an_idle_engine_does_nothing(qwen3_vl_folder: Path, image: Request
         handle.cancel()
 
 
-async def test_seeded_sampling_does_not_depend_on_the_company(qwen3_vl_folder: Path, text: Request) -> None:
+async def test_seeded_sampling_does_not_depend_on_the_batch(qwen3_vl_folder: Path, text: Request) -> None:
     def ask(engine: Engine, seed: int) -> RequestHandle:
         return submit(engine, text, SamplingParams(max_tokens=24, temperature=1.5, seed=seed))
 

@@ -1,5 +1,5 @@
-"""Steps that start before the one in front is through, and before its tokens are known: the same tokens, and nothing
-that was lost is used."""
+"""Steps that are launched before the last one ends and before its tokens are known: the tokens are the same, and lost
+embeddings are not used."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ NUM_REQUESTS = 12
 
 
 class Followed(PlainRunner):
-    """Whose steps are said to be nearly done, so that others are started before their results are taken in."""
+    """A runner whose steps count as nearly done, so that others are launched before their results are processed."""
 
-    def until_nearly_done(self) -> bool:
+    def wait_until_nearly_done(self) -> bool:
         return True
 
 
 def again(request: Request) -> Request:
-    """With rows of its own."""
+    """The request with embeddings of its own."""
     return replace(request, rows=[TensorRows(rows._rows_TW) for rows in request.rows])
 
 
@@ -68,12 +68,12 @@ async def test_greedy_tokens_equal_transformers(
 
 
 async def test_nothing_comes_behind_a_stop_token(qwen3_vl_folder: Path, reference: Reference, text: Request) -> None:
-    """By the time that it is known, the next step has run on from it."""
+    """When the stop token is known, the next step has been launched with it."""
     expected = reference.greedy(text.inputs, 12)[0]
     stop = expected[5]
     sampling = SamplingParams(max_tokens=12, temperature=0.0, stop_token_ids=frozenset([stop]))
     with running_engine(qwen3_vl_folder, Followed) as engine:
-        for _ in range(2):  # and what it left in the cache is not found by the next
+        for _ in range(2):  # and the KV behind it is not in the cache for the next
             handles = [submit(engine, text, sampling), submit(engine, text, greedy(12))]
             stopped, whole = await asyncio.gather(*map(tokens, handles))
             assert stopped == expected[: expected.index(stop) + 1]
@@ -81,7 +81,7 @@ async def test_nothing_comes_behind_a_stop_token(qwen3_vl_folder: Path, referenc
         assert is_idle(engine)
 
 
-async def test_the_last_token_of_an_answer_is_not_run(qwen3_vl_folder: Path, text: Request) -> None:
+async def test_the_last_token_of_an_answer_is_not_computed(qwen3_vl_folder: Path, text: Request) -> None:
     with running_engine(qwen3_vl_folder, Followed) as engine:
         await tokens(engine.submit("alone", [], greedy(5), unsent, prompt=text.prompt))
         await until(lambda: is_idle(engine))
@@ -91,7 +91,7 @@ async def test_the_last_token_of_an_answer_is_not_run(qwen3_vl_folder: Path, tex
 async def test_a_preempted_answer_goes_on_with_the_same_tokens(
     qwen3_vl_folder: Path, reference: Reference, text: Request
 ) -> None:
-    """Also where it is drawn: a token that was not known yet when its sequence was preempted is drawn once more."""
+    """Also where tokens are drawn: one that was not known yet when its request was preempted is drawn again."""
     num_prompt = len(text.prompt.token_ids)
     sampling = [SamplingParams(max_tokens=40, temperature=1.5, seed=seed) for seed in range(4)]
     with running_engine(qwen3_vl_folder) as engine:
@@ -147,10 +147,10 @@ class WatchedRows(TensorRows):
         return check
 
 
-async def test_every_step_makes_its_own_check_of_the_rows_that_it_landed(
+async def test_every_step_checks_the_embeddings_that_it_landed(
     qwen3_vl_folder: Path, reference: Reference, image: Request
 ) -> None:
-    """The next one has landed others of the same rows by then, and the GPU has not yet looked behind these."""
+    """The next step has landed others of the same item by then, and the GPU has not checked these yet."""
     rows = WatchedRows(image.rows[0]._rows_TW)
     with running_engine(qwen3_vl_folder, Followed, max_num_batched_tokens=4) as engine:
         handle = submit(engine, replace(image, rows=[rows]), greedy(2))
@@ -159,10 +159,10 @@ async def test_every_step_makes_its_own_check_of_the_rows_that_it_landed(
 
 
 @pytest.mark.parametrize("max_tokens", [1, 6])
-async def test_rows_that_were_lost_in_a_step_that_was_followed_are_asked_for_again(
+async def test_embeddings_that_were_lost_in_an_overlapped_step_are_requested_again(
     qwen3_vl_folder: Path, reference: Reference, image: Request, text: Request, max_tokens: int
 ) -> None:
-    """In chunks of 16: others have built on the lost ones by the time that is noticed."""
+    """In chunks of 16: later chunks are computed from the lost ones before the loss is noticed."""
     with running_engine(qwen3_vl_folder, Followed, max_num_batched_tokens=16) as engine:
         lost = [TensorRows(torch.zeros(12, 1), error=LeaseExpired("lease 1 is over")) for _ in range(2)]
         coming = [*lost, image.rows[0]]
@@ -177,7 +177,7 @@ async def test_rows_that_were_lost_in_a_step_that_was_followed_are_asked_for_aga
         assert [rows.num_releases for rows in (*lost, image.rows[0])] == [1, 1, 1]
 
 
-async def test_cancelling_what_is_being_computed_frees_everything(
+async def test_cancelling_a_request_in_flight_frees_everything(
     qwen3_vl_folder: Path, reference: Reference, image: Request, text: Request
 ) -> None:
     with running_engine(qwen3_vl_folder, Followed, max_num_batched_tokens=16) as engine:
@@ -192,7 +192,7 @@ async def test_cancelling_what_is_being_computed_frees_everything(
             assert request.rows[0].num_releases == 1
 
 
-async def test_late_rows_hold_up_nobody(
+async def test_late_embeddings_delay_no_other_request(
     qwen3_vl_folder: Path, reference: Reference, image: Request, text: Request
 ) -> None:
     with running_engine(qwen3_vl_folder, Followed) as engine:

@@ -1,4 +1,4 @@
-"""What the decoder reads: text embeddings, media rows at their places, and nothing left from the step before."""
+"""The decoder's inputs: text embeddings, media embeddings at their tokens, and nothing left of the last step."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def write(buffer: InputEmbedBuffer, sequence: RequestState, start: int, stop: in
 
 @pytest.mark.parametrize("cuts", [[0, 12], [0, 5, 9, 12], list(range(13))])
 @torch.inference_mode()
-def test_rows_land_at_their_places_wherever_chunks_are_cut(
+def test_embeddings_land_at_their_tokens_wherever_chunks_are_cut(
     decoder: TextDecoder, cache: KvCache, cuts: list[int]
 ) -> None:
     buffer, one = input_buffer(decoder, 16), sequence(decoder, cache)
@@ -88,7 +88,7 @@ def test_text_alone_brings_no_deepstack_and_media_leave_none_behind(decoder: Tex
     buffer, one, text = input_buffer(decoder, 32), sequence(decoder, cache), sequence(decoder, cache, spans=())
     assert write(buffer, one, 3, 7).deepstack_NTC is not None
     assert write(buffer, text, 0, 4).deepstack_NTC is None
-    # Beside another's media, the text lies where media rows lay before.
+    # Beside another's media, the text lies where media embeddings lay before.
     inputs = buffer.write([Chunk(text, 0, 6, samples=False), Chunk(one, 8, 10, samples=False)]).inputs
     assert inputs.deepstack_NTC is not None
     assert not inputs.deepstack_NTC[:, :6].any() and inputs.deepstack_NTC[:, 6:].any()
@@ -98,7 +98,7 @@ def test_text_alone_brings_no_deepstack_and_media_leave_none_behind(decoder: Tex
 def test_no_slot_of_an_earlier_step_is_left_behind_the_tokens(
     decoder: TextDecoder, cache: KvCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Graphs run all rows of a bucket: those behind the step's tokens are not to write to anyone's keys and values."""
+    """Graphs compute padding tokens, too, which must not write to the KV cache."""
     buffer, one, text = input_buffer(decoder, 16), sequence(decoder, cache), sequence(decoder, cache, spans=())
     assert buffer.slot_mapping_M.tolist() == [-1] * 16
     for start, stop in ((0, 12), (3, 5), (0, 7)):
@@ -139,7 +139,7 @@ def test_tokens_that_the_host_does_not_know_yet_are_read_from_the_pool(decoder: 
     prepared = buffer.write([chunks[0], Chunk(prompt, 0, 5, samples=False), *chunks[1:]])
     tokens = torch.tensor([72, 40, 41, 42, 43, 44, 7, 71])
     assert torch.equal(prepared.inputs.embeds_TC, decoder.embed_tokens(tokens))
-    # What is sampled goes to the same rows.
+    # Sampled tokens go to the same rows.
     assert prepared.sampled_tokens == buffer.sampled_tokens_S[:3].tolist() == [0, 6, 7]
     pool.write(buffer.sampled_pool_rows_S[:3], torch.tensor([1, 2, 3]))
     assert [int(pool.tokens_R[each.row]) for each in (other, known, one, prompt)] == [1, 2, 3, 0]
@@ -151,7 +151,7 @@ class Unmapped(TensorRows):
 
 
 @torch.inference_mode()
-def test_rows_that_cannot_be_read_are_reported_and_the_others_land(decoder: TextDecoder, cache: KvCache) -> None:
+def test_embeddings_that_cannot_be_read_are_reported_and_the_others_land(decoder: TextDecoder, cache: KvCache) -> None:
     good, bad, short = (sequence(decoder, cache) for _ in range(3))
     bad.media.received[0] = Unmapped(torch.zeros(5, 384))
     short.media.received[0] = TensorRows(torch.zeros(1, 384))

@@ -1,4 +1,4 @@
-"""Blocks are handed out whole, never twice, and come back."""
+"""Blocks are allocated once at a time, and can be allocated again after their release."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def cache(qwen3_vl_folder: Path) -> KvCache:
     return KvCache(config, num_blocks=6, block_size=4, device=torch.device("cpu"), dtype=torch.float32)
 
 
-def test_slots_are_those_of_the_blocks_and_nobody_elses(cache: KvCache) -> None:
+def test_slots_are_those_of_the_blocks_and_of_no_other_table(cache: KvCache) -> None:
     one, other = BlockTable(), BlockTable()
     assert cache.append_slots(one, 5) and cache.append_slots(other, 8) and cache.append_slots(one, 13)
     assert (len(one.blocks), len(other.blocks), cache.num_free) == (4, 2, 0)
@@ -62,7 +62,7 @@ def test_blocks_are_shared_and_kept_until_they_are_needed(cache: KvCache) -> Non
     assert (cache.num_free, cache.num_cached_free) == (2, 1)  # the others are held by `other`
     cache.release(other)
     assert (cache.num_free, cache.num_cached_free) == (6, 3)
-    # Empty ones are taken first, then the end of what was held least recently.
+    # Empty ones are allocated first, then the last ones of the table that was released least recently.
     table = BlockTable()
     assert cache.append_slots(table, 16)
     assert (cache.num_evicted, cache.match_prefix([b"a", b"b", b"c"])) == (1, held[:2])
@@ -88,7 +88,7 @@ def test_an_equal_block_is_kept_once(cache: KvCache) -> None:
 def test_any_sequence_of_events_loses_no_block_and_shares_none_that_is_written(cache: KvCache) -> None:
     rng = random.Random(0)
     tables: list[BlockTable] = []
-    names: dict[int, bytes] = {}  # of blocks in use, as this test sees it
+    names: dict[int, bytes] = {}  # of blocks in use, kept by this test
     for step in range(3000):
         if tables and rng.random() < 0.4:
             cache.release(tables.pop(rng.randrange(len(tables))))

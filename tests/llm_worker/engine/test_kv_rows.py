@@ -1,4 +1,4 @@
-"""KV as rows: what is taken out of one cache and put into another is what was there, wherever the caches lie."""
+"""KV rows: KV that is read from one cache and landed in another is the same, on any device."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_what_lands_is_what_was_sent_and_touches_nothing_else(device: str) -> No
     assert torch.equal(target[:, :, others], before[:, :, others])
 
 
-def test_rows_that_are_gone_are_said_to_be() -> None:
+def test_an_expired_lease_is_reported() -> None:
     rows = TensorRows(torch.zeros(21, LAYERS * 2 * HEADS * HEAD_DIM), LeaseExpired("gone"))
     with pytest.raises(LeaseExpired):
         land_kv(rows, 0, cache("cpu", 0), TO_SLOTS)

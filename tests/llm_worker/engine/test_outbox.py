@@ -1,4 +1,4 @@
-"""Events of the engine's thread reach their event loops, in order, whatever happens to some of them."""
+"""Events of the engine's thread reach their event loops in order, even if some of them fail."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Received:
         self.is_first.set()
 
 
-async def test_all_arrive_in_order_and_one_that_fails_is_nothing_to_the_others() -> None:
+async def test_all_arrive_in_order_and_one_that_fails_does_not_affect_the_others() -> None:
     loop, outbox = asyncio.get_running_loop(), Outbox()
     one, other = Received(loop), Received(loop)
     failed: list[dict[str, Any]] = []

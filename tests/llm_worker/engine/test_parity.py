@@ -1,4 +1,4 @@
-"""The engine's tokens and log-probabilities equal transformers', whatever the chunk size and the company."""
+"""The engine's tokens and log-probabilities equal transformers', whatever the chunk size and the other requests."""
 
 from __future__ import annotations
 

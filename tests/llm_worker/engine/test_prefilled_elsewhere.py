@@ -53,7 +53,7 @@ async def prefilled(engine: Engine, request: Request, sampling: SamplingParams) 
 
 
 class Continued:
-    """A request of the decoding engine: hands `prefilled` over whenever it is asked to, at most `limit` times.
+    """A request of the decoding engine, which gets `prefilled` whenever it is requested, at most `limit` times.
 
     Args:
         known: the prompt is known before its KV is asked for.
@@ -129,7 +129,7 @@ async def test_a_first_token_that_is_the_last_needs_no_kv(qwen3_vl_folder: Path,
             assert is_idle(second)
 
 
-async def test_lost_kv_is_asked_for_again_and_not_for_ever(
+async def test_lost_kv_is_requested_again_but_not_for_ever(
     qwen3_vl_folder: Path, reference: Reference, text: Request
 ) -> None:
     with running_engine(qwen3_vl_folder) as first, running_engine(qwen3_vl_folder) as second:
@@ -148,10 +148,10 @@ async def test_lost_kv_is_asked_for_again_and_not_for_ever(
             await until(lambda: is_idle(second))
 
 
-async def test_who_gave_way_gets_its_prompt_again_and_computes_only_what_it_generated(
+async def test_a_preempted_request_gets_its_prompt_again_and_computes_only_what_it_generated(
     qwen3_vl_folder: Path, reference: Reference, text: Request, image: Request
 ) -> None:
-    """Without a prefix cache nothing is left of a prompt once its blocks are taken."""
+    """Without a prefix cache nothing is left of a prompt once its blocks are released."""
     num_blocks = -(-(len(text.prompt.token_ids) + 40) // 8) + len(image.prompt.token_ids) // 8 + 2
     with (
         running_engine(qwen3_vl_folder) as first,
@@ -168,10 +168,10 @@ async def test_who_gave_way_gets_its_prompt_again_and_computes_only_what_it_gene
 
 
 @pytest.mark.parametrize("kind", ["text", "image"])
-async def test_kv_that_is_there_is_not_asked_for(
+async def test_cached_kv_is_not_requested(
     qwen3_vl_folder: Path, reference: Reference, kind: str, request: pytest.FixtureRequest
 ) -> None:
-    """KV that landed is in the prefix cache, for a repeated prompt."""
+    """KV that has landed is in the prefix cache, for a repeated prompt."""
     asked: Request = request.getfixturevalue(kind)
     asked = replace(asked, prompt=replace(asked.prompt, content_hashes=(b"picture",)))
     num_tokens, expected = len(asked.prompt.token_ids), reference.greedy(asked.inputs, 8)[0]
@@ -188,7 +188,7 @@ async def test_kv_that_is_there_is_not_asked_for(
 
 
 @pytest.mark.parametrize("is_here", [True, False])
-def test_kv_behind_what_was_lost_meanwhile_is_asked_for_anew(is_here: bool) -> None:
+def test_kv_is_requested_again_where_the_kv_in_front_of_it_was_lost(is_here: bool) -> None:
     rows, remote = TensorRows(torch.zeros(8, 4)), RemoteKv()
     request = RequestState(0, "request", [1] * 24, SampledTokens(greedy(8)), remote)
     request.admit()
@@ -205,7 +205,7 @@ def test_kv_behind_what_was_lost_meanwhile_is_asked_for_anew(is_here: bool) -> N
     assert not remote.request_missing(request.num_computed), "it is to come"
 
 
-async def test_cancelling_while_the_kv_is_on_its_way_frees_everything(qwen3_vl_folder: Path, text: Request) -> None:
+async def test_cancelling_while_the_kv_is_requested_frees_everything(qwen3_vl_folder: Path, text: Request) -> None:
     with running_engine(qwen3_vl_folder) as first, running_engine(qwen3_vl_folder) as second:
         done = await prefilled(first, text, greedy(8))
         continued = Continued(second, text, greedy(8), done, limit=0)

@@ -1,4 +1,4 @@
-"""What a request waits for, by what is known of it, what has come, and what is lost."""
+"""The status of a request, by what is known of its prompt, which inputs have come, and which are lost."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_from_the_queue_to_the_last_token() -> None:
     request.receive_embeddings(0, rows())
     statuses.append(request.status)
     assert request.num_runnable == 10
-    # Those that come while it has something to compute extend it.
+    # Embeddings that come while there are tokens to compute add more of them.
     request.receive_embeddings(1, rows())
     assert request.num_runnable == 20
     compute(request, 20, samples=True)
@@ -62,7 +62,7 @@ def test_from_the_queue_to_the_last_token() -> None:
     ]
 
 
-def test_text_runs_ahead_of_its_media_but_for_one_token() -> None:
+def test_early_text_is_computed_except_for_its_last_token() -> None:
     request = RequestState(0, "request", [0, 1, 2, 3], SampledTokens(greedy(4)))
     request.admit()
     assert (request.status, request.num_runnable) == (RequestStatus.PREFILLING, 3)
@@ -89,7 +89,7 @@ def test_a_prompt_from_elsewhere_waits_for_its_kv() -> None:
 
 
 @pytest.mark.parametrize("event", ["lost", "preempted", "finished"])
-def test_what_is_in_flight_does_not_count_after_a_loss(event: str) -> None:
+def test_results_in_flight_are_discarded_after_a_loss(event: str) -> None:
     embeddings = [rows(), rows()]
     request = request_state(PROMPT, embeddings, max_tokens=4)
     request.limit_length(24)
@@ -98,7 +98,7 @@ def test_what_is_in_flight_does_not_count_after_a_loss(event: str) -> None:
     request.commit(8)
     assert [each.num_releases for each in embeddings] == [1, 0]
     in_flight = compute(request, 20, samples=True)
-    assert [first.counts, in_flight.counts, request.num_tokens] == [True, True, 21]
+    assert [first.is_current, in_flight.is_current, request.num_tokens] == [True, True, 21]
     if event == "lost":
         assert request.lose_inputs(8, 20) == 1
         assert (request.status, request.num_runnable) == (RequestStatus.PREFILLING, 10)
@@ -112,7 +112,7 @@ def test_what_is_in_flight_does_not_count_after_a_loss(event: str) -> None:
         assert request.media.request_missing(request.prompt, request.num_computed) == [0]
     else:
         request.finish()
-    assert [first.counts, in_flight.counts] == [False, False]
+    assert [first.is_current, in_flight.is_current] == [False, False]
     assert [each.num_releases for each in embeddings] == [1, 0 if event == "preempted" else 1]
 
 

@@ -64,7 +64,7 @@ def test_the_smallest_values_a_request_may_hold_are_greedy(sampling: SamplingPar
     assert set(draws(100 * LOGITS, sampling, 20)) == {0}
 
 
-def test_equal_numbers_draw_equally_whoever_is_beside() -> None:
+def test_equal_numbers_draw_equally_in_any_batch() -> None:
     sampling = SamplingParams(top_p=0.95)
     alone = draws(LOGITS, sampling, 50, seed=1)
     assert alone == draws(LOGITS, sampling, 50, seed=1) != draws(LOGITS, sampling, 50, seed=2)
@@ -77,7 +77,7 @@ def test_equal_numbers_draw_equally_whoever_is_beside() -> None:
     assert beside == alone
 
 
-def test_temperature_zero_is_greedy_whatever_else_is_asked() -> None:
+def test_temperature_zero_is_greedy_whatever_the_other_parameters() -> None:
     assert set(draws(LOGITS, SamplingParams(temperature=0.0, top_k=3, top_p=0.5), 20)) == {0}
 
 
@@ -90,7 +90,7 @@ def test_the_last_of_the_kept_tokens_is_never_passed() -> None:
     assert set(drawn) <= set(kept)
 
 
-def test_what_is_no_number_is_not_drawn_from_and_leaves_the_others_alone() -> None:
+def test_nan_logits_are_not_drawn_from_and_do_not_affect_the_others() -> None:
     logits_BV = torch.stack([LOGITS, torch.full_like(LOGITS, torch.nan), LOGITS])
     choice = choose(logits_BV, [SamplingParams(top_k=1)] * 3, uniform(3))
     # The next step may read it before its request has failed.

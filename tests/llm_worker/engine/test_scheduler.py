@@ -1,4 +1,4 @@
-"""Who runs in a step, how far, and who has to wait for memory."""
+"""The chunks of a step, and the requests that have to wait for memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BLOCK_SIZE = 4
 
 
 class Bench:
-    """A scheduler and its cache, and sequences that come in order."""
+    """A scheduler and its cache, and requests that come in order."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Bench:
         return request
 
     def remove(self, request: RequestState) -> None:
-        """It has ended."""
+        """Removes a request that has ended."""
         self.scheduler.remove(request)
         self.cache.release(request.table)
         request.finish()
@@ -63,7 +63,7 @@ class Bench:
         return sequence
 
     def step(self) -> list[Chunk]:
-        """Schedules, and does to the sequences what running the step does."""
+        """Schedules a step, and changes the requests as computing it does."""
         chunks = self.scheduler.schedule()
         for chunk in chunks:
             chunk.request.launch(chunk.stop, chunk.samples)
@@ -95,7 +95,7 @@ def test_a_long_prompt_does_not_make_decoding_wait(folder: Path) -> None:
     bench.add_whole(40)
     assert plain(bench.step()) == [("0", 3, 4, True), ("1", 4, 5, True), ("2", 0, 6, False)]
     assert plain(bench.step())[2:] == [("2", 6, 12, False)]
-    # Whoever decodes, prompts get a quarter of it at least.
+    # However many decode, prompts get at least a quarter of it.
     bench = Bench(folder, budget=32, mixed_step_tokens=8)
     for _ in range(7):
         bench.add_whole(2)
@@ -125,7 +125,7 @@ def test_a_step_holds_no_more_sequences_than_it_may(folder: Path) -> None:
     assert [chunk.request.request_id for chunk in bench.step()] == ["0", "1"]
 
 
-def test_prefill_goes_as_far_as_the_rows_have_come(folder: Path) -> None:
+def test_prefill_goes_as_far_as_the_embeddings_have_come(folder: Path) -> None:
     bench = Bench(folder, budget=100)
     sequence = bench.add_whole(20, MediaSpan(0, 4, 3, 0), MediaSpan(1, 10, 3, 0), MediaSpan(0, 15, 2, 3))
     rows = TensorRows(torch.zeros(5, 1))
@@ -139,7 +139,7 @@ def test_prefill_goes_as_far_as_the_rows_have_come(folder: Path) -> None:
     assert (rows.num_releases, sequence.media.received) == (1, {})
 
 
-def test_memory_is_given_by_arrival(folder: Path) -> None:
+def test_blocks_are_allocated_by_arrival(folder: Path) -> None:
     bench = Bench(folder, num_blocks=8)
     first, large, small = bench.add_whole(16), bench.add_whole(20), bench.add_whole(4)
     assert [chunk.request for chunk in bench.step()] == [first]
@@ -153,7 +153,7 @@ def test_memory_is_given_by_arrival(folder: Path) -> None:
     assert bench.cache.num_free == 8
 
 
-def test_who_came_last_gives_its_memory_up_for_those_before_it(folder: Path) -> None:
+def test_the_request_that_came_last_is_preempted_for_earlier_ones(folder: Path) -> None:
     bench = Bench(folder, num_blocks=8)
     one, other = bench.add(9), bench.add(9)
     assert plain(bench.step()) == [("0", 0, 8, False), ("1", 0, 8, False)]
@@ -163,7 +163,7 @@ def test_who_came_last_gives_its_memory_up_for_those_before_it(folder: Path) -> 
     assert plain(bench.step()) == [("0", 8, 20, True)]
     assert (bench.scheduler.waiting, other.num_computed, other.table.blocks) == ([other], 0, [])
     assert bench.scheduler.num_preempted == 1
-    # Who has given up is next: those who come later do not run ahead in the meantime.
+    # The preempted request is next: later ones are not admitted before it.
     latest = bench.add(4)
     assert plain(bench.step()) == [("0", 20, 21, True)]
     bench.remove(one)
@@ -171,7 +171,7 @@ def test_who_came_last_gives_its_memory_up_for_those_before_it(folder: Path) -> 
     assert latest in bench.scheduler.running
 
 
-def test_a_long_answer_takes_memory_as_it_grows_and_what_it_took_away_is_computed_anew(folder: Path) -> None:
+def test_a_long_answer_is_allocated_blocks_as_it_grows_and_preempted_requests_are_computed_again(folder: Path) -> None:
     bench = Bench(folder, num_blocks=5, budget=100)
     first, second = bench.add_whole(7), bench.add_whole(7)
     first.max_total_tokens = second.max_total_tokens = 20
@@ -188,11 +188,11 @@ def test_a_long_answer_takes_memory_as_it_grows_and_what_it_took_away_is_compute
     assert second.positions(0, 9).tolist() == [list(range(9))] * 3
 
 
-def test_what_is_computed_anew_behind_its_prompt_does_not_make_decoding_wait(folder: Path) -> None:
+def test_an_answer_that_is_computed_again_does_not_make_decoding_wait(folder: Path) -> None:
     bench = Bench(folder, budget=32, mixed_step_tokens=8)
     first, second = bench.add_whole(4), bench.add_whole(4)
     bench.step()
-    # As after it gave its blocks up, once its prompt is there again.
+    # As after its preemption, once its prompt is computed again.
     first.token_ids += [0] * 40
     first.max_total_tokens = 60
     assert plain(bench.step()) == [("1", 4, 5, True), ("0", 4, 11, False)]
@@ -219,11 +219,11 @@ def test_equal_beginnings_are_computed_once(folder: Path) -> None:
     assert plain(bench.step()) == [("0", 21, 22, True), ("1", 20, 30, True)]
     assert two.table.blocks[:5] == one.table.blocks[:5] and two.table.blocks[5] not in one.table.blocks
     assert (two.prefix.num_tokens, two.media.received, bench.scheduler.num_cached_tokens) == (20, {}, 20)
-    # Another picture has the first block in common, which ends before it; a missing hash nothing else, either.
+    # A prompt with another picture shares the first block, which ends before it; so does one without a hash.
     for index, content in enumerate((b"dog", b""), 2):
         add(21, content)
         assert plain(bench.step())[-1] == (str(index), 4, 21, True)
-    # The last token runs, even if all of the prompt is known.
+    # The last token is computed, even if the KV of the whole prompt is cached.
     add(20, b"cat")
     assert plain(bench.step())[-1] == ("4", 16, 20, True)
     # Kept after its end, too.
@@ -234,7 +234,7 @@ def test_equal_beginnings_are_computed_once(folder: Path) -> None:
     assert plain(bench.step()) == [("5", 20, 21, True)]
 
 
-def test_a_picture_that_the_cache_knows_is_not_computed_although_the_text_ran_ahead(folder: Path) -> None:
+def test_a_cached_picture_is_not_computed_although_its_early_text_was(folder: Path) -> None:
     bench = Bench(folder, budget=100, prefix_cache=True)
     span, positions = MediaSpan(0, 6, 8, 0), torch.arange(21).expand(3, -1)
     prompt = ExpandedPrompt(list(range(21)), positions, 21, (span,), (b"cat",))
@@ -249,7 +249,7 @@ def test_a_picture_that_the_cache_knows_is_not_computed_although_the_text_ran_ah
         bench.remove(sequence)
 
 
-def test_rows_are_asked_for_where_nobody_announced_them_and_where_they_are_lost(folder: Path) -> None:
+def test_embeddings_are_requested_where_they_were_not_announced_and_where_they_are_lost(folder: Path) -> None:
     bench = Bench(folder, num_blocks=8, budget=100, prefix_cache=True)
     earlier = bench.add_whole(12)
     sequence = bench.add(4)
@@ -266,12 +266,12 @@ def test_rows_are_asked_for_where_nobody_announced_them_and_where_they_are_lost(
         bench.step()
     assert bench.scheduler.waiting == [sequence]
     bench.remove(earlier)
-    # Its first block is still known, and what media stands behind it is not.
+    # Its first block is still cached, and the hash of the media behind it is unknown.
     assert plain(bench.step()) == []
     assert (sequence.num_computed, missing_items(sequence)) == (4, [0, 1])
 
 
-def test_text_that_has_no_room_to_run_ahead_lets_others_pass(folder: Path) -> None:
+def test_early_text_that_has_no_room_does_not_block_later_requests(folder: Path) -> None:
     bench = Bench(folder, num_blocks=4)
     early = bench.add(40)
     ready = bench.add_whole(8)
@@ -279,8 +279,8 @@ def test_text_that_has_no_room_to_run_ahead_lets_others_pass(folder: Path) -> No
     assert bench.scheduler.waiting == [early]
 
 
-def test_who_is_not_asked_for_before_there_is_room_is_not_passed(folder: Path) -> None:
-    """The prompt of one that is computed elsewhere becomes known after that only: others could pass it for ever."""
+def test_a_prompt_that_is_computed_elsewhere_blocks_later_requests(folder: Path) -> None:
+    """The prompt becomes known only after its admission: others could be admitted before it for ever."""
     bench = Bench(folder, num_blocks=5)
     running = bench.add_whole(8)
     bench.step()
@@ -303,7 +303,7 @@ def test_longest_answer(folder: Path) -> None:
         Bench(folder, num_blocks=4).add_whole(16)
 
 
-def test_answers_whose_last_tokens_are_on_their_way_need_no_more_memory(folder: Path) -> None:
+def test_answers_whose_last_tokens_are_in_flight_need_no_more_memory(folder: Path) -> None:
     """Their prompts and all but the last of their four tokens fill two blocks each; a fifth is for one of them."""
     bench = Bench(folder, num_blocks=5)
     sequences = [bench.add_whole(5) for _ in range(2)]

@@ -16,10 +16,10 @@ from vitrine_vlm.llm_worker.engine.config import EngineConfig
 from vitrine_vlm.llm_worker.engine.engine import Engine
 from vitrine_vlm.llm_worker.engine.forward_pass import ForwardPass
 from vitrine_vlm.llm_worker.families import build_decoder, prompt_config
+from vitrine_vlm.llm_worker.generation.encoder_inputs import EncoderInputs
 from vitrine_vlm.llm_worker.generation.generation import Generator
-from vitrine_vlm.llm_worker.generation.known_layouts import KnownLayouts
-from vitrine_vlm.llm_worker.generation.media_feed import MediaFeed
-from vitrine_vlm.llm_worker.generation.prompt_feed import PromptContext
+from vitrine_vlm.llm_worker.generation.layout_cache import LayoutCache
+from vitrine_vlm.llm_worker.generation.request_inputs import PromptContext
 from vitrine_vlm.llm_worker.generation.served_model import ServedModel
 from vitrine_vlm.llm_worker.prompt.config import PromptConfig
 from vitrine_vlm.llm_worker.prompt.sampling_defaults import SamplingDefaults
@@ -33,11 +33,11 @@ NO_ENCODER = "127.0.0.1:9"
 
 
 @dataclass(frozen=True)
-class Serving:
+class LocalWorker:
     served: ServedModel
     engine: Engine
     prompt_config: PromptConfig
-    known: KnownLayouts
+    layout_cache: LayoutCache
 
     @property
     def generator(self) -> Generator:
@@ -51,7 +51,7 @@ class Serving:
 
 
 def identity(folder: Path) -> ModelIdentity:
-    """What an encoder of this checkpoint must say of itself."""
+    """The identity of an encoder with this checkpoint."""
     checkpoint = open_checkpoint(str(folder))
     config = checkpoint.config
     layers = tuple(config["vision_config"].get("deepstack_visual_indexes") or ())
@@ -62,7 +62,7 @@ def identity(folder: Path) -> ModelIdentity:
 @asynccontextmanager
 async def serving(
     folder: Path, encoder: str = NO_ENCODER, with_tokenizer: bool = True, num_blocks: int = 64
-) -> AsyncIterator[Serving]:
+) -> AsyncIterator[LocalWorker]:
     """
     Args:
         encoder: its address; the client is not even started for NO_ENCODER.
@@ -77,12 +77,12 @@ async def serving(
         await encoders.start()
     tokenizer = PromptTokenizer(checkpoint) if with_tokenizer else None
     config = prompt_config(checkpoint)
-    known = KnownLayouts()
-    make_feed = partial(MediaFeed, encoders, known)
-    generator = Generator(PromptContext(engine, config, tokenizer), make_feed, MAX_ITEMS)
+    layout_cache = LayoutCache()
+    make_inputs = partial(EncoderInputs, encoders, layout_cache)
+    generator = Generator(PromptContext(engine, config, tokenizer), make_inputs, MAX_ITEMS)
     try:
         served = ServedModel(checkpoint.model, generator, SamplingDefaults.from_checkpoint(checkpoint))
-        yield Serving(served, engine, config, known)
+        yield LocalWorker(served, engine, config, layout_cache)
     finally:
         await encoders.close()
         await asyncio.to_thread(engine.close)

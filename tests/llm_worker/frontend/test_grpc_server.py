@@ -1,4 +1,4 @@
-"""What the gRPC front refuses by itself, on the real server."""
+"""Refusals of the Llm service, on the real server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.llm_worker.frontend.serving import serving
 from vitrine_vlm.errors import WorkerUnavailable
 from vitrine_vlm.llm_worker.frontend.grpc_server import LlmServer, LlmServicer
 from vitrine_vlm.llm_worker.metrics import LlmMetrics
-from vitrine_vlm.llm_worker.requests import Requests
+from vitrine_vlm.llm_worker.request_tracker import RequestTracker
 from vitrine_vlm.protos.llm.v1 import llm_pb2, llm_pb2_grpc
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 
@@ -24,7 +24,7 @@ def calls() -> RunningCalls:
 
 @pytest.fixture
 def servicer(calls: RunningCalls) -> LlmServicer:
-    return LlmServicer(Requests(LlmMetrics(), calls))
+    return LlmServicer(RequestTracker(LlmMetrics(), calls))
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ async def test_prefill_says_how_much_of_the_prompt_was_there(stub: llm_pb2_grpc.
 
 
 async def test_until_the_model_is_loaded_it_is_unavailable() -> None:
-    server = LlmServer(LlmServicer(Requests(LlmMetrics(), RunningCalls())))
+    server = LlmServer(LlmServicer(RequestTracker(LlmMetrics(), RunningCalls())))
     address = await server.start("127.0.0.1", 0)
     try:
         async with grpc.aio.insecure_channel(address) as channel:

@@ -42,6 +42,6 @@ def test_the_docs_list_every_code_with_its_statuses() -> None:
     assert rows == {code: f"{status}, {GRPC_STATUS_BY_CODE[code].name}" for code, status in STATUS_BY_CODE.items()}
 
 
-def test_an_overload_says_when_to_come_again_in_whole_seconds() -> None:
+def test_an_overload_has_retry_after_in_whole_seconds() -> None:
     assert error_response(Overloaded("full", retry_after_s=2.3)).headers["Retry-After"] == "3"
     assert error_response(Overloaded("full")).headers["Retry-After"] == "1"

@@ -1,4 +1,4 @@
-"""The HTTP port in this process: before and after the model is loaded, what it refuses, and what its answers carry."""
+"""The HTTP port in this process: before and after the model is loaded, its refusals, and its answers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from tests.llm_worker.frontend.serving import Serving, serving
+from tests.llm_worker.frontend.serving import LocalWorker, serving
 from vitrine_vlm.llm_worker.frontend import openai_http
 from vitrine_vlm.llm_worker.frontend.openai_http import OpenAiHttp
 from vitrine_vlm.llm_worker.generation.served_model import ServedModel
 from vitrine_vlm.llm_worker.metrics import LlmMetrics
-from vitrine_vlm.llm_worker.requests import Requests
+from vitrine_vlm.llm_worker.request_tracker import RequestTracker
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -27,27 +27,29 @@ Client = TestClient[Any, Any]
 @asynccontextmanager
 async def client_of(served: ServedModel | None) -> AsyncIterator[Client]:
     metrics = LlmMetrics()
-    http = OpenAiHttp(metrics, lambda: (False, {"reason": "loading the model"}), Requests(metrics, RunningCalls()))
+    http = OpenAiHttp(
+        metrics, lambda: (False, {"reason": "loading the model"}), RequestTracker(metrics, RunningCalls())
+    )
     if served is not None:
         http.open(served)
-    # TestServer cancels the handlers of clients that went away, as the worker's own server does.
+    # TestServer cancels the handlers of clients that have disconnected, as the worker's own server does.
     async with TestClient(TestServer(http.application())) as client:
         yield client
 
 
 @pytest.fixture
-async def worker(qwen3_vl_folder: Path) -> AsyncIterator[Serving]:
+async def worker(qwen3_vl_folder: Path) -> AsyncIterator[LocalWorker]:
     async with serving(qwen3_vl_folder) as worker:
         yield worker
 
 
 @pytest.fixture
-async def client(worker: Serving) -> AsyncIterator[Client]:
+async def client(worker: LocalWorker) -> AsyncIterator[Client]:
     async with client_of(worker.served) as client:
         yield client
 
 
-def body(worker: Serving, **fields: Any) -> dict[str, Any]:
+def body(worker: LocalWorker, **fields: Any) -> dict[str, Any]:
     messages = [{"role": "user", "content": "Hello"}]
     return {"model": worker.served.name, "messages": messages, "max_tokens": 8, "temperature": 0, **fields}
 
@@ -73,7 +75,7 @@ async def test_the_port_answers_while_the_model_loads() -> None:
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
-async def test_only_json_is_taken(client: Client, worker: Serving, path: str, content_type: str) -> None:
+async def test_only_json_is_taken(client: Client, worker: LocalWorker, path: str, content_type: str) -> None:
     data = json.dumps(body(worker)).encode()
     response = await client.post(path, data=data, headers={"Content-Type": content_type})
     error = (await response.json())["error"]
@@ -81,12 +83,12 @@ async def test_only_json_is_taken(client: Client, worker: Serving, path: str, co
     assert content_type in error["message"] and "application/json" in error["message"]
 
 
-async def test_json_may_name_its_charset(client: Client, worker: Serving) -> None:
+async def test_json_may_name_its_charset(client: Client, worker: LocalWorker) -> None:
     headers = {"Content-Type": "application/json; charset=utf-8"}
     assert (await client.post(CHAT, data=json.dumps(body(worker)), headers=headers)).status == 200
 
 
-async def test_what_is_no_request_at_all(client: Client, worker: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_no_request_at_all(client: Client, worker: LocalWorker, monkeypatch: pytest.MonkeyPatch) -> None:
     headers = {"Content-Type": "application/json"}
     monkeypatch.setattr(openai_http, "MAX_BODY_BYTES", 1000)
     async with client_of(worker.served) as limited:
@@ -100,13 +102,13 @@ async def test_what_is_no_request_at_all(client: Client, worker: Serving, monkey
             assert (await response.json())["error"]["code"] == "invalid_request"
 
 
-async def test_null_stands_for_left_out(client: Client, worker: Serving) -> None:
+async def test_null_stands_for_left_out(client: Client, worker: LocalWorker) -> None:
     nulls = ["stream", "stream_options", "n", "stop", "seed", "top_p", "logprobs", "top_logprobs"]
     response = await client.post(CHAT, json=body(worker, **dict.fromkeys(nulls)))
     assert response.status == 200, await response.text()
 
 
-async def test_streamed_and_whole_answers_agree_down_to_their_logprobs(client: Client, worker: Serving) -> None:
+async def test_streamed_and_whole_answers_agree_down_to_their_logprobs(client: Client, worker: LocalWorker) -> None:
     asked = {"model": worker.served.name, "prompt": "naïve 猫", "max_tokens": 16, "temperature": 0, "logprobs": 2}
     answer = await (await client.post(COMPLETIONS, json=asked)).json()
     streamed = {**asked, "stream": True, "stream_options": {"include_usage": True}}
@@ -124,7 +126,7 @@ async def test_streamed_and_whole_answers_agree_down_to_their_logprobs(client: C
     assert reasons == [None] * (len(reasons) - 1) + ["length"]
 
 
-async def test_a_client_that_goes_away_ends_its_request(client: Client, worker: Serving) -> None:
+async def test_a_client_that_disconnects_ends_its_request(client: Client, worker: LocalWorker) -> None:
     response = await client.post(CHAT, json=body(worker, stream=True, max_tokens=400, ignore_eos=True))
     await response.content.readuntil(b"\n\n")
     response.close()
@@ -132,7 +134,7 @@ async def test_a_client_that_goes_away_ends_its_request(client: Client, worker: 
     assert 'vitrine_llm_requests_total{outcome="cancelled"} 1.0' in await (await client.get("/metrics")).text()
 
 
-async def test_metrics_count_outcomes_and_tokens(client: Client, worker: Serving) -> None:
+async def test_metrics_count_outcomes_and_tokens(client: Client, worker: LocalWorker) -> None:
     assert (await client.post(CHAT, json=body(worker))).status == 200
     assert (await client.post(CHAT, json=body(worker, messages=[{"role": "user", "content": "x" * 600}]))).status == 400
     shown = await (await client.get("/metrics")).text()

@@ -1,4 +1,4 @@
-"""Parsing of OpenAI requests: what is refused names its field, what we do not know is ignored."""
+"""Parsing of OpenAI requests: errors name the field, unknown fields are ignored."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_broken_base64_is_refused(qwen3_vl_folder: Path) -> None:
         completion_to_generation(parse_request(CompletionRequest, json.dumps(body).encode()), DEFAULTS)
 
 
-def test_base64_is_what_the_standard_library_takes_for_it() -> None:
+def test_base64_is_decoded_as_by_the_standard_library() -> None:
     def outcome(decode: Callable[[str], bytes], payload: str) -> object:
         try:
             return decode(payload)

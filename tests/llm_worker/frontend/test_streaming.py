@@ -1,4 +1,4 @@
-"""When the events of a stream leave: each as soon as it is known, and an error after the first in its place."""
+"""A stream sends each event as soon as it is known, and an error after the first token as an event."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from tests.llm_worker.frontend.serving import Serving, serving
+from tests.llm_worker.frontend.serving import LocalWorker, serving
 from vitrine_vlm.errors import EncoderUnavailable
 from vitrine_vlm.llm_worker.frontend.openai_http import OpenAiHttp
 from vitrine_vlm.llm_worker.generation.events import Delta, GenerationEvent, GenerationRequest, Observe
@@ -22,13 +22,13 @@ from vitrine_vlm.llm_worker.generation.generation import Generator
 from vitrine_vlm.llm_worker.generation.served_model import ServedModel
 from vitrine_vlm.llm_worker.metrics import LlmMetrics
 from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
-from vitrine_vlm.llm_worker.requests import Requests
+from vitrine_vlm.llm_worker.request_tracker import RequestTracker
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 
 
 @dataclass
 class HeldGenerator:
-    """The real generator, whose second token waits for `go_on` and is replaced by `error` if there is one."""
+    """The real generator; its second token waits for `go_on`, and is replaced by `error` if there is one."""
 
     generator: Generator
     error: Exception | None = None
@@ -51,15 +51,15 @@ class HeldGenerator:
 
 
 @pytest.fixture
-async def worker(qwen3_vl_folder: Path) -> AsyncIterator[Serving]:
+async def worker(qwen3_vl_folder: Path) -> AsyncIterator[LocalWorker]:
     async with serving(qwen3_vl_folder) as worker:
         yield worker
 
 
 @asynccontextmanager
-async def streaming(worker: Serving, held: HeldGenerator, path: str) -> AsyncIterator[aiohttp.ClientResponse]:
+async def streaming(worker: LocalWorker, held: HeldGenerator, path: str) -> AsyncIterator[aiohttp.ClientResponse]:
     metrics = LlmMetrics()
-    http = OpenAiHttp(metrics, lambda: (True, {}), Requests(metrics, RunningCalls()))
+    http = OpenAiHttp(metrics, lambda: (True, {}), RequestTracker(metrics, RunningCalls()))
     http.open(ServedModel(worker.served.name, held, worker.served.defaults))  # type: ignore[arg-type]
     prompt = {"messages": [{"role": "user", "content": "Hello"}]} if "chat" in path else {"prompt": "Hello"}
     body = {"model": worker.served.name, **prompt, "max_tokens": 4, "temperature": 0, "ignore_eos": True}
@@ -79,7 +79,7 @@ async def next_event(response: aiohttp.ClientResponse) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-async def test_a_token_does_not_wait_for_the_next(worker: Serving, path: str) -> None:
+async def test_a_token_does_not_wait_for_the_next(worker: LocalWorker, path: str) -> None:
     held = HeldGenerator(worker.generator)
     async with streaming(worker, held, path) as response:
         if "chat" in path:
@@ -97,7 +97,9 @@ async def test_a_token_does_not_wait_for_the_next(worker: Serving, path: str) ->
     ("error", "code"),
     [(EncoderUnavailable("the encoder was lost"), "encoder_unavailable"), (RuntimeError("secret"), "internal_error")],
 )
-async def test_an_error_after_the_first_token_is_the_last_event(worker: Serving, error: Exception, code: str) -> None:
+async def test_an_error_after_the_first_token_is_the_last_event(
+    worker: LocalWorker, error: Exception, code: str
+) -> None:
     held = HeldGenerator(worker.generator, error)
     held.go_on.set()
     async with streaming(worker, held, "/v1/completions") as response:

@@ -1,4 +1,4 @@
-"""One request from start to end on a real engine; media rows come from a real encoder server without a tower."""
+"""One request from start to end on a real engine; embeddings come from a real encoder server without a tower."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.embedding_transport.clients.encoder_stub import StubServicer, running_stub
-from tests.llm_worker.frontend.serving import MAX_ITEMS, Serving, identity, serving
+from tests.llm_worker.frontend.serving import MAX_ITEMS, LocalWorker, identity, serving
 from vitrine_vlm.errors import (
     BadRequest,
     EncoderUnavailable,
@@ -23,11 +23,11 @@ from vitrine_vlm.errors import (
     VitrineError,
 )
 from vitrine_vlm.llm_worker.engine.request import SamplingParams
-from vitrine_vlm.llm_worker.generation import prompt_feed
+from vitrine_vlm.llm_worker.generation import request_inputs
+from vitrine_vlm.llm_worker.generation.encoder_inputs import EncoderInputs
 from vitrine_vlm.llm_worker.generation.events import Delta, Finished, GenerationEvent, GenerationRequest, Started
 from vitrine_vlm.llm_worker.generation.generation import Generator
-from vitrine_vlm.llm_worker.generation.known_layouts import layout_keys
-from vitrine_vlm.llm_worker.generation.media_feed import MediaFeed
+from vitrine_vlm.llm_worker.generation.layout_cache import layout_keys
 from vitrine_vlm.types import MediaItem
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -40,7 +40,7 @@ async def stub(checkpoint_folder: Path) -> AsyncIterator[tuple[str, StubServicer
 
 
 @pytest.fixture
-async def worker(checkpoint_folder: Path, stub: tuple[str, StubServicer]) -> AsyncIterator[Serving]:
+async def worker(checkpoint_folder: Path, stub: tuple[str, StubServicer]) -> AsyncIterator[LocalWorker]:
     async with serving(checkpoint_folder, stub[0]) as worker:
         yield worker
 
@@ -76,7 +76,7 @@ async def test_text_needs_no_encoder(qwen3_vl_folder: Path) -> None:
 
 
 async def test_the_same_text_gives_the_same_numbers_to_the_bit(qwen3_vl_folder: Path) -> None:
-    """Not if a race decided how the prompt is cut into chunks."""
+    """They would differ if a race decided how the prompt is cut into chunks."""
     async with serving(qwen3_vl_folder) as worker:
         sampling = SamplingParams(4, temperature=0.0, logprobs=0)
         asked = GenerationRequest("request", "naïve text", (), sampling)
@@ -84,7 +84,9 @@ async def test_the_same_text_gives_the_same_numbers_to_the_bit(qwen3_vl_folder: 
         assert all(deltas == first for deltas in others)
 
 
-async def test_rows_reach_the_decoder_and_stages_are_timed(worker: Serving, stub: tuple[str, StubServicer]) -> None:
+async def test_embeddings_reach_the_decoder_and_stages_are_timed(
+    worker: LocalWorker, stub: tuple[str, StubServicer]
+) -> None:
     started, deltas, finished = await run(worker.generator, request(f"a{IMAGE}b{IMAGE}c", ("one 6", "two 3")))
     assert (started.num_prompt_tokens, started.num_media_tokens) == (3 + 4 + 9, 9)
     assert finished.timings.encode_ms == 5
@@ -107,7 +109,7 @@ async def test_rows_reach_the_decoder_and_stages_are_timed(worker: Serving, stub
     ids=["bad item", "no placeholder", "wrong run", "empty", "negative id", "huge id"],
 )
 async def test_what_fails_leaves_nothing_behind(
-    worker: Serving, asked: GenerationRequest, error: type[VitrineError]
+    worker: LocalWorker, asked: GenerationRequest, error: type[VitrineError]
 ) -> None:
     if asked.prompt == [262] * 5:
         assert worker.prompt_config.image_token_id == 262
@@ -117,13 +119,13 @@ async def test_what_fails_leaves_nothing_behind(
     assert (await run(worker.generator, request(IMAGE, ("one 6",))))[2].num_completion_tokens == 12
 
 
-async def test_a_fault_of_ours_is_in_the_log_under_the_number_that_the_client_gets(
-    worker: Serving, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+async def test_an_internal_error_is_in_the_log_under_the_number_that_the_client_gets(
+    worker: LocalWorker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*arguments: object) -> None:
         raise RuntimeError("the reason")
 
-    monkeypatch.setattr(prompt_feed, "expand_prompt", fail)
+    monkeypatch.setattr(request_inputs, "expand_prompt", fail)
     for asked in (request("Hello"), request(IMAGE, ("one 6",))):
         caplog.clear()
         with pytest.raises(InternalError) as caught:
@@ -134,8 +136,8 @@ async def test_a_fault_of_ours_is_in_the_log_under_the_number_that_the_client_ge
     await worker.until_idle()
 
 
-async def test_what_fails_before_the_prompt_is_known_is_told_at_once(
-    worker: Serving, monkeypatch: pytest.MonkeyPatch
+async def test_a_failure_before_the_prompt_is_known_is_reported_at_once(
+    worker: LocalWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: object) -> None:
         raise RuntimeError("the reason")
@@ -144,13 +146,13 @@ async def test_what_fails_before_the_prompt_is_known_is_told_at_once(
         await asyncio.Event().wait()
 
     monkeypatch.setattr(worker.engine._forward_pass.decoder, "forward", fail)
-    monkeypatch.setattr(MediaFeed, "_encode", no_layout)
+    monkeypatch.setattr(EncoderInputs, "_encode", no_layout)
     with pytest.raises(InternalError, match="the step failed"):
         await asyncio.wait_for(run(worker.generator, request("word " * 80 + IMAGE, ("one 6",))), 5)
     await worker.until_idle()
 
 
-async def test_a_repeated_picture_needs_no_encoder(worker: Serving, stub: tuple[str, StubServicer]) -> None:
+async def test_a_repeated_picture_needs_no_encoder(worker: LocalWorker, stub: tuple[str, StubServicer]) -> None:
     prompt = f"What is in this picture? {IMAGE} And in this one? {IMAGE} What do you say?"
     started, deltas, finished = await run(worker.generator, request(prompt, ("one 40", "two 30")))
     assert (stub[1].num_items, finished.num_cached_tokens) == (2, 0)
@@ -159,9 +161,9 @@ async def test_a_repeated_picture_needs_no_encoder(worker: Serving, stub: tuple[
     assert stub[1].num_items == 2
     assert again[2].num_cached_tokens == (started.num_prompt_tokens - 1) // 16 * 16
     assert again[2].timings.encode_ms == again[2].timings.ship_ms == again[2].timings.land_ms == 0
-    # The first picture is known, what stands behind another second one is not.
+    # The KV of the first picture is cached, that behind another second picture is not.
     await run(worker.generator, request(prompt, ("one 40", "three 30")))
-    assert stub[1].num_items == 4  # its layout was not known, so both were sent
+    assert stub[1].num_items == 4  # its layout was not cached, so both were sent
     await run(worker.generator, request(prompt, ("one 40", "three 30")))
     assert stub[1].num_items == 4
     _, deltas, finished = await run(worker.generator, request(prompt, ("three 30", "one 40")))
@@ -169,23 +171,23 @@ async def test_a_repeated_picture_needs_no_encoder(worker: Serving, stub: tuple[
     await worker.until_idle()
 
 
-async def test_a_layout_that_is_no_longer_true_is_believed_once(worker: Serving) -> None:
-    """An encoder may come back with other settings of its processor, and make something else of the same picture."""
+async def test_a_cached_layout_that_is_wrong_fails_one_request_only(worker: LocalWorker) -> None:
+    """An encoder may be restarted with other settings of its processor, and give the same picture another layout."""
     asked = request(IMAGE, ("one 6",))
     await run(worker.generator, request(IMAGE, ("two 9",)))
-    others = worker.known.all_of(layout_keys([MediaItem("image", data=b"two 9")]))
+    others = worker.layout_cache.get_all(layout_keys([MediaItem("image", data=b"two 9")]))
     assert others is not None
-    worker.known.put(layout_keys(asked.media)[0], others[0])
+    worker.layout_cache.put(layout_keys(asked.media)[0], others[0])
     with pytest.raises(InternalError, match="changed in between"):
         await run(worker.generator, asked)
     await worker.until_idle()
     assert (await run(worker.generator, asked))[0].num_media_tokens == 6
 
 
-async def test_rows_whose_kv_was_lost_are_fetched_again(
+async def test_media_whose_kv_was_lost_are_encoded_again(
     checkpoint_folder: Path, stub: tuple[str, StubServicer]
 ) -> None:
-    """Each request alone needs most of the memory, so the second gives way to the first and starts over."""
+    """Each request alone needs most of the memory, so the second is preempted and computed again."""
     async with serving(checkpoint_folder, stub[0], num_blocks=10) as worker:
         asked = [request(f"{IMAGE} {name}", (f"{name} 60",), max_tokens=60) for name in ("one", "two")]
         alone = [[delta.token_ids for delta in (await run(worker.generator, each))[1]] for each in asked]
@@ -196,15 +198,15 @@ async def test_rows_whose_kv_was_lost_are_fetched_again(
         await worker.until_idle()
 
 
-async def test_too_many_items_are_not_even_sent(worker: Serving, stub: tuple[str, StubServicer]) -> None:
+async def test_too_many_items_are_not_even_sent(worker: LocalWorker, stub: tuple[str, StubServicer]) -> None:
     media = ("one 6",) * (MAX_ITEMS + 1)
     with pytest.raises(TooManyItems, match=str(len(media))):
         await run(worker.generator, request(IMAGE * len(media), media))
     assert stub[1].num_encodes == 0
 
 
-async def test_leaving_while_an_image_is_on_its_way_ends_the_request_everywhere(
-    worker: Serving, stub: tuple[str, StubServicer]
+async def test_leaving_while_an_image_is_encoded_ends_the_request_everywhere(
+    worker: LocalWorker, stub: tuple[str, StubServicer]
 ) -> None:
     events: list[GenerationEvent] = []
 
@@ -215,7 +217,7 @@ async def test_leaving_while_an_image_is_on_its_way_ends_the_request_everywhere(
 
     asking = asyncio.create_task(ask())
     async with asyncio.timeout(10):
-        # The prompt is known from the layout, and its text is computed although no row has come.
+        # The prompt is known from the layout, and its text is computed although no embeddings have come.
         while not events or not worker.engine.stats().num_prefill_tokens:
             await asyncio.sleep(0.01)
     assert [type(event) for event in events] == [Started]
@@ -223,13 +225,13 @@ async def test_leaving_while_an_image_is_on_its_way_ends_the_request_everywhere(
     with pytest.raises(asyncio.CancelledError):
         await asking
     await worker.until_idle()
-    # The stub writes no rows unless this is set: those of a stream that still ran would be counted.
+    # The stub sends no embeddings unless this is set: those of a stream that still ran would be counted.
     stub[1].go_on.set()
     assert (await run(worker.generator, request(IMAGE, ("one 6",))))[1]
     assert stub[1].exporter.stats().shipped_nbytes["grpc"] == 6 * stub[1].identity.row_nbytes
 
 
-async def test_stop_strings_end_the_text_before_them_and_the_engines_work(worker: Serving) -> None:
+async def test_stop_strings_end_the_text_before_them_and_the_engines_work(worker: LocalWorker) -> None:
     _, deltas, _ = await run(worker.generator, request("Hello", max_tokens=40))
     full = text_of(deltas)
     stop = full[len(full) // 2 :][:3]
@@ -240,7 +242,7 @@ async def test_stop_strings_end_the_text_before_them_and_the_engines_work(worker
     await worker.until_idle()
 
 
-async def test_what_is_over_goes_without_a_garbage_collection(worker: Serving) -> None:
+async def test_a_finished_request_is_freed_without_a_garbage_collection(worker: LocalWorker) -> None:
     asked = request(IMAGE, ("one 6",))
     picture = weakref.ref(asked.media[0])
     gc.collect()
@@ -249,7 +251,7 @@ async def test_what_is_over_goes_without_a_garbage_collection(worker: Serving) -
         await run(worker.generator, asked)
         del asked
         async with asyncio.timeout(10):
-            while picture() is not None:  # the engine's thread lets go of it
+            while picture() is not None:  # the engine's thread discards it
                 await asyncio.sleep(0.01)
     finally:
         gc.enable()

@@ -10,7 +10,7 @@ from vitrine_vlm.llm_worker.generation.stop_strings import StopStrings
 
 
 def direct(text: str, stop: list[str]) -> str:
-    """What must come out: everything in front of the stop string that is complete first."""
+    """The expected text: everything in front of the stop string that is complete first."""
     for end in range(len(text) + 1):
         lengths = [len(each) for each in stop if text[:end].endswith(each)]
         if lengths:
@@ -29,7 +29,7 @@ def test_any_cut_of_the_text_gives_what_a_direct_search_gives() -> None:
             cut = rng.randint(0, 4)
             out, rest = out + watcher.push(rest[:cut]), rest[cut:]
             if not watcher.found:
-                # Nothing may be out that could still turn out to be part of a stop string.
+                # No text may be returned that could still become part of a stop string.
                 assert direct(text, stop).startswith(out)
         out += watcher.flush()
         num_found += watcher.found

@@ -27,12 +27,12 @@ from vitrine_vlm.gpu_kernels.packed_attention import TorchSdpa, installed_attent
 from vitrine_vlm.llm_worker.gpu.capture_sizes import decode_capture_sizes, token_capture_sizes
 from vitrine_vlm.llm_worker.gpu.gpu_runner import GpuRunner
 
-# In float32, which kernels for a GPU take, too.
+# In float32, which the kernels for a GPU accept, too.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def hidden_states(decoder: TextDecoder, requests: list[Request], gpu: bool) -> list[torch.Tensor]:
-    """Of steps as a scheduler makes them: a prompt in chunks, then beside another's, then tokens of both."""
+    """Steps as a scheduler makes them: a prompt in chunks, then beside another's, then tokens of both."""
     kv_cache = KvCache(decoder.config, 64, 16, DEVICE, torch.float32)
     buffer = input_buffer(decoder, 96)
     runner: Runner = PlainRunner(decoder, kv_cache, buffer)

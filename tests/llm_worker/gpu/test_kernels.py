@@ -68,9 +68,9 @@ def test_queries_and_keys_are_normed_rotated_and_cached(
         plain_q = F.rms_norm(plain_q, (head_dim,), q_weight, 1e-6)
         plain_k = F.rms_norm(plain_k, (head_dim,), k_weight, 1e-6)
     rotary = rotary_at(positions[:, :num_tokens], config, torch.float32)
-    torch.testing.assert_close(q, rotary.turn(plain_q), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(q, rotary.apply_rope(plain_q), atol=1e-5, rtol=1e-5)
     written = slots >= 0
-    torch.testing.assert_close(k_cache[slots[written]], rotary.turn(plain_k)[written], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(k_cache[slots[written]], rotary.apply_rope(plain_k)[written], atol=1e-5, rtol=1e-5)
     assert torch.equal(v_cache[slots[written]], plain_v[written])
     untouched = torch.ones(2 * num_tokens, dtype=torch.bool, device=DEVICE)
     untouched[slots[written]] = False
@@ -78,7 +78,7 @@ def test_queries_and_keys_are_normed_rotated_and_cached(
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Sums of a thousand numbers in another order."""
+    """The tolerance allows for sums of a thousand numbers in another order."""
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
 
 
@@ -112,7 +112,7 @@ def test_tiles_attend_over_scattered_blocks(lengths: list[tuple[int, int]], head
         table.set_slots(BLOCK_SIZE)
         slices.append(SequenceSlice(num_tokens, length, context_length, table))
         num_tokens += length
-    # What no sequence holds must not matter.
+    # The content of unused slots must not matter.
     k_cache[torch.tensor(free)[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)] = float("nan")
     q = random(num_tokens + 3, HEADS, head_dim)
     num_tiles = 30

@@ -1,4 +1,4 @@
-"""Attention over scattered slots equals plain attention, and reads nobody else's slots."""
+"""Attention over scattered slots equals plain attention, and reads no slots of other sequences."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEPS = {
 
 
 def plainly(q_THD: torch.Tensor, k_LKD: torch.Tensor, v_LKD: torch.Tensor) -> torch.Tensor:
-    """Softmax attention by the book: the queries are the last tokens of the context."""
+    """Plain softmax attention; the queries are the last tokens of the context."""
     num_queries, length = len(q_THD), len(k_LKD)
     k_LHD, v_LHD = (each.repeat_interleave(NUM_HEADS // NUM_KV_HEADS, dim=1) for each in (k_LKD, v_LKD))
     scores_HTL = torch.einsum("thd,lhd->htl", q_THD, k_LHD) * HEAD_DIM**-0.5
@@ -30,7 +30,7 @@ def plainly(q_THD: torch.Tensor, k_LKD: torch.Tensor, v_LKD: torch.Tensor) -> to
 @pytest.mark.parametrize("name", list(STEPS))
 def test_equals_plain_attention_whatever_lies_in_other_slots(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    # Slot 0 is nobody's: what a batch is padded with must not be what others left there.
+    # No sequence has slot 0: a batch must not be padded with what is left there.
     free = (torch.randperm(NUM_SLOTS - 1, generator=generator) + 1).tolist()
     k_cache_SKD, v_cache_SKD = torch.full((2, NUM_SLOTS, NUM_KV_HEADS, HEAD_DIM), torch.nan)
     sequences, expected, queries, start = [], [], [], 0

@@ -1,4 +1,4 @@
-"""Which axis turns which frequency, for the sections of the released models."""
+"""The axis that each frequency rotates with, for the sections of the released models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_axes_in_blocks_as_qwen2_5_vl_has_them(qwen2_5_vl_folder: Path) -> None:
     assert axis == [0] * 16 + [1] * 24 + [2] * 24
 
 
-def test_each_axis_turns_its_own_frequencies(qwen3_vl_folder: Path) -> None:
+def test_each_axis_rotates_its_own_frequencies(qwen3_vl_folder: Path) -> None:
     cfg = config(qwen3_vl_folder, (24, 20, 20), True)
     axis = axis_of_frequency(cfg).repeat(2)
     for moved in range(3):

@@ -36,7 +36,7 @@ DIMS = {
 
 @dataclass
 class PartOnly(OneRank):
-    """Enough of a group to load by."""
+    """A group that is sufficient for loading."""
 
     rank: int
     size: int
@@ -98,7 +98,7 @@ def test_dummy_weights_are_equal_where_all_ranks_have_them_whole(qwen3_vl_moe_fo
     assert whole and all(torch.equal(one[name], other[name]) for name in whole)
 
 
-def test_what_cannot_be_cut_is_refused_and_what_could_be_is_said(qwen3_vl_folder: Path) -> None:
+def test_a_model_that_cannot_be_cut_is_refused_with_the_sizes_that_can(qwen3_vl_folder: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"--tp 4 .* num_attention_heads 6, num_key_value_heads 2: it can be 1 or 2"
     ):

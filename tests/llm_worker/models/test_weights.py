@@ -67,7 +67,7 @@ def test_tied_embeddings_share_one_tensor(tmp_path: Path) -> None:
     assert decoder.lm_head.weight.data_ptr() == decoder.embed_tokens.weight.data_ptr()
 
 
-def test_the_whole_models_word_on_tying_counts(tmp_path: Path) -> None:
+def test_tying_is_read_from_the_whole_models_config(tmp_path: Path) -> None:
     config = small_config("qwen3_vl")
     config.text_config.tie_word_embeddings = True
     folder = save_random_checkpoint(tmp_path, "qwen3_vl", config=config)

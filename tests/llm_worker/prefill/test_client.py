@@ -1,4 +1,4 @@
-"""What a prefill worker may say: the client against a real server whose answers are made up."""
+"""The client's checks of a prefill worker's responses, on a real server with invented ones."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def layout(item_index: int = 0, num_tokens: int = 4) -> prefill_pb2.PrefillRespo
 
 
 class MadeUp(prefill_pb2_grpc.PrefillServicer):
-    """Sends `answers`; an "export" among them is what the exporter makes of KV."""
+    """Sends `answers`; "export" among them stands for the exporter's responses for the KV."""
 
     def __init__(self, exporter: RowExporter, kv_format: KvFormat) -> None:
         self.exporter = exporter
@@ -161,7 +161,7 @@ async def test_rows_come_as_they_were_sent(tmp_path: Path, transport: str) -> No
 
 
 @pytest.mark.parametrize("transport", ["shm", "grpc"])
-async def test_rows_that_are_here_do_not_come(tmp_path: Path, transport: str) -> None:
+async def test_rows_that_the_client_has_are_not_sent(tmp_path: Path, transport: str) -> None:
     async with connected(tmp_path, transport) as (worker, client):
         worker.answers = [prefilled(), "export"]
         rows = [event.rows for event in await ask(client, first_row=3) if isinstance(event, RowsEvent)]
@@ -171,7 +171,7 @@ async def test_rows_that_are_here_do_not_come(tmp_path: Path, transport: str) ->
         rows[0].release()
         assert client.stats().received_nbytes[transport] == KV[3:].nbytes
         worker.answers = [prefilled(3)]
-        with pytest.raises(InternalError, match="3 of it"):
+        with pytest.raises(InternalError, match="from row 3 on"):
             await ask(client, first_row=3)
 
 

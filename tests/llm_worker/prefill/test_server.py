@@ -1,4 +1,4 @@
-"""The prefill side by itself: what it refuses, and what is left when a peer goes away."""
+"""The Prefill service: its refusals, and the release of everything when a peer disconnects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import grpc
 import pytest
 import torch
 
-from tests.llm_worker.frontend.serving import Serving, identity, serving
+from tests.llm_worker.frontend.serving import LocalWorker, identity, serving
 from vitrine_vlm.embedding_transport.pools.shm_pool import ShmPool
 from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter
 from vitrine_vlm.embedding_transport.wire.grpc_status import error_from_rpc
@@ -22,9 +22,9 @@ from vitrine_vlm.llm_worker.frontend.grpc_server import LlmServer, LlmServicer
 from vitrine_vlm.llm_worker.metrics import LlmMetrics
 from vitrine_vlm.llm_worker.prefill.kv_format import KvFormat
 from vitrine_vlm.llm_worker.prefill.rpc import SERVICE, prefill_handlers
-from vitrine_vlm.llm_worker.prefill.server import Prefilling, PrefillServicer
+from vitrine_vlm.llm_worker.prefill.server import PrefillServicer, ServedPrefill
 from vitrine_vlm.llm_worker.prefill.wire import format_to_proto
-from vitrine_vlm.llm_worker.requests import Requests
+from vitrine_vlm.llm_worker.request_tracker import RequestTracker
 from vitrine_vlm.model_loading.checkpoint import open_checkpoint
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 from vitrine_vlm.protos.llm.v1 import llm_pb2
@@ -39,7 +39,7 @@ class Running:
     calls: RunningCalls
     exporter: RowExporter
     kv_format: KvFormat
-    worker: Serving
+    worker: LocalWorker
 
     def request(self, session_id: str = "", **differs: str) -> prefill_pb2.PrefillRequest:
         return prefill_pb2.PrefillRequest(
@@ -55,7 +55,7 @@ async def running(
     folder: Path, shm_folder: Path, pool_nbytes: int = 1 << 20, lease_ttl_s: float = 30.0
 ) -> AsyncIterator[Running]:
     calls = RunningCalls()
-    requests = Requests(LlmMetrics(), calls)
+    requests = RequestTracker(LlmMetrics(), calls)
     servicer = PrefillServicer(requests)
     server = LlmServer(LlmServicer(requests), SERVICE)
     server.grpc.add_generic_rpc_handlers((prefill_handlers(servicer),))
@@ -69,7 +69,7 @@ async def running(
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await stub.Describe(prefill_pb2.DescribeRequest())
             assert isinstance(error_from_rpc(caught.value), PrefillUnavailable)
-            servicer.open(Prefilling(worker.served, kv_format, exporter))
+            servicer.open(ServedPrefill(worker.served, kv_format, exporter))
             yield Running(stub, calls, exporter, kv_format, worker)
     finally:
         await server.stop(0)
@@ -88,7 +88,7 @@ async def session(stub: prefill_pb2_grpc.PrefillAsyncStub, exporter: RowExporter
     return call, response.session.session_id
 
 
-async def test_it_says_what_it_is_and_refuses_who_is_not_alike(qwen3_vl_folder: Path, tmp_path: Path) -> None:
+async def test_it_describes_its_format_and_refuses_workers_with_another(qwen3_vl_folder: Path, tmp_path: Path) -> None:
     async with running(qwen3_vl_folder, tmp_path) as worker:
         described = await worker.stub.Describe(prefill_pb2.DescribeRequest())
         assert described == format_to_proto(worker.kv_format)
@@ -143,7 +143,7 @@ async def test_cancelling_at_any_moment_leaves_no_blocks_and_no_lease_past_its_t
         del connect
 
 
-async def test_what_waits_for_room_in_the_pool_keeps_its_blocks_and_draining_waits_for_it(
+async def test_kv_that_waits_for_the_pool_keeps_its_blocks_and_draining_waits_for_it(
     qwen3_vl_folder: Path, tmp_path: Path
 ) -> None:
     async with running(qwen3_vl_folder, tmp_path, pool_nbytes=40 << 10) as worker:

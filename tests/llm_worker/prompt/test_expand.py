@@ -36,7 +36,7 @@ CASES: dict[str, tuple[str, list[tuple[int, ...]]]] = {
 
 
 class Family:
-    """One checkpoint: transformers' side and ours."""
+    """One checkpoint, read by transformers and by the worker."""
 
     def __init__(self, folder: Path) -> None:
         checkpoint = open_checkpoint(str(folder))

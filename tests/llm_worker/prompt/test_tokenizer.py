@@ -1,4 +1,4 @@
-"""Templates from wherever a checkpoint keeps them, and text that only comes out whole."""
+"""Chat templates from any file of a checkpoint, and text in whole characters only."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ SPAN = MediaSpan(0, 2, 12, 0)
 
 
 def hidden_states(decoder: TextDecoder, kind: str) -> list[torch.Tensor]:
-    """Of a prompt with a picture in two chunks, a short one beside it, and tokens of both."""
+    """Results of a prompt with a picture in two chunks, a short one beside it, and tokens of both."""
     kv_cache = KvCache(decoder.config, 16, 16, decoder.device, torch.float32)
     buffer = input_buffer(decoder, 24)
     runner: Runner = PlainRunner(decoder, kv_cache, buffer)

@@ -1,4 +1,4 @@
-"""Rank 0 and its channels: who maps which pool, leases that end too early, steps that fail."""
+"""Rank 0 and its channels: pools that other ranks map, leases that end too early, steps that fail."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vitrine_vlm.llm_worker.engine.request_state import RequestState
 from vitrine_vlm.llm_worker.engine.runner import PlainRunner, Runner
 from vitrine_vlm.llm_worker.families import build_decoder
 from vitrine_vlm.llm_worker.models.decoder import StepInputs, TextDecoder
-from vitrine_vlm.llm_worker.tensor_parallel.channel import Channel, ChannelClosed, Kind
+from vitrine_vlm.llm_worker.tensor_parallel.channel import Channel, ChannelClosed, FrameKind
 from vitrine_vlm.llm_worker.tensor_parallel.group import TorchGroup
 from vitrine_vlm.llm_worker.tensor_parallel.leader import LeadingForwardPass
 from vitrine_vlm.llm_worker.tensor_parallel.shared_pools import NUMBER, SharedPools
@@ -37,7 +37,7 @@ from vitrine_vlm.types import ItemTimings
 
 CPU = torch.device("cpu")
 LIMITS = EngineConfig(max_num_batched_tokens=32, num_blocks=8, block_size=8, max_model_len=64)
-# Alone, rank 0 neither sums nor hands out anything.
+# Alone, rank 0 runs no collective.
 ALONE = TorchGroup(0, 1)
 
 
@@ -61,19 +61,19 @@ def mapped(pool: ShmPool, folder: Path) -> ShmMapping:
 
 
 def answer_map(theirs: Channel, error: str = "") -> list[PoolMapping]:
-    """Does what a TpWorker does in another process."""
+    """Answers as a TpWorker does in another process."""
     found: list[PoolMapping] = []
 
     def answer() -> None:
-        payload = theirs.expect(Kind.MAP)
+        payload = theirs.expect(FrameKind.MAP)
         found.append(map_source(json.loads(payload[NUMBER.size :]), torch.device("cpu")))
-        theirs.send(Kind.MAPPED, error.encode())
+        theirs.send(FrameKind.MAPPED, error.encode())
 
     threading.Thread(target=answer).start()
     return found
 
 
-def test_a_pool_is_mapped_once_and_unmapped_when_it_is_gone(
+def test_a_pool_is_mapped_once_and_unmapped_with_rank_0(
     channels: tuple[Channel, Channel], shm_pool: ShmPool, tmp_path: Path
 ) -> None:
     ours, theirs = channels
@@ -81,9 +81,9 @@ def test_a_pool_is_mapped_once_and_unmapped_when_it_is_gone(
     found = answer_map(theirs)
     number = pools.number_of(pool)
     assert number is not None and found[0].read(0, PROBE_NBYTES) == shm_pool.nonce
-    assert pools.number_of(pool) == number  # asks nobody
+    assert pools.number_of(pool) == number  # sends no message
     del pool
-    assert theirs.expect(Kind.UNMAP) == NUMBER.pack(number)
+    assert theirs.expect(FrameKind.UNMAP) == NUMBER.pack(number)
 
 
 def test_a_pool_that_another_rank_cannot_map_is_not_shared(
@@ -104,13 +104,13 @@ def test_the_end_of_a_rank_is_noticed(channels: tuple[Channel, Channel]) -> None
     with pytest.raises(ChannelClosed):
         ours.receive()
     with pytest.raises(ChannelClosed):
-        ours.send(Kind.STEP, bytes(1 << 22))
+        ours.send(FrameKind.STEP, bytes(1 << 22))
 
 
 def test_a_frame_whose_length_is_a_lie_is_refused() -> None:
     raw, theirs = socket.socketpair()
     with raw, theirs:
-        raw.sendall(bytes([Kind.STEP]) + (1 << 62).to_bytes(8, "little"))
+        raw.sendall(bytes([FrameKind.STEP]) + (1 << 62).to_bytes(8, "little"))
         with pytest.raises(ValueError, match="at most"):
             Channel(theirs).receive()
 
@@ -119,7 +119,7 @@ Interfere = Callable[[], None]
 
 
 def leading(decoder: TextDecoder, interfere: Interfere, failures: list[Exception]) -> LeadingForwardPass:
-    """With something that happens while the decoder runs."""
+    """Calls a function while the decoder runs."""
 
     class Interfered(PlainRunner):
         def __call__(self, inputs: StepInputs) -> torch.Tensor:
@@ -150,7 +150,7 @@ def test_ranks_with_other_room_for_keys_and_values_are_refused(
     decoder: TextDecoder, channels: tuple[Channel, Channel], num_blocks: int
 ) -> None:
     ours, theirs = channels
-    theirs.send(Kind.LOADED, NUMBER.pack(num_blocks))
+    theirs.send(FrameKind.LOADED, NUMBER.pack(num_blocks))
     with pytest.raises(CheckpointError, match=f"rank 1 has memory for {num_blocks} blocks .* rank 0 for 8"):
         LeadingForwardPass(decoder, LIMITS, PlainRunner, ALONE, [ours], on_failure=lambda error: None)
 

@@ -1,4 +1,4 @@
-"""Two ranks compute what one does, whatever runs them.
+"""Two ranks compute the same as one, with any runner.
 
 On two GPUs over NCCL, also in CUDA graphs; without any over gloo, with kernels in Triton's interpreter.
 """

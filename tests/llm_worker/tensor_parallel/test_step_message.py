@@ -1,4 +1,4 @@
-"""A step arrives as it was sent; what is none is refused."""
+"""A step arrives as it was sent; other payloads are refused."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_blocks_come_again_only_where_they_have_changed() -> None:
     assert [each.table.blocks for each in after] == [[7, 2, 5, 9], [1]]
     assert after[0].table.version != before[0].table.version and after[1].table is before[1].table
 
-    # A sequence that takes no part in a step is sent again when it comes back.
+    # The blocks of a sequence that was not in the last step are sent again.
     deserializer.deserialize_step(serializer.serialize_step(a_step(stays)))
     assert deserializer.deserialize_step(serializer.serialize_step(a_step(grows, stays))).sequences[0].table.blocks == [
         7,
@@ -78,7 +78,7 @@ def test_blocks_come_again_only_where_they_have_changed() -> None:
 @pytest.mark.parametrize("length", [0, 5, -1])
 def test_a_step_that_was_cut_off_is_refused(length: int) -> None:
     numbers = np.frombuffer(StepSerializer().serialize_step(a_step(*two_sequences())), dtype="<i8")
-    with pytest.raises(ValueError, match="a step of"):
+    with pytest.raises(ValueError, match="a step message has"):
         StepDeserializer(BLOCK_SIZE).deserialize_step(numbers[:length].tobytes())
 
 
@@ -86,12 +86,12 @@ def test_a_step_that_was_cut_off_is_refused(length: int) -> None:
 def test_counts_that_do_not_fit_are_refused(position: int, number: int) -> None:
     numbers = np.frombuffer(StepSerializer().serialize_step(a_step(*two_sequences())), dtype="<i8").copy()
     numbers[position] = number
-    with pytest.raises(ValueError, match="a step of"):
+    with pytest.raises(ValueError, match="a step message has"):
         StepDeserializer(BLOCK_SIZE).deserialize_step(numbers.tobytes())
 
 
 def test_a_sequence_without_its_blocks_is_refused() -> None:
     serializer, sequences = StepSerializer(), two_sequences()
     serializer.serialize_step(a_step(*sequences))
-    with pytest.raises(ValueError, match="blocks did not come"):
+    with pytest.raises(ValueError, match="without its blocks"):
         StepDeserializer(BLOCK_SIZE).deserialize_step(serializer.serialize_step(a_step(*sequences)))

@@ -1,4 +1,4 @@
-"""What a request waits for: the sizes of its media, from which its prompt follows, and what the engine needs of it."""
+"""The inputs of one request: the layouts of its media, the prompt that follows from them, embeddings or KV."""
 
 from __future__ import annotations
 
@@ -21,66 +21,68 @@ from vitrine_vlm.llm_worker.prompt.placeholders import PlaceholderPlan
 from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
 from vitrine_vlm.types import Layout
 
-# Tokens in front of the first media item that are worth a step of their own, which the media may have to wait for.
-_MIN_HEAD_START = 64
+# Tokens in front of the first media item that are worth a step of their own, although the media may wait for it.
+_MIN_EARLY_PREFIX = 64
 
 
 @dataclass(frozen=True)
 class PromptContext:
-    """What all requests of a worker have in common. tokenizer: None takes and returns token ids only."""
+    """The parts of a worker that all requests use. tokenizer: None where only token ids are accepted and returned."""
 
     engine: Engine
     config: PromptConfig
     tokenizer: PromptTokenizer | None
 
 
-class PromptFeed(ABC):
-    """Takes in what others do for one request. An error in it ends the request.
+class RequestInputs(ABC):
+    """Gets the inputs of one request from other services and hands them to the engine. An error here fails the request.
 
-    prompt: known once every media item has a layout; arrivals: media items that were encoded.
+    prompt: done once every media item has a layout. arrivals: the media items whose embeddings have come, with timings.
     """
 
     def __init__(self, context: PromptContext, request: GenerationRequest) -> None:
         self.request = request
         self.arrivals: list[ItemArrival] = []
         self.prompt: asyncio.Future[ExpandedPrompt] = asyncio.get_running_loop().create_future()
-        # Read even if the request has failed for another reason: asyncio reports errors that nobody looks at.
+        # Retrieved even if the request has failed for another reason: asyncio logs exceptions that are never retrieved.
         self.prompt.add_done_callback(lambda prompt: prompt.cancelled() or prompt.exception())
         self._context = context
         self._started_at = time.perf_counter()
-        self._begun: asyncio.Future[tuple[PlaceholderPlan, RequestHandle]] = asyncio.get_running_loop().create_future()
+        self._submitted: asyncio.Future[tuple[PlaceholderPlan, RequestHandle]] = (
+            asyncio.get_running_loop().create_future()
+        )
         self._layouts: dict[int, Layout] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
     @property
     def layouts(self) -> list[Layout]:
-        """Of all media items, once the prompt is known."""
+        """The layouts of all media items, once the prompt is known."""
         return [self._layouts[index] for index in range(len(self.request.media))]
 
     @abstractmethod
     def start(self) -> None:
-        """Begins with what needs no tokens."""
+        """Begins with the work that does not need the prompt's token ids."""
 
-    async def begin(self, plan: PlaceholderPlan, keep_kv: bool = False) -> RequestHandle:
-        """The prompt is tokenized: hands the request to the engine.
+    async def submit(self, plan: PlaceholderPlan, keep_kv: bool = False) -> RequestHandle:
+        """Submits the request to the engine, once its prompt is tokenized.
 
         Args:
             keep_kv: see `Engine.submit`.
 
         Raises:
-            PromptTooLong: the text in front of the first media item leaves no room by itself.
+            PromptTooLong: the text in front of the first media item alone exceeds the context length.
             Overloaded: too many requests are waiting.
         """
-        handle = self._submit(plan, keep_kv)
-        self._begun.set_result((plan, handle))
+        handle = self._submit_to_engine(plan, keep_kv)
+        self._submitted.set_result((plan, handle))
         return handle
 
-    def since_arrival_ms(self) -> float:
+    def elapsed_ms(self) -> float:
         return (time.perf_counter() - self._started_at) * 1e3
 
     async def close(self) -> None:
-        """Ends everything that is still under way."""
+        """Cancels everything that still runs."""
         self._closed = True
         for task in self._tasks:
             task.cancel()
@@ -88,21 +90,21 @@ class PromptFeed(ABC):
         self.prompt.cancel()
 
     @abstractmethod
-    def _submit(self, plan: PlaceholderPlan, keep_kv: bool) -> RequestHandle: ...
+    def _submit_to_engine(self, plan: PlaceholderPlan, keep_kv: bool) -> RequestHandle: ...
 
-    def _head_start(self, plan: PlaceholderPlan) -> list[int]:
-        """Tokens that the engine may begin with before the prompt is known."""
-        # Without media the whole prompt follows at once: a head start would only race with it, and how the prompt
-        # is cut into chunks shows in the last bits of the logits.
-        has_head_start = self.request.media and plan.num_prefix_tokens >= _MIN_HEAD_START
-        return plan.token_ids[: plan.num_prefix_tokens] if has_head_start else []
+    def _early_prefix(self, plan: PlaceholderPlan) -> list[int]:
+        """Returns the tokens that the engine may compute before the prompt is known."""
+        # Without media the whole prompt follows at once: an early prefix would only race with it, and the last bits of
+        # the logits depend on how the prompt is cut into chunks.
+        is_worthwhile = self.request.media and plan.num_prefix_tokens >= _MIN_EARLY_PREFIX
+        return plan.token_ids[: plan.num_prefix_tokens] if is_worthwhile else []
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(self._failing_the_request(work))
+        task = asyncio.create_task(self._run_or_fail(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _failing_the_request(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _run_or_fail(self, work: Coroutine[Any, Any, None]) -> None:
         try:
             await work
         except Exception as error:
@@ -112,23 +114,27 @@ class PromptFeed(ABC):
         if not self.prompt.done():
             self.prompt.set_exception(error)
         else:
-            _, handle = await asyncio.shield(self._begun)
+            _, handle = await asyncio.shield(self._submitted)
             handle.fail(error)
 
     async def _add_layout(self, index: int, layout: Layout) -> None:
-        """Makes the prompt with the last one."""
+        """Keeps an item's layout, and makes the prompt with the last one.
+
+        Raises:
+            InternalError: the item had another layout before.
+        """
         earlier = self._layouts.setdefault(index, layout)
         if earlier != layout:
             raise InternalError(f"media item {index} is {layout} now and was {earlier}: it changed in between")
         if len(self._layouts) == len(self.request.media) and not self.prompt.done():
-            self._set_prompt(*await asyncio.shield(self._begun))
+            self._set_prompt(*await asyncio.shield(self._submitted))
 
     def _set_prompt(self, plan: PlaceholderPlan, handle: RequestHandle) -> None:
-        prompt = self._expanded(plan)
+        prompt = self._expand(plan)
         handle.set_prompt(prompt)
         self.prompt.set_result(prompt)
 
-    def _expanded(self, plan: PlaceholderPlan) -> ExpandedPrompt:
+    def _expand(self, plan: PlaceholderPlan) -> ExpandedPrompt:
         tokenizer = self._context.tokenizer
         return expand_prompt(
             plan, self.layouts, self._context.config, tokenizer.encode if tokenizer is not None else None

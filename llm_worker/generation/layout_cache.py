@@ -1,4 +1,4 @@
-"""Layouts of media seen before, so that a prompt with them is known before any encoder is asked."""
+"""Layouts of media seen before, so that a prompt with them is known without asking an encoder."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from vitrine_vlm.types import Layout, MediaItem
 _MAX_LAYOUTS = 16384
 
 
-class KnownLayouts:
-    """By content, those looked up or seen last. What an address gives may change, so such items are never known."""
+class LayoutCache:
+    """Layouts by content, the least recently used evicted first. Items given by URL are not cached: they may change."""
 
     def __init__(self) -> None:
         self._layouts: OrderedDict[bytes, Layout] = OrderedDict()
 
-    def all_of(self, keys: Sequence[bytes | None]) -> list[Layout] | None:
-        """Layouts of these items; None unless all are known."""
+    def get_all(self, keys: Sequence[bytes | None]) -> list[Layout] | None:
+        """Returns the layouts of these items; None unless all are cached."""
         found: list[Layout] = []
         for key in keys:
             if key is None or key not in self._layouts:
@@ -35,7 +35,10 @@ class KnownLayouts:
 
 
 def layout_keys(items: Sequence[MediaItem]) -> list[bytes | None]:
-    """What decides each item's layout; None for an item without bytes. Takes a while for videos."""
+    """Returns the keys of these items: all that their layouts depend on; None for an item without bytes.
+
+    Hashes the items' bytes, which takes a while for videos.
+    """
     return [
         None if item.data is None else f"{item.kind}:{item.video_fps}:".encode() + item.content_key for item in items
     ]

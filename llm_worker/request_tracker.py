@@ -1,4 +1,4 @@
-"""What every frontend does around a request: counts it, measures it, and has it end with the worker."""
+"""Counts and measures requests, the same for every frontend, and ends them with the worker."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from vitrine_vlm.llm_worker.metrics import LlmMetrics
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 
 
-class Requests:
-    """The requests of all ports of a worker.
+class RequestTracker:
+    """Tracks the requests of all ports of a worker.
 
     Args:
-        calls: those in flight.
+        calls: the worker's requests in flight; ending them ends the requests.
     """
 
     def __init__(self, metrics: LlmMetrics, calls: RunningCalls) -> None:
@@ -22,17 +22,17 @@ class Requests:
         self._calls = calls
 
     @asynccontextmanager
-    async def running(
+    async def track(
         self, start: Callable[[Observe], AsyncGenerator[GenerationEvent]]
     ) -> AsyncGenerator[AsyncGenerator[GenerationEvent]]:
-        """One request, and its events; leaving cancels it everywhere.
+        """Begins one request and yields its events. Leaving the context cancels it everywhere.
 
         Args:
-            start: begins the request, which is to report each event to what it is given.
+            start: begins the request; its argument is to be called with each event.
 
         Raises:
-            WorkerUnavailable: the worker is ending, or has to in the middle of the request.
+            WorkerUnavailable: the worker is ending, or ends in the middle of the request.
         """
-        with self._metrics.watch() as observe, self._calls.track():
+        with self._metrics.measure_request() as observe, self._calls.track():
             async with aclosing(start(observe)) as events:
                 yield events

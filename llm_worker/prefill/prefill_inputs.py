@@ -1,4 +1,4 @@
-"""A request whose prompt is computed by a prefill worker: the KV that comes of it goes to the engine."""
+"""The inputs of a request whose prompt a prefill worker computes: its first token and its KV."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from vitrine_vlm.errors import InternalError
 from vitrine_vlm.llm_worker.engine.request import ExpandedPrompt
 from vitrine_vlm.llm_worker.engine.request_handle import RequestHandle
 from vitrine_vlm.llm_worker.generation.events import GenerationRequest
-from vitrine_vlm.llm_worker.generation.known_layouts import KnownLayouts, layout_keys
-from vitrine_vlm.llm_worker.generation.prompt_feed import PromptContext, PromptFeed
+from vitrine_vlm.llm_worker.generation.layout_cache import LayoutCache, layout_keys
+from vitrine_vlm.llm_worker.generation.request_inputs import PromptContext, RequestInputs
 from vitrine_vlm.llm_worker.generation.stages import ItemArrival
 from vitrine_vlm.llm_worker.prefill.client import PrefillClient
 from vitrine_vlm.llm_worker.prefill.wire import Prefilled
@@ -18,62 +18,68 @@ from vitrine_vlm.llm_worker.prompt.placeholders import PlaceholderPlan
 from vitrine_vlm.types import LayoutEvent, RowsEvent
 
 
-class PrefillFeed(PromptFeed):
-    """Nothing is asked for before the engine has room: what waits, waits here, and holds nothing elsewhere.
+class PrefillInputs(RequestInputs):
+    """Has the prompt computed once the engine has blocks for it; before, the request holds nothing on prefill workers.
 
-    Where the layouts of all items are known, so is the prompt, and only that KV is sent which the engine does not have.
+    Where the layouts of all items are cached, the prompt is known first, and only the KV that the engine lacks is sent.
     """
 
     def __init__(
-        self, client: PrefillClient, known: KnownLayouts, context: PromptContext, request: GenerationRequest
+        self, client: PrefillClient, layout_cache: LayoutCache, context: PromptContext, request: GenerationRequest
     ) -> None:
         super().__init__(context, request)
         self._client = client
-        self._known = known
+        self._layout_cache = layout_cache
         self._keys: list[bytes | None] = []
         self._has_token = False
 
     def start(self) -> None:
-        """There is nothing to be done without tokens."""
+        """Does nothing: all work needs the prompt's token ids."""
 
-    async def begin(self, plan: PlaceholderPlan, keep_kv: bool = False) -> RequestHandle:
+    async def submit(self, plan: PlaceholderPlan, keep_kv: bool = False) -> RequestHandle:
         if self.request.media:
             self._keys = await asyncio.to_thread(layout_keys, self.request.media)
-        layouts = self._known.all_of(self._keys)
+        layouts = self._layout_cache.get_all(self._keys)
         if layouts is not None:
             self._layouts = dict(enumerate(layouts))
-            self.prompt.set_result(self._expanded(plan))
-        return await super().begin(plan, keep_kv)
+            self.prompt.set_result(self._expand(plan))
+        return await super().submit(plan, keep_kv)
 
     def send_kv(self, first_row: int) -> None:
-        """The engine has room for the prompt's KV and lacks that of the tokens from this one on, (again)."""
+        """Has the KV of the tokens from this one on computed, perhaps again: the engine has blocks for it."""
         if not self._closed:
             self._spawn(self._prefill(first_row))
 
-    def _submit(self, plan: PlaceholderPlan, keep_kv: bool) -> RequestHandle:
+    def _submit_to_engine(self, plan: PlaceholderPlan, keep_kv: bool) -> RequestHandle:
         request, engine = self.request, self._context.engine
         if self.prompt.done():
             prefix, prompt = [], self.prompt.result()
         else:
-            prefix, prompt = self._head_start(plan), None
+            prefix, prompt = self._early_prefix(plan), None
         return engine.submit(
-            request.request_id, prefix, request.sampling, _no_rows, self.send_kv, keep_kv=keep_kv, prompt=prompt
+            request.request_id,
+            prefix,
+            request.sampling,
+            _send_no_embeddings,
+            self.send_kv,
+            keep_kv=keep_kv,
+            prompt=prompt,
         )
 
     async def _prefill(self, first_row: int) -> None:
-        plan, handle = await asyncio.shield(self._begun)
+        plan, handle = await asyncio.shield(self._submitted)
         needs_token = not self._has_token
         async with aclosing(self._client.prefill(self.request, plan.token_ids, needs_token, first_row)) as events:
             async for event in events:
                 if isinstance(event, LayoutEvent):
-                    # First, so that one that was known wrong fails no request after this one.
-                    self._known.put(self._keys[event.item_index], event.layout)
+                    # First, so that a cached layout that was wrong fails no later request.
+                    self._layout_cache.put(self._keys[event.item_index], event.layout)
                     await self._add_layout(event.item_index, event.layout)
                 elif isinstance(event, Prefilled):
                     self._check(event)
                     self._has_token = True
                     if self.request.media:
-                        self.arrivals.append(ItemArrival(0, event.media_timings, self.since_arrival_ms()))
+                        self.arrivals.append(ItemArrival(0, event.media_timings, self.elapsed_ms()))
                     handle.set_first_token(event.first, event.prefill_ms, event.num_cached_tokens)
                 else:
                     self._hand_over(event, handle, first_row)
@@ -83,13 +89,17 @@ class PrefillFeed(PromptFeed):
         if prefilled.num_prompt_tokens != num_tokens:
             raise InternalError(f"the prefill worker computed {prefilled.num_prompt_tokens} tokens of {num_tokens}")
         if prefilled.first.token_id is None or prefilled.first.token_id >= vocab_size:
-            raise InternalError(f"the prefill worker's token is {prefilled.first.token_id}, there are {vocab_size}")
+            raise InternalError(
+                f"the prefill worker's token is {prefilled.first.token_id}, the vocabulary has {vocab_size} tokens"
+            )
 
     def _hand_over(self, event: RowsEvent, handle: RequestHandle, first_row: int) -> None:
         num_tokens = len(self._known_prompt().token_ids) - first_row
         if event.rows.num_tokens != num_tokens:
             event.rows.release()
-            raise InternalError(f"KV of {event.rows.num_tokens} tokens came where {num_tokens} are missing")
+            raise InternalError(
+                f"the prefill worker sent KV of {event.rows.num_tokens} tokens, {num_tokens} are needed"
+            )
         handle.set_kv(event.rows)
 
     def _known_prompt(self) -> ExpandedPrompt:
@@ -98,5 +108,5 @@ class PrefillFeed(PromptFeed):
         return self.prompt.result()
 
 
-def _no_rows(items: list[int]) -> None:
-    raise AssertionError(f"rows of items {items} are not landed on a worker that only decodes")
+def _send_no_embeddings(items: list[int]) -> None:
+    raise AssertionError(f"a decode worker lands no embeddings, those of items {items} are needed")
