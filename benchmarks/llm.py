@@ -106,7 +106,7 @@ class _Worker:
         token_ids = torch.randint(1000, 100000, (num_tokens,)).tolist()
         greedy = SamplingParams(temperature=0.0)
         row = self.graphed.token_pool.allocate()
-        request = RequestState(0, "benchmark", [], SampledTokens(greedy), row=row)
+        request = RequestState(0, "benchmark", [], SampledTokens(greedy), pool_row=row)
         request.set_prompt(ExpandedPrompt(token_ids, torch.arange(num_tokens).expand(3, -1), num_tokens, spans))
         assert self._kv_cache.append_slots(request.table, num_tokens + 1)
         return request
@@ -121,7 +121,7 @@ class _Worker:
     def release(self, requests: Sequence[RequestState]) -> None:
         for request in requests:
             self._kv_cache.release(request.table)
-            self.graphed.token_pool.release(request.row)
+            self.graphed.token_pool.release(request.pool_row)
 
     def step(self, chunks: list[Chunk], forward_pass: ForwardPass) -> list[int | None]:
         """Runs a step as the engine does; returns the next tokens."""

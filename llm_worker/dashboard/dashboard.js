@@ -31,7 +31,7 @@ function milliseconds(ms) {
   return ms < 1000 ? `${ms.toFixed(ms < 10 ? 1 : 0)} ms` : `${(ms / 1000).toFixed(2)} s`;
 }
 
-// Per second since the last answer; null at first, and where a counter began anew.
+// Per second since the last answer; null at first, and after a counter was reset.
 function rate(now, before, seconds) {
   return before === undefined || before === null || now < before || !seconds ? null : (now - before) / seconds;
 }

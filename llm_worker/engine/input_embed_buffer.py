@@ -186,7 +186,7 @@ class InputEmbedBuffer:
                     token_id = request.token_ids[start]
                 else:  # a step in flight samples it
                     pooled.append(first)
-                    pooled_rows.append(request.row)
+                    pooled_rows.append(request.pool_row)
                 position = request.generated_position(start)
                 slot = int(request.table.slots.numpy()[start])
                 tokens.append(first)
@@ -201,7 +201,7 @@ class InputEmbedBuffer:
         if pooled:
             indices_4S[:2, : len(pooled)] = pooled, pooled_rows
         if sampled:
-            indices_4S[2:, : len(sampled)] = sampled, [chunk.request.row for chunk in chunks if chunk.samples]
+            indices_4S[2:, : len(sampled)] = sampled, [chunk.request.pool_row for chunk in chunks if chunk.samples]
         return len(pooled)
 
     def _land_chunk(self, chunk: Chunk, first_token: int) -> list[Landing]:

@@ -149,7 +149,7 @@ class LiveRequests:
 
     def _end(self, request: RequestState, keep_kv: bool = False) -> None:
         self._scheduler.remove(request)
-        self._token_pool.release(request.row)
+        self._token_pool.release(request.pool_row)
         self._capacity.release()
         self._outbox.unsubscribe(request.key)
         request.finish()

@@ -56,7 +56,7 @@ _QUEUED = (RequestStatus.WAITING_FOR_PROMPT, RequestStatus.WAITING)
 class RequestState:
     """Belongs to the engine's thread. Only the methods below write it; steps add to its timings.
 
-    key: identifies the request within the engine; keys are in order of arrival. row: its row of the token pool.
+    key: identifies the request within the engine; keys are in order of arrival. pool_row: its row of the token pool.
     token_ids: the text in front of the first media item, or the whole prompt and the generated tokens that the host
         knows.
     keep_kv: its blocks are kept after its last token. remote_kv: None where the prompt is computed here.
@@ -73,7 +73,7 @@ class RequestState:
     sampled: SampledTokens
     remote_kv: RemoteKv | None = None
     keep_kv: bool = False
-    row: int = 0
+    pool_row: int = 0
     status: RequestStatus = field(init=False)
     prompt: ExpandedPrompt = field(init=False)
     num_prompt_tokens: int = field(init=False)

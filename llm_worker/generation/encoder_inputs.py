@@ -72,11 +72,11 @@ class EncoderInputs(RequestInputs):
                     self._layout_cache.put(self._keys[index], event.layout)
                     await self._add_layout(index, event.layout)
 
-    async def _set_embeddings(self, index: int, rows: EmbeddingRows) -> None:
+    async def _set_embeddings(self, index: int, embeddings: EmbeddingRows) -> None:
         try:
             _, handle = await asyncio.shield(self._submitted)
         except asyncio.CancelledError:
-            rows.release()
+            embeddings.release()
             raise
-        self.arrivals.append(ItemArrival(index, rows.timings, self.elapsed_ms()))
-        handle.set_embeddings(index, rows)
+        self.arrivals.append(ItemArrival(index, embeddings.timings, self.elapsed_ms()))
+        handle.set_embeddings(index, embeddings)

@@ -77,18 +77,18 @@ def match_expanded(plan: PlaceholderPlan, layouts: Sequence[Layout], config: Pro
     """
     spans: list[MediaSpan] = []
     for kind, where in plan.positions.items():
-        taken = 0
+        num_matched = 0
         for item_index, layout in enumerate(layouts):
             if layout.kind != kind:
                 continue
             first_row = 0
             for length in span_lengths(layout, config):
-                run = where[taken : taken + length]
+                run = where[num_matched : num_matched + length]
                 if len(run) < length or run[-1] - run[0] != length - 1:
                     raise PlaceholderMismatch(_mismatch(kind, len(where), layouts, config))
                 spans.append(MediaSpan(item_index, int(run[0]), length, first_row))
-                taken, first_row = taken + length, first_row + length
-        if taken != len(where):
+                num_matched, first_row = num_matched + length, first_row + length
+        if num_matched != len(where):
             raise PlaceholderMismatch(_mismatch(kind, len(where), layouts, config))
     return sorted(spans, key=lambda span: span.start)
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 # A collective takes longer only where another rank hangs; one that has ended is noticed at once.
 _TIMEOUT = timedelta(minutes=2)
 _NETWORK = {
-    # Multicast over NVLink needs privileges on the host that containers usually do not have.
+    # Multicast over NVLink needs more of the host than containers usually have.
     "NCCL_NVLS_ENABLE": "0",
     # Over loopback only, so that no port can be reached from other hosts.
     "NCCL_SOCKET_IFNAME": "lo",

@@ -100,8 +100,10 @@ class LeadingForwardPass(ForwardPass):
 
     def _pool_landing(self, landing: Landing) -> PoolLanding | None:
         """The message by which the other ranks land these embeddings themselves; None where they cannot."""
-        rows = landing.embeddings
-        number = self._pools.number_of(rows.mapping) if isinstance(rows, LeasedRows) else None
-        if not isinstance(rows, LeasedRows) or number is None:
+        leased = landing.embeddings
+        number = self._pools.number_of(leased.mapping) if isinstance(leased, LeasedRows) else None
+        if not isinstance(leased, LeasedRows) or number is None:
             return None
-        return PoolLanding(number, rows.lease.offset, rows.num_tokens, landing.first_row, landing.start, landing.stop)
+        return PoolLanding(
+            number, leased.lease.offset, leased.num_tokens, landing.first_row, landing.start, landing.stop
+        )

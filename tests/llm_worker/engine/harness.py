@@ -110,7 +110,7 @@ def request_state(
     Args:
         embeddings: of its media items, all of them or none.
     """
-    request = RequestState(0, "request", [], SampledTokens(greedy(max_tokens)), row=row)
+    request = RequestState(0, "request", [], SampledTokens(greedy(max_tokens)), pool_row=row)
     request.set_prompt(prompt)
     for item_index, each in enumerate(embeddings):
         request.receive_embeddings(item_index, each)
@@ -118,7 +118,7 @@ def request_state(
 
 
 def unsent(items: list[int]) -> None:
-    raise AssertionError(f"rows of {items} were asked for, although they had been announced and not been lost")
+    raise AssertionError(f"embeddings of {items} were requested, although they were announced and not lost")
 
 
 def submit(engine: Engine, request: Request, sampling: SamplingParams) -> RequestHandle:

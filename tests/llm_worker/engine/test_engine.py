@@ -155,7 +155,7 @@ async def test_an_equal_beginning_is_computed_once_and_its_picture_is_not_needed
         )
         # Embeddings that come although they are not needed are released at once.
         surplus = TensorRows(image.rows[0]._rows_TW)
-        handle = engine.submit("rows on their way", image.prefix, greedy(8), unsent)
+        handle = engine.submit("late embeddings", image.prefix, greedy(8), unsent)
         handle.set_prompt(known.prompt)
         handle.set_embeddings(0, surplus)
         assert await tokens(handle) == expected

@@ -130,8 +130,8 @@ def test_tokens_that_the_host_does_not_know_yet_are_read_from_the_pool(decoder: 
     buffer = InputEmbedBuffer(decoder, 16, 4, pool)
     known, one, other, prompt = (sequence(decoder, cache, spans=()) for _ in range(4))
     for each in (known, one, other, prompt):
-        each.row = pool.allocate()
-    pool.write(torch.tensor([one.row, other.row, known.row]), torch.tensor([71, 72, 73]))
+        each.pool_row = pool.allocate()
+    pool.write(torch.tensor([one.pool_row, other.pool_row, known.pool_row]), torch.tensor([71, 72, 73]))
     known.token_ids.append(7)
     for each in (one, other):
         each.sampled.num_in_flight = 1
@@ -142,7 +142,7 @@ def test_tokens_that_the_host_does_not_know_yet_are_read_from_the_pool(decoder: 
     # Sampled tokens go to the same rows.
     assert prepared.sampled_tokens == buffer.sampled_tokens_S[:3].tolist() == [0, 6, 7]
     pool.write(buffer.sampled_pool_rows_S[:3], torch.tensor([1, 2, 3]))
-    assert [int(pool.tokens_R[each.row]) for each in (other, known, one, prompt)] == [1, 2, 3, 0]
+    assert [int(pool.tokens_R[each.pool_row]) for each in (other, known, one, prompt)] == [1, 2, 3, 0]
 
 
 class Unmapped(TensorRows):

@@ -56,7 +56,7 @@ class Continued:
     """A request of the decoding engine, which gets `prefilled` whenever it is requested, at most `limit` times.
 
     Args:
-        known: the prompt is known before its KV is asked for.
+        known: the prompt is known before its KV is requested.
     """
 
     def __init__(

@@ -50,7 +50,7 @@ INTERLEAVED = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 
 IN_BLOCKS = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
 
 
-def ours(dims: dict[str, Any], model_type: str, rope: dict[str, Any], num_deepstack: int) -> TextConfig:
+def decoder_config(dims: dict[str, Any], model_type: str, rope: dict[str, Any], num_deepstack: int) -> TextConfig:
     moe = None
     if "num_experts" in dims:
         moe = MoeConfig(
@@ -86,14 +86,14 @@ def test_layer_at_true_dims(name: str) -> None:
     model_class, config_class, dims, model_type, rope, num_deepstack = CASES[name]
     torch.manual_seed(0)
     config = config_class(**SHARED, **dims, rope_parameters=dict(rope), max_position_embeddings=4096)
-    theirs = model_class(config).eval()
-    for parameter in theirs.parameters():
+    reference = model_class(config).eval()
+    for parameter in reference.parameters():
         if parameter.ndim > 1:
             parameter.normal_(std=parameter.shape[-1] ** -0.5)
     with torch.device("meta"):
-        decoder = TextDecoder(ours(dims, model_type, rope, num_deepstack)).eval()
+        decoder = TextDecoder(decoder_config(dims, model_type, rope, num_deepstack)).eval()
     lm_head = {"lm_head.weight": torch.empty(decoder.lm_head.weight.shape)}  # not part of their text model
-    decoder.load_state_dict(theirs.state_dict() | lm_head, assign=True)
+    decoder.load_state_dict(reference.state_dict() | lm_head, assign=True)
 
     embeds_TC = torch.randn(NUM_TOKENS, dims["hidden_size"])
     # Text, a 4 x 5 picture, text: all three axes differ.
@@ -108,9 +108,9 @@ def test_layer_at_true_dims(name: str) -> None:
         mask = torch.zeros(1, NUM_TOKENS, dtype=torch.bool)
         mask[:, media] = True
         extra = {"visual_pos_masks": mask, "deepstack_visual_embeds": list(deepstack_NTC[:, media])}
-    expected_TC = theirs(inputs_embeds=embeds_TC[None], position_ids=positions_3T[:, None], **extra).last_hidden_state[
-        0
-    ]
+    expected_TC = reference(
+        inputs_embeds=embeds_TC[None], position_ids=positions_3T[:, None], **extra
+    ).last_hidden_state[0]
 
     kv_shape = (1, 2, 64, dims["num_key_value_heads"], decoder.config.head_dim)
     slots = torch.randperm(64)[:NUM_TOKENS]
