@@ -31,7 +31,7 @@ from vitrine_vlm.llm_worker.engine.forward_pass import ForwardPass
 from vitrine_vlm.llm_worker.engine.request import ExpandedPrompt, MediaSpan, SamplingParams
 from vitrine_vlm.llm_worker.engine.request_parts import SampledTokens
 from vitrine_vlm.llm_worker.engine.request_state import RequestState
-from vitrine_vlm.llm_worker.engine.sampler import Choice, choose
+from vitrine_vlm.llm_worker.engine.sampler import ChoiceOnHost, choose
 from vitrine_vlm.llm_worker.gpu.gpu_runner import GpuRunner
 from vitrine_vlm.llm_worker.models.decoder import TextDecoder
 from vitrine_vlm.types import ItemTimings
@@ -143,12 +143,12 @@ class _Worker:
         in_flight.read()
         return statistics.median(end - begin for begin, end in pairwise(times)) * 1e3
 
-    def _launch(self, chunks: list[Chunk], forward_pass: ForwardPass) -> Choice:
+    def _launch(self, chunks: list[Chunk], forward_pass: ForwardPass) -> ChoiceOnHost:
         output = forward_pass(chunks)
         assert not output.failed, output.failed
         choice = choose(output.logits_BV, [chunk.request.sampled.params for chunk in chunks], [0.0] * len(chunks))
         forward_pass.token_pool.write(output.pool_rows_B, choice.token_ids_B)
-        return choice
+        return choice.copy_to_host()
 
 
 def _prefill_row(worker: _Worker, reference: TransformersDecoder, num_tokens: int) -> str:

@@ -8,6 +8,7 @@ Shapes: B sequences, V vocabulary, S sequences that draw, A that ask for logprob
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -22,33 +23,41 @@ class NextToken(NamedTuple):
     logprobs: TokenLogprobs | None
 
 
+@dataclass(frozen=True)
 class Choice:
-    """Next tokens of a batch.
+    """Next tokens of a batch, on the device of the logits, which may still compute them.
 
-    token_ids_B: int64 on the device of the logits, which may still compute them. All are tokens of the vocabulary, also
-        those of sequences whose logits are NaN.
+    token_ids_B: int64. All are tokens of the vocabulary, also those of sequences whose logits are NaN.
+    drawing: indices of the sequences that draw; is_drawn_S: whether each had a distribution to draw from.
+    asking: the number of most probable tokens that are reported, by index of the sequences with logprobs.
+    logprobs: of the chosen tokens [A], of the most probable ones [A, K], and the ids of these [A, K].
     """
 
-    def __init__(
-        self,
-        token_ids_B: torch.Tensor,
-        drawing: list[int],
-        is_drawn_S: torch.Tensor | None,
-        asking: dict[int, int],
-        logprobs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
-    ) -> None:
+    token_ids_B: torch.Tensor
+    drawing: list[int]
+    is_drawn_S: torch.Tensor | None
+    asking: dict[int, int]
+    logprobs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+
+    def copy_to_host(self) -> ChoiceOnHost:
+        """Queues the copies.
+
+        What the device does with the tokens is to be queued in front: behind the copies its stream waits for them, and
+        a GPU that two processes share goes to the other one meanwhile.
         """
-        Args:
-            drawing: indices of the sequences that draw; is_drawn_S: whether each had a distribution to draw from.
-            asking: the number of most probable tokens that are reported, by index of the sequences with logprobs.
-            logprobs: of the chosen tokens [A], of the most probable ones [A, K], and the ids of these [A, K].
-        """
-        self.token_ids_B = token_ids_B
-        self._drawing, self._asking = drawing, asking
+        return ChoiceOnHost(self)
+
+
+class ChoiceOnHost:
+    """A choice on its way to the host."""
+
+    def __init__(self, choice: Choice) -> None:
+        token_ids_B = choice.token_ids_B
+        self._drawing, self._asking = choice.drawing, choice.asking
         # Asynchronous copies, to pinned memory.
         self._token_ids = _to_host(token_ids_B)
-        self._is_drawn = _to_host(is_drawn_S) if is_drawn_S is not None else None
-        self._logprobs = [_to_host(each) for each in logprobs or ()]
+        self._is_drawn = _to_host(choice.is_drawn_S) if choice.is_drawn_S is not None else None
+        self._logprobs = [_to_host(each) for each in choice.logprobs or ()]
         self._arrived = torch.cuda.current_stream(token_ids_B.device).record_event() if token_ids_B.is_cuda else None
 
     def wait(self) -> None:

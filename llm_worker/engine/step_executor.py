@@ -16,7 +16,7 @@ from vitrine_vlm.llm_worker.engine.forward_pass import ForwardPass, StepOutput
 from vitrine_vlm.llm_worker.engine.kv_rows import land_kv
 from vitrine_vlm.llm_worker.engine.live_requests import LiveRequests
 from vitrine_vlm.llm_worker.engine.request_state import RequestState
-from vitrine_vlm.llm_worker.engine.sampler import Choice, choose
+from vitrine_vlm.llm_worker.engine.sampler import Choice, ChoiceOnHost, choose
 from vitrine_vlm.llm_worker.engine.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class InFlightStep:
 
     chunks: list[Chunk]
     output: StepOutput
-    choice: Choice
+    choice: ChoiceOnHost
     launched_at: float
 
 
@@ -72,6 +72,7 @@ class StepExecutor:
                 output = self._forward_pass(chunks)
                 choice = self._choose(output)
                 self._forward_pass.token_pool.write(output.pool_rows_B, choice.token_ids_B)
+                on_host = choice.copy_to_host()
         except Exception as error:
             self._step_failed(chunks, error)
             return None
@@ -80,7 +81,7 @@ class StepExecutor:
         launched = [chunk for chunk in chunks if chunk not in output.failed] if output.failed else chunks
         for chunk in launched:
             chunk.request.launch(chunk.stop, chunk.samples)
-        return InFlightStep(launched, output, choice, begin)
+        return InFlightStep(launched, output, on_host, begin)
 
     def can_overlap(self, step: InFlightStep) -> bool:
         """Whether the next step can be launched before the tokens of this one are known."""

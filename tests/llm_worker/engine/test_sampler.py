@@ -14,7 +14,7 @@ NUM_DRAWS = 20_000
 
 def draws(logits_V: torch.Tensor, sampling: SamplingParams, count: int, seed: int = 0) -> list[int]:
     """Tokens drawn in one batch."""
-    drawn = choose(logits_V.expand(count, -1), [sampling] * count, uniform(count, seed)).read()
+    drawn = choose(logits_V.expand(count, -1), [sampling] * count, uniform(count, seed)).copy_to_host().read()
     return [each.token_id for each in drawn if each.token_id is not None]
 
 
@@ -73,7 +73,7 @@ def test_equal_numbers_draw_equally_in_any_batch() -> None:
     beside = []
     for own, *of_others in zip(uniform(50, 1), *(uniform(50, seed) for seed in (2, 3, 4)), strict=True):
         numbers = [of_others[0], own, *of_others[1:]]
-        beside.append(choose(logits_BV, others, numbers).read()[1].token_id)
+        beside.append(choose(logits_BV, others, numbers).copy_to_host().read()[1].token_id)
     assert beside == alone
 
 
@@ -95,7 +95,7 @@ def test_nan_logits_are_not_drawn_from_and_do_not_affect_the_others() -> None:
     choice = choose(logits_BV, [SamplingParams(top_k=1)] * 3, uniform(3))
     # The next step may read it before its request has failed.
     assert 0 <= choice.token_ids_B[1] < len(LOGITS)
-    first, broken, last = choice.read()
+    first, broken, last = choice.copy_to_host().read()
     assert (first.token_id, broken.token_id, last.token_id) == (0, None, 0)
 
 
@@ -103,7 +103,7 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
     expected = LOGITS.log_softmax(-1)
     params = [SamplingParams(temperature=0.0, logprobs=count) for count in (2, 0, 20, None)]
     two, none, all_of_them, not_asked = (
-        each.logprobs for each in choose(LOGITS.expand(4, -1), params, uniform(4)).read()
+        each.logprobs for each in choose(LOGITS.expand(4, -1), params, uniform(4)).copy_to_host().read()
     )
     assert two is not None and none is not None and all_of_them is not None and not_asked is None
     assert two.token_id == 0 and two.logprob == pytest.approx(float(expected[0]))
@@ -111,6 +111,8 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
     assert [value for _, value in two.top] == pytest.approx(expected[:2].tolist())
     assert none.top == ()
     assert len(all_of_them.top) == len(LOGITS)
-    (drawn,) = choose(LOGITS[None], [SamplingParams(temperature=5.0, top_p=0.9, logprobs=1)], uniform(1)).read()
+    (drawn,) = (
+        choose(LOGITS[None], [SamplingParams(temperature=5.0, top_p=0.9, logprobs=1)], uniform(1)).copy_to_host().read()
+    )
     assert drawn.logprobs is not None and drawn.token_id is not None
     assert drawn.logprobs.logprob == pytest.approx(float(expected[drawn.token_id]))
