@@ -1,4 +1,4 @@
-"""Tells apart the cancellation of a task and of what the task awaits."""
+"""Distinguishes the cancellation of a task and of what the task awaits."""
 
 from __future__ import annotations
 

@@ -81,18 +81,21 @@ class LeaseTable(Generic[BlockT]):
 
     def release_session(self, session_id: str) -> int:
         """Ends all leases of a session that has ended; returns how many."""
-        return self._end_all(lambda lease: lease.session_id == session_id, "reclaimed")
+        num_ended = self._end_all(lambda lease: lease.session_id == session_id)
+        self.counts.reclaimed += num_ended
+        return num_ended
 
     def expire(self) -> int:
         """Ends all leases whose time is over; returns how many."""
         now = self._clock()
-        return self._end_all(lambda lease: lease.expires_at <= now, "expired")
+        num_ended = self._end_all(lambda lease: lease.expires_at <= now)
+        self.counts.expired += num_ended
+        return num_ended
 
-    def _end_all(self, which: Callable[[Lease[BlockT]], bool], count: str) -> int:
+    def _end_all(self, which: Callable[[Lease[BlockT]], bool]) -> int:
         ending = [lease for lease in self._leases.values() if which(lease)]
         for lease in ending:
             self._end(lease)
-        setattr(self.counts, count, getattr(self.counts, count) + len(ending))
         return len(ending)
 
     def _end(self, lease: Lease[BlockT]) -> None:

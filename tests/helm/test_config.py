@@ -141,7 +141,7 @@ class TestEncoders:
 
 
 class TestTransports:
-    """Memory for transports within a node is taken only where somebody can reach it, and in the same place."""
+    """Memory for transports within a node is taken only where a peer can reach it, and in the same place."""
 
     def test_none(self) -> None:
         config = config_files(rendered("default"))["demo-vitrine-encoder-default"]

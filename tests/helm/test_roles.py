@@ -124,7 +124,7 @@ def test_workers_reach_workers_where_some_decode() -> None:
         ({"default": {"role": "answer"}}, "role"),
         ({"default": {"config": {"role": "prefill"}}}, "invalid propertyName"),
     ],
-    ids=["nobody to ask", "not there", "no such role", "past the chart"],
+    ids=["no pool to ask", "not there", "no such role", "past the chart"],
 )
 def test_what_does_not_go_together_is_refused(pools: dict[str, Any], reason: str) -> None:
     with pytest.raises(HelmError, match=reason):

@@ -1,4 +1,4 @@
-"""One deadline for everything that a service still does when it is told to end."""
+"""One deadline for everything that a service still does when it gets SIGTERM."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ async def test_unreachable_encoder_is_an_error_that_names_it(start: Start, qwen3
 
 
 async def test_encoder_of_another_checkpoint_is_refused(start: Start, tmp_path: Path, qwen3_vl_folder: Path) -> None:
-    """Same name, same dims, other weights: only the revision tells."""
+    """Same name, same dims, other weights: only the revision differs."""
     other = save_random_checkpoint(tmp_path / qwen3_vl_folder.name, "qwen3_vl", seed=1)
     address = encoder(start, other).wait_listening()["grpc"]
     llm = worker(start, qwen3_vl_folder, address)

@@ -1,4 +1,4 @@
-"""Prompts on one worker, answers on another: the same tokens, and nothing lost or left behind when somebody goes."""
+"""Prompts on one worker, answers on another: the same tokens, and nothing lost or left behind when one disconnects."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ async def test_a_bad_request_is_the_clients_fault(split: Split) -> None:
 
 
 async def test_short_of_memory_it_still_answers_alike(qwen3_vl_folder: Path) -> None:
-    """Whoever gave its blocks up has its prompt prefilled again, and goes on."""
+    """A preempted request has its prompt prefilled again, and continues."""
     reference = Reference(qwen3_vl_folder)
     prompts = [f"{word} and then some more words" for word in ("apples", "pears", "plums", "cherries")]
     expected = [reference.greedy(reference.inputs(prompt, []), NUM_TOKENS)[0] for prompt in prompts]
@@ -231,7 +231,7 @@ async def test_a_killed_prefill_worker_loses_no_request(qwen3_vl_folder: Path) -
 
 
 async def test_a_prefill_worker_of_another_checkpoint_is_refused(tmp_path: Path, qwen3_vl_folder: Path) -> None:
-    """Same name, same dims, other weights: only the revision tells."""
+    """Same name, same dims, other weights: only the revision differs."""
     other = save_random_checkpoint(tmp_path / qwen3_vl_folder.name, "qwen3_vl", seed=1)
     processes: list[ServiceProcess] = [prefill_worker(other, "127.0.0.1:9")]
     try:

@@ -67,7 +67,7 @@ the pool's own merged in. Nothing in mode rayservice.
 {{- $found -}}
 {{- end -}}
 
-{{/* Selects the pods that users talk to: those of prefill pools only where nobody decodes. */}}
+{{/* Selects the pods that users talk to: those of prefill pools only where there is no decode pool. */}}
 {{- define "vitrine.userLabels" -}}
 {{ include "vitrine.selectorLabels" (list . "llm") }}
 {{- if eq (include "vitrine.hasDecodePools" .) "true" }}
