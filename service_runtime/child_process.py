@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 # Not a `preexec_fn`: with one, Python forks instead of using vfork, and gRPC's handlers for fork() restart its
@@ -61,11 +62,7 @@ class Child:
         return cls(name, process)
 
     async def failed(self) -> ChildFailed:
-        """Waits until the service ends by itself; returns the error that describes it.
-
-        Raises:
-            OSError: its output cannot be printed, because this process's output is closed.
-        """
+        """Waits until the service ends by itself; returns the error that describes it."""
         await asyncio.shield(self._output)  # ends with the process
         code = await self._process.wait()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
@@ -78,10 +75,9 @@ class Child:
             try:
                 await asyncio.wait_for(self._process.wait(), grace_s)
             except TimeoutError:
-                print(f"[{self.name}] did not stop within {grace_s:g} s and is killed", flush=True)
+                self._print(f"did not stop within {grace_s:g} s and is killed")
                 self._process.kill()
                 await self._process.wait()
-        # The task fails if this process's output is closed, which must not keep the other services from being stopped.
         await asyncio.gather(self._output, return_exceptions=True)
 
     async def _print_output(self) -> None:
@@ -93,5 +89,10 @@ class Child:
                 continue
             if not line:
                 return
-            text = line.decode(errors="replace").rstrip()
+            self._print(line.decode(errors="replace").rstrip())
+
+    def _print(self, text: str) -> None:
+        # Where our own output is closed, or cannot encode the line, it is lost: that is no reason to end a service, nor
+        # to leave off reading, which would bring it to a halt.
+        with suppress(OSError, ValueError):
             print(f"[{self.name}] {text}", flush=True)

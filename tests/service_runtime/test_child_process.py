@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,38 @@ async def test_stubborn_child_is_killed(module: Path, capsys: pytest.CaptureFixt
     await child.stop(0.2)
     assert "killed by SIGKILL" in str(await child.failed())
     assert "did not stop within 0.2 s" in capsys.readouterr().out
+
+
+@contextmanager
+def closed_stdout() -> Iterator[None]:
+    """As behind `| head`, once it has read enough."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    stdout = os.fdopen(writing, "w")
+    with redirect_stdout(stdout):
+        yield
+    with suppress(BrokenPipeError):
+        stdout.close()
+
+
+async def test_a_service_does_not_end_where_nothing_reads_its_output(module: Path) -> None:
+    (module / "wordy.py").write_text("for _ in range(20_000): print('x' * 100)\nraise SystemExit(3)")
+    with closed_stdout():
+        child = await Child.start("llm", ["wordy"])
+        async with asyncio.timeout(20):
+            assert "llm ended with exit code 3" in str(await child.failed())
+        await child.stop(1.0)
+
+
+async def test_a_stubborn_child_is_killed_where_nothing_reads_its_output(module: Path) -> None:
+    up = module / "up"
+    (module / "stubborn.py").write_text(STUBBORN.replace('print("up")', f"open({str(up)!r}, 'w').close()"))
+    with closed_stdout():
+        child = await Child.start("llm", ["stubborn"])
+        while not up.exists():
+            await asyncio.sleep(0.01)
+        await child.stop(0.2)
+        assert "killed by SIGKILL" in str(await child.failed())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux signals children when their parent dies")
