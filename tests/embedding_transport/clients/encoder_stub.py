@@ -34,13 +34,17 @@ def synthetic_rows(data: bytes, num_tokens: int, identity: ModelIdentity) -> tor
 
 
 class StubServicer(encoder_pb2_grpc.EncoderServicer):
-    """Item data "N..." becomes N tokens; "hang..." stops after its layout until `go_on` is set."""
+    """Item data "N..." becomes N tokens; "hang..." stops after its layout until `go_on` is set.
+
+    num_running: Encode calls that have not ended here.
+    """
 
     def __init__(self, exporter: RowExporter, identity: ModelIdentity) -> None:
         self.exporter = exporter
         self.identity = identity
         self.go_on = asyncio.Event()
         self.num_encodes = 0
+        self.num_running = 0
         self.num_items = 0
         self.hangs = False
 
@@ -61,6 +65,7 @@ class StubServicer(encoder_pb2_grpc.EncoderServicer):
 
     async def Encode(self, request, context):  # type: ignore[no-untyped-def]
         self.num_encodes += 1
+        self.num_running += 1
         self.num_items += len(request.items)
         self.hangs = any(item.data.startswith(b"hang") for item in request.items)
         try:
@@ -84,6 +89,8 @@ class StubServicer(encoder_pb2_grpc.EncoderServicer):
                     yield response
         except Exception as error:
             await abort(context, error)
+        finally:
+            self.num_running -= 1
 
     async def Release(self, request, context):  # type: ignore[no-untyped-def]
         released, unknown = self.exporter.release(request.session_id, request.lease_ids)
