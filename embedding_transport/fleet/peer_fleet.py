@@ -48,7 +48,7 @@ class PeerFleet(ABC, Generic[PeerT]):
         self._supervisor = supervisor or Supervisor()
         self._make_peer = make_peer
         self._peers: list[PeerT] = []
-        self._leaving: set[asyncio.Task[None]] = set()
+        self._leaving: dict[asyncio.Task[None], PeerT] = {}
         self._changed = asyncio.Event()
 
     async def start(self) -> None:
@@ -75,14 +75,16 @@ class PeerFleet(ABC, Generic[PeerT]):
         for address in known.keys() - set(addresses):
             self._peers.remove(known[address])
             leaving = self._supervisor.start_job(f"leaving {address}", self._disconnect_when_idle(known[address]))
-            self._leaving.add(leaving)
-            leaving.add_done_callback(self._leaving.discard)
+            self._leaving[leaving] = known[address]
+            leaving.add_done_callback(self._leaving.pop)
         self._changed.set()
 
     async def close(self) -> None:
         """Sends the pending releases and disconnects."""
-        await self._supervisor.stop(*self._leaving)
-        await asyncio.gather(*(peer.close() for peer in self._peers))
+        leaving = dict(self._leaving)
+        await self._supervisor.stop(*leaving)
+        # Those that leave, too: a task that is cancelled before its first step closes nothing.
+        await asyncio.gather(*(peer.close() for peer in (*self._peers, *leaving.values())))
 
     @property
     def ready(self) -> bool:

@@ -26,6 +26,7 @@ from vitrine_vlm.errors import (
     TransportUnavailable,
 )
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
+from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.types import DTYPES, LayoutEvent, MediaItem, ModelIdentity, RowsEvent
 
 
@@ -467,3 +468,16 @@ async def test_an_encoder_that_drains_and_leaves_finishes_what_it_has(tmp_path: 
                 await asyncio.sleep(0.01)
         assert servicer.exporter.stats().leases.reclaimed == 0
         await client.close()
+
+
+async def test_closing_ends_the_connection_of_an_encoder_that_was_taken_off_just_before(tmp_path: Path) -> None:
+    async with running_stub(tmp_path) as (address, servicer, _):
+        supervisor = Supervisor()
+        client = EncoderClient([address], IDENTITY, shm_folder=tmp_path, supervisor=supervisor)
+        await client.start()
+        client.set_addresses([])
+        await client.close()
+        assert supervisor.names() == []
+        async with asyncio.timeout(5):
+            while servicer.exporter.stats().sessions:
+                await asyncio.sleep(0.01)
