@@ -282,15 +282,18 @@ class RowPeer(ABC, Generic[DescriptionT]):
         while not self._to_release.empty():
             session_id, lease_id = self._to_release.get_nowait()
             by_session.setdefault(session_id, []).append(lease_id)
-        for session_id, lease_ids in by_session.items():
+        while by_session:
+            session_id, lease_ids = by_session.popitem()
             request = encoder_pb2.ReleaseRequest(session_id=session_id, lease_ids=lease_ids)
             try:
                 await stub.Release(request, timeout=_FLUSH_TIMEOUT_S)
             except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:  # UsageError: the channel is closed already
                 _log.debug("release failed; the leases end with the session or expire: %s", error)
             except asyncio.CancelledError:
-                for lease_id in lease_ids:  # the last flush sends them again
-                    self._to_release.put_nowait((session_id, lease_id))
+                by_session[session_id] = lease_ids
+                for each, unreleased in by_session.items():  # the last flush sends them again
+                    for lease_id in unreleased:
+                        self._to_release.put_nowait((each, lease_id))
                 raise
             self.num_leases -= len(lease_ids)
 

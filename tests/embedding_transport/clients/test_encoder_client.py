@@ -15,6 +15,7 @@ from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
 from vitrine_vlm.embedding_transport.clients.encoder_peer import EncoderPeer
 from vitrine_vlm.embedding_transport.fleet import row_peer
 from vitrine_vlm.embedding_transport.fleet.row_peer import TransportChoice
+from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter
 from vitrine_vlm.embedding_transport.wire.grpc_status import abort
 from vitrine_vlm.errors import (
     EncoderMismatch,
@@ -481,3 +482,33 @@ async def test_closing_ends_the_connection_of_an_encoder_that_was_taken_off_just
         async with asyncio.timeout(5):
             while servicer.exporter.stats().sessions:
                 await asyncio.sleep(0.01)
+
+
+async def test_leases_of_several_sessions_stay_counted_until_they_are_released(tmp_path: Path) -> None:
+    """Those of an earlier session and of the one that ends while it is told of them."""
+    async with running_stub(tmp_path, servicer_class=_SlowRelease) as (address, servicer, _):
+        assert isinstance(servicer, _SlowRelease)
+        client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
+        await client.start()
+        peer = client._peers[0]
+        peer.num_leases = 2
+        peer.release("of an earlier session", 1)
+        peer.release("of another one", 2)
+        async with asyncio.timeout(5):
+            await servicer.is_asked.wait()
+        await client.close()
+        assert peer.num_leases == 0
+
+
+class _SlowRelease(StubServicer):
+    """The first Release is not answered before it is cancelled."""
+
+    def __init__(self, exporter: RowExporter, identity: ModelIdentity) -> None:
+        super().__init__(exporter, identity)
+        self.is_asked = asyncio.Event()
+
+    async def Release(self, request, context):  # type: ignore[no-untyped-def]
+        if not self.is_asked.is_set():
+            self.is_asked.set()
+            await asyncio.Event().wait()
+        return await super().Release(request, context)
