@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 
-from vitrine_vlm.errors import VitrineError
+from vitrine_vlm.errors import InternalError, VitrineError
 from vitrine_vlm.llm_worker.engine.commands import (
     Cancel,
     CommandQueue,
@@ -117,6 +117,13 @@ class RequestSubscriber:
         self._handle, self._send_embeddings, self._send_kv = handle, send_embeddings, send_kv
 
     def receive(self, event: Event) -> None:
+        try:
+            self._receive(event)
+        except Exception as error:  # the request would wait for ever for what could not be requested
+            self._handle.fail(InternalError(f"an event of the engine was not taken: {type(error).__name__}"))
+            raise
+
+    def _receive(self, event: Event) -> None:
         match event:
             case TokenSampled() | RequestFailed():
                 self._handle.receive(event)

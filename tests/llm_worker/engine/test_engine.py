@@ -282,6 +282,23 @@ async def test_embeddings_that_expire_again_and_again_fail_their_request_and_no_
         assert [rows.num_releases for rows in sent] == [1] * 4
 
 
+async def test_a_request_whose_embeddings_cannot_be_requested_fails(qwen3_vl_folder: Path, image: Request) -> None:
+    """It would wait for them for ever."""
+
+    def send_embeddings(items: list[int]) -> None:
+        raise RuntimeError("a bug")
+
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+    with running_engine(qwen3_vl_folder) as engine:
+        handle = engine.submit("request", image.prefix, greedy(8), send_embeddings)
+        handle.set_prompt(image.prompt, announced=())
+        async with asyncio.timeout(10):
+            with pytest.raises(InternalError, match="RuntimeError"):
+                await collect(handle)
+        handle.cancel()
+        await until(lambda: is_idle(engine))
+
+
 async def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(
     qwen3_vl_folder: Path, reference: Reference, text: Request, monkeypatch: pytest.MonkeyPatch
 ) -> None:
