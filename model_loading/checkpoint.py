@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 LoadFormat = Literal["auto", "dummy"]
 
@@ -88,7 +89,7 @@ class Checkpoint:
         path = self.folder / _SINGLE
         if not path.is_file():
             raise CheckpointError(f"no {_SINGLE} and no {_INDEX} in {self.folder}: only safetensors weights are read")
-        with safe_open(path, framework="pt") as file:
+        with _opened(path) as file:
             return dict.fromkeys(file.keys(), path)
 
     def read_tensors(
@@ -100,19 +101,33 @@ class Checkpoint:
         """Yields the named tensors, or the chosen parts, in the stored dtype, file by file; reads nothing else.
 
         Raises:
-            CheckpointError: a name is not in the checkpoint.
+            CheckpointError: a name is not in the checkpoint, or a file of it is not there or not whole.
         """
         files = self.tensor_names()
         missing = [name for name in names if name not in files]
         if missing:
             raise CheckpointError(f"{len(missing)} tensors missing in {self.folder}, first: {missing[:3]}")
         for path in sorted({files[name] for name in names}):
-            with safe_open(path, framework="pt", device=str(device)) as file:
+            with _opened(path, str(device)) as file:
                 for name in names:
                     if files[name] == path:
                         stored = file.get_slice(name)
                         part = choose_part(name, tuple(stored.get_shape()))
                         yield name, file.get_tensor(name) if part is None else _read_part(stored, part)
+
+
+@contextmanager
+def _opened(path: Path, device: str = "cpu") -> Iterator[Any]:
+    """A safetensors file, open for reading.
+
+    Raises:
+        CheckpointError: it is not there, not whole, or does not hold what is read of it.
+    """
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}; get the checkpoint again") from error
 
 
 def _read_part(stored: Any, part: TensorPart) -> torch.Tensor:

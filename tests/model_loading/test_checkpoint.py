@@ -45,6 +45,27 @@ def test_an_index_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
         open_checkpoint(str(tmp_path)).tensor_names()
 
 
+@pytest.mark.parametrize("nbytes", [0, 100, 100_000])
+@pytest.mark.parametrize("max_shard_size", ["300KB", "1GB"])
+def test_a_file_that_was_not_copied_to_its_end_is_named(tmp_path: Path, max_shard_size: str, nbytes: int) -> None:
+    folder = save_random_checkpoint(tmp_path / "cut", "qwen3_vl", max_shard_size=max_shard_size)
+    checkpoint = open_checkpoint(str(folder))
+    names = list(checkpoint.tensor_names())
+    path = sorted(folder.glob("*.safetensors"))[0]
+    path.write_bytes(path.read_bytes()[:nbytes])
+    with pytest.raises(CheckpointError, match=re.escape(str(path))):
+        list(checkpoint.read_tensors(names))
+
+
+def test_a_file_that_the_index_names_and_that_is_not_there_is_named(tmp_path: Path) -> None:
+    folder = save_random_checkpoint(tmp_path / "incomplete", "qwen3_vl", max_shard_size="300KB")
+    checkpoint = open_checkpoint(str(folder))
+    path = sorted(folder.glob("*.safetensors"))[0]
+    path.unlink()
+    with pytest.raises(CheckpointError, match=re.escape(path.name)):
+        list(checkpoint.read_tensors(list(checkpoint.tensor_names())))
+
+
 def test_revision_tells_weights_apart_and_not_places(tmp_path: Path, qwen3_vl_folder: Path) -> None:
     copy = tmp_path / qwen3_vl_folder.name
     shutil.copytree(qwen3_vl_folder, copy)
