@@ -13,9 +13,12 @@ import faulthandler
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
 
 from vitrine_vlm.service_runtime.grpc_server import ServiceServer
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
@@ -145,6 +148,18 @@ def end_process_in(seconds: float, names: Callable[[], list[str]]) -> None:
     timer.start()
     # C code that holds the interpreter lock keeps the timer from running; faulthandler needs no interpreter lock.
     faulthandler.dump_traceback_later(seconds + EXIT_MARGIN_S / 4, exit=True)
+
+
+def exit_now(status: int) -> NoReturn:
+    """Ends the process at once, its output written.
+
+    The interpreter's own end frees all that torch and its libraries made, which takes about a second on a busy machine:
+    more than is left after a deadline.
+    """
+    with suppress(OSError, ValueError):  # its reader has closed it, or it is closed here
+        sys.stdout.flush()
+    logging.shutdown()
+    os._exit(status)
 
 
 def _end_process(reason: str) -> None:

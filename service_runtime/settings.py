@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, SettingsConfigDict
 
 from vitrine_vlm import __version__
+from vitrine_vlm.service_runtime.lifecycle import exit_now
 from vitrine_vlm.service_runtime.logs import LogFormat, LogLevel, start_logging
 from vitrine_vlm.service_runtime.memory import reuse_message_memory
 from vitrine_vlm.service_runtime.supervisor import ServiceFailed
@@ -134,7 +135,9 @@ def run_service(
     serve: Callable[[SettingsT], Coroutine[Any, Any, None]],
     failures: tuple[type[Exception], ...],
 ) -> int:
-    """Runs a service; returns 0 after an orderly stop, 1 if it could not start or has failed, 2 for bad settings.
+    """Runs a service, and ends the process: with 0 after an orderly stop, 1 after a failure.
+
+    Returns 1 where it could not start, 2 for bad settings, 0 after --print-config.
 
     Args:
         failures: errors that are logged without a traceback, besides OSError and ValueError.
@@ -157,14 +160,15 @@ def run_service(
     set_switch_interval()
     expected: tuple[type[Exception], ...] = (OSError, ValueError, *failures)
     end_tracing = start_tracing(settings.service_name, config.otlp_endpoint)
+    status = 0
     try:
         asyncio.run(serve(config))
     except ServiceFailed as error:
         logging.getLogger(__name__).error("the service ends: %s", error)
-        return 1
+        status = 1
     except expected as error:
         logging.getLogger(__name__).error("cannot start: %s", error)
         return 1
     finally:
         end_tracing()
-    return 0
+    exit_now(status)
