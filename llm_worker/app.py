@@ -149,13 +149,14 @@ async def serve(config: LlmConfig) -> None:
             exporter.start(supervisor)
             metrics.watch_exporter(exporter.stats)
             prefill.open(ServedPrefill(served, kv_format, exporter))
-        await _discover(config, fleet_client, supervisor)
+        await _discover(config, fleet_client, lifecycle)
         # The worker runs on without a fitting encoder: one may come, and text needs none. /ready has the reason.
         with suppress(VitrineError):
-            await fleet_client.start()
+            await lifecycle.unless_ending(fleet_client.start())
         readiness.fleet_client = fleet_client
         supervisor.start_task("health", _keep_health(server, fleet_client))
-        _log.info("SERVING %s with %s", model.identity.model, config.prefill_workers or config.encoders)
+        if not lifecycle.is_ending:
+            _log.info("SERVING %s with %s", model.identity.model, config.prefill_workers or config.encoders)
 
         await lifecycle.ending()
         if exporter is not None:
@@ -237,7 +238,7 @@ async def _start_tp_workers(config: LlmConfig, supervisor: Supervisor, stack: As
     return tp_workers
 
 
-async def _discover(config: LlmConfig, fleet_client: WorkerFleetClient, supervisor: Supervisor) -> None:
+async def _discover(config: LlmConfig, fleet_client: WorkerFleetClient, lifecycle: Lifecycle) -> None:
     """Keeps the client's addresses up to date; returns once some are known, or after `connect_timeout_s`.
 
     Raises:
@@ -250,10 +251,10 @@ async def _discover(config: LlmConfig, fleet_client: WorkerFleetClient, supervis
         found.set()
 
     # A job, which may end by itself: fixed addresses do not change.
-    supervisor.start_job("discovery", watch_sources(config.sources(), use))
+    lifecycle.supervisor.start_job("discovery", watch_sources(config.sources(), use))
     with suppress(TimeoutError):
         async with asyncio.timeout(config.connect_timeout_s):
-            await supervisor.unless_failed(found.wait())
+            await lifecycle.supervisor.unless_failed(lifecycle.unless_ending(found.wait()))
 
 
 async def _keep_health(server: LlmServer, fleet_client: WorkerFleetClient) -> None:

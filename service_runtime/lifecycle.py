@@ -16,9 +16,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from vitrine_vlm.service_runtime.grpc_server import ServiceServer
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
@@ -76,6 +76,22 @@ class Lifecycle:
     async def ending(self) -> None:
         """Waits until the service is ending."""
         await self._ending.wait()
+
+    async def unless_ending(self, work: Coroutine[Any, Any, object]) -> None:
+        """Waits for work that is only worth it for a service that goes on: once the service is to end, it is cancelled.
+
+        Raises:
+            Exception: what the work raises.
+        """
+        working, ending = asyncio.ensure_future(work), asyncio.ensure_future(self._ending.wait())
+        try:
+            await asyncio.wait([working, ending], return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                working.result()
+        finally:
+            for task in (working, ending):
+                task.cancel()
+            await asyncio.gather(working, ending, return_exceptions=True)
 
     async def drain(self) -> None:
         """Waits for requests in flight, which fail at the deadline; those of a failed service have failed already."""

@@ -77,6 +77,28 @@ async def test_a_worker_cuts_its_requests_off_with_errors_that_can_be_tried_agai
     await ended(worker, since)
 
 
+async def test_a_worker_that_still_waits_for_its_encoders_drains_like_any_other(
+    qwen3_vl_folder: Path, services: list[ServiceProcess]
+) -> None:
+    silent = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)  # connects, and never answers
+    encoder = f"127.0.0.1:{silent.sockets[0].getsockname()[1]}"
+    flags = ["--model", str(qwen3_vl_folder), "--encoders", encoder, "--port", "0", "--grpc-port", "0"]
+    flags += ["--connect-timeout-s", "60", "--drain-timeout-s", str(DRAIN_TIMEOUT_S)]
+    worker = ServiceProcess("vitrine_vlm.llm_worker", *flags)
+    services.append(worker)
+    url = f"http://{(await asyncio.to_thread(worker.wait_listening))['http']}"
+    body = {"model": qwen3_vl_folder.name, "prompt": "Hello", "max_tokens": 20_000, "ignore_eos": True, "stream": True}
+    async with silent, aiohttp.ClientSession() as session:
+        while (stream := await session.post(f"{url}/v1/completions", json=body)).status == 503:  # it loads its model
+            await asyncio.sleep(0.1)
+        worker.process.send_signal(signal.SIGTERM)
+        since = time.monotonic()
+        events = (await stream.content.read()).decode().strip().split("\n\n")
+        assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "worker_unavailable"
+        assert await ended(worker, since) == 0
+    assert not any("SERVING" in line for line in worker.lines)
+
+
 def slow_jpeg(side: int, num_scans: int) -> bytes:
     """A small file whose decoding takes long: a progressive JPEG that repeats its last scan, 0.1 s each."""
     file = io.BytesIO()
