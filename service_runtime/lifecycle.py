@@ -20,6 +20,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, NoReturn
 
+from vitrine_vlm.service_runtime.cancellation import running_until
 from vitrine_vlm.service_runtime.grpc_server import ServiceServer
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 from vitrine_vlm.service_runtime.supervisor import Failure, ServiceFailed, Supervisor
@@ -83,15 +84,9 @@ class Lifecycle:
         Raises:
             Exception: what the work raises.
         """
-        working, ending = asyncio.ensure_future(work), asyncio.ensure_future(self._ending.wait())
-        try:
-            await asyncio.wait([working, ending], return_when=asyncio.FIRST_COMPLETED)
+        async with running_until(self._ending, work) as working:
             if working.done():
                 working.result()
-        finally:
-            for task in (working, ending):
-                task.cancel()
-            await asyncio.gather(working, ending, return_exceptions=True)
 
     async def drain(self) -> None:
         """Waits for requests in flight, which fail at the deadline; those of a failed service have failed already."""

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
+from vitrine_vlm.service_runtime.cancellation import running_until
 from vitrine_vlm.service_runtime.child_process import Child
 
 _log = logging.getLogger(__name__)
@@ -173,16 +174,9 @@ class Supervisor:
         Raises:
             Exception: see `check`; a failure takes precedence over an error of `work`, which it may have caused.
         """
-        working = asyncio.ensure_future(work)
-        failing = asyncio.ensure_future(self._failed.wait())
-        try:
-            await asyncio.wait([working, failing], return_when=asyncio.FIRST_COMPLETED)
+        async with running_until(self._failed, work) as working:
             self.check()
             return await working
-        finally:
-            for task in (working, failing):
-                task.cancel()
-            await asyncio.gather(working, failing, return_exceptions=True)
 
     def _start(self, entry: _Entry, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(coroutine, name=entry.name)

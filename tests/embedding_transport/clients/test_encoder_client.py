@@ -485,7 +485,7 @@ async def test_closing_ends_the_connection_of_an_encoder_that_was_taken_off_just
 
 
 async def test_leases_of_several_sessions_stay_counted_until_they_are_released(tmp_path: Path) -> None:
-    """Those of an earlier session and of the one that ends while it is told of them."""
+    """Leases of an earlier session, and of the one that ends while they are released."""
     async with running_stub(tmp_path, servicer_class=_SlowRelease) as (address, servicer, _):
         assert isinstance(servicer, _SlowRelease)
         client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
