@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from vitrine_vlm.embedding_transport.clients.settings import EncoderSettings
 from vitrine_vlm.embedding_transport.fleet.discovery import Source, parse_sources
 from vitrine_vlm.llm_worker.engine.config import EngineConfig
 from vitrine_vlm.service_runtime.settings import ServiceSettings
-from vitrine_vlm.service_runtime.tls import ClientTls
 
 MIB = 1024 * 1024
 _BLOCK_SIZE = 16
 
 
-class LlmConfig(ServiceSettings):
+class LlmConfig(ServiceSettings, EncoderSettings):
     """Vitrine's LLM worker: generates tokens from prompts and media embeddings, over OpenAI HTTP and gRPC."""
 
     service_name = "vitrine-llm"
@@ -35,26 +34,10 @@ class LlmConfig(ServiceSettings):
         description="prefill: also sends prompts' keys and values to decode workers; decode: receives them from "
         "--prefill-workers and needs no encoders",
     )
-    encoders: str = Field(
-        "",
-        description="encoders to use, separated by commas: host:port, host:first-last (of --dp), dns:NAME:PORT, "
-        "file:PATH with an address a line, or kubernetes:NAMESPACE/SERVICE:PORT",
-    )
     prefill_workers: str = Field(
         "",
         description="gRPC addresses of a decode worker's prefill workers, in the forms of --encoders; "
         "--encode-timeout-s and --encoder-* apply to them, too",
-    )
-    transport: Literal["auto", "cuda_ipc", "shm", "grpc"] = Field(
-        "auto",
-        description="how embeddings come: cuda_ipc or shm (same host), or grpc (bytes); auto: the first that works",
-    )
-    shm_folder: str = Field("/dev/shm", description="shared-memory folder, the same as the other side's")
-    connect_timeout_s: float = Field(
-        5.0, gt=0, description="for each step of connecting to an encoder or prefill worker, s"
-    )
-    encode_timeout_s: float = Field(
-        300.0, gt=0, description="longest work on one request of one encoder or prefill worker, s"
     )
 
     pool_bytes: int = Field(1024 * MIB, ge=MIB, description="a prefill worker's pool in shared memory, bytes")
@@ -62,13 +45,6 @@ class LlmConfig(ServiceSettings):
         4096 * MIB, ge=0, description="a prefill worker's GPU memory that decode workers map, bytes; 0 is off"
     )
     lease_ttl_s: float = Field(60.0, gt=0, description="how long a decode worker may hold KV in these pools, s")
-
-    encoder_ca_file: Path | None = Field(None, description="CA that signs encoders' certificates (PEM); none: no TLS")
-    encoder_cert_file: Path | None = Field(None, description="certificate (PEM) for encoders that ask for one")
-    encoder_key_file: Path | None = Field(None, description="its private key (PEM)")
-    encoder_server_name: str | None = Field(
-        None, description="name in encoders' certificates, where they are reached by another one or by IP address"
-    )
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 takes a free one, see the LISTENING line")
@@ -102,9 +78,9 @@ class LlmConfig(ServiceSettings):
     max_items: int = Field(64, ge=0, description="images and videos accepted in one request")
     skip_tokenizer_init: bool = Field(False, description="load no tokenizer: token ids in, token ids out")
 
-    @field_validator("encoders", "prefill_workers")
+    @field_validator("prefill_workers")
     @classmethod
-    def _check_sources(cls, specs: str) -> str:
+    def _check_prefill_workers(cls, specs: str) -> str:
         if specs:
             parse_sources(specs)
         return specs
@@ -119,16 +95,6 @@ class LlmConfig(ServiceSettings):
                 f"--role {self.role} needs --tp 1, not {self.tp}: a rank has the keys and values of its own heads only"
             )
         return self
-
-    def encoder_tls(self) -> ClientTls | None:
-        """
-        Raises:
-            ValueError: a certificate without its key, or without a CA to check the other side with.
-        """
-        ca_file, cert_file, key_file = self.encoder_ca_file, self.encoder_cert_file, self.encoder_key_file
-        if (cert_file is None) != (key_file is None) or (cert_file and not ca_file):
-            raise ValueError("--encoder-cert-file needs --encoder-key-file and --encoder-ca-file beside it")
-        return ClientTls(ca_file, cert_file, key_file, self.encoder_server_name) if ca_file else None
 
     def sources(self) -> list[Source]:
         """Sources of the encoders' addresses, or of a decode worker's prefill workers."""

@@ -24,6 +24,7 @@ VitrineError
 │   └── PrefillMismatch       prefill_mismatch
 ├── TransportUnavailable      transport_unavailable
 ├── LeaseExpired              lease_expired
+├── TicketExpired             ticket_expired
 └── InternalError             internal_error
 """
 
@@ -138,6 +139,10 @@ class TransportUnavailable(VitrineError):
 
 class LeaseExpired(VitrineError):
     code = "lease_expired"
+
+
+class TicketExpired(VitrineError):
+    code = "ticket_expired"
 
 
 class InternalError(VitrineError):

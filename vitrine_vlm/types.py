@@ -11,6 +11,8 @@ from typing import Literal, Protocol
 import torch
 
 PROTOCOL_VERSION = 1
+# Describe's protocol_minor_version: 1 has patches, layouts alone and tickets.
+PROTOCOL_MINOR_VERSION = 1
 
 MediaKind = Literal["image", "video"]
 TransportName = Literal["cuda_ipc", "shm", "grpc"]
@@ -28,22 +30,60 @@ def content_key(data: bytes | None, url: str | None) -> bytes:
 
 
 @dataclass(frozen=True)
+class Patches:
+    """One image or video that the caller has preprocessed.
+
+    data: row-major [t * h * w, 3 * temporal_patch_size * patch_size ** 2], in the order of transformers' processors.
+    dtype: the element type: "uint8", "bfloat16", "float16" or "float32".
+    normalized: whether the values are scaled and normalized; otherwise they are pixels, 0 to 255.
+    grid_thw: patches along time, height and width.
+    timestamps_s, second_per_grid_t: of videos, as in `Layout`.
+    """
+
+    data: bytes = field(repr=False)
+    dtype: str
+    normalized: bool
+    grid_thw: tuple[int, int, int]
+    timestamps_s: tuple[float, ...] = ()
+    second_per_grid_t: float = 0.0
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """Claims the rows of an item whose layout an encoder has sent.
+
+    encoder_id: the `instance_id` of that encoder.
+    value: 16 bytes, chosen by the encoder.
+    """
+
+    encoder_id: str
+    value: bytes
+
+
+@dataclass(frozen=True)
 class MediaItem:
-    """One image or video of a request: either its address (`url`) or the encoded file itself (`data`)."""
+    """One image or video of a request, from one source.
+
+    url: its address. data: the encoded file itself. patches: the item, preprocessed. ticket: an earlier layout of it.
+    """
 
     kind: MediaKind
     url: str | None = None
     data: bytes | None = None
     video_fps: float | None = None
+    patches: Patches | None = None
+    ticket: Ticket | None = None
 
     def __post_init__(self) -> None:
-        if (self.url is None) == (self.data is None):
-            raise ValueError("a media item needs either url or data")
+        if sum(source is not None for source in (self.url, self.data, self.patches, self.ticket)) != 1:
+            raise ValueError("a media item needs exactly one of url, data, patches and ticket")
 
     @cached_property
     def content_key(self) -> bytes:
-        """The function `content_key` of this item; computed once, at the first use."""
-        return content_key(self.data, self.url)
+        """The key by which this item is routed; computed once, at the first use. Slow for a long video."""
+        if self.ticket is not None:
+            return self.ticket.value
+        return content_key(self.data if self.patches is None else self.patches.data, self.url)
 
 
 class RowFormat(Protocol):
@@ -93,6 +133,7 @@ class Layout:
     timestamps_s: video only, seconds, one per temporal patch.
     second_per_grid_t: video only, seconds between temporal patches.
     content_hash: SHA-256, 32 bytes.
+    ticket: claims the rows, where layouts alone were asked for.
     """
 
     kind: MediaKind
@@ -101,6 +142,7 @@ class Layout:
     timestamps_s: tuple[float, ...] = ()
     second_per_grid_t: float = 0.0
     content_hash: bytes = b""
+    ticket: Ticket | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ STATUS_BY_CODE: dict[str, grpc.StatusCode] = {
     "prefill_mismatch": _Status.FAILED_PRECONDITION,
     "transport_unavailable": _Status.FAILED_PRECONDITION,
     "lease_expired": _Status.ABORTED,
+    "ticket_expired": _Status.ABORTED,
     "internal_error": _Status.INTERNAL,
 }
 

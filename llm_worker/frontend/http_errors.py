@@ -35,6 +35,7 @@ STATUS_BY_CODE: dict[str, int] = {
     "prefill_mismatch": 503,
     "transport_unavailable": 503,
     "lease_expired": 503,
+    "ticket_expired": 503,
     "internal_error": 500,
 }
 _RETRY_AFTER_S = 1

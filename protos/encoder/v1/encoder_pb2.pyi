@@ -72,6 +72,10 @@ class DescribeResponse(_message.Message):
     TRANSPORTS_FIELD_NUMBER: _builtins.int
     GPU_UUIDS_FIELD_NUMBER: _builtins.int
     MAX_ITEMS_FIELD_NUMBER: _builtins.int
+    PROTOCOL_MINOR_VERSION_FIELD_NUMBER: _builtins.int
+    INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    TICKET_TTL_S_FIELD_NUMBER: _builtins.int
+    PATCH_DTYPES_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """Version of this protocol; peers with another number refuse each other."""
     model: _builtins.str
@@ -86,6 +90,14 @@ class DescribeResponse(_message.Message):
     """Element type of the rows: "float32", "bfloat16" or "float16"."""
     max_items: _builtins.int
     """Largest accepted number of media items in one Encode."""
+    protocol_minor_version: _builtins.int
+    """Grows with additions that peers of the same protocol_version may leave unused:
+      1: patches and tickets as sources, layout_only, tickets in Release
+    """
+    instance_id: _builtins.str
+    """Names this process; another one after each start. A ticket is claimed at the encoder that has this id."""
+    ticket_ttl_s: _builtins.float
+    """Seconds from its Layout for which a ticket can be claimed."""
     @_builtins.property
     def deepstack_visual_indexes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """ViT layers whose merged output is appended to each row; empty for models without deepstack."""
@@ -102,6 +114,10 @@ class DescribeResponse(_message.Message):
     def gpu_uuids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """UUIDs of the GPUs that hold the rows ("GPU-..."), empty on the CPU."""
 
+    @_builtins.property
+    def patch_dtypes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Element types of patches that are accepted: "uint8", "bfloat16", "float16", "float32"."""
+
     def __init__(
         self,
         *,
@@ -116,10 +132,14 @@ class DescribeResponse(_message.Message):
         transports: _abc.Iterable[_builtins.str] | None = ...,
         gpu_uuids: _abc.Iterable[_builtins.str] | None = ...,
         max_items: _builtins.int = ...,
+        protocol_minor_version: _builtins.int = ...,
+        instance_id: _builtins.str = ...,
+        ticket_ttl_s: _builtins.float = ...,
+        patch_dtypes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["processor", b"processor"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deepstack_visual_indexes", b"deepstack_visual_indexes", "dtype", b"dtype", "gpu_uuids", b"gpu_uuids", "max_items", b"max_items", "model", b"model", "model_type", b"model_type", "out_hidden_size", b"out_hidden_size", "processor", b"processor", "protocol_version", b"protocol_version", "revision", b"revision", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deepstack_visual_indexes", b"deepstack_visual_indexes", "dtype", b"dtype", "gpu_uuids", b"gpu_uuids", "instance_id", b"instance_id", "max_items", b"max_items", "model", b"model", "model_type", b"model_type", "out_hidden_size", b"out_hidden_size", "patch_dtypes", b"patch_dtypes", "processor", b"processor", "protocol_minor_version", b"protocol_minor_version", "protocol_version", b"protocol_version", "revision", b"revision", "ticket_ttl_s", b"ticket_ttl_s", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -454,31 +474,88 @@ class MediaItem(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     URL_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    PATCHES_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
     VIDEO_FPS_FIELD_NUMBER: _builtins.int
     kind: Global___MediaKind.ValueType
     url: _builtins.str
     """http:, https:, data: or file: (only below the encoder's allowed folder)."""
     data: _builtins.bytes
     """The encoded file itself (JPEG, PNG, WebP, GIF, MP4, ...)."""
+    ticket: _builtins.bytes
+    """Claims the rows of an earlier Layout of this encoder and tenant; see EncodeRequest.layout_only."""
     video_fps: _builtins.float
     """Video only: frames sampled per second, 0 for the model's default."""
+    @_builtins.property
+    def patches(self) -> Global___Patches:
+        """Patches that the caller has cut already."""
+
     def __init__(
         self,
         *,
         kind: Global___MediaKind.ValueType = ...,
         url: _builtins.str = ...,
         data: _builtins.bytes = ...,
+        patches: Global___Patches | None = ...,
+        ticket: _builtins.bytes = ...,
         video_fps: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "source", b"source", "url", b"url"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "patches", b"patches", "source", b"source", "ticket", b"ticket", "url", b"url"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "kind", b"kind", "source", b"source", "url", b"url", "video_fps", b"video_fps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "kind", b"kind", "patches", b"patches", "source", b"source", "ticket", b"ticket", "url", b"url", "video_fps", b"video_fps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["url", "data"]  # noqa: Y015
+    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["url", "data", "patches", "ticket"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_source) -> _WhichOneofReturnType_source | None: ...
 
 Global___MediaItem: _TypeAlias = MediaItem  # noqa: Y015
+
+@_typing.final
+class Patches(_message.Message):
+    """One image or video as the checkpoint's processor makes it, for callers that preprocess media themselves."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    NORMALIZED_FIELD_NUMBER: _builtins.int
+    GRID_THW_FIELD_NUMBER: _builtins.int
+    TIMESTAMPS_S_FIELD_NUMBER: _builtins.int
+    SECOND_PER_GRID_T_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """Row-major [t * h * w, 3 * temporal_patch_size * patch_size^2], rows in the order of transformers' processors
+    (`pixel_values` and `pixel_values_videos`): those of one merged token lie behind each other.
+    """
+    dtype: _builtins.str
+    """One of Describe's patch_dtypes."""
+    normalized: _builtins.bool
+    """True: scaled and normalized as ProcessorSettings says. False: values 0 to 255, which the encoder normalizes."""
+    second_per_grid_t: _builtins.float
+    @_builtins.property
+    def grid_thw(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Patches along time, height and width: 3 numbers."""
+
+    @_builtins.property
+    def timestamps_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Video only, as in Layout, which returns them."""
+
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+        dtype: _builtins.str = ...,
+        normalized: _builtins.bool = ...,
+        grid_thw: _abc.Iterable[_builtins.int] | None = ...,
+        timestamps_s: _abc.Iterable[_builtins.float] | None = ...,
+        second_per_grid_t: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "dtype", b"dtype", "grid_thw", b"grid_thw", "normalized", b"normalized", "second_per_grid_t", b"second_per_grid_t", "timestamps_s", b"timestamps_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Patches: _TypeAlias = Patches  # noqa: Y015
 
 @_typing.final
 class EncodeRequest(_message.Message):
@@ -488,12 +565,18 @@ class EncodeRequest(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     ITEMS_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    LAYOUT_ONLY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """For logs and traces; chosen by the caller."""
     session_id: _builtins.str
     """From Connect; empty for rows as bytes."""
     tenant: _builtins.str
     """Cached rows are reused within one tenant only; chosen by the caller, may be empty."""
+    layout_only: _builtins.bool
+    """Layouts alone: the ViT does not run. Each Layout has a ticket, with which any process of the tenant can claim the
+    rows in a later Encode, as often as it likes until the ticket expires or is released. A ticket that is never
+    claimed costs the encoder the loaded bytes for that time.
+    """
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___MediaItem]:
         """Media in the order of their placeholders in the prompt."""
@@ -505,10 +588,11 @@ class EncodeRequest(_message.Message):
         session_id: _builtins.str = ...,
         items: _abc.Iterable[Global___MediaItem] | None = ...,
         tenant: _builtins.str = ...,
+        layout_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items", "request_id", b"request_id", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items", "layout_only", b"layout_only", "request_id", b"request_id", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -560,6 +644,7 @@ class Layout(_message.Message):
     TIMESTAMPS_S_FIELD_NUMBER: _builtins.int
     SECOND_PER_GRID_T_FIELD_NUMBER: _builtins.int
     CONTENT_HASH_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
     item_index: _builtins.int
     """Index into EncodeRequest.items."""
     num_tokens: _builtins.int
@@ -568,6 +653,8 @@ class Layout(_message.Message):
     """Video only: seconds between temporal patches."""
     content_hash: _builtins.bytes
     """SHA-256 over kind, media bytes, processor settings and model revision: 32 bytes."""
+    ticket: _builtins.bytes
+    """With layout_only: claims the rows; 16 bytes."""
     @_builtins.property
     def grid_thw(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Patches along time, height and width: 3 numbers."""
@@ -585,10 +672,11 @@ class Layout(_message.Message):
         timestamps_s: _abc.Iterable[_builtins.float] | None = ...,
         second_per_grid_t: _builtins.float = ...,
         content_hash: _builtins.bytes = ...,
+        ticket: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_hash", b"content_hash", "grid_thw", b"grid_thw", "item_index", b"item_index", "num_tokens", b"num_tokens", "second_per_grid_t", b"second_per_grid_t", "timestamps_s", b"timestamps_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_hash", b"content_hash", "grid_thw", b"grid_thw", "item_index", b"item_index", "num_tokens", b"num_tokens", "second_per_grid_t", b"second_per_grid_t", "ticket", b"ticket", "timestamps_s", b"timestamps_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -596,7 +684,9 @@ Global___Layout: _TypeAlias = Layout  # noqa: Y015
 
 @_typing.final
 class Ready(_message.Message):
-    """Rows of one item lie in the encoder's memory until the lease is released or expires."""
+    """Rows of one item lie in the encoder's memory until the lease is released or expires. Every process of the session's
+    caller that has mapped the pool may read them; the lease is released once, behind the last of these reads.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -764,18 +854,24 @@ class ReleaseRequest(_message.Message):
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     LEASE_IDS_FIELD_NUMBER: _builtins.int
+    TICKETS_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     @_builtins.property
     def lease_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def tickets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Tickets that will not be claimed again; unknown ones are ignored. They belong to no session."""
+
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
         lease_ids: _abc.Iterable[_builtins.int] | None = ...,
+        tickets: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ids", b"lease_ids", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ids", b"lease_ids", "session_id", b"session_id", "tickets", b"tickets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -91,7 +91,7 @@ class EncoderServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Release(self, request, context):
-        """Releases leases. Unknown, expired and already released leases are counted, not errors.
+        """Releases leases and tickets. Unknown, expired and already released ones are not errors.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

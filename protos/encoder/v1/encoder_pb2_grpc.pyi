@@ -51,7 +51,7 @@ class EncoderStub:
     Cancelling the call before its end releases all its leases.
     """
     Release: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.ReleaseRequest, _encoder_pb2.ReleaseResponse]
-    """Releases leases. Unknown, expired and already released leases are counted, not errors."""
+    """Releases leases and tickets. Unknown, expired and already released ones are not errors."""
     GetStats: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.GetStatsRequest, _encoder_pb2.GetStatsResponse]
     """Returns the load of this encoder, for status pages. Monitoring reads its Prometheus metrics instead."""
 
@@ -72,7 +72,7 @@ class EncoderAsyncStub(EncoderStub):
     Cancelling the call before its end releases all its leases.
     """
     Release: _aio.UnaryUnaryMultiCallable[_encoder_pb2.ReleaseRequest, _encoder_pb2.ReleaseResponse]  # type: ignore[assignment]
-    """Releases leases. Unknown, expired and already released leases are counted, not errors."""
+    """Releases leases and tickets. Unknown, expired and already released ones are not errors."""
     GetStats: _aio.UnaryUnaryMultiCallable[_encoder_pb2.GetStatsRequest, _encoder_pb2.GetStatsResponse]  # type: ignore[assignment]
     """Returns the load of this encoder, for status pages. Monitoring reads its Prometheus metrics instead."""
 
@@ -114,7 +114,7 @@ class EncoderServicer(metaclass=_abc_1.ABCMeta):
         request: _encoder_pb2.ReleaseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_encoder_pb2.ReleaseResponse, _abc.Awaitable[_encoder_pb2.ReleaseResponse]]:
-        """Releases leases. Unknown, expired and already released leases are counted, not errors."""
+        """Releases leases and tickets. Unknown, expired and already released ones are not errors."""
 
     @_abc_1.abstractmethod
     def GetStats(
