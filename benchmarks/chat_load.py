@@ -94,16 +94,15 @@ class ChatClient:
             client._tokens_per_word = (many - few) / (_MANY_WORDS - _FEW_WORDS)
             yield client
 
-    def body(self, num_text_tokens: int, max_tokens: int, jpeg: bytes | None = None) -> bytes:
-        """Returns a greedy request with an optional picture and random text of about this many tokens.
+    def body(self, num_text_tokens: int, max_tokens: int, *jpegs: bytes) -> bytes:
+        """Returns a greedy request with these pictures and random text of about this many tokens.
 
         Servers that support `ignore_eos` do not end the answer early.
         """
         text = self._text(max(1, round(num_text_tokens / self._tokens_per_word)))
-        content: list[dict[str, Any]] = [{"type": "text", "text": text}]
-        if jpeg is not None:
-            url = f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
-            content.insert(0, {"type": "image_url", "image_url": {"url": url}})
+        urls = [f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}" for jpeg in jpegs]
+        content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        content.append({"type": "text", "text": text})
         options = {"stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True}
         return self._encoded(content, max_tokens, options)
 
@@ -211,9 +210,9 @@ def load_rows(load: Load) -> list[Row]:
 async def _measure(options: argparse.Namespace) -> Load:
     num_images = options.num_prompts if options.num_images is None else options.num_images
     jpegs = random_jpegs(num_images, options.image_size)
-    pictures = itertools.islice(itertools.cycle(jpegs or [None]), options.num_prompts)
+    pictures = itertools.islice(itertools.cycle([(jpeg,) for jpeg in jpegs] or [()]), options.num_prompts)
     async with ChatClient.connected(options.url, options.model) as client:
-        bodies = [client.body(options.text_tokens, options.max_tokens, jpeg) for jpeg in pictures]
+        bodies = [client.body(options.text_tokens, options.max_tokens, *picture) for picture in pictures]
         return await run_load(client, bodies, options.concurrency)
 
 

@@ -20,7 +20,6 @@ from benchmarks.line_process import LineProcess
 from benchmarks.pictures import parse_size, random_jpegs, show_size
 
 _NUM_PICTURES = 256  # different ones, sent in turn; at full size fewer are sent, so that no cache can answer
-_SEED = 2
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class VisionInterference:
     @classmethod
     @asynccontextmanager
     async def started(
-        cls, size: tuple[int, int], in_flight: int, text_tokens: int
+        cls, size: tuple[int, int], in_flight: int, text_tokens: int, seed: int = 2
     ) -> AsyncIterator[VisionInterference]:
         """Starts the process, which begins to draw its pictures.
 
@@ -48,8 +47,9 @@ class VisionInterference:
             size: (width, height) of the pictures, pixels.
             in_flight: the number of requests in flight, each with one picture, text and one token of answer.
             text_tokens: the tokens of each prompt's text.
+            seed: of the pictures; another one gives others.
         """
-        options = [show_size(size), str(in_flight), str(text_tokens)]
+        options = [show_size(size), str(in_flight), str(text_tokens), str(seed)]
         async with LineProcess.started("benchmarks.vision_interference", *options) as process:
             yield cls(process)
 
@@ -66,8 +66,8 @@ class VisionInterference:
         return InterferenceResult(**json.loads(await self._process.read_line()))
 
 
-async def _interfere(size: tuple[int, int], in_flight: int, text_tokens: int) -> None:
-    pictures = random_jpegs(_NUM_PICTURES, size, _SEED)
+async def _interfere(size: tuple[int, int], in_flight: int, text_tokens: int, seed: int) -> None:
+    pictures = random_jpegs(_NUM_PICTURES, size, seed)
     print("drawn", flush=True)
     url = (await asyncio.to_thread(sys.stdin.readline)).strip()
     if not url:
@@ -87,8 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("size", type=parse_size, help="WIDTHxHEIGHT of the pictures")
     parser.add_argument("in_flight", type=int, help="requests")
     parser.add_argument("text_tokens", type=int, help="of a prompt")
+    parser.add_argument("seed", type=int, help="of the pictures")
     options = parser.parse_args(arguments)
-    asyncio.run(_interfere(options.size, options.in_flight, options.text_tokens))
+    asyncio.run(_interfere(options.size, options.in_flight, options.text_tokens, options.seed))
     return 0
 
 

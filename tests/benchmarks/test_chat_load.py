@@ -45,8 +45,8 @@ async def test_requests_are_as_long_as_asked(url: str) -> None:
     [jpeg] = random_jpegs(1, SIZE)
     async with ChatClient.connected(url) as client:
         template, short, long, picture = [
-            (await usage(url, client.body(num_tokens, 5, data)))["prompt_tokens"]
-            for num_tokens, data in ((1, None), (201, None), (401, None), (201, jpeg))
+            (await usage(url, client.body(num_tokens, 5, *jpegs)))["prompt_tokens"]
+            for num_tokens, jpegs in ((1, ()), (201, ()), (401, ()), (201, (jpeg,)))
         ]
         answer = await client.ask(client.body(16, 5, jpeg))
     assert short - template == pytest.approx(200, abs=2)

@@ -1,0 +1,39 @@
+"""Loads on servers in turns, against a real worker and encoder."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from benchmarks.checkpoints import save_small_qwen3_vl
+from benchmarks.cpu_time import cpu_seconds
+from benchmarks.engine_loads import Kind, Server, measure, table
+from vitrine_vlm.deploy.launcher.stack import Stack
+
+DUMMY = ["--load-format", "dummy"]
+KINDS = [Kind("pictures", 4, 2, 4, (96, 64), num_pictures=2), Kind("text", 3, 1, 3, num_pictures=0)]
+
+
+async def test_every_load_is_measured_on_every_server(tmp_path: Path) -> None:
+    folder = save_small_qwen3_vl(tmp_path)
+    async with Stack.running(folder, encoder_flags=DUMMY, worker_flags=DUMMY) as stack:
+        await stack.wait_ready()
+        servers = [Server("first", stack.base_url, os.getpid()), Server("second", stack.base_url, None)]
+        records = await measure(servers, KINDS, ready_timeout_s=60)
+    assert [(each["load"], each["server"]) for each in records] == [
+        (kind.name, server.name) for kind in KINDS for server in servers
+    ]
+    for record in records:
+        assert record["num_failures"] == 0, record["failures"]
+        assert record["requests_per_s"] > 0 and record["ttft_ms"][50] <= record["ttft_ms"][99]
+        assert record["largest_gap_ms"] >= record["itl_ms"][50] > 0 and record["token_ms"] > 0
+        assert ("cpu_s_per_request" in record) == (record["server"] == "first")
+    assert len(table(records).splitlines()) == 2 + len(records)
+    json.dumps(records)
+
+
+def test_cpu_time_grows() -> None:
+    before = cpu_seconds(os.getpid())
+    while cpu_seconds(os.getpid()) < before + 0.1:
+        sum(range(100_000))
