@@ -9,10 +9,10 @@ from yarl import URL
 
 from vitrine_vlm.encoder_service.media.address_policy import CheckedResolver, check_host
 from vitrine_vlm.encoder_service.media.byte_budget import Reserve
+from vitrine_vlm.encoder_service.media.http_url import parse_url, shown_url
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
 from vitrine_vlm.encoder_service.media.sources import decode_data_url, read_file_url
 from vitrine_vlm.errors import (
-    MediaError,
     MediaNotAllowed,
     MediaNotFound,
     MediaTimeout,
@@ -23,8 +23,6 @@ from vitrine_vlm.types import MediaItem
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _CHUNK_BYTES = 64 * 1024
-_MAX_URL_LENGTH = 8192
-_MAX_SHOWN = 100
 # So many that slow servers do not hold up the others, and so few that file descriptors are left.
 _MAX_CONNECTIONS = 512
 
@@ -60,7 +58,7 @@ class MediaLoader:
         url = item.url or ""
         scheme = url.partition(":")[0].lower() if ":" in url[:16] else ""
         if scheme not in ("data", "file"):
-            return await self._download(_parse(url), reserve)
+            return await self._download(parse_url(url), reserve)
         if scheme == "data":
             data = await asyncio.to_thread(decode_data_url, url, limits.max_bytes)
         else:
@@ -80,7 +78,7 @@ class MediaLoader:
                 return await self._follow(url, reserve)
         except TimeoutError as error:
             limit = f"{self._limits.timeout_s:g} s"
-            raise MediaTimeout(f"{_shown(url)} did not arrive within {limit}: use a faster server") from error
+            raise MediaTimeout(f"{shown_url(url)} did not arrive within {limit}: use a faster server") from error
 
     async def _follow(self, url: URL, reserve: Reserve) -> bytes:
         """Downloads `url`, following redirects itself so that every hop passes the same checks."""
@@ -94,41 +92,43 @@ class MediaLoader:
                     location = response.headers.get("Location", "")
             except aiohttp.ConnectionTimeoutError as error:
                 raise MediaTimeout(
-                    f"{_shown(url)} did not accept a connection within {self._limits.connect_timeout_s:g} s"
+                    f"{shown_url(url)} did not accept a connection within {self._limits.connect_timeout_s:g} s"
                 ) from error
             except (aiohttp.ClientConnectorDNSError, UnicodeError) as error:
-                raise MediaUnreachable(f"{_shown(url)}: no such host {url.host!r}, check the URL") from error
+                raise MediaUnreachable(f"{shown_url(url)}: no such host {url.host!r}, check the URL") from error
             except aiohttp.ClientPayloadError as error:
-                raise MediaUnreachable(f"{_shown(url)}: the connection broke during the download, try again") from error
+                raise MediaUnreachable(
+                    f"{shown_url(url)}: the connection broke during the download, try again"
+                ) from error
             except (aiohttp.ClientError, OSError) as error:
                 if isinstance(error, TimeoutError):
                     raise
-                raise MediaUnreachable(f"{_shown(url)}: connection failed ({type(error).__name__})") from error
+                raise MediaUnreachable(f"{shown_url(url)}: connection failed ({type(error).__name__})") from error
             if not location:
-                raise MediaUnreachable(f"{_shown(url)} redirects to nowhere: give the final URL")
-            url = _parse(location, base=url)
+                raise MediaUnreachable(f"{shown_url(url)} redirects to nowhere: give the final URL")
+            url = parse_url(location, base=url)
         raise MediaUnreachable(
-            f"{_shown(url)}: still redirected after {self._limits.max_redirects} redirects, give the final URL"
+            f"{shown_url(url)}: still redirected after {self._limits.max_redirects} redirects, give the final URL"
         )
 
     def _check(self, url: URL) -> None:
         if url.scheme not in ("http", "https"):
-            raise MediaNotAllowed(f"{_shown(url)}: only https:, http:, data: and file: URLs are accepted")
+            raise MediaNotAllowed(f"{shown_url(url)}: only https:, http:, data: and file: URLs are accepted")
         try:
             check_host(url, self._limits.allow_private_addresses)
         except MediaNotAllowed as error:
-            raise MediaNotAllowed(f"{_shown(url)}: {error}") from error
+            raise MediaNotAllowed(f"{shown_url(url)}: {error}") from error
 
     async def _read(self, url: URL, response: aiohttp.ClientResponse, reserve: Reserve) -> bytes:
         if response.status in (404, 410):
-            raise MediaNotFound(f"{_shown(url)} does not exist (status {response.status}): check the URL")
+            raise MediaNotFound(f"{shown_url(url)} does not exist (status {response.status}): check the URL")
         if response.status != 200:
-            raise MediaUnreachable(f"{_shown(url)} answered with status {response.status}, expected 200")
+            raise MediaUnreachable(f"{shown_url(url)} answered with status {response.status}, expected 200")
         # Unpacking would let a small download grow without bound; media is compressed already.
         if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-            raise MediaUnreachable(f"{_shown(url)} was sent compressed though not asked for: serve it as it is")
+            raise MediaUnreachable(f"{shown_url(url)} was sent compressed though not asked for: serve it as it is")
         max_bytes = self._limits.max_bytes
-        too_large = MediaTooLarge(f"{_shown(url)} holds more than {max_bytes} bytes: send a smaller file")
+        too_large = MediaTooLarge(f"{shown_url(url)} holds more than {max_bytes} bytes: send a smaller file")
         if (response.content_length or 0) > max_bytes:
             raise too_large
         chunks: list[bytes] = []
@@ -153,25 +153,3 @@ class MediaLoader:
                 trust_env=False,  # a proxy would bypass the address policy
             )
         return self._session
-
-
-def _parse(url: str, base: URL | None = None) -> URL:
-    if len(url) > _MAX_URL_LENGTH:
-        raise MediaError(f"a URL of {len(url)} characters: at most {_MAX_URL_LENGTH} are accepted")
-    try:
-        parsed = URL(url)
-        if base is not None:
-            parsed = base.join(parsed)
-    except ValueError as error:
-        raise MediaError(f"{url[:_MAX_SHOWN]!r} is not a valid URL") from error
-    if parsed.scheme in ("http", "https") and not parsed.raw_host:
-        raise MediaError(f"{url[:_MAX_SHOWN]!r} names no host")
-    return parsed
-
-
-def _shown(url: URL) -> str:
-    """The URL for messages: without credentials and query, which may be secrets, and not too long."""
-    if url.scheme not in ("http", "https"):
-        return f"a URL with scheme {url.scheme[:_MAX_SHOWN]!r}"
-    shown = f"{url.origin()}{url.raw_path}"
-    return f"{shown[:_MAX_SHOWN]}..." if url.raw_query_string or len(shown) > _MAX_SHOWN else shown

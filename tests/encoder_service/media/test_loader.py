@@ -30,6 +30,8 @@ from vitrine_vlm.types import MediaItem
 BODY = bytes(range(256)) * 400
 LIMITS = MediaLimits(max_bytes=len(BODY), timeout_s=1.0, max_redirects=3, allow_private_addresses=True)
 
+_LOCATION: web.AppKey[list[str]] = web.AppKey("location", list)
+
 
 async def _body(request: web.Request) -> web.StreamResponse:
     return web.Response(body=BODY)
@@ -72,6 +74,15 @@ async def _status(request: web.Request) -> web.StreamResponse:
     return web.Response(status=int(request.match_info["status"]))
 
 
+async def _raw(request: web.Request) -> web.StreamResponse:
+    """Answers with the target of the request line."""
+    return web.Response(body=request.raw_path.encode())
+
+
+async def _to_raw(request: web.Request) -> web.StreamResponse:
+    return web.Response(status=302, headers={"Location": request.app[_LOCATION].pop()})
+
+
 async def _broken(request: web.Request) -> web.StreamResponse:
     response = web.StreamResponse(headers={"Content-Length": str(len(BODY))})
     await response.prepare(request)
@@ -105,6 +116,9 @@ async def server() -> AsyncIterator[TestServer]:
     app.router.add_get("/broken", _broken)
     app.router.add_get("/gzip", _gzip)
     app.router.add_get("/cookie", _cookie)
+    app.router.add_get("/raw/{rest:.*}", _raw)
+    app.router.add_get("/to_raw", _to_raw)
+    app[_LOCATION] = []
     started = TestServer(app)
     async with started:
         yield started
@@ -147,6 +161,32 @@ async def test_name_instead_of_address(server: TestServer, loader: MediaLoader) 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 async def test_redirects(server: TestServer, loader: MediaLoader, status: int) -> None:
     assert await loader.load(_item(server, f"/redirect?to=/body&status={status}")) == BODY
+
+
+@pytest.mark.parametrize(
+    ("sent", "received"),
+    [
+        (same, same)
+        for same in (
+            "/raw/a.png?user=plain",
+            "/raw/a.png?credential=AK%2F2026%2Fs3&token=a%2bb+c",
+            "/raw/a%2fb%7E.png?x=%5b1%5d",
+            "/raw/a.png?u=http%3A%2F%2Fh%2F&t=it%27s",
+            "/raw/~a;b=(c)!.png?x=[1]&y='z'&empty=&&flag",
+            "/raw/a//b.png",
+        )
+    ]
+    + [
+        ("/raw/a b\u00e9.png?x=a b|\u00e9", "/raw/a%20b%C3%A9.png?x=a%20b%7C%C3%A9"),
+        ("/raw/a.png?x=1#part", "/raw/a.png?x=1"),
+    ],
+)
+async def test_path_and_query_arrive_as_they_were_sent(
+    server: TestServer, loader: MediaLoader, sent: str, received: str
+) -> None:
+    assert await loader.load(_item(server, sent)) == received.encode()
+    server.app[_LOCATION].append(sent)
+    assert await loader.load(_item(server, "/to_raw")) == received.encode()
 
 
 async def test_items_load_concurrently(server: TestServer, loader: MediaLoader) -> None:
