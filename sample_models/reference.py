@@ -3,15 +3,18 @@
 transformers' processor classes cannot be built without torchvision, so the processor is assembled from the parts that
 can: the Pillow image processor, the video processor's own `sample_frames`, `smart_resize` and `patchify`, and the
 processor's own placeholder replacement. Pictures are resized by torch, as in torchvision, transformers' preferred
-backend; videos for Qwen2.5-VL must not need resizing.
+backend; videos for Qwen2.5-VL must not need resizing, and what follows them begins at the largest position plus one
+(`paper_positions`), as in transformers up to 5.2.
 """
 
 from __future__ import annotations
 
 import importlib
 import io
+import itertools
 import sys
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +57,8 @@ class Reference:
         self.video_processor = _video_processor(folder, self.config)
         qwen2_5 = self.config.model_type == "qwen2_5_vl"
         processor_class = Qwen2_5_VLProcessor if qwen2_5 else Qwen3VLProcessor
+        if qwen2_5:
+            self.model.model.get_rope_index = _with_paper_positions(self.model.model.get_rope_index)
         self.processor = processor_class.__new__(processor_class)
         self.processor.tokenizer = self.tokenizer
         self.processor.image_processor = self.image_processor
@@ -143,6 +148,35 @@ class Reference:
             processor.temporal_patch_size,
         )
         return patches[0], grid, metadata
+
+
+def paper_positions(positions_3N: torch.Tensor, kinds_N: torch.Tensor) -> torch.Tensor:
+    """Moves what follows media to the largest position in front of it plus one (arXiv 2409.12191, section 2.1).
+
+    Args:
+        positions_3N: of one prompt, from transformers' `get_rope_index`.
+        kinds_N: `mm_token_type_ids`: 0 for text, 1 for images, 2 for videos.
+    """
+    moved_3N, start, position = positions_3N.clone(), 0, 0
+    for _, group in itertools.groupby(kinds_N.tolist()):
+        end = start + len(list(group))
+        part_3N = positions_3N[:, start:end]
+        moved_3N[:, start:end] = part_3N - part_3N.min() + position
+        position = int(moved_3N[:, start:end].max()) + 1
+        start = end
+    return moved_3N
+
+
+def _with_paper_positions(get_rope_index: Callable[..., Any]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    def moved(
+        input_ids: torch.Tensor, mm_token_type_ids: torch.Tensor, **known: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert len(input_ids) == 1, "one prompt at a time"
+        positions, _ = get_rope_index(input_ids, mm_token_type_ids, **known)
+        moved_3N = paper_positions(positions[:, 0], mm_token_type_ids[0])
+        return moved_3N[:, None], (moved_3N.max() + 1 - input_ids.shape[1]).view(1, 1)
+
+    return moved
 
 
 def _limits(processor: Any) -> dict[str, int]:

@@ -1,7 +1,9 @@
 """M-RoPE positions of a prompt: text counts up, media tokens lie on a grid of time, row and column.
 
-Source: arXiv 2409.12191, section 2.1; `get_rope_index` and `get_vision_position_ids` of transformers 5.23's models that
-the families name.
+Source: arXiv 2409.12191, section 2.1: a modality begins at the largest position in front of it plus one. The positions
+within media are those of `get_vision_position_ids` of transformers 5.23's models that the families name. Its
+`get_rope_index` goes on behind a video by height and width alone, which is inside the time of a long Qwen2.5-VL video;
+transformers up to 5.2 and vLLM follow the paper, as here.
 """
 
 from __future__ import annotations
@@ -45,11 +47,11 @@ def mrope_positions(
         layout = layouts[span.item_index]
         _, h, w = (size // config.merge_size for size in layout.grid_thw)
         times_THW, rows_THW, columns_THW = positions_3N[:, span.start : span.stop].reshape(3, -1, h, w)
-        times_THW[:] = position + _times(len(times_THW), layout, config)[:, None, None]
+        times = _times(len(times_THW), layout, config)
+        times_THW[:] = position + times[:, None, None]
         rows_THW[:] = position + np.arange(h)[:, None]
         columns_THW[:] = position + np.arange(w)
-        # The next text position follows from height and width alone, for videos, too.
-        position += max(h, w)
+        position += max(h, w, int(times[-1]) + 1)
         token = span.stop
     positions_3N[:, token:] = np.arange(position, position + num_tokens - token)
     return MropePositions(torch.from_numpy(positions_3N), int(positions_3N.max()) + 1 if num_tokens else 0)

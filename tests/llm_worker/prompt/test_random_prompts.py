@@ -19,6 +19,7 @@ from vitrine_vlm.llm_worker.prompt.expand import expand_prompt
 from vitrine_vlm.llm_worker.prompt.placeholders import plan_placeholders
 from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
 from vitrine_vlm.model_loading.checkpoint import open_checkpoint
+from vitrine_vlm.sample_models.reference import paper_positions
 from vitrine_vlm.types import Layout
 
 NUM_PROMPTS = 150
@@ -60,7 +61,7 @@ class Family:
         return segments
 
     def reference_positions(self, segments: Segments) -> torch.Tensor:
-        """[3, N], from the model's get_rope_index."""
+        """[3, N], from the model's get_rope_index, with what follows media behind all of their positions."""
         ids = torch.tensor([segments.long_ids])
         kinds = torch.zeros_like(ids)
         kinds[ids == self.config.image_token_id] = 1
@@ -73,8 +74,7 @@ class Family:
         if self.config.tokens_per_second is not None and "video" in segments.kinds:
             seconds = [layout.second_per_grid_t for layout in segments.layouts if layout.kind == "video"]
             known["second_per_grid_ts"] = torch.tensor(seconds)
-        positions: torch.Tensor = self.model.model.get_rope_index(ids, **known)[0][:, 0]
-        return positions
+        return paper_positions(self.model.model.get_rope_index(ids, **known)[0][:, 0], kinds[0])
 
     def _grid(self, rng: random.Random, num_frames: int) -> tuple[int, int, int]:
         size = self.config.merge_size
