@@ -8,7 +8,7 @@ from vitrine_vlm.encoder_service.engine.cache import CacheStats
 from vitrine_vlm.encoder_service.preprocess.settings import ProcessorSettings
 from vitrine_vlm.errors import BadRequest, Overloaded, VitrineError
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
-from vitrine_vlm.types import MediaItem, MediaKind, ModelIdentity
+from vitrine_vlm.types import MediaItem, MediaKind, ModelIdentity, Patches
 
 _KINDS: dict[int, MediaKind] = {
     encoder_pb2.MEDIA_KIND_IMAGE: "image",
@@ -20,18 +20,34 @@ def item_from_proto(index: int, message: encoder_pb2.MediaItem) -> MediaItem:
     """The item at `index` of a request.
 
     Raises:
-        BadRequest: no kind, or neither url nor data.
+        BadRequest: no kind, no source, or patches whose grid is not three numbers. What patches hold is checked when
+            they are opened.
     """
     if message.kind not in _KINDS:
         raise BadRequest(f"item {index} has kind {message.kind}: give MEDIA_KIND_IMAGE or MEDIA_KIND_VIDEO")
     source = message.WhichOneof("source")
     if source is None:
-        raise BadRequest(f"item {index} has neither url nor data: give one of them")
+        raise BadRequest(f"item {index} has no source: give url, data or patches")
     return MediaItem(
         kind=_KINDS[message.kind],
         url=message.url if source == "url" else None,
         data=message.data if source == "data" else None,
         video_fps=message.video_fps or None,
+        patches=_patches_from_proto(index, message.patches) if source == "patches" else None,
+    )
+
+
+def _patches_from_proto(index: int, message: encoder_pb2.Patches) -> Patches:
+    if len(message.grid_thw) != 3:
+        raise BadRequest(f"item {index} has patches with a grid of {len(message.grid_thw)} numbers: give t, h and w")
+    t, h, w = message.grid_thw
+    return Patches(
+        data=message.data,
+        dtype=message.dtype,
+        normalized=message.normalized,
+        grid_thw=(t, h, w),
+        timestamps_s=tuple(message.timestamps_s),
+        second_per_grid_t=message.second_per_grid_t,
     )
 
 

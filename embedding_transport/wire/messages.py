@@ -9,7 +9,7 @@ from vitrine_vlm.embedding_transport.pools.pool import PROBE_NBYTES, ExportPool
 from vitrine_vlm.embedding_transport.pools.shm_pool import ShmPool
 from vitrine_vlm.errors import InternalError
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
-from vitrine_vlm.types import DTYPES, ItemTimings, Layout, MediaItem, MediaKind, ModelIdentity
+from vitrine_vlm.types import DTYPES, ItemTimings, Layout, MediaItem, MediaKind, ModelIdentity, Patches
 
 _KIND_TO_PROTO: dict[MediaKind, encoder_pb2.MediaKind.ValueType] = {
     "image": encoder_pb2.MEDIA_KIND_IMAGE,
@@ -23,7 +23,20 @@ def item_to_proto(item: MediaItem) -> encoder_pb2.MediaItem:
         message.data = item.data
     elif item.url is not None:
         message.url = item.url
+    elif item.patches is not None:
+        message.patches.CopyFrom(_patches_to_proto(item.patches))
     return message
+
+
+def _patches_to_proto(patches: Patches) -> encoder_pb2.Patches:
+    return encoder_pb2.Patches(
+        data=patches.data,
+        dtype=patches.dtype,
+        normalized=patches.normalized,
+        grid_thw=patches.grid_thw,
+        timestamps_s=patches.timestamps_s,
+        second_per_grid_t=patches.second_per_grid_t,
+    )
 
 
 def describe_identity(description: encoder_pb2.DescribeResponse) -> ModelIdentity:

@@ -36,7 +36,7 @@ class MediaLoader:
         self._session: aiohttp.ClientSession | None = None
 
     async def load(self, item: MediaItem, reserve: Reserve = lambda nbytes: None) -> bytes:
-        """The encoded file of `item`, at most `max_bytes` long. Its content is not checked.
+        """The encoded file of `item`, at most `max_bytes` long, or its patches' bytes. The content is not checked.
 
         Args:
             reserve: called with the number of bytes of each part that arrives; what it raises ends the load.
@@ -50,6 +50,9 @@ class MediaLoader:
             MediaError: not a valid URL.
         """
         limits = self._limits
+        if item.patches is not None:  # bounded by the pixels in their grid
+            reserve(len(item.patches.data))
+            return item.patches.data
         if item.data is not None:
             if len(item.data) > limits.max_bytes:
                 raise MediaTooLarge(f"a {item.kind} of {len(item.data)} bytes: at most {limits.max_bytes} are accepted")

@@ -13,12 +13,15 @@ from vitrine_vlm.encoder_service.preprocess.settings import ProcessorSettings
 
 
 class GpuWork:
-    """The streams and constants of preprocessing on one device; on the CPU it does nothing."""
+    """The streams and constants of preprocessing on one device; on the CPU it does nothing.
+
+    dtype: of patches of images, and of those that a caller has cut: on a GPU the tower's, on the CPU float32.
+    """
 
     def __init__(self, device: torch.device, settings: ProcessorSettings, dtype: torch.dtype) -> None:
         self.device = device
+        self.dtype = dtype if device.type == "cuda" else torch.float32
         self._settings = settings
-        self._dtype = dtype
         self._of_thread = threading.local()
         if device.type == "cuda":
             self._mean, self._std = (
@@ -61,5 +64,5 @@ class GpuWork:
             settings.patch_size,
             settings.merge_size,
             settings.temporal_patch_size,
-            self._dtype,
+            self.dtype,
         )

@@ -49,7 +49,7 @@ class PreprocessPool:
         """Opens an item, whose encoded file is `data`; returns also its layout with its content hash.
 
         Raises:
-            MediaError: see `Preprocessor.open`.
+            MediaError: see `Preprocessor.open` and `Preprocessor.open_patches`.
         """
         return await self._in_thread(self._open, item, data)
 
@@ -60,12 +60,19 @@ class PreprocessPool:
         return await self._in_thread(opened.patches)
 
     def _open(self, item: MediaItem, data: bytes) -> tuple[OpenedMedia, Layout]:
-        opened = self._preprocessor.open(item.kind, data, item.video_fps)
+        if item.patches is not None:
+            opened = self._preprocessor.open_patches(item.kind, item.patches)
+        else:
+            opened = self._preprocessor.open(item.kind, data, item.video_fps)
         return opened, replace(opened.layout, content_hash=self._content_hash(item, data))
 
     def _content_hash(self, item: MediaItem, data: bytes) -> bytes:
         """SHA-256 over everything that decides the rows; equal items have equal rows."""
-        digest = hashlib.sha256(f"{self._hash_seed}:{item.kind}:{item.video_fps}:".encode())
+        head = f"{self._hash_seed}:{item.kind}:{item.video_fps}:"
+        if item.patches is not None:
+            # In front, where no file's bytes can stand. The representation leaves out the patches' own bytes: `data`.
+            head = f"patches:{item.patches!r}:{head}"
+        digest = hashlib.sha256(head.encode())
         digest.update(data)
         return digest.digest()
 

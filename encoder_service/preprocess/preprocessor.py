@@ -10,6 +10,7 @@ import torch
 
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
 from vitrine_vlm.encoder_service.preprocess.frame_sampling import sample_frames, second_per_grid_t, timestamps_s
+from vitrine_vlm.encoder_service.preprocess.given_patches import GivenPatches
 from vitrine_vlm.encoder_service.preprocess.gpu_work import GpuWork
 from vitrine_vlm.encoder_service.preprocess.image_decode import EncodedImage, decode_batch
 from vitrine_vlm.encoder_service.preprocess.patchify import patchify, resize
@@ -17,7 +18,7 @@ from vitrine_vlm.encoder_service.preprocess.settings import ProcessorSettings
 from vitrine_vlm.encoder_service.preprocess.smart_resize import resized_image_size, resized_video_size
 from vitrine_vlm.encoder_service.preprocess.video_decode import EncodedVideo
 from vitrine_vlm.errors import MediaError, MediaTooLarge
-from vitrine_vlm.types import Layout, MediaKind
+from vitrine_vlm.types import Layout, MediaKind, Patches
 
 _CPU = torch.device("cpu")
 
@@ -40,7 +41,7 @@ class OpenedMedia(Protocol):
 
         Returns:
             [num_patches, 3 * temporal_patch_size * patch_size ** 2], complete, on the preprocessor's device; float32,
-            but an image's on a GPU in the preprocessor's dtype. See `patchify` for the order.
+            on a GPU of all but videos in the preprocessor's dtype. See `patchify` for the order.
 
         Raises:
             MediaTruncated, NotAnImage, NotAVideo: the pixels turn out to be damaged.
@@ -86,6 +87,14 @@ class Preprocessor:
             raise MediaError(f"video_fps is {video_fps}: give a positive number, or none for the model's default")
         video = EncodedVideo(data, self._limits)
         return _OpenedVideo(self.settings, video, self._limits.max_video_pixels, video_fps, self._work)
+
+    def open_patches(self, kind: MediaKind, patches: Patches) -> OpenedMedia:
+        """Opens an item that the caller has cut into patches already; see `GivenPatches`.
+
+        Raises:
+            MediaError, MediaTooLarge: the patches do not agree with their grid, or are too many.
+        """
+        return GivenPatches(kind, patches, self.settings, self._limits, self._work)
 
     def patches_of_batch(self, opened: Sequence[OpenedMedia]) -> list[torch.Tensor | Exception]:
         """The patches of several items that a GPU decodes, or the exception that each one raised."""

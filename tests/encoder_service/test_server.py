@@ -139,7 +139,7 @@ async def test_a_bad_item_is_reported_and_the_others_answer(encoder: RunningEnco
         (
             encoder_pb2.EncodeRequest(items=[encoder_pb2.MediaItem(kind=encoder_pb2.MEDIA_KIND_VIDEO)]),
             "invalid_request",
-            "item 0 has neither url nor data",
+            "item 0 has no source",
         ),
         (encoder_pb2.EncodeRequest(items=[image_message(b"x")] * 9), "too_many_items", "9 media items: at most 8"),
     ],

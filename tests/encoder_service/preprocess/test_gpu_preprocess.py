@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from tests.encoder_service.preprocess.samples import QWEN3_IMAGE, QWEN3_VIDEO, settings
+from tests.encoder_service.processed import given
 from tests.integration.media import clip
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
 from vitrine_vlm.encoder_service.preprocess.image_decode import _UPRIGHT, _upright
@@ -67,6 +68,18 @@ def test_jpegs_decoded_together_are_those_decoded_alone(tmp_path: Path) -> None:
     damaged = preprocessor.open("image", files[0][: len(files[0]) // 2] + b"\xff\xd9")
     beside = preprocessor.patches_of_batch([opened[0], damaged, opened[1]])
     assert torch.equal(alone[0], beside[0]) and torch.equal(alone[1], beside[2])  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16])
+def test_patches_of_callers_become_the_same(tmp_path: Path, dtype: torch.dtype) -> None:
+    found = settings(tmp_path, "qwen3_vl", QWEN3_IMAGE, QWEN3_VIDEO)
+    pixels = torch.randint(0, 256, (24, 1536), dtype=torch.uint8).to(dtype)
+    patches = given("image", pixels, (1, 4, 6), normalized=False)
+    expected = Preprocessor(found, MediaLimits()).open_patches("image", patches).patches()
+    on_gpu = Preprocessor(found, MediaLimits(), torch.device("cuda"), torch.bfloat16).open_patches("image", patches)
+    assert (on_gpu.patches().device.type, on_gpu.patches().dtype) == ("cuda", torch.bfloat16)
+    assert (on_gpu.patches().float().cpu() - expected).abs().max() <= 2**-8
 
 
 def compare(tmp_path: Path, kind: str, data: bytes) -> None:
