@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import uuid
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from vitrine_vlm.encoder_service.preprocess.preprocessor import Preprocessor
 from vitrine_vlm.encoder_service.preprocess.settings import ProcessorSettings
 from vitrine_vlm.encoder_service.server import EncoderServer, EncoderServicer, ServiceState
 from vitrine_vlm.encoder_service.service import EncodeService
+from vitrine_vlm.encoder_service.tickets import TicketTable
 from vitrine_vlm.errors import EncoderUnavailable
 from vitrine_vlm.model_loading.checkpoint import open_checkpoint
 from vitrine_vlm.model_loading.loading import LoadingStopped, ProgressLog, choose_device, choose_dtype
@@ -185,6 +187,10 @@ async def serve(config: EncoderConfig) -> None:
         stack.push_async_callback(cache.close)
         cache.start(supervisor)
         metrics.watch_cache(cache.stats)
+        tickets = TicketTable(uuid.uuid4().hex, config.ticket_ttl_s)
+        stack.push_async_callback(tickets.close)
+        tickets.start(supervisor)
+        metrics.watch_tickets(lambda: len(tickets), lambda: tickets.nbytes)
         preprocess_device = model.device if config.gpu_preprocess else torch.device("cpu")
         num_cpus = os.cpu_count() or 1
         preprocess_pool = PreprocessPool(
@@ -201,6 +207,7 @@ async def serve(config: EncoderConfig) -> None:
             admission,
             batcher,
             cache,
+            tickets,
             max_items=config.max_items,
             metrics=metrics,
         )
@@ -209,9 +216,9 @@ async def serve(config: EncoderConfig) -> None:
         if model.gpu_stats is not None:
             metrics.watch_gpu(model.gpu_stats)
         description = describe_to_proto(
-            model.identity, model.settings, exporter.transports, config.max_items, model.gpu_uuids
+            model.identity, model.settings, exporter.transports, config.max_items, tickets, model.gpu_uuids
         )
-        stats = lambda: stats_to_proto(admission.seconds, cache.stats(), exporter.stats())  # noqa: E731
+        stats = lambda: stats_to_proto(admission.seconds, cache.stats(), exporter.stats(), tickets)  # noqa: E731
         freeze_gc()
         servicer.open(ServiceState(description, service, exporter, stats))
         if not lifecycle.is_ending:

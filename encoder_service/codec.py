@@ -5,10 +5,12 @@ from __future__ import annotations
 from vitrine_vlm.embedding_transport.shipping.exporter import ExporterStats
 from vitrine_vlm.embedding_transport.wire.messages import describe
 from vitrine_vlm.encoder_service.engine.cache import CacheStats
+from vitrine_vlm.encoder_service.preprocess.given_patches import PATCH_DTYPES
 from vitrine_vlm.encoder_service.preprocess.settings import ProcessorSettings
+from vitrine_vlm.encoder_service.tickets import TicketTable
 from vitrine_vlm.errors import BadRequest, Overloaded, VitrineError
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
-from vitrine_vlm.types import MediaItem, MediaKind, ModelIdentity, Patches
+from vitrine_vlm.types import PROTOCOL_MINOR_VERSION, MediaItem, MediaKind, ModelIdentity, Patches, Ticket
 
 _KINDS: dict[int, MediaKind] = {
     encoder_pb2.MEDIA_KIND_IMAGE: "image",
@@ -27,13 +29,15 @@ def item_from_proto(index: int, message: encoder_pb2.MediaItem) -> MediaItem:
         raise BadRequest(f"item {index} has kind {message.kind}: give MEDIA_KIND_IMAGE or MEDIA_KIND_VIDEO")
     source = message.WhichOneof("source")
     if source is None:
-        raise BadRequest(f"item {index} has no source: give url, data or patches")
+        raise BadRequest(f"item {index} has no source: give url, data, patches or a ticket")
     return MediaItem(
         kind=_KINDS[message.kind],
         url=message.url if source == "url" else None,
         data=message.data if source == "data" else None,
         video_fps=message.video_fps or None,
         patches=_patches_from_proto(index, message.patches) if source == "patches" else None,
+        # Whose tickets these are is not in the message: they were sent to the encoder that they are of.
+        ticket=Ticket("", message.ticket) if source == "ticket" else None,
     )
 
 
@@ -63,6 +67,7 @@ def describe_to_proto(
     settings: ProcessorSettings,
     transports: tuple[str, ...],
     max_items: int,
+    tickets: TicketTable,
     gpu_uuids: tuple[str, ...] = (),
 ) -> encoder_pb2.DescribeResponse:
     """The answer to Describe."""
@@ -85,10 +90,16 @@ def describe_to_proto(
         transports=transports,
         max_items=max_items,
         gpu_uuids=gpu_uuids,
+        protocol_minor_version=PROTOCOL_MINOR_VERSION,
+        instance_id=tickets.encoder_id,
+        ticket_ttl_s=tickets.ttl_s,
+        patch_dtypes=PATCH_DTYPES,
     )
 
 
-def stats_to_proto(queue_s: float, cache: CacheStats, exporter: ExporterStats) -> encoder_pb2.GetStatsResponse:
+def stats_to_proto(
+    queue_s: float, cache: CacheStats, exporter: ExporterStats, tickets: TicketTable
+) -> encoder_pb2.GetStatsResponse:
     """The answer to GetStats. queue_s: seconds of work that are admitted."""
     return encoder_pb2.GetStatsResponse(
         queue_seconds=queue_s,
@@ -99,4 +110,6 @@ def stats_to_proto(queue_s: float, cache: CacheStats, exporter: ExporterStats) -
         cache_host_bytes=cache.nbytes["host"],
         num_live_leases=exporter.live_leases,
         shipped_bytes=exporter.shipped_nbytes,
+        num_live_tickets=len(tickets),
+        ticket_bytes=tickets.nbytes,
     )

@@ -59,6 +59,10 @@ class EncoderConfig(ServiceSettings):
     )
     lease_ttl_s: float = Field(60.0, gt=0, description="how long a peer may hold rows in the pool, s")
 
+    ticket_ttl_s: float = Field(
+        120.0, gt=0, description="how long media stay in memory for rows that are claimed by ticket, s"
+    )
+
     cache_gpu_bytes: int = Field(2048 * MIB, ge=0, description="rows kept on the GPU for equal items, bytes; 0 is off")
     cache_host_bytes: int = Field(512 * MIB, ge=0, description="rows kept in host memory, bytes; 0 is off")
 
@@ -74,7 +78,7 @@ class EncoderConfig(ServiceSettings):
     max_media_bytes: int = Field(64 * MIB, ge=1, description="size of one encoded image or video, bytes")
     max_image_pixels: int = Field(64 * MIB, ge=1, description="pixels in one image or video frame before resizing")
     max_held_media_bytes: int = Field(
-        2048 * MIB, ge=1, description="encoded images and videos in work before items are refused as overload, bytes"
+        2048 * MIB, ge=1, description="media in work or held by tickets before items are refused as overload, bytes"
     )
     media_timeout_s: float = Field(30.0, gt=0, description="longest download of one item, s")
 

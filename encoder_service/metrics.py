@@ -35,7 +35,7 @@ class EncoderMetrics:
         )
         self.items = Counter(
             "vitrine_encoder_items",
-            "Items by kind and outcome: ok, cancelled, or an error code.",
+            "Items by kind and outcome: ok, layout (asked for alone), cancelled, or an error code.",
             ["kind", "outcome"],
             registry=self.registry,
         )
@@ -74,10 +74,7 @@ class EncoderMetrics:
         self, admission: Admission, held_bytes: Callable[[], int], waiting_patches: Callable[[], int]
     ) -> None:
         """Reads the queue at each scrape."""
-
-        def gauge(name: str, help_text: str, read: Callable[[], float]) -> None:
-            Gauge(f"vitrine_encoder_{name}", help_text, registry=self.registry).set_function(read)
-
+        gauge = self._gauge
         gauge(
             "queue_seconds",
             "Work between admission and the end of shipping, by the cost model.",
@@ -91,6 +88,11 @@ class EncoderMetrics:
         gauge("held_media_bytes", "Bytes of encoded images and videos, from their arrival to their end.", held_bytes)
         gauge("queue_patches", "Patches ready for the tower that are in no batch yet.", waiting_patches)
 
+    def watch_tickets(self, num_live: Callable[[], int], nbytes: Callable[[], int]) -> None:
+        """Reads the tickets at each scrape."""
+        self._gauge("tickets_live", "Tickets that can be claimed.", num_live)
+        self._gauge("ticket_bytes", "Bytes of media that live tickets hold.", nbytes)
+
     def watch_cache(self, stats: Callable[[], CacheStats]) -> None:
         """Reads the embedding cache at each scrape."""
         self.registry.register(_CacheCollector(stats))
@@ -102,6 +104,9 @@ class EncoderMetrics:
     def watch_exporter(self, stats: Callable[[], ExporterStats]) -> None:
         """Reads leases, pool and shipped bytes at each scrape."""
         self.registry.register(_ExporterCollector(stats))
+
+    def _gauge(self, name: str, help_text: str, read: Callable[[], float]) -> None:
+        Gauge(f"vitrine_encoder_{name}", help_text, registry=self.registry).set_function(read)
 
 
 class _CacheCollector(Collector):

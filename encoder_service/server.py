@@ -18,7 +18,7 @@ from vitrine_vlm.embedding_transport.pools.row_source import TensorSource
 from vitrine_vlm.embedding_transport.shipping.async_pool_write import AsyncPoolWrite
 from vitrine_vlm.embedding_transport.shipping.encoder_rpc import SERVICE, encoder_handlers
 from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter
-from vitrine_vlm.embedding_transport.shipping.session_rpc import SessionServicer
+from vitrine_vlm.embedding_transport.shipping.session_rpc import ReleaseContext, SessionServicer
 from vitrine_vlm.embedding_transport.wire.grpc_status import abort, send
 from vitrine_vlm.embedding_transport.wire.messages import layout_to_proto
 from vitrine_vlm.encoder_service.codec import failed_to_proto, item_from_proto
@@ -96,6 +96,15 @@ class EncoderServicer(SessionServicer, encoder_pb2_grpc.EncoderServicer):  # typ
             with harmless("a metric of requests"):
                 self._metrics.requests.labels(outcome).inc()
 
+    async def Release(
+        self, request: encoder_pb2.ReleaseRequest, context: ReleaseContext
+    ) -> encoder_pb2.ReleaseResponse:
+        try:
+            self._loaded().service.release_tickets(request.tickets)
+        except VitrineError as error:
+            await abort(context, error)
+        return await super().Release(request, context)
+
     async def GetStats(
         self,
         request: encoder_pb2.GetStatsRequest,
@@ -113,7 +122,10 @@ class EncoderServicer(SessionServicer, encoder_pb2_grpc.EncoderServicer):  # typ
         left_s = context.time_remaining()
         deadline = math.inf if left_s is None else time.monotonic() + left_s
         with _Replies(context, state.exporter, request.session_id) as replies:
-            await state.service.encode(items, replies, request.tenant, deadline)
+            if request.layout_only:
+                await state.service.layouts(items, replies, request.tenant)
+            else:
+                await state.service.encode(items, replies, request.tenant, deadline)
 
     def _exporter(self) -> RowExporter:
         return self._loaded().exporter

@@ -1,5 +1,7 @@
 """Encodes the items of a request: load -> open -> admit -> Layout -> cache or decode, batch -> ship, all at once.
 
+An item that is claimed by its ticket was loaded and opened before; layouts alone end behind the Layout.
+
 gRPC and protobuf stay in the servicer: answers go to the `Replies` that the caller passes.
 """
 
@@ -11,10 +13,10 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeAlias
 
 import torch
 
@@ -22,11 +24,12 @@ from vitrine_vlm.encoder_service.engine.admission import Admission, Reservation
 from vitrine_vlm.encoder_service.engine.batch import PostForwardHook
 from vitrine_vlm.encoder_service.engine.batcher import Batcher
 from vitrine_vlm.encoder_service.engine.cache import EmbeddingCache, EncodedRows
-from vitrine_vlm.encoder_service.media.byte_budget import ByteBudget, Reserve
+from vitrine_vlm.encoder_service.media.byte_budget import ByteBudget
 from vitrine_vlm.encoder_service.media.loader import MediaLoader
 from vitrine_vlm.encoder_service.metrics import EncoderMetrics
 from vitrine_vlm.encoder_service.preprocess.preprocess_pool import PreprocessPool
 from vitrine_vlm.encoder_service.preprocess.preprocessor import OpenedMedia
+from vitrine_vlm.encoder_service.tickets import OpenedItem, TicketTable
 from vitrine_vlm.errors import BadRequest, InternalError, TooManyItems, VitrineError
 from vitrine_vlm.service_runtime.logs import harmless
 from vitrine_vlm.service_runtime.traces import past_span, span
@@ -34,6 +37,9 @@ from vitrine_vlm.types import ItemTimings, Layout, MediaItem
 
 _log = logging.getLogger(__name__)
 _ITEM = "vitrine.item_index"
+
+# Answers for one item of a request, by its index.
+Work: TypeAlias = Callable[[int, MediaItem], Awaitable[None]]
 
 
 class Replies(Protocol):
@@ -76,13 +82,14 @@ class EncodeService:
         admission: Admission,
         batcher: Batcher,
         cache: EmbeddingCache,
+        tickets: TicketTable,
         *,
         max_items: int,
         metrics: EncoderMetrics,
     ) -> None:
         """
         Args:
-            media_budget: bounds the encoded media of all items in work.
+            media_budget: bounds the encoded media of all items in work and of all tickets.
             max_items: items accepted in one request.
         """
         self._loader = loader
@@ -91,6 +98,7 @@ class EncodeService:
         self._admission = admission
         self._batcher = batcher
         self._cache = cache
+        self._tickets = tickets
         self._max_items = max_items
         self._metrics = metrics
 
@@ -108,14 +116,30 @@ class EncodeService:
         Raises:
             BadRequest, TooManyItems: see `check_number`.
         """
-        self.check_number(len(items))
-        runs = [self._run_item(index, item, replies, tenant, deadline) for index, item in enumerate(items)]
-        if len(runs) == 1:  # most requests: no task of its own
-            await runs[0]
-            return
-        async with asyncio.TaskGroup() as tasks:
-            for run in runs:
-                tasks.create_task(run)
+        await self._answer(
+            items, replies, lambda index, item: self._encode_item(index, item, replies, tenant, deadline), "ok"
+        )
+
+    async def layouts(self, items: Sequence[MediaItem], replies: Replies, tenant: str = "") -> None:
+        """Answers for each item: its layout with a new ticket, or its failure; an item with a ticket gets no other.
+
+        No work is admitted: the budget of media bytes is all that tickets cost. Cancelling releases all of them.
+
+        Raises:
+            BadRequest, TooManyItems: see `check_number`.
+        """
+        issued: list[bytes] = []
+        try:
+            await self._answer(
+                items, replies, lambda index, item: self._send_layout(index, item, replies, tenant, issued), "layout"
+            )
+        except asyncio.CancelledError:  # the peer has gone, and uses none of them
+            self._tickets.release(issued)
+            raise
+
+    def release_tickets(self, tickets: Iterable[bytes]) -> None:
+        """See `TicketTable.release`."""
+        self._tickets.release(tickets)
 
     def check_number(self, num_items: int) -> None:
         """
@@ -127,13 +151,23 @@ class EncodeService:
         if num_items > self._max_items:
             raise TooManyItems(f"{num_items} media items: at most {self._max_items} are accepted in one request")
 
-    async def _run_item(self, index: int, item: MediaItem, replies: Replies, tenant: str, deadline: float) -> None:
-        """Encodes one item, answers for it, and counts its outcome."""
+    async def _answer(self, items: Sequence[MediaItem], replies: Replies, work: Work, success: str) -> None:
+        """Runs the work of all items at once; `success` is its outcome in the metrics."""
+        self.check_number(len(items))
+        runs = [self._run_item(index, item, replies, work, success) for index, item in enumerate(items)]
+        if len(runs) == 1:  # most requests: no task of its own
+            await runs[0]
+            return
+        async with asyncio.TaskGroup() as tasks:
+            for run in runs:
+                tasks.create_task(run)
+
+    async def _run_item(self, index: int, item: MediaItem, replies: Replies, work: Work, success: str) -> None:
+        """Runs one item's work, answers if it fails, and counts its outcome."""
         outcome = "cancelled"
         try:
-            with self._media_budget.item() as reserve_bytes:
-                await self._encode_item(index, item, replies, tenant, deadline, reserve_bytes)
-            outcome = "ok"
+            await work(index, item)
+            outcome = success
         except VitrineError as error:
             outcome = error.code
             await replies.failed(index, error)
@@ -145,29 +179,65 @@ class EncodeService:
             with harmless("a metric of items"):
                 self._metrics.items.labels(item.kind, outcome).inc()
 
-    async def _encode_item(
-        self, index: int, item: MediaItem, replies: Replies, tenant: str, deadline: float, reserve_bytes: Reserve
+    async def _open_item(self, index: int, item: MediaItem, tenant: str) -> OpenedItem:
+        """Loads and opens an item, or claims it; the caller releases its bytes.
+
+        Raises:
+            MediaError, Overloaded: see `MediaLoader.load`, `Preprocessor.open` and `ByteBudget.add`.
+            TicketExpired: see `TicketTable.claim`; BadRequest: the ticket is of an item of the other kind.
+        """
+        if item.ticket is not None:
+            claimed = self._tickets.claim(item.ticket.value, tenant)
+            if claimed.layout.kind != item.kind:
+                claimed.reserved.release()
+                raise BadRequest(f"item {index} is of kind {item.kind}, its ticket of kind {claimed.layout.kind}")
+            return claimed
+        reserved = self._media_budget.item()
+        try:
+            with self._stage("load", index) as load:
+                data = await self._loader.load(item, reserved.reserve)
+            with self._stage("open", index) as opening:
+                opened, layout = await self._preprocess_pool.open(item, data)
+        except BaseException:
+            reserved.release()
+            raise
+        timings = ItemTimings(load_ms=load.elapsed_ms, preprocess_ms=opening.elapsed_ms)
+        return OpenedItem(opened, layout, reserved, timings)
+
+    async def _send_layout(
+        self, index: int, item: MediaItem, replies: Replies, tenant: str, issued: list[bytes]
     ) -> None:
-        with self._stage("load", index) as load:
-            data = await self._loader.load(item, reserve_bytes)
-        with self._stage("open", index) as opening:
-            opened, layout = await self._preprocess_pool.open(item, data)
-        key = _cache_key(layout.content_hash, tenant)
-        admission = self._admission.admit(layout.grid_thw, deadline, reserve=not self._cache.has(key))
-        with admission as reservation, replies.shipment(index) as shipment:
+        opened = await self._open_item(index, item, tenant)
+        with opened.reserved:
+            layout = opened.layout
+            if item.ticket is None:
+                ticket = self._tickets.issue(opened, tenant)
+                issued.append(ticket.value)
+                layout = replace(layout, ticket=ticket)
             await replies.layout(index, layout)
-            compute = functools.partial(self._compute, index, opened, layout, deadline, shipment.hook, reservation)
-            encoded = await self._cache.get_or_compute(key, compute)
-            # Shipping to a slow reader takes long: keep nothing but the rows in memory meanwhile.
-            del opened, data, compute
-            timings = ItemTimings(
-                load_ms=load.elapsed_ms,
-                preprocess_ms=opening.elapsed_ms + encoded.preprocess_ms,
-                queue_ms=encoded.queue_ms,
-                forward_ms=encoded.forward_ms,
-            )
-            with self._stage("ship", index):
-                await shipment.send(encoded.rows_TW, timings)
+
+    async def _encode_item(self, index: int, item: MediaItem, replies: Replies, tenant: str, deadline: float) -> None:
+        source = await self._open_item(index, item, tenant)
+        with source.reserved:
+            layout, timings = source.layout, source.timings
+            key = _cache_key(layout.content_hash, tenant)
+            admission = self._admission.admit(layout.grid_thw, deadline, reserve=not self._cache.has(key))
+            with admission as reservation, replies.shipment(index) as shipment:
+                await replies.layout(index, layout)
+                compute = functools.partial(
+                    self._compute, index, source.opened, layout, deadline, shipment.hook, reservation
+                )
+                encoded = await self._cache.get_or_compute(key, compute)
+                # Shipping to a slow reader takes long: keep nothing but the rows in memory meanwhile.
+                del source, compute
+                timings = replace(
+                    timings,
+                    preprocess_ms=timings.preprocess_ms + encoded.preprocess_ms,
+                    queue_ms=encoded.queue_ms,
+                    forward_ms=encoded.forward_ms,
+                )
+                with self._stage("ship", index):
+                    await shipment.send(encoded.rows_TW, timings)
 
     async def _compute(
         self,

@@ -104,6 +104,7 @@ def layout_to_proto(item_index: int, layout: Layout) -> encoder_pb2.Layout:
         timestamps_s=layout.timestamps_s,
         second_per_grid_t=layout.second_per_grid_t,
         content_hash=layout.content_hash,
+        ticket=layout.ticket.value if layout.ticket is not None else b"",
     )
 
 

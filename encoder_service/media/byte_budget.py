@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TypeAlias
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self, TypeAlias
 
 from vitrine_vlm.errors import Overloaded
 
@@ -26,26 +26,58 @@ class ByteBudget:
         self.reserved_nbytes = 0
         self._max_nbytes = max_nbytes
 
-    @contextmanager
-    def item(self) -> Iterator[Reserve]:
-        """A function that reserves bytes for one item, on top of those it has; all are released at the end.
+    def item(self) -> ReservedBytes:
+        """The bytes of one item: none yet, and one user."""
+        return ReservedBytes(self)
+
+    def add(self, nbytes: int, to: int) -> None:
+        """Reserves bytes for an item that has `to` bytes.
 
         Raises:
-            Overloaded: raised by that function where the other items have reserved too much.
+            Overloaded: the other items have reserved too much.
         """
-        reserved = 0
+        if self.reserved_nbytes > to and self.reserved_nbytes + nbytes > self._max_nbytes:
+            raise Overloaded(
+                f"{self.reserved_nbytes} bytes of images and videos are in work and {nbytes} more would pass the "
+                f"limit of {self._max_nbytes}: retry later, add encoders or raise --max-held-media-bytes"
+            )
+        self.reserved_nbytes += nbytes
 
-        def reserve(nbytes: int) -> None:
-            nonlocal reserved
-            if self.reserved_nbytes > reserved and self.reserved_nbytes + nbytes > self._max_nbytes:
-                raise Overloaded(
-                    f"{self.reserved_nbytes} bytes of images and videos are in work and {nbytes} more would pass the "
-                    f"limit of {self._max_nbytes}: retry later, add encoders or raise --max-held-media-bytes"
-                )
-            self.reserved_nbytes += nbytes
-            reserved += nbytes
 
-        try:
-            yield reserve
-        finally:
-            self.reserved_nbytes -= reserved
+class ReservedBytes:
+    """The bytes of one item. A user releases them at the end of a `with`; they are free once all users have.
+
+    nbytes: bytes reserved so far.
+    """
+
+    def __init__(self, budget: ByteBudget) -> None:
+        self.nbytes = 0
+        self._budget = budget
+        self._num_users = 1
+
+    def reserve(self, nbytes: int) -> None:
+        """Reserves bytes on top of those that the item has.
+
+        Raises:
+            Overloaded: see `ByteBudget.add`.
+        """
+        self._budget.add(nbytes, to=self.nbytes)
+        self.nbytes += nbytes
+
+    def share(self) -> None:
+        """Adds a user, who releases them, too."""
+        self._num_users += 1
+
+    def release(self) -> None:
+        """Ends the use of one user."""
+        self._num_users -= 1
+        if not self._num_users:
+            self._budget.reserved_nbytes -= self.nbytes
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()

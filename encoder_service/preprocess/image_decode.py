@@ -46,14 +46,15 @@ class EncodedImage:
     def __init__(self, data: bytes, max_pixels: int) -> None:
         self._data = data
         try:
-            self._image = Image.open(io.BytesIO(data), formats=FORMATS)
-            width, height = self._image.size
+            image = self._open()
+            width, height = image.size
             _check_size(width, height, max_pixels)
-            self._orientation = _orientation(self._image, data)
+            self._orientation = _orientation(image, data)
         except MediaError:
             raise
         except Exception as error:  # decoders raise anything from struct.error to SyntaxError on hostile files
             raise self._refusal(error) from error
+        self._format, self._mode = image.format, image.mode
         turned = self._orientation >= 5
         # Upright size, pixels.
         self.height, self.width = (width, height) if turned else (height, width)
@@ -62,14 +63,16 @@ class EncodedImage:
     def suits_nvjpeg(self) -> bool:
         """Whether it is a complete JPEG in colour or grey, and nvJPEG is there; CMYK needs Pillow's conversion."""
         return (
-            self._image.format == "JPEG"
-            and self._image.mode in ("RGB", "L")
+            self._format == "JPEG"
+            and self._mode in ("RGB", "L")
             and nvjpeg.has_nvjpeg()
             and not is_truncated(self._data)
         )
 
     def decode(self, device: torch.device) -> torch.Tensor:
         """Decodes the pixels: [3, height, width], uint8, any strides, on `device`; upright, RGB, transparency on white.
+
+        Any thread may call it, several at once and again, and none of the pixels stay in memory here.
 
         nvJPEG decodes a JPEG if `device` is a GPU and nvJPEG is installed; Pillow decodes everything else.
 
@@ -83,8 +86,9 @@ class EncodedImage:
             except RuntimeError:
                 pass  # Pillow decodes it, or raises the error that says what is wrong
         try:
-            self._image.load()
-            image = _to_rgb(self._image)
+            opened = self._open()
+            opened.load()
+            image = _to_rgb(opened)
             if self._orientation in _UPRIGHT:
                 image = image.transpose(_UPRIGHT[self._orientation])
         except NotAnImage:
@@ -92,6 +96,10 @@ class EncodedImage:
         except Exception as error:
             raise self._refusal(error) from error
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(device)
+
+    def _open(self) -> Image.Image:
+        """Reads the header; a Pillow image keeps its pixels once it is loaded, so each use has one of its own."""
+        return Image.open(io.BytesIO(self._data), formats=FORMATS)
 
     def _refusal(self, error: Exception) -> MediaTruncated | NotAnImage:
         if not self._data:

@@ -37,7 +37,7 @@ class OpenedMedia(Protocol):
         ...
 
     def patches(self) -> torch.Tensor:
-        """Decodes, resizes, normalizes and cuts into patches. Blocking; call it once, from any thread.
+        """Decodes, resizes, normalizes and cuts into patches. Blocking; any thread may call it, and again.
 
         Returns:
             [num_patches, 3 * temporal_patch_size * patch_size ** 2], complete, on the preprocessor's device; float32,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import threading
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from vitrine_vlm.encoder_service.preprocess.preprocess_pool import PreprocessPoo
 from vitrine_vlm.encoder_service.preprocess.preprocessor import Preprocessor
 from vitrine_vlm.encoder_service.server import EncoderServer, EncoderServicer, ServiceState
 from vitrine_vlm.encoder_service.service import EncodeService
+from vitrine_vlm.encoder_service.tickets import TicketTable
 from vitrine_vlm.model_loading.checkpoint import open_checkpoint
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 from vitrine_vlm.service_runtime.grpc_channel import CHANNEL_OPTIONS
@@ -82,6 +84,7 @@ class RunningEncoder:
     server: EncoderServer
     metrics: EncoderMetrics
     calls: RunningCalls
+    tickets: TicketTable
     channel: grpc.aio.Channel = field(repr=False)
 
     def rows_of(self, data: bytes) -> torch.Tensor:
@@ -99,6 +102,7 @@ async def run_encoder(
     max_queued_patches: int = 100_000,
     max_held_media_bytes: int = 1 << 30,
     lease_ttl_s: float = 30.0,
+    ticket_ttl_s: float = 30.0,
     cache_bytes: int = 0,
     loaded: bool = True,
 ) -> AsyncIterator[RunningEncoder]:
@@ -124,10 +128,13 @@ async def run_encoder(
     preprocessor = Preprocessor(processor_settings(checkpoint), limits)
     cache = EmbeddingCache(gpu_nbytes=0, host_nbytes=cache_bytes)
     cache.start(Supervisor())
+    tickets = TicketTable(uuid.uuid4().hex, ticket_ttl_s)
+    tickets.start(Supervisor())
+    metrics.watch_tickets(lambda: len(tickets), lambda: tickets.nbytes)
     preprocess_pool = PreprocessPool(preprocessor, revision=identity.revision, num_threads=2)
     preprocess_pool.start(Supervisor())
     service = EncodeService(
-        loader, media_budget, preprocess_pool, admission, batcher, cache, max_items=MAX_ITEMS, metrics=metrics
+        loader, media_budget, preprocess_pool, admission, batcher, cache, tickets, max_items=MAX_ITEMS, metrics=metrics
     )
     metrics.watch_cache(cache.stats)
     metrics.watch_queue(admission, lambda: media_budget.reserved_nbytes, lambda: batcher.waiting_patches)
@@ -136,8 +143,8 @@ async def run_encoder(
     server = EncoderServer(servicer)
     address = await server.start("127.0.0.1", 0)
     if loaded:
-        description = describe_to_proto(identity, preprocessor.settings, exporter.transports, MAX_ITEMS)
-        stats = lambda: stats_to_proto(admission.seconds, cache.stats(), exporter.stats())  # noqa: E731
+        description = describe_to_proto(identity, preprocessor.settings, exporter.transports, MAX_ITEMS, tickets)
+        stats = lambda: stats_to_proto(admission.seconds, cache.stats(), exporter.stats(), tickets)  # noqa: E731
         servicer.open(ServiceState(description, service, exporter, stats))
         await server.set_serving(True)
     async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
@@ -153,10 +160,12 @@ async def run_encoder(
             server,
             metrics,
             calls,
+            tickets,
             channel,
         )
     tower.gate.set()
     await server.stop(0)
+    await tickets.close()
     await preprocess_pool.close()
     await cache.close()
     await loader.close()

@@ -132,3 +132,21 @@ def test_what_cannot_start_says_why(
     assert finished.returncode == status, finished.stderr
     assert message in finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+async def test_a_stopping_process_does_not_wait_for_tickets(qwen3_vl_folder: Path, tmp_path: Path) -> None:
+    flags = ["--model", str(qwen3_vl_folder), "--port", "0", "--shm-folder", str(tmp_path), "--pool-bytes", "4194304"]
+    encoder = ServiceProcess("vitrine_vlm.encoder_service", *flags, "--ticket-ttl-s", "77")
+    try:
+        address = (await asyncio.to_thread(encoder.wait_serving))["grpc"]
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub = encoder_pb2_grpc.EncoderStub(channel)
+            assert (await stub.Describe(encoder_pb2.DescribeRequest())).ticket_ttl_s == 77
+            request = encoder_pb2.EncodeRequest(items=[image_message(png(64, 64))], layout_only=True)
+            (response,) = [response async for response in stub.Encode(request)]
+            assert len(response.layout.ticket) == 16
+            assert (await stub.GetStats(encoder_pb2.GetStatsRequest())).num_live_tickets == 1
+        started = time.monotonic()
+    finally:
+        status = await asyncio.to_thread(encoder.stop)
+    assert (status, time.monotonic() - started < 10) == (0, True), "\n".join(encoder.lines)

@@ -948,6 +948,8 @@ class GetStatsResponse(_message.Message):
     CACHE_HOST_BYTES_FIELD_NUMBER: _builtins.int
     NUM_LIVE_LEASES_FIELD_NUMBER: _builtins.int
     SHIPPED_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_LIVE_TICKETS_FIELD_NUMBER: _builtins.int
+    TICKET_BYTES_FIELD_NUMBER: _builtins.int
     queue_seconds: _builtins.float
     """Seconds of the tower's work that are admitted and not yet shipped, by the measured cost model."""
     num_cache_hits: _builtins.int
@@ -959,6 +961,9 @@ class GetStatsResponse(_message.Message):
     cache_host_bytes: _builtins.int
     num_live_leases: _builtins.int
     """Leases that peers hold now."""
+    num_live_tickets: _builtins.int
+    """Tickets that can be claimed now, and the bytes of media that they hold."""
+    ticket_bytes: _builtins.int
     @_builtins.property
     def shipped_bytes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Bytes of rows since the start, by transport."""
@@ -974,10 +979,12 @@ class GetStatsResponse(_message.Message):
         cache_host_bytes: _builtins.int = ...,
         num_live_leases: _builtins.int = ...,
         shipped_bytes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        num_live_tickets: _builtins.int = ...,
+        ticket_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_gpu_bytes", b"cache_gpu_bytes", "cache_host_bytes", b"cache_host_bytes", "num_cache_hits", b"num_cache_hits", "num_cache_joined", b"num_cache_joined", "num_cache_misses", b"num_cache_misses", "num_live_leases", b"num_live_leases", "queue_seconds", b"queue_seconds", "shipped_bytes", b"shipped_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_gpu_bytes", b"cache_gpu_bytes", "cache_host_bytes", b"cache_host_bytes", "num_cache_hits", b"num_cache_hits", "num_cache_joined", b"num_cache_joined", "num_cache_misses", b"num_cache_misses", "num_live_leases", b"num_live_leases", "num_live_tickets", b"num_live_tickets", "queue_seconds", b"queue_seconds", "shipped_bytes", b"shipped_bytes", "ticket_bytes", b"ticket_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

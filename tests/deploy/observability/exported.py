@@ -59,6 +59,7 @@ def exported() -> dict[str, Labels]:
 def _encoder_metrics() -> EncoderMetrics:
     metrics = EncoderMetrics()
     metrics.watch_queue(Admission(CostModel(0.0, 0.0, 0.0), max_patches=1, max_s=1.0), lambda: 0, lambda: 0)
+    metrics.watch_tickets(lambda: 0, lambda: 0)
     metrics.watch_cache(lambda: CacheStats(nbytes={"gpu": 0, "host": 0}))
     metrics.watch_gpu(lambda: GpuStats(0, 0, 0, 0, 0))
     metrics.watch_exporter(lambda: ExporterStats(LeaseCounts(), 0, 0, TRANSPORTS, TRANSPORTS, TRANSPORTS, 0))

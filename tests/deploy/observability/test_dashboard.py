@@ -79,6 +79,8 @@ def test_it_shows_every_metric() -> None:
         "vitrine_encoder_admitted_patches",  # what the queue's seconds are made from
         "vitrine_encoder_queue_patches",
         "vitrine_encoder_held_media_bytes",  # far from its bound but for very large media
+        "vitrine_encoder_tickets_live",  # only where layouts are asked for alone
+        "vitrine_encoder_ticket_bytes",
         "vitrine_encoder_cache_evictions",  # seen in the cache's size and hits
         "vitrine_encoder_cuda_graphs",  # does not change
         "vitrine_llm_kv_hand_over_seconds",  # only where prefill and decode are apart

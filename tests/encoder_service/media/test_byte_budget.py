@@ -9,11 +9,11 @@ from vitrine_vlm.errors import Overloaded
 def test_items_share_the_bound() -> None:
     budget = ByteBudget(10)
     with budget.item() as one, budget.item() as other:
-        one(4)
-        other(6)
-        for reserve in (one, other):
+        one.reserve(4)
+        other.reserve(6)
+        for item in (one, other):
             with pytest.raises(Overloaded, match="10 bytes of images and videos are in work and 1 more"):
-                reserve(1)
+                item.reserve(1)
         assert budget.reserved_nbytes == 10
     assert budget.reserved_nbytes == 0
 
@@ -21,18 +21,28 @@ def test_items_share_the_bound() -> None:
 def test_a_single_item_may_exceed_the_bound_and_others_are_refused_until_its_end() -> None:
     budget = ByteBudget(10)
     with budget.item() as one:
-        one(8)
-        one(8)
+        one.reserve(8)
+        one.reserve(8)
         with budget.item() as other, pytest.raises(Overloaded):
-            other(1)
+            other.reserve(1)
         assert budget.reserved_nbytes == 16
     with budget.item() as another:
-        another(1)
+        another.reserve(1)
 
 
 def test_an_item_that_fails_releases_its_bytes() -> None:
     budget = ByteBudget(10)
     with pytest.raises(ValueError), budget.item() as one:
-        one(8)
+        one.reserve(8)
         raise ValueError
+    assert budget.reserved_nbytes == 0
+
+
+def test_bytes_are_free_once_their_last_user_has_released_them() -> None:
+    budget = ByteBudget(10)
+    with budget.item() as one:
+        one.reserve(8)
+        one.share()
+    assert (one.nbytes, budget.reserved_nbytes) == (8, 8)
+    one.release()
     assert budget.reserved_nbytes == 0

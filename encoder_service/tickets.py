@@ -1,0 +1,132 @@
+"""Tickets: items whose layout was sent and whose bytes stay in memory, so that their rows can be claimed later.
+
+    issue -> any number of claims -> release, or the end of its time to live
+
+A ticket is known by 16 random bytes, which only its tenant can claim. What it holds counts against the budget of media
+bytes until the ticket and all claims in flight have ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+from vitrine_vlm.encoder_service.media.byte_budget import ReservedBytes
+from vitrine_vlm.encoder_service.preprocess.preprocessor import OpenedMedia
+from vitrine_vlm.errors import TicketExpired
+from vitrine_vlm.service_runtime.supervisor import Supervisor
+from vitrine_vlm.types import ItemTimings, Layout, Ticket
+
+_TICKET_NBYTES = 16
+_EXPIRY_INTERVAL_S = 0.5
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OpenedItem:
+    """An item whose bytes are in memory and whose size is known.
+
+    layout: with the content hash.
+    reserved: its bytes; the user of this item releases them.
+    timings: how long loading and opening it took; zeros where a ticket was claimed.
+    """
+
+    opened: OpenedMedia
+    layout: Layout
+    reserved: ReservedBytes
+    timings: ItemTimings = field(default_factory=ItemTimings)
+
+
+@dataclass(frozen=True)
+class _Issued:
+    item: OpenedItem
+    tenant: str
+    expires_at: float
+
+
+class TicketTable:
+    """The live tickets of one process. It belongs to one event loop.
+
+    encoder_id: names this process in tickets.
+    ttl_s: seconds for which a ticket can be claimed.
+    nbytes: bytes of media that live tickets hold.
+    """
+
+    def __init__(self, encoder_id: str, ttl_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """
+        Args:
+            clock: returns monotonic seconds.
+        """
+        self.encoder_id = encoder_id
+        self.ttl_s = ttl_s
+        self.nbytes = 0
+        self._clock = clock
+        # In the order of their issue, which is that of their expiry.
+        self._issued: dict[bytes, _Issued] = {}
+        self._expiry: asyncio.Task[None] | None = None
+
+    def __len__(self) -> int:
+        """The number of live tickets."""
+        return len(self._issued)
+
+    def start(self, supervisor: Supervisor) -> None:
+        """Starts the loop that expires tickets; the supervisor owns it."""
+        self._supervisor = supervisor
+        self._expiry = supervisor.start_task("ticket expiry", self._expire_tickets())
+
+    async def close(self) -> None:
+        if self._expiry is not None:
+            await self._supervisor.stop(self._expiry)
+
+    def issue(self, item: OpenedItem, tenant: str) -> Ticket:
+        """A new ticket for an item, which keeps the item's bytes reserved, too."""
+        item.reserved.share()
+        self.nbytes += item.reserved.nbytes
+        ticket = Ticket(self.encoder_id, secrets.token_bytes(_TICKET_NBYTES))
+        self._issued[ticket.value] = _Issued(replace(item, timings=ItemTimings()), tenant, self._clock() + self.ttl_s)
+        return ticket
+
+    def claim(self, ticket: bytes, tenant: str) -> OpenedItem:
+        """The item of a ticket; the caller is one more user of its bytes.
+
+        Raises:
+            TicketExpired: this process has no such ticket of this tenant, or has it no longer.
+        """
+        issued = self._issued.get(ticket)
+        if issued is None or issued.tenant != tenant or issued.expires_at <= self._clock():
+            raise TicketExpired(
+                f"ticket {ticket[:_TICKET_NBYTES].hex()} is not known to this encoder: it was released, is older than "
+                f"{self.ttl_s:g} s (--ticket-ttl-s), or is another encoder's or tenant's; ask for the layout again"
+            )
+        issued.item.reserved.share()
+        return issued.item
+
+    def release(self, tickets: Iterable[bytes]) -> None:
+        """Ends tickets; unknown ones are ignored, and claims in flight go on."""
+        for ticket in tickets:
+            issued = self._issued.pop(ticket, None)
+            if issued is not None:
+                self.nbytes -= issued.item.reserved.nbytes
+                issued.item.reserved.release()
+
+    def expire(self) -> int:
+        """Ends all tickets whose time is over; returns how many."""
+        now, over = self._clock(), []
+        for ticket, issued in self._issued.items():
+            if issued.expires_at > now:
+                break
+            over.append(ticket)
+        self.release(over)
+        return len(over)
+
+    async def _expire_tickets(self) -> None:
+        while True:
+            await asyncio.sleep(min(_EXPIRY_INTERVAL_S, self.ttl_s / 4))
+            num_expired = self.expire()
+            if num_expired:
+                _log.info("%d tickets expired: they were neither released nor claimed in time", num_expired)
