@@ -1,39 +1,53 @@
-"""The client of an encoder fleet: chooses an encoder for each item, receives the rows, retries on another encoder."""
+"""The client of an encoder fleet: chooses an encoder for each item, receives the rows, retries on another encoder.
+
+An item with a ticket can only be encoded by the encoder that has issued it.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TypeVar, cast
 
 import grpc
 import torch
 
 from vitrine_vlm.embedding_transport.clients.encode_method import encode_method
+from vitrine_vlm.embedding_transport.clients.encode_request import Request, Share
+from vitrine_vlm.embedding_transport.clients.encode_stream import EncodeStream
 from vitrine_vlm.embedding_transport.clients.encoder_peer import EncoderDescription, EncoderPeer
 from vitrine_vlm.embedding_transport.clients.fleet_client import Exchange, FleetClient
 from vitrine_vlm.embedding_transport.fleet.row_peer import Connection, ConnectOptions, TransportChoice
-from vitrine_vlm.embedding_transport.receiving.event_stream import EventStream
-from vitrine_vlm.embedding_transport.receiving.received_rows import HostBufferPool
-from vitrine_vlm.embedding_transport.receiving.row_stream import RowStream
-from vitrine_vlm.embedding_transport.wire.chunk_codec import ChunkView, parse_response
-from vitrine_vlm.embedding_transport.wire.messages import item_to_proto, layout_from_proto
-from vitrine_vlm.errors import EncoderUnavailable, InternalError, Overloaded, VitrineError, error_from_code
+from vitrine_vlm.embedding_transport.wire.messages import item_to_proto
+from vitrine_vlm.errors import (
+    EncoderMismatch,
+    EncoderUnavailable,
+    Overloaded,
+    TicketExpired,
+    VitrineError,
+    soonest_overloaded,
+)
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from vitrine_vlm.service_runtime.cancellation import is_own_cancellation
-from vitrine_vlm.service_runtime.retry import Attempts, RetryPolicy
+from vitrine_vlm.service_runtime.retry import RetryPolicy
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.service_runtime.tls import ClientTls
 from vitrine_vlm.types import (
+    PROTOCOL_VERSION,
     EncodeEvent,
-    Layout,
     LayoutEvent,
     MediaItem,
     ModelIdentity,
     RowsEvent,
+    Ticket,
 )
 
+T = TypeVar("T")
+
+# The first protocol_minor_version that has them, and patches.
+_FIRST_WITH_TICKETS = 1
 # The encoder cannot be reached, shuts down or has no capacity. All other errors are about the item itself.
 ENCODE_RETRIES = RetryPolicy[VitrineError](elsewhere=(EncoderUnavailable, Overloaded))
 
@@ -78,19 +92,11 @@ class EncoderClient(FleetClient[EncoderPeer]):
     async def encoder_stats(self, timeout_s: float = 1.0) -> dict[str, encoder_pb2.GetStatsResponse]:
         """Returns each encoder's statistics by address, without encoders that do not answer in time."""
 
-        async def get_stats(connection: Connection[EncoderDescription]) -> encoder_pb2.GetStatsResponse | None:
-            try:
-                stub = encoder_pb2_grpc.EncoderStub(connection.channel)
-                return await stub.GetStats(encoder_pb2.GetStatsRequest(), timeout=timeout_s)
-            except (grpc.aio.AioRpcError, grpc.aio.UsageError):  # UsageError: the channel is closed already
-                return None
-            except asyncio.CancelledError:
-                if is_own_cancellation():
-                    raise
-                return None  # the connection was closed meanwhile
+        def get_stats(stub: encoder_pb2_grpc.EncoderAsyncStub) -> Awaitable[encoder_pb2.GetStatsResponse]:
+            return stub.GetStats(encoder_pb2.GetStatsRequest(), timeout=timeout_s)
 
         connected = {peer.address: peer.connection for peer in self._peers if peer.connection is not None}
-        answers = await asyncio.gather(*map(get_stats, connected.values()))
+        answers = await asyncio.gather(*(_try(connection, get_stats) for connection in connected.values()))
         return {address: answer for address, answer in zip(connected, answers, strict=True) if answer is not None}
 
     def encode(self, items: Sequence[MediaItem], request_id: str, tenant: str = "") -> AsyncGenerator[EncodeEvent]:
@@ -98,42 +104,139 @@ class EncoderClient(FleetClient[EncoderPeer]):
 
         The caller owns the rows that were yielded. All others are released when the iteration ends or is closed.
         Items go to encoders one by one, by their content. If an encoder dies or is overloaded, the missing items are
-        encoded on another one.
+        encoded on another one. Items with a ticket go to the encoder that has issued it, and to no other.
 
         Args:
-            tenant: encoders reuse cached rows within one tenant only.
+            tenant: encoders reuse cached rows within one tenant only; tickets belong to the tenant of their layouts.
 
         Raises:
-            EncoderUnavailable: no encoder is left.
-            Overloaded: all encoders that are left are overloaded.
+            EncoderUnavailable: no encoder is left; EncoderMismatch: none that is left takes patches.
+            Overloaded: all encoders that are left are overloaded, or that of a ticket is.
+            TicketExpired: the encoder of a ticket is not connected or was lost, or the ticket has ended.
             VitrineError: the error of the first item that failed.
         """
+        return self._run(Request(items, request_id, tenant, self._policy, self._discard))
+
+    def layouts(self, items: Sequence[MediaItem], request_id: str, tenant: str = "") -> AsyncGenerator[LayoutEvent]:
+        """Yields a LayoutEvent with a ticket for each item, as they arrive; no rows are computed.
+
+        Encoders are chosen as in `encode`. The caller owns the tickets that were yielded; all others are released.
+
+        Raises:
+            VitrineError: see `encode`; EncoderMismatch: no encoder that is left has tickets.
+        """
+        request = Request(items, request_id, tenant, self._policy, self._discard, layout_only=True)
+        return cast("AsyncGenerator[LayoutEvent]", self._run(request))  # EncodeStream refuses rows
+
+    async def release_tickets(self, tickets: Iterable[Ticket], timeout_s: float = 1.0) -> None:
+        """Releases tickets at their encoders. Those of encoders that do not answer in time, or are lost, expire."""
+
+        def release(stub: encoder_pb2_grpc.EncoderAsyncStub, values: list[bytes]) -> Awaitable[object]:
+            return stub.Release(encoder_pb2.ReleaseRequest(tickets=values), timeout=timeout_s)
+
+        by_encoder: dict[str, list[bytes]] = {}
+        for ticket in tickets:
+            by_encoder.setdefault(ticket.encoder_id, []).append(ticket.value)
+        issuers = self._by_instance()
+        calls = [
+            _try(connection, partial(release, values=values))
+            for encoder_id, values in by_encoder.items()
+            if encoder_id in issuers and (connection := issuers[encoder_id].connection) is not None
+        ]
+        await asyncio.gather(*calls)
+
+    def _run(self, request: Request) -> AsyncGenerator[EncodeEvent]:
         self._num_requests += 1
-        request = _Request(items, request_id, tenant, self._policy)
         return request.events.read(partial(self._encode_all, request))
 
-    async def _encode_all(self, request: _Request) -> None:
+    def _discard(self, event: EncodeEvent) -> None:
+        if isinstance(event, RowsEvent):
+            event.rows.release()
+        elif event.layout.ticket is not None:
+            self._supervisor.start_job("ticket release", self.release_tickets([event.layout.ticket]))
+
+    def _by_instance(self) -> dict[str, EncoderPeer]:
+        """The connected encoders that have tickets, by their instance_id."""
+        connected = ((peer, peer.connection) for peer in self._peers)
+        return {
+            connection.description.instance_id: peer
+            for peer, connection in connected
+            if connection is not None and connection.description.instance_id
+        }
+
+    async def _encode_all(self, request: Request) -> None:
         if len(self._peers) > 1:  # with one encoder there is nothing to choose
             # In a thread: hashing a long video takes a while.
             request.keys = await asyncio.to_thread(lambda: [item.content_key for item in request.items])
         await self._encode(request, range(len(request.items)))
 
-    async def _encode(self, request: _Request, indices: Sequence[int]) -> None:
+    async def _encode(self, request: Request, indices: Sequence[int]) -> None:
         """Chooses an encoder for each of these items and starts one call per encoder.
 
         Raises:
-            EncoderUnavailable, Overloaded: no encoder is left.
+            EncoderUnavailable, Overloaded, TicketExpired: see `encode`.
         """
-        usable = await self._usable(request.attempts)
-        shares: dict[str, _Share] = {}
+        items = request.items
+        # All that waits or raises comes first: the items of a share count as in flight.
+        issuers = {index: await self._issuer(request, ticket) for index in indices if (ticket := items[index].ticket)}
+        others = [index for index in indices if index not in issuers]
+        usable = await self._usable(request.attempts) if others else {}
+        needs_new = {index for index in others if request.layout_only or items[index].patches is not None}
+        new = self._with_patches_and_tickets(request, usable) if needs_new else {}
+        shares: dict[str, Share] = {}
+        for index, peer in issuers.items():
+            shares.setdefault(peer.address, Share(peer)).add(index)
         # The largest items are assigned first; the size of an item at a URL is unknown.
-        for index in sorted(indices, key=lambda index: -len(request.items[index].data or b"")):
-            peer = self._choose(request.keys[index], usable)
-            shares.setdefault(peer.address, _Share(peer)).add(index)
+        for index in sorted(others, key=lambda index: -_nbytes(items[index])):
+            peer = self._choose(request.keys[index], new if index in needs_new else usable)
+            shares.setdefault(peer.address, Share(peer)).add(index)
         for share in shares.values():
             request.events.start(partial(self._encode_share, request, share), share.release)
 
-    async def _encode_share(self, request: _Request, share: _Share) -> None:
+    async def _issuer(self, request: Request, ticket: Ticket) -> EncoderPeer:
+        """Returns the encoder of a ticket, once it is connected or all encoders were tried.
+
+        Raises:
+            TicketExpired: it is not connected, or was lost by this request; Overloaded: it refused this request.
+        """
+        await self._wait_until_attempted()
+
+        def is_known() -> bool:
+            return ticket.encoder_id in self._by_instance()
+
+        await self._wait_until(lambda: is_known() or all(peer.attempted.is_set() for peer in self._peers))
+        peer = self._by_instance().get(ticket.encoder_id)
+        failure = request.attempts.failures.get(peer.address) if peer is not None else None
+        if isinstance(failure, Overloaded):
+            raise failure
+        if peer is None or failure is not None:
+            raise TicketExpired(
+                f"the encoder {ticket.encoder_id} of ticket {ticket.value.hex()} is not connected "
+                f"({failure or 'it was lost, shuts down or is not known here'}): ask for the layout again"
+            )
+        return peer
+
+    def _with_patches_and_tickets(self, request: Request, usable: Mapping[str, EncoderPeer]) -> dict[str, EncoderPeer]:
+        """Returns those encoders whose protocol has patches and tickets.
+
+        Raises:
+            EncoderMismatch: none has; Overloaded: those that have are overloaded.
+        """
+        minors = {
+            address: peer.connection.description.minor_version
+            for address, peer in usable.items()
+            if peer.connection is not None
+        }
+        new = {address: usable[address] for address, minor in minors.items() if minor >= _FIRST_WITH_TICKETS}
+        if not new:
+            needed = f"{PROTOCOL_VERSION}.{_FIRST_WITH_TICKETS}"
+            found = ", ".join(f"{address} has {PROTOCOL_VERSION}.{minor}" for address, minor in minors.items())
+            raise soonest_overloaded(request.attempts.failures.values()) or EncoderMismatch(
+                f"patches and tickets need encoders with version {needed} of the protocol, but {found}: update them"
+            )
+        return new
+
+    async def _encode_share(self, request: Request, share: Share) -> None:
         """Encodes a share on its encoder; if that is lost or overloaded, the missing items are encoded on others."""
         try:
             await self._receive(share.peer, partial(self._exchange, request, share), partial(request.emit, share))
@@ -145,7 +248,7 @@ class EncoderClient(FleetClient[EncoderPeer]):
             await self._encode(request, missing)
 
     def _exchange(
-        self, request: _Request, share: _Share, connection: Connection[EncoderDescription]
+        self, request: Request, share: Share, connection: Connection[EncoderDescription]
     ) -> Exchange[EncodeEvent]:
         items = {index: request.items[index] for index in sorted(share.pending)}
         message = encoder_pb2.EncodeRequest(
@@ -153,116 +256,31 @@ class EncoderClient(FleetClient[EncoderPeer]):
             session_id=connection.session_id,
             tenant=request.tenant,
             items=map(item_to_proto, items.values()),
+            layout_only=request.layout_only,
         )
-        return encode_method(connection.channel), message, _EncodeStream(share.peer, connection, items, self._buffers)
+        stream = EncodeStream(share.peer, connection, items, self._buffers, layout_only=request.layout_only)
+        return encode_method(connection.channel), message, stream
 
     def _unavailable(self, failures: Mapping[str, VitrineError]) -> EncoderUnavailable:
         reasons = self._reasons(failures)
         return EncoderUnavailable(f"no encoder is left to encode on: {reasons}; start one, or wait until one is ready")
 
 
-class _Share:
-    """The items of a request that go to one encoder. `pending` are those without rows yet; they count as in flight."""
-
-    def __init__(self, peer: EncoderPeer) -> None:
-        self.peer = peer
-        self.pending: set[int] = set()
-
-    def add(self, index: int) -> None:
-        self.pending.add(index)
-        self.peer.in_flight += 1
-
-    def remove(self, index: int) -> None:
-        self.pending.remove(index)
-        self.peer.in_flight -= 1
-
-    def release(self) -> None:
-        """The call has ended: the pending items are no longer in flight on this encoder."""
-        self.peer.in_flight -= len(self.pending)
-        self.pending.clear()
+def _nbytes(item: MediaItem) -> int:
+    """Bytes of an item that travel in its message."""
+    return len(item.patches.data if item.patches is not None else item.data or b"")
 
 
-class _Request:
-    """One call of `encode`. `keys` are the content keys of the items, by which they are routed."""
-
-    def __init__(
-        self, items: Sequence[MediaItem], request_id: str, tenant: str, policy: RetryPolicy[VitrineError]
-    ) -> None:
-        self.items = items
-        self.keys = [b""] * len(items)
-        self.request_id = request_id
-        self.tenant = tenant
-        self.attempts = Attempts(policy)
-        self.events: EventStream[EncodeEvent] = EventStream(_release)
-        self._layouts: dict[int, Layout] = {}
-
-    async def emit(self, share: _Share, event: EncodeEvent) -> None:
-        """Passes an event of a share on to the caller.
-
-        Raises:
-            InternalError: another encoder, which was lost, had sent a different layout of the item.
-        """
-        index = event.item_index
-        if isinstance(event, RowsEvent):
-            share.remove(index)
-        else:
-            earlier = self._layouts.setdefault(index, event.layout)
-            if earlier != event.layout:
-                raise InternalError(f"item {index} has layout {event.layout} now and had {earlier} before")
-            if earlier is not event.layout:  # the layout was emitted before
-                return
-        await self.events.emit(event)
-
-
-class _EncodeStream(RowStream[EncodeEvent]):
-    """The responses of one Encode call. `items` are those of the call, in its order, by their index in the request."""
-
-    def __init__(
-        self,
-        peer: EncoderPeer,
-        connection: Connection[EncoderDescription],
-        items: Mapping[int, MediaItem],
-        buffers: HostBufferPool,
-    ) -> None:
-        super().__init__(peer, connection, connection.description.identity, buffers)
-        self._merge_size = connection.description.merge_size
-        self._items = list(items.items())
-
-    @property
-    def missing(self) -> str:
-        num_missing = len(self._items) - self._num_complete
-        return f"{num_missing} items" if num_missing else ""
-
-    def receive(self, raw: bytes) -> EncodeEvent | None:
-        response = parse_response(raw, encoder_pb2.EncodeResponse)
-        if isinstance(response, ChunkView):
-            return self._rows(response)
-        kind = response.WhichOneof("event")
-        if kind == "layout":
-            return self._layout(response.layout)
-        if kind == "ready":
-            return self._rows(response.ready)
-        if kind == "failed":
-            failed = response.failed
-            raise error_from_code(failed.code, failed.message, failed.retry_after_s)
-        raise InternalError(f"{self._sender} sent an event of kind {kind!r}")
-
-    def _layout(self, message: encoder_pb2.Layout) -> LayoutEvent:
-        if message.item_index >= len(self._items):
-            raise InternalError(f"{self._sender} sent a layout of item {message.item_index} of {len(self._items)}")
-        index, item = self._items[message.item_index]
-        layout = layout_from_proto(message, item, self._merge_size)
-        self._announce(message.item_index, layout.num_tokens)
-        return LayoutEvent(index, layout)
-
-    def _rows(self, message: encoder_pb2.Ready | ChunkView) -> RowsEvent | None:
-        rows = self._receive_rows(message)
-        if rows is None:
-            return None
-        index, _ = self._items[message.item_index]
-        return RowsEvent(index, rows)
-
-
-def _release(event: EncodeEvent) -> None:
-    if isinstance(event, RowsEvent):
-        event.rows.release()
+async def _try(
+    connection: Connection[EncoderDescription],
+    call: Callable[[encoder_pb2_grpc.EncoderAsyncStub], Awaitable[T]],
+) -> T | None:
+    """Returns an encoder's answer, or None if it does not answer."""
+    try:
+        return await call(encoder_pb2_grpc.EncoderStub(connection.channel))
+    except (grpc.aio.AioRpcError, grpc.aio.UsageError):  # UsageError: the channel is closed already
+        return None
+    except asyncio.CancelledError:
+        if is_own_cancellation():
+            raise
+        return None  # the connection was closed meanwhile

@@ -15,10 +15,17 @@ from vitrine_vlm.types import ModelIdentity
 
 @dataclass(frozen=True)
 class EncoderDescription:
-    """An encoder's answer to Describe. `merge_size` is the number of patches merged into one token along each side."""
+    """An encoder's answer to Describe.
+
+    merge_size: the number of patches merged into one token along each side.
+    minor_version: of the protocol; 0 for encoders from before patches and tickets.
+    instance_id: names the encoder's process; empty for those.
+    """
 
     identity: ModelIdentity
     merge_size: int
+    minor_version: int
+    instance_id: str
 
 
 class EncoderPeer(RowPeer[EncoderDescription]):
@@ -40,7 +47,9 @@ class EncoderPeer(RowPeer[EncoderDescription]):
         identity = describe_identity(description)
         if self._expected is not None:
             check_identity(self.address, identity, self._expected)
-        return EncoderDescription(identity, description.processor.merge_size)
+        return EncoderDescription(
+            identity, description.processor.merge_size, description.protocol_minor_version, description.instance_id
+        )
 
     def _stub(self, channel: grpc.aio.Channel) -> RowStub:
         return encoder_pb2_grpc.EncoderStub(channel)

@@ -25,6 +25,8 @@ def item_to_proto(item: MediaItem) -> encoder_pb2.MediaItem:
         message.url = item.url
     elif item.patches is not None:
         message.patches.CopyFrom(_patches_to_proto(item.patches))
+    elif item.ticket is not None:
+        message.ticket = item.ticket.value
     return message
 
 
