@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any
@@ -12,8 +12,7 @@ from typing import Any
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from vitrine_vlm.errors import BadRequest, UnknownModel, WorkerUnavailable, as_vitrine_error
-from vitrine_vlm.llm_worker.frontend.http_errors import error_body, errors_as_openai, is_client_gone
+from vitrine_vlm.errors import UnknownModel, WorkerUnavailable, as_vitrine_error
 from vitrine_vlm.llm_worker.frontend.openai_answers import AnswerKind, AnswerWriter
 from vitrine_vlm.llm_worker.frontend.openai_prompt import chat_to_generation, completion_to_generation
 from vitrine_vlm.llm_worker.frontend.openai_types import ChatRequest, CompletionRequest, parse_request
@@ -21,9 +20,8 @@ from vitrine_vlm.llm_worker.generation.events import Delta, Finished, Generation
 from vitrine_vlm.llm_worker.generation.served_model import ServedModel
 from vitrine_vlm.llm_worker.metrics import LlmMetrics
 from vitrine_vlm.llm_worker.request_tracker import RequestTracker
-from vitrine_vlm.service_runtime.traces import serving_span
-
-MAX_BODY_BYTES = 256 * 1024 * 1024
+from vitrine_vlm.service_runtime.http_errors import error_body, errors_as_openai, is_client_gone
+from vitrine_vlm.service_runtime.http_requests import MAX_BODY_BYTES, json_body, traced
 
 
 class OpenAiHttp:
@@ -42,7 +40,7 @@ class OpenAiHttp:
         self._served = served
 
     def application(self) -> web.Application:
-        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_traced, errors_as_openai])
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[traced, errors_as_openai])
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_get("/v1/models", self._models)
@@ -52,13 +50,13 @@ class OpenAiHttp:
         return app
 
     async def _chat(self, http: web.Request) -> web.StreamResponse:
-        request = parse_request(ChatRequest, await _json_body(http))
+        request = parse_request(ChatRequest, await json_body(http))
         served = self._model(request.model)
         generation = chat_to_generation(request, served.generator.tokenizer, served.defaults)
         return await self._answer(http, "chat", request, generation, served)
 
     async def _complete(self, http: web.Request) -> web.StreamResponse:
-        request = parse_request(CompletionRequest, await _json_body(http))
+        request = parse_request(CompletionRequest, await json_body(http))
         served = self._model(request.model)
         generation = completion_to_generation(request, served.defaults)
         return await self._answer(http, "completion", request, generation, served)
@@ -111,29 +109,6 @@ class OpenAiHttp:
                 elif isinstance(event, Finished):
                     return web.json_response(writer.answer(deltas, event))
         raise RuntimeError("the generation ended without Finished")
-
-
-@web.middleware
-async def _traced(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
-    if request.method != "POST":  # probes, metrics and pages
-        return await handler(request)
-    carrier = {name.lower(): value for name, value in request.headers.items()}
-    with serving_span(f"POST {request.path}", carrier):
-        return await handler(request)
-
-
-async def _json_body(http: web.Request) -> bytes:
-    """Reads the body, which must be declared to be JSON.
-
-    Raises:
-        BadRequest: it is declared to be something else.
-    """
-    # Browsers let a page of another origin send this type only after a preflight request, which is refused here.
-    if http.content_type != "application/json":
-        raise BadRequest(f"the content type is {http.content_type}: send JSON as content-type: application/json")
-    return await http.read()
 
 
 async def _stream(

@@ -93,7 +93,7 @@ def test_the_tests_of_a_source_distribution_find_what_they_need(source: Path) ->
     files = {file.relative_to(ROOT) for file in (ROOT / "tests").rglob("*") if file.is_file()}
     assert not {file for file in files if "__pycache__" not in file.parts and not (source / file).exists()}
     # Those that read most of the repository's files besides code, and take no time.
-    some = ["tests/deploy/docker", "tests/helm/test_images.py", "tests/llm_worker/frontend/test_http_errors.py"]
+    some = ["tests/deploy/docker", "tests/helm/test_images.py", "tests/service_runtime/test_http_errors.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *some]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

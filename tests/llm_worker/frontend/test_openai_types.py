@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import base64
-import itertools
 import json
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vitrine_vlm.errors import BadRequest
-from vitrine_vlm.llm_worker.frontend.openai_prompt import chat_to_generation, completion_to_generation, decode_base64
+from vitrine_vlm.llm_worker.frontend.openai_prompt import chat_to_generation, completion_to_generation
 from vitrine_vlm.llm_worker.frontend.openai_types import ChatRequest, CompletionRequest, InvalidField, parse_request
 from vitrine_vlm.llm_worker.prompt.sampling_defaults import SamplingDefaults
 from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
@@ -150,17 +147,3 @@ def test_broken_base64_is_refused(qwen3_vl_folder: Path) -> None:
     body = {"model": "m", "prompt": "p", "media": [part]}
     with pytest.raises(BadRequest, match="base64"):
         completion_to_generation(parse_request(CompletionRequest, json.dumps(body).encode()), DEFAULTS)
-
-
-def test_base64_is_decoded_as_by_the_standard_library() -> None:
-    def outcome(decode: Callable[[str], bytes], payload: str) -> object:
-        try:
-            return decode(payload)
-        except ValueError as error:
-            return type(error), str(error)
-
-    made = ["".join(characters) for length in range(6) for characters in itertools.product("AQ/=-\n", repeat=length)]
-    made += ["".join(characters) for characters in itertools.product("Q/=_", repeat=8) if characters[0] == "Q"]
-    encoded = base64.b64encode(bytes(range(256))).decode()
-    for payload in (*made, encoded, encoded * 2, encoded.rstrip("="), encoded.replace("/", "_"), "é" * 4, "QUJé"):
-        assert outcome(decode_base64, payload) == outcome(partial(base64.b64decode, validate=True), payload)

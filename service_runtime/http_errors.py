@@ -44,7 +44,7 @@ _TYPE_BY_STATUS = {429: "rate_limit_error", 500: "server_error", 503: "server_er
 
 
 def is_client_gone(request: web.Request, error: Exception) -> bool:
-    """Whether aiohttp raised the error because the client has disconnected, which is no fault of the worker."""
+    """Whether aiohttp raised the error because the client has disconnected, which is no fault of the service."""
     closed = request.transport is None or request.transport.is_closing()
     return closed and isinstance(error, ConnectionError | web.RequestPayloadError)
 

@@ -11,9 +11,9 @@ import pytest
 from tests.embedding_transport.wire.test_grpc_status import ERRORS
 from vitrine_vlm.embedding_transport.wire.grpc_status import STATUS_BY_CODE as GRPC_STATUS_BY_CODE
 from vitrine_vlm.errors import Overloaded, VitrineError, as_vitrine_error
-from vitrine_vlm.llm_worker.frontend.http_errors import STATUS_BY_CODE, error_response
+from vitrine_vlm.service_runtime.http_errors import STATUS_BY_CODE, error_response
 
-DOCS = Path(__file__).parents[3] / "docs" / "errors.md"
+DOCS = Path(__file__).parents[2] / "docs" / "errors.md"
 
 
 def test_the_table_has_a_row_for_every_code_and_no_other() -> None:
