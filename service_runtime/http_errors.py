@@ -52,7 +52,7 @@ def is_client_gone(request: web.Request, error: Exception) -> bool:
 def error_body(error: VitrineError) -> dict[str, object]:
     """OpenAI's error object."""
     kind = _TYPE_BY_STATUS.get(STATUS_BY_CODE[error.code], "invalid_request_error")
-    return {"error": {"message": str(error), "type": kind, "param": getattr(error, "param", None), "code": error.code}}
+    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
 
 
 def error_response(error: VitrineError) -> web.Response:

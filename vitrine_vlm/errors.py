@@ -38,9 +38,13 @@ _log = logging.getLogger(__name__)
 
 
 class VitrineError(Exception):
-    """The base of all errors for callers. The message states what was wrong, with the values, and what to do."""
+    """The base of all errors for callers. The message states what was wrong, with the values, and what to do.
+
+    param: the field of an OpenAI request that was wrong, if one was.
+    """
 
     code = "internal_error"
+    param: str | None = None
 
 
 class BadRequest(VitrineError):

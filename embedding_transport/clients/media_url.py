@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from contextlib import suppress
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -24,7 +23,7 @@ def item_from_url(kind: MediaKind, url: str, video_fps: float | None) -> MediaIt
     if head.startswith("data:") and head.endswith(";base64") and comma:
         try:
             return MediaItem(kind, data=decode_base64(payload), video_fps=video_fps)
-        except binascii.Error as error:
+        except ValueError as error:
             raise BadRequest(f"a data: URL is not valid base64: {error}") from error
     return MediaItem(kind, url=url, video_fps=video_fps)
 
@@ -33,7 +32,7 @@ def decode_base64(payload: str) -> bytes:
     """Decodes as base64.b64decode does with `validate`, and holds the interpreter lock for a fraction of its time.
 
     Raises:
-        ValueError: the payload is not valid base64; binascii.Error where it is ASCII.
+        ValueError: the payload is not valid base64; `binascii.Error` where it is ASCII.
     """
     # Pydantic also accepts missing padding and the URL-safe alphabet; otherwise it decodes as the base64 module does.
     if len(payload) % 4 == 0 and "-" not in payload and "_" not in payload:

@@ -142,8 +142,9 @@ def test_null_is_left_out() -> None:
     assert not completion("a", stream_options={"include_usage": None}).include_usage
 
 
-def test_broken_base64_is_refused(qwen3_vl_folder: Path) -> None:
-    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,@@@"}}
+@pytest.mark.parametrize("payload", ["@@@", "é" * 4])
+def test_broken_base64_is_refused(payload: str) -> None:
+    part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{payload}"}}
     body = {"model": "m", "prompt": "p", "media": [part]}
     with pytest.raises(BadRequest, match="base64"):
         completion_to_generation(parse_request(CompletionRequest, json.dumps(body).encode()), DEFAULTS)
