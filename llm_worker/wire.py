@@ -13,7 +13,6 @@ from vitrine_vlm.llm_worker.prompt.sampling_defaults import SamplingDefaults
 from vitrine_vlm.protos.llm.v1 import llm_pb2
 from vitrine_vlm.types import MediaItem, MediaKind
 
-_MAX_TOP_LOGPROBS = 20
 _MAX_UINT32 = 2**32 - 1
 _KINDS: dict[int, MediaKind] = {llm_pb2.MEDIA_KIND_IMAGE: "image", llm_pb2.MEDIA_KIND_VIDEO: "video"}
 _KIND_TO_PROTO: dict[MediaKind, llm_pb2.MediaKind.ValueType] = {
@@ -27,7 +26,7 @@ def generation_from_proto(
 ) -> GenerationRequest:
     """
     Raises:
-        BadRequest: a prompt or media item without content, or a sampling parameter out of range.
+        BadRequest: a prompt or media item without content.
     """
     kind = prompt.WhichOneof("prompt")
     if kind is None:
@@ -54,19 +53,11 @@ def _media_item(index: int, item: llm_pb2.MediaItem) -> MediaItem:
 
 
 def _sampling(sampling: llm_pb2.SamplingParams, defaults: SamplingDefaults) -> SamplingParams:
-    temperature = sampling.temperature if sampling.HasField("temperature") else defaults.temperature
-    top_p = sampling.top_p if sampling.HasField("top_p") else defaults.top_p
-    # Written so that NaN fails, too.
-    if not temperature >= 0 or not 0 < top_p <= 1 or sampling.logprobs > _MAX_TOP_LOGPROBS:
-        raise BadRequest(
-            f"temperature {temperature} must be at least 0, top_p {top_p} in (0, 1] and "
-            f"logprobs {sampling.logprobs} at most {_MAX_TOP_LOGPROBS}"
-        )
     eos_token_ids = frozenset() if sampling.ignore_eos else defaults.eos_token_ids
     return SamplingParams(
         max_tokens=sampling.max_tokens or None,
-        temperature=temperature,
-        top_p=top_p,
+        temperature=sampling.temperature if sampling.HasField("temperature") else defaults.temperature,
+        top_p=sampling.top_p if sampling.HasField("top_p") else defaults.top_p,
         top_k=sampling.top_k if sampling.HasField("top_k") else defaults.top_k,
         seed=sampling.seed if sampling.HasField("seed") else None,
         stop_token_ids=eos_token_ids | frozenset(sampling.stop_token_ids),

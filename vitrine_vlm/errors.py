@@ -48,7 +48,13 @@ class VitrineError(Exception):
 
 
 class BadRequest(VitrineError):
+    """A fault of the request. param: the name of the field at fault, None where it is no single one."""
+
     code = "invalid_request"
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class UnknownModel(BadRequest):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -15,10 +16,17 @@ _GREEDY_BELOW = 1e-5
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens.
+    """How to choose tokens. `check_sampling` has the ranges.
 
     temperature: 0 is greedy. top_k: 0 keeps all tokens. max_tokens: None for as many as the context leaves.
-    logprobs: None for none, 0 for the sampled token's, n for also the n most probable (20 at most).
+    logprobs: None for none, 0 for the sampled token's, n for also the n most probable.
+    min_p: smallest probability of a token, as a part of the most probable one's; 0 keeps all.
+    min_tokens: stop tokens are not chosen before the answer has as many.
+    presence_penalty: subtracted from the logits of tokens that the answer has. frequency_penalty: likewise, as often as
+        it has them. repetition_penalty: divides positive logits, and multiplies others, of tokens that prompt or answer
+        have.
+    logit_bias: added to the logits of these tokens.
+    bad_words: token sequences that the answer never has. allowed_token_ids: the only tokens it may have; None for all.
     """
 
     max_tokens: int | None = None
@@ -28,6 +36,14 @@ class SamplingParams:
     seed: int | None = None
     stop_token_ids: frozenset[int] = frozenset()
     logprobs: int | None = None
+    min_p: float = 0.0
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    allowed_token_ids: frozenset[int] | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -37,6 +53,10 @@ class SamplingParams:
     def is_last(self, first_token_id: int) -> bool:
         """Whether this first token of an answer is also its last."""
         return self.max_tokens == 1 or first_token_id in self.stop_token_ids
+
+    def first_token_only(self) -> SamplingParams:
+        """The same first token, and no other."""
+        return replace(self, max_tokens=1, min_tokens=min(self.min_tokens, 1))
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,8 @@ RequestT = TypeVar("RequestT", ChatRequest, CompletionRequest)
 class InvalidField(BadRequest):
     """A field that is missing or out of range. param: its name, as in OpenAI's errors."""
 
+    param: str
+
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
         self.param = param

@@ -13,6 +13,7 @@ from typing import TypeAlias
 from vitrine_vlm.errors import BadRequest, TooManyItems
 from vitrine_vlm.llm_worker.engine.request import ExpandedPrompt, TokenOutput
 from vitrine_vlm.llm_worker.engine.request_handle import RequestHandle
+from vitrine_vlm.llm_worker.engine.sampling_checks import check_sampling
 from vitrine_vlm.llm_worker.generation.events import (
     Delta,
     Finished,
@@ -109,7 +110,7 @@ class Generator:
         Raises:
             VitrineError: why the request failed.
         """
-        request = replace(request, sampling=replace(request.sampling, max_tokens=1))
+        request = replace(request, sampling=request.sampling.first_token_only())
         async with self._running(request, keep_kv=True) as (inputs, handle):
             prompt = await _prompt_of(inputs, handle)
             known = PromptKnown(len(prompt.token_ids), prompt.num_media_tokens, inputs.layouts)
@@ -140,6 +141,7 @@ class Generator:
             VitrineError: why it was not submitted.
         """
         set_request_id(request.request_id)
+        check_sampling(request.sampling, self._engine.vocab_size)
         if len(request.media) > self._max_items:
             raise TooManyItems(
                 f"the request has {len(request.media)} images and videos: at most {self._max_items} are accepted"
