@@ -15,6 +15,10 @@ from vitrine_vlm.errors import MediaError, MediaTooLarge, MediaTruncated, NotAnI
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 
+# Of ISO base media files that hold HEVC pictures, or any; AVIF's brands are decoded.
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_MAX_XML_PROLOG = 2048
+
 # Pillow's own limit is a process-wide constant that may only warn: `max_pixels` below is checked instead.
 Image.MAX_IMAGE_PIXELS = None
 
@@ -107,8 +111,26 @@ class EncodedImage:
         if "truncated" in str(error).lower() or isinstance(error, EOFError) or is_truncated(self._data):
             return MediaTruncated(f"the image file ends too early, after {len(self._data)} bytes: send the whole file")
         if isinstance(error, UnidentifiedImageError):
-            return NotAnImage(f"{len(self._data)} bytes that are no valid image: send one of {', '.join(FORMATS)}")
+            name = _unsupported_format(self._data)
+            what = f"a {name} file, which is not decoded here" if name else "no valid image"
+            return NotAnImage(f"{len(self._data)} bytes that are {what}: send one of {', '.join(FORMATS)}")
         return NotAnImage(f"the image file is damaged: {type(error).__name__} while decoding")
+
+
+def _unsupported_format(data: bytes) -> str | None:
+    """The format by its first bytes, where it is a known one that is not in FORMATS."""
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
+        return "HEIC"
+    if data.startswith((b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")):
+        return "JPEG 2000"
+    if data.startswith((b"\0\0\0\x0cJXL \r\n\x87\n", b"\xff\x0a")):
+        return "JPEG XL"
+    if data.startswith(b"%PDF-"):
+        return "PDF"
+    beginning = data[:_MAX_XML_PROLOG].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    return (
+        "SVG" if beginning.startswith((b"<svg", b"<?xml", b"<!--", b"<!doctype svg")) and b"<svg" in beginning else None
+    )
 
 
 def decode_batch(images: Sequence[EncodedImage], device: torch.device) -> list[torch.Tensor]:

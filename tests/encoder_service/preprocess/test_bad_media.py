@@ -51,6 +51,28 @@ def test_not_an_image(preprocessor: Preprocessor, data: bytes) -> None:
         preprocessor.open("image", data)
 
 
+def _box(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", 8 + len(content)) + kind + content
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("HEIC", _box(b"ftyp", b"heic\0\0\0\0mif1heic") + _box(b"meta", bytes(40)) + _box(b"mdat", bytes(100))),
+        ("JPEG 2000", encode(photo(64, 48), "JPEG2000")),
+        ("JPEG 2000", b"\xff\x4f\xff\x51" + bytes(100)),
+        ("JPEG XL", b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(100)),
+        ("PDF", b"%PDF-1.7\n" + bytes(100)),
+        ("SVG", b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'),
+        ("SVG", b'\xef\xbb\xbf<?xml version="1.0"?>\n<!-- drawn -->\n<svg xmlns="http://www.w3.org/2000/svg"/>'),
+    ],
+    ids=["heic", "jp2", "j2k", "jxl", "pdf", "svg", "svg behind a prolog"],
+)
+def test_a_format_that_is_not_read_is_named(preprocessor: Preprocessor, name: str, data: bytes) -> None:
+    with pytest.raises(NotAnImage, match=f"a {name} file.*send one of JPEG, PNG"):
+        preprocessor.open("image", data)
+
+
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF"])
 def test_truncated_image(preprocessor: Preprocessor, image_format: str) -> None:
     data = encode(photo(200, 150), image_format)
