@@ -3,13 +3,14 @@
 #
 #   MODEL=folder or hub id         checkpoint for run, serve and eval; default: the tiny one shipped along
 #   IMAGE=file  PROMPT=text        what run asks; default: a picture drawn on the spot
-#   PORT=8000                      HTTP port of serve
+#   PORT=8000  GRPC_PORT=50052     HTTP and gRPC port of serve
 #   PYTHON=python3.12              interpreter to make .venv with
 #   TORCH_INDEX_URL=url            pip index for torch alone, e.g. PyTorch's CPU wheels: without an NVIDIA GPU they
 #                                  save several GB, as the usual Linux wheel brings CUDA with it
 
 PYTHON ?= python3
 PORT ?= 8000
+GRPC_PORT ?= 50052
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -32,8 +33,8 @@ help:  ## Show the targets
 run: $(VENV)/.run-ready  ## Start an encoder and an LLM worker, ask about a picture, print answer and timings, stop
 	@$(LAUNCH) run $(LAUNCH_ARGS)
 
-serve: $(VENV)/.run-ready  ## The same services, staying up with an OpenAI endpoint on PORT
-	@$(LAUNCH) serve --port $(PORT) $(if $(MODEL),--model "$(MODEL)")
+serve: $(VENV)/.run-ready  ## The same services, staying up with an OpenAI endpoint on PORT, gRPC on GRPC_PORT
+	@$(LAUNCH) serve --port $(PORT) --grpc-port $(GRPC_PORT) $(if $(MODEL),--model "$(MODEL)")
 
 test: $(VENV)/.dev-ready  ## Run all tests, two files at a time (TESTS=path for some of them)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
@@ -50,6 +51,7 @@ lint: $(VENV)/.dev-ready protos-check  ## Style, types, import contracts, stubs 
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python helm/docs.py --check
+	$(BIN)/python docs/api_fields.py --check
 	@! grep -RnE $(UNSAFE) --include=*.py vitrine_vlm benchmarks tests || { echo "no unpickling, not even with a noqa" >&2; exit 1; }
 
 format: $(VENV)/.dev-ready  ## Let ruff fix and format the code

@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--prompt", default=_PROMPT, help="question about the picture; default: %(default)s")
     run.add_argument("--max-tokens", type=int, default=64, help="longest answer, in tokens; default: %(default)s")
     serve.add_argument("--port", type=int, default=8000, help="HTTP port; default: %(default)s")
+    serve.add_argument("--grpc-port", type=int, default=50052, help="gRPC port; default: %(default)s")
     return parser
 
 
@@ -84,7 +85,7 @@ async def _run(options: argparse.Namespace) -> None:
 
 
 async def _serve(options: argparse.Namespace) -> None:
-    async with Stack.running(_model(options.model), options.port) as stack:
+    async with Stack.running(_model(options.model), options.port, options.grpc_port) as stack:
         await _wait_ready(stack)
         model = await served_model(stack.base_url)
         print(_CURL_EXAMPLE.format(base_url=stack.base_url, model=model), flush=True)

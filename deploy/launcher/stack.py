@@ -43,6 +43,7 @@ class Stack:
         cls,
         model: str | Path,
         port: int | None = None,
+        grpc_port: int | None = None,
         num_encoders: int = 1,
         dp: int = 1,
         encoder_flags: Sequence[str] = (),
@@ -54,14 +55,15 @@ class Stack:
 
         Args:
             model: checkpoint folder or hub id.
-            port: HTTP port of the LLM worker; None for a free one.
+            port, grpc_port: HTTP and gRPC port of the LLM worker; None for a free one.
             dp: ranks of each encoder.
             encoder_flags, worker_flags: more flags for every encoder and for the LLM worker.
             encoder_environment, worker_environment: variables to add to this process's, for instance to assign GPUs.
         """
-        http_port, grpc_port = _free_ports(2)
+        free_http_port, free_grpc_port = _free_ports(2)
+        port = free_http_port if port is None else port
+        grpc_port = free_grpc_port if grpc_port is None else grpc_port
         encoder_ports = [_free_ports(dp, in_a_row=True)[0] for _ in range(num_encoders)]
-        http_port = port if port is not None else http_port
         children: list[Child] = []
         supervisor = Supervisor()
         try:
@@ -73,12 +75,12 @@ class Stack:
                 children.append(await Child.start(name, encoder, encoder_environment))
             encoders = ",".join(f"{_HOST}:{first}-{first + dp - 1}" for first in encoder_ports)
             worker = ["vitrine_vlm.llm_worker", "--model", str(model), "--encoders", encoders]
-            ports = ["--port", str(http_port), "--grpc-port", str(grpc_port)]
+            ports = ["--port", str(port), "--grpc-port", str(grpc_port)]
             environment = {**_SHARED_GPU, **os.environ, **(worker_environment or {})}
             children.append(await Child.start("llm", [*worker, *ports, *worker_flags], environment))
             for child in children:
                 supervisor.watch_child(child)
-            yield cls(f"http://{_HOST}:{http_port}", f"{_HOST}:{grpc_port}", supervisor)
+            yield cls(f"http://{_HOST}:{port}", f"{_HOST}:{grpc_port}", supervisor)
         finally:
             await supervisor.close()
             deadline = time.monotonic() + _STOP_GRACE_S

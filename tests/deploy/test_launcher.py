@@ -73,12 +73,16 @@ def test_run_asks_about_the_picture_and_with_the_prompt_that_are_given(tmp_path:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL])
 def test_serve_answers_and_leaves_nothing_behind(qwen3_vl_folder: Path, signal_number: signal.Signals) -> None:
-    with socket.socket() as free:
+    with socket.socket() as free, socket.socket() as other:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with launch("serve", "--model", str(qwen3_vl_folder), "--port", str(port)) as process:
+        other.bind(("127.0.0.1", 0))
+        port, grpc_port = free.getsockname()[1], other.getsockname()[1]
+    ports = ["--port", str(port), "--grpc-port", str(grpc_port)]
+    with launch("serve", "--model", str(qwen3_vl_folder), *ports) as process:
         assert process.stdout is not None
         for line in process.stdout:
+            if "gRPC endpoint" in line:
+                assert f"127.0.0.1:{grpc_port} " in line
             if "OpenAI endpoint" in line:
                 break
         else:
