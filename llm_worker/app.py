@@ -94,7 +94,7 @@ async def serve(config: LlmConfig) -> None:
     lifecycle = Lifecycle(server, calls, unavailable, config.drain_timeout_s)
     supervisor = lifecycle.supervisor
     readiness = Readiness(lifecycle)
-    http = OpenAiHttp(metrics, readiness, requests)
+    http = OpenAiHttp(metrics, readiness, requests, config.origins(), config.allow_cache_reset)
     application = http.application()
     dashboard = Dashboard(readiness)
     if config.dashboard:
@@ -136,7 +136,7 @@ async def serve(config: LlmConfig) -> None:
         generator = Generator(context, make_inputs, config.max_items)
         metrics.watch_engine(engine.stats)
         freeze_gc()
-        served = ServedModel(model.identity.model, generator, model.defaults)
+        served = ServedModel(model.identity.model, generator, model.defaults, config.model)
         http.open(served)
         dashboard.open(served.name, generator, engine.stats, fleet_client)
         servicer.open(served)

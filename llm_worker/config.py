@@ -51,6 +51,13 @@ class LlmConfig(ServiceSettings, EncoderSettings):
     grpc_port: int = Field(50052, ge=0, le=65535, description="gRPC port; 0 takes a free one")
     drain_timeout_s: float = Field(30.0, ge=0, description="longest wait for running requests at shutdown, s")
 
+    allowed_origins: str = Field(
+        "", description="origins whose pages may call the HTTP port from a browser, separated by commas; * for any"
+    )
+    allow_cache_reset: bool = Field(
+        False, description="serve /reset_prefix_cache and /flush_cache, which empty the prefix cache"
+    )
+
     dashboard: bool = Field(True, description="serve the live page at /dashboard")
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the decoder runs; auto: a GPU if any")
@@ -99,6 +106,9 @@ class LlmConfig(ServiceSettings, EncoderSettings):
     def sources(self) -> list[Source]:
         """Sources of the encoders' addresses, or of a decode worker's prefill workers."""
         return parse_sources(self.prefill_workers if self.role == "decode" else self.encoders)
+
+    def origins(self) -> frozenset[str]:
+        return frozenset(origin.strip().rstrip("/") for origin in self.allowed_origins.split(",") if origin.strip())
 
     @property
     def pool_gpu_nbytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from vitrine_vlm.llm_worker.generation.events import Delta, Finished, Generation
 from vitrine_vlm.service_runtime.logs import harmless
 
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_MAX_UNKNOWN_FIELDS = 100
+_FIELD_NAME = re.compile(r"[A-Za-z_][\w.-]{0,63}", re.ASCII)
 _ITL_BUCKETS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 
 
@@ -65,6 +68,13 @@ class LlmMetrics:
             ["stage"],
             registry=self.registry,
         )
+        self._unused_fields = Counter(
+            "vitrine_llm_unused_fields",
+            "Requests with a field that changes nothing, by its name and rule: informative, or unknown here.",
+            ["field", "rule"],
+            registry=self.registry,
+        )
+        self._unknown_fields: set[str] = set()
         self._tokens = Counter(
             "vitrine_llm_tokens",
             "Tokens of requests by kind: prompt, media (part of prompt), generated.",
@@ -74,6 +84,21 @@ class LlmMetrics:
 
     def show_progress(self, stage: str, part: float) -> None:
         self.start_progress.labels(stage).set(part)
+
+    def count_unused_fields(self, informative: Iterable[str], unknown: Iterable[str]) -> None:
+        """Counts a request's fields that change nothing; unknown names beyond the first ones count as "other"."""
+        for name in informative:
+            self._unused_fields.labels(name, "informative").inc()
+        for name in {self._bounded(name) for name in unknown}:
+            self._unused_fields.labels(name, "unknown").inc()
+
+    def _bounded(self, name: str) -> str:
+        """Clients choose the names, and every one is a time series: there are limits to their form and number."""
+        if name not in self._unknown_fields:
+            if len(self._unknown_fields) >= _MAX_UNKNOWN_FIELDS or not _FIELD_NAME.fullmatch(name):
+                return "other"
+            self._unknown_fields.add(name)
+        return name
 
     @contextmanager
     def measure_request(self) -> Iterator[Observe]:

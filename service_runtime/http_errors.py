@@ -39,6 +39,7 @@ STATUS_BY_CODE: dict[str, int] = {
     "internal_error": 500,
 }
 _RETRY_AFTER_S = 1
+_BODY_HEADERS = ("content-type", "content-length")
 _CLIENT_CLOSED_REQUEST = 499  # nginx's
 _TYPE_BY_STATUS = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
@@ -74,7 +75,11 @@ async def errors_as_openai(
         if error.status < 400:
             raise
         body = error_body(BadRequest(f"{request.method} {request.path}: {error.reason}"))
-        return web.Response(status=error.status, text=json.dumps(body), content_type="application/json")
+        # Some have headers that say what to do instead: Allow, for instance.
+        headers = {name: value for name, value in error.headers.items() if name.lower() not in _BODY_HEADERS}
+        return web.Response(
+            status=error.status, text=json.dumps(body), content_type="application/json", headers=headers
+        )
     except Exception as error:
         if is_client_gone(request, error):
             return web.Response(status=_CLIENT_CLOSED_REQUEST)  # which the client does not receive

@@ -30,7 +30,8 @@ async def json_body(http: web.Request) -> bytes:
     Raises:
         BadRequest: it is declared to be something else.
     """
-    # Browsers let a page of another origin send this type only after a preflight request, which is refused here.
+    # Browsers let a page of another origin send this type only after a preflight request, which only allowed
+    # origins get an answer to.
     if http.content_type != "application/json":
         raise BadRequest(f"the content type is {http.content_type}: send JSON as content-type: application/json")
     return await http.read()

@@ -82,7 +82,12 @@ class Fail:
     error: VitrineError
 
 
-Command: TypeAlias = Submit | SetPrompt | SetEmbeddings | SetFirstToken | SetKv | Cancel | Fail
+@dataclass(frozen=True)
+class ResetPrefixCache:
+    """See `Engine.reset_prefix_cache`. It is about no request."""
+
+
+Command: TypeAlias = Submit | SetPrompt | SetEmbeddings | SetFirstToken | SetKv | Cancel | Fail | ResetPrefixCache
 
 
 class CommandQueue:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from vitrine_vlm.errors import VitrineError, WorkerUnavailable
 from vitrine_vlm.llm_worker.engine.capacity import Capacity
 from vitrine_vlm.llm_worker.engine.chunk import Chunk
-from vitrine_vlm.llm_worker.engine.commands import CommandQueue, Submit, discard
+from vitrine_vlm.llm_worker.engine.commands import CommandQueue, ResetPrefixCache, Submit, discard
 from vitrine_vlm.llm_worker.engine.config import EngineConfig
 from vitrine_vlm.llm_worker.engine.forward_pass import ForwardPass
 from vitrine_vlm.llm_worker.engine.live_requests import LiveRequests
@@ -84,6 +84,10 @@ class Engine:
     def vocab_size(self) -> int:
         return self._forward_pass.decoder.config.vocab_size
 
+    @property
+    def max_model_len(self) -> int:
+        return self._config.max_model_len
+
     def start(self, supervisor: Supervisor) -> None:
         """Starts the engine's thread, which the supervisor owns."""
         self._supervisor = supervisor
@@ -153,6 +157,10 @@ class Engine:
         hashes: list[bytes] = []
         extend_prefix_hashes(hashes, prompt.token_ids, prompt, block_size, (len(prompt.token_ids) - 1) // block_size)
         return prompt.items_from(len(self._kv_cache.match_prefix(hashes)) * block_size)
+
+    def reset_prefix_cache(self) -> None:
+        """Has later requests compute their whole prompts. Blocks in use stay so, and are not matched any more."""
+        self._commands.put(ResetPrefixCache())
 
     def stats(self) -> EngineStats:
         """The statistics that the engine's thread published last, after a step."""

@@ -89,6 +89,12 @@ class KvCache:
         """Registers the table's block at `index`, which is full and computed, under the hash of its content."""
         self._prefixes.register(table.blocks[index], content_hash)
 
+    def reset_prefixes(self) -> None:
+        """Unregisters all blocks: none of their content is used again by later sequences."""
+        self._prefixes.clear()
+        self._empty.extend(self._cached_free)
+        self._cached_free.clear()
+
     def release(self, table: BlockTable) -> None:
         """Releases all of a table's blocks and empties the table."""
         # Last ones first: other prompts share the beginning, which should be evicted last.

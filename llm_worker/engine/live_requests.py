@@ -10,6 +10,7 @@ from vitrine_vlm.llm_worker.engine.commands import (
     Cancel,
     Command,
     Fail,
+    ResetPrefixCache,
     SetEmbeddings,
     SetFirstToken,
     SetKv,
@@ -43,6 +44,9 @@ class LiveRequests:
         """Executes a command; releases what it carries where its request has ended."""
         if isinstance(command, Submit):
             self._submit(command)
+            return
+        if isinstance(command, ResetPrefixCache):
+            self._kv_cache.reset_prefixes()
             return
         request = self._requests.get(command.key)
         if request is None:

@@ -38,6 +38,12 @@ class PrefixIndex:
                 self._block_of[content_hash] = block
                 self._hash_of[block] = content_hash
 
+    def clear(self) -> None:
+        """Removes all blocks."""
+        with self._lock:
+            self._block_of.clear()
+            self._hash_of.clear()
+
     def discard(self, block: int) -> None:
         """Removes a registered block, which is about to be overwritten."""
         with self._lock:

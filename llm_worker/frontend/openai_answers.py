@@ -8,10 +8,24 @@ from itertools import accumulate
 from typing import Any, Literal
 
 from vitrine_vlm.llm_worker.engine.request import TokenLogprobs
-from vitrine_vlm.llm_worker.generation.events import Delta, Finished
+from vitrine_vlm.llm_worker.generation.events import Delta, Finished, Started
 from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
 
 AnswerKind = Literal["chat", "completion"]
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """What a request wants to see of its answer.
+
+    return_token_ids, tokens_as_ids: extensions of OpenAI's fields; the latter is for log-probabilities.
+    include_usage: in a last chunk, and null in the others; continuous_usage: so far, in every chunk.
+    """
+
+    return_token_ids: bool = False
+    tokens_as_ids: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
 
 
 @dataclass
@@ -22,9 +36,11 @@ class AnswerWriter:
     request_id: str
     model: str
     tokenizer: PromptTokenizer | None
-    return_token_ids: bool
+    options: AnswerOptions = AnswerOptions()
     created: int = field(default_factory=lambda: int(time.time()))
     _text_offset: int = field(default=0, init=False)
+    _num_prompt_tokens: int = field(default=0, init=False)
+    _num_completion_tokens: int = field(default=0, init=False)
 
     def answer(self, deltas: list[Delta], finished: Finished) -> dict[str, Any]:
         text = "".join(delta.text for delta in deltas)
@@ -34,10 +50,14 @@ class AnswerWriter:
         else:
             choice["text"] = text
         choice["logprobs"] = self._logprobs([each for delta in deltas for each in delta.logprobs])
-        if self.return_token_ids:
+        if self.options.return_token_ids:
             choice["token_ids"] = [token_id for delta in deltas for token_id in delta.token_ids]
         kind = "chat.completion" if self.kind == "chat" else "text_completion"
         return self._body(kind, [choice]) | self._usage_and_timings(finished)
+
+    def start(self, started: Started) -> None:
+        """Is called before the first chunk of a stream."""
+        self._num_prompt_tokens = started.num_prompt_tokens
 
     def role_chunk(self) -> dict[str, Any]:
         """The first chunk of a streamed chat, which names the role."""
@@ -50,8 +70,9 @@ class AnswerWriter:
         else:
             choice["text"] = delta.text
         choice["logprobs"] = self._logprobs(delta.logprobs)
-        if self.return_token_ids:
+        if self.options.return_token_ids:
             choice["token_ids"] = delta.token_ids
+        self._num_completion_tokens += len(delta.token_ids)
         return self._chunk(choice)
 
     def usage_chunk(self, finished: Finished) -> dict[str, Any]:
@@ -60,13 +81,8 @@ class AnswerWriter:
 
     @staticmethod
     def _usage_and_timings(finished: Finished) -> dict[str, Any]:
-        num_prompt, num_completion = finished.num_prompt_tokens, finished.num_completion_tokens
-        usage = {
-            "prompt_tokens": num_prompt,
-            "completion_tokens": num_completion,
-            "total_tokens": num_prompt + num_completion,
-            "prompt_tokens_details": {"cached_tokens": finished.num_cached_tokens},
-        }
+        usage = _usage(finished.num_prompt_tokens, finished.num_completion_tokens)
+        usage["prompt_tokens_details"] = {"cached_tokens": finished.num_cached_tokens}
         timings = {name: round(value, 3) for name, value in vars(finished.timings).items()}
         return {"usage": usage, "timings": timings}
 
@@ -75,7 +91,12 @@ class AnswerWriter:
         return "chat.completion.chunk" if self.kind == "chat" else "text_completion"
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
-        return self._body(self._chunk_kind, [{"index": 0, "logprobs": None} | choice])
+        body = self._body(self._chunk_kind, [{"index": 0, "logprobs": None} | choice])
+        if self.options.continuous_usage:
+            body["usage"] = _usage(self._num_prompt_tokens, self._num_completion_tokens)
+        elif self.options.include_usage:
+            body["usage"] = None
+        return body
 
     def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -111,4 +132,14 @@ class AnswerWriter:
 
     def _text(self, token_id: int) -> str:
         """The token's text; without a tokenizer its id, so that different tokens have different texts."""
-        return self.tokenizer.text_of(token_id) if self.tokenizer is not None else f"token_id:{token_id}"
+        if self.tokenizer is None or self.options.tokens_as_ids:
+            return f"token_id:{token_id}"
+        return self.tokenizer.text_of(token_id)
+
+
+def _usage(num_prompt_tokens: int, num_completion_tokens: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_completion_tokens,
+        "total_tokens": num_prompt_tokens + num_completion_tokens,
+    }

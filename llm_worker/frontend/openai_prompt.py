@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from vitrine_vlm.embedding_transport.clients.media_url import item_from_url
@@ -22,8 +22,17 @@ from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
 from vitrine_vlm.types import MediaItem
 
 
+def chat_text(messages: Sequence[Message], tokenizer: PromptTokenizer) -> str:
+    """The prompt's text, with one placeholder a media item.
+
+    Raises:
+        BadRequest: a template that refuses the messages.
+    """
+    return tokenizer.render_chat([_template_message(message) for message in messages])
+
+
 def chat_to_generation(
-    request: ChatRequest, tokenizer: PromptTokenizer | None, defaults: SamplingDefaults
+    request: ChatRequest, tokenizer: PromptTokenizer | None, defaults: SamplingDefaults, request_id: str
 ) -> GenerationRequest:
     """
     Raises:
@@ -33,24 +42,25 @@ def chat_to_generation(
         raise BadRequest("this worker runs without a tokenizer: send token ids to /v1/completions")
     parts = [part for message in request.messages if isinstance(message.content, list) for part in message.content]
     media = tuple(_media_item(part) for part in parts if not isinstance(part, TextPart))
-    text = tokenizer.render_chat([_template_message(message) for message in request.messages])
     max_tokens = request.max_completion_tokens or request.max_tokens
     return GenerationRequest(
-        request_id=f"chatcmpl-{uuid.uuid4().hex}",
-        prompt=text,
+        request_id=f"chatcmpl-{request_id}",
+        prompt=chat_text(request.messages, tokenizer),
         media=media,
         sampling=_sampling(request, max_tokens, defaults),
         stop=request.stop_strings,
     )
 
 
-def completion_to_generation(request: CompletionRequest, defaults: SamplingDefaults) -> GenerationRequest:
+def completion_to_generation(
+    request: CompletionRequest, defaults: SamplingDefaults, request_id: str
+) -> GenerationRequest:
     """
     Raises:
         BadRequest: a malformed data: URL.
     """
     return GenerationRequest(
-        request_id=f"cmpl-{uuid.uuid4().hex}",
+        request_id=f"cmpl-{request_id}",
         prompt=request.prompt,
         media=tuple(_media_item(part) for part in request.media),
         sampling=_sampling(request, request.max_tokens, defaults),

@@ -1,81 +1,43 @@
-"""Requests of the OpenAI API, as far as they are supported. Unknown fields are ignored, as OpenAI's servers do."""
+"""The honoured fields of OpenAI's requests, with their types and ranges. All others are in `request_fields.py`."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from vitrine_vlm.errors import BadRequest
+from vitrine_vlm.llm_worker.frontend.field_rules import FieldTable
+from vitrine_vlm.llm_worker.frontend.request_fields import CHAT, COMPLETION, DETOKENIZE, TOKENIZE
 
 _MAX_TOP_LOGPROBS = 20
-_PART_TYPES = ("text", "image_url", "video_url")
+_MAX_TOKEN_ID = 2**31 - 1
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
+def _whole_number(value: object) -> object:
+    """Takes 16.0 for 16: some languages write no integers."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-class TextPart(_Part):
-    type: Literal["text"]
-    text: str
+# Strict: "5" and true are no numbers, and 1 is not true.
+WholeNumber = Annotated[StrictInt, BeforeValidator(_whole_number)]
+Number = Annotated[float, Field(strict=True)]
+TokenId = Annotated[StrictInt, Field(ge=0, le=_MAX_TOKEN_ID)]
 
 
-class MediaUrl(_Part):
-    url: str
+class RequestObject(BaseModel):
+    """An object in a request's body."""
 
-
-class ImagePart(_Part):
-    type: Literal["image_url"]
-    image_url: MediaUrl
-
-
-class VideoUrl(MediaUrl):
-    """fps: frames sampled per second, an extension of OpenAI's fields; the checkpoint's own rate where left out."""
-
-    fps: float | None = Field(None, gt=0)
-
-
-class VideoPart(_Part):
-    type: Literal["video_url"]
-    video_url: VideoUrl
-
-
-MediaPart = Annotated[ImagePart | VideoPart, Field(discriminator="type")]
-ContentPart = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
-
-
-class Message(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
-
-
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    include_usage: bool | None = False
-
-
-class _Request(BaseModel):
-    """The fields that chat and plain completions share. top_k and stop_token_ids are extensions, as elsewhere."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    model: str
-    max_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1)
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] = []
-    ignore_eos: bool = False
-    n: Literal[1] | None = None
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    return_token_ids: bool = False
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -85,33 +47,108 @@ class _Request(BaseModel):
             return fields
         return {name: value for name, value in fields.items() if value is not None}
 
+
+class TextPart(RequestObject):
+    type: Literal["text"]
+    text: str
+
+
+class MediaUrl(RequestObject):
+    url: str
+
+
+class ImagePart(RequestObject):
+    type: Literal["image_url"]
+    image_url: MediaUrl
+
+
+class VideoUrl(MediaUrl):
+    """fps: frames sampled per second, an extension of OpenAI's fields; the checkpoint's own rate where left out."""
+
+    fps: Number | None = Field(None, gt=0)
+
+
+class VideoPart(RequestObject):
+    type: Literal["video_url"]
+    video_url: VideoUrl
+
+
+MediaPart = Annotated[ImagePart | VideoPart, Field(discriminator="type")]
+ContentPart = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
+
+
+class Message(RequestObject):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+
+
+class StreamOptions(RequestObject):
+    include_usage: StrictBool = False
+    continuous_usage_stats: StrictBool = False
+
+
+class RequestBody(RequestObject):
+    """fields: what becomes of each field of the route's body."""
+
+    fields: ClassVar[FieldTable]
+
+
+class GenerationBody(RequestBody):
+    """The fields that all routes to text share. top_k and stop_token_ids are extensions, as elsewhere."""
+
+    model: str
+    temperature: Number | None = Field(None, ge=0, le=2)
+    top_p: Number | None = Field(None, gt=0, le=1)
+    top_k: WholeNumber | None = Field(None, ge=-1)
+    seed: WholeNumber | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[TokenId] = []
+    ignore_eos: StrictBool = False
+    stream: StrictBool = False
+
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
-    @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+class CompletionBody(GenerationBody):
+    """The fields that chat and plain completions share."""
+
+    max_tokens: WholeNumber | None = Field(None, ge=1)
+    stream_options: StreamOptions = StreamOptions()
+    return_token_ids: StrictBool = False
+    return_tokens_as_token_ids: StrictBool = False
 
 
-class ChatRequest(_Request):
+class ChatRequest(CompletionBody):
+    fields: ClassVar[FieldTable] = CHAT
+
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: bool | None = False
-    top_logprobs: int | None = Field(None, ge=0, le=_MAX_TOP_LOGPROBS)
+    max_completion_tokens: WholeNumber | None = Field(None, ge=1)
+    logprobs: StrictBool = False
+    top_logprobs: WholeNumber | None = Field(None, ge=0, le=_MAX_TOP_LOGPROBS)
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _check_top_logprobs(cls, top_logprobs: int | None, info: ValidationInfo) -> int | None:
+        if top_logprobs and not info.data.get("logprobs"):
+            raise ValueError(f"{top_logprobs} alternatives need logprobs: true")
+        return top_logprobs
 
     @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class CompletionRequest(_Request):
+class CompletionRequest(CompletionBody):
     """prompt: text or token ids. media: images and videos of its placeholders, as in a chat message; an extension."""
 
+    fields: ClassVar[FieldTable] = COMPLETION
+
     # Strict, so that "1" is text and not the token 1.
-    prompt: str | list[StrictInt]
+    prompt: str | list[TokenId]
     media: list[MediaPart] = []
-    logprobs: int | None = Field(None, ge=0, le=_MAX_TOP_LOGPROBS)
+    logprobs: WholeNumber | None = Field(None, ge=0, le=_MAX_TOP_LOGPROBS)
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -128,41 +165,27 @@ class CompletionRequest(_Request):
         return self.logprobs
 
 
-RequestT = TypeVar("RequestT", ChatRequest, CompletionRequest)
+class TokenizeRequest(RequestBody):
+    """One of prompt and messages."""
+
+    fields: ClassVar[FieldTable] = TOKENIZE
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = Field(None, validate_default=True)
+    return_token_strs: StrictBool = False
+
+    @field_validator("messages")
+    @classmethod
+    def _check_one_of_both(cls, messages: list[Message] | None, info: ValidationInfo) -> list[Message] | None:
+        if (messages is None) == (info.data.get("prompt") is None):
+            raise ValueError("send either prompt or messages")
+        return messages
 
 
-class InvalidField(BadRequest):
-    """A field that is missing or out of range. param: its name, as in OpenAI's errors."""
+class DetokenizeRequest(RequestBody):
+    fields: ClassVar[FieldTable] = DETOKENIZE
 
-    param: str
-
-    def __init__(self, message: str, param: str) -> None:
-        super().__init__(message)
-        self.param = param
-
-
-def parse_request(kind: type[RequestT], body: bytes) -> RequestT:
-    """Parses a request's body.
-
-    Raises:
-        BadRequest: the body is not JSON, or a field is missing or out of range.
-    """
-    try:
-        return kind.model_validate_json(body)
-    except ValidationError as error:
-        # Where a field may be one of several types each has an error: the deepest one says best what is wrong.
-        first = max(error.errors(include_url=False, include_input=False), key=lambda each: len(each["loc"]))
-        param, message = _field_path(first["loc"]), first["msg"].removeprefix("Value error, ")
-        if not param:
-            raise BadRequest(f"the body is no JSON object: {message}") from None
-        raise InvalidField(f"{param}: {message}", param) from None
-
-
-def _field_path(loc: tuple[int | str, ...]) -> str:
-    """The field's path in the body, without the types that pydantic tried, which stand between the names."""
-    names: list[str] = []
-    for previous, each in zip((None, *loc), loc, strict=False):
-        is_part_type = isinstance(previous, int) and each in _PART_TYPES
-        if not is_part_type and each != "str" and "[" not in str(each):
-            names.append(str(each))
-    return ".".join(names)
+    model: str | None = None
+    tokens: list[TokenId]
+    skip_special_tokens: StrictBool = False

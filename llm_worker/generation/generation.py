@@ -70,6 +70,19 @@ class Generator:
         self._max_items = max_items
         self.recent: deque[RecentRequest] = deque(maxlen=_MAX_RECENT)
 
+    @property
+    def vocab_size(self) -> int:
+        return self._engine.vocab_size
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a prompt and its answer."""
+        return self._engine.max_model_len
+
+    def reset_prefix_cache(self) -> None:
+        """See `Engine.reset_prefix_cache`."""
+        self._engine.reset_prefix_cache()
+
     # A token passes through the handle's generator and one of these two only: each more costs one more resumption.
 
     async def generate(
@@ -168,10 +181,12 @@ class Generator:
         else:
             token_ids = request.prompt
         if not token_ids:
-            raise BadRequest("the prompt is empty: send some text or token ids")
+            raise BadRequest("the prompt is empty: send some text or token ids", "prompt")
         vocab_size = self._engine.vocab_size
         if max(token_ids) >= vocab_size or min(token_ids) < 0:
-            raise BadRequest(f"token ids must be in 0..{vocab_size - 1}, got {min(token_ids)}..{max(token_ids)}")
+            raise BadRequest(
+                f"token ids must be in 0..{vocab_size - 1}, got {min(token_ids)}..{max(token_ids)}", "prompt"
+            )
         return plan_placeholders(token_ids, [item.kind for item in request.media], self._prompt_config)
 
     def _finished(

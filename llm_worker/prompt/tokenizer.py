@@ -50,6 +50,11 @@ class PromptTokenizer:
         ids: list[int] = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """Returns the text of the ids. Safe on any thread."""
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
+
     def text_of(self, token_id: int) -> str:
         """The text of one token by itself, for log-probabilities; it may be part of a character."""
         text: str = self._tokenizer.decode([token_id])

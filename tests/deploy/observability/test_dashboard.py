@@ -83,6 +83,7 @@ def test_it_shows_every_metric() -> None:
         "vitrine_encoder_ticket_bytes",
         "vitrine_encoder_cache_evictions",  # seen in the cache's size and hits
         "vitrine_encoder_cuda_graphs",  # does not change
+        "vitrine_llm_unused_fields",  # names of fields, for the question why one does nothing
         "vitrine_llm_kv_hand_over_seconds",  # only where prefill and decode are apart
     }
     shown = {_metric(name) for each in EXPRESSIONS for name in re.findall(r"vitrine_\w+", each)}

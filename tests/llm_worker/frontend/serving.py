@@ -81,7 +81,7 @@ async def serving(
     make_inputs = partial(EncoderInputs, encoders, layout_cache)
     generator = Generator(PromptContext(engine, config, tokenizer), make_inputs, MAX_ITEMS)
     try:
-        served = ServedModel(checkpoint.model, generator, SamplingDefaults.from_checkpoint(checkpoint))
+        served = ServedModel(checkpoint.model, generator, SamplingDefaults.from_checkpoint(checkpoint), str(folder))
         yield LocalWorker(served, engine, config, layout_cache)
     finally:
         await encoders.close()

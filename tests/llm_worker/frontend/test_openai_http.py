@@ -5,36 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
-from aiohttp.test_utils import TestClient, TestServer
 
+from tests.llm_worker.frontend.http_client import Client, body, client_of, events
 from tests.llm_worker.frontend.serving import LocalWorker, serving
 from vitrine_vlm.llm_worker.frontend import openai_http
-from vitrine_vlm.llm_worker.frontend.openai_http import OpenAiHttp
-from vitrine_vlm.llm_worker.generation.served_model import ServedModel
-from vitrine_vlm.llm_worker.metrics import LlmMetrics
-from vitrine_vlm.llm_worker.request_tracker import RequestTracker
-from vitrine_vlm.service_runtime.running_calls import RunningCalls
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-Client = TestClient[Any, Any]
-
-
-@asynccontextmanager
-async def client_of(served: ServedModel | None) -> AsyncIterator[Client]:
-    metrics = LlmMetrics()
-    http = OpenAiHttp(
-        metrics, lambda: (False, {"reason": "loading the model"}), RequestTracker(metrics, RunningCalls())
-    )
-    if served is not None:
-        http.open(served)
-    # TestServer cancels the handlers of clients that have disconnected, as the worker's own server does.
-    async with TestClient(TestServer(http.application())) as client:
-        yield client
 
 
 @pytest.fixture
@@ -47,17 +26,6 @@ async def worker(qwen3_vl_folder: Path) -> AsyncIterator[LocalWorker]:
 async def client(worker: LocalWorker) -> AsyncIterator[Client]:
     async with client_of(worker.served) as client:
         yield client
-
-
-def body(worker: LocalWorker, **fields: Any) -> dict[str, Any]:
-    messages = [{"role": "user", "content": "Hello"}]
-    return {"model": worker.served.name, "messages": messages, "max_tokens": 8, "temperature": 0, **fields}
-
-
-async def events(response: Any) -> list[dict[str, Any]]:
-    lines = (await response.text()).split("\n\n")
-    assert lines[-2:] == ["data: [DONE]", ""]
-    return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
 
 
 async def test_the_port_answers_while_the_model_loads() -> None:
@@ -120,7 +88,7 @@ async def test_streamed_and_whole_answers_agree_down_to_their_logprobs(client: C
         assert streamed_values == choice["logprobs"][name]
     tokens, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
     assert offsets == [len("".join(tokens[:index])) for index in range(16)]
-    assert [chunk["usage"] for chunk in chunks if "usage" in chunk] == [answer["usage"]]
+    assert [chunk["usage"] for chunk in chunks] == [None] * (len(chunks) - 1) + [answer["usage"]]
     assert set(chunks[-1]["timings"]) == set(answer["timings"]) >= {"load_ms", "land_ms", "ttft_ms"}
     reasons = [piece["finish_reason"] for piece in pieces]
     assert reasons == [None] * (len(reasons) - 1) + ["length"]

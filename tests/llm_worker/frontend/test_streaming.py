@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from vitrine_vlm.errors import EncoderUnavailable
 from vitrine_vlm.llm_worker.frontend.openai_http import OpenAiHttp
 from vitrine_vlm.llm_worker.generation.events import Delta, GenerationEvent, GenerationRequest, Observe
 from vitrine_vlm.llm_worker.generation.generation import Generator
-from vitrine_vlm.llm_worker.generation.served_model import ServedModel
 from vitrine_vlm.llm_worker.metrics import LlmMetrics
 from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
 from vitrine_vlm.llm_worker.request_tracker import RequestTracker
@@ -60,7 +59,7 @@ async def worker(qwen3_vl_folder: Path) -> AsyncIterator[LocalWorker]:
 async def streaming(worker: LocalWorker, held: HeldGenerator, path: str) -> AsyncIterator[aiohttp.ClientResponse]:
     metrics = LlmMetrics()
     http = OpenAiHttp(metrics, lambda: (True, {}), RequestTracker(metrics, RunningCalls()))
-    http.open(ServedModel(worker.served.name, held, worker.served.defaults))  # type: ignore[arg-type]
+    http.open(replace(worker.served, generator=held))  # type: ignore[arg-type]
     prompt = {"messages": [{"role": "user", "content": "Hello"}]} if "chat" in path else {"prompt": "Hello"}
     body = {"model": worker.served.name, **prompt, "max_tokens": 4, "temperature": 0, "ignore_eos": True}
     body |= {"stream": True, "return_token_ids": True}

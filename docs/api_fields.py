@@ -1,0 +1,74 @@
+"""Writes the tables of fields in api.md from the worker's own rules, `llm_worker/frontend/request_fields.py`.
+
+python docs/api_fields.py [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from vitrine_vlm.llm_worker.frontend import request_fields as fields
+from vitrine_vlm.llm_worker.frontend.field_rules import Field, FieldTable, Rule
+
+PAGE = Path(__file__).parent / "api.md"
+_BEGIN, _END = "<!-- fields: begin -->", "<!-- fields: end -->"
+
+
+def sections() -> Iterator[tuple[str, FieldTable]]:
+    """A heading and the fields below it."""
+    chat, completion = fields.CHAT, fields.COMPLETION
+    yield "Chat and completions", {name: chat[name] for name in chat if name in completion}
+    yield "Chat", {name: chat[name] for name in chat if name not in completion}
+    yield "Completions", {name: completion[name] for name in completion if name not in chat}
+    yield "`stream_options`", fields.STREAM_OPTIONS
+    yield "`messages`", fields.MESSAGE
+    own = {"text": fields.TEXT_PART, "image_url": fields.IMAGE_PART, "video_url": fields.VIDEO_PART}
+    yield "Parts of `messages` and `media`", fields.TEXT_PART | {name: part[name] for name, part in own.items()}
+    yield "`image_url`", fields.IMAGE_URL
+    yield "`video_url`", {name: rule for name, rule in fields.VIDEO_URL.items() if name not in fields.IMAGE_URL}
+    yield "`/tokenize`", fields.TOKENIZE
+    yield "`/detokenize`", fields.DETOKENIZE
+
+
+def tables() -> str:
+    return "\n\n".join(f"#### {heading}\n\n{_table(table)}" for heading, table in sections())
+
+
+def _table(table: FieldTable) -> str:
+    """A row for fields with the same rule and meaning: honoured ones, refused ones, informative ones."""
+    rows: dict[Rule, dict[str, list[str]]] = {rule: defaultdict(list) for rule in Rule}
+    for name, field in table.items():
+        rows[field.rule][_meaning(field)].append(f"`{name}`")
+    lines = ["| field | rule | meaning |", "|---|---|---|"]
+    lines += [f"| {', '.join(names)} | {rule} | {meaning} |" for rule in Rule for meaning, names in rows[rule].items()]
+    return "\n".join(lines)
+
+
+def _meaning(field: Field) -> str:
+    passing = " or ".join(f"`{json.dumps(each)}`" for each in field.neutral)
+    return "; ".join(filter(None, [passing and f"passes as {passing}", field.note]))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Write the tables of fields in docs/api.md.")
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if the tables are out of date")
+    check = parser.parse_args().check
+    text = PAGE.read_text()
+    before, rest = text.split(_BEGIN)
+    _, after = rest.split(_END)
+    new = f"{before}{_BEGIN}\n{tables()}\n{_END}{after}"
+    if check and new != text:
+        print(f"{PAGE} is out of date: run python docs/api_fields.py", file=sys.stderr)
+        return 1
+    if not check:
+        PAGE.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

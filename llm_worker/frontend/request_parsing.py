@@ -1,0 +1,71 @@
+"""From the body of a request to its fields, or to an error that names the field that is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeAlias, TypeVar
+
+from aiohttp import web
+from pydantic import ValidationError
+from pydantic_core import from_json
+
+from vitrine_vlm.errors import BadRequest
+from vitrine_vlm.llm_worker.frontend.field_rules import apply_rules
+from vitrine_vlm.llm_worker.frontend.openai_types import RequestBody
+from vitrine_vlm.service_runtime.http_requests import json_body
+
+_MAX_MESSAGE_LENGTH = 300
+_PART_TYPES = ("text", "image_url", "video_url")
+
+
+# Is called with the names of a request's fields that change nothing: informative ones, unknown ones.
+Count: TypeAlias = Callable[[Iterable[str], Iterable[str]], None]
+RequestT = TypeVar("RequestT", bound=RequestBody)
+
+
+async def read_request(kind: type[RequestT], http: web.Request, count: Count) -> RequestT:
+    """Reads and parses a request's body, which must be declared to be JSON; see `parse_request`.
+
+    Raises:
+        BadRequest: the body is declared to be something else.
+    """
+    return parse_request(kind, await json_body(http), count)
+
+
+def parse_request(kind: type[RequestT], body: bytes, count: Count = lambda informative, unknown: None) -> RequestT:
+    """Parses a request's body.
+
+    Args:
+        count: called with the fields that change nothing.
+
+    Raises:
+        BadRequest: the body is no JSON object, or a field is missing, out of range or not supported.
+    """
+    try:
+        values = from_json(body)
+    except ValueError as error:
+        raise BadRequest(f"the body is no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise BadRequest(f"the body is no JSON object but a {type(values).__name__}")
+    try:
+        request = kind.model_validate(values)
+    except ValidationError as error:
+        # Where a field may be one of several types each has an error: the deepest one says best what is wrong.
+        first = max(error.errors(include_url=False, include_input=False), key=lambda each: len(each["loc"]))
+        param = _field_path(first["loc"])
+        # Some messages repeat the value, which may be long.
+        message = first["msg"].removeprefix("Value error, ")[:_MAX_MESSAGE_LENGTH]
+        raise BadRequest(f"{param}: {message}", param) from None
+    unused = apply_rules(kind.fields, values)
+    count(unused.informative, unused.unknown)
+    return request
+
+
+def _field_path(loc: tuple[int | str, ...]) -> str:
+    """The field's path in the body, without the types that pydantic tried, which stand between the names."""
+    names: list[str] = []
+    for previous, each in zip((None, *loc), loc, strict=False):
+        is_part_type = isinstance(previous, int) and each in _PART_TYPES
+        if not is_part_type and each != "str" and "[" not in str(each):
+            names.append(str(each))
+    return ".".join(names)
