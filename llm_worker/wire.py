@@ -53,6 +53,7 @@ def _media_item(index: int, item: llm_pb2.MediaItem) -> MediaItem:
 
 
 def _sampling(sampling: llm_pb2.SamplingParams, defaults: SamplingDefaults) -> SamplingParams:
+    allowed = sampling.allowed_token_ids.ids if sampling.HasField("allowed_token_ids") else None
     eos_token_ids = frozenset() if sampling.ignore_eos else defaults.eos_token_ids
     return SamplingParams(
         max_tokens=sampling.max_tokens or None,
@@ -62,6 +63,16 @@ def _sampling(sampling: llm_pb2.SamplingParams, defaults: SamplingDefaults) -> S
         seed=sampling.seed if sampling.HasField("seed") else None,
         stop_token_ids=eos_token_ids | frozenset(sampling.stop_token_ids),
         logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+        min_p=sampling.min_p if sampling.HasField("min_p") else defaults.min_p,
+        min_tokens=sampling.min_tokens,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=(
+            sampling.repetition_penalty if sampling.HasField("repetition_penalty") else defaults.repetition_penalty
+        ),
+        logit_bias=dict(sampling.logit_bias),
+        bad_words=tuple(tuple(word.ids) for word in sampling.bad_words),
+        allowed_token_ids=frozenset(allowed) if allowed is not None else None,
     )
 
 
@@ -116,6 +127,7 @@ def _media_item_to_proto(item: MediaItem) -> llm_pb2.MediaItem:
 
 def sampling_to_proto(sampling: SamplingParams) -> llm_pb2.SamplingParams:
     """Sets every field, so that the receiver's defaults are not used."""
+    allowed = sampling.allowed_token_ids
     # Numbers in JSON have no limit, these fields have 32 bits; larger values have the same effect as the largest.
     return llm_pb2.SamplingParams(
         max_tokens=min(sampling.max_tokens or 0, _MAX_UINT32),
@@ -126,4 +138,12 @@ def sampling_to_proto(sampling: SamplingParams) -> llm_pb2.SamplingParams:
         stop_token_ids=sorted(each for each in sampling.stop_token_ids if 0 <= each <= _MAX_UINT32),
         ignore_eos=True,  # the model's end tokens are among the stop tokens
         logprobs=sampling.logprobs,
+        min_p=sampling.min_p,
+        min_tokens=min(sampling.min_tokens, _MAX_UINT32),
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        logit_bias=sampling.logit_bias,
+        bad_words=[llm_pb2.TokenIds(ids=word) for word in sampling.bad_words],
+        allowed_token_ids=llm_pb2.TokenIds(ids=sorted(allowed)) if allowed is not None else None,
     )

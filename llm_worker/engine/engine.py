@@ -13,6 +13,7 @@ from vitrine_vlm.llm_worker.engine.commands import CommandQueue, ResetPrefixCach
 from vitrine_vlm.llm_worker.engine.config import EngineConfig
 from vitrine_vlm.llm_worker.engine.forward_pass import ForwardPass
 from vitrine_vlm.llm_worker.engine.live_requests import LiveRequests
+from vitrine_vlm.llm_worker.engine.logits_processing import LogitsProcessor
 from vitrine_vlm.llm_worker.engine.outbox import Outbox
 from vitrine_vlm.llm_worker.engine.prefix_hashes import extend_prefix_hashes
 from vitrine_vlm.llm_worker.engine.request import ExpandedPrompt, SamplingParams
@@ -72,10 +73,12 @@ class Engine:
         self._keys = itertools.count()
         self._commands = CommandQueue()
         self._outbox = Outbox()
+        token_pool = forward_pass.token_pool
+        logits_processor = LogitsProcessor(self.vocab_size, token_pool)
         self._requests = LiveRequests(
-            self._scheduler, self._kv_cache, forward_pass.token_pool, self._outbox, self._capacity
+            self._scheduler, self._kv_cache, token_pool, logits_processor, self._outbox, self._capacity
         )
-        self._executor = StepExecutor(forward_pass, self._scheduler, self._requests, on_gpu_lost)
+        self._executor = StepExecutor(forward_pass, self._scheduler, self._requests, logits_processor, on_gpu_lost)
         self._in_flight: InFlightStep | None = None
         self._is_idle = False
         self._stats = self._count()

@@ -21,6 +21,7 @@ from vitrine_vlm.llm_worker.engine.commands import (
 from vitrine_vlm.llm_worker.engine.events import EmbeddingsNeeded, KvNeeded, RequestFailed, TokenSampled
 from vitrine_vlm.llm_worker.engine.kv_cache import KvCache
 from vitrine_vlm.llm_worker.engine.kv_rows import CachedKv
+from vitrine_vlm.llm_worker.engine.logits_processing import LogitsProcessor
 from vitrine_vlm.llm_worker.engine.outbox import Outbox
 from vitrine_vlm.llm_worker.engine.request import ExpandedPrompt, TokenOutput
 from vitrine_vlm.llm_worker.engine.request_parts import RemoteKv, SampledTokens
@@ -34,9 +35,16 @@ class LiveRequests:
     """Holds a request from `Submit` to its end, or to `Cancel` if it keeps its KV. Belongs to the engine's thread."""
 
     def __init__(
-        self, scheduler: Scheduler, kv_cache: KvCache, token_pool: TokenPool, outbox: Outbox, capacity: Capacity
+        self,
+        scheduler: Scheduler,
+        kv_cache: KvCache,
+        token_pool: TokenPool,
+        logits_processor: LogitsProcessor,
+        outbox: Outbox,
+        capacity: Capacity,
     ) -> None:
         self._scheduler, self._kv_cache, self._token_pool = scheduler, kv_cache, token_pool
+        self._logits_processor = logits_processor
         self._outbox, self._capacity = outbox, capacity
         self._requests: dict[int, RequestState] = {}
 
@@ -154,6 +162,7 @@ class LiveRequests:
     def _end(self, request: RequestState, keep_kv: bool = False) -> None:
         self._scheduler.remove(request)
         self._token_pool.release(request.pool_row)
+        self._logits_processor.release(request.key)
         self._capacity.release()
         self._outbox.unsubscribe(request.key)
         request.finish()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -49,6 +50,31 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         """Whether the most probable token is chosen, without a random number."""
         return self.temperature < _GREEDY_BELOW
+
+    @cached_property
+    def has_penalties(self) -> bool:
+        """Whether logits depend on the tokens so far by their number."""
+        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
+
+    @cached_property
+    def bad_tokens(self) -> list[int]:
+        """Bad words of one token, which are never chosen."""
+        return [word[0] for word in self.bad_words if len(word) == 1]
+
+    @cached_property
+    def bad_phrases(self) -> list[tuple[int, ...]]:
+        """Bad words of several tokens."""
+        return [word for word in self.bad_words if len(word) > 1]
+
+    @cached_property
+    def has_bias(self) -> bool:
+        """Whether the same numbers are added to the logits of every token of the answer."""
+        return bool(self.logit_bias or self.bad_tokens) or self.allowed_token_ids is not None
+
+    @cached_property
+    def changes_logits(self) -> bool:
+        """Whether logits are changed before a token is chosen, also the most probable one."""
+        return self.has_penalties or self.has_bias or bool(self.bad_phrases) or self.min_tokens > 0
 
     def is_last(self, first_token_id: int) -> bool:
         """Whether this first token of an answer is also its last."""
@@ -112,8 +138,10 @@ class ExpandedPrompt:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Natural logarithms of probabilities before temperature, top-p and top-k. top: token ids and theirs, most probable
-    first."""
+    """Natural logarithms of the model's own probabilities, before any sampling parameter.
+
+    top: token ids and theirs, most probable first.
+    """
 
     token_id: int
     logprob: float

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from vitrine_vlm.llm_worker.engine.pinned_copy import to_device, to_host
 from vitrine_vlm.llm_worker.engine.request import SamplingParams, TokenLogprobs
 
 
@@ -55,9 +56,9 @@ class ChoiceOnHost:
         token_ids_B = choice.token_ids_B
         self._drawing, self._asking = choice.drawing, choice.asking
         # Asynchronous copies, to pinned memory.
-        self._token_ids = _to_host(token_ids_B)
-        self._is_drawn = _to_host(choice.is_drawn_S) if choice.is_drawn_S is not None else None
-        self._logprobs = [_to_host(each) for each in choice.logprobs or ()]
+        self._token_ids = to_host(token_ids_B)
+        self._is_drawn = to_host(choice.is_drawn_S) if choice.is_drawn_S is not None else None
+        self._logprobs = [to_host(each) for each in choice.logprobs or ()]
         self._arrived = torch.cuda.current_stream(token_ids_B.device).record_event() if token_ids_B.is_cuda else None
 
     def wait(self) -> None:
@@ -83,24 +84,31 @@ class ChoiceOnHost:
         return tokens
 
 
-def choose(logits_BV: torch.Tensor, params: Sequence[SamplingParams], uniform: Sequence[float]) -> Choice:
-    """Chooses each sequence's most probable token at temperature 0, else draws one of those that top-k and top-p leave.
+def choose(
+    logits_BV: torch.Tensor,
+    params: Sequence[SamplingParams],
+    uniform: Sequence[float],
+    raw_logits_BV: torch.Tensor | None = None,
+) -> Choice:
+    """Chooses each sequence's most probable token at temperature 0, else draws one that min-p, top-k and top-p leave.
 
     Args:
-        logits_BV: on any device; probabilities are computed in float32.
+        logits_BV: on any device, processed (see `logits_processing.py`); probabilities are computed in float32.
         uniform: a random number from [0, 1) for each sequence; not used where it is greedy.
+        raw_logits_BV: the model's logits, whose log-probabilities are reported; None where they are the same.
     """
     token_ids_B = logits_BV.argmax(-1)
     drawing = [row for row, each in enumerate(params) if not each.is_greedy]
     is_drawn_S = None
     if drawing:
-        rows = _on(logits_BV.device, drawing)
+        rows = to_device(logits_BV.device, drawing)
         drawn_S, is_drawn_S = _draw(
             logits_BV[rows].float(), [params[row] for row in drawing], [uniform[row] for row in drawing]
         )
         token_ids_B.index_copy_(0, rows, drawn_S)
     asking = {row: each.logprobs for row, each in enumerate(params) if each.logprobs is not None}
-    logprobs = _logprobs(logits_BV, token_ids_B, asking) if asking else None
+    raw_logits_BV = logits_BV if raw_logits_BV is None else raw_logits_BV
+    logprobs = _logprobs(raw_logits_BV, token_ids_B, asking) if asking else None
     return Choice(token_ids_B, drawing, is_drawn_S, asking, logprobs)
 
 
@@ -114,14 +122,18 @@ def _draw(
     """
     device = logits_SV.device
     temperature_S, top_p_S, uniform_S = (
-        _on(device, values, torch.float32)
+        to_device(device, values, torch.float32)
         for values in ([each.temperature for each in params], [each.top_p for each in params], uniform)
     )
     vocab_size = logits_SV.shape[1]
     top_k = [min(each.top_k, vocab_size) if each.top_k > 0 else vocab_size for each in params]
     ordered_SV, index_SV = (logits_SV / temperature_S[:, None]).sort(dim=-1, descending=True)
+    if any(each.min_p for each in params):
+        least_S1 = to_device(device, [each.min_p for each in params], torch.float32)[:, None]
+        probabilities_SV = ordered_SV.softmax(-1)
+        ordered_SV = ordered_SV.masked_fill(probabilities_SV < least_S1 * probabilities_SV[:, :1], -torch.inf)
     # Tokens with the same logit as the k-th are kept, too.
-    kth_S1 = ordered_SV.gather(1, _on(device, top_k)[:, None] - 1)
+    kth_S1 = ordered_SV.gather(1, to_device(device, top_k)[:, None] - 1)
     probabilities_SV = ordered_SV.masked_fill(ordered_SV < kth_S1, -torch.inf).softmax(-1)
     # A token is kept while the mass before it is below top_p. The first always is, however small top_p is.
     before_SV = probabilities_SV.cumsum(-1) - probabilities_SV
@@ -141,18 +153,8 @@ def _logprobs(
     logits_BV: torch.Tensor, token_ids_B: torch.Tensor, asking: dict[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probabilities before any sampling parameter; see `Choice`."""
-    rows = _on(logits_BV.device, list(asking))
+    rows = to_device(logits_BV.device, list(asking))
     logprobs_AV = logits_BV[rows].float().log_softmax(-1)
     values_AK, indices_AK = logprobs_AV.topk(min(max(asking.values()), logprobs_AV.shape[1]))
     own_A = logprobs_AV.gather(1, token_ids_B[rows][:, None])[:, 0]
     return own_A, values_AK, indices_AK
-
-
-def _on(device: torch.device, values: Sequence[float], dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    """Copies the values to the device without waiting for its running work."""
-    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-
-
-def _to_host(on_device: torch.Tensor) -> torch.Tensor:
-    """Copies without waiting; the copy is complete once an event recorded after it has completed."""
-    return on_device.to("cpu", non_blocking=True)

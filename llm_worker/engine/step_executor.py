@@ -15,6 +15,7 @@ from vitrine_vlm.llm_worker.engine.chunk import Chunk
 from vitrine_vlm.llm_worker.engine.forward_pass import ForwardPass, StepOutput
 from vitrine_vlm.llm_worker.engine.kv_rows import land_kv
 from vitrine_vlm.llm_worker.engine.live_requests import LiveRequests
+from vitrine_vlm.llm_worker.engine.logits_processing import LogitsProcessor
 from vitrine_vlm.llm_worker.engine.request_state import RequestState
 from vitrine_vlm.llm_worker.engine.sampler import Choice, ChoiceOnHost, choose
 from vitrine_vlm.llm_worker.engine.scheduler import Scheduler
@@ -46,6 +47,7 @@ class StepExecutor:
         forward_pass: ForwardPass,
         scheduler: Scheduler,
         requests: LiveRequests,
+        logits_processor: LogitsProcessor,
         on_gpu_lost: Callable[[], object],
     ) -> None:
         """
@@ -53,6 +55,7 @@ class StepExecutor:
             on_gpu_lost: called where a step has failed and the GPU can run no other.
         """
         self._forward_pass, self._scheduler, self._requests = forward_pass, scheduler, requests
+        self._logits_processor = logits_processor
         self._on_gpu_lost = on_gpu_lost
         self.num_steps = self.num_prefill_tokens = self.num_decode_tokens = 0
 
@@ -72,6 +75,7 @@ class StepExecutor:
                 output = self._forward_pass(chunks)
                 choice = self._choose(output)
                 self._forward_pass.token_pool.write(output.pool_rows_B, choice.token_ids_B)
+                self._logits_processor.count(output.sampling, choice.token_ids_B)
                 on_host = choice.copy_to_host()
         except Exception as error:
             self._step_failed(chunks, error)
@@ -151,7 +155,8 @@ class StepExecutor:
             params.append(sampled.params)
             is_greedy = sampled.params.is_greedy
             uniform.append(0.0 if is_greedy else sampled.uniform(chunk.stop - chunk.request.num_prompt_tokens))
-        return choose(output.logits_BV, params, uniform)
+        logits_BV = self._logits_processor.process(output.sampling, output.logits_BV)
+        return choose(logits_BV, params, uniform, output.logits_BV)
 
     def _step_failed(self, chunks: list[Chunk], error: Exception) -> None:
         _log.error("a step of %d sequences failed", len(chunks), exc_info=error)

@@ -56,6 +56,7 @@ class LlmServicer(llm_pb2_grpc.LlmServicer):
         try:
             served = self._loaded()
             request.sampling.max_tokens = 1
+            request.sampling.min_tokens = min(request.sampling.min_tokens, 1)
             if not request.sampling.HasField("logprobs"):
                 request.sampling.logprobs = 0
             generation = generation_from_proto(request.request_id, request.prompt, request.sampling, served.defaults)

@@ -82,6 +82,8 @@ def _sampling(
         seed=request.seed,
         stop_token_ids=eos_token_ids | frozenset(request.stop_token_ids),
         logprobs=request.num_logprobs,
+        repetition_penalty=defaults.repetition_penalty,
+        min_p=defaults.min_p,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -101,7 +101,7 @@ class Generator:
             started = Started(len(prompt.token_ids), prompt.num_media_tokens)
             observe(started)
             yield started
-            text = _AnswerText(self.tokenizer, request.stop)
+            text = _AnswerText(self.tokenizer, request)
             async for output in handle:
                 delta, finish_reason = text.push(output)
                 observe(delta)
@@ -219,17 +219,18 @@ class _AnswerText:
         tokenizer: None for tokens without text.
     """
 
-    def __init__(self, tokenizer: PromptTokenizer | None, stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: PromptTokenizer | None, request: GenerationRequest) -> None:
         self.num_tokens = 0
         self._detokenizer = tokenizer.detokenizer() if tokenizer is not None else None
-        self._stop = StopStrings(stop)
+        self._stop = StopStrings(request.stop)
+        self._min_tokens = request.sampling.min_tokens
 
     def push(self, output: TokenOutput) -> tuple[Delta, str | None]:
         """Returns the token with the text that is certain by now, and the finish reason if the answer ends here."""
         self.num_tokens += 1
         text = ""
         if self._detokenizer is not None and output.finish_reason != "stop":
-            text = self._stop.push(self._detokenizer.push(output.token_id))
+            text = self._stop.push(self._detokenizer.push(output.token_id), self.num_tokens > self._min_tokens)
         finish_reason = "stop" if self._stop.found else output.finish_reason
         if finish_reason is not None:
             text += self._stop.flush()

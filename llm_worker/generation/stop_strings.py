@@ -16,14 +16,18 @@ class StopStrings:
         self._held = ""
         self.found = False
 
-    def push(self, text: str) -> str:
-        """Returns the text that is certain by now: up to the first stop string, and nothing after it was found."""
+    def push(self, text: str, may_stop: bool = True) -> str:
+        """Returns the text that is certain by now: up to the first stop string, and nothing after it was found.
+
+        Args:
+            may_stop: whether a stop string that this text completes counts; one that it begins counts in any case.
+        """
         if self.found:
             return ""
         self._held += text
         # The stop string that is complete first ends the text, however the text was cut; of several, the longest.
         found = [(start + len(each), start) for each in self._stop if (start := self._held.find(each)) >= 0]
-        if found:
+        if found and may_stop:
             self.found = True
             return self._held[: min(found)[1]]
         certain = len(self._held) - self._longest_beginning()
@@ -36,9 +40,10 @@ class StopStrings:
         return "" if self.found else text
 
     def _longest_beginning(self) -> int:
-        """Returns the length of the longest end of the held text that a stop string begins with."""
+        """Returns the length of the longest end of the held text that a stop string begins with, and is longer than."""
         longest = max((len(each) for each in self._stop), default=1) - 1
         for length in range(min(longest, len(self._held)), 0, -1):
-            if any(each.startswith(self._held[-length:]) for each in self._stop):
+            end = self._held[-length:]
+            if any(each.startswith(end) and each != end for each in self._stop):
                 return length
         return 0

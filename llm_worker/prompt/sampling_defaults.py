@@ -15,6 +15,8 @@ class SamplingDefaults:
     top_p: float
     top_k: int
     eos_token_ids: frozenset[int]
+    repetition_penalty: float = 1.0
+    min_p: float = 0.0
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> SamplingDefaults:
@@ -31,4 +33,6 @@ class SamplingDefaults:
             top_p=float(generation.get("top_p") or 1.0),
             top_k=int(generation.get("top_k") or 0),
             eos_token_ids=frozenset(ids),
+            repetition_penalty=float(generation.get("repetition_penalty") or 1.0),
+            min_p=float(generation.get("min_p") or 0.0),
         )

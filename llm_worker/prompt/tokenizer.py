@@ -55,6 +55,25 @@ class PromptTokenizer:
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
+    def bad_word_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Returns the token sequences of these words, each also as it is written behind a space.
+
+        Source: vllm/sampling_params.py (0.32), SamplingParams.update_from_tokenizer.
+
+        Raises:
+            BadRequest: a word has no tokens.
+        """
+        found: list[tuple[int, ...]] = []
+        for word in words:
+            alone, behind_space = (tuple(self.encode(space + word.lstrip())) for space in ("", " "))
+            if not alone:
+                raise BadRequest(f"bad_words has {word!r}, which has no tokens: leave it out", "bad_words")
+            found.append(alone)
+            # Otherwise the space is a token of its own, and the word behind it is found by its own tokens.
+            if behind_space[0] != alone[0] and len(behind_space) == len(alone):
+                found.append(behind_space)
+        return tuple(found)
+
     def text_of(self, token_id: int) -> str:
         """The text of one token by itself, for log-probabilities; it may be part of a character."""
         text: str = self._tokenizer.decode([token_id])

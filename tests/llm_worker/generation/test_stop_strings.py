@@ -49,3 +49,11 @@ def test_without_stop_strings_everything_passes(stop: list[str]) -> None:
     watcher = StopStrings(stop)
     assert watcher.push("hello") == "hello"
     assert watcher.flush() == ""
+
+
+def test_stop_strings_that_end_too_early_are_text() -> None:
+    """As with vLLM's min_tokens: one that begins in this text and ends later counts."""
+    watcher = StopStrings(["ab", "bcd"])
+    assert watcher.push("xab", may_stop=False) + watcher.push("ab", may_stop=False) == "xaba"
+    assert watcher.push("c") == "" and not watcher.found
+    assert watcher.push("d") == "" and watcher.found

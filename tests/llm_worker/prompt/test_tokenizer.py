@@ -11,6 +11,7 @@ import pytest
 from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
 from vitrine_vlm.model_loading.checkpoint import CheckpointError, open_checkpoint
+from vitrine_vlm.sample_models.tiny_vlm import MODEL_FOLDER
 
 MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
 
@@ -67,3 +68,15 @@ def test_the_bytes_of_tokens_put_together_are_the_text(qwen3_vl_folder: Path) ->
     ids = prompt.encode(text)
     assert b"".join(prompt.bytes_of(token_id) for token_id in ids) == text.encode()
     assert prompt.bytes_of(10**6) == b""  # models have more logits than their tokenizer has tokens
+
+
+def test_bad_words_are_found_at_the_start_of_a_text_and_behind_a_space(qwen3_vl_folder: Path) -> None:
+    """As vLLM's: a word has another token behind a space in most vocabularies, but not in one of bytes."""
+    trained = tokenizer(MODEL_FOLDER)
+    alone, behind_space = trained.encode("red"), trained.encode(" red")
+    assert alone != behind_space and len(alone) == len(behind_space) == 1
+    assert trained.bad_word_ids(["red"]) == trained.bad_word_ids([" red"]) == (tuple(alone), tuple(behind_space))
+    bytes_only = tokenizer(qwen3_vl_folder)
+    assert bytes_only.bad_word_ids(["red", "a"]) == (tuple(bytes_only.encode("red")), tuple(bytes_only.encode("a")))
+    with pytest.raises(BadRequest, match="no tokens"):
+        trained.bad_word_ids(["red", " "])
