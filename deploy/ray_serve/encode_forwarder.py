@@ -53,7 +53,7 @@ class EncodeForwarder:
         self._policy = replace(ENCODE_RETRIES, budget_s=retry_s)
 
     async def describe(self) -> encoder_pb2.DescribeResponse:
-        """Returns the description of one encoder, without the transports that do not work through the gateway.
+        """Returns the description of one encoder, without what does not work through the gateway.
 
         Raises:
             EncoderUnavailable: the encoder does not answer.
@@ -68,6 +68,9 @@ class EncodeForwarder:
                     raise EncoderUnavailable(f"encoder {address}: {error.details()}; try again") from error
         description.transports[:] = ["grpc"]
         description.gpu_uuids[:] = []
+        # Version 0 has no tickets.
+        for field in ("protocol_minor_version", "instance_id", "ticket_ttl_s"):
+            description.ClearField(field)
         return description
 
     def encode(
@@ -84,6 +87,8 @@ class EncodeForwarder:
         """
         if request.session_id:
             raise TransportUnavailable("a session belongs to one encoder: call that one, or leave session_id empty")
+        if request.layout_only or any(item.HasField("ticket") for item in request.items):
+            raise TransportUnavailable("a ticket belongs to one encoder: ask for layouts there, and claim them there")
         if not request.items:
             raise BadRequest("the request has no media items: give at least one")
         if len(request.items) > self._max_items:
@@ -109,7 +114,7 @@ class EncodeForwarder:
         """Emits all events of one item; the last one is a Failed if no encoder could encode it."""
         item = request.items[index]
         alone = encoder_pb2.EncodeRequest(request_id=request.request_id, tenant=request.tenant, items=[item])
-        key = content_key(item.data or None, item.url)
+        key = content_key(item.patches.data or item.data or None, item.url)
         sent, attempts = _Sent(index), Attempts(self._policy)
         while True:
             async with AsyncExitStack() as stack:

@@ -20,7 +20,7 @@ from tests.deploy.ray_serve.choosing import Replicas
 from vitrine_vlm.deploy.ray_serve.encode_forwarder import EncodeForwarder
 from vitrine_vlm.embedding_transport.shipping.encoder_rpc import encoder_handlers
 from vitrine_vlm.embedding_transport.wire.grpc_status import abort
-from vitrine_vlm.errors import BadRequest, InternalError, TooManyItems
+from vitrine_vlm.errors import BadRequest, InternalError, TooManyItems, TransportUnavailable
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 
 ROWS = bytes(range(200))
@@ -175,12 +175,26 @@ async def test_rows_of_two_models_are_never_mixed() -> None:
         (request(), BadRequest),
         (request(b"a", b"b", b"c", b"d"), TooManyItems),
         (encoder_pb2.EncodeRequest(items=[encoder_pb2.MediaItem(data=b"a")]), BadRequest),  # says the encoder
+        (encoder_pb2.EncodeRequest(items=request(b"a").items, layout_only=True), TransportUnavailable),
+        (encoder_pb2.EncodeRequest(items=[encoder_pb2.MediaItem(ticket=b"")]), TransportUnavailable),
     ],
 )
 async def test_requests_that_no_encoder_can_serve(asked: encoder_pb2.EncodeRequest, error: type[Exception]) -> None:
     async with serving(Encoder()) as addresses:
         with pytest.raises(error):
             await collect(forwarder(Replicas(addresses)), asked)
+
+
+async def test_items_are_routed_by_their_content_whatever_their_source() -> None:
+    async with serving(Encoder(), Encoder()) as addresses:
+        for number in range(6):
+            replicas = Replicas(addresses)
+            content, kind = b"a%d" % number, encoder_pb2.MEDIA_KIND_IMAGE
+            file = encoder_pb2.MediaItem(kind=kind, data=content)
+            patches = encoder_pb2.MediaItem(kind=kind, patches=encoder_pb2.Patches(data=content))
+            for item in (file, patches):
+                assert await collect(forwarder(replicas), encoder_pb2.EncodeRequest(items=[item])) == [ROWS]
+            assert len(replicas.chosen) == 2 and len(set(replicas.chosen)) == 1
 
 
 async def test_cancelling_reaches_the_encoder_and_the_trace_does_too() -> None:
