@@ -11,19 +11,14 @@ from vitrine_vlm.embedding_transport.fleet.discovery import parse_sources
 from vitrine_vlm.service_runtime.tls import ClientTls
 
 
-class EncoderSettings(BaseModel):
-    """Where encoders are, and how embeddings come from them. A base for settings; it needs pydantic."""
+class EncoderFleetSettings(BaseModel):
+    """Where encoders are, and how to connect to them. A base for settings; it needs pydantic."""
 
     encoders: str = Field(
         "",
         description="encoders to use, separated by commas: host:port, host:first-last (of --dp), dns:NAME:PORT, "
         "file:PATH with an address a line, or kubernetes:NAMESPACE/SERVICE:PORT",
     )
-    transport: Literal["auto", "cuda_ipc", "shm", "grpc"] = Field(
-        "auto",
-        description="how embeddings come: cuda_ipc or shm (same host), or grpc (bytes); auto: the first that works",
-    )
-    shm_folder: str = Field("/dev/shm", description="shared-memory folder, the same as the other side's")
     connect_timeout_s: float = Field(
         5.0, gt=0, description="for each step of connecting to an encoder or prefill worker, s"
     )
@@ -53,3 +48,13 @@ class EncoderSettings(BaseModel):
         if (cert_file is None) != (key_file is None) or (cert_file and not ca_file):
             raise ValueError("--encoder-cert-file needs --encoder-key-file and --encoder-ca-file beside it")
         return ClientTls(ca_file, cert_file, key_file, self.encoder_server_name) if ca_file else None
+
+
+class EncoderSettings(EncoderFleetSettings):
+    """The same, and how embeddings come from them."""
+
+    transport: Literal["auto", "cuda_ipc", "shm", "grpc"] = Field(
+        "auto",
+        description="how embeddings come: cuda_ipc or shm (same host), or grpc (bytes); auto: the first that works",
+    )
+    shm_folder: str = Field("/dev/shm", description="shared-memory folder, the same as the other side's")
