@@ -145,6 +145,11 @@ class EncoderClient(FleetClient[EncoderPeer]):
         ]
         await asyncio.gather(*calls)
 
+    def identity_of(self, encoder_id: str) -> ModelIdentity | None:
+        """Returns what the encoder with this instance_id serves; None if it is not connected."""
+        peer = self._by_instance().get(encoder_id)
+        return peer.connection.description.identity if peer is not None and peer.connection is not None else None
+
     def _run(self, request: Request) -> AsyncGenerator[EncodeEvent]:
         self._num_requests += 1
         return request.events.read(partial(self._encode_all, request))

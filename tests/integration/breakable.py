@@ -23,7 +23,9 @@ from vitrine_vlm.service_runtime.supervisor import Supervisor
 
 # Imports the services once, and is copied for each process.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["vitrine_vlm.encoder_service.app", "vitrine_vlm.llm_worker.app", __name__])
+_context.set_forkserver_preload(
+    ["vitrine_vlm.encoder_service.app", "vitrine_vlm.llm_worker.app", "vitrine_vlm.gateway.app", __name__]
+)
 _TIMEOUT_S = 60.0
 
 

@@ -21,6 +21,7 @@ import grpc
 import pytest
 
 from tests.encoder_service.test_command_line import free_port
+from tests.gateway.upstream import Upstream, serve_upstreams
 from tests.integration.breakable import BreakableService
 from tests.integration.fleet import ServiceProcess
 from tests.integration.media_server import MediaServer, serve_media
@@ -36,6 +37,8 @@ NOTICED_S = 1.0
 ENCODER = {"batch builder", "batch runner", "batch finisher", "jpeg batcher 0", "jpeg batcher 1", "embedding cache"}
 ENCODER |= {"lease expiry", "metrics"}
 WORKER = {"engine", "discovery", "health", "encoder ADDRESS connection", "encoder ADDRESS releases", "lease expiry"}
+GATEWAY = {"server ADDRESS health", "discovery of servers", "discovery of encoders", "health"}
+GATEWAY |= {"encoder ADDRESS connection", "encoder ADDRESS releases"}
 DECODE = {"prefill worker ADDRESS connection", "prefill worker ADDRESS releases"}
 
 
@@ -166,6 +169,32 @@ async def break_worker(service: BreakableService, addresses: dict[str, str], nam
     await ends(service, name, since)
 
 
+async def break_gateway(service: BreakableService, addresses: dict[str, str], name: str, upstream: Upstream) -> None:
+    upstream.reset()
+    upstream.gate.clear()
+    url = f"http://{addresses['http']}"
+    body = {"messages": [{"role": "user", "content": "Hello"}]}
+    async with aiohttp.ClientSession() as session:
+        whole = asyncio.create_task(session.post(f"{url}/v1/chat/completions", json=body).__aenter__())
+        async with session.post(f"{url}/v1/chat/completions", json={**body, "stream": True}) as stream:
+            await stream.content.readuntil(b"\n\n")
+            service.break_loop(name)
+            since = time.monotonic()
+            events = (await stream.content.read()).decode().strip().split("\n\n")
+            error = json.loads(events[-1].removeprefix("data: "))["error"]
+            assert (error["code"], error["type"]) == ("worker_unavailable", "server_error")
+            assert name in error["message"]
+            answer = await whole
+            assert (answer.status, (await answer.json())["error"]["code"]) == (503, "worker_unavailable")
+        async with session.get(f"{url}/ready") as response:
+            assert response.status == 503 and name in (await response.json())["reason"]
+        await until_not_serving(addresses["grpc"])
+        assert time.monotonic() - since < NOTICED_S
+        async with session.post(f"{url}/v1/chat/completions", json=body) as response:
+            assert (response.status, (await response.json())["error"]["code"]) == (503, "worker_unavailable")
+    await ends(service, name, since)
+
+
 async def test_each_loop_of_an_encoder(qwen3_vl_folder: Path, tmp_path: Path, media_server: MediaServer) -> None:
     flags = partial(encoder_flags, qwen3_vl_folder)
     async with broken("vitrine_vlm.encoder_service", flags, tmp_path, ENCODER) as services:
@@ -193,6 +222,17 @@ async def test_each_loop_of_a_worker(qwen3_vl_folder: Path, tmp_path: Path, enco
     async with broken("vitrine_vlm.llm_worker", flags, tmp_path, WORKER) as services:
         async for service, found, name in services:
             await break_worker(service, found, name, qwen3_vl_folder.name)
+
+
+async def test_each_loop_of_a_gateway(tmp_path: Path, encoder: ServiceProcess) -> None:
+    async with serve_upstreams(1) as (upstream,):
+        (tmp_path / "servers").write_text(upstream.address)
+        (tmp_path / "encoders").write_text(encoder.addresses["grpc"])
+        sources = ["--servers", f"file:{tmp_path / 'servers'}", "--encoders", f"file:{tmp_path / 'encoders'}"]
+        flags = [*sources, "--port", "0", "--grpc-port", "0", "--drain-timeout-s", str(DRAIN_TIMEOUT_S)]
+        async with broken("vitrine_vlm.gateway", lambda: flags, tmp_path, GATEWAY) as services:
+            async for service, found, name in services:
+                await break_gateway(service, found, name, upstream)
 
 
 async def test_each_loop_of_a_worker_that_only_decodes(

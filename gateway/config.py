@@ -1,0 +1,74 @@
+"""Settings of a gateway: flags win over the environment (VITRINE_GATEWAY_*), which wins over defaults."""
+
+from __future__ import annotations
+
+import re
+import ssl
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import SettingsConfigDict
+
+from vitrine_vlm.embedding_transport.clients.settings import EncoderFleetSettings
+from vitrine_vlm.embedding_transport.fleet.discovery import parse_sources
+from vitrine_vlm.service_runtime.http_requests import MAX_BODY_BYTES
+from vitrine_vlm.service_runtime.settings import ServiceSettings
+
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
+
+
+class GatewayConfig(ServiceSettings, EncoderFleetSettings):
+    """Vitrine's gateway: an OpenAI front before vLLM servers that get embeddings from Vitrine's encoders."""
+
+    service_name = "vitrine-gateway"
+    model_config = SettingsConfigDict(env_prefix="VITRINE_GATEWAY_", cli_prog_name="vitrine-gateway")
+
+    servers: str = Field(description="HTTP addresses of the vLLM servers, in the forms of --encoders")
+    server_ca_file: Path | None = Field(None, description="CA that signs servers' certificates (PEM); none: no TLS")
+    server_timeout_s: float = Field(
+        600.0, gt=0, description="longest wait for the next bytes of a server's answer, also for its first ones, s"
+    )
+    health_interval_s: float = Field(2.0, gt=0, description="time between two health checks of a server, s")
+    max_in_flight: int = Field(
+        1024, ge=1, description="requests in flight at one server; more are refused with 429 once all servers have them"
+    )
+
+    tenant: str = Field("", description="tenant of requests: encoders and servers share embeddings within one only")
+    tenant_header: str | None = Field(
+        None, description="request header with the tenant, set by what authenticates users; none: always --tenant"
+    )
+
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
+    port: int = Field(8080, ge=0, le=65535, description="HTTP port; 0 takes a free one, see the LISTENING line")
+    grpc_port: int = Field(50053, ge=0, le=65535, description="port of the gRPC health service; 0 takes a free one")
+    drain_timeout_s: float = Field(30.0, ge=0, description="longest wait for running requests at shutdown, s")
+    max_body_bytes: int = Field(MAX_BODY_BYTES, ge=1024, description="largest request body, bytes")
+    max_items: int = Field(64, ge=0, description="images and videos accepted in one request")
+
+    @field_validator("servers")
+    @classmethod
+    def _check_servers(cls, specs: str) -> str:
+        parse_sources(specs)
+        return specs
+
+    @field_validator("tenant_header")
+    @classmethod
+    def _check_header(cls, name: str | None) -> str | None:
+        if name is not None and not _HEADER_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no name of a header")
+        return name
+
+    @model_validator(mode="after")
+    def _check_encoders_given(self) -> Self:
+        if not self.encoders:
+            raise ValueError("--encoders is needed: they measure the media of requests")
+        return self
+
+    def server_ssl(self) -> ssl.SSLContext | None:
+        """Returns the context of connections to servers, or None without TLS.
+
+        Raises:
+            OSError: the file cannot be read, or is not a certificate.
+        """
+        return ssl.create_default_context(cafile=self.server_ca_file) if self.server_ca_file else None

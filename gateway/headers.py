@@ -1,0 +1,20 @@
+"""Which headers pass through a gateway."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from multidict import CIMultiDict
+
+# Of one connection (RFC 9110, section 7.6.1), or made again for the other one.
+_NOT_PASSED = frozenset(
+    {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer"}
+    | {"transfer-encoding", "upgrade", "host", "expect"}
+)
+
+
+def passed_on(headers: Mapping[str, str]) -> CIMultiDict[str]:
+    """Returns the headers without those of the connection, which Connection may name more of."""
+    named = {name.strip().lower() for name in headers.get("Connection", "").split(",")}
+    removed = _NOT_PASSED | named
+    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in removed)

@@ -1,0 +1,158 @@
+"""The HTTP port: the OpenAI API of the servers behind it, probes and metrics."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+from urllib.parse import unquote
+
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from vitrine_vlm.errors import BadRequest, WorkerUnavailable
+from vitrine_vlm.gateway.client_stream import ClientStream
+from vitrine_vlm.gateway.config import GatewayConfig
+from vitrine_vlm.gateway.forwarding import Forwarder, OutgoingRequest
+from vitrine_vlm.gateway.headers import passed_on
+from vitrine_vlm.gateway.media_layouts import MediaLayouts
+from vitrine_vlm.gateway.media_parts import ChatBody, parse_chat
+from vitrine_vlm.gateway.metrics import GatewayMetrics
+from vitrine_vlm.service_runtime.http_errors import errors_as_openai
+from vitrine_vlm.service_runtime.http_requests import json_body, traced
+from vitrine_vlm.service_runtime.logs import set_request_id
+from vitrine_vlm.service_runtime.running_calls import RunningCalls
+from vitrine_vlm.service_runtime.traces import outgoing_metadata
+
+# Requests that are passed on unparsed prefer a server by how their body begins.
+_AFFINITY_NBYTES = 1024
+_MAX_TENANT_LENGTH = 256
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What requests need."""
+
+    forwarder: Forwarder
+    layouts: MediaLayouts
+
+
+class GatewayHttp:
+    """Handlers of the gateway's HTTP port. `open` is called once encoders and servers were tried."""
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        metrics: GatewayMetrics,
+        readiness: Callable[[], tuple[bool, dict[str, Any]]],
+        calls: RunningCalls,
+    ) -> None:
+        self._config = config
+        self._metrics = metrics
+        self._readiness = readiness
+        self._calls = calls
+        self._opened: Opened | None = None
+
+    def open(self, opened: Opened) -> None:
+        self._opened = opened
+
+    def application(self) -> web.Application:
+        app = web.Application(client_max_size=self._config.max_body_bytes, middlewares=[traced, errors_as_openai])
+        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_route("*", "/v1/{path:.*}", self._other)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/ready", self._ready)
+        app.router.add_get("/metrics", self._prometheus)
+        return app
+
+    async def _chat(self, http: web.Request) -> web.StreamResponse:
+        body = await json_body(http)
+        chat = parse_chat(body, self._config.max_items)
+        if not chat.parts:
+            return await self._serve(http, partial(self._forward, _request(http, body, chat.affinity_key)))
+        request = _request(http, b"", chat.affinity_key)
+        return await self._serve(http, partial(self._forward_with_media, request, chat, self._tenant(http)))
+
+    async def _other(self, http: web.Request) -> web.StreamResponse:
+        body = await http.read()
+        return await self._serve(http, partial(self._forward, _request(http, body, body[:_AFFINITY_NBYTES])))
+
+    async def _serve(
+        self, http: web.Request, work: Callable[[ClientStream, Opened], Awaitable[None]]
+    ) -> web.StreamResponse:
+        """Tracks one request. Errors that come once the answer has begun end it; all others are raised."""
+        client = ClientStream(http)
+        try:
+            with self._metrics.measure_request(client), self._calls.track():
+                if self._opened is None:
+                    raise WorkerUnavailable("the gateway is still connecting: try again when /ready answers 200")
+                await work(client, self._opened)
+        except Exception as error:
+            if client.response is None:
+                raise
+            await client.fail(error)
+        assert client.response is not None
+        return client.response
+
+    async def _forward(self, request: OutgoingRequest, client: ClientStream, opened: Opened) -> None:
+        async with opened.forwarder.open(request) as answer:
+            await answer.send(client)
+
+    async def _forward_with_media(
+        self, request: OutgoingRequest, chat: ChatBody, tenant: str, client: ClientStream, opened: Opened
+    ) -> None:
+        """Sends the request with media replaced; once more, with new layouts, where the server fails."""
+        avoided: tuple[str, ...] = ()
+        while True:
+            begin = time.perf_counter()
+            async with opened.layouts.hold(chat.parts, request.request_id, tenant) as measured:
+                self._metrics.measured_items((each.layout.kind for each in measured), time.perf_counter() - begin)
+                transfer_params = {each.item_id: each.transfer_params() for each in reversed(measured)}
+                body = chat.replaced([each.replaced() for each in measured], transfer_params)
+                async with opened.forwarder.open(replace(request, body=body), avoided) as answer:
+                    if avoided or not await answer.is_server_error():
+                        await answer.send(client)
+                        return
+                    avoided = (answer.server.address,)
+            self._metrics.retried("embeddings lost")
+
+    def _tenant(self, http: web.Request) -> str:
+        name = self._config.tenant_header
+        tenant = (http.headers.get(name) if name else None) or self._config.tenant
+        if len(tenant) > _MAX_TENANT_LENGTH:
+            raise BadRequest(
+                f"the tenant in {name} has {len(tenant)} characters: at most {_MAX_TENANT_LENGTH} are taken"
+            )
+        return tenant
+
+    async def _health(self, http: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    async def _ready(self, http: web.Request) -> web.Response:
+        ready, details = self._readiness()
+        return web.json_response({"ready": ready, **details}, status=200 if ready else 503)
+
+    async def _prometheus(self, http: web.Request) -> web.Response:
+        body = generate_latest(self._metrics.registry)
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+def _request(http: web.Request, body: bytes, key: bytes) -> OutgoingRequest:
+    """
+    Raises:
+        BadRequest: a path that leads out of /v1, or a compressed body.
+    """
+    if {".", ".."} & set(unquote(http.rel_url.raw_path).split("/")):
+        raise BadRequest(f"the path {http.rel_url.raw_path} is not below /v1")
+    if http.headers.get("Content-Encoding", "identity") != "identity":
+        raise BadRequest("the body is compressed: send it as it is")
+    headers = passed_on(http.headers)
+    headers.popall("Content-Length", None)
+    for name, value in outgoing_metadata():
+        headers[name] = value
+    request_id = http.headers.get("X-Request-Id") or uuid.uuid4().hex
+    set_request_id(request_id)
+    return OutgoingRequest(http.method, http.rel_url.raw_path_qs, headers, body, key, request_id)

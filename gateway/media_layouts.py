@@ -1,0 +1,143 @@
+"""Has encoders measure the media of a request, and describes them to vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+
+from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
+from vitrine_vlm.errors import BadRequest, EncoderUnavailable, InternalError, MediaError
+from vitrine_vlm.gateway.media_parts import MediaPart
+from vitrine_vlm.service_runtime.supervisor import Supervisor
+from vitrine_vlm.types import Layout, MediaItem, Ticket
+
+_HASH_NBYTES = 32
+_MEASURE_GRACE_S = 0.2
+_CLOSE_TIMEOUT_S = 0.3
+# vLLM 0.32 takes the times of a video's frames with embeddings of all families but this one. It then takes one second
+# between temporal patches, of which each second is two positions (`tokens_per_second` of all its checkpoints).
+_WITHOUT_TIMES = "qwen2_5_vl"
+_POSITIONS_PER_S = 2
+
+
+@dataclass(frozen=True)
+class MeasuredPart:
+    """A part of a request with its layout, its ticket, and the family of the model that the encoder serves."""
+
+    part: MediaPart
+    layout: Layout
+    ticket: Ticket
+    model_type: str
+    tenant: str
+
+    @property
+    def item_id(self) -> str:
+        """Equal for equal media of one tenant, and for no others: vLLM's caches go by it."""
+        return hashlib.sha256(self.tenant.encode() + self.layout.content_hash).hexdigest()
+
+    def replaced(self) -> str:
+        return self.part.replaced(self._metadata(), self.item_id)
+
+    def transfer_params(self) -> dict[str, object]:
+        """From where the connector in the server gets the rows."""
+        return {
+            "ticket": self.ticket.value.hex(),
+            "encoder_id": self.ticket.encoder_id,
+            "kind": self.layout.kind,
+            "num_tokens": self.layout.num_tokens,
+            "tenant": self.tenant,
+        }
+
+    def _metadata(self) -> dict[str, object]:
+        fields: dict[str, object] = {f"{self.layout.kind}_grid_thw": list(self.layout.grid_thw)}
+        if self.layout.kind == "video" and self.model_type != _WITHOUT_TIMES:
+            fields["timestamps"] = list(self.layout.timestamps_s)
+        return fields
+
+
+class MediaLayouts:
+    """Gets layouts from a fleet of encoders, and holds their tickets while requests run."""
+
+    def __init__(self, encoders: EncoderClient, supervisor: Supervisor) -> None:
+        self._encoders = encoders
+        self._supervisor = supervisor
+        self._releases: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        """Waits a moment for the tickets of requests that have ended to be released."""
+        if self._releases:
+            await asyncio.wait(self._releases, timeout=_CLOSE_TIMEOUT_S)
+
+    @asynccontextmanager
+    async def hold(
+        self, parts: Sequence[MediaPart], request_id: str, tenant: str
+    ) -> AsyncGenerator[list[MeasuredPart]]:
+        """Asks for all layouts at the same time; releases the tickets at the end.
+
+        Raises:
+            VitrineError: an item cannot be encoded; its `param` names the part.
+        """
+        layouts: dict[MediaItem, Layout] = {}
+        first_parts = {part.item: part for part in reversed(parts)}  # equal items are measured once
+
+        async def measure(part: MediaPart) -> None:
+            try:
+                async with aclosing(self._encoders.layouts([part.item], request_id, tenant)) as events:
+                    async for event in events:
+                        layouts[part.item] = event.layout
+            except (BadRequest, MediaError) as error:
+                error.param = part.param
+                raise
+
+        tasks = [asyncio.create_task(measure(part)) for part in first_parts.values()]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()
+            yield [self._measured(part, layouts[part.item], tenant) for part in parts]
+        finally:
+            # In the background: no client waits for it, and none that disconnects prevents it.
+            release = self._supervisor.start_job("ticket release", self._release(tasks, layouts))
+            self._releases.add(release)
+            release.add_done_callback(self._releases.discard)
+
+    async def _release(self, tasks: Sequence[asyncio.Task[None]], layouts: Mapping[MediaItem, Layout]) -> None:
+        """Ends what still measures an item, and releases the tickets."""
+        # Not at once: a ticket that an encoder has just sent to a call that is cancelled would stay until it expires.
+        _, measuring = await asyncio.wait(tasks, timeout=_MEASURE_GRACE_S)
+        for task in measuring:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._encoders.release_tickets([each.ticket for each in layouts.values() if each.ticket is not None])
+
+    def _measured(self, part: MediaPart, layout: Layout, tenant: str) -> MeasuredPart:
+        if layout.ticket is None or len(layout.content_hash) != _HASH_NBYTES:
+            raise InternalError(f"the encoder has sent a layout without a ticket or a content hash: {layout}")
+        identity = self._encoders.identity_of(layout.ticket.encoder_id)
+        if identity is None:
+            raise EncoderUnavailable(f"encoder {layout.ticket.encoder_id} was lost right after its layout: try again")
+        if layout.kind == "video" and identity.model_type == _WITHOUT_TIMES:
+            _check_interval(part, layout)
+        return MeasuredPart(part, layout, layout.ticket, identity.model_type, tenant)
+
+
+def _check_interval(part: MediaPart, layout: Layout) -> None:
+    """Refuses a video to which vLLM would give other positions than the model was trained with.
+
+    Source: vLLM 0.32, `iter_mm_grid_thw` and `get_mrope_input_positions` of vllm/model_executor/models/qwen2_5_vl.py.
+
+    Raises:
+        BadRequest: its temporal patches are not one second apart.
+    """
+    interval_s = layout.second_per_grid_t
+    positions = (int(index * (interval_s * _POSITIONS_PER_S)) for index in range(layout.grid_thw[0]))
+    if any(position != index * _POSITIONS_PER_S for index, position in enumerate(positions)):
+        error = BadRequest(
+            f"{part.param}: the temporal patches of this video are {interval_s:.3f} s apart, and vLLM takes one second "
+            "only with embeddings of this model: cut the video to whole seconds, or choose its fps accordingly"
+        )
+        error.param = part.param
+        raise error

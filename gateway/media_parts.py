@@ -1,0 +1,247 @@
+"""Finds the images and videos of a chat request, and replaces them by their sizes.
+
+Only the parts that are replaced are written again: all else of the body stays as the client has sent it, byte by byte.
+
+Source: the content parts that vLLM 0.32 takes, vllm/renderers/chat_utils.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vitrine_vlm.embedding_transport.clients.media_url import item_from_url
+from vitrine_vlm.errors import BadRequest, TooManyItems
+from vitrine_vlm.gateway.json_scanner import JsonScanner
+from vitrine_vlm.types import MediaItem, MediaKind
+
+# Where parts of these types have their URL.
+_URL_KEYS = {"image_url": "image_url", "input_image": "image_url", "video_url": "video_url"}
+_KINDS: dict[str, MediaKind] = {"image_url": "image", "video_url": "video"}
+_EMBEDS_TYPES = ("image_embeds", "video_embeds")
+_REPLACED_FIELDS = ("type", "image_url", "video_url", "uuid")
+_TRANSFER_PARAMS = "ec_transfer_params"
+_MAX_URL_CHARS = 8192
+# Of the first turns, at their beginning and at their end.
+_AFFINITY_CHARS = 16384
+
+
+@dataclass(frozen=True)
+class MediaPart:
+    """A content part that is one image or video.
+
+    param: its place, as in OpenAI's errors. other_fields: JSON of the fields that stay.
+    """
+
+    item: MediaItem
+    param: str
+    other_fields: tuple[str, ...]
+
+    def replaced(self, metadata: dict[str, object], item_id: str) -> str:
+        """Returns the JSON of the part that takes its place.
+
+        Args:
+            metadata: the fields of vLLM's image_embeds or video_embeds. item_id: becomes the uuid.
+        """
+        kind = f"{self.item.kind}_embeds"
+        fields = json.dumps({"type": kind, kind: metadata, "uuid": item_id})[1:-1]
+        return "{" + ", ".join((*self.other_fields, fields)) + "}"
+
+
+@dataclass(frozen=True)
+class ChatBody:
+    """The body of a chat request. `pieces` is its text, cut where a part, or None for ec_transfer_params, belongs.
+
+    affinity_key: equal for requests of one conversation, which begin alike up to the first turn of the user.
+    """
+
+    affinity_key: bytes
+    pieces: tuple[str, ...]
+    slots: tuple[MediaPart | None, ...]
+
+    @property
+    def parts(self) -> list[MediaPart]:
+        return [slot for slot in self.slots if slot is not None]
+
+    def replaced(self, parts: Sequence[str], transfer_params: dict[str, dict[str, object]]) -> bytes:
+        """Returns the body with these parts instead of its own.
+
+        Args:
+            parts: JSON, one for each of `self.parts`.
+        """
+        remaining = iter(parts)
+        text = [self.pieces[0]]
+        for slot, piece in zip(self.slots, self.pieces[1:], strict=True):
+            text += (json.dumps(transfer_params) if slot is None else next(remaining), piece)
+        return "".join(text).encode()
+
+
+def parse_chat(body: bytes, max_items: int) -> ChatBody:
+    """Finds the media of a chat request. What vLLM will refuse anyway is left to it.
+
+    Raises:
+        BadRequest: the body is not a JSON object, or a part with media is malformed.
+        TooManyItems: more than `max_items` parts with media.
+    """
+    try:
+        return _ChatReader(body.decode(), max_items).read()
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"the body is not JSON: {error}") from None
+
+
+class _ChatReader:
+    def __init__(self, text: str, max_items: int) -> None:
+        self._scanner = JsonScanner(text)
+        self._max_items = max_items
+        self._pieces: list[str] = []
+        self._slots: list[MediaPart | None] = []
+        self._end_of_last_slot = 0
+        self._conversation = (0, 0)
+        self._embeds_param: str | None = None
+        self._has_transfer_params = False
+
+    def read(self) -> ChatBody:
+        scanner = self._scanner
+        if scanner.peek() != "{":
+            raise BadRequest("the body must be a JSON object")
+        seen: set[str] = set()
+        for key in scanner.members():
+            self._check_once(key, seen, key)
+            if key == "messages" and scanner.peek() == "[":
+                self._read_messages()
+            elif key == _TRANSFER_PARAMS:
+                self._read_transfer_params()
+            else:
+                scanner.value()
+        end = scanner.position - 1
+        scanner.end()
+        if not any(self._slots):  # goes on as it is
+            return ChatBody(self._affinity_key(), (), ())
+        if self._has_transfer_params:
+            raise _bad("it is set here for requests with media: leave it out", _TRANSFER_PARAMS)
+        if None not in self._slots:
+            self._cut(end, end, None, f', "{_TRANSFER_PARAMS}": ')
+        self._pieces.append(scanner.text[self._end_of_last_slot :])
+        return ChatBody(self._affinity_key(), tuple(self._pieces), tuple(self._slots))
+
+    def _affinity_key(self) -> bytes:
+        begin, end = self._conversation
+        text = self._scanner.text
+        if end - begin > 2 * _AFFINITY_CHARS:  # with media in it, which are long
+            text = f"{text[begin : begin + _AFFINITY_CHARS]}{end - begin}{text[end - _AFFINITY_CHARS : end]}"
+        else:
+            text = text[begin:end]
+        return hashlib.sha256(text.encode()).digest()
+
+    def _check_once(self, key: str, seen: set[str], param: str) -> None:
+        """Refuses what two readers may understand in different ways."""
+        if key in seen and key in ("messages", "content", _TRANSFER_PARAMS):
+            raise _bad("it is there twice", param)
+        seen.add(key)
+
+    def _cut(self, start: int, end: int, slot: MediaPart | None, before: str = "") -> None:
+        """Leaves out the text from start to end, for `slot` to be put there, behind `before`."""
+        self._pieces.append(self._scanner.text[self._end_of_last_slot : start] + before)
+        self._slots.append(slot)
+        self._end_of_last_slot = end
+
+    def _read_transfer_params(self) -> None:
+        start = self._scanner.position
+        if self._scanner.value() is None:
+            self._cut(start, self._scanner.position, None)
+        else:
+            self._has_transfer_params = True
+
+    def _read_messages(self) -> None:
+        scanner = self._scanner
+        start = scanner.position
+        end_of_first_turn = 0
+        for index in scanner.elements():
+            role = self._read_message(f"messages[{index}]") if scanner.peek() == "{" else scanner.value()
+            if role == "user" and not end_of_first_turn:
+                end_of_first_turn = scanner.position
+        self._conversation = (start, end_of_first_turn or scanner.position)
+
+    def _read_message(self, param: str) -> object:
+        """Returns the message's role."""
+        scanner = self._scanner
+        role: object = None
+        seen: set[str] = set()
+        for key in scanner.members():
+            self._check_once(key, seen, f"{param}.{key}")
+            if key == "content" and scanner.peek() == "[":
+                for index in scanner.elements():
+                    self._read_part(f"{param}.content[{index}]")
+            elif key == "role":
+                role = scanner.value()
+            else:
+                scanner.value()
+        return role
+
+    def _read_part(self, param: str) -> None:
+        scanner = self._scanner
+        if scanner.peek() != "{":
+            scanner.value()
+            return
+        start = scanner.position
+        fields: dict[str, Any] = {}
+        others: dict[str, str] = {}
+        for key in scanner.members():
+            value_start = scanner.position
+            fields[key] = scanner.value()
+            if key not in _REPLACED_FIELDS:
+                others[key] = f"{json.dumps(key)}: {scanner.text[value_start : scanner.position]}"
+        url_key = _url_key(fields)
+        if fields.get("type") in _EMBEDS_TYPES or (url_key and fields.get(url_key) is None and fields.get("uuid")):
+            self._embeds_param = self._embeds_param or param
+        elif url_key:
+            if len(self._slots) - self._slots.count(None) >= self._max_items:
+                raise TooManyItems(f"more than {self._max_items} images and videos: send fewer, or raise --max-items")
+            self._cut(start, scanner.position, MediaPart(_item(url_key, fields, param), param, tuple(others.values())))
+        if self._embeds_param and any(self._slots):
+            raise _bad("vLLM does not take media by URL beside embeddings in one request", self._embeds_param)
+
+
+def _url_key(fields: dict[str, Any]) -> str | None:
+    """Returns the key of the part's URL if it is an image or a video; without a type, its keys say what it is."""
+    kind = fields.get("type")
+    if kind is None or fields.get("uuid") is not None:
+        for key in _KINDS:
+            if key in fields:
+                return key
+    return _URL_KEYS.get(kind) if isinstance(kind, str) else None
+
+
+def _item(url_key: str, fields: dict[str, Any], param: str) -> MediaItem:
+    """
+    Raises:
+        BadRequest: the part's URL or rate is missing or malformed.
+    """
+    given = fields.get(url_key)
+    url, fps = (given.get("url"), given.get("fps")) if isinstance(given, dict) else (given, None)
+    param = f"{param}.{url_key}"
+    if not isinstance(url, str):
+        raise _bad(f"its URL must be a string, not {type(url).__name__}", param)
+    if not url.startswith("data:") and len(url) > _MAX_URL_CHARS:
+        raise _bad(f"a URL of {len(url)} characters is longer than {_MAX_URL_CHARS}", param)
+    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < math.inf):
+        raise _bad(f"fps must be a number above 0, not {fps!r}", param)
+    try:
+        item = item_from_url(_KINDS[url_key], url, float(fps) if fps is not None and url_key == "video_url" else None)
+        (item.url or "").encode()
+    except BadRequest as error:
+        error.param = param
+        raise
+    except (UnicodeEncodeError, OverflowError) as error:
+        raise _bad(str(error), param) from None
+    return item
+
+
+def _bad(message: str, param: str) -> BadRequest:
+    error = BadRequest(f"{param}: {message}")
+    error.param = param
+    return error
