@@ -17,8 +17,9 @@ import torch
 from vitrine_vlm.embedding_transport.clients.encode_method import encode_method
 from vitrine_vlm.embedding_transport.clients.encode_request import Request, Share
 from vitrine_vlm.embedding_transport.clients.encode_stream import EncodeStream
-from vitrine_vlm.embedding_transport.clients.encoder_peer import EncoderDescription, EncoderPeer
+from vitrine_vlm.embedding_transport.clients.encoder_peer import DescriptionCheck, EncoderDescription, EncoderPeer
 from vitrine_vlm.embedding_transport.clients.fleet_client import Exchange, FleetClient
+from vitrine_vlm.embedding_transport.fleet.pool_mapper import PoolMapper
 from vitrine_vlm.embedding_transport.fleet.row_peer import Connection, ConnectOptions, TransportChoice
 from vitrine_vlm.embedding_transport.wire.messages import item_to_proto
 from vitrine_vlm.errors import (
@@ -65,6 +66,8 @@ class EncoderClient(FleetClient[EncoderPeer]):
         gpu: the GPU on which rows are landed; with one, "auto" tries CUDA IPC first.
         tls: for connections to encoders; None for no TLS.
         supervisor: owns the loops of this client; by default a new one. Once a loop has failed, `encode` fails.
+        mapper: maps the encoders' pools; by default this process does.
+        check: compares what an encoder describes, see `EncoderPeer`.
     """
 
     def __init__(
@@ -79,11 +82,13 @@ class EncoderClient(FleetClient[EncoderPeer]):
         gpu: torch.device | None = None,
         tls: ClientTls | None = None,
         supervisor: Supervisor | None = None,
+        mapper: PoolMapper | None = None,
+        check: DescriptionCheck | None = None,
     ) -> None:
-        options = ConnectOptions(transport, shm_folder, connect_timeout_s, gpu, tls)
+        options = ConnectOptions(transport, shm_folder, connect_timeout_s, gpu, tls, mapper)
         super().__init__(
             addresses,
-            lambda address: EncoderPeer(address, options, expected),
+            lambda address: EncoderPeer(address, options, expected, check),
             ENCODE_RETRIES,
             encode_timeout_s,
             supervisor,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import TypeAlias
 
 import grpc
 
@@ -11,6 +13,9 @@ from vitrine_vlm.embedding_transport.wire.messages import describe_identity
 from vitrine_vlm.errors import EncoderMismatch, EncoderUnavailable
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from vitrine_vlm.types import ModelIdentity
+
+# Called with an encoder's address and its answer to Describe; raises EncoderMismatch if the encoder cannot be used.
+DescriptionCheck: TypeAlias = Callable[[str, encoder_pb2.DescribeResponse], None]
 
 
 @dataclass(frozen=True)
@@ -33,20 +38,30 @@ class EncoderPeer(RowPeer[EncoderDescription]):
 
     Args:
         expected: the model that the encoder must serve; None accepts any.
+        check: for clients that compare something else than a whole `ModelIdentity`.
     """
 
     service = "encoder"
     unavailable = EncoderUnavailable
 
-    def __init__(self, address: str, options: ConnectOptions, expected: ModelIdentity | None) -> None:
+    def __init__(
+        self,
+        address: str,
+        options: ConnectOptions,
+        expected: ModelIdentity | None,
+        check: DescriptionCheck | None = None,
+    ) -> None:
         super().__init__(address, options)
         self._expected = expected
+        self._check = check
 
     async def _describe(self, channel: grpc.aio.Channel) -> EncoderDescription:
         description = await encoder_pb2_grpc.EncoderStub(channel).Describe(encoder_pb2.DescribeRequest())
         identity = describe_identity(description)
         if self._expected is not None:
             check_identity(self.address, identity, self._expected)
+        if self._check is not None:
+            self._check(self.address, description)
         return EncoderDescription(
             identity, description.processor.merge_size, description.protocol_minor_version, description.instance_id
         )

@@ -14,9 +14,8 @@ from typing import ClassVar, Generic, Literal, Protocol, TypeVar
 import grpc
 import torch
 
-from vitrine_vlm.embedding_transport.pools.cuda_ipc_pool import CudaIpcMapping
+from vitrine_vlm.embedding_transport.fleet.pool_mapper import LocalMapper, PoolMapper
 from vitrine_vlm.embedding_transport.pools.pool import PoolMapping
-from vitrine_vlm.embedding_transport.pools.shm_pool import ShmMapping
 from vitrine_vlm.embedding_transport.wire.grpc_status import error_from_rpc
 from vitrine_vlm.errors import TransportUnavailable, VitrineError
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
@@ -74,6 +73,7 @@ class ConnectOptions:
     connect_timeout_s: seconds for each step of connecting.
     gpu: the GPU on which rows are landed; without one "auto" leaves out CUDA IPC.
     tls: its files are read again for every connection; None for no TLS.
+    mapper: maps the pools; by default this process does.
     """
 
     transport: TransportChoice = "auto"
@@ -81,6 +81,7 @@ class ConnectOptions:
     connect_timeout_s: float = 5.0
     gpu: torch.device | None = None
     tls: ClientTls | None = None
+    mapper: PoolMapper | None = None
 
     @property
     def transports(self) -> list[str]:
@@ -116,6 +117,7 @@ class RowPeer(ABC, Generic[DescriptionT]):
         self.attempted = asyncio.Event()
         self._transports = options.transports
         self._options = options
+        self._mapper = options.mapper or LocalMapper(options.shm_folder, options.gpu)
         self._on_change: Callable[[], None] = lambda: None
         self._to_release: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
@@ -254,21 +256,15 @@ class RowPeer(ABC, Generic[DescriptionT]):
             TransportUnavailable: the pool cannot be mapped, and no other transport is accepted.
         """
         try:
-            mapping, pool = self._map(offer)
+            mapping = self._mapper.map(offer)
+            is_shm = offer.WhichOneof("pool") == "shm"
+            pool: encoder_pb2.ShmPool | encoder_pb2.CudaIpcPool = offer.shm if is_shm else offer.cuda_ipc
             return mapping, encoder_pb2.ProbeResult(nonce=mapping.read(pool.probe_offset, pool.probe_nbytes))
         except Exception as error:  # CUDA raises many types; the next transport may work
             reason = str(error) if isinstance(error, TransportUnavailable) else repr(error)
             if len(self._transports) == 1:
                 raise TransportUnavailable(f"{self.service} {self.address}: {reason}") from error
             return None, encoder_pb2.ProbeResult(error=reason)
-
-    def _map(self, offer: encoder_pb2.Offer) -> tuple[PoolMapping, encoder_pb2.ShmPool | encoder_pb2.CudaIpcPool]:
-        if offer.WhichOneof("pool") == "cuda_ipc":
-            pool, gpu = offer.cuda_ipc, self._options.gpu
-            if gpu is None:
-                raise TransportUnavailable("the rows lie in GPU memory, and this process has no GPU to land them on")
-            return CudaIpcMapping(pool.handle, pool.nbytes, pool.gpu_uuid, gpu), pool
-        return ShmMapping(self._options.shm_folder, offer.shm.name, offer.shm.nbytes), offer.shm
 
     async def _release_leases(self, stub: RowStub) -> None:
         while True:

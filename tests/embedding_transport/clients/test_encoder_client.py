@@ -13,7 +13,7 @@ import torch
 from tests.embedding_transport.clients.encoder_stub import IDENTITY, StubServicer, running_stub, synthetic_rows
 from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
 from vitrine_vlm.embedding_transport.clients.encoder_peer import EncoderPeer
-from vitrine_vlm.embedding_transport.fleet import row_peer
+from vitrine_vlm.embedding_transport.fleet import pool_mapper
 from vitrine_vlm.embedding_transport.fleet.row_peer import TransportChoice
 from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter
 from vitrine_vlm.embedding_transport.wire.grpc_status import abort
@@ -125,7 +125,7 @@ async def test_a_pool_that_cannot_be_mapped_for_any_reason_falls_back(
     def refuse(*arguments: object) -> NoReturn:
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr(row_peer, "ShmMapping", refuse)
+    monkeypatch.setattr(pool_mapper, "ShmMapping", refuse)
     async with running_stub(tmp_path) as (address, _, _):
         client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
         await client.start()
