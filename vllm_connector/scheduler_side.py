@@ -1,0 +1,162 @@
+"""The connector in vLLM's EngineCore: decides for each request which rows it needs, and whether they are there.
+
+Every method is called by vLLM's scheduler, on its thread, and none blocks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+from vitrine_vlm.errors import BadRequest
+from vitrine_vlm.types import DTYPES, MediaItem
+from vitrine_vlm.vllm_connector.deliveries import Deliveries, Delivery, Status
+from vitrine_vlm.vllm_connector.fetching import FetchOrder, RowFormat
+from vitrine_vlm.vllm_connector.media_items import has_pixels, patches_item, ticket_params
+from vitrine_vlm.vllm_connector.messages import StepCommands
+from vitrine_vlm.vllm_connector.settings import ConnectorSettings
+from vitrine_vlm.vllm_connector.vllm_types import Feature, VllmRequest
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What the scheduler's side needs to know of vLLM's configuration.
+
+    row_format: of the rows in the encoder cache.
+    pixels_normalized: whether pixels are scaled and normalized before they get here.
+    step_tokens: no step computes more tokens of one request than this.
+    """
+
+    row_format: RowFormat
+    pixels_normalized: bool
+    step_tokens: int
+
+    @property
+    def row_nbytes(self) -> int:
+        return self.row_format.row_width * DTYPES[self.row_format.dtype].itemsize
+
+
+class SchedulerSide:
+    """Mode P: an item with pixels is encoded by Vitrine, or else by vLLM's own tower. Mode M: an item with a ticket has
+    no other source than Vitrine; its request fails without it.
+    """
+
+    def __init__(self, settings: ConnectorSettings, facts: EngineFacts, deliveries: Deliveries) -> None:
+        self._settings, self._facts, self._deliveries = settings, facts, deliveries
+        # Identifiers in vLLM's encoder cache, but for evictions since the last step. Good enough where vLLM's own tower
+        # is the worst that comes of an error; an item without pixels must have its rows here.
+        self._cached: set[str] = set()
+        self._loads: dict[str, int] = {}
+        self._unavailable: set[str] = set()
+        self._last_error = ""
+
+    def ensure_available(self, request: VllmRequest, num_computed_tokens: int) -> bool:
+        """Starts to fetch what the request needs beyond its computed tokens.
+
+        Returns False while an item that its next step may need is pending. True for an item that has failed means that
+        `has_rows` is False for it, and that vLLM's own tower encodes it.
+        """
+        request_id, features, deliveries = request.request_id, request.mm_features, self._deliveries
+        needed = {feature.identifier: feature for feature in features if _end(feature) > num_computed_tokens}
+        deliveries.release(request_id, set(needed))
+        if not needed:
+            return True
+        deliveries.receive_results()
+        is_available = True
+        for identifier, feature in needed.items():
+            delivery = deliveries.get(identifier)
+            if delivery is None:
+                if identifier in self._cached and has_pixels(feature):
+                    continue
+                delivery = self._begin(request, feature)
+            urgent = feature.mm_position.offset < num_computed_tokens + self._facts.step_tokens
+            deliveries.hold(request_id, delivery, urgent)
+            if deliveries.is_late(delivery):
+                deliveries.fail(delivery, f"its rows were {delivery.status.value} and not there in time")
+            if delivery.status is Status.FAILED:
+                self._log_failure(request_id, delivery)
+                if not delivery.has_own_tower:
+                    self._unavailable.add(request_id)
+                    is_available = False
+            elif delivery.pending and urgent:
+                is_available = False
+        deliveries.admit()
+        return is_available
+
+    def has_rows(self, identifier: str) -> bool:
+        """Whether the rows have landed in all workers; vLLM then loads them instead of running its tower."""
+        delivery = self._deliveries.get(identifier)
+        return delivery is not None and delivery.status is Status.LANDED
+
+    def allocated(self, identifier: str) -> None:
+        """vLLM's encoder cache has a place for the item from this step on, which loads or encodes it."""
+        self._cached.add(identifier)
+        delivery = self._deliveries.get(identifier)
+        if delivery is not None and delivery.status is Status.LANDED:
+            delivery.is_loaded = True
+            self._loads[identifier] = delivery.order.delivery_id
+
+    def take_step_commands(self, evicted: Iterable[str], num_tokens: int) -> StepCommands:
+        """Returns the commands of the step that was just scheduled.
+
+        Args:
+            evicted: identifiers that vLLM evicts from its encoder cache.
+            num_tokens: tokens that the step computes; workers may not see a step without any.
+        """
+        self._cached.difference_update(evicted)
+        if not num_tokens:
+            return StepCommands({}, [])
+        loads, self._loads = self._loads, {}
+        return StepCommands(loads, self._deliveries.take_discards())
+
+    def finished(self, request_id: str) -> None:
+        """The request has ended, also by an abort: what only it needs is cancelled and freed."""
+        self._deliveries.release(request_id)
+        self._deliveries.receive_results()
+        self._deliveries.admit()
+        self._unavailable.discard(request_id)
+
+    def take_unavailable(self) -> set[str]:
+        """Returns the ids of requests that cannot go on, because an item without another source has failed."""
+        unavailable, self._unavailable = self._unavailable, set()
+        return unavailable
+
+    def _begin(self, request: VllmRequest, feature: Feature) -> Delivery:
+        settings, facts = self._settings, self._facts
+        has_own_tower = has_pixels(feature)
+        num_tokens = feature.mm_position.get_num_embeds()
+        error = ""
+        tenant = settings.tenant
+        make_item: Callable[[], MediaItem] = partial(patches_item, feature, facts.pixels_normalized)
+        try:
+            params = ticket_params(feature, request.ec_transfer_params)
+            if params is not None:
+                make_item, tenant = params.item, params.tenant
+            elif not has_own_tower:
+                error = "the item is metadata alone, without ec_transfer_params: send the request to vitrine-gateway"
+        except BadRequest as bad:
+            error = str(bad)
+
+        def make_order(delivery_id: int) -> FetchOrder:
+            return FetchOrder(delivery_id, request.request_id, tenant, num_tokens, make_item)
+
+        timeout_s = settings.deliver_timeout_s if has_own_tower else settings.encode_timeout_s
+        nbytes = num_tokens * facts.row_nbytes
+        delivery = self._deliveries.begin(feature.identifier, make_order, nbytes, timeout_s, has_own_tower)
+        if error:
+            self._deliveries.fail(delivery, error)
+        return delivery
+
+    def _log_failure(self, request_id: str, delivery: Delivery) -> None:
+        level = logging.DEBUG if delivery.error == self._last_error else logging.WARNING
+        self._last_error = delivery.error
+        consequence = "vLLM's own tower encodes it" if delivery.has_own_tower else "the request fails"
+        _log.log(level, "request %s, item %s: %s; %s", request_id, delivery.identifier, delivery.error, consequence)
+
+
+def _end(feature: Feature) -> int:
+    return feature.mm_position.offset + feature.mm_position.length
