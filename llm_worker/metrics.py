@@ -104,11 +104,11 @@ class LlmMetrics:
     def measure_request(self) -> Iterator[Observe]:
         """Measures one request, in flight inside the context; the yielded function is to be called with each event."""
         outcome = "cancelled"
-        previous = time.perf_counter()
-        latency = self._ttft
+        begin = time.perf_counter()
+        previous: dict[int, float] = {}  # when each answer's last token came
 
-        def observe(event: GenerationEvent) -> None:
-            nonlocal outcome, previous, latency
+        def observe(event: GenerationEvent, answer: int = 0) -> None:
+            nonlocal outcome
             if isinstance(event, Finished):
                 outcome = "ok"
             with harmless("a metric of events"):
@@ -117,8 +117,9 @@ class LlmMetrics:
                     self._tokens.labels("media").inc(event.num_media_tokens)
                 elif isinstance(event, Delta):
                     now = time.perf_counter()
-                    latency.observe(now - previous)
-                    previous, latency = now, self._itl
+                    latency = self._itl if answer in previous else self._ttft
+                    latency.observe(now - previous.get(answer, begin))
+                    previous[answer] = now
                     self._tokens.labels("generated").inc(len(event.token_ids))
                 elif isinstance(event, Finished):
                     for stage, ms in vars(event.timings).items():

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, asynccontextmanager
+from typing import TypeVar
 
-from vitrine_vlm.llm_worker.generation.events import GenerationEvent, Observe
+from vitrine_vlm.llm_worker.generation.events import Observe
 from vitrine_vlm.llm_worker.metrics import LlmMetrics
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
+
+EventT = TypeVar("EventT")
 
 
 class RequestTracker:
@@ -22,9 +25,7 @@ class RequestTracker:
         self._calls = calls
 
     @asynccontextmanager
-    async def track(
-        self, start: Callable[[Observe], AsyncGenerator[GenerationEvent]]
-    ) -> AsyncGenerator[AsyncGenerator[GenerationEvent]]:
+    async def track(self, start: Callable[[Observe], AsyncGenerator[EventT]]) -> AsyncGenerator[AsyncGenerator[EventT]]:
         """Begins one request and yields its events. Leaving the context cancels it everywhere.
 
         Args:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.llm_worker.engine.request import SamplingParams, TokenLogprobs
-from vitrine_vlm.llm_worker.generation.events import Delta, Finished, GenerationRequest, StageTimings
+from vitrine_vlm.llm_worker.generation.events import Delta, Finished, GenerationRequest, StageTimings, Started
 from vitrine_vlm.llm_worker.prompt.sampling_defaults import SamplingDefaults
 from vitrine_vlm.protos.llm.v1 import llm_pb2
 from vitrine_vlm.types import MediaItem, MediaKind
@@ -73,6 +73,14 @@ def _sampling(sampling: llm_pb2.SamplingParams, defaults: SamplingDefaults) -> S
         logit_bias=dict(sampling.logit_bias),
         bad_words=tuple(tuple(word.ids) for word in sampling.bad_words),
         allowed_token_ids=frozenset(allowed) if allowed is not None else None,
+    )
+
+
+def started_to_proto(started: Started, request_id: str) -> llm_pb2.Started:
+    return llm_pb2.Started(
+        request_id=request_id,
+        num_prompt_tokens=started.num_prompt_tokens,
+        num_media_tokens=started.num_media_tokens,
     )
 
 

@@ -15,13 +15,13 @@ class Capacity:
         self._limit = limit
         self._lock = threading.Lock()
 
-    def check(self) -> None:
-        """Refuses a further request where the limit is reached.
+    def check(self, num_requests: int = 1) -> None:
+        """Refuses further requests where the limit would be passed.
 
         Raises:
-            Overloaded: the limit is reached.
+            Overloaded: it would.
         """
-        if self.num_used >= self._limit:
+        if self.num_used + num_requests > self._limit:
             raise Overloaded(
                 f"{self.num_used} requests are running or waiting, the limit is {self._limit}: try again later"
             )

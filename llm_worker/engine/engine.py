@@ -144,13 +144,13 @@ class Engine:
             self._capacity.release()
         return handle
 
-    def check_capacity(self) -> None:
-        """Refuses a further request where the limit is reached.
+    def check_capacity(self, num_requests: int = 1) -> None:
+        """Refuses further requests where the limit would be passed.
 
         Raises:
-            Overloaded: as many requests are running or waiting as are allowed.
+            Overloaded: with these, more requests would be running or waiting than are allowed.
         """
-        self._capacity.check()
+        self._capacity.check(num_requests)
 
     def missing_items(self, prompt: ExpandedPrompt) -> set[int]:
         """Media items of the prompt whose KV is not in the cache now. The KV of others may be evicted at any moment."""

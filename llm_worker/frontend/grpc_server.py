@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from dataclasses import asdict
 from functools import partial
 from typing import TypeAlias
 
@@ -13,12 +12,14 @@ from vitrine_vlm.embedding_transport.wire.grpc_status import abort, send
 from vitrine_vlm.errors import WorkerUnavailable
 from vitrine_vlm.llm_worker.generation.events import Delta, Finished, GenerationEvent, Started
 from vitrine_vlm.llm_worker.generation.served_model import ServedModel
+from vitrine_vlm.llm_worker.generation.several_answers import generate_answers
 from vitrine_vlm.llm_worker.request_tracker import RequestTracker
 from vitrine_vlm.llm_worker.wire import (
     delta_to_proto,
     finished_to_proto,
     generation_from_proto,
     logprobs_to_proto,
+    started_to_proto,
     timings_to_proto,
 )
 from vitrine_vlm.protos.llm.v1 import llm_pb2, llm_pb2_grpc
@@ -47,8 +48,15 @@ class LlmServicer(llm_pb2_grpc.LlmServicer):
             served = self._loaded()
             generation = generation_from_proto(request.request_id, request.prompt, request.sampling, served.defaults)
             with serving_span("generate", metadata_carrier(context.invocation_metadata())):
-                async with self._requests.track(partial(served.generator.generate, generation)) as events:
-                    await _write_events(events, generation.request_id, context)
+                if max(request.n, request.best_of) > 1:
+                    answers = partial(generate_answers, served.generator, [generation], request.n, request.best_of)
+                    async with self._requests.track(answers) as answer_events:
+                        async for answer, event in answer_events:
+                            await _write_event(event, answer, generation.request_id, context)
+                else:
+                    async with self._requests.track(partial(served.generator.generate, generation)) as events:
+                        async for event in events:
+                            await _write_event(event, 0, generation.request_id, context)
         except Exception as error:
             await abort(context, error)
 
@@ -91,15 +99,15 @@ class LlmServer(ServiceServer):
         llm_pb2_grpc.add_LlmServicer_to_server(servicer, self.grpc)
 
 
-async def _write_events(events: AsyncGenerator[GenerationEvent], request_id: str, context: GenerateContext) -> None:
-    async for event in events:
-        if isinstance(event, Started):
-            started = llm_pb2.Started(request_id=request_id, **asdict(event))
-            await send(context, llm_pb2.GenerateResponse(started=started))
-        elif isinstance(event, Delta):
-            await send(context, llm_pb2.GenerateResponse(delta=delta_to_proto(event)))
-        else:
-            await send(context, llm_pb2.GenerateResponse(finished=finished_to_proto(event)))
+async def _write_event(event: GenerationEvent, answer: int, request_id: str, context: GenerateContext) -> None:
+    if isinstance(event, Started):
+        response = llm_pb2.GenerateResponse(started=started_to_proto(event, request_id))
+    elif isinstance(event, Delta):
+        response = llm_pb2.GenerateResponse(delta=delta_to_proto(event))
+    else:
+        response = llm_pb2.GenerateResponse(finished=finished_to_proto(event))
+    response.answer = answer
+    await send(context, response)
 
 
 async def _first_token(events: AsyncGenerator[GenerationEvent]) -> tuple[Delta, Finished]:

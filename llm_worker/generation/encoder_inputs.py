@@ -46,11 +46,9 @@ class EncoderInputs(RequestInputs):
     async def _run(self) -> None:
         media = self.request.media
         self._keys = await asyncio.to_thread(layout_keys, media) if media else []
-        layouts = self._layout_cache.get_all(self._keys)
-        if layouts is None:
+        if not self._find_layouts(self._layout_cache, self._keys):
             await self._encode(list(range(len(media))))
             return
-        self._layouts = dict(enumerate(layouts))
         plan, handle = await asyncio.shield(self._submitted)
         prompt = self._expand(plan)
         missing = await asyncio.to_thread(self._context.engine.missing_items, prompt) if media else set()

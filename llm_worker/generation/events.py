@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from vitrine_vlm.llm_worker.engine.kv_rows import CachedKv
 from vitrine_vlm.llm_worker.engine.request import SamplingParams, TokenLogprobs
@@ -41,10 +40,12 @@ class StageTimings:
 
 @dataclass(frozen=True)
 class Started:
-    """The whole prompt is known."""
+    """The whole prompt is known. prompt_token_ids: with every media item expanded. layouts: of the media items."""
 
     num_prompt_tokens: int
     num_media_tokens: int
+    prompt_token_ids: list[int] = field(default_factory=list)
+    layouts: list[Layout] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,6 @@ class Delta:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class PromptKnown(Started):
-    """A Started with what another worker needs to expand the same prompt. layouts: of its media items, in order."""
-
-    layouts: list[Layout]
 
 
 @dataclass(frozen=True)
@@ -86,6 +80,17 @@ class Finished:
     timings: StageTimings
 
 
-GenerationEvent = Started | Delta | Finished
-# Called with each event of a request.
-Observe: TypeAlias = Callable[[GenerationEvent], None]
+GenerationEvent: TypeAlias = Started | Delta | Finished
+
+
+class AnswerEvent(NamedTuple):
+    """An event of one of a request's answers."""
+
+    answer: int
+    event: GenerationEvent
+
+
+class Observe(Protocol):
+    """Called with each event of a request, and the answer that it belongs to."""
+
+    def __call__(self, event: GenerationEvent, answer: int = 0) -> None: ...

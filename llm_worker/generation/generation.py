@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -21,7 +21,6 @@ from vitrine_vlm.llm_worker.generation.events import (
     GenerationEvent,
     GenerationRequest,
     Observe,
-    PromptKnown,
     Started,
 )
 from vitrine_vlm.llm_worker.generation.request_inputs import PromptContext, RequestInputs
@@ -31,9 +30,14 @@ from vitrine_vlm.llm_worker.prompt.placeholders import PlaceholderPlan, plan_pla
 from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
 from vitrine_vlm.service_runtime.logs import harmless, set_request_id
 from vitrine_vlm.service_runtime.traces import past_span
+from vitrine_vlm.types import Layout
 
 MakeInputs: TypeAlias = Callable[[PromptContext, GenerationRequest], RequestInputs]
 _MAX_RECENT = 50
+
+
+def _ignore(event: GenerationEvent, answer: int = 0) -> None:
+    """Observes nothing."""
 
 
 @dataclass(frozen=True)
@@ -86,19 +90,20 @@ class Generator:
     # A token passes through the handle's generator and one of these two only: each more costs one more resumption.
 
     async def generate(
-        self, request: GenerationRequest, observe: Observe = lambda event: None
+        self, request: GenerationRequest, observe: Observe = _ignore, layouts: Sequence[Layout] | None = None
     ) -> AsyncGenerator[GenerationEvent]:
         """Yields one Started, Deltas, one Finished. Closing the iteration cancels the request everywhere.
 
         Args:
             observe: called with each event.
+            layouts: of the request's media, where another answer to the same prompt has received them.
 
         Raises:
             VitrineError: why the request failed.
         """
-        async with self._running(request) as (inputs, handle):
+        async with self._running(request, layouts=layouts) as (inputs, handle):
             prompt = await _prompt_of(inputs, handle)
-            started = Started(len(prompt.token_ids), prompt.num_media_tokens)
+            started = _started(prompt, inputs)
             observe(started)
             yield started
             text = _AnswerText(self.tokenizer, request)
@@ -112,10 +117,8 @@ class Generator:
                     yield finished
                     return
 
-    async def prefill(
-        self, request: GenerationRequest, observe: Observe = lambda event: None
-    ) -> AsyncGenerator[GenerationEvent]:
-        """Yields one PromptKnown, one FirstToken, one Finished. The KV can be read until the iteration is resumed.
+    async def prefill(self, request: GenerationRequest, observe: Observe = _ignore) -> AsyncGenerator[GenerationEvent]:
+        """Yields one Started, one FirstToken, one Finished. The KV can be read until the iteration is resumed.
 
         Args:
             observe: called with each event.
@@ -126,9 +129,9 @@ class Generator:
         request = replace(request, sampling=request.sampling.first_token_only())
         async with self._running(request, keep_kv=True) as (inputs, handle):
             prompt = await _prompt_of(inputs, handle)
-            known = PromptKnown(len(prompt.token_ids), prompt.num_media_tokens, inputs.layouts)
-            observe(known)
-            yield known
+            started = _started(prompt, inputs)
+            observe(started)
+            yield started
             async for output in handle:
                 engine = handle.timings
                 first = FirstToken(
@@ -146,7 +149,7 @@ class Generator:
 
     @asynccontextmanager
     async def _running(
-        self, request: GenerationRequest, keep_kv: bool = False
+        self, request: GenerationRequest, keep_kv: bool = False, layouts: Sequence[Layout] | None = None
     ) -> AsyncGenerator[tuple[RequestInputs, RequestHandle]]:
         """Submits the request to the engine; leaving the context cancels it everywhere.
 
@@ -161,6 +164,8 @@ class Generator:
             )
         self._engine.check_capacity()  # before encoders work for a request that is refused
         inputs = self._make_inputs(self._context, request)
+        if layouts is not None:
+            inputs.use_layouts(layouts)
         # First of all: encoding takes longest, and runs while the prompt is tokenized.
         inputs.start()
         handle: RequestHandle | None = None
@@ -172,6 +177,14 @@ class Generator:
             if handle is not None:
                 handle.cancel()
             await inputs.close()
+
+    def check_capacity(self, num_answers: int) -> None:
+        """Refuses a request where the engine cannot hold all its answers now.
+
+        Raises:
+            Overloaded: too many requests are running or waiting.
+        """
+        self._engine.check_capacity(num_answers)
 
     def _plan(self, request: GenerationRequest) -> PlaceholderPlan:
         if isinstance(request.prompt, str):
@@ -235,6 +248,10 @@ class _AnswerText:
         if finish_reason is not None:
             text += self._stop.flush()
         return Delta([output.token_id], text, [output.logprobs] if output.logprobs is not None else []), finish_reason
+
+
+def _started(prompt: ExpandedPrompt, inputs: RequestInputs) -> Started:
+    return Started(len(prompt.token_ids), prompt.num_media_tokens, prompt.token_ids, inputs.layouts)
 
 
 async def _prompt_of(inputs: RequestInputs, handle: RequestHandle) -> ExpandedPrompt:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from vitrine_vlm.llm_worker.engine.engine import Engine
 from vitrine_vlm.llm_worker.engine.request import ExpandedPrompt
 from vitrine_vlm.llm_worker.engine.request_handle import RequestHandle
 from vitrine_vlm.llm_worker.generation.events import GenerationRequest
+from vitrine_vlm.llm_worker.generation.layout_cache import LayoutCache
 from vitrine_vlm.llm_worker.generation.stages import ItemArrival
 from vitrine_vlm.llm_worker.prompt.config import PromptConfig
 from vitrine_vlm.llm_worker.prompt.expand import expand_prompt
@@ -60,6 +61,10 @@ class RequestInputs(ABC):
         """The layouts of all media items, once the prompt is known."""
         return [self._layouts[index] for index in range(len(self.request.media))]
 
+    def use_layouts(self, layouts: Sequence[Layout]) -> None:
+        """Sets the layouts of all media items, which another answer to the same prompt has received; before `start`."""
+        self._layouts = dict(enumerate(layouts))
+
     @abstractmethod
     def start(self) -> None:
         """Begins with the work that does not need the prompt's token ids."""
@@ -91,6 +96,15 @@ class RequestInputs(ABC):
 
     @abstractmethod
     def _submit_to_engine(self, plan: PlaceholderPlan, keep_kv: bool) -> RequestHandle: ...
+
+    def _find_layouts(self, layout_cache: LayoutCache, keys: list[bytes | None]) -> bool:
+        """Returns whether the layouts of all media items are known, from another answer or from the cache."""
+        if len(self._layouts) < len(self.request.media):
+            layouts = layout_cache.get_all(keys)
+            if layouts is None:
+                return False
+            self.use_layouts(layouts)
+        return True
 
     def _early_prefix(self, plan: PlaceholderPlan) -> list[int]:
         """Returns the tokens that the engine may compute before the prompt is known."""

@@ -39,9 +39,7 @@ class PrefillInputs(RequestInputs):
     async def submit(self, plan: PlaceholderPlan, keep_kv: bool = False) -> RequestHandle:
         if self.request.media:
             self._keys = await asyncio.to_thread(layout_keys, self.request.media)
-        layouts = self._layout_cache.get_all(self._keys)
-        if layouts is not None:
-            self._layouts = dict(enumerate(layouts))
+        if self._find_layouts(self._layout_cache, self._keys):
             self.prompt.set_result(self._expand(plan))
         return await super().submit(plan, keep_kv)
 

@@ -14,7 +14,7 @@ from vitrine_vlm.embedding_transport.shipping.session_rpc import SessionServicer
 from vitrine_vlm.embedding_transport.wire.grpc_status import abort, send
 from vitrine_vlm.embedding_transport.wire.messages import layout_to_proto
 from vitrine_vlm.errors import BadRequest, PrefillUnavailable, WorkerUnavailable
-from vitrine_vlm.llm_worker.generation.events import FirstToken, GenerationRequest, PromptKnown
+from vitrine_vlm.llm_worker.generation.events import FirstToken, GenerationRequest, Started
 from vitrine_vlm.llm_worker.generation.served_model import ServedModel
 from vitrine_vlm.llm_worker.prefill.kv_format import KvFormat, check_format
 from vitrine_vlm.llm_worker.prefill.wire import format_from_proto, format_to_proto, prefilled_to_proto
@@ -78,13 +78,13 @@ class PrefillServicer(SessionServicer, prefill_pb2_grpc.PrefillServicer):  # typ
         prefilling: ServedPrefill,
         context: PrefillContext,
     ) -> None:
-        known: PromptKnown | None = None
+        known: Started | None = None
         leases: list[int] = []
         exporter, session_id, first_row = prefilling.exporter, request.session_id, request.first_row
         try:
             async with self._requests.track(partial(prefilling.served.generator.prefill, generation)) as events:
                 async for event in events:
-                    if isinstance(event, PromptKnown):
+                    if isinstance(event, Started):
                         known = event
                         if first_row >= known.num_prompt_tokens:
                             raise BadRequest(

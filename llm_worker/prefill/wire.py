@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from vitrine_vlm.llm_worker.engine.sampler import NextToken
-from vitrine_vlm.llm_worker.generation.events import FirstToken, GenerationRequest, PromptKnown
+from vitrine_vlm.llm_worker.generation.events import FirstToken, GenerationRequest, Started
 from vitrine_vlm.llm_worker.prefill.kv_format import KvFormat
 from vitrine_vlm.llm_worker.wire import logprobs_from_proto, logprobs_to_proto, prompt_to_proto, sampling_to_proto
 from vitrine_vlm.protos.llm.v1 import llm_pb2
@@ -61,7 +61,7 @@ def request_to_proto(
     )
 
 
-def prefilled_to_proto(known: PromptKnown, first: FirstToken) -> prefill_pb2.Prefilled:
+def prefilled_to_proto(known: Started, first: FirstToken) -> prefill_pb2.Prefilled:
     return prefill_pb2.Prefilled(
         num_prompt_tokens=known.num_prompt_tokens,
         token_id=first.token_ids[0],

@@ -50,7 +50,7 @@ class LlmServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Streams a generation: one Started, then Deltas, then one Finished.
+        """Streams a generation: one Started, then Deltas, then one Finished; with several answers, those of each.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

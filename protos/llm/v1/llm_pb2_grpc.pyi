@@ -32,7 +32,7 @@ class LlmStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> LlmAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_llm_pb2.GenerateRequest, _llm_pb2.GenerateResponse]
-    """Streams a generation: one Started, then Deltas, then one Finished."""
+    """Streams a generation: one Started, then Deltas, then one Finished; with several answers, those of each."""
     Prefill: _grpc.UnaryUnaryMultiCallable[_llm_pb2.PrefillRequest, _llm_pb2.PrefillResponse]
     """Runs the prompt only and returns the first token with its log-probabilities."""
 
@@ -40,7 +40,7 @@ class LlmStub:
 class LlmAsyncStub(LlmStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_llm_pb2.GenerateRequest, _llm_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Streams a generation: one Started, then Deltas, then one Finished."""
+    """Streams a generation: one Started, then Deltas, then one Finished; with several answers, those of each."""
     Prefill: _aio.UnaryUnaryMultiCallable[_llm_pb2.PrefillRequest, _llm_pb2.PrefillResponse]  # type: ignore[assignment]
     """Runs the prompt only and returns the first token with its log-probabilities."""
 
@@ -51,7 +51,7 @@ class LlmServicer(metaclass=_abc_1.ABCMeta):
         request: _llm_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_llm_pb2.GenerateResponse], _abc.AsyncIterator[_llm_pb2.GenerateResponse]]:
-        """Streams a generation: one Started, then Deltas, then one Finished."""
+        """Streams a generation: one Started, then Deltas, then one Finished; with several answers, those of each."""
 
     @_abc_1.abstractmethod
     def Prefill(

@@ -55,6 +55,51 @@ async def test_sampling_out_of_range(stub: llm_pb2_grpc.LlmAsyncStub, sampling: 
     assert str(next(iter(sampling.values()))) in (caught.value.details() or "")
 
 
+async def test_sampling_parameters_that_change_logits(stub: llm_pb2_grpc.LlmAsyncStub) -> None:
+    """Of a prompt's first token the most probable three are known: each is excluded, or made the most probable one."""
+    prompt = llm_pb2.Prompt(text="Hello")
+    first = await stub.Prefill(
+        llm_pb2.PrefillRequest(prompt=prompt, sampling=llm_pb2.SamplingParams(temperature=0, logprobs=3))
+    )
+    best, second, third = (each.token_id for each in first.first_token.top)
+    word = llm_pb2.TokenIds(ids=[best])
+    for fields, expected in (
+        ({}, best),
+        ({"bad_words": [word]}, second),
+        ({"logit_bias": {best: -100.0, third: 100.0}}, third),
+        ({"allowed_token_ids": llm_pb2.TokenIds(ids=[third])}, third),
+        ({"min_tokens": 1, "stop_token_ids": [best]}, second),
+        ({"temperature": 5.0, "min_p": 1.0}, best),
+    ):
+        sampling = llm_pb2.SamplingParams(**{"temperature": 0, "logprobs": 1, **fields})  # type: ignore[arg-type]
+        answer = await stub.Prefill(llm_pb2.PrefillRequest(prompt=prompt, sampling=sampling))
+        assert (answer.first_token.sampled.token_id, answer.first_token.top[0].token_id) == (expected, best)
+
+
+async def test_several_answers(stub: llm_pb2_grpc.LlmAsyncStub) -> None:
+    def asked(n: int = 0, best_of: int = 0) -> llm_pb2.GenerateRequest:
+        sampling = llm_pb2.SamplingParams(temperature=1.5, seed=5, max_tokens=6)
+        return llm_pb2.GenerateRequest(prompt=llm_pb2.Prompt(text="Hello"), sampling=sampling, n=n, best_of=best_of)
+
+    async def answers(request: llm_pb2.GenerateRequest) -> dict[int, list[int]]:
+        found: dict[int, list[int]] = {}
+        kinds: list[str | None] = []
+        async for response in stub.Generate(request):
+            kinds.append(response.WhichOneof("event"))
+            found.setdefault(response.answer, []).extend(response.delta.token_ids)
+        assert kinds[0] == "started" and kinds.count("started") == 1
+        assert kinds.count("finished") == len(found)
+        return found
+
+    two = await answers(asked(n=2))
+    assert two.keys() == {0, 1} and two[0] != two[1]
+    assert await answers(asked()) == {0: two[0]}
+    assert (await answers(asked(best_of=2)))[0] in two.values()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await answers(asked(n=3, best_of=2))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def test_unset_sampling_is_the_checkpoints(stub: llm_pb2_grpc.LlmAsyncStub) -> None:
     first = await stub.Prefill(llm_pb2.PrefillRequest(prompt=llm_pb2.Prompt(text="Hello")))
     assert first.num_prompt_tokens == 5
