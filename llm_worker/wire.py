@@ -37,6 +37,9 @@ def generation_from_proto(
         media=tuple(_media_item(index, item) for index, item in enumerate(prompt.media)),
         sampling=_sampling(sampling, defaults),
         stop=tuple(sampling.stop),
+        include_stop_str_in_output=sampling.include_stop_str_in_output,
+        skip_special_tokens=sampling.skip_special_tokens if sampling.HasField("skip_special_tokens") else True,
+        truncate_prompt_tokens=sampling.truncate_prompt_tokens or None,
     )
 
 

@@ -91,6 +91,11 @@ class Engine:
     def max_model_len(self) -> int:
         return self._config.max_model_len
 
+    @property
+    def max_prompt_tokens(self) -> int:
+        """The longest prompt that the context holds, with one generated token behind it."""
+        return self._scheduler.max_model_len - 1
+
     def start(self, supervisor: Supervisor) -> None:
         """Starts the engine's thread, which the supervisor owns."""
         self._supervisor = supervisor

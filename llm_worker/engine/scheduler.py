@@ -24,7 +24,7 @@ from vitrine_vlm.llm_worker.engine.request_state import RequestState, RequestSta
 
 class Scheduler:
     """
-    waiting, running: requests in order of arrival.
+    waiting, running: requests in order of arrival. max_model_len: longest prompt plus answer that memory holds, tokens.
     num_preempted: how often a request was preempted. num_cached_tokens: prompt tokens whose KV was in the cache. Both
     since the start.
     """
@@ -52,7 +52,7 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._mixed_step_tokens = min(mixed_step_tokens or max_num_batched_tokens, max_num_batched_tokens)
         self._max_num_seqs = max_num_seqs
-        self._max_model_len = min(max_model_len, kv_cache.num_blocks * kv_cache.block_size)
+        self.max_model_len = min(max_model_len, kv_cache.num_blocks * kv_cache.block_size)
         self.waiting: list[RequestState] = []
         self.running: list[RequestState] = []
 
@@ -81,7 +81,7 @@ class Scheduler:
         num_prompt = request.num_prompt_tokens
         self.check_context_length(num_prompt)
         wanted = request.sampled.params.max_tokens
-        longest = self._max_model_len - num_prompt
+        longest = self.max_model_len - num_prompt
         request.limit_length(num_prompt + (longest if wanted is None else min(wanted, longest)))
 
     def check_context_length(self, num_tokens: int) -> None:
@@ -90,9 +90,9 @@ class Scheduler:
         Raises:
             PromptTooLong: the context does not hold a prompt of this many tokens and one generated token.
         """
-        if num_tokens >= self._max_model_len:
+        if num_tokens >= self.max_model_len:
             raise PromptTooLong(
-                f"the prompt has {num_tokens} tokens, the context holds {self._max_model_len} including the answer: "
+                f"the prompt has {num_tokens} tokens, the context holds {self.max_model_len} including the answer: "
                 "shorten the text, send fewer or smaller images, or start the worker with a larger --max-model-len"
             )
 

@@ -14,7 +14,12 @@ from vitrine_vlm.types import Layout, MediaItem
 class GenerationRequest:
     """A request of any frontend.
 
-    prompt: text with one placeholder a media item, or token ids. stop: strings; the text ends before the first of them.
+    prompt: text with one placeholder a media item, or token ids.
+    stop: strings; the text ends before the first of them.
+    include_stop_str_in_output: it ends behind it; a stop token's text is part of it, too.
+    skip_special_tokens: the text has none of the tokenizer's special tokens.
+    truncate_prompt_tokens: only the last tokens of the prompt are used, this many, or with -1 as many as the context
+        holds; None for all.
     """
 
     request_id: str
@@ -22,6 +27,9 @@ class GenerationRequest:
     media: tuple[MediaItem, ...]
     sampling: SamplingParams
     stop: tuple[str, ...] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,28 @@ class Generator:
             raise BadRequest(
                 f"token ids must be in 0..{vocab_size - 1}, got {min(token_ids)}..{max(token_ids)}", "prompt"
             )
+        if request.truncate_prompt_tokens is not None:
+            token_ids = token_ids[-self._num_kept(request, request.truncate_prompt_tokens) :]
         return plan_placeholders(token_ids, [item.kind for item in request.media], self._prompt_config)
+
+    def _num_kept(self, request: GenerationRequest, num_wanted: int) -> int:
+        """The number of tokens that a truncated prompt keeps.
+
+        Raises:
+            BadRequest: the number is out of range, or the prompt has media, whose placeholders may be cut.
+        """
+        if num_wanted < 1 and num_wanted != -1:
+            raise BadRequest(
+                f"truncate_prompt_tokens is {num_wanted}: it must be at least 1, or -1 for what the context holds",
+                "truncate_prompt_tokens",
+            )
+        if request.media:
+            raise BadRequest(
+                "truncate_prompt_tokens is set in a request with images or videos, whose placeholders it may cut: "
+                "shorten the text instead",
+                "truncate_prompt_tokens",
+            )
+        return num_wanted if num_wanted > 0 else self._engine.max_prompt_tokens
 
     def _finished(
         self,
@@ -234,15 +255,16 @@ class _AnswerText:
 
     def __init__(self, tokenizer: PromptTokenizer | None, request: GenerationRequest) -> None:
         self.num_tokens = 0
-        self._detokenizer = tokenizer.detokenizer() if tokenizer is not None else None
-        self._stop = StopStrings(request.stop)
+        self._detokenizer = tokenizer.detokenizer(request.skip_special_tokens) if tokenizer is not None else None
+        self._stop = StopStrings(request.stop, request.include_stop_str_in_output)
+        self._with_stop_token = request.include_stop_str_in_output
         self._min_tokens = request.sampling.min_tokens
 
     def push(self, output: TokenOutput) -> tuple[Delta, str | None]:
         """Returns the token with the text that is certain by now, and the finish reason if the answer ends here."""
         self.num_tokens += 1
         text = ""
-        if self._detokenizer is not None and output.finish_reason != "stop":
+        if self._detokenizer is not None and (output.finish_reason != "stop" or self._with_stop_token):
             text = self._stop.push(self._detokenizer.push(output.token_id), self.num_tokens > self._min_tokens)
         finish_reason = "stop" if self._stop.found else output.finish_reason
         if finish_reason is not None:

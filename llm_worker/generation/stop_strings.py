@@ -9,10 +9,14 @@ class StopStrings:
     """Passes text on up to the first stop string, and holds back an end that may yet become one.
 
     found: whether a stop string has come.
+
+    Args:
+        include: whether the stop string is passed on, too.
     """
 
-    def __init__(self, stop: Sequence[str]) -> None:
+    def __init__(self, stop: Sequence[str], include: bool = False) -> None:
         self._stop = [each for each in stop if each]
+        self._include = include
         self._held = ""
         self.found = False
 
@@ -29,7 +33,8 @@ class StopStrings:
         found = [(start + len(each), start) for each in self._stop if (start := self._held.find(each)) >= 0]
         if found and may_stop:
             self.found = True
-            return self._held[: min(found)[1]]
+            end, start = min(found)
+            return self._held[: end if self._include else start]
         certain = len(self._held) - self._longest_beginning()
         text, self._held = self._held[:certain], self._held[certain:]
         return text

@@ -102,17 +102,17 @@ class PromptTokenizer:
             raise BadRequest(f"the chat template refuses these messages: {error}") from error
         return text
 
-    def detokenizer(self) -> Detokenizer:
-        return Detokenizer(self._tokenizer.backend_tokenizer)
+    def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
+        return Detokenizer(self._tokenizer.backend_tokenizer, skip_special_tokens)
 
 
 class Detokenizer:
     """The text of one generation, token by token, in whole characters only."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
 
     def push(self, token_id: int) -> str:
-        """Returns the text that this token completes; empty in the middle of a character and for special tokens."""
+        """Returns the text that this token completes; empty in the middle of a character and for a skipped token."""
         return self._stream.step(self._tokenizer, token_id) or ""

@@ -56,3 +56,12 @@ def test_an_empty_list_of_allowed_tokens_is_not_left_out() -> None:
 def test_numbers_without_a_limit_are_sent_as_the_largest() -> None:
     sent = sampling_to_proto(SamplingParams(max_tokens=None, min_tokens=2**40, top_k=2**40))
     assert (sent.min_tokens, sent.top_k) == (2**32 - 1, 2**32 - 1)
+
+
+def test_fields_of_text_arrive_and_are_left_out_by_old_clients() -> None:
+    prompt = llm_pb2.Prompt(text="x")
+    old = generation_from_proto("", prompt, llm_pb2.SamplingParams(), DEFAULTS)
+    assert (old.include_stop_str_in_output, old.skip_special_tokens, old.truncate_prompt_tokens) == (False, True, None)
+    sent = llm_pb2.SamplingParams(include_stop_str_in_output=True, skip_special_tokens=False, truncate_prompt_tokens=-1)
+    new = generation_from_proto("", prompt, sent, DEFAULTS)
+    assert (new.include_stop_str_in_output, new.skip_special_tokens, new.truncate_prompt_tokens) == (True, False, -1)

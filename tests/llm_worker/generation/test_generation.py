@@ -7,6 +7,7 @@ import gc
 import weakref
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from vitrine_vlm.errors import (
     InternalError,
     NotAnImage,
     PlaceholderMismatch,
+    PromptTooLong,
     TooManyItems,
     VitrineError,
 )
@@ -243,6 +245,68 @@ async def test_stop_strings_end_the_text_before_them_and_the_engines_work(worker
     assert finished.finish_reason == "stop"
     assert finished.num_completion_tokens < 40
     await worker.until_idle()
+
+
+async def test_stop_strings_and_stop_tokens_may_be_part_of_the_text(worker: LocalWorker) -> None:
+    full = text_of((await run(worker.generator, request("Hello", max_tokens=40)))[1])
+    stop = full[len(full) // 2 :][:3]
+    asked = replace(request("Hello", stop=(stop,), max_tokens=40), include_stop_str_in_output=True)
+    _, deltas, finished = await run(worker.generator, asked)
+    assert text_of(deltas) == full[: full.index(stop)] + stop
+    assert finished.finish_reason == "stop"
+
+    tokenizer = worker.generator.tokenizer
+    assert tokenizer is not None
+    (end,) = tokenizer.encode("<|im_end|>")
+    sampling = replace(asked.sampling, allowed_token_ids=frozenset([end]), stop_token_ids=frozenset([end]))
+    for include, skip, expected in ((False, False, ""), (True, True, ""), (True, False, "<|im_end|>")):
+        asked = replace(
+            request("Hello"), sampling=sampling, include_stop_str_in_output=include, skip_special_tokens=skip
+        )
+        _, deltas, finished = await run(worker.generator, asked)
+        assert (text_of(deltas), finished.num_completion_tokens) == (expected, 1)
+
+
+async def test_special_tokens_may_be_part_of_the_text(worker: LocalWorker) -> None:
+    tokenizer = worker.generator.tokenizer
+    assert tokenizer is not None
+    end, letter = tokenizer.encode("<|im_end|>a")
+    asked = request("Hello", max_tokens=4)
+    sampling = replace(asked.sampling, allowed_token_ids=frozenset([end, letter]), frequency_penalty=2.0)
+    asked = replace(asked, sampling=replace(sampling, logit_bias={end: 100.0, letter: 99.0}))
+    _, deltas, _ = await run(worker.generator, replace(asked, skip_special_tokens=False))
+    whole = text_of(deltas)
+    assert "<|im_end|>" in whole and "a" in whole
+    _, deltas, _ = await run(worker.generator, asked)
+    assert text_of(deltas) == whole.replace("<|im_end|>", "")
+
+
+async def test_stop_strings_count_from_min_tokens_on(worker: LocalWorker) -> None:
+    full = text_of((await run(worker.generator, request("Hello", max_tokens=40)))[1])
+    asked = request("Hello", stop=(full[0],), max_tokens=40)
+    assert (await run(worker.generator, asked))[2].num_completion_tokens < 40
+    _, deltas, finished = await run(worker.generator, replace(asked, sampling=replace(asked.sampling, min_tokens=40)))
+    assert (text_of(deltas), finished.num_completion_tokens) == (full, 40)
+
+
+async def test_a_truncated_prompt_is_its_last_tokens(worker: LocalWorker) -> None:
+    expected = await run(worker.generator, request("lo"))
+    for prompt in ("Hello", worker.generator.tokenizer.encode("Hello") if worker.generator.tokenizer else []):
+        started, deltas, _ = await run(worker.generator, replace(request(prompt), truncate_prompt_tokens=2))
+        assert started == expected[0] and text_of(deltas) == text_of(expected[1])
+    long = request("x" * 600, max_tokens=8)
+    with pytest.raises(PromptTooLong):
+        await run(worker.generator, long)
+    started, _, finished = await run(worker.generator, replace(long, truncate_prompt_tokens=-1))
+    assert (started.num_prompt_tokens, finished.num_completion_tokens) == (511, 1)
+    for asked in (
+        replace(request("Hello"), truncate_prompt_tokens=0),
+        replace(request("Hello"), truncate_prompt_tokens=-2),
+        replace(request(IMAGE, ("one 6",)), truncate_prompt_tokens=100),
+    ):
+        with pytest.raises(BadRequest) as refused:
+            await run(worker.generator, asked)
+        assert refused.value.param == "truncate_prompt_tokens"
 
 
 async def test_a_finished_request_is_freed_without_a_garbage_collection(worker: LocalWorker) -> None:

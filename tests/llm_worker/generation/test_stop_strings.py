@@ -57,3 +57,9 @@ def test_stop_strings_that_end_too_early_are_text() -> None:
     assert watcher.push("xab", may_stop=False) + watcher.push("ab", may_stop=False) == "xaba"
     assert watcher.push("c") == "" and not watcher.found
     assert watcher.push("d") == "" and watcher.found
+
+
+def test_an_included_stop_string_is_passed_on_and_nothing_behind_it() -> None:
+    watcher = StopStrings(["abc", "b"], include=True)
+    assert watcher.push("xa") + watcher.push("bcd") == "xab" and watcher.found
+    assert watcher.push("e") + watcher.flush() == ""
