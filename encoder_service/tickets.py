@@ -129,4 +129,4 @@ class TicketTable:
             await asyncio.sleep(min(_EXPIRY_INTERVAL_S, self.ttl_s / 4))
             num_expired = self.expire()
             if num_expired:
-                _log.info("%d tickets expired: they were neither released nor claimed in time", num_expired)
+                _log.info("%d tickets expired: they were not released in time", num_expired)

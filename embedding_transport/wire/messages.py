@@ -24,21 +24,20 @@ def item_to_proto(item: MediaItem) -> encoder_pb2.MediaItem:
     elif item.url is not None:
         message.url = item.url
     elif item.patches is not None:
-        message.patches.CopyFrom(_patches_to_proto(item.patches))
+        _write_patches(item.patches, message.patches)
     elif item.ticket is not None:
         message.ticket = item.ticket.value
     return message
 
 
-def _patches_to_proto(patches: Patches) -> encoder_pb2.Patches:
-    return encoder_pb2.Patches(
-        data=patches.data,
-        dtype=patches.dtype,
-        normalized=patches.normalized,
-        grid_thw=patches.grid_thw,
-        timestamps_s=patches.timestamps_s,
-        second_per_grid_t=patches.second_per_grid_t,
-    )
+def _write_patches(patches: Patches, message: encoder_pb2.Patches) -> None:
+    """Fills the message in place: a message of its own would be copied, and patches are large."""
+    message.data = patches.data
+    message.dtype = patches.dtype
+    message.normalized = patches.normalized
+    message.grid_thw[:] = patches.grid_thw
+    message.timestamps_s[:] = patches.timestamps_s
+    message.second_per_grid_t = patches.second_per_grid_t
 
 
 def describe_identity(description: encoder_pb2.DescribeResponse) -> ModelIdentity:

@@ -1,4 +1,4 @@
-"""Patches that a caller has cut already: checked against their grid, then brought to the device and normalized there.
+"""Patches that a caller has cut already: checked against their grid, then copied to the device and normalized there.
 
 Shapes: P = t * h * w patches, D = 3 * temporal_patch_size * patch_size ** 2 values in each.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
@@ -18,8 +17,6 @@ from vitrine_vlm.errors import MediaError, MediaTooLarge
 from vitrine_vlm.types import DTYPES, Layout, MediaKind, Patches
 
 PATCH_DTYPES: dict[str, torch.dtype] = {"uint8": torch.uint8, **DTYPES}
-# Far above any real one; beyond it 64-bit integers could overflow on the way to the tower.
-_MAX_SIDE = 1 << 20
 
 
 class GivenPatches:
@@ -57,22 +54,16 @@ class GivenPatches:
         """See `OpenedMedia.patches`."""
         work, num_patches = self._work, math.prod(self._patches.grid_thw)
         with work():
-            values = self._bytes().to(work.device, non_blocking=True)
-            patches_PD = values.view(PATCH_DTYPES[self._patches.dtype]).view(num_patches, -1)
+            # A copy: what follows writes in place, and the bytes are needed again where a ticket is claimed again.
+            values = torch.frombuffer(bytearray(self._patches.data), dtype=PATCH_DTYPES[self._patches.dtype])
+            patches_PD = values.view(num_patches, -1).to(work.device)
             return self._normalized(patches_PD).to(work.dtype)
-
-    def _bytes(self) -> torch.Tensor:
-        """A copy of the bytes in memory that a GPU copies from by itself; on the CPU memory that may be written to."""
-        data = self._patches.data
-        values = torch.empty(len(data), dtype=torch.uint8, pin_memory=self._work.device.type == "cuda")
-        values.numpy()[:] = np.frombuffer(data, np.uint8)
-        return values
 
     def _normalized(self, patches_PD: torch.Tensor) -> torch.Tensor:
         """Normalized patches, finite and bounded.
 
-        Items of a batch share kernels, whose masks multiply a neighbour's values by 0: NaN or infinity, which huge
-        values become inside of the tower, would pass from one item into another.
+        Items of a batch share kernels, whose masks may multiply a neighbour's values by 0: NaN or infinity, which
+        huge values become inside of the tower, would pass from one item into another.
         """
         if patches_PD.dtype == torch.uint8:
             return normalize(patches_PD, self._settings)
@@ -95,10 +86,8 @@ def _check_grid(
 ) -> None:
     t, h, w = grid_thw
     merge, patch = settings.merge_size, settings.patch_size
-    if not all(1 <= side <= _MAX_SIDE for side in grid_thw) or h % merge or w % merge:
-        raise MediaError(
-            f"patches with grid {grid_thw}: t, h and w must be from 1 to {_MAX_SIDE}, h and w multiples of {merge}"
-        )
+    if min(grid_thw) < 1 or h % merge or w % merge:
+        raise MediaError(f"patches with grid {grid_thw}: t must be at least 1, h and w positive multiples of {merge}")
     if kind == "image" and t != 1:
         raise MediaError(f"patches of an image with grid {grid_thw}: t must be 1, send several frames as a video")
     frame_pixels = h * w * patch**2

@@ -64,7 +64,7 @@ async def test_bad_patches_fail_alone_and_hold_no_memory(qwen3_vl_folder: Path, 
     async with run_encoder(qwen3_vl_folder, tmp_path) as encoder:
         responses = await encode(encoder, *(MediaItem("image", patches=patches) for patches in (*bad, good)))
         failed = {r.failed.item_index: r.failed for r in responses if r.WhichOneof("event") == "failed"}
-        assert {index: each.code for index, each in failed.items()} == {0: "invalid_media", 1: "invalid_media"}
+        assert {index: each.code for index, each in failed.items()} == {0: "invalid_media", 1: "media_too_large"}
         assert f"{len(good.data) - 1} bytes" in failed[0].message and str((1 << 32) - 2) in failed[1].message
         assert layouts_of(responses).keys() == {2}
         held = encoder.metrics.registry.get_sample_value("vitrine_encoder_held_media_bytes")
