@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 def _load_metrics() -> Any:
-    """Returns the module of the metrics; None with vLLM before 0.32, which has none of such connectors."""
+    """Returns the module of the metrics; None with vLLM 0.30, which has none of such connectors."""
     try:
         from vitrine_vlm.vllm_connector import metrics
     except ImportError:
@@ -89,7 +89,11 @@ class VitrineConnector(ECConnectorBase):
         )
         deliveries = Deliveries(self._fetcher, settings.max_landed_bytes, self._stats)
         self._scheduler = SchedulerSide(settings, facts, deliveries)
-        self._fetcher.start()
+        try:
+            self._fetcher.start()
+        except BaseException:
+            remove_folder(self._path)
+            raise
 
     def shutdown(self) -> None:
         if self._worker is not None:
@@ -131,8 +135,9 @@ class VitrineConnector(ECConnectorBase):
 
     def start_load_caches(self, encoder_cache: dict[str, torch.Tensor], **kwargs: Any) -> None:
         metadata = self._get_connector_metadata()
-        assert self._worker is not None and isinstance(metadata, StepMetadata)
-        self._worker.start_step(metadata.commands, encoder_cache)
+        assert isinstance(metadata, StepMetadata)
+        if self._worker is not None:
+            self._worker.start_step(metadata.commands, encoder_cache)
 
     def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str, **kwargs: Any) -> None:
         """Does nothing: what vLLM's own tower has encoded stays there."""

@@ -13,6 +13,7 @@ from vitrine_vlm.types import MediaItem, Patches, Ticket
 from vitrine_vlm.vllm_connector.vllm_types import Feature
 
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+_EMBEDDINGS = {"image": "image_embeds", "video": "video_embeds"}
 _GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 _DTYPES = {
     torch.uint8: "uint8",
@@ -41,16 +42,30 @@ def ticket_params(feature: Feature, params: Mapping[str, Any] | None) -> TicketP
     """Returns the ticket of an item, or None if the request has none for it.
 
     Raises:
-        BadRequest: the request's parameters for this item are malformed.
+        BadRequest: the request's parameters for this item are malformed, or are of another item.
     """
     found = (params or {}).get(feature.mm_hash or feature.identifier)
     if found is None:
         return None
     try:
-        return TicketParams.model_validate(found)
+        ticket = TicketParams.model_validate(found)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
         raise BadRequest(f"ec_transfer_params of {feature.identifier}: {problems}") from error
+    needed = (feature.modality, feature.mm_position.get_num_embeds())
+    if (ticket.kind, ticket.num_tokens) != needed:
+        raise BadRequest(
+            f"ec_transfer_params of {feature.identifier}: {ticket.kind} of {ticket.num_tokens} tokens, the prompt has "
+            f"{needed[0]} of {needed[1]}"
+        )
+    return ticket
+
+
+def needs_tower(feature: Feature) -> bool:
+    """Whether the item is an image or video whose embeddings are not in the request itself."""
+    if feature.modality not in _PIXELS:
+        return False
+    return not isinstance(_field(feature, _EMBEDDINGS[feature.modality]), torch.Tensor)
 
 
 def has_pixels(feature: Feature) -> bool:

@@ -1,7 +1,7 @@
 """The connector's metrics in vLLM's own /metrics.
 
 The scheduler's side reports through vLLM's statistics of a step; the process of the API server observes the reports.
-vLLM has these hooks from 0.32 on, so this module cannot be imported with an older one.
+vLLM has these hooks from 0.31 on, so this module cannot be imported with an older one.
 """
 
 from __future__ import annotations

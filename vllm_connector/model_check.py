@@ -15,7 +15,6 @@ from vitrine_vlm.vllm_connector.fetching import RowFormat
 
 # The first minor version of the protocol with patches and tickets.
 _NEEDED_MINOR_VERSION = 1
-_FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl")
 _FINGERPRINT_LENGTH = 64
 
 _log = logging.getLogger(__name__)
@@ -84,15 +83,15 @@ def served_model(model_config: Any, load_format: str, check_revision: bool) -> S
         load_format: vLLM's; "dummy" weights have no revision but that of their config.
 
     Raises:
-        ValueError: the model is of no family that Vitrine's encoders serve.
+        ValueError: the model has no vision tower of the kind that Vitrine's encoders serve.
     """
     config = model_config.hf_config
-    if config.model_type not in _FAMILIES:
+    vision = getattr(getattr(config, "thinker_config", config), "vision_config", None)  # Omni models have a thinker
+    if not hasattr(vision, "out_hidden_size") or not hasattr(vision, "spatial_merge_size"):
         raise ValueError(
-            f"VitrineConnector serves {', '.join(_FAMILIES)}; vLLM's model is {config.model_type!r}: leave out "
+            f"VitrineConnector serves models with a vision tower of Qwen's, not {config.model_type!r}: leave out "
             "--ec-transfer-config"
         )
-    vision = config.vision_config
     return ServedModel(
         model_type=config.model_type,
         out_hidden_size=vision.out_hidden_size,

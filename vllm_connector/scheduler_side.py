@@ -14,7 +14,7 @@ from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.types import DTYPES, MediaItem
 from vitrine_vlm.vllm_connector.deliveries import Deliveries, Delivery, Status
 from vitrine_vlm.vllm_connector.fetching import FetchOrder, RowFormat
-from vitrine_vlm.vllm_connector.media_items import has_pixels, patches_item, ticket_params
+from vitrine_vlm.vllm_connector.media_items import has_pixels, needs_tower, patches_item, ticket_params
 from vitrine_vlm.vllm_connector.messages import StepCommands
 from vitrine_vlm.vllm_connector.settings import ConnectorSettings
 from vitrine_vlm.vllm_connector.vllm_types import Feature, VllmRequest
@@ -61,7 +61,10 @@ class SchedulerSide:
         `has_rows` is False for it, and that vLLM's own tower encodes it.
         """
         request_id, features, deliveries = request.request_id, request.mm_features, self._deliveries
-        needed = {feature.identifier: feature for feature in features if _end(feature) > num_computed_tokens}
+        needed: dict[str, Feature] = {}
+        for feature in features:
+            if _end(feature) > num_computed_tokens and needs_tower(feature):
+                needed.setdefault(feature.identifier, feature)
         deliveries.release(request_id, set(needed))
         if not needed:
             return True

@@ -8,7 +8,7 @@ import torch
 from tests.vllm_connector.vllm_requests import Elem, Feature, Place, metadata, pixels, plain, ticket
 from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.types import Ticket
-from vitrine_vlm.vllm_connector.media_items import has_pixels, patches_item, ticket_params
+from vitrine_vlm.vllm_connector.media_items import has_pixels, needs_tower, patches_item, ticket_params
 
 
 def test_pixels_become_patches_as_they_are() -> None:
@@ -54,6 +54,13 @@ def test_items_without_pixels_are_known() -> None:
         patches_item(metadata("x", 0), normalized=False)
 
 
+def test_what_needs_no_tower_is_left_to_vllm() -> None:
+    embeds = {"image_embeds": Elem(torch.zeros(4, 8)), "image_grid_thw": Elem(torch.tensor((1, 4, 4)))}
+    assert needs_tower(plain("x", 0)) and needs_tower(metadata("x", 0))
+    assert not needs_tower(Feature("x", Place(0, 4), embeds))
+    assert not needs_tower(Feature("x", Place(0, 4), {}, modality="audio"))
+
+
 def test_tickets_are_found_by_the_uuid_whatever_adapter_is_used() -> None:
     feature = Feature("adapter-u", Place(0, 4), None, mm_hash="u")
     params = ticket_params(feature, {"u": ticket(unknown=1)})
@@ -73,6 +80,8 @@ def test_tickets_are_found_by_the_uuid_whatever_adapter_is_used() -> None:
         ticket(num_tokens=0),
         ticket(encoder_id=""),
         ticket(tenant=None),
+        ticket(num_tokens=5),
+        ticket(kind="video"),
     ],
 )
 def test_malformed_parameters_are_the_requests_fault(malformed: object) -> None:

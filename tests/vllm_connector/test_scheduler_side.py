@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tests.vllm_connector.vllm_requests import Request, metadata, plain, ticket
+from tests.vllm_connector.vllm_requests import Feature, Place, Request, metadata, plain, ticket
 from vitrine_vlm.errors import EncoderUnavailable
 from vitrine_vlm.vllm_connector.deliveries import Deliveries
 from vitrine_vlm.vllm_connector.fetching import FetchOrder, FetchResult, RowFormat
@@ -201,6 +201,12 @@ def test_metadata_without_a_good_ticket_fails_its_request_alone(
     assert scheduler.items == {"failed": 1}
     assert not side.ensure_available(Request("s", [metadata("u", 0)], {"u": ticket()}), 0), "another one may"
     assert side.take_unavailable() == set() and len(scheduler.fetcher.orders) == 1
+
+
+def test_items_without_a_tower_are_left_to_vllm(scheduler: Scheduler) -> None:
+    audio = Feature("a", Place(0, 4), {}, modality="audio")
+    assert scheduler.side.ensure_available(Request("r", [audio]), 0)
+    assert scheduler.side.take_unavailable() == set() and scheduler.fetcher.orders == {}
 
 
 def test_a_request_with_a_ticket_fails_with_its_fetch(scheduler: Scheduler) -> None:
