@@ -86,7 +86,7 @@ def served_model(model_config: Any, load_format: str, check_revision: bool) -> S
         ValueError: the model has no vision tower of the kind that Vitrine's encoders serve.
     """
     config = model_config.hf_config
-    vision = getattr(getattr(config, "thinker_config", config), "vision_config", None)  # Omni models have a thinker
+    vision: Any = getattr(getattr(config, "thinker_config", config), "vision_config", None)  # Omni models: a thinker
     if not hasattr(vision, "out_hidden_size") or not hasattr(vision, "spatial_merge_size"):
         raise ValueError(
             f"VitrineConnector serves models with a vision tower of Qwen's, not {config.model_type!r}: leave out "
