@@ -14,10 +14,9 @@ from vitrine_vlm.errors import WorkerUnavailable
 from vitrine_vlm.gateway.client_stream import EVENT_STREAM, ClientStream
 from vitrine_vlm.gateway.first_events import read_first_events
 from vitrine_vlm.gateway.headers import passed_on
-from vitrine_vlm.gateway.servers import Server, ServerFleet
+from vitrine_vlm.gateway.servers import RETRY_AFTER_S, Server, ServerFleet
 
 _BUSY = (429, 503)
-_RETRY_AFTER_S = "1"
 # Not sent on: the client has sent none, and aiohttp would add its own.
 _SKIPPED_HEADERS = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
 
@@ -59,7 +58,7 @@ class Answer:
         return is_error
 
     async def send(self, client: ClientStream) -> None:
-        """Sends the answer, bytes by bytes as they come.
+        """Sends the answer, its bytes as they come.
 
         Raises:
             WorkerUnavailable: the server was lost in the middle.
@@ -67,7 +66,7 @@ class Answer:
         """
         headers = passed_on(self._response.headers)
         if self.status in _BUSY:
-            headers.setdefault("Retry-After", _RETRY_AFTER_S)
+            headers.setdefault("Retry-After", str(RETRY_AFTER_S))
         await client.start(self.status, self._response.reason, headers)
         if self._first_bytes:
             await client.write(self._first_bytes)
@@ -109,7 +108,8 @@ class Forwarder:
             with server.request():
                 response = await self._send(request, server, failures)
                 if response is None:
-                    self._on_retry("lost")
+                    if self._servers.has_other(failures):
+                        self._on_retry("lost")
                     continue
                 async with response:
                     if response.status in _BUSY and self._servers.has_other({*failures, server.address}):

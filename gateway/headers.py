@@ -14,7 +14,21 @@ _NOT_PASSED = frozenset(
 
 
 def passed_on(headers: Mapping[str, str]) -> CIMultiDict[str]:
-    """Returns the headers without those of the connection, which Connection may name more of."""
+    """Returns the headers without those of the connection, which Connection may name more of.
+
+    Those that are not UTF-8 are left out, too.
+    """
     named = {name.strip().lower() for name in headers.get("Connection", "").split(",")}
     removed = _NOT_PASSED | named
-    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in removed)
+    return CIMultiDict(
+        (name, value) for name, value in headers.items() if name.lower() not in removed and is_utf8(value)
+    )
+
+
+def is_utf8(text: str) -> bool:
+    """Whether this text came as UTF-8: aiohttp has other bytes as surrogates, which it cannot send."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -17,7 +17,7 @@ from vitrine_vlm.errors import BadRequest, WorkerUnavailable
 from vitrine_vlm.gateway.client_stream import ClientStream
 from vitrine_vlm.gateway.config import GatewayConfig
 from vitrine_vlm.gateway.forwarding import Forwarder, OutgoingRequest
-from vitrine_vlm.gateway.headers import passed_on
+from vitrine_vlm.gateway.headers import is_utf8, passed_on
 from vitrine_vlm.gateway.media_layouts import MediaLayouts
 from vitrine_vlm.gateway.media_parts import ChatBody, parse_chat
 from vitrine_vlm.gateway.metrics import GatewayMetrics
@@ -30,6 +30,7 @@ from vitrine_vlm.service_runtime.traces import outgoing_metadata
 # Requests that are passed on unparsed prefer a server by how their body begins.
 _AFFINITY_NBYTES = 1024
 _MAX_TENANT_LENGTH = 256
+_MAX_ID_LENGTH = 256
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,8 @@ class GatewayHttp:
     def _tenant(self, http: web.Request) -> str:
         name = self._config.tenant_header
         tenant = (http.headers.get(name) if name else None) or self._config.tenant
-        if len(tenant) > _MAX_TENANT_LENGTH:
-            raise BadRequest(
-                f"the tenant in {name} has {len(tenant)} characters: at most {_MAX_TENANT_LENGTH} are taken"
-            )
+        if len(tenant) > _MAX_TENANT_LENGTH or not is_utf8(tenant):
+            raise BadRequest(f"the tenant in {name} must be at most {_MAX_TENANT_LENGTH} characters, in UTF-8")
         return tenant
 
     async def _health(self, http: web.Request) -> web.Response:
@@ -143,16 +142,17 @@ class GatewayHttp:
 def _request(http: web.Request, body: bytes, key: bytes) -> OutgoingRequest:
     """
     Raises:
-        BadRequest: a path that leads out of /v1, or a compressed body.
+        BadRequest: a path that leads out of /v1 or is not URL-encoded, or a compressed body.
     """
-    if {".", ".."} & set(unquote(http.rel_url.raw_path).split("/")):
-        raise BadRequest(f"the path {http.rel_url.raw_path} is not below /v1")
+    path = http.rel_url.raw_path_qs
+    if {".", ".."} & set(unquote(http.rel_url.raw_path).split("/")) or not path.isascii():
+        raise BadRequest(f"the path {path!r} leads out of /v1, or is not URL-encoded")
     if http.headers.get("Content-Encoding", "identity") != "identity":
         raise BadRequest("the body is compressed: send it as it is")
     headers = passed_on(http.headers)
     headers.popall("Content-Length", None)
     for name, value in outgoing_metadata():
         headers[name] = value
-    request_id = http.headers.get("X-Request-Id") or uuid.uuid4().hex
+    request_id = headers.get("X-Request-Id", "")[:_MAX_ID_LENGTH] or uuid.uuid4().hex
     set_request_id(request_id)
-    return OutgoingRequest(http.method, http.rel_url.raw_path_qs, headers, body, key, request_id)
+    return OutgoingRequest(http.method, path, headers, body, key, request_id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import aiohttp
@@ -16,7 +16,7 @@ from vitrine_vlm.service_runtime.backoff import Backoff
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.2, 5.0
-_RETRY_AFTER_S = 1.0
+RETRY_AFTER_S = 1
 
 _log = logging.getLogger(__name__)
 
@@ -65,18 +65,15 @@ class Server:
             self._lost.clear()
             error = await self._check(session, timeout_s)
             if error != self.error:
-                _log.log(
-                    logging.INFO if error is None else logging.WARNING, "server %s: %s", self.address, error or "ok"
-                )
+                level = logging.INFO if error is None else logging.WARNING
+                _log.log(level, "server %s: %s", self.address, error or "healthy")
             self.error = error
             self.attempted.set()
             if error is None:
                 backoff.reset()
-            try:
+            with suppress(TimeoutError):
                 async with asyncio.timeout(interval_s if error is None else backoff.next_s()):
                     await self._lost.wait()
-            except TimeoutError:
-                pass
 
     async def _check(self, session: aiohttp.ClientSession, timeout_s: float) -> str | None:
         """Returns what is wrong, or None."""
@@ -160,7 +157,7 @@ class ServerFleet:
             return usable[ranked(key, loads, avoided)[0]]
         if usable:
             message = f"all {len(usable)} servers have {self._max_in_flight} requests: try again later"
-            raise Overloaded(message, _RETRY_AFTER_S)
+            raise Overloaded(message, RETRY_AFTER_S)
         reasons = {each.address: each.error for each in self.servers} | dict(failures)
         listed = "; ".join(f"server {address}: {reason}" for address, reason in reasons.items()) or "none was found"
         raise WorkerUnavailable(f"no vLLM server can be used: {listed}; start one, or wait until one is healthy")

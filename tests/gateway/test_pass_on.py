@@ -73,6 +73,24 @@ async def test_what_is_not_below_v1_is_not_passed(gateway: Gateway) -> None:
     assert not any(upstream.seen for upstream in gateway.upstreams)
 
 
+async def test_bytes_that_are_not_utf8_fail_no_request_of_others(gateway: Gateway) -> None:
+    host, port = gateway.process.addresses["http"].split(":")
+    body = b'{"messages": []}'
+    for path, headers, status in (
+        (b"/v1/\xff\xfe", b"", 400),
+        (b"/v1/models?a=\xff", b"", 400),
+        (b"/v1/models", b"X-Own: \xff\r\nX-Request-Id: \xfe\r\n", 200),
+        (b"/v1/models", b"X-Request-Id: " + b"a" * 4000 + b"\r\n", 200),
+    ):
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"POST " + path + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 16\r\n" + headers)
+        writer.write(b"\r\n" + body)
+        assert int((await reader.readline()).split()[1]) == status, (path, headers)
+        writer.close()
+    seen = [each for upstream in gateway.upstreams for each in upstream.seen]
+    assert len(seen) == 2 and not any("X-Own" in each.headers for each in seen)
+
+
 async def test_an_absolute_address_in_the_request_line_is_not_called(gateway: Gateway) -> None:
     host, port = gateway.process.addresses["http"].split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
