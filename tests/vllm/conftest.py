@@ -1,0 +1,88 @@
+"""Tests beside unmodified vLLM: `make test-vllm` makes its environment and runs them; other runs leave them out.
+
+The tests, transformers as the reference, and the encoders run in the project's own environment, vLLM in one of its own,
+because the two need different versions of transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.vllm.checkpoints import CHECKPOINTS, CheckpointName, checkpoint
+from tests.vllm.questions import NUM_TOKENS, Question, questions_for
+from tests.vllm.server import vllm_environment
+from vitrine_vlm.sample_models.reference import Reference
+
+NUM_QUESTIONS = 40  # of each checkpoint
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--vllm-python", type=Path, help="the Python interpreter of the environment that has vLLM")
+
+
+def pytest_ignore_collect(config: pytest.Config) -> bool | None:
+    # This option is unknown where these files are not what the command line names.
+    return True if config.getoption("--vllm-python", None) is None else None
+
+
+@pytest.fixture(scope="session")
+def vllm_python(request: pytest.FixtureRequest) -> Path:
+    python: Path = request.config.getoption("--vllm-python")
+    return python.absolute()
+
+
+@pytest.fixture(scope="session")
+def vllm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("vllm")
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[CheckpointName, Path]:
+    parent = tmp_path_factory.mktemp("checkpoints")
+    return {name: checkpoint(name, parent) for name in CHECKPOINTS}
+
+
+@pytest.fixture(scope="session")
+def references(folders: dict[CheckpointName, Path]) -> dict[CheckpointName, Reference]:
+    return {name: Reference(folder) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="session")
+def questions(folders: dict[CheckpointName, Path]) -> dict[CheckpointName, list[Question]]:
+    return {name: questions_for(name, factor_of(folder), NUM_QUESTIONS) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="session")
+def expected(
+    references: dict[CheckpointName, Reference], questions: dict[CheckpointName, list[Question]]
+) -> dict[CheckpointName, list[list[int]]]:
+    """Token ids by transformers."""
+    return {name: [question.expected(references[name]) for question in asked] for name, asked in questions.items()}
+
+
+@pytest.fixture(scope="session")
+def own_tower(
+    vllm_python: Path,
+    vllm_cache: Path,
+    folders: dict[CheckpointName, Path],
+    questions: dict[CheckpointName, list[Question]],
+) -> dict[CheckpointName, list[list[int]]]:
+    """Token ids by vLLM with its own tower."""
+    asked, answers = vllm_cache / "questions.json", vllm_cache / "answers.json"
+    messages = {str(folders[name]): [question.messages for question in questions[name]] for name in CHECKPOINTS}
+    asked.write_text(json.dumps(messages))
+    script = Path(__file__).with_name("own_tower.py")
+    environment = vllm_environment(vllm_cache) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    subprocess.run([vllm_python, script, asked, answers, str(NUM_TOKENS)], env=environment, cwd=vllm_cache, check=True)
+    answered = json.loads(answers.read_text())
+    return {name: answered[str(folders[name])] for name in CHECKPOINTS}
+
+
+def factor_of(folder: Path) -> int:
+    """Returns the pixels along a side of one merged token."""
+    vision = json.loads((folder / "config.json").read_text())["vision_config"]
+    return int(vision["patch_size"] * vision["spatial_merge_size"])

@@ -1,0 +1,107 @@
+"""Questions about pictures and videos, as chat messages for a server and as inputs for transformers."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from benchmarks.accuracy.questions import held_out_questions
+from tests.integration.media import clip, picture
+from tests.vllm.checkpoints import CheckpointName
+from vitrine_vlm.sample_models.reference import Media, Reference
+
+NUM_TOKENS = 16
+_MIME = {"image": "image/png", "video": "video/mp4"}
+
+
+@dataclass(frozen=True)
+class Question:
+    """The parts of one user message, in their order."""
+
+    parts: tuple[Media | str, ...]
+
+    @property
+    def media(self) -> list[Media]:
+        return [part for part in self.parts if isinstance(part, Media)]
+
+    @cached_property
+    def messages(self) -> list[dict[str, Any]]:
+        """The chat messages of an OpenAI request, with the media as data: URLs."""
+        return [{"role": "user", "content": [_content(part) for part in self.parts]}]
+
+    def expected(self, reference: Reference, num_tokens: int = NUM_TOKENS) -> list[int]:
+        """Returns the token ids of transformers' greedy answer, an end token at its end included."""
+        content = [
+            {"type": part.kind} if isinstance(part, Media) else {"type": "text", "text": part} for part in self.parts
+        ]
+        text = reference.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        ids, _ = reference.greedy(reference.inputs(text, self.media), num_tokens)
+        ends = [index for index, token_id in enumerate(ids) if token_id == reference.tokenizer.eos_token_id]
+        return ids[: ends[0] + 1] if ends else ids
+
+
+def questions_for(name: CheckpointName, factor: int, num: int) -> list[Question]:
+    """Returns `num` questions that the checkpoint answers with much variety."""
+    if name == "tiny":
+        return [Question((*asked.media, asked.text)) for asked in held_out_questions(num)]
+    return random_questions(factor, num)
+
+
+def random_questions(factor: int, num: int, seed: int = 0) -> list[Question]:
+    """Returns `num` questions with pictures and videos that no other question has.
+
+    Args:
+        factor: pixels along a side of one merged token. Most media are multiples of it, so that they are not resized.
+        num: every 8 of them have one of each kind below.
+        seed: questions of other seeds have other media.
+    """
+    rng = np.random.default_rng(seed)
+    seeds = iter(range(10_000 * seed, 10_000 * (seed + 1)))
+
+    def image(most: int = 6) -> Media:
+        width, height = rng.integers(3, most + 1, 2)
+        return picture(next(seeds), int(width) * factor, int(height) * factor)
+
+    def video() -> Media:
+        width, height = rng.integers(3, 5, 2)
+        return clip(next(seeds), int(width) * factor, int(height) * factor, num_frames=int(rng.integers(9, 25)))
+
+    def resized() -> Media:
+        width, height = rng.integers(3 * factor, 6 * factor, 2)
+        return picture(next(seeds), int(width), int(height))
+
+    made = []
+    for index in range(num):
+        match index % 8:
+            case 0:
+                parts: tuple[Media | str, ...] = (image(), "What is this?")
+            case 1:
+                parts = (image(), "First, then", image(), "and", image(), f"compare {index}!")
+            case 2:
+                same = image()
+                parts = (same, "and", same, "are they equal?")
+            case 3:
+                parts = (video(), "Tell what happens.")
+            case 4:
+                parts = (f"Question {index}:", image(), "then", video(), "end")
+            case 5:
+                parts = ("many words come first " * 3, image(12), "done")
+            case 6:
+                parts = (resized(), "What colour?")
+            case _:
+                parts = ("Words, and then the picture:", image())
+        made.append(Question(parts))
+    return made
+
+
+def _content(part: Media | str) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    url = f"data:{_MIME[part.kind]};base64,{base64.b64encode(part.data).decode()}"
+    return {"type": f"{part.kind}_url", f"{part.kind}_url": {"url": url}}
