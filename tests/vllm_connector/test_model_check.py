@@ -25,7 +25,7 @@ def model_config(folder: Path) -> Any:
 
 def description(**changed: Any) -> encoder_pb2.DescribeResponse:
     processor = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2} | changed.pop("processor", {})
-    fields = {
+    fields: dict[str, Any] = {
         "protocol_version": PROTOCOL_VERSION,
         "protocol_minor_version": PROTOCOL_MINOR_VERSION,
         "model_type": "qwen3_vl",
