@@ -92,6 +92,13 @@ class Forwarder:
         self._session = session
         self._on_retry = on_retry
 
+    def check(self, request: OutgoingRequest) -> None:
+        """
+        Raises:
+            Overloaded, WorkerUnavailable: no server takes a request now, see `ServerFleet.choose`.
+        """
+        self._servers.choose(request.key, {})
+
     @asynccontextmanager
     async def open(self, request: OutgoingRequest, avoided: Collection[str] = ()) -> AsyncGenerator[Answer]:
         """Sends the request, and yields the answer. Leaving the context before its end cancels it at the server.

@@ -108,6 +108,7 @@ class GatewayHttp:
         """Sends the request with media replaced; once more, with new layouts, where the server fails."""
         avoided: tuple[str, ...] = ()
         while True:
+            opened.forwarder.check(request)  # encoders load nothing for a request that no server takes
             begin = time.perf_counter()
             async with opened.layouts.hold(chat.parts, request.request_id, tenant) as measured:
                 self._metrics.measured_items((each.layout.kind for each in measured), time.perf_counter() - begin)

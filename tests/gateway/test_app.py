@@ -88,7 +88,7 @@ async def test_without_encoders_and_servers_it_answers_and_is_not_ready() -> Non
             async with client.post(CHAT, json=BODY) as response:
                 assert (response.status, (await response.json())["error"]["code"]) == (503, "worker_unavailable")
             async with client.post(CHAT, json=ask(image(PICTURES[0]))) as response:
-                assert (response.status, (await response.json())["error"]["code"]) == (503, "encoder_unavailable")
+                assert (response.status, (await response.json())["error"]["code"]) == (503, "worker_unavailable")
         assert await health_status(addresses["grpc"], 2.0) == "NOT_SERVING"
     finally:
         assert await asyncio.to_thread(process.stop) == 0
