@@ -27,6 +27,7 @@ from vitrine_vlm.service_runtime.logs import set_request_id
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 from vitrine_vlm.service_runtime.traces import outgoing_metadata
 
+_CHAT = "/v1/chat/completions"
 # Requests that are passed on unparsed prefer a server by how their body begins.
 _AFFINITY_NBYTES = 1024
 _MAX_TENANT_LENGTH = 256
@@ -62,7 +63,7 @@ class GatewayHttp:
 
     def application(self) -> web.Application:
         app = web.Application(client_max_size=self._config.max_body_bytes, middlewares=[traced, errors_as_openai])
-        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post(_CHAT, self._chat)
         app.router.add_route("*", "/v1/{path:.*}", self._other)
         app.router.add_get("/health", self._health)
         app.router.add_get("/ready", self._ready)
@@ -78,6 +79,8 @@ class GatewayHttp:
         return await self._serve(http, partial(self._forward_with_media, request, chat, self._tenant(http)))
 
     async def _other(self, http: web.Request) -> web.StreamResponse:
+        if http.method == "POST" and unquote(http.rel_url.raw_path) == _CHAT:  # the same to a server
+            return await self._chat(http)
         body = await http.read()
         return await self._serve(http, partial(self._forward, _request(http, body, body[:_AFFINITY_NBYTES])))
 

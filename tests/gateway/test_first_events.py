@@ -1,4 +1,4 @@
-"""How a stream of vLLM's that fails is told from one that answers, however its bytes come."""
+"""How a stream of vLLM's that fails is distinguished from one that answers, however its bytes come."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
+from yarl import URL
 
 from tests.encoder_service.test_command_line import free_port
 from tests.gateway.conftest import Gateway, start_gateway
@@ -103,6 +104,16 @@ async def test_a_picture_becomes_its_size(gateway: Gateway, encoder: ServiceProc
     assert len(bytes.fromhex(entry["ticket"])) == 16 and entry["encoder_id"]
     assert seen.body["temperature"] == 0.5 and seen.parts[1] == {"type": "text", "text": "What is it?"}
     await all_released(encoder)
+
+
+async def test_an_encoded_path_is_no_way_around(gateway: Gateway) -> None:
+    for path in ("/v1/chat%2Fcompletions", "/v1/%63hat/completions"):
+        for upstream in gateway.upstreams:
+            upstream.seen.clear()
+        async with gateway.client.post(URL(path, encoded=True), json=ask(image(PICTURES[0]))) as response:
+            assert response.status == 200
+        (seen,) = (each for upstream in gateway.upstreams for each in upstream.seen)
+        assert seen.media, path
 
 
 async def test_media_by_url_and_videos(gateway: Gateway, media_server: MediaServer, encoder: ServiceProcess) -> None:
