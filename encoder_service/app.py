@@ -49,6 +49,7 @@ from vitrine_vlm.types import DTYPES, ModelIdentity
 
 if TYPE_CHECKING:
     from vitrine_vlm.encoder_service.gpu.graphs import GpuTower
+    from vitrine_vlm.encoder_service.sglang.port import SglangPort
 
 _log = logging.getLogger(__name__)
 # Peers' Connect streams last until the server ends them: this is only for the last answers to be sent.
@@ -137,7 +138,7 @@ async def serve(config: EncoderConfig) -> None:
         CheckpointError: see `load_model`.
         OSError: a port cannot be listened on.
         TransportUnavailable: a pool could not be allocated.
-        ValueError: the media folder does not exist.
+        ValueError: the media folder does not exist, or a setting of --sglang-port cannot be read.
     """
     limits = config.media_limits()
     metrics, calls = EncoderMetrics(), RunningCalls()
@@ -155,6 +156,9 @@ async def serve(config: EncoderConfig) -> None:
         if config.metrics_port:
             _serve_metrics(config, metrics, supervisor, stack)
             addresses += f" metrics={config.host}:{config.metrics_port}"
+        sglang = _make_sglang_port(config, metrics, lifecycle) if config.sglang_port else None
+        if sglang:
+            addresses += f" sglang={await sglang.start(stack)}"
         _log.info("LISTENING %s", addresses)
 
         try:
@@ -223,16 +227,28 @@ async def serve(config: EncoderConfig) -> None:
         servicer.open(ServiceState(description, service, exporter, stats))
         if not lifecycle.is_ending:
             await server.set_serving(True)
+        if sglang:
+            await sglang.open(service, loader, model.identity, stack)
         log_at_any_level(_log, "SERVING %s over %s", model.identity.model, ", ".join(exporter.transports))
 
         await lifecycle.ending()
         exporter.start_draining()
-        await lifecycle.drain()
+        await asyncio.gather(lifecycle.drain(), *([sglang.drain()] if sglang else []))
         if not await exporter.drained(lifecycle.left_s):
             _log.warning("%d leases were not released in time", exporter.stats().live_leases)
         await server.stop(_STOP_GRACE_S)
         lifecycle.raise_failure()
     _log.info("stopped")
+
+
+def _make_sglang_port(config: EncoderConfig, metrics: EncoderMetrics, lifecycle: Lifecycle) -> SglangPort:
+    """
+    Raises:
+        ValueError: settings of the port that cannot be read, or do not fit each other.
+    """
+    from vitrine_vlm.encoder_service.sglang.port import SglangPort  # imports pyzmq
+
+    return SglangPort(config, metrics, lifecycle)
 
 
 def _serve_metrics(

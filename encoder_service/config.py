@@ -82,6 +82,37 @@ class EncoderConfig(ServiceSettings):
     )
     media_timeout_s: float = Field(30.0, gt=0, description="longest download of one item, s")
 
+    sglang_port: int = Field(
+        0, ge=0, le=65535, description="HTTP port for SGLang's language servers (docs/sglang.md); 0 is off"
+    )
+    sglang_version: str = Field("", description="version of the language servers, such as 0.5.20")
+    sglang_receivers: str = Field(
+        "",
+        description="where rows may be pushed to, separated by commas: address, network (CIDR) or host name, each with "
+        ":PORT or :FIRST-LAST behind it or none for all ports; empty allows none",
+    )
+    sglang_register: str = Field(
+        "", description="language servers to register with, separated by commas: http://HOST:8997"
+    )
+    sglang_advertise_host: str = Field("", description="host that language servers reach this one by; default: --host")
+    sglang_timeout_s: float = Field(
+        180.0, gt=0, description="longest time of one part of a request until it is delivered, s"
+    )
+    sglang_max_held_bytes: int = Field(
+        4096 * MIB,
+        ge=1,
+        description="SGLang's requests and undelivered rows before more are refused, bytes",
+    )
+    sglang_peers: str = Field(
+        "",
+        description="gRPC addresses of all encoders of the fleet, this one included, in the forms of a worker's "
+        "--encoders: each item is encoded where equal ones are; empty: all here",
+    )
+    sglang_peers_ca_file: Path | None = Field(None, description="CA that signs the peers' certificates; none: no TLS")
+    sglang_peers_server_name: str | None = Field(
+        None, description="name in the peers' certificates, where they are reached by another one"
+    )
+
     def media_limits(self) -> MediaLimits:
         """Raises ValueError where `allowed_media_folder` is no folder."""
         return MediaLimits(

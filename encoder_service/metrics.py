@@ -49,6 +49,15 @@ class EncoderMetrics:
         self.batch_patches = Histogram(
             "vitrine_encoder_batch_patches", "Patches in a batch.", buckets=_PATCH_BUCKETS, registry=self.registry
         )
+        self.sglang_parts = Counter(
+            "vitrine_encoder_sglang_parts",
+            "Those of the Encode calls that came from SGLang, by outcome.",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self.sglang_bytes = Counter(
+            "vitrine_encoder_sglang_bytes", "Bytes of rows pushed to SGLang's receivers.", registry=self.registry
+        )
         self.batch_items = Histogram(
             "vitrine_encoder_batch_items", "Items in a batch.", buckets=_ITEM_BUCKETS, registry=self.registry
         )
@@ -92,6 +101,12 @@ class EncoderMetrics:
         """Reads the tickets at each scrape."""
         self._gauge("tickets_live", "Tickets that can be claimed.", num_live)
         self._gauge("ticket_bytes", "Bytes of media that live tickets hold.", nbytes)
+
+    def watch_sglang(self, held_bytes: Callable[[], int]) -> None:
+        """Reads at each scrape what SGLang's requests hold."""
+        self._gauge(
+            "sglang_held_bytes", "Bytes of SGLang's requests and of rows that wait for their receivers.", held_bytes
+        )
 
     def watch_cache(self, stats: Callable[[], CacheStats]) -> None:
         """Reads the embedding cache at each scrape."""

@@ -29,6 +29,7 @@ from vitrine_vlm.service_runtime.supervisor import Supervisor
 _log = logging.getLogger(__name__)
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.5, 30.0
 _HEALTH_INTERVAL_S, _HEALTH_TIMEOUT_S = 0.2, 2.0
+_PORTS = ("port", "metrics_port", "sglang_port")
 # Values of CUDA_VISIBLE_DEVICES that hide all.
 _NO_GPU = ("", "-1")
 
@@ -115,7 +116,7 @@ def rank_environment(config: EncoderConfig, rank: int, environment: Mapping[str,
     Raises:
         ValueError: `environment` or the machine leaves no GPU for this rank.
     """
-    ports = {name: number + rank for name in ("port", "metrics_port") if (number := getattr(config, name))}
+    ports = {name: number + rank for name in _PORTS if (number := getattr(config, name))}
     settings = config.as_environment(dp=1, **ports)
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is None:

@@ -18,13 +18,17 @@ class ByteBudget:
     reserved_nbytes: bytes of all items now.
     """
 
-    def __init__(self, max_nbytes: int) -> None:
+    def __init__(
+        self, max_nbytes: int, held: str = "images and videos", setting: str = "--max-held-media-bytes"
+    ) -> None:
         """
         Args:
             max_nbytes: bytes of all items at most; a single item may exceed it while there is no other.
+            held, setting: what the bytes are of and how to allow more, for errors.
         """
         self.reserved_nbytes = 0
         self._max_nbytes = max_nbytes
+        self._held, self._setting = held, setting
 
     def item(self) -> ReservedBytes:
         """The bytes of one item: none yet, and one user."""
@@ -38,8 +42,8 @@ class ByteBudget:
         """
         if self.reserved_nbytes > to and self.reserved_nbytes + nbytes > self._max_nbytes:
             raise Overloaded(
-                f"{self.reserved_nbytes} bytes of images and videos are in work and {nbytes} more would pass the "
-                f"limit of {self._max_nbytes}: retry later, add encoders or raise --max-held-media-bytes"
+                f"{self.reserved_nbytes} bytes of {self._held} are in work and {nbytes} more would pass the "
+                f"limit of {self._max_nbytes}: retry later, add encoders or raise {self._setting}"
             )
         self.reserved_nbytes += nbytes
 

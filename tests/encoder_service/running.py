@@ -105,9 +105,10 @@ async def run_encoder(
     ticket_ttl_s: float = 30.0,
     cache_bytes: int = 0,
     loaded: bool = True,
+    allowed_folder: Path | None = None,
 ) -> AsyncIterator[RunningEncoder]:
     checkpoint = open_checkpoint(str(folder))
-    limits = MediaLimits(allow_private_addresses=True, timeout_s=20)
+    limits = MediaLimits(allow_private_addresses=True, timeout_s=20, allowed_folder=allowed_folder)
     tower = GatedTower(build_tower(checkpoint, torch.device("cpu"), torch.float32))
     identity = ModelIdentity(
         checkpoint.model,

@@ -35,7 +35,8 @@ NOTICED_S = 1.0
 
 # What must be among the names that are found, so that the test cannot pass for want of loops.
 ENCODER = {"batch builder", "batch runner", "batch finisher", "jpeg batcher 0", "jpeg batcher 1", "embedding cache"}
-ENCODER |= {"lease expiry", "metrics"}
+ENCODER |= {"lease expiry", "metrics", "sglang registration ADDRESS", "sglang peers"}
+ENCODER |= {"encoder ADDRESS connection", "encoder ADDRESS releases"}
 WORKER = {"engine", "discovery", "health", "encoder ADDRESS connection", "encoder ADDRESS releases", "lease expiry"}
 GATEWAY = {"server ADDRESS health", "discovery of servers", "discovery of encoders", "health"}
 GATEWAY |= {"encoder ADDRESS connection", "encoder ADDRESS releases"}
@@ -70,8 +71,10 @@ def shown(name: str) -> str:
     return re.sub(r"\S+:\d+", "ADDRESS", name)
 
 
-def encoder_flags(folder: Path) -> list[str]:
+def encoder_flags(folder: Path, peers: Path, language_server: str) -> list[str]:
     flags = ["--model", str(folder), "--port", "0", "--metrics-port", str(free_port())]
+    flags += ["--sglang-port", str(free_port()), "--sglang-version", "0.5.20", "--sglang-peers", f"file:{peers}"]
+    flags += ["--sglang-register", language_server]
     return [*flags, "--allow-private-addresses", "--drain-timeout-s", str(DRAIN_TIMEOUT_S)]
 
 
@@ -195,8 +198,12 @@ async def break_gateway(service: BreakableService, addresses: dict[str, str], na
     await ends(service, name, since)
 
 
-async def test_each_loop_of_an_encoder(qwen3_vl_folder: Path, tmp_path: Path, media_server: MediaServer) -> None:
-    flags = partial(encoder_flags, qwen3_vl_folder)
+async def test_each_loop_of_an_encoder(
+    qwen3_vl_folder: Path, tmp_path: Path, media_server: MediaServer, encoder: ServiceProcess
+) -> None:
+    peers = tmp_path / "encoders"
+    peers.write_text(encoder.addresses["grpc"])
+    flags = partial(encoder_flags, qwen3_vl_folder, peers, f"http://127.0.0.1:{free_port()}")
     async with broken("vitrine_vlm.encoder_service", flags, tmp_path, ENCODER) as services:
         async for service, addresses, name in services:
             item = encoder_pb2.MediaItem(kind=encoder_pb2.MEDIA_KIND_IMAGE, url=media_server.url("/hangs"))

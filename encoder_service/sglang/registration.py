@@ -1,0 +1,96 @@
+"""Keeps this encoder in the lists of encoders that language servers have, from the time it serves to its end.
+
+Source: SGLang 0.5.20, `EncoderBootstrapServer` (POST /register_encoder_url, DELETE /unregister_encoder_url).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+import aiohttp
+from yarl import URL
+
+from vitrine_vlm.service_runtime.backoff import Backoff
+from vitrine_vlm.service_runtime.supervisor import Supervisor
+
+_log = logging.getLogger(__name__)
+_FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.5, 5.0
+# A server that was started again has an empty list.
+_REPEAT_S = 10.0
+_REQUEST_TIMEOUT_S = 5.0
+_UNREGISTER_TIMEOUT_S = 2.0
+
+
+def parse_servers(specs: str) -> list[URL]:
+    """Reads the addresses of language servers, separated by commas.
+
+    Raises:
+        ValueError: one of them is no http: or https: URL of a host and a port.
+    """
+    servers = [URL(spec.strip()) for spec in specs.split(",") if spec.strip()]
+    for server in servers:
+        if server.scheme not in ("http", "https") or not server.raw_host or server.path not in ("", "/"):
+            raise ValueError(f"--sglang-register: {str(server)!r} is not like http://HOST:8997")
+    return servers
+
+
+class Registration:
+    """The registration of one encoder with any number of language servers.
+
+    Args:
+        own_url: where they reach this encoder.
+        servers: see `parse_servers`.
+    """
+
+    def __init__(self, own_url: str, servers: Sequence[URL]) -> None:
+        self._body = {"url": own_url}
+        self._servers = servers
+        self._keeping: list[asyncio.Task[None]] = []
+
+    def start(self, supervisor: Supervisor) -> None:
+        """Starts a loop for each server, which the supervisor owns."""
+        self._supervisor = supervisor
+        for server in self._servers:
+            name = f"sglang registration {server.host}:{server.port}"
+            self._keeping.append(supervisor.start_task(name, self._keep(server)))
+
+    async def end(self) -> None:
+        """Stops the loops and removes this encoder from all lists; servers that do not answer are left as they are."""
+        if not self._keeping:
+            return
+        await self._supervisor.stop(*self._keeping)
+        self._keeping.clear()
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_UNREGISTER_TIMEOUT_S)) as session:
+            urls = [server / "unregister_encoder_url" for server in self._servers]
+            problems = await asyncio.gather(*(self._problem(session, "DELETE", url) for url in urls))
+        for server, problem in zip(self._servers, problems, strict=True):
+            if problem:
+                _log.warning("language server %s still lists this encoder: %s", server, problem)
+
+    async def _keep(self, server: URL) -> None:
+        backoff = Backoff(_FIRST_BACKOFF_S, _MAX_BACKOFF_S)
+        shown: str | None = None
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_REQUEST_TIMEOUT_S)) as session:
+            while True:
+                problem = await self._problem(session, "POST", server / "register_encoder_url")
+                if problem != shown:
+                    shown = problem
+                    if problem:
+                        _log.warning("cannot register with language server %s, and go on trying: %s", server, problem)
+                    else:
+                        _log.info("registered %s with language server %s", self._body["url"], server)
+                if problem:
+                    await backoff.pause()
+                else:
+                    backoff.reset()
+                    await asyncio.sleep(_REPEAT_S)
+
+    async def _problem(self, session: aiohttp.ClientSession, method: str, url: URL) -> str:
+        """Sends a request; returns why it failed, or an empty text."""
+        try:
+            async with session.request(method, url, json=self._body, allow_redirects=False) as response:
+                return "" if response.status == 200 else f"it answered with status {response.status}"
+        except (aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError
+            return f"{type(error).__name__}: {error}"[:200]
