@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -56,9 +57,9 @@ def rendered(name: str) -> list[Manifest]:
     return render(values_of(name))
 
 
-def of_kind(manifests: list[Manifest], kind: str) -> dict[str, Manifest]:
+def of_kind(manifests: list[Manifest], *kinds: str) -> dict[str, Manifest]:
     """By name."""
-    return {each["metadata"]["name"]: each for each in manifests if each["kind"] == kind}
+    return {each["metadata"]["name"]: each for each in manifests if each["kind"] in kinds}
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,17 @@ class PodTemplate:
         return dict(container)
 
     @property
+    def program(self) -> str:
+        """What the container runs: "encoder", "llm", "gateway", "vllm" or "sglang"; of Ray's pods its name."""
+        variables = (re.fullmatch(r"VITRINE_([A-Z]+)_CONFIG", name) for name in self.env)
+        ours = [variable[1].lower() for variable in variables if variable]
+        if ours:
+            return ours[0]
+        if "command" in self.container:
+            return "sglang"
+        return "vllm" if "VLLM_LOGGING_LEVEL" in self.env else str(self.container["name"])
+
+    @property
     def env(self) -> dict[str, Any]:
         """Values of variables, or where they come from."""
         return {each["name"]: each.get("value", each.get("valueFrom")) for each in self.container["env"]}
@@ -81,7 +93,7 @@ class PodTemplate:
 def pod_templates(manifests: list[Manifest]) -> Iterator[PodTemplate]:
     for each in manifests:
         name = each["metadata"]["name"]
-        if each["kind"] == "Deployment":
+        if each["kind"] in ("Deployment", "StatefulSet"):
             yield PodTemplate(name, **each["spec"]["template"])
         elif each["kind"] == "RayService":
             cluster = each["spec"]["rayClusterConfig"]
@@ -90,7 +102,7 @@ def pod_templates(manifests: list[Manifest]) -> Iterator[PodTemplate]:
 
 
 def pods_of(manifests: list[Manifest]) -> dict[str, PodTemplate]:
-    """Pod templates by name: that of the Deployment, or of the RayService and the group."""
+    """Pod templates by name: that of the Deployment or StatefulSet, or of the RayService and the group."""
     return {pod.name: pod for pod in pod_templates(manifests)}
 
 

@@ -8,12 +8,15 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from tests.helm.flags import SGLANG_FLAGS, VLLM_FLAGS
 from tests.helm.rendering import CHART, NAMESPACE, VALUES, Manifest, of_kind, pod_templates, render, rendered, values_of
 from vitrine_vlm.encoder_service.config import EncoderConfig
+from vitrine_vlm.gateway.config import GatewayConfig
 from vitrine_vlm.llm_worker.config import LlmConfig
 from vitrine_vlm.service_runtime.settings import ServiceSettings
+from vitrine_vlm.vllm_connector.settings import ConnectorSettings
 
-CLASSES: dict[str, type[ServiceSettings]] = {"encoder": EncoderConfig, "llm": LlmConfig}
+CLASSES: dict[str, type[ServiceSettings]] = {"encoder": EncoderConfig, "llm": LlmConfig, "gateway": GatewayConfig}
 
 
 def config_files(manifests: list[Manifest]) -> dict[str, dict[str, Any]]:
@@ -21,8 +24,8 @@ def config_files(manifests: list[Manifest]) -> dict[str, dict[str, Any]]:
     return {name: yaml.safe_load(each["data"]["config.yaml"]) for name, each in maps if "config.yaml" in each["data"]}
 
 
-def read(config: dict[str, Any], component: str) -> ServiceSettings:
-    return CLASSES[component](**config)
+def read(config: dict[str, Any], program: str) -> ServiceSettings:
+    return CLASSES[program](**config)
 
 
 @pytest.mark.parametrize("values", sorted(VALUES.keys() - {"rayservice"}))
@@ -32,10 +35,11 @@ def test_the_services_take_their_files(values: str) -> None:
     pods = list(pod_templates(manifests))
     assert len(files) == len(pods)
     for pod in pods:
-        component = pod.metadata["labels"]["app.kubernetes.io/component"]
         (volume,) = (each for each in pod.spec["volumes"] if each["name"] == "config")
         config = files[volume["configMap"]["name"]]
-        settings = read(config, component)
+        if pod.program not in CLASSES:  # see test_vllm.py and test_sglang.py
+            continue
+        settings = read(config, pod.program)
         for key, value in config.items():
             assert settings.model_dump(mode="json")[key] == value
         (mount,) = (each for each in pod.container["volumeMounts"] if each["name"] == "config")
@@ -54,14 +58,15 @@ def test_what_the_chart_sets_is_not_for_pools_to_set() -> None:
     """And the schema's list of such settings names nothing that the services do not have."""
     schema = yaml.safe_load((CHART / "values.schema.json").read_text())
     reserved = set(schema["definitions"]["config"]["propertyNames"]["not"]["enum"])
-    assert reserved <= EncoderConfig.model_fields.keys() | LlmConfig.model_fields.keys()
-    for values in ("tls", "host-path", "cpu", "pools"):
-        own = set()
+    ours = {name for settings in CLASSES.values() for name in settings.model_fields}
+    assert reserved <= ours | ConnectorSettings.model_fields.keys() | VLLM_FLAGS | SGLANG_FLAGS
+    for values in ("tls", "host-path", "cpu", "pools", "vllm", "vllm-own-tower"):
+        own = set(values_of(values).get("gateway", {}).get("config", {}))
         for part in ("encoders", "llm"):
             for pool in (values_of(values).get(part, {}).get("defaults", {}), *_pools(values, part)):
                 own |= pool.get("config", {}).keys()
         for config in config_files(rendered(values)).values():
-            assert config.keys() - own <= reserved | {"cuda_ipc_pool_bytes"}
+            assert config.keys() - own <= reserved | {"cuda_ipc_pool_bytes", "limit_mm_per_prompt"}
 
 
 def _pools(values: str, part: str) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import re
 import pytest
 import yaml
 
-from tests.helm.rendering import CHART, of_kind, pods, rendered
+from tests.helm.rendering import CHART, PodTemplate, of_kind, pods, rendered
 
 DOCKERFILE = (CHART.parents[1] / "deploy" / "docker" / "Dockerfile").read_text()
 
@@ -24,27 +24,47 @@ def environment(text: str) -> dict[str, str]:
     return dict(pair.split("=", 1) for line in lines for pair in line.split())
 
 
-@pytest.mark.parametrize("component", ["encoder", "llm"])
-def test_pods_fit_their_image(component: str) -> None:
-    pod = pods("default")[f"demo-vitrine-{component}-default"]
-    image = stage(component)
-    context = pod.spec["securityContext"]
-    assert re.findall(r"(?m)^USER (\S+)$", image)[-1] == f"{context['runAsUser']}:{context['runAsGroup']}"
-    for name in ("HOME", "HF_HOME"):
-        assert environment(image)[name] == pod.env[name]
-    exposed = [int(port) for port in re.findall(r"(?m)^EXPOSE (.+)$", image)[-1].split()]
-    assert exposed == [port["containerPort"] for port in pod.container["ports"]]
+OURS = pytest.mark.parametrize(
+    ("component", "values", "name"),
+    [
+        ("encoder", "default", "demo-vitrine-encoder-default"),
+        ("llm", "default", "demo-vitrine-llm-default"),
+        ("gateway", "vllm", "demo-vitrine-gateway"),
+    ],
+)
+
+
+@OURS
+def test_pods_fit_their_image(component: str, values: str, name: str) -> None:
+    pod = pods(values)[name]
+    _check_user_home_and_ports(pod, stage(component))
     # Arguments are added to the image's command, not put in its place.
-    assert f'"vitrine-{component}"]' in re.findall(r"(?m)^ENTRYPOINT (.+)$", image)[-1]
+    assert f'"vitrine-{component}"]' in re.findall(r"(?m)^ENTRYPOINT (.+)$", stage(component))[-1]
     assert "command" not in pod.container
 
 
-@pytest.mark.parametrize("component", ["encoder", "llm"])
-def test_the_images_environment_does_not_contradict_the_configuration(component: str) -> None:
+def test_vllms_pods_fit_the_image_with_the_connector() -> None:
+    pod = pods("vllm")["demo-vitrine-llm-default"]
+    _check_user_home_and_ports(pod, stage("vllm"))
+    assert re.findall(r"(?m)^ENTRYPOINT (.+)$", stage("vllm")) == ['["vllm", "serve"]']
+
+
+def _check_user_home_and_ports(pod: PodTemplate, image: str) -> None:
+    context = pod.spec["securityContext"]
+    assert re.findall(r"(?m)^USER (\S+)$", image)[-1] == f"{context['runAsUser']}:{context['runAsGroup']}"
+    if pod.program != "gateway":  # which keeps nothing
+        for name in ("HOME", "HF_HOME"):
+            assert environment(image)[name] == pod.env[name]
+    exposed = [int(port) for port in re.findall(r"(?m)^EXPOSE (.+)$", image)[-1].split()]
+    assert exposed == [port["containerPort"] for port in pod.container["ports"]]
+
+
+@OURS
+def test_the_images_environment_does_not_contradict_the_configuration(component: str, values: str, name: str) -> None:
     """It would win over the file."""
-    config_map = of_kind(rendered("default"), "ConfigMap")[f"demo-vitrine-{component}-default"]
+    config_map = of_kind(rendered(values), "ConfigMap")[name]
     config = yaml.safe_load(config_map["data"]["config.yaml"])
     prefix = f"VITRINE_{component.upper()}_"
-    for name, value in environment(stage(component)).items():
-        if name.startswith(prefix):
-            assert str(config[name.removeprefix(prefix).lower()]) == value
+    for variable, value in environment(stage(component)).items():
+        if variable.startswith(prefix):
+            assert str(config[variable.removeprefix(prefix).lower()]) == value

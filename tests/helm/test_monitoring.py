@@ -10,24 +10,24 @@ import pytest
 import yaml
 from helm_python import Chart
 
-from tests.helm.rendering import CHART, Manifest, of_kind, pods, rendered, values_of
+from tests.helm.rendering import CHART, Manifest, of_kind, pods, pods_selected, rendered, values_of
 from tests.helm.test_schemas import NEWEST, validate
 
 SOURCES = CHART.parents[1] / "deploy" / "observability"
 
 
-@pytest.mark.parametrize("values", ["locked-down", "tls", "server-tls"])
+@pytest.mark.parametrize("values", ["locked-down", "tls", "server-tls", "vllm", "vllm-own-tower"])
 def test_every_pod_is_scraped_once(values: str) -> None:
     manifests = rendered(values)
-    scraped = []
+    scraped: list[str] = []
     for monitor in of_kind(manifests, "ServiceMonitor").values():
         wanted = monitor["spec"]["selector"]["matchLabels"].items()
         (endpoint,) = monitor["spec"]["endpoints"]
         for service in of_kind(manifests, "Service").values():
             if wanted <= service["metadata"]["labels"].items():
                 assert endpoint["port"] in [port["name"] for port in service["spec"]["ports"]]
-                scraped.append(service["spec"]["selector"]["app.kubernetes.io/component"])
-    assert sorted(scraped) == ["encoder", "llm"]
+                scraped += pods_selected(service["spec"]["selector"], manifests)
+    assert sorted(scraped) == sorted(pods(values))
 
 
 def test_prometheus_finds_the_monitors() -> None:

@@ -28,9 +28,11 @@ def test_root_file_systems_are_read_only_and_what_is_written_has_a_volume(values
     for pod in pod_templates(rendered(values)):
         assert pod.container["securityContext"]["readOnlyRootFilesystem"] is True
         mounts = {mount["mountPath"]: mount["name"] for mount in pod.container["volumeMounts"]}
-        assert {"/tmp", "/cache"} <= mounts.keys()
-        assert pod.env["HOME"] == "/cache"
-        assert pod.env["HF_HOME"].startswith("/cache/")
+        assert "/tmp" in mounts
+        if pod.program != "gateway":  # which keeps nothing
+            assert "/cache" in mounts
+            assert pod.env["HOME"] == "/cache"
+            assert pod.env["HF_HOME"].startswith("/cache/")
         volumes = [volume["name"] for volume in pod.spec["volumes"]]
         assert set(mounts.values()) == set(volumes)
         assert len(set(volumes)) == len(volumes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.helm.rendering import VALUES, of_kind, pod_templates, pods_selected, render, rendered
+from tests.helm.rendering import VALUES, of_kind, pod_templates, pods_of, pods_selected, render, rendered
 
 WITH_PODS_OF_OURS = sorted(VALUES.keys() - {"rayservice"})
 
@@ -12,7 +12,7 @@ WITH_PODS_OF_OURS = sorted(VALUES.keys() - {"rayservice"})
 @pytest.mark.parametrize("values", WITH_PODS_OF_OURS)
 def test_selectors_of_a_deployment_are_its_own_pods(values: str) -> None:
     manifests = rendered(values)
-    for name, deployment in of_kind(manifests, "Deployment").items():
+    for name, deployment in of_kind(manifests, "Deployment", "StatefulSet").items():
         assert pods_selected(deployment["spec"]["selector"]["matchLabels"], manifests) == {name}
 
 
@@ -30,7 +30,10 @@ def test_selectors_of_services_are_pods_with_these_ports(values: str) -> None:
             assert selected == {pod for pod in containers if "-llm-" in pod and pod not in others}
         for pod in selected:
             ports = {port["name"] for port in containers[pod]["ports"]}
-            assert {port["targetPort"] for port in service["spec"]["ports"]} == ports
+            targets = {port["targetPort"] for port in service["spec"]["ports"]}
+            # Users of other engines, and of the gateway, have HTTP alone.
+            for_users = service["spec"].get("clusterIP") != "None" and pods_of(manifests)[pod].program != "llm"
+            assert targets == ({"http"} if for_users else ports)
 
 
 @pytest.mark.parametrize("values", WITH_PODS_OF_OURS)

@@ -67,6 +67,15 @@ def test_workers_name_pools_that_are_there() -> None:
         {"networkPolicy": {"client": []}},
         {"ray": {"worker": {}}},
         {"monitoring": {"serviceMonitor": {"enabled": "yes"}}},
+        {"engine": "tgi"},
+        {"vllm": {"mode": "m"}},
+        {"vllm": {"connector": {"encoders": "a:1"}}},
+        {"vllm": {"connector": {"tenant": "t"}}},
+        {"llm": {"defaults": {"config": {"ec_transfer_config": {}}}}},
+        {"sglang": {"version": "latest"}},
+        {"sglang": {"receivers": "10.0.0.0/8"}},
+        {"gateway": {"gpu": {"count": 1}}},
+        {"gateway": {"config": {"servers": "a:1"}}},
     ],
 )
 def test_misspelt_values_fail(values: dict[str, Any]) -> None:
@@ -144,4 +153,4 @@ def test_notes_say_how_to_call_it(values: str) -> None:
     request = json.loads(text.split("--data '")[1].split("'")[0])
     assert request["model"] in ("Qwen/Qwen3-VL-8B-Instruct", "qwen3-vl-8b", "checkpoint")
     has_tls = bool(values_of(values).get("tls", {}).get("llm", {}).get("secretName"))
-    assert ("https://demo-vitrine-llm" in text) == has_tls
+    assert ("https://demo-vitrine-" in text) == has_tls

@@ -1,17 +1,21 @@
-{{/* The services' configuration files. What the chart sets may not be set in a pool's `config`: see values.schema.json. */}}
+{{/* Our services' configuration files. What the chart sets may not be set in a pool's `config`: see values.schema.json. */}}
 
-{{/* What both services read alike: (list $ workload). */}}
-{{- define "vitrine.commonConfig" -}}
+{{- define "vitrine.model" -}}
+{{- required "model is required, for example --set model=Qwen/Qwen3-VL-8B-Instruct" .Values.model -}}
+{{- end -}}
+
+{{/* What users call the model. */}}
+{{- define "vitrine.servedName" -}}
+{{- $model := include "vitrine.model" . -}}
+{{- if hasPrefix "/" $model }}{{ $model = base $model }}{{ end -}}
+{{- default $model .Values.servedModelName -}}
+{{- end -}}
+
+{{/* What our services read alike: (list $ workload). */}}
+{{- define "vitrine.serviceConfig" -}}
 {{- $root := index . 0 -}}
 {{- $workload := index . 1 -}}
-{{- $tls := $workload.component | eq "encoder" | ternary $root.Values.tls.encoders $root.Values.tls.llm -}}
-model: {{ required "model is required, for example --set model=Qwen/Qwen3-VL-8B-Instruct" $root.Values.model | quote }}
-{{- with $root.Values.revision }}
-revision: {{ . | quote }}
-{{- end }}
-{{- with $root.Values.servedModelName }}
-served_model_name: {{ . | quote }}
-{{- end }}
+{{- $tls := $workload.tls -}}
 host: 0.0.0.0
 drain_timeout_s: {{ $workload.settings.drainTimeoutSeconds }}
 log_level: {{ $root.Values.log.level }}
@@ -28,6 +32,19 @@ tls_client_ca_file: /etc/vitrine/tls/ca.crt
 {{- end }}
 {{- end -}}
 
+{{/* And those that load a model: (list $ workload). */}}
+{{- define "vitrine.commonConfig" -}}
+{{- $root := index . 0 -}}
+model: {{ include "vitrine.model" $root | quote }}
+{{- with $root.Values.revision }}
+revision: {{ . | quote }}
+{{- end }}
+{{- with $root.Values.servedModelName }}
+served_model_name: {{ . | quote }}
+{{- end }}
+{{ include "vitrine.serviceConfig" . }}
+{{- end -}}
+
 {{/* The encoder's: (list $ workload). Memory for same-host transports is taken only where workers can reach it. */}}
 {{- define "vitrine.encoderConfig" -}}
 {{- $root := index . 0 -}}
@@ -38,6 +55,9 @@ tls_client_ca_file: /etc/vitrine/tls/ca.crt
 {{- $_ := set $config "shm_folder" (ternary "/var/run/vitrine/shm" "" (and $colocation.enabled (ne $colocation.sharedMemoryHostPath ""))) -}}
 {{- if or (not $colocation.enabled) (eq $colocation.gpuSharing "none") -}}
 {{- $_ := set $config "cuda_ipc_pool_bytes" 0 -}}
+{{- end -}}
+{{- if eq $root.Values.engine "sglang" -}}
+{{- include "vitrine.setSglang" (list $root $config) -}}
 {{- end -}}
 {{- mergeOverwrite $config (index . 1).settings.config | toYaml -}}
 {{- end -}}
@@ -68,7 +88,19 @@ tls_client_ca_file: /etc/vitrine/tls/ca.crt
 {{- mergeOverwrite $config $workload.settings.config | toYaml -}}
 {{- end -}}
 
-{{/* Sets what a worker needs to use encoders: (list $ workload config). */}}
+{{/* The gateway's: (list $ workload). */}}
+{{- define "vitrine.gatewayConfig" -}}
+{{- $root := index . 0 -}}
+{{- $config := fromYaml (include "vitrine.serviceConfig" .) -}}
+{{- $_ := set $config "port" 8000 -}}
+{{- $_ := set $config "grpc_port" 50053 -}}
+{{- $_ := set $config "tenant" $root.Values.vllm.tenant -}}
+{{- $_ := set $config "servers" (include "vitrine.address" (list $root "llm-headless" "http" 8000)) -}}
+{{- include "vitrine.setEncoders" (list $root (index . 1) $config) -}}
+{{- mergeOverwrite $config (index . 1).settings.config | toYaml -}}
+{{- end -}}
+
+{{/* Sets what a worker, our connector in vLLM or the gateway needs to use encoders: (list $ workload config). */}}
 {{- define "vitrine.setEncoders" -}}
 {{- $root := index . 0 -}}
 {{- $config := index . 2 -}}
@@ -95,14 +127,26 @@ tls_client_ca_file: /etc/vitrine/tls/ca.crt
 {{- $port := index . 2 -}}
 {{- $addresses := list -}}
 {{- range index . 3 | splitList " " -}}
-{{- $service := include "vitrine.name" (list $root (printf "%s-%s" $component .)) -}}
-{{- if eq $root.Values.discovery "kubernetes" -}}
-{{- $addresses = append $addresses (printf "kubernetes:%s/%s:grpc" $root.Release.Namespace $service) -}}
-{{- else -}}
-{{- $addresses = append $addresses (printf "dns:%s.%s.svc:%d" $service $root.Release.Namespace $port) -}}
-{{- end -}}
+{{- $addresses = append $addresses (include "vitrine.address" (list $root (printf "%s-%s" $component .) "grpc" $port)) -}}
 {{- end -}}
 {{- join "," $addresses -}}
+{{- end -}}
+
+{{/* Where to find the pods of a headless Service: (list $ suffixOfItsName portName port). */}}
+{{- define "vitrine.address" -}}
+{{- $root := index . 0 -}}
+{{- $service := include "vitrine.name" (list $root (index . 1)) -}}
+{{- if eq $root.Values.discovery "kubernetes" -}}
+{{- printf "kubernetes:%s/%s:%s" $root.Release.Namespace $service (index . 2) -}}
+{{- else -}}
+{{- include "vitrine.dnsAddress" (list $root (index . 1) (index . 3)) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The same by DNS: (list $ suffixOfItsName port). */}}
+{{- define "vitrine.dnsAddress" -}}
+{{- $root := index . 0 -}}
+{{- printf "dns:%s.%s.svc:%d" (include "vitrine.name" (list $root (index . 1))) $root.Release.Namespace (index . 2) -}}
 {{- end -}}
 
 {{/* Sets how a worker trusts who it asks, and shows itself: (list config tls folder serverName). */}}
@@ -122,5 +166,5 @@ tls_client_ca_file: /etc/vitrine/tls/ca.crt
 
 {{/* A pool's: (list $ workload). */}}
 {{- define "vitrine.config" -}}
-{{- include (printf "vitrine.%sConfig" (index . 1).component) . -}}
+{{- include (printf "vitrine.%sConfig" (index . 1).program) . -}}
 {{- end -}}

@@ -54,13 +54,12 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace 
 {{- end -}}
 {{- end -}}
 
-{{/* An image: (list $ repository). */}}
+{{/* An image: (list $ repository tag). */}}
 {{- define "vitrine.image" -}}
-{{- $images := (index . 0).Values.images -}}
-{{- $image := list $images.registry (index . 1) | compact | join "/" -}}
+{{- $image := list (index . 0).Values.images.registry (index . 1) | compact | join "/" -}}
 {{- if regexMatch "(:[^/]+|@.+)$" $image -}}
 {{- $image -}}
 {{- else -}}
-{{- printf "%s:%s" $image (default (index . 0).Chart.AppVersion $images.tag) -}}
+{{- printf "%s:%s" $image (index . 2) -}}
 {{- end -}}
 {{- end -}}

@@ -4,14 +4,16 @@
 {{- $workload := index . 1 -}}
 {{- $values := $root.Values -}}
 {{- $settings := $workload.settings -}}
-{{- $isLlm := eq $workload.component "llm" -}}
-{{- $sharing := $values.colocation.gpuSharing -}}
-{{- $usesEncoderTls := and $isLlm (ne ($settings.role | default "") "decode") $values.tls.encoders.secretName -}}
+{{- $isUsers := and (eq $workload.component "llm") (ne ($settings.role | default "") "prefill") -}}
+{{- $asksApiServer := and (eq $values.discovery "kubernetes") (ne $workload.program "encoder") (ne $workload.program "sglang") -}}
+{{- $sharing := $workload.gpuSharing -}}
+{{- $sharedMemory := and $values.colocation.sharedMemoryHostPath (ne $workload.program "gateway") -}}
+{{- $usesEncoderTls := and $workload.usesEncoders $values.tls.encoders.secretName -}}
 metadata:
   labels:
     # Not the chart's version: another chart alone must not restart pods.
     {{- merge (include "vitrine.poolSelectorLabels" . | fromYaml) $settings.podLabels | toYaml | nindent 4 }}
-    {{- if and $isLlm (ne $settings.role "prefill") }}
+    {{- if $isUsers }}
     vitrine/users: "true"
     {{- end }}
   annotations:
@@ -22,7 +24,7 @@ metadata:
     {{- end }}
 spec:
   serviceAccountName: {{ include "vitrine.serviceAccountName" (list $root $workload.component) }}
-  automountServiceAccountToken: {{ and $isLlm (eq $values.discovery "kubernetes") }}
+  automountServiceAccountToken: {{ $asksApiServer }}
   # VITRINE_ENCODER_PORT and the like, made for Services, would be read as settings.
   enableServiceLinks: false
   terminationGracePeriodSeconds: {{ add $values.preStopSleepSeconds $settings.drainTimeoutSeconds 10 }}
@@ -63,23 +65,14 @@ spec:
   {{- end }}
   containers:
     - name: {{ $workload.component }}
-      image: {{ include "vitrine.image" (list $root (default (index $values.images $workload.component) $settings.image)) }}
+      image: {{ include "vitrine.programImage" . }}
       imagePullPolicy: {{ $values.images.pullPolicy }}
-      {{- with $settings.extraArgs }}
-      args:
-        {{- toYaml . | nindent 8 }}
-      {{- end }}
+      {{- include "vitrine.command" . | nindent 6 }}
       env:
-        - name: {{ $isLlm | ternary "VITRINE_LLM_CONFIG" "VITRINE_ENCODER_CONFIG" }}
-          value: /etc/vitrine/config/config.yaml
         {{- include "vitrine.env" . | nindent 8 }}
       ports:
-        {{- if $isLlm }}
-        - {name: http, containerPort: 8000}
-        - {name: grpc, containerPort: 50052}
-        {{- else }}
-        - {name: grpc, containerPort: 50051}
-        - {name: metrics, containerPort: 9090}
+        {{- range include "vitrine.ports" . | fromYamlArray }}
+        - {name: {{ .name }}, containerPort: {{ .port }}}
         {{- end }}
       {{- include "vitrine.probes" . | nindent 6 }}
       {{- if $values.preStopSleepSeconds }}
@@ -94,14 +87,14 @@ spec:
         {{- toYaml $values.containerSecurityContext | nindent 8 }}
       volumeMounts:
         - {name: config, mountPath: /etc/vitrine/config, readOnly: true}
-        {{- include "vitrine.commonVolumeMounts" $root | nindent 8 }}
-        {{- if $isLlm | ternary $values.tls.llm.secretName $values.tls.encoders.secretName }}
+        {{- include "vitrine.volumeMounts" . | nindent 8 }}
+        {{- if $workload.tls.secretName }}
         - {name: tls, mountPath: /etc/vitrine/tls, readOnly: true}
         {{- end }}
         {{- if $usesEncoderTls }}
         - {name: encoder-tls, mountPath: /etc/vitrine/encoder-tls, readOnly: true}
         {{- end }}
-        {{- if $values.colocation.sharedMemoryHostPath }}
+        {{- if $sharedMemory }}
         - {name: shm, mountPath: /var/run/vitrine/shm}
         {{- end }}
         {{- with $settings.extraVolumeMounts }}
@@ -111,8 +104,8 @@ spec:
     - name: config
       configMap:
         name: {{ $workload.name }}
-    {{- include "vitrine.commonVolumes" $root | nindent 4 }}
-    {{- with $isLlm | ternary $values.tls.llm.secretName $values.tls.encoders.secretName }}
+    {{- include "vitrine.volumes" . | nindent 4 }}
+    {{- with $workload.tls.secretName }}
     - name: tls
       secret:
         secretName: {{ . }}
@@ -130,10 +123,10 @@ spec:
           - {key: tls.key, path: tls.key}
           {{- end }}
     {{- end }}
-    {{- with $values.colocation.sharedMemoryHostPath }}
+    {{- if $sharedMemory }}
     - name: shm
       hostPath:
-        path: {{ . }}
+        path: {{ $values.colocation.sharedMemoryHostPath }}
         type: Directory
     {{- end }}
     {{- with $settings.extraVolumes }}
@@ -141,21 +134,21 @@ spec:
     {{- end }}
 {{- end -}}
 
-{{/* Environment of a pool's container without its configuration file: (list $ workload). */}}
+{{/* Environment of a pool's container: (list $ workload). */}}
 {{- define "vitrine.env" -}}
 {{- $root := index . 0 -}}
 {{- $workload := index . 1 -}}
-{{- include "vitrine.commonEnv" $root }}
+{{- include "vitrine.programEnv" . }}
 {{- if $workload.settings.cudaVisibleDevices }}
 # All containers must number the GPUs alike.
 - name: CUDA_DEVICE_ORDER
   value: PCI_BUS_ID
 - name: CUDA_VISIBLE_DEVICES
   value: {{ $workload.settings.cudaVisibleDevices | quote }}
-{{- else if ne $root.Values.colocation.gpuSharing "none" }}
+{{- else if ne $workload.gpuSharing "none" }}
 {{- fail (printf "with colocation.gpuSharing a pod sees GPUs of others: cudaVisibleDevices of %s pool %q must say which it uses, its own first" $workload.component $workload.pool) }}
 {{- end }}
-{{- if eq $root.Values.colocation.gpuSharing "runtimeClass" }}
+{{- if eq $workload.gpuSharing "runtimeClass" }}
 - name: NVIDIA_VISIBLE_DEVICES
   value: all
 - name: NVIDIA_DRIVER_CAPABILITIES
@@ -176,7 +169,7 @@ spec:
 {{- end }}
 {{- end -}}
 
-{{/* What every container has, also in a RayService. */}}
+{{/* What every container that loads a model has, also in a RayService. */}}
 {{- define "vitrine.commonEnv" -}}
 # The root file system is read-only: checkpoints and compiled kernels go to the model cache.
 - name: HOME

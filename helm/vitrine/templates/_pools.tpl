@@ -1,9 +1,11 @@
 {{/*
-Every pool of both components: {pools: [{component, pool, name, settings}]}, settings being the component's defaults with
-the pool's own merged in. Nothing in mode rayservice.
+Every pool of all components: {pools: [{component, pool, name, program, tls, usesEncoders, gpuSharing, settings}]}. Nothing in mode
+rayservice. program: what its pods run, after which templates are named; tls: what users' ports serve with; usesEncoders: whether its
+pods connect to encoders by gRPC; settings: the component's defaults with the pool's own merged in.
 */}}
 {{- define "vitrine.pools" -}}
 {{- $root := . -}}
+{{- include "vitrine.checkEngine" . -}}
 {{- $pools := list -}}
 {{- if eq .Values.mode "deployments" -}}
 {{- $components := dict "encoder" .Values.encoders "llm" .Values.llm -}}
@@ -14,18 +16,89 @@ the pool's own merged in. Nothing in mode rayservice.
 {{- end -}}
 {{- range $pool, $own := $values.pools -}}
 {{- $settings := mergeOverwrite (deepCopy $values.defaults) (deepCopy ($own | default dict)) -}}
-{{- if eq $settings.autoscaling.kind "ray" -}}
-{{- fail (printf "autoscaling.kind ray of %s pool %q is for mode rayservice: use none, hpa or keda" $component $pool) -}}
+{{- if not $settings.startupTimeoutSeconds -}}
+{{- $_ := set $settings "startupTimeoutSeconds" (ternary 600 1800 (eq $root.Values.engine "vitrine")) -}}
 {{- end -}}
 {{- $name := include "vitrine.name" (list $root (printf "%s-%s" $component $pool)) -}}
-{{- $pools = append $pools (dict "component" $component "pool" $pool "name" $name "settings" $settings) -}}
+{{- $workload := dict "component" $component "pool" $pool "name" $name "gpuSharing" $root.Values.colocation.gpuSharing "settings" $settings -}}
+{{- include "vitrine.checkPool" (list $root $workload) -}}
+{{- $pools = append $pools (merge $workload (include (printf "vitrine.%sFacts" $component) (list $root $settings) | fromYaml)) -}}
 {{- end -}}
+{{- end -}}
+{{- if eq (include "vitrine.hasGateway" .) "true" -}}
+{{- $none := dict "autoscaling" (dict "kind" "none") "gpu" (dict "count" 0) "runtimeClassName" "" "encoderPools" list -}}
+{{- $workload := dict "component" "gateway" "pool" "default" "name" (include "vitrine.name" (list $root "gateway")) "gpuSharing" "none" -}}
+{{- $_ := set $workload "settings" (merge $none .Values.gateway) -}}
+{{- $pools = append $pools (merge $workload (dict "program" "gateway" "tls" .Values.tls.llm "usesEncoders" true)) -}}
 {{- end -}}
 {{- end -}}
 {{- dict "pools" $pools | toYaml -}}
 {{- end -}}
 
-{{/* Names of the encoder pools that a worker pool uses, separated by spaces: (list $ workload). */}}
+{{/* Program, TLS and whether encoders are used, of an encoder pool: (list $ settings). */}}
+{{- define "vitrine.encoderFacts" -}}
+{{- dict "program" "encoder" "tls" (index . 0).Values.tls.encoders "usesEncoders" false | toYaml -}}
+{{- end -}}
+
+{{/* The same of a pool of workers or of another engine's servers, with which a gateway speaks without TLS: (list $ settings). */}}
+{{- define "vitrine.llmFacts" -}}
+{{- $values := (index . 0).Values -}}
+{{- $noTls := dict "secretName" "" "clientAuth" false -}}
+{{- $facts := dict "program" (include "vitrine.llmProgram" (index . 0)) -}}
+{{- $_ := set $facts "tls" (ternary $noTls $values.tls.llm (eq (include "vitrine.hasGateway" (index . 0)) "true")) -}}
+{{- $_ := set $facts "usesEncoders" (and (ne (index . 1).role "decode") (ne $values.engine "sglang")) -}}
+{{- toYaml $facts -}}
+{{- end -}}
+
+{{- define "vitrine.llmProgram" -}}
+{{- ternary "llm" .Values.engine (eq .Values.engine "vitrine") -}}
+{{- end -}}
+
+{{/* Whether a gateway stands in front of the engine's servers: "true" or "false". */}}
+{{- define "vitrine.hasGateway" -}}
+{{- and (eq .Values.mode "deployments") (eq .Values.engine "vllm") (eq .Values.vllm.mode "M") -}}
+{{- end -}}
+
+{{/* Fails where `engine` and other values do not go together. */}}
+{{- define "vitrine.checkEngine" -}}
+{{- if and (ne .Values.engine "vitrine") (eq .Values.mode "rayservice") -}}
+{{- fail (printf "mode rayservice serves with our workers alone: engine %s needs mode deployments" .Values.engine) -}}
+{{- end -}}
+{{- if eq .Values.engine "sglang" -}}
+{{- if .Values.colocation.enabled -}}
+{{- fail "engine sglang gets embeddings over the network alone: leave colocation off" -}}
+{{- end -}}
+{{- if .Values.tls.encoders.secretName -}}
+{{- fail "SGLang calls encoders by their pods' addresses, which no certificate lists: leave tls.encoders empty" -}}
+{{- end -}}
+{{- if .Values.tls.llm.clientAuth -}}
+{{- fail "SGLang does not demand certificates of clients: leave tls.llm.clientAuth off, and put what demands them in front" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Fails where a pool's settings do not go together with mode and `engine`: (list $ workload). */}}
+{{- define "vitrine.checkPool" -}}
+{{- $engine := (index . 0).Values.engine -}}
+{{- $workload := index . 1 -}}
+{{- $settings := $workload.settings -}}
+{{- if eq $settings.autoscaling.kind "ray" -}}
+{{- fail (printf "autoscaling.kind ray of %s pool %q is for mode rayservice: use none, hpa or keda" $workload.component $workload.pool) -}}
+{{- end -}}
+{{- if and (eq $workload.component "llm") (ne $engine "vitrine") -}}
+{{- if ne $settings.role "both" -}}
+{{- fail (printf "llm.pools.%s has role %s, which engine %s does not have: leave it out" $workload.pool $settings.role $engine) -}}
+{{- end -}}
+{{- if and $settings.encoderPools (or (eq $engine "sglang") (eq (include "vitrine.hasGateway" (index . 0)) "true")) -}}
+{{- fail (printf "llm.pools.%s.encoderPools: with a gateway, and with engine sglang, all servers use all encoders: leave it out" $workload.pool) -}}
+{{- end -}}
+{{- if and (eq $engine "sglang") (ne $settings.autoscaling.kind "none") -}}
+{{- fail (printf "llm.pools.%s has autoscaling, but encoders register with a fixed number of SGLang's pods: set replicas" $workload.pool) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Names of the encoder pools that a pool of workers or the gateway uses, separated by spaces: (list $ workload). */}}
 {{- define "vitrine.encoderPools" -}}
 {{- $root := index . 0 -}}
 {{- $workload := index . 1 -}}

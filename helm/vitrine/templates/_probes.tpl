@@ -3,11 +3,11 @@ Probes: (list $ workload). gRPC health is NOT_SERVING until weights are loaded a
 neither TLS over gRPC nor shows certificates, so with these the container's vitrine-health asks.
 */}}
 {{- define "vitrine.probes" -}}
-{{- include (printf "vitrine.%sProbes" (index . 1).component) . -}}
+{{- include (printf "vitrine.%sProbes" (index . 1).program) . -}}
 {{- end -}}
 
 {{- define "vitrine.encoderProbes" -}}
-{{- $tls := (index . 0).Values.tls.encoders -}}
+{{- $tls := (index . 1).tls -}}
 {{- $period := 10 -}}
 startupProbe:
   {{- include "vitrine.grpcProbe" (list $tls 50051 "vitrine.encoder.v1.Encoder") | nindent 2 }}
@@ -31,24 +31,45 @@ A worker is ready when it has loaded and an encoder fits; without encoders it st
 only whether it answers.
 */}}
 {{- define "vitrine.llmProbes" -}}
-{{- $tls := (index . 0).Values.tls.llm -}}
+{{- $tls := (index . 1).tls -}}
+{{- $ready := include "vitrine.httpProbe" (list $tls "/ready") -}}
+{{- if $tls.clientAuth }}{{ $ready = include "vitrine.grpcProbe" (list $tls 50052 "vitrine.llm.v1.Llm") }}{{ end -}}
+{{- include "vitrine.serverProbes" (append . $ready) -}}
+{{- end -}}
+
+{{/* The gateway is ready when encoders and a server answer it. */}}
+{{- define "vitrine.gatewayProbes" -}}
+{{- $tls := (index . 1).tls -}}
+{{- $ready := include "vitrine.httpProbe" (list $tls "/ready") -}}
+{{- if $tls.clientAuth }}{{ $ready = include "vitrine.grpcProbe" (list $tls 50053 "") }}{{ end -}}
+{{- include "vitrine.serverProbes" (append . $ready) -}}
+{{- end -}}
+
+{{/* Of vLLM and SGLang the port opens, or `/health` is 200, once the model is loaded. */}}
+{{- define "vitrine.vllmProbes" -}}
+{{- include "vitrine.serverProbes" (append . (include "vitrine.httpProbe" (list (index . 1).tls "/health"))) -}}
+{{- end -}}
+
+{{- define "vitrine.sglangProbes" -}}
+{{- include "vitrine.vllmProbes" . -}}
+{{- end -}}
+
+{{/* (list $ workload readiness) */}}
+{{- define "vitrine.serverProbes" -}}
+{{- $answers := include "vitrine.httpProbe" (list (index . 1).tls "/health") -}}
 {{- $period := 10 -}}
 startupProbe:
-  {{- include "vitrine.httpProbe" (list $tls "/health") | nindent 2 }}
+  {{- $answers | nindent 2 }}
   periodSeconds: {{ $period }}
   failureThreshold: {{ include "vitrine.startupFailures" (list (index . 1) $period) }}
   timeoutSeconds: 10
 readinessProbe:
-  {{- if $tls.clientAuth }}
-  {{- include "vitrine.grpcProbe" (list $tls 50052 "vitrine.llm.v1.Llm") | nindent 2 }}
-  {{- else }}
-  {{- include "vitrine.httpProbe" (list $tls "/ready") | nindent 2 }}
-  {{- end }}
+  {{- index . 2 | nindent 2 }}
   periodSeconds: 5
   failureThreshold: 2
   timeoutSeconds: 5
 livenessProbe:
-  {{- include "vitrine.httpProbe" (list $tls "/health") | nindent 2 }}
+  {{- $answers | nindent 2 }}
   periodSeconds: 20
   failureThreshold: 3
   timeoutSeconds: 10

@@ -50,7 +50,7 @@ num_gpus: {{ $pool.gpu.count }}
 {{- if eq $scaling.kind "ray" }}
 min_replicas: {{ $scaling.minReplicas }}
 max_replicas: {{ $scaling.maxReplicas }}
-{{ index . 2 }}: {{ $scaling.target }}
+{{ index . 2 }}: {{ (include "vitrine.scaling" (list $root (dict "program" (ternary "encoder" "llm" (eq $key "encoders")) "settings" $pool)) | fromYaml).target }}
 {{- else }}
 min_replicas: {{ $pool.replicas }}
 max_replicas: {{ $pool.replicas }}
@@ -118,7 +118,7 @@ spec:
   {{- end }}
   containers:
     - name: {{ $name }}
-      image: {{ include "vitrine.image" (list $root $values.images.ray) }}
+      image: {{ include "vitrine.image" (list $root $values.images.ray (default $root.Chart.AppVersion $values.images.tag)) }}
       imagePullPolicy: {{ $values.images.pullPolicy }}
       env:
         {{- include "vitrine.commonEnv" $root | nindent 8 }}

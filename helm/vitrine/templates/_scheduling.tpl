@@ -23,7 +23,7 @@ pods see every GPU of a node, one pod of a pool on a node: two would take the sa
 {{- end -}}
 {{- $_ := set $affinity "podAffinity" $podAffinity -}}
 {{- end -}}
-{{- if eq $colocation.gpuSharing "runtimeClass" -}}
+{{- if eq $workload.gpuSharing "runtimeClass" -}}
 {{- $labels := include "vitrine.poolSelectorLabels" . | fromYaml -}}
 {{- $term := dict "topologyKey" "kubernetes.io/hostname" "labelSelector" (dict "matchLabels" $labels) -}}
 {{- $podAntiAffinity := $affinity.podAntiAffinity | default dict -}}
@@ -46,7 +46,7 @@ pods see every GPU of a node, one pod of a pool on a node: two would take the sa
 {{- define "vitrine.resources" -}}
 {{- $settings := (index . 1).settings -}}
 {{- $resources := deepCopy $settings.resources -}}
-{{- if eq (index . 0).Values.colocation.gpuSharing "resourceClaim" -}}
+{{- if eq (index . 1).gpuSharing "resourceClaim" -}}
 {{- $_ := set $resources "claims" (list (dict "name" "gpus")) -}}
 {{- else if $settings.gpu.count -}}
 {{- $_ := set $resources "limits" (set ($resources.limits | default dict) $settings.gpu.resource $settings.gpu.count) -}}

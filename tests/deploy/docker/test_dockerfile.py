@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import fnmatch
 import json
+import re
 import subprocess
 import tomllib
 from pathlib import Path
@@ -16,14 +17,15 @@ import yaml
 from tests.deploy.docker.dockerfile import DOCKERFILE, FOLDER, ROOT, environment, lineage, read_stages
 from tests.deploy.docker.tools import check, find_tool
 from vitrine_vlm.encoder_service.config import EncoderConfig
+from vitrine_vlm.gateway.config import GatewayConfig
 from vitrine_vlm.llm_worker.config import LlmConfig
 
 STAGES = read_stages()
 PACKAGE = ROOT / "vitrine_vlm"  # with links to the folders that the Dockerfile copies
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-SERVICES = {"encoder": "encoder_service", "llm": "llm_worker"}
-CODE = SERVICES | {"ray": "deploy"}
-BOTH = pytest.mark.parametrize("target", SERVICES)
+SERVICES = {"encoder": "encoder_service", "llm": "llm_worker", "gateway": "gateway"}
+CODE = SERVICES | {"ray": "deploy", "vllm": "vllm_connector"}
+OURS = pytest.mark.parametrize("target", SERVICES)
 ALL = pytest.mark.parametrize("target", CODE)
 IN_A_CLONE = pytest.mark.skipif(not (ROOT / "protos/__init__.py").exists(), reason="images are built from a clone")
 
@@ -39,7 +41,7 @@ def test_the_base_image_is_pinned_by_tag() -> None:
     assert tag.startswith("13.")
     assert "base" in tag
     assert STAGES["base"].parent == "${BASE_IMAGE}"
-    assert {stage.parent for stage in STAGES.values()} <= {"${BASE_IMAGE}", *STAGES}
+    assert {stage.parent for stage in STAGES.values()} <= {"${BASE_IMAGE}", "${VLLM_IMAGE}", *STAGES}
 
 
 @ALL
@@ -74,7 +76,7 @@ def test_the_build_context_is_what_is_copied() -> None:
     assert rules.index("!deploy") < rules.index("deploy/docker"), "the last rule that matches decides: .env stays out"
 
 
-@BOTH
+@OURS
 def test_the_commands_are_the_projects(target: str) -> None:
     *interpreter, entrypoint, command = json.loads(STAGES[target].arguments("ENTRYPOINT")[0])
     assert interpreter == ["/usr/bin/python3", "-I"]
@@ -85,14 +87,18 @@ def test_the_commands_are_the_projects(target: str) -> None:
     assert probe in PROJECT["scripts"]
 
 
-@BOTH
+@OURS
 def test_the_settings_are_the_services(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the image sets is taken by the service, and the ports are the ones it then listens on."""
     for name, value in environment(STAGES, target).items():
         if name.startswith("VITRINE_"):
             monkeypatch.setenv(name, value)
     [exposed] = STAGES[target].arguments("EXPOSE")
-    if target == "encoder":
+    if target == "gateway":
+        gateway = GatewayConfig.from_command_line(["--servers", "v:8000", "--encoders", "e:50051"])
+        names, prefix = GatewayConfig.model_fields, "VITRINE_GATEWAY_"
+        host, grpc_port, ports = gateway.host, gateway.grpc_port, {gateway.port, gateway.grpc_port}
+    elif target == "encoder":
         encoder = EncoderConfig.from_command_line(["--model", "m"])
         names, prefix = EncoderConfig.model_fields, "VITRINE_ENCODER_"
         host, grpc_port, ports = encoder.host, encoder.port, {encoder.port, encoder.metrics_port}
@@ -107,7 +113,7 @@ def test_the_settings_are_the_services(target: str, monkeypatch: pytest.MonkeyPa
     assert f'"127.0.0.1:{grpc_port}"' in STAGES[target].arguments("HEALTHCHECK")[0]
 
 
-@ALL
+@pytest.mark.parametrize("target", sorted(CODE.keys() - {"vllm"}))  # vLLM's image has what vLLM needs
 def test_kernels_come_with_the_compiler_that_triton_needs(target: str) -> None:
     installed = " ".join(run for stage in lineage(STAGES, target) for run in stage.arguments("RUN")).split()
     packages = _first_party_closure(CODE[target])
@@ -119,7 +125,8 @@ def test_kernels_come_with_the_compiler_that_triton_needs(target: str) -> None:
 def test_name_and_version_are_those_of_project_and_chart(target: str) -> None:
     chart = yaml.safe_load((ROOT / "helm/vitrine/values.yaml").read_text())
     name = chart["images"][target]
-    assert f"VERSION={PROJECT['version']}" in STAGES["runtime"].arguments("ARG")
+    arguments = [argument for stage in lineage(STAGES, target) for argument in stage.arguments("ARG")]
+    assert f"VERSION={PROJECT['version']}" in arguments
     assert f"-t {name}:{PROJECT['version']} ." in DOCKERFILE.read_text()
     assert f'image.title="{name}"' in STAGES[target].arguments("LABEL")[0]
 
@@ -132,6 +139,28 @@ def test_ray_joins_the_environment_that_all_images_share() -> None:
     chart = yaml.safe_load((ROOT / "helm/vitrine/values.yaml").read_text())
     assert f"ray=={chart['ray']['version']}" in (ROOT / "constraints.txt").read_text().splitlines()
     assert "runtime" in {stage.name for stage in lineage(STAGES, "ray")}
+
+
+def test_the_connector_changes_nothing_of_vllms() -> None:
+    """What is installed is the constraint for what is added, which are the requirements of the extra."""
+    stage = STAGES["vllm"]
+    [default] = [line for line in DOCKERFILE.read_text().splitlines() if line.startswith("ARG VLLM_IMAGE=")]
+    assert re.fullmatch(r"ARG VLLM_IMAGE=vllm/vllm-openai:v0\.\d+\.\d+", default)
+    assert stage.parent == "${VLLM_IMAGE}"
+    [install] = [run for run in stage.arguments("RUN") if "pip install" in run]
+    assert "pip list --format=freeze > /tmp/installed.txt" in install
+    assert '--constraint /tmp/installed.txt "/src[vllm]"' in install
+    assert "vllm" in PROJECT["optional-dependencies"]
+    assert "torch" not in " ".join([*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["vllm"]])
+    assert "PIP_CONSTRAINT" not in environment(STAGES, "vllm"), "its versions are not this project's"
+
+
+def test_vllm_finds_the_connector_by_its_entry_point() -> None:
+    """Of the distribution in /opt/vitrine, which is on the path of every process."""
+    assert PROJECT["entry-points"]["vllm.general_plugins"]["vitrine"] == "vitrine_vlm.vllm_connector.plugin:register"
+    assert environment(STAGES, "vllm")["PYTHONPATH"] == "/opt/vitrine"
+    assert json.loads(STAGES["vllm"].arguments("ENTRYPOINT")[0]) == ["vllm", "serve"]
+    assert environment(STAGES, "vllm")["HOME"] == environment(STAGES, "llm")["HOME"]
 
 
 def test_a_login_shell_keeps_the_path(tmp_path: Path) -> None:

@@ -1,0 +1,117 @@
+{{/*
+What differs between the programs that pods run: `encoder`, `llm` and `gateway`, which are ours, `vllm` with our connector, and `sglang`.
+All take (list $ workload). Their configuration files are in _config.tpl, their probes in _probes.tpl.
+*/}}
+
+{{- define "vitrine.programImage" -}}
+{{- $root := index . 0 -}}
+{{- $workload := index . 1 -}}
+{{- $tag := default $root.Chart.AppVersion $root.Values.images.tag -}}
+{{- if eq $workload.program "sglang" }}{{ $tag = printf "v%s" $root.Values.sglang.version }}{{ end -}}
+{{- include "vitrine.image" (list $root (default (index $root.Values.images $workload.program) $workload.settings.image) $tag) -}}
+{{- end -}}
+
+{{/* Command and arguments. Our images start their program; a variable then names the configuration file, but to vLLM. */}}
+{{- define "vitrine.command" -}}
+{{- $workload := index . 1 -}}
+{{- $arguments := $workload.settings.extraArgs -}}
+{{- if has $workload.program (list "vllm" "sglang") -}}
+{{- $arguments = concat (list "--config" "/etc/vitrine/config/config.yaml") $arguments -}}
+{{- end -}}
+{{- if eq $workload.program "sglang" }}
+command: [python3, -m, sglang.launch_server]
+{{- end }}
+{{- with $arguments }}
+args:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{- define "vitrine.programEnv" -}}
+{{- $root := index . 0 -}}
+{{- $program := (index . 1).program -}}
+{{- if has $program (list "encoder" "llm" "gateway") -}}
+- name: VITRINE_{{ upper $program }}_CONFIG
+  value: /etc/vitrine/config/config.yaml
+{{- if and (eq $program "encoder") (eq $root.Values.engine "sglang") }}
+- name: VITRINE_ENCODER_SGLANG_ADVERTISE_HOST
+  valueFrom:
+    fieldRef:
+      fieldPath: status.podIP
+{{- end }}
+{{- else if eq $program "vllm" -}}
+- name: VLLM_LOGGING_LEVEL
+  value: {{ upper $root.Values.log.level }}
+{{- else -}}
+# The image has no user of this id: what names its caches after the user takes the name from here.
+- name: USER
+  value: vitrine
+{{- end }}
+{{- if ne $program "gateway" }}
+{{ include "vitrine.commonEnv" $root }}
+{{- end }}
+{{- end -}}
+
+{{/* A list of name and port. */}}
+{{- define "vitrine.ports" -}}
+{{- $program := (index . 1).program -}}
+{{- if eq $program "encoder" -}}
+- {name: grpc, port: 50051}
+- {name: metrics, port: 9090}
+{{- if eq (index . 0).Values.engine "sglang" }}
+- {name: sglang, port: 30000}
+{{- end }}
+{{- else -}}
+- {name: http, port: 8000}
+{{- if eq $program "llm" }}
+- {name: grpc, port: 50052}
+{{- else if eq $program "gateway" }}
+- {name: grpc, port: 50053}
+{{- else if eq $program "sglang" }}
+- {name: registration, port: 8997}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* Folders to write to. The gateway keeps nothing; vLLM and SGLang pass data between their processes through /dev/shm. */}}
+{{- define "vitrine.volumeMounts" -}}
+{{- $program := (index . 1).program -}}
+{{- if eq $program "gateway" -}}
+- {name: tmp, mountPath: /tmp}
+{{- else -}}
+{{ include "vitrine.commonVolumeMounts" (index . 0) }}
+{{- end }}
+{{- if has $program (list "vllm" "sglang") }}
+- {name: dev-shm, mountPath: /dev/shm}
+{{- end }}
+{{- end -}}
+
+{{- define "vitrine.volumes" -}}
+{{- $root := index . 0 -}}
+{{- $program := (index . 1).program -}}
+{{- if eq $program "gateway" -}}
+- name: tmp
+  emptyDir: {}
+{{- else -}}
+{{ include "vitrine.commonVolumes" $root }}
+{{- end }}
+{{- if has $program (list "vllm" "sglang") }}
+# Kubernetes gives 64 MiB.
+- name: dev-shm
+  emptyDir:
+    medium: Memory
+    sizeLimit: {{ (index $root.Values $program).sharedMemorySize }}
+{{- end }}
+{{- end -}}
+
+{{/* What the program's pods are scaled by, and how much of it a pod should have. */}}
+{{- define "vitrine.scaling" -}}
+{{- $workload := index . 1 -}}
+{{- $metrics := dict
+  "encoder" (dict "metric" "vitrine_encoder_queue_seconds" "target" "1")
+  "llm" (dict "metric" "vitrine_llm_queued_prefill_tokens" "target" "16384")
+  "vllm" (dict "metric" "vllm:num_requests_waiting" "target" "4") -}}
+{{- $scaling := index $metrics $workload.program -}}
+metric: {{ $scaling.metric }}
+target: {{ default $scaling.target $workload.settings.autoscaling.target | quote }}
+{{- end -}}
