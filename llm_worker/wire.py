@@ -8,7 +8,14 @@ from dataclasses import asdict
 
 from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.llm_worker.engine.request import SamplingParams, TokenLogprobs
-from vitrine_vlm.llm_worker.generation.events import Delta, Finished, GenerationRequest, StageTimings, Started
+from vitrine_vlm.llm_worker.generation.events import (
+    Delta,
+    Finished,
+    GenerationRequest,
+    PromptLogprobs,
+    StageTimings,
+    Started,
+)
 from vitrine_vlm.llm_worker.prompt.sampling_defaults import SamplingDefaults
 from vitrine_vlm.protos.llm.v1 import llm_pb2
 from vitrine_vlm.types import MediaItem, MediaKind
@@ -76,6 +83,7 @@ def _sampling(sampling: llm_pb2.SamplingParams, defaults: SamplingDefaults) -> S
         logit_bias=dict(sampling.logit_bias),
         bad_words=tuple(tuple(word.ids) for word in sampling.bad_words),
         allowed_token_ids=frozenset(allowed) if allowed is not None else None,
+        prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
     )
 
 
@@ -85,6 +93,10 @@ def started_to_proto(started: Started, request_id: str) -> llm_pb2.Started:
         num_prompt_tokens=started.num_prompt_tokens,
         num_media_tokens=started.num_media_tokens,
     )
+
+
+def prompt_logprobs_to_proto(event: PromptLogprobs) -> llm_pb2.PromptLogprobs:
+    return llm_pb2.PromptLogprobs(logprobs=[logprobs_to_proto(each) for each in event.logprobs if each is not None])
 
 
 def delta_to_proto(delta: Delta) -> llm_pb2.Delta:
@@ -137,7 +149,7 @@ def _media_item_to_proto(item: MediaItem) -> llm_pb2.MediaItem:
 
 
 def sampling_to_proto(sampling: SamplingParams) -> llm_pb2.SamplingParams:
-    """Sets every field, so that the receiver's defaults are not used."""
+    """Sets every field of the answer's tokens, so that the receiver's defaults are not used."""
     allowed = sampling.allowed_token_ids
     # Numbers in JSON have no limit, these fields have 32 bits; larger values have the same effect as the largest.
     return llm_pb2.SamplingParams(

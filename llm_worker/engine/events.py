@@ -6,15 +6,20 @@ from typing import NamedTuple, TypeAlias
 
 from vitrine_vlm.errors import VitrineError
 from vitrine_vlm.llm_worker.engine.kv_rows import CachedKv
-from vitrine_vlm.llm_worker.engine.request import EngineTimings, TokenOutput
+from vitrine_vlm.llm_worker.engine.request import EngineTimings, TokenLogprobs, TokenOutput
 
 
 class TokenSampled(NamedTuple):
-    """The next token. kv: the prompt's KV, with the last token of a request that keeps it."""
+    """The next token.
+
+    kv: the prompt's KV, with the last token of a request that keeps it.
+    prompt_logprobs: with the first token of a request that asks for them.
+    """
 
     output: TokenOutput
     timings: EngineTimings
     kv: CachedKv | None
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
 
 class RequestFailed(NamedTuple):

@@ -7,7 +7,7 @@ sequences, C hidden size, N deepstack layers.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 
 from vitrine_vlm.embedding_transport.receiving.received_rows import copy_rows
 from vitrine_vlm.llm_worker.engine.chunk import Chunk
+from vitrine_vlm.llm_worker.engine.prompt_logprobs import ScoredTokens
 from vitrine_vlm.llm_worker.engine.staging_buffer import PinnedStagingBuffer
 from vitrine_vlm.llm_worker.engine.token_pool import TokenPool
 from vitrine_vlm.llm_worker.models.decoder import StepInputs, TextDecoder
@@ -44,6 +45,7 @@ class PreparedStep:
 
     sampled_tokens: the tokens of the step that need logits, one of each chunk that samples.
     landings: the embeddings that were landed, by chunk.
+    scored: tokens whose prompt's next tokens' log-probabilities are wanted, see `prompt_logprobs.py`.
     failed: chunks whose media embeddings could not be landed, with the reason: their tokens have the embeddings of
         placeholders, so their results must not be used.
     """
@@ -52,6 +54,7 @@ class PreparedStep:
     sampled_tokens: list[int]
     landings: dict[Chunk, list[Landing]] = field(default_factory=dict)
     failed: dict[Chunk, Exception] = field(default_factory=dict)
+    scored: list[ScoredTokens] = field(default_factory=list)
 
 
 class InputEmbedBuffer:
@@ -85,7 +88,7 @@ class InputEmbedBuffer:
             row_1W = self.embeds_MC.new_zeros(1, config.hidden_size * (1 + config.num_deepstack))
             copy_rows(row_1W, *self.places(0, 1), 0)
 
-    def write(self, chunks: Sequence[Chunk]) -> PreparedStep:
+    def write(self, chunks: Sequence[Chunk], scored: Iterable[ScoredTokens] = ()) -> PreparedStep:
         """Fills the buffers with the step's tokens. Slots behind them are -1."""
         stops = list(accumulate(chunk.length for chunk in chunks))
         starts, num_tokens = [0, *stops[:-1]], stops[-1]
@@ -98,7 +101,7 @@ class InputEmbedBuffer:
         has_media = any(chunk.request.spans_in(chunk.start, chunk.stop) for chunk in chunks)
         inputs = self.copy_to_device(num_tokens, sequences, has_media and len(self.deepstack_NMC) > 0, num_pooled)
 
-        prepared = PreparedStep(inputs, sampled)
+        prepared = PreparedStep(inputs, sampled, scored=list(scored))
         if has_media:
             for chunk, start in zip(chunks, starts, strict=True):
                 try:

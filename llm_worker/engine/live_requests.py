@@ -101,7 +101,10 @@ class LiveRequests:
         if finish_reason is not None and request.keep_kv:
             kv = CachedKv(self._kv_cache.layers, request.table.slots[: request.num_prompt_tokens])
         output = TokenOutput(token_id, next_token.logprobs, finish_reason)
-        self._outbox.put(request.key, TokenSampled(output, request.timings_now(), kv))
+        prompt_logprobs = None
+        if request.prompt_logprobs and len(request.token_ids) == request.num_prompt_tokens + 1:
+            prompt_logprobs = request.prompt_logprobs
+        self._outbox.put(request.key, TokenSampled(output, request.timings_now(), kv, prompt_logprobs))
         if finish_reason is not None:
             self._end(request, keep_kv=request.keep_kv)
 

@@ -75,7 +75,9 @@ class LogitsProcessor:
         return logits_BV
 
     def count(self, chunks: Sequence[Chunk], token_ids_B: torch.Tensor) -> None:
-        """Counts the tokens that the step chooses for these chunks."""
+        """Counts the tokens that the step chooses for these chunks, whose logits were processed before."""
+        if not self._counts:
+            return
         penalized = [row for row, chunk in enumerate(chunks) if chunk.request.sampled.params.has_penalties]
         if not penalized:
             return

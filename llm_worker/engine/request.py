@@ -27,6 +27,7 @@ class SamplingParams:
         it has them. repetition_penalty: divides positive logits, and multiplies others, of tokens that prompt or answer
         have.
     logit_bias: added to the logits of these tokens.
+    prompt_logprobs: as `logprobs`, of every prompt token but the first.
     bad_words: token sequences that the answer never has. allowed_token_ids: the only tokens it may have; None for all.
     """
 
@@ -45,6 +46,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     bad_words: tuple[tuple[int, ...], ...] = ()
     allowed_token_ids: frozenset[int] | None = None
+    prompt_logprobs: int | None = None
 
     @property
     def is_greedy(self) -> bool:

@@ -17,7 +17,7 @@ from vitrine_vlm.llm_worker.engine.commands import (
 )
 from vitrine_vlm.llm_worker.engine.events import EmbeddingsNeeded, Event, KvNeeded, RequestFailed, TokenSampled
 from vitrine_vlm.llm_worker.engine.kv_rows import CachedKv
-from vitrine_vlm.llm_worker.engine.request import EngineTimings, ExpandedPrompt, TokenOutput
+from vitrine_vlm.llm_worker.engine.request import EngineTimings, ExpandedPrompt, TokenLogprobs, TokenOutput
 from vitrine_vlm.llm_worker.engine.sampler import NextToken
 from vitrine_vlm.types import EmbeddingRows
 
@@ -26,11 +26,13 @@ class RequestHandle:
     """A frontend's handle of a request; iterating yields its tokens. Belongs to the event loop that submitted it.
 
     timings: as of the last token. failed: the error, once the request has failed.
+    prompt_logprobs: of the prompt's tokens from the second on, from the first token on, where they were asked for.
     """
 
     def __init__(self, key: int, request_id: str, commands: CommandQueue) -> None:
         self.request_id = request_id
         self.timings = EngineTimings()
+        self.prompt_logprobs: list[TokenLogprobs] = []
         self.failed: asyncio.Future[VitrineError] = asyncio.get_running_loop().create_future()
         self._key = key
         self._commands = commands
@@ -97,6 +99,8 @@ class RequestHandle:
             self._outputs.put_nowait(event.error)
         else:
             self._kv = event.kv
+            if event.prompt_logprobs is not None:
+                self.prompt_logprobs = event.prompt_logprobs
             self._outputs.put_nowait(event.output)
 
 

@@ -18,7 +18,7 @@ import torch
 
 from vitrine_vlm.errors import InternalError
 from vitrine_vlm.llm_worker.engine.prefix_hashes import extend_prefix_hashes
-from vitrine_vlm.llm_worker.engine.request import EngineTimings, ExpandedPrompt, MediaSpan
+from vitrine_vlm.llm_worker.engine.request import EngineTimings, ExpandedPrompt, MediaSpan, TokenLogprobs
 from vitrine_vlm.llm_worker.engine.request_parts import (
     CachedPrefix,
     MediaInputs,
@@ -65,6 +65,7 @@ class RequestState:
     num_committed: tokens whose steps are computed; num_ready: tokens that could be computed by now.
     epoch: how often it was rolled back; results of steps that were launched in an earlier epoch are discarded.
     max_total_tokens: limit of prompt and answer, set once the prompt is complete.
+    prompt_logprobs: of the prompt's tokens from the second on, as far as they are computed; see `is_scored`.
     """
 
     key: int
@@ -88,6 +89,7 @@ class RequestState:
     epoch: int = 0
     num_preempted: int = 0
     max_total_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = length = len(self.token_ids)
@@ -99,6 +101,13 @@ class RequestState:
     def num_tokens(self) -> int:
         """All tokens, those included that steps in flight sample."""
         return len(self.token_ids) + self.sampled.num_in_flight
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether log-probabilities of its prompt's tokens are wanted and not all computed yet."""
+        if self.sampled.params.prompt_logprobs is None:
+            return False
+        return not self.complete or len(self.prompt_logprobs) < self.num_prompt_tokens - 1
 
     @property
     def num_to_hold(self) -> int:
@@ -198,6 +207,10 @@ class RequestState:
         self.num_committed = stop
         if self.media.received:
             self._release_landed()
+
+    def append_prompt_logprobs(self, start: int, logprobs: Sequence[TokenLogprobs]) -> None:
+        """Appends those of the tokens behind token `start`; some are known where the prompt is computed again."""
+        self.prompt_logprobs.extend(logprobs[max(len(self.prompt_logprobs) - start, 0) :])
 
     def embeddings_landed(self) -> None:
         """Records that embeddings have landed: earlier losses do not count any more."""

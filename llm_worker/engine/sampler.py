@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from vitrine_vlm.llm_worker.engine.pinned_copy import to_device, to_host
+from vitrine_vlm.llm_worker.engine.prompt_logprobs import token_logprobs
 from vitrine_vlm.llm_worker.engine.request import SamplingParams, TokenLogprobs
 
 
@@ -154,7 +155,4 @@ def _logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probabilities before any sampling parameter; see `Choice`."""
     rows = to_device(logits_BV.device, list(asking))
-    logprobs_AV = logits_BV[rows].float().log_softmax(-1)
-    values_AK, indices_AK = logprobs_AV.topk(min(max(asking.values()), logprobs_AV.shape[1]))
-    own_A = logprobs_AV.gather(1, token_ids_B[rows][:, None])[:, 0]
-    return own_A, values_AK, indices_AK
+    return token_logprobs(logits_BV[rows], token_ids_B[rows], max(asking.values()))

@@ -31,6 +31,8 @@ def check_sampling(params: SamplingParams, vocab_size: int) -> None:
     _check_range("repetition_penalty", params.repetition_penalty, *_REPETITION_PENALTIES)
     if params.logprobs is not None:
         _check_range("logprobs", params.logprobs, 0, MAX_LOGPROBS)
+    if params.prompt_logprobs is not None:
+        _check_range("prompt_logprobs", params.prompt_logprobs, 0, MAX_LOGPROBS)
     _check_min_tokens(params)
     for bias in params.logit_bias.values():
         _check_range("logit_bias", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)

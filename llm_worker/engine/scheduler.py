@@ -191,7 +191,8 @@ class Scheduler:
 
     def _match_prefix(self, request: RequestState) -> list[int]:
         """Blocks in the cache with the request's first tokens; the last token is always computed, to sample from."""
-        if not self._prefix_cache:
+        # Log-probabilities of the prompt need its hidden states, which are not cached.
+        if not self._prefix_cache or request.is_scored:
             return []
         block_size = self._kv_cache.block_size
         return self._kv_cache.match_prefix(request.hashes(block_size, (request.num_tokens - 1) // block_size))

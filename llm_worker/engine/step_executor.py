@@ -16,6 +16,7 @@ from vitrine_vlm.llm_worker.engine.forward_pass import ForwardPass, StepOutput
 from vitrine_vlm.llm_worker.engine.kv_rows import land_kv
 from vitrine_vlm.llm_worker.engine.live_requests import LiveRequests
 from vitrine_vlm.llm_worker.engine.logits_processing import LogitsProcessor
+from vitrine_vlm.llm_worker.engine.prompt_logprobs import LogprobTensors
 from vitrine_vlm.llm_worker.engine.request_state import RequestState
 from vitrine_vlm.llm_worker.engine.sampler import Choice, ChoiceOnHost, choose
 from vitrine_vlm.llm_worker.engine.scheduler import Scheduler
@@ -28,10 +29,15 @@ _MAX_NUM_LOST = 3
 
 @dataclass(frozen=True)
 class InFlightStep:
-    """A step that has been launched. choice: of the next tokens. launched_at: by `time.perf_counter`."""
+    """A step that has been launched.
+
+    prompt_logprobs: by chunk, on the way to the host like `choice`, which is of the next tokens.
+    launched_at: by `time.perf_counter`.
+    """
 
     chunks: list[Chunk]
     output: StepOutput
+    prompt_logprobs: dict[Chunk, LogprobTensors]
     choice: ChoiceOnHost
     launched_at: float
 
@@ -76,6 +82,7 @@ class StepExecutor:
                 choice = self._choose(output)
                 self._forward_pass.token_pool.write(output.pool_rows_B, choice.token_ids_B)
                 self._logits_processor.count(output.sampling, choice.token_ids_B)
+                prompt_logprobs = {chunk: each.copy_to_host() for chunk, each in output.prompt_logprobs.items()}
                 on_host = choice.copy_to_host()
         except Exception as error:
             self._step_failed(chunks, error)
@@ -85,7 +92,7 @@ class StepExecutor:
         launched = [chunk for chunk in chunks if chunk not in output.failed] if output.failed else chunks
         for chunk in launched:
             chunk.request.launch(chunk.stop, chunk.samples)
-        return InFlightStep(launched, output, on_host, begin)
+        return InFlightStep(launched, output, prompt_logprobs, on_host, begin)
 
     def can_overlap(self, step: InFlightStep) -> bool:
         """Whether the next step can be launched before the tokens of this one are known."""
@@ -101,7 +108,7 @@ class StepExecutor:
         """
         output = step.output
         try:
-            if overlapped or output.landed:
+            if overlapped or output.landed or step.prompt_logprobs:
                 step.choice.wait()
             lost = self._lost(output)
             next_tokens = step.choice.read() if output.sampling else []
@@ -109,6 +116,10 @@ class StepExecutor:
             self._step_failed([chunk for chunk in step.chunks if chunk.is_current], error)
             return
         computed = [chunk for chunk in step.chunks if chunk.is_current and not (lost and chunk in lost)]
+        if step.prompt_logprobs:
+            for chunk in computed:
+                if chunk in step.prompt_logprobs:
+                    chunk.request.append_prompt_logprobs(chunk.start, step.prompt_logprobs[chunk].read())
         self._commit(computed, time.perf_counter() - step.launched_at)
         for chunk, checks in output.landed.items():
             if checks and chunk.is_current and chunk not in lost:

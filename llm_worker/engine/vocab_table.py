@@ -25,6 +25,10 @@ class VocabTable:
     def __contains__(self, key: int) -> bool:
         return key in self._row_of
 
+    def __len__(self) -> int:
+        """The number of requests that have a row."""
+        return len(self._row_of)
+
     def row_of(self, key: int) -> int:
         """The row of the request with this key."""
         return self._row_of[key]

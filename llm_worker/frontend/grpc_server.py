@@ -10,7 +10,7 @@ import grpc
 
 from vitrine_vlm.embedding_transport.wire.grpc_status import abort, send
 from vitrine_vlm.errors import WorkerUnavailable
-from vitrine_vlm.llm_worker.generation.events import Delta, Finished, GenerationEvent, Started
+from vitrine_vlm.llm_worker.generation.events import Delta, Finished, GenerationEvent, PromptLogprobs, Started
 from vitrine_vlm.llm_worker.generation.served_model import ServedModel
 from vitrine_vlm.llm_worker.generation.several_answers import generate_answers
 from vitrine_vlm.llm_worker.request_tracker import RequestTracker
@@ -19,6 +19,7 @@ from vitrine_vlm.llm_worker.wire import (
     finished_to_proto,
     generation_from_proto,
     logprobs_to_proto,
+    prompt_logprobs_to_proto,
     started_to_proto,
     timings_to_proto,
 )
@@ -102,6 +103,8 @@ class LlmServer(ServiceServer):
 async def _write_event(event: GenerationEvent, answer: int, request_id: str, context: GenerateContext) -> None:
     if isinstance(event, Started):
         response = llm_pb2.GenerateResponse(started=started_to_proto(event, request_id))
+    elif isinstance(event, PromptLogprobs):
+        response = llm_pb2.GenerateResponse(prompt_logprobs=prompt_logprobs_to_proto(event))
     elif isinstance(event, Delta):
         response = llm_pb2.GenerateResponse(delta=delta_to_proto(event))
     else:

@@ -66,6 +66,13 @@ class Delta:
 
 
 @dataclass(frozen=True)
+class PromptLogprobs:
+    """Those of the prompt's tokens, where the request asks for them; of the first there is none."""
+
+    logprobs: list[TokenLogprobs | None]
+
+
+@dataclass(frozen=True)
 class FirstToken(Delta):
     """The prompt is computed. kv: the KV of its tokens; timings and num_cached_tokens: so far, as in Finished."""
 
@@ -88,7 +95,7 @@ class Finished:
     timings: StageTimings
 
 
-GenerationEvent: TypeAlias = Started | Delta | Finished
+GenerationEvent: TypeAlias = Started | PromptLogprobs | Delta | Finished
 
 
 class AnswerEvent(NamedTuple):

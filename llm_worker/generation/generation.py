@@ -21,6 +21,7 @@ from vitrine_vlm.llm_worker.generation.events import (
     GenerationEvent,
     GenerationRequest,
     Observe,
+    PromptLogprobs,
     Started,
 )
 from vitrine_vlm.llm_worker.generation.request_inputs import PromptContext, RequestInputs
@@ -92,7 +93,9 @@ class Generator:
     async def generate(
         self, request: GenerationRequest, observe: Observe = _ignore, layouts: Sequence[Layout] | None = None
     ) -> AsyncGenerator[GenerationEvent]:
-        """Yields one Started, Deltas, one Finished. Closing the iteration cancels the request everywhere.
+        """Yields one Started, PromptLogprobs where asked for, Deltas, one Finished.
+
+        Closing the iteration cancels the request everywhere.
 
         Args:
             observe: called with each event.
@@ -107,7 +110,13 @@ class Generator:
             observe(started)
             yield started
             text = _AnswerText(self.tokenizer, request)
+            wants_prompt_logprobs = request.sampling.prompt_logprobs is not None
             async for output in handle:
+                if wants_prompt_logprobs:
+                    wants_prompt_logprobs = False
+                    of_prompt = PromptLogprobs([None, *handle.prompt_logprobs])
+                    observe(of_prompt)
+                    yield of_prompt
                 delta, finish_reason = text.push(output)
                 observe(delta)
                 yield delta

@@ -22,6 +22,7 @@ from vitrine_vlm.llm_worker.generation.events import (
     Finished,
     GenerationRequest,
     Observe,
+    PromptLogprobs,
     Started,
 )
 from vitrine_vlm.llm_worker.generation.generation import Generator
@@ -49,9 +50,10 @@ def check_num_answers(num_prompts: int, n: int, best_of: int) -> None:
 async def generate_answers(
     generator: Generator, prompts: Sequence[GenerationRequest], n: int, best_of: int, observe: Observe
 ) -> AsyncGenerator[AnswerEvent]:
-    """Yields one Started a prompt, and of each of its n answers Deltas and one Finished, as they come.
+    """Yields the events of n answers to each prompt, as they come.
 
-    Where `best_of` is larger than n, as many answers are generated, and those n follow in the end, best first and in
+    These are one Started a prompt, PromptLogprobs where asked for, and of each answer Deltas and one Finished. Where
+    `best_of` is larger than n, as many answers are generated, and those n follow in the end, best first and in
     one Delta each, whose tokens have the highest mean log-probability. Closing the iteration cancels everything.
 
     Args:
@@ -84,7 +86,7 @@ async def _best(
     finished: dict[int, Finished] = {}
     async with aclosing(answers.events()) as events:
         async for answer, event in events:
-            if isinstance(event, Started):
+            if isinstance(event, Started | PromptLogprobs):
                 yield AnswerEvent(answer // best_of * n, event)
             elif isinstance(event, Delta):
                 deltas.setdefault(answer, []).append(event)
@@ -157,7 +159,9 @@ class _Answers:
     async def _other(self, number: int, index: int, layouts: list[Layout]) -> None:
         first = self._prompts[number]
         seed = first.sampling.seed
-        sampling = replace(first.sampling, seed=seed + index) if seed is not None else first.sampling
+        # Log-probabilities of the prompt come with the first answer, and would need the whole prompt computed again.
+        seed_of_its_own = seed + index if seed is not None else None
+        sampling = replace(first.sampling, seed=seed_of_its_own, prompt_logprobs=None)
         request = replace(first, request_id=f"{first.request_id}-{index}", sampling=sampling)
         async with aclosing(self._generator.generate(request, layouts=layouts)) as events:
             async for event in events:

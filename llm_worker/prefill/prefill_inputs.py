@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing
 
-from vitrine_vlm.errors import InternalError
+from vitrine_vlm.errors import BadRequest, InternalError
 from vitrine_vlm.llm_worker.engine.request import ExpandedPrompt
 from vitrine_vlm.llm_worker.engine.request_handle import RequestHandle
 from vitrine_vlm.llm_worker.generation.events import GenerationRequest
@@ -37,6 +37,12 @@ class PrefillInputs(RequestInputs):
         """Does nothing: all work needs the prompt's token ids."""
 
     async def submit(self, plan: PlaceholderPlan, keep_kv: bool = False) -> RequestHandle:
+        if self.request.sampling.prompt_logprobs is not None:
+            raise BadRequest(
+                "prompt_logprobs is set, and this worker has its prompts computed by prefill workers, which send none: "
+                "send the request to a worker that computes its prompts itself",
+                "prompt_logprobs",
+            )
         if self.request.media:
             self._keys = await asyncio.to_thread(layout_keys, self.request.media)
         if self._find_layouts(self._layout_cache, self._keys):

@@ -15,6 +15,7 @@ from vitrine_vlm.embedding_transport.receiving.received_rows import LeasedRows
 from vitrine_vlm.llm_worker.engine.config import EngineConfig
 from vitrine_vlm.llm_worker.engine.forward_pass import ForwardPass
 from vitrine_vlm.llm_worker.engine.input_embed_buffer import Landing, PreparedStep
+from vitrine_vlm.llm_worker.engine.prompt_logprobs import LogprobTensors
 from vitrine_vlm.llm_worker.engine.runner import MakeRunner
 from vitrine_vlm.llm_worker.models.decoder import TextDecoder
 from vitrine_vlm.llm_worker.tensor_parallel.broadcast import broadcast_embeddings
@@ -62,7 +63,7 @@ class LeadingForwardPass(ForwardPass):
         self._serializer = StepSerializer()
         self._in_lockstep = True
 
-    def run(self, prepared: PreparedStep) -> torch.Tensor:
+    def run(self, prepared: PreparedStep) -> tuple[torch.Tensor, list[LogprobTensors]]:
         if not self._in_lockstep:
             raise RuntimeError("ranks may be at different steps since one has failed: the worker is about to end")
         try:
@@ -92,6 +93,7 @@ class LeadingForwardPass(ForwardPass):
             inputs.deepstack_NTC is not None,
             shared,
             broadcast,
+            [(each.start, each.stop) for each in prepared.scored],
         )
         payload = self._serializer.serialize_step(step)
         for channel in self._channels:

@@ -6,7 +6,7 @@ Shapes: T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from vitrine_vlm.llm_worker.models.paged_attention import BlockTable, SequenceSlice
 
 _INT = np.dtype("<i8")
-_HEADER_LENGTH, _SEQUENCE_LENGTH, _LANDING_LENGTH = 8, 5, 6
+_HEADER_LENGTH, _SEQUENCE_LENGTH, _LANDING_LENGTH, _SCORED_LENGTH = 9, 5, 6, 2
 # Stands for the number of a sequence's blocks where they are the same as in the last step.
 _UNCHANGED = -1
 
@@ -41,6 +41,7 @@ class StepMessage:
     integers_5T: see InputEmbedBuffer.staged_integers. sampled_tokens: see PreparedStep.
     with_deepstack: see InputEmbedBuffer.copy_to_device. landings: of embeddings that every rank reads itself.
     broadcast: tokens [start, stop) whose embeddings rank 0 broadcasts.
+    scored: see PreparedStep; tokens [start, stop).
     """
 
     integers_5T: npt.NDArray[np.int64]
@@ -49,6 +50,7 @@ class StepMessage:
     with_deepstack: bool
     landings: list[PoolLanding]
     broadcast: tuple[int, int]
+    scored: list[tuple[int, int]] = field(default_factory=list)
 
 
 class StepSerializer:
@@ -67,12 +69,13 @@ class StepSerializer:
         self._sent = {sequence.table.version for sequence in step.sequences}
         counts = (step.integers_5T.shape[1], len(step.sequences), len(step.sampled_tokens), len(step.landings))
         parts = [
-            (*counts, len(blocks), step.with_deepstack, *step.broadcast),
+            (*counts, len(blocks), len(step.scored), step.with_deepstack, *step.broadcast),
             step.integers_5T.ravel(),
             sequences,
             step.sampled_tokens,
             [number for landing in step.landings for number in astuple(landing)],
             blocks,
+            [number for tokens in step.scored for number in tokens],
         ]
         return np.concatenate([np.asarray(part, dtype=_INT) for part in parts]).tobytes()
 
@@ -95,17 +98,19 @@ class StepDeserializer:
                 f"a step message has {len(payload)} bytes, at least {_HEADER_LENGTH * _INT.itemsize} are needed"
             )
         header, rest = numbers[:_HEADER_LENGTH].tolist(), numbers[_HEADER_LENGTH:]
-        num_tokens, num_sequences, num_sampled, num_landings, num_blocks, with_deepstack, start, stop = header
+        num_tokens, num_sequences, num_sampled, num_landings, num_blocks, num_scored = header[:6]
+        with_deepstack, start, stop = header[6:]
         lengths = [
             5 * num_tokens,
             _SEQUENCE_LENGTH * num_sequences,
             num_sampled,
             _LANDING_LENGTH * num_landings,
             num_blocks,
+            _SCORED_LENGTH * num_scored,
         ]
         if min(lengths) < 0 or sum(lengths) != len(rest):
             raise ValueError(f"a step message has {len(rest)} numbers, its header asks for {lengths}")
-        integers, sequences, sampled, landings, blocks = np.split(rest, np.cumsum(lengths)[:-1])
+        integers, sequences, sampled, landings, blocks, scored = np.split(rest, np.cumsum(lengths)[:-1])
         return StepMessage(
             integers.reshape(5, num_tokens),
             self._slices(sequences.reshape(-1, _SEQUENCE_LENGTH).tolist(), blocks.tolist()),
@@ -113,6 +118,7 @@ class StepDeserializer:
             bool(with_deepstack),
             [PoolLanding(*each) for each in landings.reshape(-1, _LANDING_LENGTH).tolist()],
             (start, stop),
+            [(first, behind) for first, behind in scored.reshape(-1, _SCORED_LENGTH).tolist()],
         )
 
     def _slices(self, sequences: list[list[int]], blocks: list[int]) -> list[SequenceSlice]:

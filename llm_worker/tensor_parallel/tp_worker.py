@@ -22,6 +22,7 @@ from vitrine_vlm.errors import TransportUnavailable
 from vitrine_vlm.llm_worker.config import LlmConfig
 from vitrine_vlm.llm_worker.engine.forward_pass import ForwardPass
 from vitrine_vlm.llm_worker.engine.input_embed_buffer import PreparedStep
+from vitrine_vlm.llm_worker.engine.prompt_logprobs import ScoredTokens
 from vitrine_vlm.llm_worker.loading import choose_runner, engine_config, load_model, rank_device
 from vitrine_vlm.llm_worker.tensor_parallel.broadcast import broadcast_embeddings
 from vitrine_vlm.llm_worker.tensor_parallel.channel import Channel, ChannelClosed, FrameKind
@@ -74,7 +75,9 @@ class TpWorker:
         for landing in step.landings:
             self._land(landing)
         broadcast_embeddings(self._group, buffer, step.broadcast)
-        self._forward_pass.run(PreparedStep(inputs, step.sampled_tokens))
+        # The logits are needed on rank 0 only, but are gathered from all ranks.
+        scored = [ScoredTokens(start, stop, [0] * (stop - start), 0) for start, stop in step.scored]
+        self._forward_pass.run(PreparedStep(inputs, step.sampled_tokens, scored=scored))
 
     def _land(self, landing: PoolLanding) -> None:
         """Lands embeddings from a pool; rank 0 checks their lease after the step."""

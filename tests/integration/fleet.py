@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -91,6 +92,7 @@ class Generated:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[llm_pb2.TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[llm_pb2.TokenLogprobs] = field(default_factory=list)
     finished: llm_pb2.Finished = field(default_factory=llm_pb2.Finished)
 
 
@@ -101,10 +103,17 @@ class Worker:
         self._stub = stub
 
     async def generate(
-        self, prompt: str | Sequence[int], media: Sequence[Media], max_tokens: int, logprobs: int | None = None
+        self,
+        prompt: str | Sequence[int],
+        media: Sequence[Media],
+        max_tokens: int,
+        logprobs: int | None = None,
+        **others: Any,
     ) -> Generated:
-        """Greedy generation that does not end before `max_tokens`."""
-        sampling = llm_pb2.SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, logprobs=logprobs)
+        """Greedy generation that does not end before `max_tokens`. others: further sampling parameters."""
+        sampling = llm_pb2.SamplingParams(
+            max_tokens=max_tokens, temperature=0.0, ignore_eos=True, logprobs=logprobs, **others
+        )
         result = Generated()
         async for response in self._stub.Generate(
             llm_pb2.GenerateRequest(prompt=_prompt(prompt, media), sampling=sampling)
@@ -112,6 +121,8 @@ class Worker:
             match response.WhichOneof("event"):
                 case "started":
                     result.started = response.started
+                case "prompt_logprobs":
+                    result.prompt_logprobs.extend(response.prompt_logprobs.logprobs)
                 case "delta":
                     result.token_ids.extend(response.delta.token_ids)
                     result.text += response.delta.text

@@ -16,7 +16,9 @@ import torch
 from tests.deploy.proc import children_of, is_running
 from tests.integration.fleet import Fleet, ServiceProcess, Worker, start_fleet
 from tests.integration.test_parity import CASES
-from vitrine_vlm.protos.llm.v1 import llm_pb2_grpc
+from tests.llm_worker.engine.reference_processors import processors
+from vitrine_vlm.llm_worker.engine.request import SamplingParams
+from vitrine_vlm.protos.llm.v1 import llm_pb2, llm_pb2_grpc
 from vitrine_vlm.sample_models.reference import Reference
 
 NUM_TOKENS = 32
@@ -57,6 +59,40 @@ async def test_greedy_tokens_equal_transformers(tp_fleet: Fleet, reference: Refe
         assert alone.token_ids == token_ids
         for step, token in enumerate(alone.logprobs):
             assert token.sampled.logprob == pytest.approx(float(logprobs[step, token_ids[step]]), abs=1e-3)
+
+
+async def test_sampling_parameters_and_prompt_logprobs_equal_transformers(
+    tp_fleet: Fleet, reference: Reference
+) -> None:
+    """Rank 0 alone samples; the logits of a prompt are gathered from both."""
+    case, media = CASES["one_image"], CASES["one_image"].media(tp_fleet.factor)
+    inputs = reference.inputs(case.text, media)
+    (prompt,) = inputs["input_ids"].tolist()
+    params = SamplingParams(repetition_penalty=1.3, frequency_penalty=0.5, bad_words=((5, 6), (7,)))
+    with torch.inference_mode():
+        expected = reference.model.generate(
+            **inputs,
+            max_new_tokens=NUM_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            logits_processor=processors(params, len(prompt)),
+        )[0, len(prompt) :].tolist()
+        logprobs = reference.model(**inputs).logits[0].log_softmax(-1)
+    for transport in tp_fleet.workers:
+        answer = await tp_fleet.worker(transport).generate(
+            case.text,
+            media,
+            NUM_TOKENS,
+            prompt_logprobs=1,
+            repetition_penalty=params.repetition_penalty,
+            frequency_penalty=params.frequency_penalty,
+            bad_words=[llm_pb2.TokenIds(ids=word) for word in params.bad_words],
+        )
+        assert answer.token_ids == expected
+        assert [each.sampled.token_id for each in answer.prompt_logprobs] == prompt[1:]
+        for place, each in enumerate(answer.prompt_logprobs):
+            assert each.sampled.logprob == pytest.approx(float(logprobs[place, prompt[place + 1]]), abs=1e-3)
+            assert each.top[0].logprob == pytest.approx(float(logprobs[place].max()), abs=1e-3)
 
 
 def alone(folder: Path, *flags: str) -> ServiceProcess:

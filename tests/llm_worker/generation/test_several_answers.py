@@ -15,7 +15,7 @@ from tests.embedding_transport.clients.encoder_stub import StubServicer, running
 from tests.llm_worker.frontend.serving import LocalWorker, identity, serving
 from vitrine_vlm.errors import BadRequest, NotAnImage, Overloaded
 from vitrine_vlm.llm_worker.engine.request import SamplingParams
-from vitrine_vlm.llm_worker.generation.events import Delta, Finished, GenerationRequest, Started
+from vitrine_vlm.llm_worker.generation.events import Delta, Finished, GenerationRequest, PromptLogprobs, Started
 from vitrine_vlm.llm_worker.generation.several_answers import MAX_ANSWERS, generate_answers
 from vitrine_vlm.llm_worker.metrics import LlmMetrics
 from vitrine_vlm.types import MediaItem
@@ -60,7 +60,7 @@ async def run(worker: LocalWorker, *prompts: GenerationRequest, n: int = 1, best
                 found.started[answer] = event
             elif isinstance(event, Delta):
                 found.deltas[answer].append(event)
-            else:
+            elif isinstance(event, Finished):
                 assert answer not in found.finished
                 found.finished[answer] = event
     assert found.deltas.keys() == found.finished.keys()
@@ -130,6 +130,20 @@ async def test_best_of_returns_the_most_probable_ones(worker: LocalWorker) -> No
     assert [each.text for (each,) in without.deltas.values()] == [
         "".join(delta.text for delta in every.deltas[answer]) for answer in best
     ]
+
+
+async def test_log_probabilities_of_the_prompt_come_once(worker: LocalWorker) -> None:
+    asked = request(replace(GREEDY, prompt_logprobs=1), "Hello " * 8)
+    for n, best_of in ((1, 1), (3, 3), (2, 3)):
+        found: list[tuple[int, PromptLogprobs]] = []
+        with LlmMetrics().measure_request() as observe:
+            async for answer, event in generate_answers(worker.generator, [asked, asked], n, best_of, observe):
+                if isinstance(event, PromptLogprobs):
+                    found.append((answer, event))
+        assert [answer for answer, _ in found] == [0, n]
+        for _, event in found:
+            first, *others = event.logprobs
+            assert first is None and len(others) == 47 and all(each is not None for each in others)
 
 
 async def test_closing_ends_all_answers(worker: LocalWorker) -> None:

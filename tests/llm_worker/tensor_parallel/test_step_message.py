@@ -26,7 +26,9 @@ def table(*blocks: int) -> BlockTable:
 def a_step(*sequences: SequenceSlice) -> StepMessage:
     landings = [PoolLanding(3, 4096 + 64, 9, 2, 1, 4), PoolLanding(3, 1 << 40, 9, 0, 4, 5)]
     # Part of a buffer, as the true ones are.
-    return StepMessage(np.arange(50).reshape(5, 10)[:, :6] - 3, sequences, [4, 5], True, landings, (1, 3))
+    return StepMessage(
+        np.arange(50).reshape(5, 10)[:, :6] - 3, sequences, [4, 5], True, landings, (1, 3), [(0, 3), (4, 5)]
+    )
 
 
 def two_sequences() -> tuple[SequenceSlice, SequenceSlice]:
@@ -42,12 +44,14 @@ def test_there_and_back() -> None:
         assert theirs.table.blocks == ours.table.blocks and torch.equal(theirs.slots, ours.slots)
     assert received.sampled_tokens == [4, 5] and received.with_deepstack is True
     assert (received.landings, received.broadcast) == (sent.landings, (1, 3))
+    assert received.scored == [(0, 3), (4, 5)]
 
 
 def test_nothing_to_sample_or_to_land() -> None:
     sent = StepMessage(np.zeros((5, 1), dtype=np.int64), two_sequences()[1:], [], False, [], (0, 0))
     received = StepDeserializer(BLOCK_SIZE).deserialize_step(StepSerializer().serialize_step(sent))
     assert (received.sampled_tokens, received.landings, received.with_deepstack) == ([], [], False)
+    assert received.scored == []
 
 
 def test_blocks_come_again_only_where_they_have_changed() -> None:
