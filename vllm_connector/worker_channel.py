@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from vitrine_vlm.errors import InternalError, TransportUnavailable, VitrineError
 from vitrine_vlm.service_runtime.backoff import Backoff
+from vitrine_vlm.vllm_connector.channel_path import check_private
 from vitrine_vlm.vllm_connector.messages import (
     LENGTHS,
     Answer,
@@ -72,6 +73,8 @@ class WorkerChannel:
                 _send(connection, Hello(rank=self._rank, device=self._device.type))
                 while not self._closed.is_set():
                     self._answer_next(connection)
+        except PermissionError as error:
+            _log.error("no rows land in this worker: %s", error)
         except (OSError, EOFError) as error:  # also at vLLM's end, when the scheduler's process is the first to go
             if not self._closed.is_set():
                 _log.info("the channel to vLLM's scheduler has ended (%s): no more rows land in this worker", error)
@@ -82,13 +85,18 @@ class WorkerChannel:
     def _connect(self) -> socket.socket:
         """
         Raises:
+            PermissionError: others than this user can enter the socket's folder.
             EOFError: the channel was closed meanwhile.
         """
         backoff = Backoff(_FIRST_BACKOFF_S, _MAX_BACKOFF_S)
         while not self._closed.is_set():
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
+                check_private(self._path)
                 connection.connect(str(self._path))
+            except PermissionError:
+                connection.close()
+                raise
             except OSError:  # the scheduler's process does not listen yet
                 connection.close()
                 time.sleep(backoff.next_s())
