@@ -60,7 +60,7 @@ def test_what_the_chart_sets_is_not_for_pools_to_set() -> None:
     reserved = set(schema["definitions"]["config"]["propertyNames"]["not"]["enum"])
     ours = {name for settings in CLASSES.values() for name in settings.model_fields}
     assert reserved <= ours | ConnectorSettings.model_fields.keys() | VLLM_FLAGS | SGLANG_FLAGS
-    for values in ("tls", "host-path", "cpu", "pools", "vllm", "vllm-own-tower"):
+    for values in ("tls", "host-path", "cpu", "pools", "vllm", "vllm-own-tower", "sglang"):
         own = set(values_of(values).get("gateway", {}).get("config", {}))
         for part in ("encoders", "llm"):
             for pool in (values_of(values).get(part, {}).get("defaults", {}), *_pools(values, part)):

@@ -16,7 +16,7 @@ from tests.helm.test_schemas import NEWEST, validate
 SOURCES = CHART.parents[1] / "deploy" / "observability"
 
 
-@pytest.mark.parametrize("values", ["locked-down", "tls", "server-tls", "vllm", "vllm-own-tower"])
+@pytest.mark.parametrize("values", ["locked-down", "tls", "server-tls", "vllm", "vllm-own-tower", "sglang"])
 def test_every_pod_is_scraped_once(values: str) -> None:
     manifests = rendered(values)
     scraped: list[str] = []

@@ -46,8 +46,8 @@ def test_pod_templates_of_a_rayservice_are_valid(version: str) -> None:
 def test_every_kind_that_the_chart_can_make_is_rendered_here() -> None:
     kinds = {manifest["kind"] for name in VALUES for manifest in rendered(name)}
     assert kinds >= {
-        *("ConfigMap", "Deployment", "Service", "ServiceAccount", "Role", "RoleBinding", "PersistentVolumeClaim"),
-        *("PodDisruptionBudget", "HorizontalPodAutoscaler", "NetworkPolicy", "ResourceClaim"),
+        *("ConfigMap", "Deployment", "StatefulSet", "Service", "ServiceAccount", "Role", "RoleBinding"),
+        *("PersistentVolumeClaim", "PodDisruptionBudget", "HorizontalPodAutoscaler", "NetworkPolicy", "ResourceClaim"),
         *("ScaledObject", "ServiceMonitor", "PrometheusRule", "RayService"),
     }
 

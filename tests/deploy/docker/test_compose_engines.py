@@ -1,4 +1,4 @@
-"""compose.vllm.yaml: the services find each other and share what they must."""
+"""compose.vllm.yaml and compose.sglang.yaml: the services find each other and share what they must."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 
-from tests.deploy.docker.compose import filled_in, mounts, services, settings
+from tests.deploy.docker.compose import compose, filled_in, mounts, services, settings
 from vitrine_vlm.encoder_service.config import EncoderConfig
+from vitrine_vlm.encoder_service.sglang.receivers import AllowedReceivers
+from vitrine_vlm.encoder_service.sglang.versions import receiver_class
 from vitrine_vlm.gateway.config import GatewayConfig
 from vitrine_vlm.service_runtime.settings import SettingsT
 from vitrine_vlm.vllm_connector.settings import ConnectorSettings
 
-VLLM = "compose.vllm.yaml"
+VLLM, SGLANG = "compose.vllm.yaml", "compose.sglang.yaml"
 
 
 def read(config: type[SettingsT], file: str, service: str, monkeypatch: pytest.MonkeyPatch) -> SettingsT:
@@ -30,14 +32,14 @@ def flags(file: str, service: str) -> dict[str, str]:
     return {name.removeprefix("--"): value for name, _, value in pairs}
 
 
-@pytest.mark.parametrize(("file", "service"), [(VLLM, "vllm"), (VLLM, "gateway")])
+@pytest.mark.parametrize(("file", "service"), [(VLLM, "vllm"), (VLLM, "gateway"), (SGLANG, "sglang")])
 def test_services_wait_for_what_they_need(file: str, service: str) -> None:
     needed = services(file)[service]["depends_on"]
     assert needed.keys() == ({"encoder", "vllm"} if service == "gateway" else {"encoder"})
     assert {each["condition"] for each in needed.values()} == {"service_healthy"}
 
 
-@pytest.mark.parametrize(("file", "service"), [(VLLM, "vllm")])
+@pytest.mark.parametrize(("file", "service"), [(VLLM, "vllm"), (SGLANG, "sglang")])
 def test_engines_load_the_encoders_model_on_their_own_part_of_the_gpu(
     file: str, service: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,3 +90,25 @@ class TestVllm:
         }
         for service, drain_s in drains.items():
             assert int(services(VLLM)[service]["stop_grace_period"].removesuffix("s")) >= drain_s + 10
+
+
+class TestSglang:
+    async def test_encoder_and_server_find_each_other(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        encoder = read(EncoderConfig, SGLANG, "encoder", monkeypatch)
+        server = flags(SGLANG, "sglang")
+        assert encoder.sglang_register == f"http://sglang:{server['encoder-bootstrap-port']}"
+        assert encoder.sglang_advertise_host == "encoder"
+        assert "language-only" in server
+        AllowedReceivers(encoder.sglang_receivers).close()
+        assert encoder.sglang_receivers in services(SGLANG)
+
+    def test_encoders_send_what_this_version_reads(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        encoder = read(EncoderConfig, SGLANG, "encoder", monkeypatch)
+        assert filled_in(services(SGLANG)["sglang"]["image"]) == f"lmsysorg/sglang:v{encoder.sglang_version}"
+        receiver_class(encoder.sglang_version)
+
+    def test_what_the_server_writes_has_a_volume(self) -> None:
+        environment = services(SGLANG)["sglang"]["environment"]
+        assert environment["HOME"] in mounts(SGLANG, "sglang")
+        assert services(SGLANG)["sglang"]["user"] == "10001:10001"
+        assert "uid=10001" in compose(SGLANG)["volumes"]["shm"]["driver_opts"]["o"]
