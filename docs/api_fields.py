@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vitrine_vlm.llm_worker.frontend import request_fields as fields
+from vitrine_vlm.llm_worker.frontend import responses_fields as responses
 from vitrine_vlm.llm_worker.frontend.field_rules import Field, FieldTable, Rule
 
 PAGE = Path(__file__).parent / "api.md"
@@ -22,7 +23,9 @@ _BEGIN, _END = "<!-- fields: begin -->", "<!-- fields: end -->"
 def sections() -> Iterator[tuple[str, FieldTable]]:
     """A heading and the fields below it."""
     chat, completion = fields.CHAT, fields.COMPLETION
-    yield "Chat and completions", {name: chat[name] for name in chat if name in completion}
+    yield "Chat, completions and responses", fields.COMMON
+    shared = chat.keys() & completion.keys() - fields.COMMON.keys()
+    yield "Chat and completions", {name: chat[name] for name in chat if name in shared}
     yield "Chat", {name: chat[name] for name in chat if name not in completion}
     yield "Completions", {name: completion[name] for name in completion if name not in chat}
     yield "`stream_options`", fields.STREAM_OPTIONS
@@ -31,6 +34,10 @@ def sections() -> Iterator[tuple[str, FieldTable]]:
     yield "Parts of `messages` and `media`", fields.TEXT_PART | {name: part[name] for name, part in own.items()}
     yield "`image_url`", fields.IMAGE_URL
     yield "`video_url`", {name: rule for name, rule in fields.VIDEO_URL.items() if name not in fields.IMAGE_URL}
+    yield "Responses", {name: rule for name, rule in responses.RESPONSES.items() if name not in fields.COMMON}
+    yield "`input` of responses", responses.INPUT_MESSAGE
+    yield "Parts of `input`", responses.INPUT_TEXT | {"image_url": responses.INPUT_IMAGE["image_url"]}
+    yield "`text` of responses", responses.TEXT
     yield "`/tokenize`", fields.TOKENIZE
     yield "`/detokenize`", fields.DETOKENIZE
 

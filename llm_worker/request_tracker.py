@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing, asynccontextmanager
-from typing import TypeVar
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from typing import TypeAlias, TypeVar
 
 from vitrine_vlm.llm_worker.generation.events import Observe
 from vitrine_vlm.llm_worker.metrics import LlmMetrics
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 
 EventT = TypeVar("EventT")
+# The events of a request that begins with the context, and is cancelled at its end.
+RunningRequest: TypeAlias = AbstractAsyncContextManager[AsyncGenerator[EventT]]
 
 
 class RequestTracker:

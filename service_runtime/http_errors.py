@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from aiohttp import web
 
@@ -50,7 +51,7 @@ def is_client_gone(request: web.Request, error: Exception) -> bool:
     return closed and isinstance(error, ConnectionError | web.RequestPayloadError)
 
 
-def error_body(error: VitrineError) -> dict[str, object]:
+def error_body(error: VitrineError) -> dict[str, Any]:
     """OpenAI's error object."""
     kind = _TYPE_BY_STATUS.get(STATUS_BY_CODE[error.code], "invalid_request_error")
     return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}

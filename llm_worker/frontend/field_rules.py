@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeAlias
@@ -46,12 +46,9 @@ class Field:
     neutral: tuple[Any, ...] = ()
     kinds: tuple[type, ...] = ()
 
-    def fields_of(self, value: Mapping[str, Any]) -> FieldTable:
-        """The fields of an object that is this field's value, or an item of it."""
-        if self.by_type is not None:
-            return self.by_type[value["type"]]
-        assert self.inside is not None, "an honoured field whose objects have no rules"
-        return self.inside
+    def fields_of(self, value: Mapping[str, Any]) -> FieldTable | None:
+        """The fields of an object in this field's value; None where all names are the client's own."""
+        return self.by_type[value["type"]] if self.by_type is not None else self.inside
 
 
 FieldTable: TypeAlias = Mapping[str, Field]
@@ -109,12 +106,18 @@ def _walk(
         elif rule.rule is Rule.INFORMATIVE:
             _check_kind(rule, value, ".".join(key_path))
             unused.informative.add(".".join(key_name))
-        elif isinstance(value, dict):
-            _walk(rule.fields_of(value), value, key_path, key_name, unused)
-        elif isinstance(value, list) and (rule.inside or rule.by_type):
-            for index, each in enumerate(value):
-                if isinstance(each, dict):
-                    _walk(rule.fields_of(each), each, (*key_path, str(index)), key_name, unused)
+        else:
+            for steps, each in _objects(value):
+                if (inner := rule.fields_of(each)) is not None:
+                    _walk(inner, each, (*key_path, *steps), key_name, unused)
+
+
+def _objects(value: Any) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    """The value itself, or the items of a list, as far as they are objects, with their indices."""
+    if isinstance(value, dict):
+        yield (), value
+    elif isinstance(value, list):
+        yield from (((str(index),), each) for index, each in enumerate(value) if isinstance(each, dict))
 
 
 def _check_neutral(rule: Field, value: Any, path: str) -> None:

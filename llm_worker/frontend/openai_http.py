@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from aiohttp import web
 
-from vitrine_vlm.llm_worker.frontend.event_stream import EventStream
 from vitrine_vlm.llm_worker.frontend.http_headers import AllowedOrigins, request_id, with_request_id
-from vitrine_vlm.llm_worker.frontend.openai_answers import AnswerKind, AnswerOptions, AnswerWriter
-from vitrine_vlm.llm_worker.frontend.openai_prompt import chat_to_generation, completion_to_generation
+from vitrine_vlm.llm_worker.frontend.openai_answers import AnswerKind, AnswerOptions, AnswerWriter, TokenTexts
+from vitrine_vlm.llm_worker.frontend.openai_prompt import chat_to_generation, completion_to_generations
 from vitrine_vlm.llm_worker.frontend.openai_types import ChatRequest, CompletionBody, CompletionRequest
 from vitrine_vlm.llm_worker.frontend.request_parsing import read_request
+from vitrine_vlm.llm_worker.frontend.responses_route import ResponsesRoute
 from vitrine_vlm.llm_worker.frontend.served_models import ServedModels
 from vitrine_vlm.llm_worker.frontend.service_routes import ServiceRoutes
+from vitrine_vlm.llm_worker.frontend.sse_stream import SseStream
 from vitrine_vlm.llm_worker.frontend.token_routes import TokenRoutes
-from vitrine_vlm.llm_worker.generation.events import Delta, Finished, GenerationEvent, GenerationRequest, Started
+from vitrine_vlm.llm_worker.generation.events import AnswerEvent, GenerationEvent, GenerationRequest
+from vitrine_vlm.llm_worker.generation.generation import Generator
 from vitrine_vlm.llm_worker.generation.served_model import ServedModel
+from vitrine_vlm.llm_worker.generation.several_answers import generate_answers
 from vitrine_vlm.llm_worker.metrics import LlmMetrics
-from vitrine_vlm.llm_worker.request_tracker import RequestTracker
-from vitrine_vlm.service_runtime.http_errors import errors_as_openai
+from vitrine_vlm.llm_worker.request_tracker import RequestTracker, RunningRequest
+from vitrine_vlm.service_runtime.http_errors import error_body, errors_as_openai
 from vitrine_vlm.service_runtime.http_requests import MAX_BODY_BYTES, traced
 
 
@@ -49,6 +51,7 @@ class OpenAiHttp:
         self._other_routes = (
             self._models,
             TokenRoutes(self._models, metrics),
+            ResponsesRoute(self._models, requests, metrics),
             ServiceRoutes(metrics, readiness, self._models, allow_cache_reset),
         )
         self._metrics = metrics
@@ -69,61 +72,64 @@ class OpenAiHttp:
         request = await read_request(ChatRequest, http, self._metrics.count_unused_fields)
         served = self._models.named(request.model)
         generation = chat_to_generation(request, served.generator.tokenizer, served.defaults, request_id())
-        return await self._answer(http, "chat", request, generation, served)
+        return await self._answer(http, "chat", request, [generation], served)
 
     async def _complete(self, http: web.Request) -> web.StreamResponse:
         request = await read_request(CompletionRequest, http, self._metrics.count_unused_fields)
         served = self._models.named(request.model)
-        generation = completion_to_generation(request, served.defaults, request_id())
-        return await self._answer(http, "completion", request, generation, served)
+        generations = completion_to_generations(request, served.generator.tokenizer, served.defaults, request_id())
+        return await self._answer(http, "completion", request, generations, served)
 
     async def _answer(
         self,
         http: web.Request,
         kind: AnswerKind,
         request: CompletionBody,
-        generation: GenerationRequest,
+        prompts: Sequence[GenerationRequest],
         served: ServedModel,
     ) -> web.StreamResponse:
         tokenizer = served.generator.tokenizer
         options = AnswerOptions(
             return_token_ids=request.return_token_ids or tokenizer is None,
-            tokens_as_ids=request.return_tokens_as_token_ids or tokenizer is None,
+            prompt_logprobs=request.prompt_logprobs is not None,
+            echo=isinstance(request, CompletionRequest) and request.echo,
+            num_answers=request.n,
             include_usage=request.stream_options.include_usage,
             continuous_usage=request.stream_options.continuous_usage_stats,
         )
-        writer = AnswerWriter(kind, generation.request_id, served.name, tokenizer, options)
-        running = self._requests.track(partial(served.generator.generate, generation))
+        texts = TokenTexts(tokenizer, request.return_tokens_as_token_ids)
+        writer = AnswerWriter(kind, prompts[0].request_id, served.name, texts, options)
+        running = self._run(served.generator, prompts, request.n, request.best_of)
         if request.stream:
-            return await _stream(EventStream(http), running, writer)
-        deltas: list[Delta] = []
+            return await _stream(SseStream(http), running, writer)
         async with running as events:
             async for event in events:
-                if isinstance(event, Delta):
-                    deltas.append(event)
-                elif isinstance(event, Finished):
-                    return web.json_response(writer.answer(deltas, event))
-        raise RuntimeError("the generation ended without Finished")
+                writer.add(*_numbered(event))
+        return web.json_response(writer.answer())
+
+    def _run(
+        self, generator: Generator, prompts: Sequence[GenerationRequest], n: int, best_of: int
+    ) -> RunningRequest[GenerationEvent] | RunningRequest[AnswerEvent]:
+        # A queue of several answers costs each token another task's turn.
+        if len(prompts) == 1 and n == 1 and best_of <= 1:
+            return self._requests.track(partial(generator.generate, prompts[0]))
+        return self._requests.track(partial(generate_answers, generator, prompts, n, best_of))
 
 
 async def _stream(
-    stream: EventStream,
-    running: AbstractAsyncContextManager[AsyncGenerator[GenerationEvent]],
-    writer: AnswerWriter,
+    stream: SseStream, running: RunningRequest[GenerationEvent] | RunningRequest[AnswerEvent], writer: AnswerWriter
 ) -> web.StreamResponse:
-    async with stream.errors_as_events():
+    async with stream.errors_as_events(error_body):
         async with running as events:
             async for event in events:
-                if isinstance(event, Started):
-                    writer.start(event)
-                elif isinstance(event, Delta):
-                    if writer.kind == "chat" and not stream.has_begun:
-                        await stream.send(writer.role_chunk())
-                    await stream.send(writer.delta_chunk(event, None))
-                else:
-                    # In a chunk of its own, as OpenAI does: the last token would otherwise wait for it, a whole step.
-                    await stream.send(writer.delta_chunk(Delta(), event.finish_reason))
-                    if writer.options.include_usage:
-                        await stream.send(writer.usage_chunk(event))
+                for chunk in writer.chunks(*_numbered(event)):
+                    await stream.send(chunk)
+        if writer.options.include_usage:
+            await stream.send(writer.usage_chunk())
         await stream.send_done()
     return stream.response
+
+
+def _numbered(event: GenerationEvent | AnswerEvent) -> AnswerEvent:
+    """The event with its answer's number: the only answer's events come without."""
+    return event if isinstance(event, AnswerEvent) else AnswerEvent(0, event)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypedDict, TypeVar
 
 from vitrine_vlm.embedding_transport.clients.media_url import item_from_url
 from vitrine_vlm.errors import BadRequest
@@ -11,6 +11,7 @@ from vitrine_vlm.llm_worker.engine.request import SamplingParams
 from vitrine_vlm.llm_worker.frontend.openai_types import (
     ChatRequest,
     CompletionRequest,
+    GenerationBody,
     ImagePart,
     Message,
     TextPart,
@@ -19,7 +20,9 @@ from vitrine_vlm.llm_worker.frontend.openai_types import (
 from vitrine_vlm.llm_worker.generation.events import GenerationRequest
 from vitrine_vlm.llm_worker.prompt.sampling_defaults import SamplingDefaults
 from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
-from vitrine_vlm.types import MediaItem
+from vitrine_vlm.types import MediaItem, MediaKind
+
+NumberT = TypeVar("NumberT", int, float)
 
 
 def chat_text(messages: Sequence[Message], tokenizer: PromptTokenizer) -> str:
@@ -36,55 +39,115 @@ def chat_to_generation(
 ) -> GenerationRequest:
     """
     Raises:
-        BadRequest: no tokenizer, a template that refuses the messages, or a malformed data: URL.
+        BadRequest: see `messages_to_generation`.
     """
-    if tokenizer is None:
-        raise BadRequest("this worker runs without a tokenizer: send token ids to /v1/completions")
-    parts = [part for message in request.messages if isinstance(message.content, list) for part in message.content]
-    media = tuple(_media_item(part) for part in parts if not isinstance(part, TextPart))
     max_tokens = request.max_completion_tokens or request.max_tokens
-    return GenerationRequest(
-        request_id=f"chatcmpl-{request_id}",
-        prompt=chat_text(request.messages, tokenizer),
-        media=media,
-        sampling=_sampling(request, max_tokens, defaults),
-        stop=request.stop_strings,
-    )
+    return messages_to_generation(request, request.messages, max_tokens, tokenizer, defaults, f"chatcmpl-{request_id}")
 
 
-def completion_to_generation(
-    request: CompletionRequest, defaults: SamplingDefaults, request_id: str
+def messages_to_generation(
+    request: GenerationBody,
+    messages: Sequence[Message],
+    max_tokens: int | None,
+    tokenizer: PromptTokenizer | None,
+    defaults: SamplingDefaults,
+    request_id: str,
 ) -> GenerationRequest:
     """
     Raises:
-        BadRequest: a malformed data: URL.
+        BadRequest: no tokenizer, a template that refuses the messages, a word that has no tokens, or a malformed data:
+            URL.
     """
+    if tokenizer is None:
+        raise BadRequest("this worker runs without a tokenizer: send token ids to /v1/completions")
     return GenerationRequest(
-        request_id=f"cmpl-{request_id}",
-        prompt=request.prompt,
-        media=tuple(_media_item(part) for part in request.media),
-        sampling=_sampling(request, request.max_tokens, defaults),
-        stop=request.stop_strings,
+        request_id=request_id,
+        prompt=chat_text(messages, tokenizer),
+        media=tuple(_media_of(messages)),
+        sampling=_sampling(request, max_tokens, tokenizer, defaults),
+        truncate_prompt_tokens=request.truncate_prompt_tokens,
+        **_text_options(request),
     )
+
+
+def completion_to_generations(
+    request: CompletionRequest, tokenizer: PromptTokenizer | None, defaults: SamplingDefaults, request_id: str
+) -> list[GenerationRequest]:
+    """Returns a generation for each prompt.
+
+    Raises:
+        BadRequest: words without a tokenizer or without tokens, a malformed data: URL, or media for several prompts.
+    """
+    prompts = request.prompts
+    if len(prompts) > 1 and request.media:
+        raise BadRequest(
+            f"media: {len(prompts)} prompts cannot share media: send each in a request of its own", "media"
+        )
+    sampling = _sampling(request, request.max_tokens, tokenizer, defaults)
+    media = tuple(_media_item(part, f"media.{index}") for index, part in enumerate(request.media))
+    return [
+        GenerationRequest(
+            request_id=f"cmpl-{request_id}" + (f"-prompt-{number}" if number else ""),
+            prompt=prompt,
+            media=media,
+            sampling=sampling,
+            truncate_prompt_tokens=request.truncate_prompt_tokens,
+            **_text_options(request),
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+
+
+class _TextOptions(TypedDict):
+    stop: tuple[str, ...]
+    include_stop_str_in_output: bool
+    skip_special_tokens: bool
+
+
+def _text_options(request: GenerationBody) -> _TextOptions:
+    return {
+        "stop": request.stop_strings,
+        "include_stop_str_in_output": request.include_stop_str_in_output or request.no_stop_trim,
+        "skip_special_tokens": request.skip_special_tokens,
+    }
 
 
 def _sampling(
-    request: ChatRequest | CompletionRequest, max_tokens: int | None, defaults: SamplingDefaults
+    request: GenerationBody, max_tokens: int | None, tokenizer: PromptTokenizer | None, defaults: SamplingDefaults
 ) -> SamplingParams:
-    temperature, top_p, top_k = request.temperature, request.top_p, request.top_k
+    top_k = _given(request.top_k, defaults.top_k)
     eos_token_ids = frozenset() if request.ignore_eos else defaults.eos_token_ids
+    allowed = request.allowed_token_ids
     return SamplingParams(
         max_tokens=max_tokens,
-        temperature=defaults.temperature if temperature is None else temperature,
-        top_p=defaults.top_p if top_p is None else top_p,
-        # Other servers take -1 for "all".
-        top_k=defaults.top_k if top_k is None else max(top_k, 0),
+        temperature=_given(request.temperature, defaults.temperature),
+        top_p=_given(request.top_p, defaults.top_p),
+        top_k=max(top_k, 0),  # other servers take -1 for "all"
         seed=request.seed,
         stop_token_ids=eos_token_ids | frozenset(request.stop_token_ids),
         logprobs=request.num_logprobs,
-        repetition_penalty=defaults.repetition_penalty,
-        min_p=defaults.min_p,
+        prompt_logprobs=request.num_prompt_logprobs,
+        repetition_penalty=_given(request.repetition_penalty, defaults.repetition_penalty),
+        min_p=_given(request.min_p, defaults.min_p),
+        min_tokens=request.min_tokens,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        logit_bias=request.logit_bias,
+        bad_words=_bad_words(request.bad_words, tokenizer),
+        allowed_token_ids=None if allowed is None else frozenset(allowed),
     )
+
+
+def _given(value: NumberT | None, default: NumberT) -> NumberT:
+    return default if value is None else value
+
+
+def _bad_words(words: Sequence[str], tokenizer: PromptTokenizer | None) -> tuple[tuple[int, ...], ...]:
+    if not words:
+        return ()
+    if tokenizer is None:
+        raise BadRequest("bad_words: this worker runs without a tokenizer, and knows no words", "bad_words")
+    return tokenizer.bad_word_ids(words)
 
 
 def _template_message(message: Message) -> dict[str, Any]:
@@ -100,7 +163,23 @@ def _template_message(message: Message) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def _media_item(part: ImagePart | VideoPart) -> MediaItem:
+def _media_of(messages: Sequence[Message]) -> Iterator[MediaItem]:
+    for number, message in enumerate(messages):
+        for index, part in enumerate(message.content if isinstance(message.content, list) else []):
+            if not isinstance(part, TextPart):
+                yield _media_item(part, f"messages.{number}.content.{index}")
+
+
+def _media_item(part: ImagePart | VideoPart, path: str) -> MediaItem:
+    """path: where the part stands in the request."""
     if isinstance(part, VideoPart):
-        return item_from_url("video", part.video_url.url, part.video_url.fps)
-    return item_from_url("image", part.image_url.url, None)
+        return _item("video", part.video_url.url, part.video_url.fps, f"{path}.video_url.url")
+    return _item("image", part.image_url.url, None, f"{path}.image_url.url")
+
+
+def _item(kind: MediaKind, url: str, video_fps: float | None, path: str) -> MediaItem:
+    """path: where the URL stands in the request."""
+    try:
+        return item_from_url(kind, url, video_fps)
+    except BadRequest as error:
+        raise BadRequest(f"{path}: {error}", path) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import (
     BaseModel,
@@ -16,10 +16,11 @@ from pydantic import (
     model_validator,
 )
 
+from vitrine_vlm.llm_worker.engine.sampling_checks import MAX_BAD_WORDS, MAX_LOGPROBS
 from vitrine_vlm.llm_worker.frontend.field_rules import FieldTable
 from vitrine_vlm.llm_worker.frontend.request_fields import CHAT, COMPLETION, DETOKENIZE, TOKENIZE
+from vitrine_vlm.llm_worker.generation.several_answers import MAX_ANSWERS
 
-_MAX_TOP_LOGPROBS = 20
 _MAX_TOKEN_ID = 2**31 - 1
 
 
@@ -104,7 +105,30 @@ class GenerationBody(RequestBody):
     stop: str | list[str] | None = None
     stop_token_ids: list[TokenId] = []
     ignore_eos: StrictBool = False
+    # Their ranges: engine/sampling_checks.py.
+    min_p: Number | None = None
+    min_tokens: WholeNumber = 0
+    presence_penalty: Number = 0.0
+    frequency_penalty: Number = 0.0
+    repetition_penalty: Number | None = None
+    logit_bias: dict[int, Number] = {}
+    bad_words: list[str] = Field([], max_length=MAX_BAD_WORDS)
+    allowed_token_ids: list[TokenId] | None = None
+    include_stop_str_in_output: StrictBool = False
+    no_stop_trim: StrictBool = False
+    skip_special_tokens: StrictBool = True
+    truncate_prompt_tokens: WholeNumber | None = None
     stream: StrictBool = False
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives of each token, 0 for the token's own log-probability only; None for none."""
+        raise NotImplementedError
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """As `num_logprobs`, of the prompt."""
+        return None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -115,9 +139,16 @@ class CompletionBody(GenerationBody):
     """The fields that chat and plain completions share."""
 
     max_tokens: WholeNumber | None = Field(None, ge=1)
+    prompt_logprobs: WholeNumber | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    n: WholeNumber = Field(1, ge=1)
+    best_of: WholeNumber = Field(0, ge=0)
     stream_options: StreamOptions = StreamOptions()
     return_token_ids: StrictBool = False
     return_tokens_as_token_ids: StrictBool = False
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        return self.prompt_logprobs
 
 
 class ChatRequest(CompletionBody):
@@ -126,7 +157,7 @@ class ChatRequest(CompletionBody):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: WholeNumber | None = Field(None, ge=1)
     logprobs: StrictBool = False
-    top_logprobs: WholeNumber | None = Field(None, ge=0, le=_MAX_TOP_LOGPROBS)
+    top_logprobs: WholeNumber | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
     @field_validator("top_logprobs")
     @classmethod
@@ -141,24 +172,37 @@ class ChatRequest(CompletionBody):
 
 
 class CompletionRequest(CompletionBody):
-    """prompt: text or token ids. media: images and videos of its placeholders, as in a chat message; an extension."""
+    """prompt: text or token ids, one or several.
+
+    media: images and videos of the only prompt's placeholders, as in a chat message; an extension.
+    """
 
     fields: ClassVar[FieldTable] = COMPLETION
 
     # Strict, so that "1" is text and not the token 1.
-    prompt: str | list[TokenId]
+    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
     media: list[MediaPart] = []
-    logprobs: WholeNumber | None = Field(None, ge=0, le=_MAX_TOP_LOGPROBS)
+    logprobs: WholeNumber | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: StrictBool = False
 
-    @field_validator("prompt", mode="before")
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        numbers = (self.prompt_logprobs, self.logprobs if self.echo else None)
+        return max((each for each in numbers if each is not None), default=None)
+
+    @field_validator("prompt")
     @classmethod
-    def _unwrap_single_prompt(cls, prompt: object) -> object:
-        """Unwraps a list of one prompt: OpenAI accepts lists of prompts, and some clients always send one."""
-        if not isinstance(prompt, list) or not any(isinstance(each, str | list) for each in prompt):
-            return prompt
-        if len(prompt) > 1:
-            raise ValueError(f"{len(prompt)} prompts in one request: send each in a request of its own")
-        return prompt[0]
+    def _check_number(cls, prompt: str | list[Any]) -> str | list[Any]:
+        if isinstance(prompt, list) and not (prompt and isinstance(prompt[0], int)) and len(prompt) > MAX_ANSWERS:
+            raise ValueError(f"{len(prompt)} prompts in one request: at most {MAX_ANSWERS} are accepted")
+        return prompt
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt as text or token ids."""
+        if isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int):
+            return [cast(str | list[int], self.prompt)]
+        return cast(list[str | list[int]], self.prompt)
 
     @property
     def num_logprobs(self) -> int | None:

@@ -10,15 +10,16 @@ from __future__ import annotations
 from vitrine_vlm.llm_worker.frontend.field_rules import FieldTable, honoured, informative, refused
 
 _FRAMES = "frames of a video are sampled by `video_url.fps`"
-_SIZES = "pictures are sized as the checkpoint's processor says"
-_TEXT_ONLY = "answers are free text"
+MEDIA_ARE_BYTES = "media are known by their bytes"
+SIZES = "pictures are sized as the checkpoint's processor says"
+TEXT_ONLY = "answers are free text"
 _NO_BEAMS = "no beam search"
-_NO_TOOLS = "no tools"
+NO_TOOLS = "no tools"
 
 _SIZE_FIELDS: FieldTable = {
-    name: refused(note=_SIZES)
+    name: refused(note=SIZES)
     for name in ("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width", "max_long_side_pixel")
-} | {name: refused(note=_SIZES) for name in ("min_dynamic_patch", "max_dynamic_patch")}
+} | {name: refused(note=SIZES) for name in ("min_dynamic_patch", "max_dynamic_patch")}
 _FRAME_FIELDS: FieldTable = {
     name: refused(note=_FRAMES)
     for name in ("nframes", "num_frames", "min_frames", "max_frames", "video_start", "video_end", "sample_fps")
@@ -26,8 +27,8 @@ _FRAME_FIELDS: FieldTable = {
 
 IMAGE_URL: FieldTable = {
     "url": honoured("`https:`, `http:`, `data:`, and `file:` below the encoders' allowed folder"),
-    "detail": informative(str, note=_SIZES),
-    "content_hash": informative(str, note="media are known by their bytes"),
+    "detail": informative(str, note=SIZES),
+    "content_hash": informative(str, note=MEDIA_ARE_BYTES),
     **_SIZE_FIELDS,
 }
 VIDEO_URL: FieldTable = {
@@ -43,7 +44,7 @@ _PART: FieldTable = {
     "text": refused(note="of a `text` part"),
     "image_url": refused(note="of an `image_url` part"),
     "video_url": refused(note="of a `video_url` part"),
-    "uuid": informative(str, note="media are known by their bytes"),
+    "uuid": informative(str, note=MEDIA_ARE_BYTES),
     "modalities": refused("image", note="pictures are pictures"),
     "prompt_cache_breakpoint": informative(note="the prefix cache works without"),
     "fps": refused(note="inside `video_url`"),
@@ -59,9 +60,9 @@ MESSAGE: FieldTable = {
     "content": honoured("a string, or a list of parts", by_type={"text": TEXT_PART, **_MEDIA_PARTS}),
     "name": informative(str),
     "tool_call_id": informative(str, note="a tool's answer follows its call"),
-    "tool_calls": refused([], note=_NO_TOOLS),
-    "tools": refused([], note=_NO_TOOLS),
-    "function_call": refused(note=_NO_TOOLS),
+    "tool_calls": refused([], note=NO_TOOLS),
+    "tools": refused([], note=NO_TOOLS),
+    "function_call": refused(note=NO_TOOLS),
     "reasoning": refused("", note="thoughts are no part of a prompt"),
     "reasoning_content": refused("", note="thoughts are no part of a prompt"),
     "refusal": refused("", note="send it as content"),
@@ -78,7 +79,7 @@ STREAM_OPTIONS: FieldTable = {
 }
 
 # Of all three routes.
-_COMMON: FieldTable = {
+COMMON: FieldTable = {
     "model": honoured("as `/v1/models` lists it"),
     "temperature": honoured("0 is greedy; the checkpoint's generation_config.json where left out"),
     "top_p": honoured("likewise"),
@@ -88,16 +89,22 @@ _COMMON: FieldTable = {
     "stop_token_ids": honoured("tokens that end a generation"),
     "ignore_eos": honoured("do not end at the model's own end tokens"),
     "stream": honoured("server-sent events"),
-    "frequency_penalty": refused(0),
-    "presence_penalty": refused(0),
-    "repetition_penalty": refused(1),
-    "logit_bias": refused({}),
-    "min_p": refused(0),
-    "include_stop_str_in_output": refused(False),
-    "skip_special_tokens": refused(True),
-    "structured_outputs": refused({}, note=_TEXT_ONLY),
+    "min_p": honoured("least probability, as a part of the most probable token's"),
+    "repetition_penalty": honoured("on tokens of prompt and answer, above 1 against them"),
+    "presence_penalty": honoured("-2 to 2, on tokens that the answer has"),
+    "frequency_penalty": honoured("-2 to 2, likewise, as often as it has them"),
+    "logit_bias": honoured("-100 to 100 by token id"),
+    "min_tokens": honoured("no end before as many tokens"),
+    "bad_words": honoured("strings that the answer never has, by their tokens"),
+    "allowed_token_ids": honoured("the only tokens that the answer may have"),
+    "include_stop_str_in_output": honoured("the text ends behind the stop string"),
+    "no_stop_trim": honoured("likewise"),
+    "skip_special_tokens": honoured("true where left out: the text has no special tokens"),
+    "truncate_prompt_tokens": honoured("use the prompt's last tokens only; -1: as many as the context holds; no media"),
+    "truncation_side": refused("left"),
+    "structured_outputs": refused({}, note=TEXT_ONLY),
     "chat_template_kwargs": refused({}),
-    "mm_processor_kwargs": refused({}, note=_SIZES),
+    "mm_processor_kwargs": refused({}, note=SIZES),
     "media_io_kwargs": refused({}, note=_FRAMES),
     "cache_salt": refused(note="one prefix cache for all"),
     "extra_key": refused(note="one prefix cache for all"),
@@ -131,40 +138,34 @@ _COMMON: FieldTable = {
 }
 # Of chat and plain completions.
 _GENERATION: FieldTable = {
-    **_COMMON,
+    **COMMON,
     "max_tokens": honoured("most tokens to generate; the rest of the context where left out"),
     "logprobs": honoured("chat: a switch; completions: the number of alternatives, up to 20"),
     "stream_options": honoured("of a stream, see below", inside=STREAM_OPTIONS),
-    "return_token_ids": honoured("each choice carries `token_ids`"),
+    "return_token_ids": honoured("`token_ids` of each choice, and `prompt_token_ids`"),
     "return_tokens_as_token_ids": honoured("tokens of log-probabilities are `token_id:N`"),
-    "n": refused(1),
-    "best_of": refused(1),
-    "min_tokens": refused(0),
-    "bad_words": refused([]),
-    "allowed_token_ids": refused(),
+    "n": honoured("answers to each prompt, up to 128 in all; [how](#several-answers)"),
+    "best_of": honoured("generate as many, send the `n` best"),
     "logprob_token_ids": refused([]),
-    "prompt_logprobs": refused(),
-    "echo": refused(False),
-    "truncate_prompt_tokens": refused(),
+    "prompt_logprobs": honoured("alternatives of each token of the prompt, up to 20; not with `--role decode`"),
     "stop_regex": refused([]),
-    "no_stop_trim": refused(False),
     "use_beam_search": refused(False, note=_NO_BEAMS),
     "length_penalty": refused(1, note=_NO_BEAMS),
     "early_stopping": refused(False, note=_NO_BEAMS),
-    "response_format": refused({"type": "text"}, note=_TEXT_ONLY),
-    "guided_json": refused(note=_TEXT_ONLY),
-    "guided_regex": refused(note=_TEXT_ONLY),
-    "guided_choice": refused(note=_TEXT_ONLY),
-    "guided_grammar": refused(note=_TEXT_ONLY),
-    "json_schema": refused(note=_TEXT_ONLY),
-    "regex": refused(note=_TEXT_ONLY),
-    "ebnf": refused(note=_TEXT_ONLY),
+    "response_format": refused({"type": "text"}, note=TEXT_ONLY),
+    "guided_json": refused(note=TEXT_ONLY),
+    "guided_regex": refused(note=TEXT_ONLY),
+    "guided_choice": refused(note=TEXT_ONLY),
+    "guided_grammar": refused(note=TEXT_ONLY),
+    "json_schema": refused(note=TEXT_ONLY),
+    "regex": refused(note=TEXT_ONLY),
+    "ebnf": refused(note=TEXT_ONLY),
     "repetition_detection": refused(),
     "thinking_token_budget": refused(),
     "custom_logit_processor": refused(),
     "custom_params": refused({}),
     "watermark": refused({}),
-    "images_config": refused({}, note=_SIZES),
+    "images_config": refused({}, note=SIZES),
     "return_hidden_states": refused(False),
     "return_routed_experts": refused(False),
     "routed_experts_start_len": refused(0),
@@ -179,7 +180,6 @@ _GENERATION: FieldTable = {
     "rid": informative(str, list, note="send the header `x-request-id`"),
     "spaces_between_special_tokens": informative(bool),
     "stream_interval": informative(int, note="every token is sent at once"),
-    "truncation_side": informative(str),
 }
 
 CHAT: FieldTable = {
@@ -187,10 +187,11 @@ CHAT: FieldTable = {
     **_GENERATION,
     "max_completion_tokens": honoured("the newer name of `max_tokens`, which it overrides"),
     "top_logprobs": honoured("alternatives of each token, up to 20; needs `logprobs`"),
-    "tools": refused([], note=_NO_TOOLS),
-    "tool_choice": refused("none", "auto", note=_NO_TOOLS),
-    "functions": refused([], note=_NO_TOOLS),
-    "function_call": refused("none", "auto", note=_NO_TOOLS),
+    "echo": refused(False),
+    "tools": refused([], note=NO_TOOLS),
+    "tool_choice": refused("none", "auto", note=NO_TOOLS),
+    "functions": refused([], note=NO_TOOLS),
+    "function_call": refused("none", "auto", note=NO_TOOLS),
     "add_generation_prompt": refused(True),
     "continue_final_message": refused(False),
     "chat_template": refused(note="the checkpoint's own"),
@@ -202,8 +203,8 @@ CHAT: FieldTable = {
     "task": refused(note="no such instructions"),
     "video_config": refused({}, note=_FRAMES),
     "use_audio_in_video": refused(False, note="no audio"),
-    "max_dynamic_patch": refused(note=_SIZES),
-    "min_dynamic_patch": refused(note=_SIZES),
+    "max_dynamic_patch": refused(note=SIZES),
+    "min_dynamic_patch": refused(note=SIZES),
     "return_prompt_token_ids": refused(False),
     "return_prompt_text": refused(False),
     "return_meta_info": refused(False),
@@ -223,11 +224,12 @@ CHAT: FieldTable = {
 }
 
 COMPLETION: FieldTable = {
-    "prompt": honoured("text or token ids; a list of one prompt is taken, too, several are several requests"),
+    "prompt": honoured("text or token ids, or a list of several of either; each gets `n` choices, in order"),
     "media": honoured(
         "a list of `image_url` and `video_url` parts, in the order of the prompt's placeholders", by_type=_MEDIA_PARTS
     ),
     **_GENERATION,
+    "echo": honoured("each choice begins with its prompt, in `logprobs`, too"),
     "suffix": refused("", note="no text behind the answer"),
     "prompt_embeds": refused(),
 }

@@ -15,7 +15,7 @@ from vitrine_vlm.llm_worker.frontend.openai_types import RequestBody
 from vitrine_vlm.service_runtime.http_requests import json_body
 
 _MAX_MESSAGE_LENGTH = 300
-_PART_TYPES = ("text", "image_url", "video_url")
+_PART_TYPES = ("text", "image_url", "video_url", "input_text", "output_text", "input_image")
 
 
 # Is called with the names of a request's fields that change nothing: informative ones, unknown ones.

@@ -148,3 +148,20 @@ def test_error_classes(client: openai.OpenAI, model: str) -> None:
     with pytest.raises(openai.BadRequestError) as streamed:
         list(client.chat.completions.create(model=model, messages=user("x" * 20_000), stream=True))
     assert streamed.value.code == "context_length_exceeded"
+
+
+def test_responses_look_at_pictures_too(client: openai.OpenAI, model: str) -> None:
+    media = part(picture(5, 96, 64))
+    expected = client.chat.completions.create(
+        model=model, messages=user(media, "What is it?"), max_tokens=24, temperature=0
+    )
+    content: list[Any] = [
+        {"type": "input_image", "image_url": media["image_url"]["url"], "detail": "auto"},
+        {"type": "input_text", "text": "What is it?"},
+    ]
+    asked: dict[str, Any] = {"model": model, "temperature": 0, "max_output_tokens": 24}
+    response = client.responses.create(**asked, input=[{"role": "user", "content": content}])
+    assert response.output_text == expected.choices[0].message.content
+    stream = client.responses.create(**asked, input=[{"role": "user", "content": content}], stream=True)
+    deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == response.output_text

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vitrine_vlm.errors import BadRequest
-from vitrine_vlm.llm_worker.frontend.openai_prompt import chat_to_generation, completion_to_generation
+from vitrine_vlm.llm_worker.frontend.openai_prompt import chat_to_generation, completion_to_generations
 from vitrine_vlm.llm_worker.frontend.openai_types import ChatRequest, CompletionRequest
 from vitrine_vlm.llm_worker.frontend.request_parsing import parse_request
 from vitrine_vlm.llm_worker.prompt.sampling_defaults import SamplingDefaults
@@ -33,7 +33,7 @@ def chat(**fields: Any) -> ChatRequest:
         ({"messages": [{"role": "wizard", "content": ""}]}, "messages.0.role"),
         ({"temperature": -1}, "temperature"),
         ({"top_p": 0}, "top_p"),
-        ({"n": 2}, "n"),
+        ({"n": 0}, "n"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"top_logprobs": 21}, "top_logprobs"),
         ({"top_logprobs": 3}, "top_logprobs"),
@@ -109,12 +109,12 @@ def test_developer_is_system_to_the_template(qwen3_vl_folder: Path) -> None:
 def test_sampling_comes_from_the_request_or_else_from_the_checkpoint(qwen3_vl_folder: Path) -> None:
     body = {"model": "m", "prompt": [1, 2]}
     request = parse_request(CompletionRequest, json.dumps(body).encode())
-    sampling = completion_to_generation(request, DEFAULTS, "id").sampling
+    sampling = completion_to_generations(request, None, DEFAULTS, "id")[0].sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.7, 0.8, 20)
     assert sampling.stop_token_ids == {258}
     fields = {"temperature": 0, "top_p": 0.5, "top_k": -1, "seed": 3, "stop_token_ids": [7], "ignore_eos": True}
     request = parse_request(CompletionRequest, json.dumps(body | fields).encode())
-    sampling = completion_to_generation(request, DEFAULTS, "id").sampling
+    sampling = completion_to_generations(request, None, DEFAULTS, "id")[0].sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed) == (0, 0.5, 0, 3)
     assert sampling.stop_token_ids == {7}
 
@@ -124,13 +124,29 @@ def completion(prompt: Any, **fields: Any) -> CompletionRequest:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "taken"), [("12", "12"), (["12"], "12"), ([12], [12]), ([[1, 2]], [1, 2]), ([1, 2], [1, 2])]
+    ("prompt", "taken"),
+    [
+        ("12", ["12"]),
+        (["12"], ["12"]),
+        (["a", "b"], ["a", "b"]),
+        ([12], [[12]]),
+        ([1, 2], [[1, 2]]),
+        ([[1, 2]], [[1, 2]]),
+        ([[1], [2]], [[1], [2]]),
+    ],
 )
-def test_a_batch_of_one_prompt_is_that_prompt(prompt: Any, taken: str | list[int]) -> None:
-    assert completion(prompt).prompt == taken
+def test_prompts_are_one_or_several(prompt: Any, taken: list[Any]) -> None:
+    assert completion(prompt).prompts == taken
 
 
-@pytest.mark.parametrize("prompt", [["a", "b"], [[1], [2]], ["a", 1], [1.5], [True], {"text": "a"}, None])
+def test_several_prompts_have_no_media() -> None:
+    part = {"type": "image_url", "image_url": {"url": "http://a/b"}}
+    with pytest.raises(BadRequest, match="2 prompts") as caught:
+        completion_to_generations(completion(["a", "b"], media=[part]), None, DEFAULTS, "id")
+    assert caught.value.param == "media"
+
+
+@pytest.mark.parametrize("prompt", [["a", 1], [1.5], [True], [["a"]], {"text": "a"}, ["a"] * 129, None])
 def test_other_prompts_are_refused(prompt: Any) -> None:
     with pytest.raises(BadRequest) as caught:
         completion(prompt)
@@ -143,9 +159,8 @@ def test_null_is_left_out() -> None:
     assert not completion("a", stream_options={"include_usage": None}).stream_options.include_usage
 
 
-@pytest.mark.parametrize("payload", ["@@@", "é" * 4])
-def test_broken_base64_is_refused(payload: str) -> None:
-    part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{payload}"}}
+def test_broken_base64_is_refused(qwen3_vl_folder: Path) -> None:
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,@@@"}}
     body = {"model": "m", "prompt": "p", "media": [part]}
     with pytest.raises(BadRequest, match="base64"):
-        completion_to_generation(parse_request(CompletionRequest, json.dumps(body).encode()), DEFAULTS, "id")
+        completion_to_generations(parse_request(CompletionRequest, json.dumps(body).encode()), None, DEFAULTS, "id")

@@ -20,6 +20,15 @@ from openai.types.chat import (
 from openai.types.chat import (
     completion_create_params as chat_completion_create_params,
 )
+from openai.types.responses import (
+    EasyInputMessageParam,
+    ResponseInputImageParam,
+    ResponseInputTextParam,
+    ResponseOutputMessageParam,
+    ResponseOutputTextParam,
+    ResponseTextConfigParam,
+    response_create_params,
+)
 
 from tests.llm_worker.frontend.http_client import body, client_of
 from tests.llm_worker.frontend.serving import serving
@@ -38,6 +47,8 @@ from vitrine_vlm.llm_worker.frontend.request_fields import (
     VIDEO_URL,
 )
 from vitrine_vlm.llm_worker.frontend.request_parsing import parse_request
+from vitrine_vlm.llm_worker.frontend.responses_fields import INPUT_IMAGE, INPUT_MESSAGE, INPUT_TEXT, RESPONSES, TEXT
+from vitrine_vlm.llm_worker.frontend.responses_types import ResponsesRequest
 from vitrine_vlm.llm_worker.metrics import LlmMetrics
 
 # By ast from each release's own definitions.
@@ -53,6 +64,7 @@ TABLES: dict[str, FieldTable] = {
     "image_url": IMAGE_URL,
     "video_url": VIDEO_URL,
     "stream_options": STREAM_OPTIONS,
+    "responses": RESPONSES,
 }
 OPENAIS = [
     (chat_completion_create_params.CompletionCreateParamsStreaming, CHAT),
@@ -64,6 +76,13 @@ OPENAIS = [
     (ChatCompletionContentPartImageParam, IMAGE_PART),
     (chat_completion_content_part_image_param.ImageURL, IMAGE_URL),
     (ChatCompletionStreamOptionsParam, STREAM_OPTIONS),
+    (response_create_params.ResponseCreateParamsStreaming, RESPONSES),
+    (EasyInputMessageParam, INPUT_MESSAGE),
+    (ResponseOutputMessageParam, INPUT_MESSAGE),
+    (ResponseInputTextParam, INPUT_TEXT),
+    (ResponseOutputTextParam, INPUT_TEXT),
+    (ResponseInputImageParam, INPUT_IMAGE),
+    (ResponseTextConfigParam, TEXT),
 ]
 # Sent by clients that nothing was asked of.
 NEUTRAL: dict[str, Any] = {
@@ -84,6 +103,7 @@ NEUTRAL: dict[str, Any] = {
     "tool_choice": "none",
     "logit_bias": {},
     "bad_words": [],
+    "logprob_token_ids": [],
     "chat_template_kwargs": {},
     "mm_processor_kwargs": {"max_pixels": None},
 }
@@ -123,7 +143,7 @@ def test_all_fields_of_other_servers_have_a_rule(server: str, place: str) -> Non
 
 
 def test_the_types_have_the_honoured_fields_and_no_others() -> None:
-    for kind in (ChatRequest, CompletionRequest):
+    for kind in (ChatRequest, CompletionRequest, ResponsesRequest):
         honoured = {name for name, field in kind.fields.items() if field.rule is Rule.HONOURED}
         assert honoured == set(kind.model_fields)
 
@@ -164,7 +184,7 @@ def test_fields_inside_parts_are_refused_where_they_stand(part: dict[str, Any], 
     assert caught.value.param == f"messages.1.content.1.{param}"
 
 
-@pytest.mark.parametrize(("name", "value"), [("best_of", True), ("echo", 0), ("use_beam_search", 0), ("n", 1.5)])
+@pytest.mark.parametrize(("name", "value"), [("best_of", True), ("echo", 0), ("use_beam_search", 0), ("n", True)])
 def test_true_is_not_one_and_zero_is_not_false(name: str, value: Any) -> None:
     with pytest.raises(BadRequest) as caught:
         parse(**{name: value})

@@ -23,16 +23,25 @@ from vitrine_vlm.llm_worker.frontend.openai_types import (
     TokenizeRequest,
 )
 from vitrine_vlm.llm_worker.frontend.request_parsing import parse_request
+from vitrine_vlm.llm_worker.frontend.responses_types import ResponsesRequest
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD"}}
 VIDEO = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,QUJD", "fps": 1}}
 MESSAGES = [{"role": "user", "content": [{"type": "text", "text": "?"}, IMAGE, VIDEO]}]
+INPUT = [
+    {
+        "role": "user",
+        "content": [{"type": "input_text", "text": "?"}, {"type": "input_image", "image_url": "http://a"}],
+    },
+    {"role": "assistant", "content": [{"type": "output_text", "text": "!"}]},
+]
 ROUTES: dict[str, tuple[type[RequestBody], dict[str, Any]]] = {
     "/v1/chat/completions": (ChatRequest, {"model": "m", "messages": MESSAGES, "stream_options": {}}),
     "/v1/completions": (
         CompletionRequest,
         {"model": "m", "prompt": "Hi", "media": [IMAGE], "stream_options": {}},
     ),
+    "/v1/responses": (ResponsesRequest, {"model": "m", "input": INPUT, "text": {}}),
     "/tokenize": (TokenizeRequest, {"messages": MESSAGES}),
     "/detokenize": (DetokenizeRequest, {"tokens": [1]}),
 }
@@ -42,6 +51,7 @@ _LONG = "x" * 470
 RUNNABLE: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": _LONG}], "max_tokens": 1, "temperature": 1},
     "/v1/completions": {"prompt": _LONG, "max_tokens": 1, "temperature": 1},
+    "/v1/responses": {"input": _LONG, "max_output_tokens": 1, "temperature": 1},
     "/tokenize": {"prompt": "Hi"},
     "/detokenize": {"tokens": [1]},
 }
@@ -86,8 +96,8 @@ def places(table: FieldTable, value: Any, path: tuple[Any, ...] = ()) -> Iterato
         yield (*path, name), rule
         inner = value.get(name)
         for step, each in enumerate(inner) if isinstance(inner, list) else [(None, inner)]:
-            if isinstance(each, dict):
-                yield from places(rule.fields_of(each), each, (*path, name) if step is None else (*path, name, step))
+            if isinstance(each, dict) and (inside := rule.fields_of(each)) is not None:
+                yield from places(inside, each, (*path, name) if step is None else (*path, name, step))
 
 
 def with_value(body: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str, Any]:

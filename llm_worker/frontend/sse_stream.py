@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 from aiohttp import web
 
-from vitrine_vlm.errors import as_vitrine_error
+from vitrine_vlm.errors import VitrineError, as_vitrine_error
 from vitrine_vlm.llm_worker.frontend.http_headers import id_headers
-from vitrine_vlm.service_runtime.http_errors import error_body, is_client_gone
+from vitrine_vlm.service_runtime.http_errors import is_client_gone
 
 _HEADERS = {
     "Content-Type": "text/event-stream",
@@ -20,7 +20,7 @@ _HEADERS = {
 }
 
 
-class EventStream:
+class SseStream:
     """Sends objects as events. The response begins with the first of them."""
 
     def __init__(self, http: web.Request) -> None:
@@ -31,14 +31,11 @@ class EventStream:
     def has_begun(self) -> bool:
         return self.response.prepared
 
-    async def send(self, body: dict[str, Any], name: str = "") -> None:
-        """
-        Args:
-            name: the event's own name, where its receiver wants one.
-        """
+    async def send(self, body: dict[str, Any]) -> None:
+        """Sends an event; one with a `type` is named by it, as the Responses API does."""
         if not self.has_begun:
             await self.response.prepare(self._http)
-        head = f"event: {name}\n".encode() if name else b""
+        head = f"event: {body['type']}\n".encode() if "type" in body else b""
         await self.response.write(head + b"data: " + json.dumps(body, ensure_ascii=False).encode() + b"\n\n")
 
     async def send_done(self) -> None:
@@ -46,7 +43,7 @@ class EventStream:
         await self.response.write(b"data: [DONE]\n\n")
 
     @asynccontextmanager
-    async def errors_as_events(self) -> AsyncIterator[None]:
+    async def errors_as_events(self, event_of: Callable[[VitrineError], dict[str, Any]]) -> AsyncIterator[None]:
         """Sends an error of the body as the last event once the response has begun; before, it has a status."""
         try:
             yield
@@ -54,4 +51,4 @@ class EventStream:
             if not self.has_begun:
                 raise
             if not is_client_gone(self._http, error):
-                await self.send(error_body(as_vitrine_error(error)))
+                await self.send(event_of(as_vitrine_error(error)))

@@ -1,0 +1,63 @@
+"""The fields of `/v1/responses`, as `request_fields.py` has those of the other routes."""
+
+from __future__ import annotations
+
+from vitrine_vlm.llm_worker.frontend.field_rules import FieldTable, honoured, informative, refused
+from vitrine_vlm.llm_worker.frontend.request_fields import COMMON, MEDIA_ARE_BYTES, NO_TOOLS, SIZES, TEXT_ONLY
+
+_STATELESS = "nothing is stored: send the whole conversation as `input`"
+
+_INPUT_PART: FieldTable = {
+    "type": honoured("`input_text` (for the assistant `output_text`) or `input_image`"),
+    "text": refused(note="of a text"),
+    "image_url": refused(note="of an `input_image`"),
+    "file_id": refused(note=_STATELESS),
+    "detail": informative(str, note=SIZES),
+    "annotations": informative(list),
+    "logprobs": informative(list),
+    "prompt_cache_breakpoint": informative(note="the prefix cache works without"),
+    "uuid": informative(str, note=MEDIA_ARE_BYTES),
+}
+INPUT_TEXT: FieldTable = {**_INPUT_PART, "text": honoured("of a text")}
+INPUT_IMAGE: FieldTable = {**_INPUT_PART, "image_url": honoured("of an `input_image`: its URL")}
+INPUT_MESSAGE: FieldTable = {
+    "type": honoured("only `message`, also where left out"),
+    "role": honoured("`system` (or `developer`), `user`, `assistant`"),
+    "content": honoured(
+        "a string, or a list of parts",
+        by_type={"input_text": INPUT_TEXT, "output_text": INPUT_TEXT, "input_image": INPUT_IMAGE},
+    ),
+    "id": informative(str),
+    "phase": informative(str),
+    "status": informative(str),
+}
+TEXT: FieldTable = {
+    "format": refused({"type": "text"}, note=TEXT_ONLY),
+    "verbosity": informative(str),
+}
+RESPONSES: FieldTable = {
+    "input": honoured("text, or a list of messages", inside=INPUT_MESSAGE),
+    "instructions": honoured("a system message in front of the others"),
+    **COMMON,
+    "max_output_tokens": honoured("most tokens to generate; the rest of the context where left out"),
+    "include": honoured("only `message.output_text.logprobs`"),
+    "top_logprobs": honoured("alternatives of each token, up to 20; needs `include`"),
+    "text": honoured("see below", inside=TEXT),
+    "metadata": honoured("comes back in the response"),
+    "store": refused(False, note=_STATELESS),
+    "previous_response_id": refused(note=_STATELESS),
+    "conversation": refused(note=_STATELESS),
+    "background": refused(False, note=_STATELESS),
+    "previous_input_messages": refused([], note=_STATELESS),
+    "prompt": refused(note="no prompt templates"),
+    "context_management": refused([]),
+    "truncation": refused("disabled"),
+    "tools": refused([], note=NO_TOOLS),
+    "tool_choice": refused("none", "auto", note=NO_TOOLS),
+    "enable_response_messages": refused(False),
+    "access_programs": informative(dict),
+    "image": informative(dict),
+    "max_tool_calls": informative(int),
+    "reasoning": informative(dict),
+    "stream_options": informative(dict),
+}

@@ -1,0 +1,98 @@
+"""The honoured fields of `/v1/responses`, with their types and ranges. All others are in `responses_fields.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from vitrine_vlm.llm_worker.engine.sampling_checks import MAX_LOGPROBS
+from vitrine_vlm.llm_worker.frontend.field_rules import FieldTable
+from vitrine_vlm.llm_worker.frontend.openai_types import (
+    ContentPart,
+    GenerationBody,
+    ImagePart,
+    MediaUrl,
+    Message,
+    RequestObject,
+    TextPart,
+    WholeNumber,
+)
+from vitrine_vlm.llm_worker.frontend.responses_fields import RESPONSES
+
+
+class InputText(RequestObject):
+    type: Literal["input_text", "output_text"]
+    text: str
+
+    def part(self) -> ContentPart:
+        return TextPart(type="text", text=self.text)
+
+
+class InputImage(RequestObject):
+    type: Literal["input_image"]
+    image_url: str
+
+    def part(self) -> ContentPart:
+        return ImagePart(type="image_url", image_url=MediaUrl(url=self.image_url))
+
+
+class InputMessage(RequestObject):
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Annotated[InputText | InputImage, Field(discriminator="type")]]
+
+    def message(self) -> Message:
+        content = self.content if isinstance(self.content, str) else [part.part() for part in self.content]
+        return Message(role=self.role, content=content)
+
+
+class TextOptions(RequestObject):
+    """It has no honoured fields yet."""
+
+
+class ResponsesRequest(GenerationBody):
+    fields: ClassVar[FieldTable] = RESPONSES
+
+    input: str | Annotated[list[InputMessage], Field(min_length=1)]
+    instructions: str | None = None
+    max_output_tokens: WholeNumber | None = Field(None, ge=1)
+    include: list[Literal["message.output_text.logprobs"]] = Field([])
+    top_logprobs: WholeNumber | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    text: TextOptions = TextOptions()
+    metadata: dict[str, str] = Field({})
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _check_top_logprobs(cls, top_logprobs: int | None, info: ValidationInfo) -> int | None:
+        if top_logprobs and not info.data.get("include"):
+            raise ValueError(f'{top_logprobs} alternatives need include: ["message.output_text.logprobs"]')
+        return top_logprobs
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.include else None
+
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation as chat completions have it."""
+        return list(self._messages())
+
+    def _messages(self) -> Iterator[Message]:
+        given = [each.message() for each in self.input] if isinstance(self.input, list) else []
+        if isinstance(self.input, str):
+            given = [Message(role="user", content=self.input)]
+        if self.instructions is not None:
+            # One system message, as templates have no place for a second.
+            first = given.pop(0) if given[0].role in ("system", "developer") else None
+            yield Message(role="system", content=_joined(self.instructions, first))
+        yield from given
+
+
+def _joined(instructions: str, system: Message | None) -> str | list[ContentPart]:
+    if system is None:
+        return instructions
+    if isinstance(system.content, str):
+        return f"{instructions}\n\n{system.content}"
+    return [TextPart(type="text", text=f"{instructions}\n\n"), *(system.content or [])]
