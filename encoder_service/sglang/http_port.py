@@ -46,7 +46,7 @@ class Delivery:
 
 
 class SglangHttp:
-    """Handlers of the port. Until `open` is called all but /health answer 503, and so does /health.
+    """Handlers of the port. Until `open` is called everything is answered with 503.
 
     Args:
         reason_to_refuse: returns why no part is served any more; empty while they are.

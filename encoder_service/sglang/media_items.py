@@ -17,7 +17,7 @@ _KINDS: dict[str, MediaKind] = {"IMAGE": "image", "VIDEO": "video"}
 _URL = re.compile(r"(https?|data|file):", re.IGNORECASE)
 # The first characters suffice to tell base64 from a path or a URL of another scheme; the loader checks all of it.
 _BASE64 = re.compile(r"[A-Za-z0-9+/]{1,64}={0,2}$")
-_NUM_TOLD_BY = 64
+_NUM_CHECKED = 64
 # Keys of a content part that say nothing of the pixels.
 _ENVELOPE = {"type", "modality"}
 
@@ -63,10 +63,10 @@ def _url(index: int, source: str) -> str:
         return source
     if source.startswith("/"):
         return PurePosixPath(source).as_uri()
-    if _BASE64.match(source[:_NUM_TOLD_BY]):
+    if _BASE64.match(source[:_NUM_CHECKED]):
         return f"data:;base64,{source}"
     raise BadRequest(
-        f"item {index} is {source[:_NUM_TOLD_BY]!r}: give an http:, https:, data: or "
+        f"item {index} is {source[:_NUM_CHECKED]!r}: give an http:, https:, data: or "
         "file: URL, an absolute path or base64"
     )
 

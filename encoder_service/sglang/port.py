@@ -34,6 +34,7 @@ _log = logging.getLogger(__name__)
 _STOP_GRACE_S = 0.5
 # For parts of requests that a language server has begun before it removed this encoder from its list.
 _LATE_PARTS_S = 0.5
+_UNREGISTER_TIMEOUT_S = 2.0
 _WAIT_FOR_PEERS_S = 5.0
 
 
@@ -98,7 +99,7 @@ class SglangPort:
 
     async def drain(self) -> None:
         """Leaves the lists of language servers, then waits for parts in work, which fail at the deadline."""
-        await self._registration.end()
+        await self._registration.end(max(0.1, min(_UNREGISTER_TIMEOUT_S, self._lifecycle.left_s / 2)))
         await asyncio.sleep(min(_LATE_PARTS_S, self._lifecycle.left_s))
         self._calls.refuse(lambda: _unavailable("is shutting down"))
         if not await self._calls.idle(self._lifecycle.left_s):

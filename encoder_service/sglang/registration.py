@@ -20,7 +20,6 @@ _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.5, 5.0
 # A server that was started again has an empty list.
 _REPEAT_S = 10.0
 _REQUEST_TIMEOUT_S = 5.0
-_UNREGISTER_TIMEOUT_S = 2.0
 
 
 def parse_servers(specs: str) -> list[URL]:
@@ -56,13 +55,17 @@ class Registration:
             name = f"sglang registration {server.host}:{server.port}"
             self._keeping.append(supervisor.start_task(name, self._keep(server)))
 
-    async def end(self) -> None:
-        """Stops the loops and removes this encoder from all lists; servers that do not answer are left as they are."""
+    async def end(self, timeout_s: float) -> None:
+        """Stops the loops and removes this encoder from all lists, except those of servers that do not answer in time.
+
+        Args:
+            timeout_s: more than 0.
+        """
         if not self._keeping:
             return
         await self._supervisor.stop(*self._keeping)
         self._keeping.clear()
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_UNREGISTER_TIMEOUT_S)) as session:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout_s)) as session:
             urls = [server / "unregister_encoder_url" for server in self._servers]
             problems = await asyncio.gather(*(self._problem(session, "DELETE", url) for url in urls))
         for server, problem in zip(self._servers, problems, strict=True):

@@ -1,4 +1,4 @@
-"""The table of parts is bounded, and forgets what nothing came of."""
+"""The table of parts is bounded, and discards what nothing came of."""
 
 from __future__ import annotations
 

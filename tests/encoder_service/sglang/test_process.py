@@ -177,6 +177,10 @@ async def test_equal_pictures_meet_in_one_cache_whichever_encoder_is_asked(
     try:
         for encoder, _ in started:
             await asyncio.to_thread(encoder.wait_serving)
+        # Until a peer is connected, the other one takes its items.
+        for address in addresses:
+            text = f"connected to encoder {address}"
+            await until(lambda text=text: all(text in "\n".join(encoder.lines) for encoder, _ in started), 30)
         client = EncoderClient(addresses, None)
         await client.start()
         pictures = [png(96, 64, number) for number in range(8)]
