@@ -1,9 +1,10 @@
 """Several answers in one request: to several prompts, and several to each of them.
 
 The answers are numbered by prompt: with n answers each, those to prompt p are p * n, p * n + 1, and so on. The first to
-a prompt computes it; the others begin with its first token, so that they find its KV in the prefix cache, and none of
-its media is encoded again but one that reaches into the prompt's last, partial block. Each draws with a seed of its
-own: the request's seed plus its number among the answers to the prompt, as with vLLM.
+a prompt computes it; the others begin with its second token, so that they find its KV in the prefix cache, and none of
+its media is encoded again but one that reaches into the prompt's last, partial block. (A decode worker has the first
+token before the KV.) Each draws with a seed of its own: the request's seed plus its number among the answers to the
+prompt, as with vLLM.
 """
 
 from __future__ import annotations
@@ -143,15 +144,17 @@ class _Answers:
             self._stream.start(partial(self._first, number))
 
     async def _first(self, number: int) -> None:
-        """Generates the first answer to a prompt, and starts the others once the prompt is computed."""
+        """Generates the first answer to a prompt, and starts the others once the prompt's KV is here."""
         layouts: list[Layout] = []
-        has_started_others = False
+        num_deltas, has_started_others = 0, False
         async with aclosing(self._generator.generate(self._prompts[number])) as events:
             async for event in events:
                 await self._stream.emit(AnswerEvent(number * self._n, event))
                 if isinstance(event, Started):
                     layouts = event.layouts
-                elif not has_started_others:
+                elif isinstance(event, Delta):
+                    num_deltas += 1
+                if not has_started_others and (num_deltas == 2 or isinstance(event, Finished)):
                     has_started_others = True
                     for index in range(1, self._n):
                         self._stream.start(partial(self._other, number, index, layouts))

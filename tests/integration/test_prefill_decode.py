@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -95,6 +96,39 @@ async def test_seeds_stop_strings_and_usage_are_as_on_one_worker(split: Split, t
     stopped = (await post(decoding, "/v1/completions", text_request(split.decoding, max_tokens=24, stop=stop)))[1]
     assert stopped["choices"][0]["text"] == text[: text.index(stop)]
     assert stopped["choices"][0]["finish_reason"] == "stop"
+
+
+@one_family
+async def test_several_answers_with_penalties_are_as_on_one_worker(split: Split) -> None:
+    """The prompt's KV is sent once, and that of its last block for the further answers."""
+    case, prefilling = CASES["one_image"], split.prefill_workers[0]
+    (picture,) = case.media(split.decoding.factor)
+    item = llm_pb2.MediaItem(kind=llm_pb2.MEDIA_KIND_IMAGE, data=picture.data)
+    sampling = llm_pb2.SamplingParams(
+        max_tokens=16,
+        temperature=1.2,
+        seed=3,
+        repetition_penalty=1.2,
+        frequency_penalty=0.5,
+        min_p=0.01,
+        min_tokens=16,
+        bad_words=[llm_pb2.TokenIds(ids=[5, 6])],
+    )
+    request = llm_pb2.GenerateRequest(prompt=llm_pb2.Prompt(text=case.text, media=[item]), sampling=sampling, n=3)
+    shipped = 'vitrine_llm_kv_shipped_bytes_total{transport="shm"}'
+    answers: list[dict[int, list[int]]] = []
+    num_prompt_tokens, before = 0, await metric(prefilling, shipped)
+    for process in (prefilling, split.decoding.worker_processes["shm"]):
+        answers.append({})
+        async with grpc.aio.insecure_channel(process.addresses["grpc"]) as channel:
+            async for response in llm_pb2_grpc.LlmStub(channel).Generate(request):
+                answers[-1].setdefault(response.answer, []).extend(response.delta.token_ids)
+                num_prompt_tokens = max(num_prompt_tokens, response.started.num_prompt_tokens)
+    assert answers[0] == answers[1]
+    assert len({tuple(each) for each in answers[0].values()}) == 3
+    config = json.loads((split.decoding.folder / "config.json").read_text())["text_config"]
+    token_nbytes = config["num_hidden_layers"] * 2 * config["num_key_value_heads"] * config["head_dim"] * 4
+    assert await metric(prefilling, shipped) - before <= (num_prompt_tokens + 2 * 16) * token_nbytes
 
 
 @one_family

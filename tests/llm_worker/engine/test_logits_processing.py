@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -58,12 +60,30 @@ def chunk_of(request: RequestState, num_in_flight: int = 0) -> Chunk:
     return Chunk(request, stop - 1, stop, samples=True, epoch=request.epoch)
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@contextmanager
+def no_waiting(device: torch.device) -> Iterator[None]:
+    """Fails where the host waits for a GPU."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("in_flight", [False, True])
-def test_a_mixed_batch_equals_transformers(in_flight: bool) -> None:
+def test_a_mixed_batch_equals_transformers(in_flight: bool, device: torch.device) -> None:
     """Random answers over few tokens, so that words come up; each grows by a token a step, which the host may not know
     yet when the next step is processed."""
     rng = random.Random(in_flight)
-    pool = TokenPool(len(EVERY_KIND), CPU)
+    pool = TokenPool(len(EVERY_KIND), device)
     processor = LogitsProcessor(VOCAB_SIZE, pool)
     every_params = [SamplingParams(temperature=0.0, **fields) for fields in EVERY_KIND.values()]
     prompts = [[rng.randrange(VOCAB_SIZE) for _ in range(4 + key)] for key in range(len(every_params))]
@@ -75,14 +95,19 @@ def test_a_mixed_batch_equals_transformers(in_flight: bool) -> None:
             order = list(range(len(requests)))
         logits_BV = torch.randn(len(order), VOCAB_SIZE, generator=torch.Generator().manual_seed(step)) * 3
         chunks = [chunk_of(requests[key], len(answers[key]) - _num_generated(requests[key])) for key in order]
-        processed_BV = processor.process(chunks, logits_BV)
+        on_device_BV = logits_BV.to(device)
+        with no_waiting(device):
+            processed_on_device_BV = processor.process(chunks, on_device_BV)
+        processed_BV = processed_on_device_BV.cpu()
         for row, key in enumerate(order):
             tokens_so_far = torch.tensor([prompts[key] + answers[key]])
             expected_1V = processors(every_params[key], len(prompts[key]))(tokens_so_far, logits_BV[row : row + 1])
             torch.testing.assert_close(processed_BV[row : row + 1], expected_1V)
         chosen_B = torch.tensor([rng.choice([4, 5, 6, 1, 2, 3, 12, 13, 14]) for _ in order])
-        pool.write(torch.tensor(order), chosen_B)
-        processor.count(chunks, chosen_B)
+        rows_B, on_device_B = torch.tensor(order, device=device), chosen_B.to(device)
+        with no_waiting(device):
+            pool.write(rows_B, on_device_B)
+            processor.count(chunks, on_device_B)
         for key, token_id in zip(order, chosen_B.tolist(), strict=True):
             if in_flight and answers[key]:
                 requests[key].append_token(answers[key][-1])
@@ -165,15 +190,17 @@ def test_a_step_without_such_requests_launches_nothing_for_them(temperature: flo
         {"min_p": 0.3, "temperature": 3.0, "top_k": 3, "top_p": 0.9},
     ],
 )
-def test_min_p_draws_from_what_transformers_leaves(fields: dict[str, Any]) -> None:
+def test_min_p_draws_from_what_transformers_leaves(fields: dict[str, Any], device: torch.device) -> None:
     num_draws = 4096
     params = SamplingParams(**fields)
     logits_1V = torch.randn(1, VOCAB_SIZE, generator=torch.Generator().manual_seed(3)) * 2
     expected_V = warpers(params)(torch.zeros(1, 1, dtype=torch.int64), logits_1V.clone())[0].softmax(-1)
     places = [(index + 0.5) / num_draws for index in range(num_draws)]
     beside = SamplingParams(temperature=1.0)  # whose draws stay as they are
-    logits_BV = logits_1V.expand(num_draws + 1, -1)
-    choice = choose(logits_BV, [*[params] * num_draws, beside], [*places, 0.37])
-    frequencies_V = torch.bincount(choice.token_ids_B[:-1], minlength=VOCAB_SIZE) / num_draws
+    logits_BV = logits_1V.expand(num_draws + 1, -1).to(device)
+    with no_waiting(device):
+        choice = choose(logits_BV, [*[params] * num_draws, beside], [*places, 0.37])
+    token_ids_B = choice.token_ids_B.cpu()
+    frequencies_V = torch.bincount(token_ids_B[:-1], minlength=VOCAB_SIZE) / num_draws
     torch.testing.assert_close(frequencies_V, expected_V, atol=1 / num_draws, rtol=0)
-    assert choice.token_ids_B[-1] == choose(logits_1V, [beside], [0.37]).token_ids_B[0]
+    assert token_ids_B[-1] == choose(logits_1V, [beside], [0.37]).token_ids_B[0]

@@ -1,12 +1,15 @@
-"""Refusals of the Llm service, on the real server."""
+"""The Llm service's refusals, and sampling parameters as clients send them, on the real server."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
 import pytest
+import torch
 
 from tests.llm_worker.frontend.serving import serving
 from vitrine_vlm.errors import WorkerUnavailable
@@ -14,6 +17,7 @@ from vitrine_vlm.llm_worker.frontend.grpc_server import LlmServer, LlmServicer
 from vitrine_vlm.llm_worker.metrics import LlmMetrics
 from vitrine_vlm.llm_worker.request_tracker import RequestTracker
 from vitrine_vlm.protos.llm.v1 import llm_pb2, llm_pb2_grpc
+from vitrine_vlm.sample_models.reference import Reference
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 
 
@@ -104,6 +108,40 @@ async def test_unset_sampling_is_the_checkpoints(stub: llm_pb2_grpc.LlmAsyncStub
     first = await stub.Prefill(llm_pb2.PrefillRequest(prompt=llm_pb2.Prompt(text="Hello")))
     assert first.num_prompt_tokens == 5
     assert first.first_token.sampled.logprob < 0
+
+
+async def test_penalties_of_the_checkpoints_generation_config(
+    servicer: LlmServicer, tmp_path: Path, qwen3_vl_folder: Path
+) -> None:
+    """transformers applies them where a request says nothing, and so does the worker."""
+    folder = shutil.copytree(qwen3_vl_folder, tmp_path / "copy")
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"repetition_penalty": 1.5}))
+    reference = Reference(folder)
+    inputs = reference.inputs("Hello, hello, hello", [])
+    num_prompt = inputs["input_ids"].shape[1]
+    with torch.inference_mode():
+        expected, neutral = (
+            reference.model.generate(**inputs, max_new_tokens=24, **others)[0, num_prompt:].tolist()
+            for others in ({}, {"repetition_penalty": 1.0})
+        )
+    assert expected != neutral
+    server = LlmServer(servicer)
+    address = await server.start("127.0.0.1", 0)
+    try:
+        async with serving(folder) as worker, grpc.aio.insecure_channel(address) as channel:
+            servicer.open(worker.served)
+            for sampling, tokens in (
+                (llm_pb2.SamplingParams(max_tokens=24), expected),
+                (llm_pb2.SamplingParams(max_tokens=24, repetition_penalty=1.0), neutral),
+            ):
+                request = llm_pb2.GenerateRequest(prompt=llm_pb2.Prompt(text="Hello, hello, hello"), sampling=sampling)
+                answer: list[int] = []
+                async for response in llm_pb2_grpc.LlmStub(channel).Generate(request):
+                    answer.extend(response.delta.token_ids)
+                assert answer == tokens
+    finally:
+        await server.stop(0)
 
 
 async def test_prefill_says_how_much_of_the_prompt_was_there(stub: llm_pb2_grpc.LlmAsyncStub) -> None:

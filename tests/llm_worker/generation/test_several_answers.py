@@ -71,6 +71,16 @@ def request(sampling: SamplingParams, prompt: str = PROMPT, *media: MediaItem) -
     return GenerationRequest("request", prompt, media, sampling)
 
 
+async def test_the_layout_of_a_picture_that_is_not_cached_is_known_from_the_first_answer(
+    worker: LocalWorker, stub: tuple[str, StubServicer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of one given by URL."""
+    monkeypatch.setattr(worker.layout_cache, "get_all", lambda keys: None)
+    answers = await run(worker, request(GREEDY, PROMPT, PICTURE), n=4)
+    assert stub[1].num_items == 1
+    assert len({tuple(each) for each in answers.token_ids()}) == 1
+
+
 async def test_the_prompt_is_computed_and_its_picture_encoded_once(
     worker: LocalWorker, stub: tuple[str, StubServicer]
 ) -> None:
@@ -101,6 +111,8 @@ async def test_each_answer_draws_with_a_seed_of_its_own(worker: LocalWorker) -> 
     assert len({tuple(each) for each in one_by_one}) == 3
     without = await run(worker, replace(asked, sampling=replace(DRAWN, seed=None)), n=3)
     assert len({tuple(each) for each in without.token_ids()}) == 3
+    of_one_token = await run(worker, replace(asked, sampling=replace(DRAWN, max_tokens=1)), n=3)
+    assert of_one_token.token_ids() == [each[:1] for each in one_by_one]
 
 
 async def test_answers_to_several_prompts_are_in_their_order(worker: LocalWorker) -> None:
