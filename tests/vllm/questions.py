@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.accuracy.questions import held_out_questions
 from tests.integration.media import clip, picture
-from tests.vllm.checkpoints import CheckpointName
+from tests.vllm.checkpoints import CheckpointName, factor_of, model_type_of
 from vitrine_vlm.sample_models.reference import Media, Reference
 
 NUM_TOKENS = 16
@@ -46,31 +47,39 @@ class Question:
         return ids[: ends[0] + 1] if ends else ids
 
 
-def questions_for(name: CheckpointName, factor: int, num: int) -> list[Question]:
+Questions = dict[CheckpointName, list[Question]]
+References = dict[CheckpointName, Reference]
+Answers = dict[CheckpointName, list[list[int]]]  # token ids of each question
+
+
+def questions_for(name: CheckpointName, folder: Path, num: int) -> list[Question]:
     """Returns `num` questions that the checkpoint answers with much variety."""
     if name == "tiny":
         return [Question((*asked.media, asked.text)) for asked in held_out_questions(num)]
-    return random_questions(factor, num)
+    return random_questions(folder, num)
 
 
-def random_questions(factor: int, num: int, seed: int = 0) -> list[Question]:
+def random_questions(folder: Path, num: int, seed: int = 0) -> list[Question]:
     """Returns `num` questions with pictures and videos that no other question has.
 
     Args:
-        factor: pixels along a side of one merged token. Most media are multiples of it, so that they are not resized.
+        folder: the checkpoint. Most media are multiples of its merged tokens, so that they are not resized.
         num: every 8 of them have one of each kind below.
         seed: questions of other seeds have other media.
     """
+    factor = factor_of(folder)
+    # vLLM takes metadata of a Qwen2.5-VL video only if its temporal patches are a second apart.
+    lengths = (16, 24) if model_type_of(folder) == "qwen2_5_vl" else range(9, 25)
     rng = np.random.default_rng(seed)
     seeds = iter(range(10_000 * seed, 10_000 * (seed + 1)))
 
-    def image(most: int = 6) -> Media:
-        width, height = rng.integers(3, most + 1, 2)
+    def image(least: int = 3, most: int = 6) -> Media:
+        width, height = rng.integers(least, most + 1, 2)
         return picture(next(seeds), int(width) * factor, int(height) * factor)
 
     def video() -> Media:
         width, height = rng.integers(3, 5, 2)
-        return clip(next(seeds), int(width) * factor, int(height) * factor, num_frames=int(rng.integers(9, 25)))
+        return clip(next(seeds), int(width) * factor, int(height) * factor, num_frames=int(rng.choice(lengths)))
 
     def resized() -> Media:
         width, height = rng.integers(3 * factor, 6 * factor, 2)
@@ -90,8 +99,8 @@ def random_questions(factor: int, num: int, seed: int = 0) -> list[Question]:
                 parts = (video(), "Tell what happens.")
             case 4:
                 parts = (f"Question {index}:", image(), "then", video(), "end")
-            case 5:
-                parts = ("many words come first " * 3, image(12), "done")
+            case 5:  # more tokens than a step of the servers in `fleet` computes
+                parts = ("many words come first " * 3, image(9, 12), "done")
             case 6:
                 parts = (resized(), "What colour?")
             case _:

@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.encoder_service.test_command_line import free_port
 from tests.vllm.questions import NUM_TOKENS, Question
 
-START_TIMEOUT_S = 170.0
+START_TIMEOUT_S = 300.0
 REQUEST_TIMEOUT_S = 60.0
 
 
@@ -155,7 +155,7 @@ class Client:
 
         return list(await asyncio.gather(*map(ask, questions)))
 
-    async def metrics(self) -> dict[str, float]:
+    async def metrics(self) -> Metrics:
         return await scrape(self._session, f"{self.url}/metrics")
 
 
@@ -166,13 +166,27 @@ async def client_of(url: str, folder: Path) -> AsyncIterator[Client]:
         yield Client(url, folder.name, session)
 
 
-async def scrape(session: aiohttp.ClientSession, url: str) -> dict[str, float]:
-    """Returns every sample at a /metrics page: its value by `name{label=value,...}`, labels sorted."""
+class Metrics:
+    """The samples of a /metrics page."""
+
+    def __init__(self, text: str) -> None:
+        families = text_string_to_metric_families(text)
+        self._samples = [sample for family in families for sample in family.samples]
+
+    def total(self, name: str, **labels: str) -> float:
+        """Returns the sum over all series of the name that have these labels.
+
+        Raises:
+            KeyError: there is none.
+        """
+        values = [
+            sample.value for sample in self._samples if sample.name == name and labels.items() <= sample.labels.items()
+        ]
+        if not values:
+            raise KeyError(f"no series {name} with {labels}")
+        return float(sum(values))
+
+
+async def scrape(session: aiohttp.ClientSession, url: str) -> Metrics:
     async with session.get(url) as response:
-        text = await response.text()
-    samples = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            labels = ",".join(f"{key}={value}" for key, value in sorted(sample.labels.items()))
-            samples[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
-    return samples
+        return Metrics(await response.text())

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.vllm.checkpoints import CHECKPOINTS, CheckpointName
-
-Answers = dict[CheckpointName, list[list[int]]]
+from tests.vllm.questions import Answers
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)

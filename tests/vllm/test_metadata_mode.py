@@ -1,0 +1,192 @@
+"""A gateway in front of vLLM: vLLM gets the sizes of pictures alone, has no tower, and gives the same tokens."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.media import picture
+from tests.vllm.checkpoints import CHECKPOINTS, Folders, factor_of
+from tests.vllm.fleet import TENANT_HEADER, TRANSPORTS, VllmFleet, abort_all, start_fleet_with_gateway, wait_until_empty
+from tests.vllm.questions import Answers, Question, Questions, References, random_questions
+from tests.vllm.server import Answer, Client
+from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
+from vitrine_vlm.types import Layout, MediaItem
+
+NUM_ABORTED = 100
+on_both_families = pytest.mark.parametrize("fleet", ["qwen3_vl", "qwen2_5_vl"], indirect=True)
+on_one_family = pytest.mark.parametrize("fleet", ["qwen3_vl"], indirect=True)
+
+
+@pytest.fixture(scope="module")
+def fleet(request: pytest.FixtureRequest, vllm_python: Path, vllm_cache: Path, folders: Folders) -> Iterator[VllmFleet]:
+    with start_fleet_with_gateway(vllm_python, folders, request.param, vllm_cache) as fleet:
+        yield fleet
+
+
+@pytest.mark.parametrize("fleet", CHECKPOINTS, indirect=True)
+async def test_tokens_equal_own_tower_and_transformers(
+    fleet: VllmFleet, questions: Questions, expected: Answers, own_tower: Answers
+) -> None:
+    """Several pictures, the same one twice, videos, prefill cut inside pictures; 16 requests at a time."""
+    async with fleet.client() as client:
+        answers = await client.ask_all(questions[fleet.name])
+    assert [answer.error for answer in answers] == [""] * len(answers)
+    assert [answer.token_ids for answer in answers] == expected[fleet.name] == own_tower[fleet.name]
+    num_media = len({item.data for question in questions[fleet.name] for item in question.media})
+    assert await fleet.encoder_total("items_total", outcome="ok") >= num_media
+    shipped = await fleet.encoder_total("shipped_bytes_total")
+    assert await fleet.encoder_total("shipped_bytes_total", transport=TRANSPORTS[fleet.name]) == shipped > 0
+
+
+@pytest.mark.usefixtures("connector_metrics")
+@pytest.mark.parametrize("fleet", CHECKPOINTS, indirect=True)
+async def test_all_rows_were_the_encoders(fleet: VllmFleet, questions: Questions) -> None:
+    async with fleet.client() as client:
+        await client.ask_all(questions[fleet.name])
+    num_media = len({item.data for question in questions[fleet.name] for item in question.media})
+    assert await fleet.connector_items("delivered") >= num_media
+    assert [await fleet.connector_items(outcome) for outcome in ("own_tower", "failed", "cancelled")] == [0, 0, 0]
+    received, metrics = "vitrine:connector_received_bytes_total", await fleet.vllm_metrics()
+    assert metrics.total(received, transport=TRANSPORTS[fleet.name]) == metrics.total(received) > 0
+
+
+@on_both_families
+async def test_vllm_has_no_tower(fleet: VllmFleet) -> None:
+    async with fleet.vllm_client() as client:
+        answer = await client.ask(Question((picture(980, 128, 96), "What?")))
+    assert answer.status == 400
+
+
+@pytest.mark.usefixtures("connector_metrics")
+@on_both_families
+async def test_a_prefix_cache_hit_fetches_no_rows(fleet: VllmFleet) -> None:
+    factor = factor_of(fleet.folder)
+    question = Question((picture(990, 5 * factor, 4 * factor), "The same long question about it, word for word."))
+    async with fleet.client() as client:
+        before = await fleet.connector_items("delivered")
+        first = await client.ask(question)
+        delivered = await fleet.connector_items("delivered")
+        computed = await fleet.encoder_total("batch_items_count")
+        repeated = await client.ask_all([question] * 8)
+    assert await fleet.connector_items("delivered") == delivered == before + 1
+    assert await fleet.encoder_total("batch_items_count") == computed
+    assert {tuple(answer.token_ids) for answer in repeated} == {tuple(first.token_ids)}
+
+
+@pytest.mark.usefixtures("connector_metrics")
+@on_one_family
+async def test_tenants_share_no_rows(fleet: VllmFleet, references: References) -> None:
+    factor = factor_of(fleet.folder)
+    question = Question((picture(992, 5 * factor, 4 * factor), "The same long question about it, word for word."))
+    misses = await fleet.encoder_total("cache_lookups_total", result="miss")
+    delivered = await fleet.connector_items("delivered")
+    async with fleet.client() as client:
+        for tenants_seen, tenant in ((1, "red"), (2, "blue"), (2, "red"), (2, "blue")):
+            answer = await client.ask(question, headers={TENANT_HEADER: tenant})
+            assert answer.token_ids == question.expected(references[fleet.name])
+            assert await fleet.connector_items("delivered") == delivered + tenants_seen
+            assert await fleet.encoder_total("cache_lookups_total", result="miss") == misses + tenants_seen
+
+
+@pytest.mark.usefixtures("connector_metrics")
+@on_both_families
+async def test_aborted_requests_leave_nothing(fleet: VllmFleet, references: References) -> None:
+    """A hundred are aborted at all stages of their life, among others that go on."""
+    aborted = random_questions(fleet.folder, NUM_ABORTED, seed=1)
+    kept = random_questions(fleet.folder, 8, seed=2)
+    shared_memory = fleet.shared_memory()
+    async with fleet.client() as client:
+        answers, _ = await asyncio.gather(client.ask_all(kept), abort_all(client, aborted))
+    await wait_until_empty(fleet.leftovers)
+    assert fleet.shared_memory() == shared_memory
+    assert [answer.token_ids for answer in answers] == [question.expected(references[fleet.name]) for question in kept]
+
+
+@pytest.mark.usefixtures("connector_metrics")
+@on_both_families
+async def test_a_dead_encoder_fails_its_requests_and_a_new_one_serves(fleet: VllmFleet, references: References) -> None:
+    asked = random_questions(fleet.folder, 32, seed=3)
+    after = random_questions(fleet.folder, 8, seed=4)
+    delivered = await fleet.connector_items("delivered")
+
+    async def waits_for_deliveries() -> bool:
+        return await fleet.connector_items("delivered") < delivered + 4
+
+    async with fleet.client() as client:
+        asking = asyncio.create_task(client.ask_all(asked, in_flight=4))
+        await wait_until_empty(waits_for_deliveries)
+        fleet.encoder.kill()
+        answers = await asking
+        right = [answer.status == 200 for answer in answers]
+        for answer, question in zip(answers, asked, strict=True):
+            assert answer.token_ids == (question.expected(references[fleet.name]) if answer.status == 200 else [])
+        assert any(right) and not all(right)
+        assert fleet.vllm.healthy()
+
+        await asyncio.to_thread(fleet.encoder.restart)
+
+        async def fails() -> str:
+            return (await client.ask(after[0])).error
+
+        await wait_until_empty(fails)
+        answers = await client.ask_all(after)
+    assert [answer.token_ids for answer in answers] == [question.expected(references[fleet.name]) for question in after]
+    await wait_until_empty(fleet.leftovers)
+
+
+class Measured:
+    """A picture that an encoder has measured, as a gateway describes it to vLLM."""
+
+    def __init__(self, layout: Layout) -> None:
+        assert layout.ticket is not None
+        self.grid_thw = list(layout.grid_thw)
+        self.uuid = layout.content_hash.hex()
+        self.params = {
+            "ticket": layout.ticket.value.hex(),
+            "encoder_id": layout.ticket.encoder_id,
+            "kind": "image",
+            "num_tokens": layout.num_tokens,
+        }
+
+    async def ask(self, client: Client) -> Answer:
+        part = {"type": "image_embeds", "image_embeds": {"image_grid_thw": self.grid_thw}, "uuid": self.uuid}
+        messages = [{"role": "user", "content": [part, {"type": "text", "text": "What is this?"}]}]
+        params = {self.uuid: self.params} if self.params else None
+        return await client.ask(Question(()), messages=messages, ec_transfer_params=params)
+
+
+@pytest.fixture
+async def measured(fleet: VllmFleet) -> AsyncIterator[list[tuple[Question, Measured]]]:
+    """Five pictures, the question about each, and what vLLM is to be asked."""
+    factor = factor_of(fleet.folder)
+    pictures = [picture(seed, 5 * factor, 4 * factor) for seed in range(970, 975)]
+    client = EncoderClient([fleet.encoder.address], None, shm_folder=fleet.shm_folder)
+    await client.start()
+    layouts = {}
+    async for event in client.layouts([MediaItem("image", data=each.data) for each in pictures], "measured"):
+        layouts[event.item_index] = event.layout
+    questions = [Question((each, "What is this?")) for each in pictures]
+    yield [(question, Measured(layouts[index])) for index, question in enumerate(questions)]
+    await client.release_tickets([layout.ticket for layout in layouts.values() if layout.ticket is not None])
+    await client.close()
+
+
+@on_one_family
+async def test_requests_whose_rows_cannot_come_fail_alone(
+    fleet: VllmFleet, references: References, measured: list[tuple[Question, Measured]]
+) -> None:
+    """Of five requests at the same time, four fail, and the fifth has the right tokens."""
+    (_, wrong_grid), (_, unknown_ticket), (_, unknown_encoder), (_, without_ticket), (question, _) = measured
+    wrong_grid.grid_thw = [1, 12, 12]
+    unknown_ticket.params["ticket"] = "0" * 32
+    unknown_encoder.params["encoder_id"] = "another"
+    without_ticket.params = {}
+    async with fleet.vllm_client() as client:
+        *failed, right = await asyncio.gather(*(each.ask(client) for _, each in measured))
+    assert [answer.status for answer in failed] == [500] * 4
+    assert right.token_ids == question.expected(references[fleet.name])
+    assert fleet.vllm.healthy()
