@@ -15,7 +15,6 @@ from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.types import Layout, MediaItem, Ticket
 
 _HASH_NBYTES = 32
-_MEASURE_GRACE_S = 0.2
 _CLOSE_TIMEOUT_S = 0.3
 # vLLM 0.32 takes the times of a video's frames with embeddings of all families but this one. It then takes one second
 # between temporal patches, of which each second is two positions (`tokens_per_second` of all its checkpoints).
@@ -105,12 +104,14 @@ class MediaLayouts:
             release.add_done_callback(self._releases.discard)
 
     async def _release(self, tasks: Sequence[asyncio.Task[None]], layouts: Mapping[MediaItem, Layout]) -> None:
-        """Ends what still measures an item, and releases the tickets."""
-        # Not at once: a ticket that an encoder has just sent to a call that is cancelled would stay until it expires.
-        _, measuring = await asyncio.wait(tasks, timeout=_MEASURE_GRACE_S)
-        for task in measuring:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        """Releases the tickets, once all calls have ended."""
+        # The calls go on, within the encoder's own time limits: a ticket that an encoder sends to a call that has just
+        # been cancelled would stay until it expires.
+        try:
+            await asyncio.wait(tasks)
+        finally:  # at the end of the process
+            for task in tasks:
+                task.cancel()
         await self._encoders.release_tickets([each.ticket for each in layouts.values() if each.ticket is not None])
 
     def _measured(self, part: MediaPart, layout: Layout, tenant: str) -> MeasuredPart:
