@@ -286,7 +286,7 @@ class Fetcher:
         if isinstance(received, LeasedRows) and isinstance(received.mapping, RemoteMapping):
             mapping = received.mapping
             await self._hub.land(mapping.pool_id, rows, received.lease)
-            return ("cuda_ipc" if "handle" in mapping.source() else "shm"), rows.nbytes
+            return mapping.transport, rows.nbytes
         assert isinstance(received, HostRows)
         await self._hub.land_bytes(rows, received.rows_TW)
         return "grpc", rows.nbytes

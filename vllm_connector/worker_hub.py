@@ -151,7 +151,10 @@ class WorkerHub:
                 hello = Hello.model_validate_json(await _read_frame(reader))
             if hello.rank in self._workers or hello.rank >= self._num_workers:
                 raise ValueError(f"rank {hello.rank} of {self._num_workers} connected twice or does not exist")
-        except (OSError, EOFError, ValueError) as error:
+        except EOFError:  # another engine looked whether this one is alive
+            writer.close()
+            return
+        except (OSError, ValueError) as error:
             _log.warning("a connection on the worker channel was refused: %s", error)
             writer.close()
             return
@@ -175,11 +178,17 @@ class WorkerHub:
 
 
 class RemoteMapping(PoolMapping):
-    """A pool that the workers have mapped, and this process has not. `pool_id` names it on the worker channel."""
+    """A pool that the workers have mapped, and this process has not.
 
-    def __init__(self, pool_id: int, nbytes: int, probe_offset: int, nonce: bytes, source: PoolSource) -> None:
+    pool_id: names it on the worker channel.
+    transport: by which its rows are read: "cuda_ipc" or "shm".
+    """
+
+    def __init__(
+        self, pool_id: int, transport: str, nbytes: int, probe_offset: int, nonce: bytes, source: PoolSource
+    ) -> None:
         super().__init__(nbytes)
-        self.pool_id = pool_id
+        self.pool_id, self.transport = pool_id, transport
         self._probe_offset, self._nonce, self._source = probe_offset, nonce, source
 
     def source(self) -> PoolSource:
@@ -214,7 +223,7 @@ class RemoteMapper:
         pool_id = next(self._pool_ids)
         mapping = self._hub.map(pool_id, source, pool.probe_offset, pool.probe_nbytes)
         nonce = asyncio.run_coroutine_threadsafe(mapping, self._loop).result(self._timeout_s)
-        mapped = RemoteMapping(pool_id, pool.nbytes, pool.probe_offset, nonce, source)
+        mapped = RemoteMapping(pool_id, offer.transport, pool.nbytes, pool.probe_offset, nonce, source)
         weakref.finalize(mapped, self._unmap, pool_id)
         return mapped
 
