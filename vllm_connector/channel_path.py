@@ -16,7 +16,7 @@ _SOCKET = "workers.sock"
 
 
 def socket_path(engine: str) -> Path:
-    """Returns the path of the socket of this engine, which its name tells from all others of the host."""
+    """Returns the path of the socket of this engine, which no other engine of the host has."""
     name = hashlib.sha256(engine.encode()).hexdigest()[:24]
     return Path(tempfile.gettempdir()) / f"{_PREFIX}{os.getuid()}-{name}" / _SOCKET
 

@@ -78,8 +78,8 @@ async def test_a_conversation_goes_on_from_what_was_answered(official: openai.As
     )
     more = [*asked, *(each.to_dict() for each in first.output), {"role": "user", "content": "And?"}]
     second = await official.responses.create(model=worker.served.name, input=more, temperature=0, max_output_tokens=16)
-    told = [*asked, {"role": "assistant", "content": first.output_text}, {"role": "user", "content": "And?"}]
-    assert second.output_text == await chat(official, worker, told)
+    repeated = [*asked, {"role": "assistant", "content": first.output_text}, {"role": "user", "content": "And?"}]
+    assert second.output_text == await chat(official, worker, repeated)
 
 
 @pytest.mark.parametrize("stop", [False, True])
