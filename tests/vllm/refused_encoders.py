@@ -13,6 +13,7 @@ import sys
 from vllm import LLM
 from vllm.config import ECTransferConfig
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.distributed.ec_transfer.ec_transfer_state import ensure_ec_transfer_shutdown
 
 
 def error_at_start(folder: str, address: str) -> str:
@@ -35,6 +36,7 @@ def error_at_start(folder: str, address: str) -> str:
     except Exception as caught:
         error = caught
     finally:
+        ensure_ec_transfer_shutdown()  # else the next start in this process would use this one's connector
         cleanup_dist_env_and_memory()
     messages = []
     while error is not None:
