@@ -260,6 +260,7 @@ class Fetcher:
             VitrineError: they could not be fetched or landed.
         """
         item = order.make_item()
+        landed: tuple[str, int] | None = None
         async with aclosing(self._client.encode([item], order.request_id, order.tenant)) as events:
             async for event in events:
                 if isinstance(event, LayoutEvent):
@@ -270,10 +271,13 @@ class Fetcher:
                         )
                     continue
                 try:
-                    return await self._land(order, event.rows)
+                    landed = await self._land(order, event.rows)
                 finally:
                     event.rows.release()
-        raise InternalError("the encoder's answer ended without rows")
+        # The call is read to its end: closed earlier, the encoder would count the item as cancelled.
+        if landed is None:
+            raise InternalError("the encoder's answer ended without rows")
+        return landed
 
     async def _land(self, order: FetchOrder, received: EmbeddingRows) -> tuple[str, int]:
         form = self._row_format
