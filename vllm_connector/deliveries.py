@@ -81,7 +81,7 @@ class Deliveries:
         self._by_identifier: dict[str, Delivery] = {}
         self._by_id: dict[int, Delivery] = {}
         self._waiting: dict[Delivery, None] = {}  # in the order of their beginning
-        self._held: dict[str, set[str]] = {}  # identifiers by request, the oldest request first
+        self._held: dict[str, dict[str, None]] = {}  # identifiers by request, the oldest request first
         self._held_nbytes = 0  # of deliveries in flight and landed
         self._to_discard: list[int] = []
 
@@ -110,15 +110,15 @@ class Deliveries:
             urgent: the request cannot be scheduled without it.
         """
         delivery.holders[request_id] = urgent
-        self._held.setdefault(request_id, set()).add(delivery.identifier)
+        self._held.setdefault(request_id, {})[delivery.identifier] = None
 
     def release(self, request_id: str, needed: frozenset[str] | set[str] = frozenset()) -> None:
         """Ends a request's hold on all deliveries but those of the needed identifiers."""
         held = self._held.get(request_id)
         if held is None:
             return
-        for identifier in held - needed:
-            held.remove(identifier)
+        for identifier in [each for each in held if each not in needed]:
+            del held[identifier]
             delivery = self._by_identifier[identifier]
             del delivery.holders[request_id]
             if not delivery.holders:

@@ -51,6 +51,9 @@ class Request:
         self.tenant = tenant
         self.layout_only = layout_only
         self.attempts = Attempts(policy)
+        # Of layouts: calls in flight, and why one has failed. The others go on, for the tickets that they bring.
+        self.num_calls = 0
+        self.failure: VitrineError | None = None
         self.events: EventStream[EncodeEvent] = EventStream(discard)
         self._layouts: dict[int, Layout] = {}
 

@@ -11,7 +11,7 @@ from vitrine_vlm.embedding_transport.receiving.received_rows import HostBufferPo
 from vitrine_vlm.embedding_transport.receiving.row_stream import RowStream
 from vitrine_vlm.embedding_transport.wire.chunk_codec import ChunkView, parse_response
 from vitrine_vlm.embedding_transport.wire.messages import layout_from_proto
-from vitrine_vlm.errors import InternalError, error_from_code
+from vitrine_vlm.errors import InternalError, VitrineError, error_from_code
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 from vitrine_vlm.types import EncodeEvent, LayoutEvent, MediaItem, RowsEvent, Ticket
 
@@ -39,10 +39,11 @@ class EncodeStream(RowStream[EncodeEvent]):
         self._description = connection.description
         self._items = list(items.items())
         self._layout_only = layout_only
+        self._failures: list[VitrineError] = []
 
     @property
     def missing(self) -> str:
-        num_done = len(self._announced) if self._layout_only else self._num_complete
+        num_done = len(self._announced) + len(self._failures) if self._layout_only else self._num_complete
         num_missing = len(self._items) - num_done
         return f"{num_missing} items" if num_missing else ""
 
@@ -57,8 +58,17 @@ class EncodeStream(RowStream[EncodeEvent]):
             return self._rows(response.ready)
         if kind == "failed":
             failed = response.failed
-            raise error_from_code(failed.code, failed.message, failed.retry_after_s)
+            error = error_from_code(failed.code, failed.message, failed.retry_after_s)
+            if not self._layout_only:
+                raise error
+            self._failures.append(error)
+            return None
         raise InternalError(f"{self._sender} sent an event of kind {kind!r}")
+
+    def end(self) -> None:
+        """Raises the first failure of layouts: a call that ends earlier would lose tickets that are on their way."""
+        if self._failures:
+            raise self._failures[0]
 
     def _layout(self, message: encoder_pb2.Layout) -> LayoutEvent:
         if message.item_index >= len(self._items):

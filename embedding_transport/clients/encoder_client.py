@@ -200,6 +200,7 @@ class EncoderClient(FleetClient[EncoderPeer]):
         for index in sorted(others, key=lambda index: -_nbytes(items[index])):
             peer = self._choose(request.keys[index], new if index in needs_new else usable)
             shares.setdefault(peer.address, Share(peer)).add(index)
+        request.num_calls += len(shares)
         for share in shares.values():
             request.events.start(partial(self._encode_share, request, share), share.release)
 
@@ -252,10 +253,17 @@ class EncoderClient(FleetClient[EncoderPeer]):
             await self._receive(share.peer, partial(self._exchange, request, share), partial(request.emit, share))
         except request.attempts.elsewhere as error:
             request.attempts.failed(share.peer.address, error)
+        except VitrineError as error:
+            if not request.layout_only:
+                raise
+            request.failure = request.failure or error
         missing = sorted(share.pending)
         share.release()
-        if missing:
+        if missing and request.failure is None:
             await self._encode(request, missing)
+        request.num_calls -= 1
+        if request.failure is not None and not request.num_calls:
+            raise request.failure
 
     def _exchange(
         self, request: Request, share: Share, connection: Connection[EncoderDescription]

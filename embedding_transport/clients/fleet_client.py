@@ -114,6 +114,7 @@ class FleetClient(PeerFleet[PeerT]):
                     await emit(event)
             if stream.missing:
                 raise peer.unavailable(f"it ended the stream with {stream.missing} missing")
+            stream.end()
         except grpc.aio.AioRpcError as error:
             if stream.missing:
                 raise error_from_rpc(error) or peer.unavailable(f"{error.code().name} {error.details()}") from error

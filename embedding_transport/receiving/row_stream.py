@@ -58,6 +58,9 @@ class RowStream(ABC, Generic[EventT]):
             VitrineError: the peer answers with this error.
         """
 
+    def end(self) -> None:
+        """Called at the end of a stream from which nothing is missing; raises an error that was put off until then."""
+
     def close(self) -> None:
         """Ends the stream and discards incomplete rows."""
         for item in self._announced.values():

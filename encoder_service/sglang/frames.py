@@ -55,7 +55,7 @@ def rows_message(
         "error_msg": None,
         "error_code": None,
     }
-    if part.modality == "VIDEO":  # Qwen3-VL and its successors read the one, Qwen2.5-VL and the Omni models the other
+    if part.modality == "VIDEO":  # each family's receiver reads one of the two
         state["video_timestamps"] = [list(layout.timestamps_s) for layout in layouts]
         state["second_per_grid_ts"] = [layout.second_per_grid_t for layout in layouts]
     rows = memoryview(rows_TW.view(torch.uint8).flatten().numpy())  # type: ignore[arg-type]

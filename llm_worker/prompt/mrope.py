@@ -2,7 +2,7 @@
 
 Source: arXiv 2409.12191, section 2.1: a modality begins at the largest position in front of it plus one. The positions
 within media are those of `get_vision_position_ids` of transformers 5.23's models that the families name. Its
-`get_rope_index` goes on behind a video by height and width alone, which is inside the time of a long Qwen2.5-VL video;
+`get_rope_index` goes on behind a video by height and width alone, which is inside the time of a long video;
 transformers up to 5.2 and vLLM follow the paper, as here.
 """
 

@@ -131,7 +131,7 @@ async def test_errors_have_the_id_too_and_so_has_the_log(
         raise RuntimeError("secret")
 
     shown: list[str] = []
-    caplog.handler.emit = lambda record: shown.append(_TextFormatter().format(record))  # type: ignore[method-assign]
+    monkeypatch.setattr(caplog.handler, "emit", lambda record: shown.append(_TextFormatter().format(record)))
     monkeypatch.setattr(worker.generator, "generate", fail)
     for asked, status in ((body(worker), 500), (body(worker, n="x"), 400)):
         response = await client.post(CHAT, json=asked, headers={"X-Request-Id": "mine"})
