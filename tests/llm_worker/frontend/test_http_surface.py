@@ -4,33 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
 from tests.llm_worker.frontend.http_client import Client, body, client_of, events
-from tests.llm_worker.frontend.serving import LocalWorker, serving
+from tests.llm_worker.frontend.serving import LocalWorker
 from vitrine_vlm import __version__
 from vitrine_vlm.service_runtime.logs import _TextFormatter
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 PAGE = "https://app.example"
-
-
-@pytest.fixture
-async def worker(qwen3_vl_folder: Path) -> AsyncIterator[LocalWorker]:
-    async with serving(qwen3_vl_folder) as worker:
-        yield worker
-
-
-@pytest.fixture
-async def client(worker: LocalWorker) -> AsyncIterator[Client]:
-    async with client_of(worker.served) as client:
-        yield client
 
 
 async def test_a_model_is_shown_by_its_name(client: Client, worker: LocalWorker) -> None:

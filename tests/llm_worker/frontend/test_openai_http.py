@@ -4,28 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
 from tests.llm_worker.frontend.http_client import Client, body, client_of, events
-from tests.llm_worker.frontend.serving import LocalWorker, serving
+from tests.llm_worker.frontend.serving import LocalWorker
 from vitrine_vlm.llm_worker.frontend import openai_http
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-
-
-@pytest.fixture
-async def worker(qwen3_vl_folder: Path) -> AsyncIterator[LocalWorker]:
-    async with serving(qwen3_vl_folder) as worker:
-        yield worker
-
-
-@pytest.fixture
-async def client(worker: LocalWorker) -> AsyncIterator[Client]:
-    async with client_of(worker.served) as client:
-        yield client
 
 
 async def test_the_port_answers_while_the_model_loads() -> None:

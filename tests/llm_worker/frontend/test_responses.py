@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
-from tests.llm_worker.frontend.http_client import client_of
-from tests.llm_worker.frontend.serving import LocalWorker, serving
+from tests.llm_worker.frontend.serving import LocalWorker
 from vitrine_vlm.errors import EncoderUnavailable
 from vitrine_vlm.llm_worker.frontend.openai_prompt import chat_text
 from vitrine_vlm.llm_worker.frontend.responses_types import ResponsesRequest
@@ -26,21 +24,6 @@ EVENTS = [
     "response.content_part.done",
     "response.output_item.done",
 ]
-
-
-@pytest.fixture
-async def worker(qwen3_vl_folder: Path) -> AsyncIterator[LocalWorker]:
-    async with serving(qwen3_vl_folder) as worker:
-        yield worker
-
-
-@pytest.fixture
-async def official(worker: LocalWorker) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with (
-        client_of(worker.served) as client,
-        openai.AsyncOpenAI(base_url=str(client.make_url("/v1")), api_key="unused", max_retries=0) as official,
-    ):
-        yield official
 
 
 async def chat(official: openai.AsyncOpenAI, worker: LocalWorker, messages: list[Any]) -> Any:

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.llm_worker.frontend.http_client import Client, body, client_of
-from tests.llm_worker.frontend.serving import LocalWorker, serving
+from tests.llm_worker.frontend.serving import LocalWorker
 
 ROUTES = ["/v1/chat/completions", "/v1/completions", "/v1/responses"]
-
-
-@pytest.fixture
-async def worker(qwen3_vl_folder: Path) -> AsyncIterator[LocalWorker]:
-    async with serving(qwen3_vl_folder) as worker:
-        yield worker
-
-
-@pytest.fixture
-async def client(worker: LocalWorker) -> AsyncIterator[Client]:
-    async with client_of(worker.served) as client:
-        yield client
 
 
 async def tokens(client: Client, worker: LocalWorker, **fields: Any) -> list[int]:

@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
-from tests.llm_worker.frontend.http_client import client_of
-from tests.llm_worker.frontend.serving import LocalWorker, serving
+from tests.llm_worker.frontend.serving import LocalWorker
 
 USER: list[Any] = [{"role": "user", "content": "Hello"}]
-
-
-@pytest.fixture
-async def worker(qwen3_vl_folder: Path) -> AsyncIterator[LocalWorker]:
-    async with serving(qwen3_vl_folder) as worker:
-        yield worker
-
-
-@pytest.fixture
-async def official(worker: LocalWorker) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with (
-        client_of(worker.served) as client,
-        openai.AsyncOpenAI(base_url=str(client.make_url("/v1")), api_key="unused", max_retries=0) as official,
-    ):
-        yield official
 
 
 async def test_each_choice_of_a_chat_has_a_seed_of_its_own(official: openai.AsyncOpenAI, worker: LocalWorker) -> None:

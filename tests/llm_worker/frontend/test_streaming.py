@@ -7,14 +7,13 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from tests.llm_worker.frontend.serving import LocalWorker, serving
+from tests.llm_worker.frontend.serving import LocalWorker
 from vitrine_vlm.errors import EncoderUnavailable
 from vitrine_vlm.llm_worker.frontend.openai_http import OpenAiHttp
 from vitrine_vlm.llm_worker.generation.events import Delta, GenerationEvent, GenerationRequest, Observe
@@ -47,12 +46,6 @@ class HeldGenerator:
                     if self.error is not None:
                         raise self.error
                 yield event
-
-
-@pytest.fixture
-async def worker(qwen3_vl_folder: Path) -> AsyncIterator[LocalWorker]:
-    async with serving(qwen3_vl_folder) as worker:
-        yield worker
 
 
 @asynccontextmanager

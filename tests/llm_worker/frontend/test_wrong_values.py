@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import random
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.llm_worker.frontend.http_client import Client, client_of
-from tests.llm_worker.frontend.serving import LocalWorker, serving
+from tests.llm_worker.frontend.http_client import Client
+from tests.llm_worker.frontend.serving import LocalWorker
 from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.llm_worker.frontend.field_rules import Field, FieldTable, Rule
 from vitrine_vlm.llm_worker.frontend.openai_types import (
@@ -133,18 +132,6 @@ def test_every_field_refuses_what_it_cannot_be(route: str) -> None:
                 assert len(str(error)) < 500, (name, value)
         takes_anything = rule.rule is Rule.INFORMATIVE and not rule.kinds
         assert takes_anything or num_refused >= 15, (name, num_refused)
-
-
-@pytest.fixture
-async def worker(qwen3_vl_folder: Path) -> AsyncIterator[LocalWorker]:
-    async with serving(qwen3_vl_folder) as worker:
-        yield worker
-
-
-@pytest.fixture
-async def client(worker: LocalWorker) -> AsyncIterator[Client]:
-    async with client_of(worker.served) as client:
-        yield client
 
 
 @pytest.mark.parametrize("route", ROUTES)
