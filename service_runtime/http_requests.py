@@ -19,9 +19,13 @@ async def traced(
     """Opens the span of a POST request, which continues the trace of its headers."""
     if request.method != "POST":  # probes, metrics and pages
         return await handler(request)
-    carrier = {name.lower(): value for name, value in request.headers.items()}
-    with serving_span(f"POST {request.path}", carrier):
+    with serving_span(f"POST {request.path}", header_carrier(request)):
         return await handler(request)
+
+
+def header_carrier(request: web.Request) -> dict[str, str]:
+    """Returns the headers in the form that a caller's trace is read from, see `traces.serving_span`."""
+    return {name.lower(): value for name, value in request.headers.items()}
 
 
 async def json_body(http: web.Request) -> bytes:

@@ -24,6 +24,7 @@ from vitrine_vlm.encoder_service.sglang.receivers import AllowedReceivers
 from vitrine_vlm.encoder_service.sglang.versions import ReceiverClass
 from vitrine_vlm.encoder_service.sglang.zmq_push import ZmqPush
 from vitrine_vlm.errors import BadRequest, EncoderUnavailable, InternalError, VitrineError, as_vitrine_error
+from vitrine_vlm.service_runtime.http_requests import header_carrier
 from vitrine_vlm.service_runtime.logs import harmless, set_request_id
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 from vitrine_vlm.service_runtime.traces import serving_span
@@ -109,9 +110,9 @@ class SglangHttp:
 
     async def _encode(self, http: web.Request) -> web.Response:
         outcome = "cancelled"
-        carrier = {name.lower(): value for name, value in http.headers.items()}
+        span = serving_span("sglang encode", header_carrier(http))
         try:
-            with self._calls.track(), self._budget.item() as reserved, serving_span("sglang encode", carrier):
+            with self._calls.track(), self._budget.item() as reserved, span:
                 await self._serve(http, reserved.reserve)
             outcome = "ok"
             return web.json_response(None)
