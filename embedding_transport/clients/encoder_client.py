@@ -125,7 +125,8 @@ class EncoderClient(FleetClient[EncoderPeer]):
     def layouts(self, items: Sequence[MediaItem], request_id: str, tenant: str = "") -> AsyncGenerator[LayoutEvent]:
         """Yields a LayoutEvent with a ticket for each item, as they arrive; no rows are computed.
 
-        Encoders are chosen as in `encode`. The caller owns the tickets that were yielded; all others are released.
+        Encoders are chosen as in `encode`. The caller owns the tickets that were yielded; all others are released when
+        the iteration ends or is closed, except those that are on the wire just then: they expire.
 
         Raises:
             VitrineError: see `encode`; EncoderMismatch: no encoder that is left has tickets.

@@ -227,8 +227,9 @@ async def test_layouts_that_are_not_read_leave_no_ticket(encoders: list[RunningE
         async with aclosing(client.layouts([*items, slow], "r")) as events:
             first = await anext(events)
             async with asyncio.timeout(5):
-                while num_tickets(encoders) < len(items):
+                while sum(status.in_flight for status in client.status()) > 1:  # all but the slow one have arrived
                     await asyncio.sleep(0.01)
+            assert num_tickets(encoders) == len(items)
         assert first.layout.ticket is not None
         await client.release_tickets([first.layout.ticket])
         await eventually_no_ticket(encoders)
