@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from vitrine_vlm.llm_worker.engine.grammar import Grammar
+
 # Logits divided by smaller temperatures overflow, and the best token has all of the probability anyway.
 _GREEDY_BELOW = 1e-5
 
@@ -29,6 +31,7 @@ class SamplingParams:
     logit_bias: added to the logits of these tokens.
     prompt_logprobs: as `logprobs`, of every prompt token but the first.
     bad_words: token sequences that the answer never has. allowed_token_ids: the only tokens it may have; None for all.
+    grammar: what the answer must look like; None for free text.
     """
 
     max_tokens: int | None = None
@@ -47,6 +50,7 @@ class SamplingParams:
     bad_words: tuple[tuple[int, ...], ...] = ()
     allowed_token_ids: frozenset[int] | None = None
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
     @property
     def is_greedy(self) -> bool:
