@@ -21,8 +21,10 @@ from vitrine_vlm.errors import VitrineError, WorkerUnavailable
 from vitrine_vlm.llm_worker.config import LlmConfig
 from vitrine_vlm.llm_worker.dashboard.routes import Dashboard
 from vitrine_vlm.llm_worker.engine.config import EngineConfig
+from vitrine_vlm.llm_worker.engine.cost_probes import measure_step_costs
 from vitrine_vlm.llm_worker.engine.engine import Engine
 from vitrine_vlm.llm_worker.engine.forward_pass import ForwardPass
+from vitrine_vlm.llm_worker.engine.step_costs import StepCosts
 from vitrine_vlm.llm_worker.frontend.grpc_server import LlmServer, LlmServicer
 from vitrine_vlm.llm_worker.frontend.openai_http import OpenAiHttp
 from vitrine_vlm.llm_worker.generation.encoder_inputs import EncoderInputs
@@ -114,17 +116,18 @@ async def serve(config: LlmConfig) -> None:
 
         tp_workers = await _start_tp_workers(config, supervisor, stack) if config.tp > 1 else None
         try:
-            model, forward_pass, limits = await _prepare(config, lambda: lifecycle.is_ending, metrics, tp_workers)
+            prepared = await _prepare(config, lambda: lifecycle.is_ending, metrics, tp_workers)
         except LoadingStopped:
             lifecycle.raise_failure()
             _log.info("stopped while loading")
             return
 
+        model, forward_pass, limits, costs = prepared
         decoder = model.decoder
         # Nothing can be cleaned up without the GPU, as tensors on it could not be freed.
         gpu_lost = partial(supervisor.fail, "GPU", None, can_unwind=False)
         loop = asyncio.get_running_loop()
-        engine = Engine(forward_pass, limits, on_gpu_lost=lambda: loop.call_soon_threadsafe(gpu_lost))
+        engine = Engine(forward_pass, limits, lambda: loop.call_soon_threadsafe(gpu_lost), costs)
         engine.start(supervisor)
         stack.push_async_callback(asyncio.to_thread, engine.close)
         kv_format = KvFormat.of(model.identity, decoder.config)
@@ -171,8 +174,8 @@ async def serve(config: LlmConfig) -> None:
 
 async def _prepare(
     config: LlmConfig, must_stop: Callable[[], bool], metrics: LlmMetrics, tp_workers: TpWorkers | None
-) -> tuple[LoadedModel, ForwardPass, EngineConfig]:
-    """Does everything that is slow: loads the weights and, on a GPU, captures the graphs.
+) -> tuple[LoadedModel, ForwardPass, EngineConfig, StepCosts]:
+    """Does everything that is slow: loads the weights, captures the graphs on a GPU, and measures steps.
 
     Raises:
         CheckpointError: see `load_model`; LoadingStopped: `must_stop` has returned True.
@@ -183,7 +186,9 @@ async def _prepare(
     progress = ProgressLog("capturing CUDA graphs, sizes", must_stop, partial(metrics.show_progress, "graphs"))
     make_runner = choose_runner(model.decoder, limits, progress)
     make_forward_pass = tp_workers.forward_pass if tp_workers is not None else ForwardPass
-    return model, await asyncio.to_thread(make_forward_pass, model.decoder, limits, make_runner), limits
+    forward_pass = await asyncio.to_thread(make_forward_pass, model.decoder, limits, make_runner)
+    costs = await asyncio.to_thread(measure_step_costs, forward_pass, limits)
+    return model, forward_pass, limits, costs
 
 
 def _make_fleet_client(

@@ -68,10 +68,14 @@ class LlmConfig(ServiceSettings, EncoderSettings):
 
     max_model_len: int | None = Field(None, ge=1, description="longest prompt plus answer, tokens; default the model's")
     max_num_batched_tokens: int = Field(8192, ge=1, description="tokens in one step: the longest prefill chunk")
-    mixed_step_tokens: int = Field(
-        128,
-        ge=1,
-        description="tokens in a step that also decodes: more serve prompts sooner, but decoding waits longer",
+    target_itl_ms: float = Field(
+        30.0, gt=0, description="goal for the time between tokens, which bounds steps that decode beside prompts, ms"
+    )
+    target_ttft_ms: float = Field(
+        500.0, gt=0, description="goal for a first token, from when its prompt and media are here, ms"
+    )
+    mixed_step_tokens: int | None = Field(
+        None, ge=1, description="most tokens in a step that also decodes, whatever the goals allow; default no limit"
     )
     max_num_seqs: int = Field(64, ge=1, description="requests in one step")
     kv_cache_tokens: int | None = Field(
@@ -129,6 +133,8 @@ class LlmConfig(ServiceSettings, EncoderSettings):
             max_waiting=self.max_waiting,
             prefix_cache=self.prefix_cache,
             mixed_step_tokens=self.mixed_step_tokens,
+            target_itl_s=self.target_itl_ms / 1000,
+            target_ttft_s=self.target_ttft_ms / 1000,
         )
 
 

@@ -185,6 +185,19 @@ class _EngineCollector(Collector):
             "vitrine_llm_cached_tokens", "Prompt tokens whose KV was in the cache.", stats.num_cached_tokens
         )
         yield CounterMetricFamily("vitrine_llm_steps", "Steps of the engine.", stats.num_steps)
+        missed = CounterMetricFamily(
+            "vitrine_llm_step_goals_missed",
+            "Steps predicted to miss --target-itl-ms, or with which a queued prompt misses --target-ttft-ms.",
+            labels=["goal"],
+        )
+        missed.add_metric(["itl"], stats.num_itl_missed)
+        missed.add_metric(["ttft"], stats.num_ttft_missed)
+        yield missed
+        yield GaugeMetricFamily(
+            "vitrine_llm_step_cost_correction",
+            "How long steps take, as a part of what was measured at start; above 1 where others use the GPU, too.",
+            stats.step_cost_correction,
+        )
         computed = CounterMetricFamily("vitrine_llm_computed_tokens", "Tokens computed, by phase.", labels=["phase"])
         computed.add_metric(["prefill"], stats.num_prefill_tokens)
         computed.add_metric(["decode"], stats.num_decode_tokens)

@@ -12,7 +12,8 @@ class EngineConfig:
     max_num_batched_tokens: tokens in one step, and so the longest prefill chunk; max_num_seqs: sequences in one step.
     num_blocks blocks of block_size tokens are the KV cache; max_model_len: longest prompt plus answer, tokens.
     max_waiting: requests that may wait beside max_num_seqs running ones. prefix_cache: whether KV is used again.
-    mixed_step_tokens: tokens in a step that also decodes; None for max_num_batched_tokens.
+    mixed_step_tokens: most tokens in a step that also decodes; None for max_num_batched_tokens.
+    target_itl_s: goal for the time between tokens; target_ttft_s: and for a first token, from when its prompt is ready.
     """
 
     max_num_batched_tokens: int = 2048
@@ -23,3 +24,5 @@ class EngineConfig:
     max_waiting: int = 512
     prefix_cache: bool = True
     mixed_step_tokens: int | None = None
+    target_itl_s: float = 0.03
+    target_ttft_s: float = 0.5

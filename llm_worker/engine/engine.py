@@ -20,7 +20,9 @@ from vitrine_vlm.llm_worker.engine.request import ExpandedPrompt, SamplingParams
 from vitrine_vlm.llm_worker.engine.request_handle import RequestHandle, RequestSubscriber
 from vitrine_vlm.llm_worker.engine.request_state import RequestStatus
 from vitrine_vlm.llm_worker.engine.scheduler import Scheduler
+from vitrine_vlm.llm_worker.engine.step_costs import StepCosts
 from vitrine_vlm.llm_worker.engine.step_executor import InFlightStep, StepExecutor
+from vitrine_vlm.llm_worker.engine.step_goals import StepGoals
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 
 
@@ -30,7 +32,8 @@ class EngineStats:
 
     running: requests that hold KV blocks, or wait for their media's sizes; waiting: requests that wait for KV blocks.
     queued_prefill_tokens: prompt tokens that are not computed yet. kv_blocks_kept: without users, with content that can
-    be used again. num_cached_tokens: prompt tokens whose KV was in the cache.
+    be used again. num_cached_tokens: prompt tokens whose KV was in the cache. num_itl_missed, num_ttft_missed: see
+    `StepGoals`; step_cost_correction: see `StepCosts`.
     """
 
     running: int
@@ -45,29 +48,41 @@ class EngineStats:
     num_decode_tokens: int
     num_cached_tokens: int
     num_preempted: int
+    num_itl_missed: int
+    num_ttft_missed: int
+    step_cost_correction: float
 
 
 class Engine:
     """Runs the model for many requests. `run` belongs to the engine's thread; other public methods are safe on any."""
 
     def __init__(
-        self, forward_pass: ForwardPass, config: EngineConfig, on_gpu_lost: Callable[[], object] = lambda: None
+        self,
+        forward_pass: ForwardPass,
+        config: EngineConfig,
+        on_gpu_lost: Callable[[], object] = lambda: None,
+        costs: StepCosts | None = None,
     ) -> None:
         """
         Args:
             forward_pass: made with the same config.
             on_gpu_lost: called on the engine's thread where a step has failed and the GPU can run no other.
+            costs: as `measure_step_costs` found them; where they are unknown, steps are bounded by tokens alone.
         """
+        costs = costs if costs is not None else StepCosts.unknown()
         self._forward_pass = forward_pass
         self._config = config
         self._kv_cache = forward_pass.kv_cache
+        self._costs = costs
+        max_mixed_tokens = min(config.mixed_step_tokens or config.max_num_batched_tokens, config.max_num_batched_tokens)
+        self._goals = StepGoals(costs, config.target_itl_s, config.target_ttft_s, max_mixed_tokens)
         self._scheduler = Scheduler(
             self._kv_cache,
             config.max_num_batched_tokens,
             config.max_num_seqs,
             config.max_model_len,
+            self._goals,
             config.prefix_cache,
-            config.mixed_step_tokens,
         )
         self._capacity = Capacity(config.max_num_seqs + config.max_waiting)
         self._keys = itertools.count()
@@ -78,7 +93,9 @@ class Engine:
         self._requests = LiveRequests(
             self._scheduler, self._kv_cache, token_pool, logits_processor, self._outbox, self._capacity
         )
-        self._executor = StepExecutor(forward_pass, self._scheduler, self._requests, logits_processor, on_gpu_lost)
+        self._executor = StepExecutor(
+            forward_pass, self._scheduler, self._requests, logits_processor, costs, on_gpu_lost
+        )
         self._in_flight: InFlightStep | None = None
         self._is_idle = False
         self._stats = self._count()
@@ -268,4 +285,7 @@ class Engine:
             num_decode_tokens=executor.num_decode_tokens,
             num_cached_tokens=scheduler.num_cached_tokens,
             num_preempted=scheduler.num_preempted,
+            num_itl_missed=self._goals.num_itl_missed,
+            num_ttft_missed=self._goals.num_ttft_missed,
+            step_cost_correction=self._costs.correction,
         )

@@ -116,11 +116,15 @@ class CachedPrefix:
 
 @dataclass(slots=True)
 class RequestTimings:
-    """The time that a request spends in the engine: durations in seconds, and moments of `time.perf_counter`."""
+    """The time that a request spends in the engine: durations in seconds, and moments of `time.perf_counter`.
+
+    ready_at: when all that its prompt needs was here, KV blocks and embeddings included.
+    """
 
     land_s: float = 0.0
     prefill_s: float = 0.0
     submitted_at: float = field(default_factory=time.perf_counter)
+    ready_at: float | None = None
     first_token_at: float | None = None
 
     def token_sampled(self) -> None:

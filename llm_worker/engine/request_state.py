@@ -195,6 +195,11 @@ class RequestState:
             self._release_landed()
         return num_new
 
+    def mark_ready(self, now: float) -> None:
+        """Records when its whole prompt, media included, could first be computed."""
+        if self.timings.ready_at is None and self.complete and self.num_runnable == self.num_tokens:
+            self.timings.ready_at = now
+
     def launch(self, stop: int, samples: bool) -> None:
         """Records that a step in flight computes it up to token `stop`, and with `samples` samples the next token."""
         self.num_computed = stop

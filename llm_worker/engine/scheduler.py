@@ -13,13 +13,15 @@ its KV has landed in them; generated tokens are computed here as always.
 
 from __future__ import annotations
 
+import time
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from vitrine_vlm.errors import PromptTooLong
 from vitrine_vlm.llm_worker.engine.chunk import Chunk
 from vitrine_vlm.llm_worker.engine.kv_cache import KvCache
 from vitrine_vlm.llm_worker.engine.request_state import RequestState, RequestStatus
+from vitrine_vlm.llm_worker.engine.step_goals import StepGoals
 
 
 class Scheduler:
@@ -35,22 +37,25 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_num_seqs: int,
         max_model_len: int,
+        goals: StepGoals,
         prefix_cache: bool = True,
-        mixed_step_tokens: int | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """
         Args:
             max_num_batched_tokens, max_num_seqs: limits of one step.
-            mixed_step_tokens: limit of a step that also decodes, so that decoding does not wait for long prompts.
             max_model_len: longest prompt plus answer, tokens.
+            goals: bounds the prompt tokens of steps that also decode.
             prefix_cache: whether KV is used again by requests with the same beginning.
+            clock: seconds, of the same clock as `RequestTimings`.
         """
         self.num_preempted = 0
         self.num_cached_tokens = 0
         self._prefix_cache = prefix_cache
         self._kv_cache = kv_cache
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._mixed_step_tokens = min(mixed_step_tokens or max_num_batched_tokens, max_num_batched_tokens)
+        self._goals = goals
+        self._clock = clock
         self._max_num_seqs = max_num_seqs
         self.max_model_len = min(max_model_len, kv_cache.num_blocks * kv_cache.block_size)
         self.waiting: list[RequestState] = []
@@ -103,6 +108,7 @@ class Scheduler:
             self._append_slots(self.running[index])
             index += 1
         self._admit()
+        now = self._clock()
         decoding: list[RequestState] = []
         prefilling: list[RequestState] = []
         for request in self.running:
@@ -111,11 +117,10 @@ class Scheduler:
                 # Generated tokens whose KV was lost are computed again in chunks, as prompts are.
                 is_decoding = num_left == 1 and request.status is RequestStatus.DECODING
                 (decoding if is_decoding else prefilling).append(request)
-        # Prompts get a part of every step, however many requests decode, unless max_num_seqs is reached.
+                request.mark_ready(now)
         budget = self._max_num_batched_tokens
-        if decoding:
-            least = max(1, self._mixed_step_tokens // 4)
-            budget = min(budget, max(self._mixed_step_tokens, len(decoding) + least))
+        if decoding and prefilling:
+            budget = min(budget, len(decoding) + self._goals.num_prompt_tokens(decoding, prefilling, now))
         chunks: list[Chunk] = []
         for request in (*decoding, *prefilling):
             if len(chunks) == self._max_num_seqs:

@@ -20,6 +20,7 @@ from vitrine_vlm.llm_worker.engine.prompt_logprobs import LogprobTensors
 from vitrine_vlm.llm_worker.engine.request_state import RequestState
 from vitrine_vlm.llm_worker.engine.sampler import Choice, ChoiceOnHost, choose
 from vitrine_vlm.llm_worker.engine.scheduler import Scheduler
+from vitrine_vlm.llm_worker.engine.step_costs import StepCosts, StepSize
 
 _log = logging.getLogger(__name__)
 # How often a request's embeddings, or its KV, are requested again before it fails, with none landed in between: a
@@ -54,15 +55,19 @@ class StepExecutor:
         scheduler: Scheduler,
         requests: LiveRequests,
         logits_processor: LogitsProcessor,
+        costs: StepCosts,
         on_gpu_lost: Callable[[], object],
     ) -> None:
         """
         Args:
+            costs: corrected by how long steps take.
             on_gpu_lost: called where a step has failed and the GPU can run no other.
         """
         self._forward_pass, self._scheduler, self._requests = forward_pass, scheduler, requests
         self._logits_processor = logits_processor
+        self._costs = costs
         self._on_gpu_lost = on_gpu_lost
+        self._last_ended_at = 0.0
         self.num_steps = self.num_prefill_tokens = self.num_decode_tokens = 0
 
     def land_kv(self) -> bool:
@@ -115,6 +120,8 @@ class StepExecutor:
         except Exception as error:
             self._step_failed([chunk for chunk in step.chunks if chunk.is_current], error)
             return
+        if output.sampling:  # otherwise the step may still run
+            self._observe(step)
         computed = [chunk for chunk in step.chunks if chunk.is_current and not (lost and chunk in lost)]
         if step.prompt_logprobs:
             for chunk in computed:
@@ -130,6 +137,12 @@ class StepExecutor:
             if chunk.is_current:
                 chunk.request.token_arrived()
                 self._requests.process_token(chunk.request, next_token)
+
+    def _observe(self, step: InFlightStep) -> None:
+        """Corrects the costs by a step that has just ended. It began once it was launched and the last had ended."""
+        now = time.perf_counter()
+        self._costs.observe(StepSize.of(step.chunks), now - max(step.launched_at, self._last_ended_at))
+        self._last_ended_at = now
 
     def _land_kv(self, request: RequestState, first_token: int) -> None:
         assert request.remote_kv is not None and request.remote_kv.received is not None

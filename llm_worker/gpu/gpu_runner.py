@@ -14,9 +14,9 @@ import torch
 
 from vitrine_vlm.gpu_kernels.graph_capture import Capture, CudaGraphs, Work
 from vitrine_vlm.gpu_kernels.packed_attention import Bounds, PackedAttention
+from vitrine_vlm.llm_worker.engine.capture_sizes import capture_size, decode_capture_sizes, token_capture_sizes
 from vitrine_vlm.llm_worker.engine.input_embed_buffer import InputEmbedBuffer
 from vitrine_vlm.llm_worker.engine.kv_cache import KvCache
-from vitrine_vlm.llm_worker.gpu.capture_sizes import capture_size, decode_capture_sizes, token_capture_sizes
 from vitrine_vlm.llm_worker.gpu.step_attention import StepAttention
 from vitrine_vlm.llm_worker.gpu.step_work import StepWork
 from vitrine_vlm.llm_worker.models.decoder import StepInputs, TextDecoder

@@ -12,9 +12,9 @@ import torch
 
 from vitrine_vlm.gpu_kernels.auxiliary_stream import AuxiliaryStream
 from vitrine_vlm.gpu_kernels.graph_capture import Work
+from vitrine_vlm.llm_worker.engine.capture_sizes import decode_capture_sizes, token_capture_sizes
 from vitrine_vlm.llm_worker.engine.input_embed_buffer import InputEmbedBuffer
 from vitrine_vlm.llm_worker.engine.kv_cache import KvCache
-from vitrine_vlm.llm_worker.gpu.capture_sizes import decode_capture_sizes, token_capture_sizes
 from vitrine_vlm.llm_worker.gpu.fused_decoder import FusedDecoder
 from vitrine_vlm.llm_worker.gpu.step_tables import StepTables, Tiles
 from vitrine_vlm.llm_worker.gpu.tile_attention import tile_attention

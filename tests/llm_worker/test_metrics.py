@@ -91,6 +91,9 @@ def test_engine_and_encoders_are_read_at_each_scrape() -> None:
         num_decode_tokens=7,
         num_cached_tokens=15,
         num_preempted=16,
+        num_itl_missed=18,
+        num_ttft_missed=19,
+        step_cost_correction=1.5,
     )
     client_stats = ClientStats(requests=8, retries=9, fallbacks=10, received_nbytes={"shm": 11, "grpc": 12})
     metrics = LlmMetrics()
@@ -105,6 +108,9 @@ def test_engine_and_encoders_are_read_at_each_scrape() -> None:
     assert value(metrics, "kv_blocks_evicted_total") == engine_stats.kv_blocks_evicted
     assert value(metrics, "cached_tokens_total") == engine_stats.num_cached_tokens
     assert value(metrics, "preemptions_total") == engine_stats.num_preempted
+    assert value(metrics, "step_goals_missed_total", goal="itl") == engine_stats.num_itl_missed
+    assert value(metrics, "step_goals_missed_total", goal="ttft") == engine_stats.num_ttft_missed
+    assert value(metrics, "step_cost_correction") == engine_stats.step_cost_correction
     assert value(metrics, "steps_total") == engine_stats.num_steps
     assert value(metrics, "computed_tokens_total", phase="prefill") == engine_stats.num_prefill_tokens
     assert value(metrics, "computed_tokens_total", phase="decode") == engine_stats.num_decode_tokens

@@ -15,6 +15,8 @@ from vitrine_vlm.llm_worker.engine.request import ExpandedPrompt, MediaSpan, Sam
 from vitrine_vlm.llm_worker.engine.request_parts import RemoteKv, SampledTokens
 from vitrine_vlm.llm_worker.engine.request_state import RequestState
 from vitrine_vlm.llm_worker.engine.scheduler import Scheduler
+from vitrine_vlm.llm_worker.engine.step_costs import StepCosts
+from vitrine_vlm.llm_worker.engine.step_goals import StepGoals
 from vitrine_vlm.llm_worker.families import text_config
 from vitrine_vlm.model_loading.checkpoint import open_checkpoint
 
@@ -35,7 +37,8 @@ class Bench:
     ) -> None:
         config = text_config(open_checkpoint(str(folder)))
         self.cache = KvCache(config, num_blocks, BLOCK_SIZE, torch.device("cpu"), torch.float32)
-        self.scheduler = Scheduler(self.cache, budget, max_num_seqs, 200, prefix_cache, mixed_step_tokens)
+        goals = StepGoals(StepCosts.unknown(), 0.03, 0.5, mixed_step_tokens or budget)
+        self.scheduler = Scheduler(self.cache, budget, max_num_seqs, 200, goals, prefix_cache)
         self.num_sequences = 0
 
     def add(self, num_prefix: int, remote_kv: RemoteKv | None = None) -> RequestState:

@@ -24,7 +24,7 @@ from vitrine_vlm.sample_models.reference import Reference
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from vitrine_vlm.gpu_kernels.packed_attention import TorchSdpa, installed_attention
-from vitrine_vlm.llm_worker.gpu.capture_sizes import decode_capture_sizes, token_capture_sizes
+from vitrine_vlm.llm_worker.engine.capture_sizes import decode_capture_sizes, token_capture_sizes
 from vitrine_vlm.llm_worker.gpu.gpu_runner import GpuRunner
 
 # In float32, which the kernels for a GPU accept, too.
