@@ -90,6 +90,7 @@ async def _serve(options: argparse.Namespace) -> None:
         model = await served_model(stack.base_url)
         print(_CURL_EXAMPLE.format(base_url=stack.base_url, model=model), flush=True)
         _say(f"gRPC endpoint: {stack.grpc_address} (vitrine.llm.v1.Llm)")
+        _say(f"live page: {stack.base_url}/dashboard")
         _say(f"OpenAI endpoint: {stack.base_url}/v1 (Ctrl-C stops it)")
         await stack.unless_failed(asyncio.Event().wait())
 
