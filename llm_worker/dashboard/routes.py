@@ -1,4 +1,4 @@
-"""`/dashboard`: three static files, and the data that they show, as JSON. The page requests it every second."""
+"""`/dashboard`: static files, and the data that they show, as JSON. The page requests it every second."""
 
 from __future__ import annotations
 
@@ -15,12 +15,18 @@ from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
 from vitrine_vlm.llm_worker.engine.engine import EngineStats
 from vitrine_vlm.llm_worker.generation.generation import Generator, RecentRequest
 from vitrine_vlm.llm_worker.prefill.client import PrefillClient
+from vitrine_vlm.service_runtime.http_requests import MAX_BODY_BYTES
 
 _FOLDER = Path(__file__).parent
-_FILES = {"": "index.html", "/dashboard.css": "dashboard.css", "/dashboard.js": "dashboard.js"}
-# Nothing from other origins, as the page shows what clients have sent.
+# By path below /dashboard: the page, its style and the modules of its script.
+_FILES = {"": "index.html"} | {
+    f"/{file.name}": file.name for file in _FOLDER.iterdir() if file.suffix in (".css", ".js")
+}
+# Nothing from other origins, as the page shows what clients have sent. blob: is for previews of what is to be sent,
+# data: for the empty icon.
 _HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; media-src blob:; object-src 'none'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-cache",
 }
@@ -41,9 +47,13 @@ class Dashboard:
         fleet_client: EncoderClient | PrefillClient,
     ) -> None:
         async def shown() -> dict[str, Any]:
-            answers = await fleet_client.encoder_stats() if isinstance(fleet_client, EncoderClient) else {}
+            if isinstance(fleet_client, EncoderClient):
+                fleet, answers = "encoders", await fleet_client.encoder_stats()
+            else:
+                fleet, answers = "prefill workers", {}
             return {
                 "model": model,
+                "fleet": fleet,
                 "engine": asdict(engine_stats()),
                 "client": asdict(fleet_client.stats()),
                 "encoders": [
@@ -62,8 +72,9 @@ class Dashboard:
 
     async def _data(self, request: web.Request) -> web.Response:
         ready, details = self._readiness()
-        shown = await self._shown() if self._shown is not None else details
-        return web.json_response({"ready": ready} | shown, headers=_HEADERS)
+        shown = await self._shown() if self._shown is not None else {}
+        state = {"ready": ready, "reason": details.get("reason"), "max_body_bytes": MAX_BODY_BYTES}
+        return web.json_response(state | shown, headers=_HEADERS)
 
     @staticmethod
     def _file_handler(name: str) -> Callable[[web.Request], Awaitable[web.FileResponse]]:
@@ -91,7 +102,8 @@ def _recent(recent: RecentRequest) -> dict[str, Any]:
         "finished_at": recent.finished_at,
         "elapsed_ms": recent.elapsed_ms,
         "num_items": recent.num_items,
-        "ttft_ms": recent.finished.timings.ttft_ms,
+        # From the request's arrival, as stages are; `timings.ttft_ms` begins when its prompt is known.
+        "first_token_ms": recent.elapsed_ms - recent.finished.timings.decode_ms,
         **{name: finished[name] for name in ("num_prompt_tokens", "num_cached_tokens", "num_completion_tokens")},
         "stages": [asdict(stage) for stage in recent.stages],
     }

@@ -205,6 +205,7 @@ async def test_the_page_of_a_decode_worker_shows_its_prefill_workers(split: Spli
     url = f"{base_url(split.decoding.worker_processes['grpc'])}/dashboard/data"
     async with aiohttp.ClientSession() as session, session.get(url) as response:
         shown = await response.json()
+    assert shown["fleet"] == "prefill workers"
     (worker,) = shown["encoders"]
     assert (worker["address"], worker["transport"]) == (split.prefill_workers[0].addresses["grpc"], "grpc")
     assert shown["client"]["requests"] >= 0
