@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from vitrine_vlm.llm_worker.frontend import media_fields as media
 from vitrine_vlm.llm_worker.frontend import request_fields as fields
 from vitrine_vlm.llm_worker.frontend import responses_fields as responses
 from vitrine_vlm.llm_worker.frontend.field_rules import Field, FieldTable, Rule
@@ -30,10 +31,10 @@ def sections() -> Iterator[tuple[str, FieldTable]]:
     yield "Completions", {name: completion[name] for name in completion if name not in chat}
     yield "`stream_options`", fields.STREAM_OPTIONS
     yield "`messages`", fields.MESSAGE
-    own = {"text": fields.TEXT_PART, "image_url": fields.IMAGE_PART, "video_url": fields.VIDEO_PART}
-    yield "Parts of `messages` and `media`", fields.TEXT_PART | {name: part[name] for name, part in own.items()}
-    yield "`image_url`", fields.IMAGE_URL
-    yield "`video_url`", {name: rule for name, rule in fields.VIDEO_URL.items() if name not in fields.IMAGE_URL}
+    own = {"text": media.TEXT_PART, "image_url": media.IMAGE_PART, "video_url": media.VIDEO_PART}
+    yield "Parts of `messages` and `media`", media.TEXT_PART | {name: part[name] for name, part in own.items()}
+    yield "`image_url`", media.IMAGE_URL
+    yield "`video_url`", {name: rule for name, rule in media.VIDEO_URL.items() if name not in media.IMAGE_URL}
     yield "Responses", {name: rule for name, rule in responses.RESPONSES.items() if name not in fields.COMMON}
     yield "`input` of responses", responses.INPUT_MESSAGE
     yield "Parts of `input`", responses.INPUT_TEXT | {"image_url": responses.INPUT_IMAGE["image_url"]}

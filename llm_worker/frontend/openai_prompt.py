@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, TypedDict, TypeVar
 
-from vitrine_vlm.embedding_transport.clients.media_url import item_from_url
 from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.llm_worker.engine.request import SamplingParams
+from vitrine_vlm.llm_worker.frontend.media_parts import ImagePart, VideoPart, media_items
 from vitrine_vlm.llm_worker.frontend.openai_types import (
     ChatRequest,
     CompletionRequest,
     GenerationBody,
-    ImagePart,
     Message,
     TextPart,
-    VideoPart,
 )
 from vitrine_vlm.llm_worker.generation.events import GenerationRequest
 from vitrine_vlm.llm_worker.prompt.sampling_defaults import SamplingDefaults
 from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
-from vitrine_vlm.types import MediaItem, MediaKind
 
 NumberT = TypeVar("NumberT", int, float)
 
@@ -63,7 +60,7 @@ def messages_to_generation(
     return GenerationRequest(
         request_id=request_id,
         prompt=chat_text(messages, tokenizer),
-        media=tuple(_media_of(messages)),
+        media=media_items(list(_media_of(messages))),
         sampling=_sampling(request, max_tokens, tokenizer, defaults),
         truncate_prompt_tokens=request.truncate_prompt_tokens,
         **_text_options(request),
@@ -84,7 +81,7 @@ def completion_to_generations(
             f"media: {len(prompts)} prompts cannot share media: send each in a request of its own", "media"
         )
     sampling = _sampling(request, request.max_tokens, tokenizer, defaults)
-    media = tuple(_media_item(part, f"media.{index}") for index, part in enumerate(request.media))
+    media = media_items([(f"media.{index}", part) for index, part in enumerate(request.media)])
     return [
         GenerationRequest(
             request_id=f"cmpl-{request_id}" + (f"-prompt-{number}" if number else ""),
@@ -163,23 +160,9 @@ def _template_message(message: Message) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def _media_of(messages: Sequence[Message]) -> Iterator[MediaItem]:
+def _media_of(messages: Sequence[Message]) -> Iterator[tuple[str, ImagePart | VideoPart]]:
+    """Each part with media, with its place in the request."""
     for number, message in enumerate(messages):
         for index, part in enumerate(message.content if isinstance(message.content, list) else []):
             if not isinstance(part, TextPart):
-                yield _media_item(part, f"messages.{number}.content.{index}")
-
-
-def _media_item(part: ImagePart | VideoPart, path: str) -> MediaItem:
-    """path: where the part stands in the request."""
-    if isinstance(part, VideoPart):
-        return _item("video", part.video_url.url, part.video_url.fps, f"{path}.video_url.url")
-    return _item("image", part.image_url.url, None, f"{path}.image_url.url")
-
-
-def _item(kind: MediaKind, url: str, video_fps: float | None, path: str) -> MediaItem:
-    """path: where the URL stands in the request."""
-    try:
-        return item_from_url(kind, url, video_fps)
-    except BadRequest as error:
-        raise BadRequest(f"{path}: {error}", path) from error
+                yield f"messages.{number}.content.{index}", part

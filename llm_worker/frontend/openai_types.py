@@ -4,49 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StrictBool,
-    StrictInt,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, StrictBool, StrictInt, ValidationInfo, field_validator
 
 from vitrine_vlm.llm_worker.engine.sampling_checks import MAX_BAD_WORDS, MAX_LOGPROBS
 from vitrine_vlm.llm_worker.frontend.field_rules import FieldTable
+from vitrine_vlm.llm_worker.frontend.media_parts import ImagePart, MediaPart, VideoPart
 from vitrine_vlm.llm_worker.frontend.request_fields import CHAT, COMPLETION, DETOKENIZE, TOKENIZE
 from vitrine_vlm.llm_worker.generation.several_answers import MAX_ANSWERS
+from vitrine_vlm.service_runtime.json_types import Number as Number
+from vitrine_vlm.service_runtime.json_types import RequestObject as RequestObject
+from vitrine_vlm.service_runtime.json_types import WholeNumber as WholeNumber
 
 _MAX_TOKEN_ID = 2**31 - 1
 
 
-def _whole_number(value: object) -> object:
-    """Takes 16.0 for 16: some languages write no integers."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-# Strict: "5" and true are no numbers, and 1 is not true.
-WholeNumber = Annotated[StrictInt, BeforeValidator(_whole_number)]
-Number = Annotated[float, Field(strict=True)]
 TokenId = Annotated[StrictInt, Field(ge=0, le=_MAX_TOKEN_ID)]
-
-
-class RequestObject(BaseModel):
-    """An object in a request's body."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, fields: object) -> object:
-        """Drops fields that are null, as some clients write fields that were not set."""
-        if not isinstance(fields, dict):
-            return fields
-        return {name: value for name, value in fields.items() if value is not None}
 
 
 class TextPart(RequestObject):
@@ -54,27 +26,6 @@ class TextPart(RequestObject):
     text: str
 
 
-class MediaUrl(RequestObject):
-    url: str
-
-
-class ImagePart(RequestObject):
-    type: Literal["image_url"]
-    image_url: MediaUrl
-
-
-class VideoUrl(MediaUrl):
-    """fps: frames sampled per second, an extension of OpenAI's fields; the checkpoint's own rate where left out."""
-
-    fps: Number | None = Field(None, gt=0)
-
-
-class VideoPart(RequestObject):
-    type: Literal["video_url"]
-    video_url: VideoUrl
-
-
-MediaPart = Annotated[ImagePart | VideoPart, Field(discriminator="type")]
 ContentPart = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
 
 
@@ -103,7 +54,7 @@ class GenerationBody(RequestBody):
     top_k: WholeNumber | None = Field(None, ge=-1)
     seed: WholeNumber | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[TokenId] = []
+    stop_token_ids: list[TokenId] = Field([])
     ignore_eos: StrictBool = False
     # Their ranges: engine/sampling_checks.py.
     min_p: Number | None = None
@@ -111,7 +62,7 @@ class GenerationBody(RequestBody):
     presence_penalty: Number = 0.0
     frequency_penalty: Number = 0.0
     repetition_penalty: Number | None = None
-    logit_bias: dict[int, Number] = {}
+    logit_bias: dict[int, Number] = Field({})
     bad_words: list[str] = Field([], max_length=MAX_BAD_WORDS)
     allowed_token_ids: list[TokenId] | None = None
     include_stop_str_in_output: StrictBool = False
@@ -181,7 +132,7 @@ class CompletionRequest(CompletionBody):
 
     # Strict, so that "1" is text and not the token 1.
     prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
-    media: list[MediaPart] = []
+    media: list[MediaPart] = Field([])
     logprobs: WholeNumber | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: StrictBool = False
 

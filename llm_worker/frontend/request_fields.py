@@ -8,56 +8,15 @@ SGLang's fields.
 from __future__ import annotations
 
 from vitrine_vlm.llm_worker.frontend.field_rules import FieldTable, honoured, informative, refused
+from vitrine_vlm.llm_worker.frontend.media_fields import FRAMES, MEDIA_PARTS, SIZES, TEXT_PART
 
-_FRAMES = "frames of a video are sampled by `video_url.fps`"
-MEDIA_ARE_BYTES = "media are known by their bytes"
-SIZES = "pictures are sized as the checkpoint's processor says"
 TEXT_ONLY = "answers are free text"
 _NO_BEAMS = "no beam search"
 NO_TOOLS = "no tools"
 
-_SIZE_FIELDS: FieldTable = {
-    name: refused(note=SIZES)
-    for name in ("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width", "max_long_side_pixel")
-} | {name: refused(note=SIZES) for name in ("min_dynamic_patch", "max_dynamic_patch")}
-_FRAME_FIELDS: FieldTable = {
-    name: refused(note=_FRAMES)
-    for name in ("nframes", "num_frames", "min_frames", "max_frames", "video_start", "video_end", "sample_fps")
-} | {name: refused(note=_FRAMES) for name in ("max_tokens_per_frame", "max_image_tokens")}
-
-IMAGE_URL: FieldTable = {
-    "url": honoured("`https:`, `http:`, `data:`, and `file:` below the encoders' allowed folder"),
-    "detail": informative(str, note=SIZES),
-    "content_hash": informative(str, note=MEDIA_ARE_BYTES),
-    **_SIZE_FIELDS,
-}
-VIDEO_URL: FieldTable = {
-    "url": IMAGE_URL["url"],
-    "fps": honoured("frames a second that are looked at; the checkpoint's own rate where left out"),
-    "detail": IMAGE_URL["detail"],
-    "content_hash": IMAGE_URL["content_hash"],
-    **_SIZE_FIELDS,
-    **_FRAME_FIELDS,
-}
-_PART: FieldTable = {
-    "type": honoured("`text`, `image_url` or `video_url`"),
-    "text": refused(note="of a `text` part"),
-    "image_url": refused(note="of an `image_url` part"),
-    "video_url": refused(note="of a `video_url` part"),
-    "uuid": informative(str, note=MEDIA_ARE_BYTES),
-    "modalities": refused("image", note="pictures are pictures"),
-    "prompt_cache_breakpoint": informative(note="the prefix cache works without"),
-    "fps": refused(note="inside `video_url`"),
-    **_SIZE_FIELDS,
-    **_FRAME_FIELDS,
-}
-TEXT_PART: FieldTable = {**_PART, "text": honoured("of a `text` part")}
-IMAGE_PART: FieldTable = {**_PART, "image_url": honoured("of an `image_url` part", inside=IMAGE_URL)}
-VIDEO_PART: FieldTable = {**_PART, "video_url": honoured("of a `video_url` part", inside=VIDEO_URL)}
-_MEDIA_PARTS = {"image_url": IMAGE_PART, "video_url": VIDEO_PART}
 MESSAGE: FieldTable = {
     "role": honoured("`system` (or `developer`), `user`, `assistant`, `tool`"),
-    "content": honoured("a string, or a list of parts", by_type={"text": TEXT_PART, **_MEDIA_PARTS}),
+    "content": honoured("a string, or a list of parts", by_type={"text": TEXT_PART, **MEDIA_PARTS}),
     "name": informative(str),
     "tool_call_id": informative(str, note="a tool's answer follows its call"),
     "tool_calls": refused([], note=NO_TOOLS),
@@ -105,7 +64,7 @@ COMMON: FieldTable = {
     "structured_outputs": refused({}, note=TEXT_ONLY),
     "chat_template_kwargs": refused({}),
     "mm_processor_kwargs": refused({}, note=SIZES),
-    "media_io_kwargs": refused({}, note=_FRAMES),
+    "media_io_kwargs": refused({}, note=FRAMES),
     "cache_salt": refused(note="one prefix cache for all"),
     "extra_key": refused(note="one prefix cache for all"),
     "lora_path": refused(note="one model"),
@@ -201,7 +160,7 @@ CHAT: FieldTable = {
     "web_search_options": refused(note="no search"),
     "input_ids": refused(note="send token ids to `/v1/completions`"),
     "task": refused(note="no such instructions"),
-    "video_config": refused({}, note=_FRAMES),
+    "video_config": refused({}, note=FRAMES),
     "use_audio_in_video": refused(False, note="no audio"),
     "max_dynamic_patch": refused(note=SIZES),
     "min_dynamic_patch": refused(note=SIZES),
@@ -226,7 +185,7 @@ CHAT: FieldTable = {
 COMPLETION: FieldTable = {
     "prompt": honoured("text or token ids, or a list of several of either; each gets `n` choices, in order"),
     "media": honoured(
-        "a list of `image_url` and `video_url` parts, in the order of the prompt's placeholders", by_type=_MEDIA_PARTS
+        "a list of `image_url` and `video_url` parts, in the order of the prompt's placeholders", by_type=MEDIA_PARTS
     ),
     **_GENERATION,
     "echo": honoured("each choice begins with its prompt, in `logprobs`, too"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from vitrine_vlm.llm_worker.frontend.field_rules import FieldTable, honoured, informative, refused
-from vitrine_vlm.llm_worker.frontend.request_fields import COMMON, MEDIA_ARE_BYTES, NO_TOOLS, SIZES, TEXT_ONLY
+from vitrine_vlm.llm_worker.frontend.media_fields import MEDIA_ARE_BYTES, SIZES
+from vitrine_vlm.llm_worker.frontend.request_fields import COMMON, NO_TOOLS, TEXT_ONLY
 
 _STATELESS = "nothing is stored: send the whole conversation as `input`"
 

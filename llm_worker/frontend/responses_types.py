@@ -9,11 +9,10 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from vitrine_vlm.llm_worker.engine.sampling_checks import MAX_LOGPROBS
 from vitrine_vlm.llm_worker.frontend.field_rules import FieldTable
+from vitrine_vlm.llm_worker.frontend.media_parts import ImagePart, MediaUrl
 from vitrine_vlm.llm_worker.frontend.openai_types import (
     ContentPart,
     GenerationBody,
-    ImagePart,
-    MediaUrl,
     Message,
     RequestObject,
     TextPart,

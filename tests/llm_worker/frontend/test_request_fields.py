@@ -34,18 +34,9 @@ from tests.llm_worker.frontend.http_client import body, client_of
 from tests.llm_worker.frontend.serving import serving
 from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.llm_worker.frontend.field_rules import FieldTable, Rule
+from vitrine_vlm.llm_worker.frontend.media_fields import IMAGE_PART, IMAGE_URL, TEXT_PART, VIDEO_PART, VIDEO_URL
 from vitrine_vlm.llm_worker.frontend.openai_types import ChatRequest, CompletionRequest
-from vitrine_vlm.llm_worker.frontend.request_fields import (
-    CHAT,
-    COMPLETION,
-    IMAGE_PART,
-    IMAGE_URL,
-    MESSAGE,
-    STREAM_OPTIONS,
-    TEXT_PART,
-    VIDEO_PART,
-    VIDEO_URL,
-)
+from vitrine_vlm.llm_worker.frontend.request_fields import CHAT, COMPLETION, MESSAGE, STREAM_OPTIONS
 from vitrine_vlm.llm_worker.frontend.request_parsing import parse_request
 from vitrine_vlm.llm_worker.frontend.responses_fields import INPUT_IMAGE, INPUT_MESSAGE, INPUT_TEXT, RESPONSES, TEXT
 from vitrine_vlm.llm_worker.frontend.responses_types import ResponsesRequest
