@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vitrine_vlm.embedding_transport.clients.media_url import item_from_url
+from vitrine_vlm.embedding_transport.wire.data_url import is_data_url
 from vitrine_vlm.errors import BadRequest, TooManyItems
 from vitrine_vlm.gateway.json_scanner import JsonScanner
 from vitrine_vlm.types import MediaItem, MediaKind
@@ -226,7 +227,7 @@ def _item(url_key: str, fields: dict[str, Any], param: str) -> MediaItem:
     param = f"{param}.{url_key}"
     if not isinstance(url, str):
         raise _bad(f"its URL must be a string, not {type(url).__name__}", param)
-    if not url.startswith("data:") and len(url) > _MAX_URL_CHARS:
+    if not is_data_url(url) and len(url) > _MAX_URL_CHARS:
         raise _bad(f"a URL of {len(url)} characters is longer than {_MAX_URL_CHARS}", param)
     if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < math.inf):
         raise _bad(f"fps must be a number above 0, not {fps!r}", param)

@@ -7,11 +7,12 @@ import asyncio
 import aiohttp
 from yarl import URL
 
+from vitrine_vlm.embedding_transport.wire.data_url import read_data_url
 from vitrine_vlm.encoder_service.media.address_policy import CheckedResolver, check_host
 from vitrine_vlm.encoder_service.media.byte_budget import Reserve
 from vitrine_vlm.encoder_service.media.http_url import parse_url, shown_url
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
-from vitrine_vlm.encoder_service.media.sources import decode_data_url, read_file_url
+from vitrine_vlm.encoder_service.media.sources import read_file_url
 from vitrine_vlm.errors import (
     MediaNotAllowed,
     MediaNotFound,
@@ -63,7 +64,7 @@ class MediaLoader:
         if scheme not in ("data", "file"):
             return await self._download(parse_url(url), reserve)
         if scheme == "data":
-            data = await asyncio.to_thread(decode_data_url, url, limits.max_bytes)
+            data = await asyncio.to_thread(read_data_url, url, limits.max_bytes)
         else:
             data = await asyncio.to_thread(read_file_url, url, limits.allowed_folder, limits.max_bytes)
         reserve(len(data))

@@ -1,46 +1,13 @@
-"""Media that needs no network: data: URLs and files. These functions block; the loader runs them in threads."""
+"""Media in files. These functions block; the loader runs them in threads."""
 
 from __future__ import annotations
 
-import binascii
 import os
-import re
 import stat
 from pathlib import Path
 from urllib.parse import unquote_to_bytes, urlsplit
 
-from vitrine_vlm.errors import MediaError, MediaNotAllowed, MediaNotFound, MediaTooLarge
-
-_BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
-
-
-def decode_data_url(url: str, max_bytes: int) -> bytes:
-    """The bytes in a data: URL (RFC 2397), base64 or percent-encoded. Nothing is repaired or skipped.
-
-    Raises:
-        MediaError: the URL is malformed.
-        MediaTooLarge: more than `max_bytes` bytes.
-    """
-    header, comma, payload = url[len("data:") :].partition(",")
-    if not comma:
-        raise MediaError(f"a data: URL of {len(url)} characters has no comma: expected data:<type>;base64,<data>")
-    if _BAD_ESCAPE.search(payload):
-        raise MediaError(f"a data: URL of {len(url)} characters has a % without two hexadecimal digits behind it")
-    is_base64 = header.lower().endswith(";base64")
-    # Before anything is copied: at least 3/4 (base64), or 1/3 (all escapes), of the characters become bytes.
-    if len(payload) * (0.75 if is_base64 and "%" not in payload else 1 / 3) > max_bytes + 2:
-        raise MediaTooLarge(f"a data: URL of {len(url)} characters: at most {max_bytes} bytes are accepted")
-    try:
-        data = unquote_to_bytes(payload) if "%" in payload else payload.encode("ascii")
-        if is_base64:
-            data = binascii.a2b_base64(data, strict_mode=True)
-    except UnicodeEncodeError as error:
-        raise MediaError(f"a data: URL of {len(url)} characters is not plain ASCII: escape it or use base64") from error
-    except binascii.Error as error:
-        raise MediaError(f"a data: URL of {len(url)} characters is not valid base64: {error}") from error
-    if len(data) > max_bytes:
-        raise MediaTooLarge(f"a data: URL of {len(data)} bytes: at most {max_bytes} are accepted")
-    return data
+from vitrine_vlm.errors import MediaNotAllowed, MediaNotFound, MediaTooLarge
 
 
 def read_file_url(url: str, allowed_folder: Path | None, max_bytes: int) -> bytes:

@@ -1,52 +1,16 @@
-"""data: and file: URLs."""
+"""file: URLs."""
 
 from __future__ import annotations
 
-import base64
 import os
 from pathlib import Path
-from urllib.parse import quote_from_bytes
 
 import pytest
 
-from vitrine_vlm.encoder_service.media.sources import decode_data_url, read_file_url
-from vitrine_vlm.errors import MediaError, MediaNotAllowed, MediaNotFound, MediaTooLarge
+from vitrine_vlm.encoder_service.media.sources import read_file_url
+from vitrine_vlm.errors import MediaNotAllowed, MediaNotFound, MediaTooLarge
 
 BYTES = bytes(range(256))
-BASE64 = base64.b64encode(BYTES).decode()
-
-
-@pytest.mark.parametrize(
-    ("url", "expected"),
-    [
-        (f"data:image/png;base64,{BASE64}", BYTES),
-        (f"DATA:;BASE64,{BASE64}", BYTES),
-        (f"data:image/png;charset=x;base64,{BASE64.replace('+', '%2B')}", BYTES),
-        (f"data:image/png,{quote_from_bytes(BYTES)}", BYTES),
-        ("data:,plain", b"plain"),
-        ("data:image/png;base64,", b""),
-    ],
-)
-def test_data_urls(url: str, expected: bytes) -> None:
-    assert decode_data_url(url, 256) == expected
-
-
-@pytest.mark.parametrize(
-    "url",
-    ["data:image/png;base64", "data:;base64,AAA", "data:;base64,AA==AA", "data:;base64,A A=", "data:;base64,-_==",
-     "data:;base64,AAAA\n", "data:,%4", "data:,%zz", "data:,\u00e9", "data:;base64,\u00e9\u00e9==", "data:,%41\ud800"],
-)  # fmt: skip
-def test_malformed_data_urls(url: str) -> None:
-    with pytest.raises(MediaError) as caught:
-        decode_data_url(url, 256)
-    assert type(caught.value) is MediaError
-
-
-@pytest.mark.parametrize("url", [f"data:;base64,{BASE64}", f"data:,{quote_from_bytes(BYTES)}", "data:," + "a" * 256])
-def test_large_data_urls_are_refused_without_their_content(url: str) -> None:
-    with pytest.raises(MediaTooLarge) as caught:
-        decode_data_url(url, 255)
-    assert len(str(caught.value)) < 120
 
 
 @pytest.fixture
