@@ -31,13 +31,16 @@ def sections() -> Iterator[tuple[str, FieldTable]]:
     yield "Completions", {name: completion[name] for name in completion if name not in chat}
     yield "`stream_options`", fields.STREAM_OPTIONS
     yield "`messages`", fields.MESSAGE
-    own = {"text": media.TEXT_PART, "image_url": media.IMAGE_PART, "video_url": media.VIDEO_PART}
-    yield "Parts of `messages` and `media`", media.TEXT_PART | {name: part[name] for name, part in own.items()}
+    own = {"text": media.TEXT_PART} | media.MEDIA_PARTS
+    parts = media.TEXT_PART | {name: part[name] for name, part in own.items()} | media.VIDEO_OPTIONS
+    yield "Parts of `messages` and `media`", parts
     yield "`image_url`", media.IMAGE_URL
-    yield "`video_url`", {name: rule for name, rule in media.VIDEO_URL.items() if name not in media.IMAGE_URL}
+    yield "`video_url`", {name: rule for name, rule in media.VIDEO_URL.items() if rule != media.IMAGE_URL[name]}
+    yield "`mm_processor_kwargs`", media.PROCESSOR_KWARGS
+    yield "`media_io_kwargs.video`", media.VIDEO_IO
     yield "Responses", {name: rule for name, rule in responses.RESPONSES.items() if name not in fields.COMMON}
     yield "`input` of responses", responses.INPUT_MESSAGE
-    yield "Parts of `input`", responses.INPUT_TEXT | {"image_url": responses.INPUT_IMAGE["image_url"]}
+    yield "Parts of `input`", responses.INPUT_TEXT | responses.INPUT_IMAGE | {"text": responses.INPUT_TEXT["text"]}
     yield "`text` of responses", responses.TEXT
     yield "`/tokenize`", fields.TOKENIZE
     yield "`/detokenize`", fields.DETOKENIZE

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from vitrine_vlm.embedding_transport.shipping.exporter import ExporterStats
-from vitrine_vlm.embedding_transport.wire.messages import describe
+from vitrine_vlm.embedding_transport.wire.frame_lists import frames_of_url
+from vitrine_vlm.embedding_transport.wire.messages import describe, options_from_message
 from vitrine_vlm.encoder_service.engine.cache import CacheStats
 from vitrine_vlm.encoder_service.preprocess.given_patches import PATCH_DTYPES
 from vitrine_vlm.encoder_service.preprocess.settings import ProcessorSettings
 from vitrine_vlm.encoder_service.tickets import TicketTable
 from vitrine_vlm.errors import BadRequest, Overloaded, VitrineError
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
-from vitrine_vlm.types import PROTOCOL_MINOR_VERSION, MediaItem, MediaKind, ModelIdentity, Patches, Ticket
+from vitrine_vlm.types import (
+    MAX_LISTED_FRAMES,
+    PROTOCOL_MINOR_VERSION,
+    MediaItem,
+    MediaKind,
+    ModelIdentity,
+    Patches,
+    Ticket,
+)
 
 _KINDS: dict[int, MediaKind] = {
     encoder_pb2.MEDIA_KIND_IMAGE: "image",
@@ -22,22 +31,45 @@ def item_from_proto(index: int, message: encoder_pb2.MediaItem) -> MediaItem:
     """The item at `index` of a request.
 
     Raises:
-        BadRequest: no kind, no source, or patches whose grid is not three numbers. What patches hold is checked when
-            they are opened.
+        BadRequest: no kind, no source, patches whose grid is not three numbers, no frames or too many, or options of
+            patches or a ticket. What patches and options hold is checked when the item is opened.
     """
     if message.kind not in _KINDS:
         raise BadRequest(f"item {index} has kind {message.kind}: give MEDIA_KIND_IMAGE or MEDIA_KIND_VIDEO")
     source = message.WhichOneof("source")
     if source is None:
-        raise BadRequest(f"item {index} has no source: give url, data, patches or a ticket")
+        raise BadRequest(f"item {index} has no source: give url, data, frames, patches or a ticket")
+    if message.HasField("options") and source in ("patches", "ticket"):
+        raise BadRequest(
+            f"item {index} is given as {source} and has options: they would change nothing, leave them out"
+        )
+    kind = _KINDS[message.kind]
+    if source == "frames" and kind == "image":
+        raise BadRequest(f"item {index} is an image and has frames: send them as a video")
+    if source == "url" and (frames := frames_of_url(kind, message.url)) is not None:
+        return MediaItem(kind, frames=frames, options=options_from_message(message.options, message.video_fps))
     return MediaItem(
-        kind=_KINDS[message.kind],
+        kind=kind,
         url=message.url if source == "url" else None,
         data=message.data if source == "data" else None,
-        video_fps=message.video_fps or None,
+        frames=_frames_from_proto(index, message.frames) if source == "frames" else None,
+        options=options_from_message(message.options, message.video_fps),
         patches=_patches_from_proto(index, message.patches) if source == "patches" else None,
         # Whose tickets these are is not in the message: they were sent to the encoder that they are of.
         ticket=Ticket("", message.ticket) if source == "ticket" else None,
+    )
+
+
+def _frames_from_proto(index: int, message: encoder_pb2.Frames) -> tuple[MediaItem, ...]:
+    num_frames = len(message.frames)
+    if not 1 <= num_frames <= MAX_LISTED_FRAMES:
+        raise BadRequest(f"item {index} is a list of {num_frames} frames: give 1 to {MAX_LISTED_FRAMES}")
+    sources = [(frame.WhichOneof("source"), frame) for frame in message.frames]
+    if any(source is None for source, _ in sources):
+        raise BadRequest(f"item {index} has a frame without a source: give url or data")
+    return tuple(
+        MediaItem("image", data=frame.data) if source == "data" else MediaItem("image", url=frame.url)
+        for source, frame in sources
     )
 
 

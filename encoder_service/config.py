@@ -76,7 +76,11 @@ class EncoderConfig(ServiceSettings):
     allowed_media_folder: Path | None = Field(None, description="file: URLs may name files below it; default none")
     allow_private_addresses: bool = Field(False, description="lets media URLs lead to private and loopback addresses")
     max_media_bytes: int = Field(64 * MIB, ge=1, description="size of one encoded image or video, bytes")
-    max_image_pixels: int = Field(64 * MIB, ge=1, description="pixels in one image or video frame before resizing")
+    max_image_pixels: int = Field(
+        64 * MIB,
+        ge=1,
+        description="pixels in one image or video frame before resizing, and after it where a request sets bounds",
+    )
     max_held_media_bytes: int = Field(
         2048 * MIB, ge=1, description="media in work or held by tickets before items are refused as overload, bytes"
     )

@@ -195,9 +195,9 @@ class EncodeService:
         reserved = self._media_budget.item()
         try:
             with self._stage("load", index) as load:
-                data = await self._loader.load(item, reserved.reserve)
+                files = await self._loader.load_files(item, reserved.reserve)
             with self._stage("open", index) as opening:
-                opened, layout = await self._preprocess_pool.open(item, data)
+                opened, layout = await self._preprocess_pool.open(item, files)
         except BaseException:
             reserved.release()
             raise

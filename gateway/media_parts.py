@@ -9,22 +9,37 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from vitrine_vlm.embedding_transport.clients.media_url import item_from_url
+from pydantic import ValidationError
+
+from vitrine_vlm.embedding_transport.clients.media_options import (
+    ImageOptions,
+    Layer,
+    MediaIoKwargs,
+    ProcessorKwargs,
+    RequestOptions,
+    VideoOptions,
+    override,
+    part_layer,
+)
+from vitrine_vlm.embedding_transport.clients.media_url import media_item
 from vitrine_vlm.embedding_transport.wire.data_url import is_data_url
 from vitrine_vlm.errors import BadRequest, TooManyItems
 from vitrine_vlm.gateway.json_scanner import JsonScanner
+from vitrine_vlm.service_runtime.json_types import RequestObject, problem_of
 from vitrine_vlm.types import MediaItem, MediaKind
 
+ObjectT = TypeVar("ObjectT", bound=RequestObject)
+
 # Where parts of these types have their URL.
-_URL_KEYS = {"image_url": "image_url", "input_image": "image_url", "video_url": "video_url"}
-_KINDS: dict[str, MediaKind] = {"image_url": "image", "video_url": "video"}
+_URL_KEYS = {"image_url": "image_url", "input_image": "image_url", "video_url": "video_url", "video": "video"}
+_KINDS: dict[str, MediaKind] = {"image_url": "image", "video_url": "video", "video": "video"}
 _EMBEDS_TYPES = ("image_embeds", "video_embeds")
-_REPLACED_FIELDS = ("type", "image_url", "video_url", "uuid")
+_REPLACED_FIELDS = ("type", "image_url", "video_url", "video", "uuid")
+_PROCESSOR_KWARGS, _IO_KWARGS = "mm_processor_kwargs", "media_io_kwargs"
 _TRANSFER_PARAMS = "ec_transfer_params"
 _MAX_URL_CHARS = 8192
 # Of the first turns, at their beginning and at their end.
@@ -51,6 +66,21 @@ class MediaPart:
         kind = f"{self.item.kind}_embeds"
         fields = json.dumps({"type": kind, kind: metadata, "uuid": item_id})[1:-1]
         return "{" + ", ".join((*self.other_fields, fields)) + "}"
+
+
+@dataclass(frozen=True)
+class _FoundPart:
+    """A part as it stands in the body. source: its URL, or those of a video's frames. options: its own ones.
+
+    where: the place of the source in the request.
+    """
+
+    kind: MediaKind
+    where: str
+    source: str | list[str]
+    options: Layer
+    param: str
+    other_fields: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -99,7 +129,9 @@ class _ChatReader:
         self._scanner = JsonScanner(text)
         self._max_items = max_items
         self._pieces: list[str] = []
-        self._slots: list[MediaPart | None] = []
+        self._slots: list[_FoundPart | None] = []
+        self._options: dict[str, Any] = {}
+        self._before_next_slot = ""
         self._end_of_last_slot = 0
         self._conversation = (0, 0)
         self._embeds_param: str | None = None
@@ -116,6 +148,8 @@ class _ChatReader:
                 self._read_messages()
             elif key == _TRANSFER_PARAMS:
                 self._read_transfer_params()
+            elif key in (_PROCESSOR_KWARGS, _IO_KWARGS):
+                self._read_options(key)
             else:
                 scanner.value()
         end = scanner.position - 1
@@ -126,8 +160,21 @@ class _ChatReader:
             raise _bad("it is set here for requests with media: leave it out", _TRANSFER_PARAMS)
         if None not in self._slots:
             self._cut(end, end, None, f', "{_TRANSFER_PARAMS}": ')
-        self._pieces.append(scanner.text[self._end_of_last_slot :])
-        return ChatBody(self._affinity_key(), tuple(self._pieces), tuple(self._slots))
+        self._pieces.append(self._before_next_slot + scanner.text[self._end_of_last_slot :])
+        return ChatBody(self._affinity_key(), tuple(self._pieces), tuple(self._items()))
+
+    def _items(self) -> Iterator[MediaPart | None]:
+        """The parts with the options of the whole request."""
+        request = RequestOptions(
+            _parsed(ProcessorKwargs, self._options.get(_PROCESSOR_KWARGS), _PROCESSOR_KWARGS),
+            _parsed(MediaIoKwargs, self._options.get(_IO_KWARGS), _IO_KWARGS),
+        )
+        layers = request.layers([slot.kind for slot in self._slots if slot is not None])
+        for slot in self._slots:
+            if slot is None:
+                yield None
+            else:
+                yield MediaPart(_item(slot, override(next(layers), slot.options)), slot.param, slot.other_fields)
 
     def _affinity_key(self) -> bytes:
         begin, end = self._conversation
@@ -140,14 +187,15 @@ class _ChatReader:
 
     def _check_once(self, key: str, seen: set[str], param: str) -> None:
         """Refuses what two readers may understand in different ways."""
-        if key in seen and key in ("messages", "content", _TRANSFER_PARAMS):
+        if key in seen and key in ("messages", "content", _TRANSFER_PARAMS, _PROCESSOR_KWARGS, _IO_KWARGS):
             raise _bad("it is there twice", param)
         seen.add(key)
 
-    def _cut(self, start: int, end: int, slot: MediaPart | None, before: str = "") -> None:
+    def _cut(self, start: int, end: int, slot: _FoundPart | None, before: str = "") -> None:
         """Leaves out the text from start to end, for `slot` to be put there, behind `before`."""
-        self._pieces.append(self._scanner.text[self._end_of_last_slot : start] + before)
+        self._pieces.append(self._before_next_slot + self._scanner.text[self._end_of_last_slot : start] + before)
         self._slots.append(slot)
+        self._before_next_slot = ""
         self._end_of_last_slot = end
 
     def _read_transfer_params(self) -> None:
@@ -156,6 +204,18 @@ class _ChatReader:
             self._cut(start, self._scanner.position, None)
         else:
             self._has_transfer_params = True
+
+    def _read_options(self, key: str) -> None:
+        """Reads options of the whole request, and puts null in their place: encoders apply them.
+
+        vLLM 0.32 makes an item's hash of its uuid and these, by which the connector would find no ticket
+        (`get_mm_hashes` of vllm/multimodal/processing/inputs.py).
+        """
+        scanner = self._scanner
+        start = scanner.position
+        self._options[key] = scanner.value()
+        self._before_next_slot += scanner.text[self._end_of_last_slot : start] + "null"
+        self._end_of_last_slot = scanner.position
 
     def _read_messages(self) -> None:
         scanner = self._scanner
@@ -202,7 +262,7 @@ class _ChatReader:
         elif url_key:
             if len(self._slots) - self._slots.count(None) >= self._max_items:
                 raise TooManyItems(f"more than {self._max_items} images and videos: send fewer, or raise --max-items")
-            self._cut(start, scanner.position, MediaPart(_item(url_key, fields, param), param, tuple(others.values())))
+            self._cut(start, scanner.position, _found(url_key, fields, param, tuple(others.values())))
         if self._embeds_param and any(self._slots):
             raise _bad("vLLM does not take media by URL beside embeddings in one request", self._embeds_param)
 
@@ -211,34 +271,55 @@ def _url_key(fields: dict[str, Any]) -> str | None:
     """Returns the key of the part's URL if it is an image or a video; without a type, its keys say what it is."""
     kind = fields.get("type")
     if kind is None or fields.get("uuid") is not None:
-        for key in _KINDS:
+        for key in ("image_url", "video_url"):
             if key in fields:
                 return key
     return _URL_KEYS.get(kind) if isinstance(kind, str) else None
 
 
-def _item(url_key: str, fields: dict[str, Any], param: str) -> MediaItem:
+def _found(url_key: str, fields: dict[str, Any], param: str, other_fields: tuple[str, ...]) -> _FoundPart:
     """
     Raises:
-        BadRequest: the part's URL or rate is missing or malformed.
+        BadRequest: the part's URL or an option is missing or malformed.
     """
-    given = fields.get(url_key)
-    url, fps = (given.get("url"), given.get("fps")) if isinstance(given, dict) else (given, None)
-    param = f"{param}.{url_key}"
-    if not isinstance(url, str):
-        raise _bad(f"its URL must be a string, not {type(url).__name__}", param)
-    if not is_data_url(url) and len(url) > _MAX_URL_CHARS:
-        raise _bad(f"a URL of {len(url)} characters is longer than {_MAX_URL_CHARS}", param)
-    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < math.inf):
-        raise _bad(f"fps must be a number above 0, not {fps!r}", param)
+    kind, given = _KINDS[url_key], fields.get(url_key)
+    source: Any
+    source, inside = (given.get("url"), given) if isinstance(given, dict) and url_key != "video" else (given, {})
+    where = f"{param}.{url_key}"
+    for url in source if isinstance(source, list) and url_key == "video" else [source]:
+        if not isinstance(url, str):
+            raise _bad(f"its URL must be a string, not {type(url).__name__}", where)
+        if not is_data_url(url) and len(url) > _MAX_URL_CHARS:
+            raise _bad(f"a URL of {len(url)} characters is longer than {_MAX_URL_CHARS}", where)
+    options = ImageOptions if kind == "image" else VideoOptions
+    # What is in neither is left to the server, which ignores it.
+    layer = part_layer(_parsed(options, inside, where), _parsed(options, fields, param), url_key, param)
+    return _FoundPart(kind, where, source, layer, param, other_fields)
+
+
+def _parsed(kind: type[ObjectT], value: object, param: str) -> ObjectT:
+    """
+    Raises:
+        BadRequest: a field has a wrong value; `param` names it.
+    """
     try:
-        item = item_from_url(_KINDS[url_key], url, float(fps) if fps is not None and url_key == "video_url" else None)
-        (item.url or "").encode()
+        return kind.model_validate({} if value is None else value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join([param, *(str(each) for each in first["loc"])])
+        raise _bad(problem_of(first), place) from None
+
+
+def _item(part: _FoundPart, layer: Layer) -> MediaItem:
+    try:
+        item = media_item(part.kind, part.source, layer)
+        for each in (item, *(item.frames or ())):
+            (each.url or "").encode()
     except BadRequest as error:
-        error.param = param
+        error.param = error.param or part.where
         raise
-    except (UnicodeEncodeError, OverflowError) as error:
-        raise _bad(str(error), param) from None
+    except UnicodeEncodeError as error:
+        raise _bad(str(error), part.where) from None
     return item
 
 

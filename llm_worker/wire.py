@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from vitrine_vlm.embedding_transport.wire.messages import options_from_message, options_to_fields
 from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.llm_worker.engine.request import SamplingParams, TokenLogprobs
 from vitrine_vlm.llm_worker.generation.events import (
@@ -18,7 +19,7 @@ from vitrine_vlm.llm_worker.generation.events import (
 )
 from vitrine_vlm.llm_worker.prompt.sampling_defaults import SamplingDefaults
 from vitrine_vlm.protos.llm.v1 import llm_pb2
-from vitrine_vlm.types import MediaItem, MediaKind
+from vitrine_vlm.types import MAX_LISTED_FRAMES, MediaItem, MediaKind
 
 _MAX_UINT32 = 2**32 - 1
 _KINDS: dict[int, MediaKind] = {llm_pb2.MEDIA_KIND_IMAGE: "image", llm_pb2.MEDIA_KIND_VIDEO: "video"}
@@ -53,12 +54,25 @@ def generation_from_proto(
 def _media_item(index: int, item: llm_pb2.MediaItem) -> MediaItem:
     source = item.WhichOneof("source")
     if source is None or item.kind not in _KINDS:
-        raise BadRequest(f"media item {index} needs a kind and either url or data")
+        raise BadRequest(f"media item {index} needs a kind and one of url, data and frames")
+    kind = _KINDS[item.kind]
+    if kind == "image" and source == "frames":
+        raise BadRequest(f"media item {index} is an image and has frames: send them as a video")
     return MediaItem(
-        _KINDS[item.kind],
+        kind,
         url=item.url if source == "url" else None,
         data=item.data if source == "data" else None,
-        video_fps=item.video_fps or None,
+        frames=_frames(index, item.frames) if source == "frames" else None,
+        options=options_from_message(item.options, item.video_fps),
+    )
+
+
+def _frames(index: int, frames: llm_pb2.Frames) -> tuple[MediaItem, ...]:
+    if not 1 <= len(frames.frames) <= MAX_LISTED_FRAMES:
+        raise BadRequest(f"media item {index} has {len(frames.frames)} frames: give 1 to {MAX_LISTED_FRAMES}")
+    return tuple(
+        MediaItem("image", data=frame.data) if frame.HasField("data") else MediaItem("image", url=frame.url)
+        for frame in frames.frames
     )
 
 
@@ -140,11 +154,21 @@ def prompt_to_proto(token_ids: Sequence[int], media: Sequence[MediaItem]) -> llm
 
 
 def _media_item_to_proto(item: MediaItem) -> llm_pb2.MediaItem:
-    message = llm_pb2.MediaItem(kind=_KIND_TO_PROTO[item.kind], video_fps=item.video_fps or 0.0)
+    options = options_to_fields(item.options)
+    message = llm_pb2.MediaItem(
+        kind=_KIND_TO_PROTO[item.kind],
+        video_fps=item.options.fps or 0.0,
+        options=llm_pb2.MediaOptions(**options) if options else None,
+    )
     if item.data is not None:
         message.data = item.data
     elif item.url is not None:
         message.url = item.url
+    for frame in item.frames or ():
+        if frame.data is not None:
+            message.frames.frames.add(data=frame.data)
+        else:
+            message.frames.frames.add(url=frame.url or "")
     return message
 
 

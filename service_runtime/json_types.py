@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, model_validator
+from pydantic_core import ErrorDetails
+
+_MAX_PROBLEM_LENGTH = 300
 
 
 def _whole_number(value: object) -> object:
@@ -29,3 +32,11 @@ class RequestObject(BaseModel):
         if not isinstance(fields, dict):
             return fields
         return {name: value for name, value in fields.items() if value is not None}
+
+
+def problem_of(error: ErrorDetails) -> str:
+    """What is wrong with a field, by pydantic's error."""
+    if error["type"] == "extra_forbidden":
+        return "it is not supported here: leave it out"
+    # Some messages repeat the value, which may be long.
+    return error["msg"].removeprefix("Value error, ")[:_MAX_PROBLEM_LENGTH]

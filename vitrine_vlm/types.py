@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Literal, Protocol
 
 import torch
 
 PROTOCOL_VERSION = 1
-# Describe's protocol_minor_version: 1 has patches, layouts alone and tickets.
-PROTOCOL_MINOR_VERSION = 1
+# Describe's protocol_minor_version: 1 has patches, layouts alone and tickets; 2 options of media and lists of frames.
+PROTOCOL_MINOR_VERSION = 2
+# Frames in a video that is sent as a list of pictures.
+MAX_LISTED_FRAMES = 2048
 
 MediaKind = Literal["image", "video"]
 TransportName = Literal["cuda_ipc", "shm", "grpc"]
@@ -61,29 +63,90 @@ class Ticket:
 
 
 @dataclass(frozen=True)
+class MediaOptions:
+    """How an item is sized and sampled where that is not as the checkpoint's processor says; None: as it says.
+
+    min_pixels, max_pixels: bounds of an image's area after resizing; of a video's sampled frames together, or of each
+        frame, whichever the checkpoint's processor bounds.
+
+    The others are of videos:
+
+    fps: frames sampled per second; of a list of frames, the rate at which they were taken.
+    num_frames: frames sampled, instead of a rate.
+    min_frames, max_frames: bounds of the number of frames that are sampled by a rate; `num_frames` lies within them.
+    sampled: False takes every frame.
+    start_s, end_s: the part of the video that is looked at, seconds.
+    """
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    fps: float | None = None
+    num_frames: int | None = None
+    min_frames: int | None = None
+    max_frames: int | None = None
+    sampled: bool | None = None
+    start_s: float | None = None
+    end_s: float | None = None
+
+    def contradiction(self, *, is_list: bool = False) -> tuple[str, str] | None:
+        """Names of two options that cannot be given together: two ways to say how many frames, or numbers that clash.
+
+        Args:
+            is_list: whether they are of a list of frames, which is not sampled.
+        """
+        given = {name for name, value in asdict(self).items() if value is not None}
+        if self.sampled is not False:
+            given.discard("sampled")
+        ways: list[str] = [name for name in ("num_frames", "sampled", "fps") if name in given and not is_list]
+        if "sampled" in ways:
+            ways += [name for name in ("min_frames", "max_frames") if name in given]
+        if len(ways) > 1:
+            return ways[0], ways[1]
+        for low, high in (
+            ("min_pixels", "max_pixels"),
+            ("min_frames", "max_frames"),
+            ("min_frames", "num_frames"),
+            ("num_frames", "max_frames"),
+            ("start_s", "end_s"),
+        ):
+            if low in given and high in given and getattr(self, low) > getattr(self, high):
+                return low, high
+        return None
+
+
+NO_OPTIONS = MediaOptions()
+
+
+@dataclass(frozen=True)
 class MediaItem:
     """One image or video of a request, from one source.
 
-    url: its address. data: the encoded file itself. patches: the item, preprocessed. ticket: an earlier layout of it.
+    url: its address. data: the encoded file itself. frames: a video's frames, each an image with a URL or data.
+    patches: the item, preprocessed. ticket: an earlier layout of it. The last two have no options.
     """
 
     kind: MediaKind
     url: str | None = None
     data: bytes | None = None
-    video_fps: float | None = None
+    frames: tuple[MediaItem, ...] | None = None
+    options: MediaOptions = NO_OPTIONS
     patches: Patches | None = None
     ticket: Ticket | None = None
 
     def __post_init__(self) -> None:
-        if sum(source is not None for source in (self.url, self.data, self.patches, self.ticket)) != 1:
-            raise ValueError("a media item needs exactly one of url, data, patches and ticket")
+        if sum(each is not None for each in (self.url, self.data, self.frames, self.patches, self.ticket)) != 1:
+            raise ValueError("a media item needs exactly one of url, data, frames, patches and ticket")
 
     @cached_property
     def content_key(self) -> bytes:
-        """The key by which this item is routed; computed once, at the first use. Slow for a long video."""
+        """The key by which this item is routed: of its content and options. Computed once; slow for a long video."""
         if self.ticket is not None:
             return self.ticket.value
-        return content_key(self.data if self.patches is None else self.patches.data, self.url)
+        if self.frames is not None:
+            key = hashlib.sha256(b"".join(frame.content_key for frame in self.frames)).digest()
+        else:
+            key = content_key(self.data if self.patches is None else self.patches.data, self.url)
+        return key if self.options == NO_OPTIONS else hashlib.sha256(repr(self.options).encode() + key).digest()
 
 
 class RowFormat(Protocol):

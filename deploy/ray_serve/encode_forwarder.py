@@ -114,7 +114,7 @@ class EncodeForwarder:
         """Emits all events of one item; the last one is a Failed if no encoder could encode it."""
         item = request.items[index]
         alone = encoder_pb2.EncodeRequest(request_id=request.request_id, tenant=request.tenant, items=[item])
-        key = content_key(item.patches.data or item.data or None, item.url)
+        key = _routing_key(item)
         sent, attempts = _Sent(index), Attempts(self._policy)
         while True:
             async with AsyncExitStack() as stack:
@@ -166,6 +166,13 @@ class EncodeForwarder:
             raise error_from_rpc(error) or lost from error
         finally:
             call.cancel()
+
+
+def _routing_key(item: encoder_pb2.MediaItem) -> bytes:
+    """Of the item's content and options."""
+    if item.HasField("frames") or item.HasField("options"):
+        return content_key(item.SerializeToString(deterministic=True), None)
+    return content_key(item.patches.data or item.data or None, item.url)
 
 
 class _Sent:

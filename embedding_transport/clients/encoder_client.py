@@ -21,7 +21,7 @@ from vitrine_vlm.embedding_transport.clients.encoder_peer import DescriptionChec
 from vitrine_vlm.embedding_transport.clients.fleet_client import Exchange, FleetClient
 from vitrine_vlm.embedding_transport.fleet.pool_mapper import PoolMapper
 from vitrine_vlm.embedding_transport.fleet.row_peer import Connection, ConnectOptions, TransportChoice
-from vitrine_vlm.embedding_transport.wire.messages import item_to_proto
+from vitrine_vlm.embedding_transport.wire.messages import item_to_proto, needed_minor_version
 from vitrine_vlm.errors import (
     EncoderMismatch,
     EncoderUnavailable,
@@ -47,8 +47,9 @@ from vitrine_vlm.types import (
 
 T = TypeVar("T")
 
-# The first protocol_minor_version that has them, and patches.
-_FIRST_WITH_TICKETS = 1
+# The first protocol_minor_version that has layouts alone.
+_FIRST_WITH_LAYOUTS = 1
+_ADDITIONS = {1: "patches and tickets", 2: "options of media and lists of frames"}
 # The encoder cannot be reached, shuts down or has no capacity. All other errors are about the item itself.
 ENCODE_RETRIES = RetryPolicy[VitrineError](elsewhere=(EncoderUnavailable, Overloaded))
 
@@ -115,7 +116,7 @@ class EncoderClient(FleetClient[EncoderPeer]):
             tenant: encoders reuse cached rows within one tenant only; tickets belong to the tenant of their layouts.
 
         Raises:
-            EncoderUnavailable: no encoder is left; EncoderMismatch: none that is left takes patches.
+            EncoderUnavailable: no encoder is left; EncoderMismatch: none that is left takes such items.
             Overloaded: all encoders that are left are overloaded, or that of a ticket is.
             TicketExpired: the encoder of a ticket is not connected or was lost, or the ticket has ended.
             VitrineError: the error of the first item that failed.
@@ -192,14 +193,17 @@ class EncoderClient(FleetClient[EncoderPeer]):
         issuers = {index: await self._issuer(request, ticket) for index in indices if (ticket := items[index].ticket)}
         others = [index for index in indices if index not in issuers]
         usable = await self._usable(request.attempts) if others else {}
-        needs_new = {index for index in others if request.layout_only or items[index].patches is not None}
-        new = self._with_patches_and_tickets(request, usable) if needs_new else {}
+        needed = {
+            index: max(needed_minor_version(items[index]), _FIRST_WITH_LAYOUTS if request.layout_only else 0)
+            for index in others
+        }
+        suited = {minor: self._with_version(minor, request, usable) for minor in sorted(set(needed.values()))}
         shares: dict[str, Share] = {}
         for index, peer in issuers.items():
             shares.setdefault(peer.address, Share(peer)).add(index)
         # The largest items are assigned first; the size of an item at a URL is unknown.
         for index in sorted(others, key=lambda index: -_nbytes(items[index])):
-            peer = self._choose(request.keys[index], new if index in needs_new else usable)
+            peer = self._choose(request.keys[index], suited[needed[index]])
             shares.setdefault(peer.address, Share(peer)).add(index)
         request.num_calls += len(shares)
         for share in shares.values():
@@ -228,8 +232,8 @@ class EncoderClient(FleetClient[EncoderPeer]):
             )
         return peer
 
-    def _with_patches_and_tickets(self, request: Request, usable: Mapping[str, EncoderPeer]) -> dict[str, EncoderPeer]:
-        """Returns those encoders whose protocol has patches and tickets.
+    def _with_version(self, minor: int, request: Request, usable: Mapping[str, EncoderPeer]) -> dict[str, EncoderPeer]:
+        """Returns those encoders whose protocol has this minor version or a later one.
 
         Raises:
             EncoderMismatch: none has; Overloaded: those that have are overloaded.
@@ -239,14 +243,14 @@ class EncoderClient(FleetClient[EncoderPeer]):
             for address, peer in usable.items()
             if peer.connection is not None
         }
-        new = {address: usable[address] for address, minor in minors.items() if minor >= _FIRST_WITH_TICKETS}
-        if not new:
-            needed = f"{PROTOCOL_VERSION}.{_FIRST_WITH_TICKETS}"
-            found = ", ".join(f"{address} has {PROTOCOL_VERSION}.{minor}" for address, minor in minors.items())
+        suited = {address: usable[address] for address, each in minors.items() if each >= minor}
+        if not suited:
+            found = ", ".join(f"{address} has {PROTOCOL_VERSION}.{each}" for address, each in minors.items())
             raise soonest_overloaded(request.attempts.failures.values()) or EncoderMismatch(
-                f"patches and tickets need encoders with version {needed} of the protocol, but {found}: update them"
+                f"{_ADDITIONS[minor]} need encoders with version {PROTOCOL_VERSION}.{minor} of the protocol, "
+                f"but {found}: update them"
             )
-        return new
+        return suited
 
     async def _encode_share(self, request: Request, share: Share) -> None:
         """Encodes a share on its encoder; if that is lost or overloaded, the missing items are encoded on others."""
@@ -287,6 +291,8 @@ class EncoderClient(FleetClient[EncoderPeer]):
 
 def _nbytes(item: MediaItem) -> int:
     """Bytes of an item that travel in its message."""
+    if item.frames is not None:
+        return sum(len(frame.data or b"") for frame in item.frames)
     return len(item.patches.data if item.patches is not None else item.data or b"")
 
 

@@ -30,6 +30,19 @@ def is_data_url(url: str) -> bool:
     return url[: len(_SCHEME)].lower() == _SCHEME
 
 
+def split_data_url(url: str) -> tuple[str, bool, str]:
+    """The media type in lower case without parameters, whether the rest is base64, and the rest, without a fragment.
+
+    Raises:
+        MediaError: the URL has no comma.
+    """
+    header, comma, payload = url[len(_SCHEME) :].partition(",")
+    if not comma:
+        raise MediaError(f"a data: URL of {len(url)} characters has no comma: expected data:<type>;base64,<data>")
+    payload = payload.partition("#")[0] if "#" in payload else payload
+    return header.partition(";")[0].strip().lower(), _IS_BASE64.search(header) is not None, payload
+
+
 def read_data_url(url: str, max_nbytes: int | None = None) -> bytes:
     """The bytes in a data: URL.
 
@@ -40,11 +53,11 @@ def read_data_url(url: str, max_nbytes: int | None = None) -> bytes:
         MediaError: the URL is malformed.
         MediaTooLarge: more than `max_nbytes` bytes.
     """
-    header, payload = _parts(url)
+    _, is_base64, payload = split_data_url(url)
     if max_nbytes is not None and len(payload) > _MAX_CHARS_A_BYTE * max_nbytes + _MAX_WHITE_SPACE:
         raise MediaTooLarge(f"a data: URL of {len(url)} characters: at most {max_nbytes} bytes are accepted")
     try:
-        data = decode_base64(payload) if _IS_BASE64.search(header) else _unescaped(payload)
+        data = decode_base64(payload) if is_base64 else _unescaped(payload)
     except UnicodeEncodeError as error:
         raise MediaError(f"a data: URL of {len(url)} characters is not plain ASCII: escape it or use base64") from error
     except ValueError as error:
@@ -73,14 +86,6 @@ def decode_base64(payload: str) -> bytes:
         return binascii.a2b_base64(characters + b"=" * (-len(characters) % 4), strict_mode=True)
     except binascii.Error as error:
         raise ValueError(f"it is not base64: {error}") from error
-
-
-def _parts(url: str) -> tuple[str, str]:
-    """What stands in front of the first comma and behind it, without the fragment."""
-    header, comma, payload = url[len(_SCHEME) :].partition(",")
-    if not comma:
-        raise MediaError(f"a data: URL of {len(url)} characters has no comma: expected data:<type>;base64,<data>")
-    return header, payload.partition("#")[0] if "#" in payload else payload
 
 
 def _unescaped(payload: str) -> bytes:

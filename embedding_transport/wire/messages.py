@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from typing import Any
+
+from google.protobuf.message import Message
 
 from vitrine_vlm.embedding_transport.pools.cuda_ipc_pool import CudaIpcPool
 from vitrine_vlm.embedding_transport.pools.pool import PROBE_NBYTES, ExportPool
 from vitrine_vlm.embedding_transport.pools.shm_pool import ShmPool
 from vitrine_vlm.errors import InternalError
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
-from vitrine_vlm.types import DTYPES, ItemTimings, Layout, MediaItem, MediaKind, ModelIdentity, Patches
+from vitrine_vlm.types import (
+    DTYPES,
+    NO_OPTIONS,
+    ItemTimings,
+    Layout,
+    MediaItem,
+    MediaKind,
+    MediaOptions,
+    ModelIdentity,
+    Patches,
+)
 
 _KIND_TO_PROTO: dict[MediaKind, encoder_pb2.MediaKind.ValueType] = {
     "image": encoder_pb2.MEDIA_KIND_IMAGE,
@@ -18,16 +31,47 @@ _KIND_TO_PROTO: dict[MediaKind, encoder_pb2.MediaKind.ValueType] = {
 
 
 def item_to_proto(item: MediaItem) -> encoder_pb2.MediaItem:
-    message = encoder_pb2.MediaItem(kind=_KIND_TO_PROTO[item.kind], video_fps=item.video_fps or 0.0)
+    message = encoder_pb2.MediaItem(
+        kind=_KIND_TO_PROTO[item.kind], video_fps=item.options.fps or 0.0, options=_options_to_proto(item.options)
+    )
     if item.data is not None:
         message.data = item.data
     elif item.url is not None:
         message.url = item.url
+    elif item.frames is not None:
+        for frame in item.frames:
+            if frame.data is not None:
+                message.frames.frames.add(data=frame.data)
+            else:
+                message.frames.frames.add(url=frame.url or "")
     elif item.patches is not None:
         _write_patches(item.patches, message.patches)
     elif item.ticket is not None:
         message.ticket = item.ticket.value
     return message
+
+
+def needed_minor_version(item: MediaItem) -> int:
+    """The protocol's first minor version whose encoders understand all of an item."""
+    if item.frames is not None or replace(item.options, fps=None) != NO_OPTIONS:
+        return 2
+    return 1 if item.patches is not None or item.ticket is not None else 0
+
+
+def options_to_fields(options: MediaOptions) -> dict[str, Any]:
+    """The fields of a message of options, by their names in both protocols; `fps` is a field of the item."""
+    return {name: value for name, value in asdict(options).items() if name != "fps" and value is not None}
+
+
+def options_from_message(message: Message, fps: float) -> MediaOptions:
+    """The options in a message of either protocol; unchecked. fps: 0 for none."""
+    return MediaOptions(fps=fps or None, **{field.name: value for field, value in message.ListFields()})
+
+
+def _options_to_proto(options: MediaOptions) -> encoder_pb2.MediaOptions | None:
+    """The message, or None where nothing is in it: an item without options stays as older encoders know it."""
+    fields = options_to_fields(options)
+    return encoder_pb2.MediaOptions(**fields) if fields else None
 
 
 def _write_patches(patches: Patches, message: encoder_pb2.Patches) -> None:

@@ -13,7 +13,8 @@ class MediaLimits:
     """Bounds on one media item, all checked before the work they bound is done.
 
     max_bytes: bytes in the encoded file.
-    max_pixels: width x height of an image, or of one video frame, as stored (before resizing).
+    max_pixels: width x height of an image, or of one video frame, as stored (before resizing); after resizing, too,
+        where its size follows from bounds of the request.
     max_frames: frames in a video, sampled or not.
     max_video_pixels: width x height x sampled frames of a video, after resizing.
     timeout_s: longest download, redirects included; connect_timeout_s: longest time to open one TCP connection.

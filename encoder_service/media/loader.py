@@ -14,6 +14,7 @@ from vitrine_vlm.encoder_service.media.http_url import parse_url, shown_url
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
 from vitrine_vlm.encoder_service.media.sources import read_file_url
 from vitrine_vlm.errors import (
+    MediaError,
     MediaNotAllowed,
     MediaNotFound,
     MediaTimeout,
@@ -26,6 +27,8 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _CHUNK_BYTES = 64 * 1024
 # So many that slow servers do not hold up the others, and so few that file descriptors are left.
 _MAX_CONNECTIONS = 512
+# Of one list: the frames of one video do not take all connections.
+_MAX_FRAMES_AT_ONCE = 16
 
 
 class MediaLoader:
@@ -69,6 +72,47 @@ class MediaLoader:
             data = await asyncio.to_thread(read_file_url, url, limits.allowed_folder, limits.max_bytes)
         reserve(len(data))
         return data
+
+    async def load_files(self, item: MediaItem, reserve: Reserve = lambda nbytes: None) -> tuple[bytes, ...]:
+        """The encoded files of `item`: one, or one a frame of a list. `max_bytes` and `timeout_s` are for all together.
+
+        Raises:
+            MediaError: see `load`; the message names the frame.
+        """
+        if item.frames is None:
+            return (await self.load(item, reserve),)
+        nbytes, max_bytes = 0, self._limits.max_bytes
+        slots = asyncio.Semaphore(_MAX_FRAMES_AT_ONCE)
+
+        def reserve_part(part_nbytes: int) -> None:
+            nonlocal nbytes
+            nbytes += part_nbytes
+            if nbytes > max_bytes:
+                raise MediaTooLarge(
+                    f"a list of frames of more than {max_bytes} bytes in all: send fewer or smaller ones"
+                )
+            reserve(part_nbytes)
+
+        async def load_frame(index: int, frame: MediaItem) -> bytes:
+            async with slots:
+                try:
+                    return await self.load(frame, reserve_part)
+                except MediaError as error:
+                    raise type(error)(f"frame {index}: {error}") from error
+
+        loads = [asyncio.create_task(load_frame(index, frame)) for index, frame in enumerate(item.frames)]
+        try:
+            async with asyncio.timeout(self._limits.timeout_s):
+                return tuple(await asyncio.gather(*loads))
+        except TimeoutError as error:
+            limit = f"{self._limits.timeout_s:g} s"
+            raise MediaTimeout(
+                f"{len(loads)} frames did not arrive within {limit}: send fewer, or the video"
+            ) from error
+        finally:
+            for each in loads:
+                each.cancel()
+            await asyncio.gather(*loads, return_exceptions=True)
 
     async def close(self) -> None:
         """Closes connections. Loads in flight fail."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
@@ -14,7 +14,7 @@ import torch
 from vitrine_vlm.encoder_service.preprocess.jpeg_batcher import JpegBatcher
 from vitrine_vlm.encoder_service.preprocess.preprocessor import OpenedMedia, Preprocessor
 from vitrine_vlm.service_runtime.supervisor import Supervisor
-from vitrine_vlm.types import Layout, MediaItem
+from vitrine_vlm.types import NO_OPTIONS, Layout, MediaItem
 
 Result = TypeVar("Result")
 
@@ -45,13 +45,13 @@ class PreprocessPool:
         await self._jpeg_batcher.close()
         await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
 
-    async def open(self, item: MediaItem, data: bytes) -> tuple[OpenedMedia, Layout]:
-        """Opens an item, whose encoded file is `data`; returns also its layout with its content hash.
+    async def open(self, item: MediaItem, files: Sequence[bytes]) -> tuple[OpenedMedia, Layout]:
+        """Opens an item, which was loaded as `files`; returns also its layout with its content hash.
 
         Raises:
-            MediaError: see `Preprocessor.open` and `Preprocessor.open_patches`.
+            MediaError: see `Preprocessor.open`, `Preprocessor.open_frames` and `Preprocessor.open_patches`.
         """
-        return await self._in_thread(self._open, item, data)
+        return await self._in_thread(self._open, item, files)
 
     async def patches(self, opened: OpenedMedia) -> torch.Tensor:
         """See `OpenedMedia.patches`."""
@@ -59,21 +59,29 @@ class PreprocessPool:
             return await self._jpeg_batcher.patches(opened)
         return await self._in_thread(opened.patches)
 
-    def _open(self, item: MediaItem, data: bytes) -> tuple[OpenedMedia, Layout]:
+    def _open(self, item: MediaItem, files: Sequence[bytes]) -> tuple[OpenedMedia, Layout]:
         if item.patches is not None:
             opened = self._preprocessor.open_patches(item.kind, item.patches)
+        elif item.frames is not None:
+            opened = self._preprocessor.open_frames(files, item.options)
         else:
-            opened = self._preprocessor.open(item.kind, data, item.video_fps)
-        return opened, replace(opened.layout, content_hash=self._content_hash(item, data))
+            opened = self._preprocessor.open(item.kind, files[0], item.options)
+        return opened, replace(opened.layout, content_hash=self._content_hash(item, files))
 
-    def _content_hash(self, item: MediaItem, data: bytes) -> bytes:
+    def _content_hash(self, item: MediaItem, files: Sequence[bytes]) -> bytes:
         """SHA-256 over everything that decides the rows; equal items have equal rows."""
-        head = f"{self._hash_seed}:{item.kind}:{item.video_fps}:"
+        head = f"{self._hash_seed}:{item.kind}:{item.options.fps}:"
+        # In front, where no file's bytes can stand.
         if item.patches is not None:
-            # In front, where no file's bytes can stand. The representation leaves out the patches' own bytes: `data`.
+            # The representation leaves out the patches' own bytes: `files`.
             head = f"patches:{item.patches!r}:{head}"
+        if item.frames is not None:
+            head = f"frames:{[len(file) for file in files]}:{head}"
+        if (others := replace(item.options, fps=None)) != NO_OPTIONS:
+            head = f"options:{others!r}:{head}"
         digest = hashlib.sha256(head.encode())
-        digest.update(data)
+        for file in files:
+            digest.update(file)
         return digest.digest()
 
     async def _in_thread(self, function: Callable[..., Result], *arguments: object) -> Result:

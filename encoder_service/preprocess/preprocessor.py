@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
-from vitrine_vlm.encoder_service.preprocess.frame_sampling import sample_frames, second_per_grid_t, timestamps_s
+from vitrine_vlm.encoder_service.preprocess.frame_list import EncodedFrames
+from vitrine_vlm.encoder_service.preprocess.frame_sampling import (
+    frame_range,
+    sample_frames,
+    second_per_grid_t,
+    timestamps_s,
+)
 from vitrine_vlm.encoder_service.preprocess.given_patches import GivenPatches
 from vitrine_vlm.encoder_service.preprocess.gpu_work import GpuWork
 from vitrine_vlm.encoder_service.preprocess.image_decode import EncodedImage, decode_batch
+from vitrine_vlm.encoder_service.preprocess.option_checks import check_options
 from vitrine_vlm.encoder_service.preprocess.patchify import patchify, resize
 from vitrine_vlm.encoder_service.preprocess.settings import ProcessorSettings
 from vitrine_vlm.encoder_service.preprocess.smart_resize import resized_image_size, resized_video_size
 from vitrine_vlm.encoder_service.preprocess.video_decode import EncodedVideo
-from vitrine_vlm.errors import MediaError, MediaTooLarge
-from vitrine_vlm.types import Layout, MediaKind, Patches
+from vitrine_vlm.errors import MediaTooLarge
+from vitrine_vlm.types import NO_OPTIONS, Layout, MediaKind, MediaOptions, Patches
 
 _CPU = torch.device("cpu")
+# Of a list of frames, where neither the caller nor the checkpoint names a rate.
+_LISTED_FPS = 2.0
 
 
 class OpenedMedia(Protocol):
@@ -68,25 +78,34 @@ class Preprocessor:
         self._limits = limits
         self._work = GpuWork(device, settings, dtype)
 
-    def open(self, kind: MediaKind, data: bytes, video_fps: float | None = None) -> OpenedMedia:
+    def open(self, kind: MediaKind, data: bytes, options: MediaOptions = NO_OPTIONS) -> OpenedMedia:
         """Reads as much of `data` as the layout needs: an image's header; of a video the index and one frame.
 
         Blocking. Size, shape and frame count are checked here, before any memory for pixels is allocated.
 
         Args:
             data: the encoded file.
-            video_fps: video only: frames sampled per second instead of the checkpoint's rate.
 
         Raises:
             NotAnImage, NotAVideo, MediaTruncated, MediaTooLarge, BadAspectRatio: see docs/media.md.
-            MediaError: `video_fps` is no positive number.
+            MediaError: see `check_options`.
         """
+        check_options(kind, options)
         if kind == "image":
-            return _OpenedImage(self.settings, EncodedImage(data, self._limits.max_pixels), self._work)
-        if video_fps is not None and not (math.isfinite(video_fps) and video_fps > 0):
-            raise MediaError(f"video_fps is {video_fps}: give a positive number, or none for the model's default")
-        video = EncodedVideo(data, self._limits)
-        return _OpenedVideo(self.settings, video, self._limits.max_video_pixels, video_fps, self._work)
+            image = EncodedImage(data, self._limits.max_pixels)
+            return _OpenedImage(self.settings, image, options, self._limits, self._work)
+        return _OpenedVideo(self.settings, EncodedVideo(data, self._limits), options, self._limits, self._work)
+
+    def open_frames(self, files: Sequence[bytes], options: MediaOptions = NO_OPTIONS) -> OpenedMedia:
+        """Reads the headers of a video's frames, none of which is left out; see `open`.
+
+        Args:
+            files: the encoded pictures.
+            options: `fps` is the rate at which they were taken; where left out, the one at which others are sampled.
+        """
+        check_options("video", options, is_list=True)
+        frames = EncodedFrames(files, self._limits, options.fps or self.settings.video_fps or _LISTED_FPS)
+        return _OpenedVideo(self.settings, frames, replace(options, fps=None, sampled=False), self._limits, self._work)
 
     def open_patches(self, kind: MediaKind, patches: Patches) -> OpenedMedia:
         """Opens an item that the caller has cut into patches already; see `GivenPatches`.
@@ -110,11 +129,19 @@ class Preprocessor:
 
 
 class _OpenedImage:
-    def __init__(self, settings: ProcessorSettings, image: EncodedImage, work: GpuWork) -> None:
+    def __init__(
+        self,
+        settings: ProcessorSettings,
+        image: EncodedImage,
+        options: MediaOptions,
+        limits: MediaLimits,
+        work: GpuWork,
+    ) -> None:
         self._settings = settings
         self._work = work
         self.image = image
-        self._size = resized_image_size(settings, image.height, image.width)
+        self._size = resized_image_size(settings, image.height, image.width, options)
+        _check_resized("picture", *self._size, options, limits)
         grid_thw = _grid_thw(settings, 1, *self._size)
         self.layout = Layout("image", grid_thw, _num_tokens(settings, grid_thw))
         self.decodes_on_gpu = work.device.type == "cuda" and image.suits_nvjpeg
@@ -137,23 +164,28 @@ class _OpenedVideo:
     def __init__(
         self,
         settings: ProcessorSettings,
-        video: EncodedVideo,
-        max_video_pixels: int,
-        video_fps: float | None,
+        video: EncodedVideo | EncodedFrames,
+        options: MediaOptions,
+        limits: MediaLimits,
         work: GpuWork,
     ) -> None:
         group = settings.temporal_patch_size
         self._settings = settings
         self._video = video
         self._work = work
-        self._indices = sample_frames(settings, video.num_frames, video.fps, video_fps)
+        looked_at = frame_range(video.num_frames, video.fps, options)
+        _check_number(settings, options, limits)
+        sampled = sample_frames(settings, len(looked_at), video.fps, options)
+        self._indices = [looked_at.start + index for index in sampled]
         # transformers refuses some videos shorter than one temporal patch; here they count as one.
         num_frames = max(group, len(self._indices))
-        height, width = self._size = resized_video_size(settings, num_frames, video.height, video.width)
-        if num_frames * height * width > max_video_pixels:
+        height, width = self._size = resized_video_size(settings, num_frames, video.height, video.width, options)
+        _check_resized("video frame", height, width, options, limits)
+        if num_frames * height * width > limits.max_video_pixels:
             raise MediaTooLarge(
-                f"{num_frames} sampled frames of {width}x{height} pixels: at most {max_video_pixels} pixels are "
-                "accepted in all, ask for a lower video_fps or send a shorter video"
+                f"{num_frames} sampled frames of {width}x{height} pixels: at most {limits.max_video_pixels} pixels are "
+                "accepted in all, ask for fewer frames (a lower video_fps, num_frames or max_pixels) or send a shorter "
+                "video"
             )
         grid_thw = _grid_thw(settings, math.ceil(num_frames / group), height, width)
         self.layout = Layout(
@@ -161,7 +193,7 @@ class _OpenedVideo:
             grid_thw,
             _num_tokens(settings, grid_thw),
             timestamps_s(self._indices, video.fps, group),
-            second_per_grid_t(len(self._indices), video.num_frames, video.fps, group),
+            second_per_grid_t(len(self._indices), len(looked_at), video.fps, group),
         )
 
     def patches(self) -> torch.Tensor:
@@ -174,6 +206,25 @@ class _OpenedVideo:
             # A partial patch repeats the last frame.
             frames_FCHW[len(self._indices) :] = frames_FCHW[len(self._indices) - 1]
             return patchify(frames_FCHW, self._settings)
+
+
+def _check_resized(what: str, height: int, width: int, options: MediaOptions, limits: MediaLimits) -> None:
+    """Bounds the size of an item whose caller has set it; sizes of the checkpoint's own are the operator's choice."""
+    if (options.min_pixels or options.max_pixels) and height * width > limits.max_pixels:
+        raise MediaTooLarge(
+            f"a {what} that is resized to {width}x{height} pixels: at most {limits.max_pixels} are accepted, lower "
+            "min_pixels and max_pixels"
+        )
+
+
+def _check_number(settings: ProcessorSettings, options: MediaOptions, limits: MediaLimits) -> None:
+    """Bounds the number of frames before so many are listed: each will have one token at least."""
+    most = limits.max_video_pixels // settings.factor**2
+    if options.num_frames is not None and options.num_frames > most:
+        raise MediaTooLarge(
+            f"num_frames is {options.num_frames}: no more than {most} frames are within the limit of "
+            f"{limits.max_video_pixels} pixels for a video"
+        )
 
 
 def _result(make: Callable[[], torch.Tensor]) -> torch.Tensor | Exception:

@@ -10,26 +10,40 @@ import math
 
 from vitrine_vlm.encoder_service.preprocess.settings import ProcessorSettings
 from vitrine_vlm.errors import BadAspectRatio
+from vitrine_vlm.types import NO_OPTIONS, MediaOptions
 
 MAX_ASPECT_RATIO = 200
 
 
-def resized_image_size(settings: ProcessorSettings, height: int, width: int) -> tuple[int, int]:
+def resized_image_size(
+    settings: ProcessorSettings, height: int, width: int, options: MediaOptions = NO_OPTIONS
+) -> tuple[int, int]:
     """(height, width) of an image after resizing, pixels.
 
+    Args:
+        options: their bounds replace the settings'. As in transformers, an image above the upper bound is made smaller
+            even where that bound is below the lower one.
+
     Raises:
         BadAspectRatio: one side is more than 200 times the other.
     """
-    return _fit(1, height, width, settings.factor, settings.min_pixels, settings.max_pixels)
+    low, high = options.min_pixels or settings.min_pixels, options.max_pixels or settings.max_pixels
+    return _fit(1, height, width, settings.factor, low, high)
 
 
-def resized_video_size(settings: ProcessorSettings, num_frames: int, height: int, width: int) -> tuple[int, int]:
+def resized_video_size(
+    settings: ProcessorSettings, num_frames: int, height: int, width: int, options: MediaOptions = NO_OPTIONS
+) -> tuple[int, int]:
     """(height, width) of every frame of a video with `num_frames` sampled frames after resizing, pixels.
 
+    Args:
+        options: as in `resized_image_size`.
+
     Raises:
         BadAspectRatio: one side is more than 200 times the other.
     """
-    low, high, factor = settings.video_min_pixels, settings.video_max_pixels, settings.factor
+    low, high = options.min_pixels or settings.video_min_pixels, options.max_pixels or settings.video_max_pixels
+    factor = settings.factor
     if settings.video_bounds == "frame":
         return _fit(1, height, width, factor, low, high)
     if height < factor or width < factor:

@@ -11,7 +11,7 @@ from vitrine_vlm.encoder_service.media.byte_budget import Reserve
 from vitrine_vlm.encoder_service.media.loader import MediaLoader
 from vitrine_vlm.encoder_service.sglang.bodies import EncodeBody, ItemBody
 from vitrine_vlm.errors import BadRequest
-from vitrine_vlm.types import MediaItem, MediaKind
+from vitrine_vlm.types import MediaItem, MediaKind, MediaOptions
 
 _KINDS: dict[str, MediaKind] = {"IMAGE": "image", "VIDEO": "video"}
 _URL = re.compile(r"(https?|data|file):", re.IGNORECASE)
@@ -54,7 +54,7 @@ def _item_with_options(index: int, kind: MediaKind, body: ItemBody) -> MediaItem
     if kind == "image" and body.fps is not None:
         raise BadRequest(f"item {index} is an image and has fps {body.fps:g}: give fps for videos only")
     # `detail` changes nothing: SGLang prepares pictures for these families alike, whatever it is.
-    return MediaItem(kind, url=_url(index, body.url), video_fps=body.fps)
+    return MediaItem(kind, url=_url(index, body.url), options=MediaOptions(fps=body.fps))
 
 
 def _url(index: int, source: str) -> str:
@@ -77,4 +77,4 @@ async def _verified(index: int, item: MediaItem, content_hash: str, loader: Medi
     found = f"sha256:{await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())}"
     if found != content_hash.lower():
         raise BadRequest(f"item {index} has content_hash {content_hash}, but its file has {found}")
-    return MediaItem(item.kind, data=data, video_fps=item.video_fps)
+    return MediaItem(item.kind, data=data, options=item.options)

@@ -2,62 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
-from vitrine_vlm.embedding_transport.clients.media_url import item_from_url
+from vitrine_vlm.embedding_transport.clients.media_options import (
+    ImageOptions,
+    Layer,
+    RequestOptions,
+    VideoOptions,
+    layer_of,
+    override,
+    part_layer,
+)
+from vitrine_vlm.embedding_transport.clients.media_url import media_item
 from vitrine_vlm.errors import BadRequest
-from vitrine_vlm.service_runtime.json_types import Number, RequestObject
-from vitrine_vlm.types import MediaItem, MediaKind
+from vitrine_vlm.types import MAX_LISTED_FRAMES, MediaItem, MediaKind
 
 
-class MediaUrl(RequestObject):
+class ImageUrl(ImageOptions):
     url: str
 
 
-class ImagePart(RequestObject):
+class ImagePart(ImageOptions):
     type: Literal["image_url"]
-    image_url: MediaUrl
+    image_url: ImageUrl
 
 
-class VideoUrl(MediaUrl):
-    """fps: frames sampled per second, an extension of OpenAI's fields; the checkpoint's own rate where left out."""
-
-    fps: Number | None = Field(None, gt=0)
+class VideoUrl(VideoOptions):
+    url: str
 
 
-class VideoPart(RequestObject):
+class VideoPart(VideoOptions):
     type: Literal["video_url"]
     video_url: VideoUrl
 
 
-MediaPart = Annotated[ImagePart | VideoPart, Field(discriminator="type")]
+class FramesPart(VideoOptions):
+    """A video as a list of its frames' URLs, in the form of qwen-vl-utils and DashScope; a single URL is a video's."""
+
+    type: Literal["video"]
+    video: str | Annotated[list[str], Field(min_length=1, max_length=MAX_LISTED_FRAMES)]
 
 
-def media_items(parts: Sequence[tuple[str, ImagePart | VideoPart]]) -> tuple[MediaItem, ...]:
+MediaContent: TypeAlias = ImagePart | VideoPart | FramesPart
+MediaPart = Annotated[MediaContent, Field(discriminator="type")]
+
+
+def kind_of(part: MediaContent) -> MediaKind:
+    return "image" if isinstance(part, ImagePart) else "video"
+
+
+def media_items(parts: Sequence[tuple[str, MediaContent]], request: RequestOptions) -> tuple[MediaItem, ...]:
     """
     Args:
         parts: each with its place in the request, which errors name.
+        request: the options of all of them.
 
     Raises:
-        BadRequest: a malformed data: URL.
+        BadRequest: a malformed data: URL, or options that contradict each other.
     """
-    return tuple(_items(parts))
+    layers = request.layers([kind_of(part) for _, part in parts])
+    return tuple(_item(part, path, layer) for (path, part), layer in zip(parts, layers, strict=True))
 
 
-def _items(parts: Sequence[tuple[str, ImagePart | VideoPart]]) -> Iterator[MediaItem]:
-    for path, part in parts:
-        if isinstance(part, VideoPart):
-            yield _item("video", part.video_url.url, part.video_url.fps, f"{path}.video_url.url")
-        else:
-            yield _item("image", part.image_url.url, None, f"{path}.image_url.url")
-
-
-def _item(kind: MediaKind, url: str, video_fps: float | None, path: str) -> MediaItem:
-    """path: where the URL stands in the request."""
+def _item(part: MediaContent, path: str, request: Layer) -> MediaItem:
+    source: str | list[str]
+    if isinstance(part, FramesPart):
+        key, source, own = "video", part.video, layer_of(part, path)
+    elif isinstance(part, VideoPart):
+        key, source, own = "video_url.url", part.video_url.url, part_layer(part.video_url, part, "video_url", path)
+    else:
+        key, source, own = "image_url.url", part.image_url.url, part_layer(part.image_url, part, "image_url", path)
     try:
-        return item_from_url(kind, url, video_fps)
+        return media_item(kind_of(part), source, override(request, own))
     except BadRequest as error:
-        raise BadRequest(f"{path}: {error}", path) from error
+        if error.param is not None:
+            raise
+        raise BadRequest(f"{path}.{key}: {error}", f"{path}.{key}") from error

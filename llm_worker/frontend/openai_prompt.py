@@ -7,7 +7,7 @@ from typing import Any, TypedDict, TypeVar
 
 from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.llm_worker.engine.request import SamplingParams
-from vitrine_vlm.llm_worker.frontend.media_parts import ImagePart, VideoPart, media_items
+from vitrine_vlm.llm_worker.frontend.media_parts import MediaContent, media_items
 from vitrine_vlm.llm_worker.frontend.openai_types import (
     ChatRequest,
     CompletionRequest,
@@ -53,14 +53,14 @@ def messages_to_generation(
     """
     Raises:
         BadRequest: no tokenizer, a template that refuses the messages, a word that has no tokens, or a malformed data:
-            URL.
+            URL, or options of media that contradict each other.
     """
     if tokenizer is None:
         raise BadRequest("this worker runs without a tokenizer: send token ids to /v1/completions")
     return GenerationRequest(
         request_id=request_id,
         prompt=chat_text(messages, tokenizer),
-        media=media_items(list(_media_of(messages))),
+        media=media_items(list(_media_of(messages)), request.media_options),
         sampling=_sampling(request, max_tokens, tokenizer, defaults),
         truncate_prompt_tokens=request.truncate_prompt_tokens,
         **_text_options(request),
@@ -81,7 +81,8 @@ def completion_to_generations(
             f"media: {len(prompts)} prompts cannot share media: send each in a request of its own", "media"
         )
     sampling = _sampling(request, request.max_tokens, tokenizer, defaults)
-    media = media_items([(f"media.{index}", part) for index, part in enumerate(request.media)])
+    parts = [(f"media.{index}", part) for index, part in enumerate(request.media)]
+    media = media_items(parts, request.media_options)
     return [
         GenerationRequest(
             request_id=f"cmpl-{request_id}" + (f"-prompt-{number}" if number else ""),
@@ -160,7 +161,7 @@ def _template_message(message: Message) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def _media_of(messages: Sequence[Message]) -> Iterator[tuple[str, ImagePart | VideoPart]]:
+def _media_of(messages: Sequence[Message]) -> Iterator[tuple[str, MediaContent]]:
     """Each part with media, with its place in the request."""
     for number, message in enumerate(messages):
         for index, part in enumerate(message.content if isinstance(message.content, list) else []):

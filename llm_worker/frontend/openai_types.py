@@ -6,9 +6,10 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, StrictBool, StrictInt, ValidationInfo, field_validator
 
+from vitrine_vlm.embedding_transport.clients.media_options import MediaIoKwargs, ProcessorKwargs, RequestOptions
 from vitrine_vlm.llm_worker.engine.sampling_checks import MAX_BAD_WORDS, MAX_LOGPROBS
 from vitrine_vlm.llm_worker.frontend.field_rules import FieldTable
-from vitrine_vlm.llm_worker.frontend.media_parts import ImagePart, MediaPart, VideoPart
+from vitrine_vlm.llm_worker.frontend.media_parts import FramesPart, ImagePart, MediaPart, VideoPart
 from vitrine_vlm.llm_worker.frontend.request_fields import CHAT, COMPLETION, DETOKENIZE, TOKENIZE
 from vitrine_vlm.llm_worker.generation.several_answers import MAX_ANSWERS
 from vitrine_vlm.service_runtime.json_types import Number as Number
@@ -26,7 +27,7 @@ class TextPart(RequestObject):
     text: str
 
 
-ContentPart = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
+ContentPart = Annotated[TextPart | ImagePart | VideoPart | FramesPart, Field(discriminator="type")]
 
 
 class Message(RequestObject):
@@ -69,6 +70,8 @@ class GenerationBody(RequestBody):
     no_stop_trim: StrictBool = False
     skip_special_tokens: StrictBool = True
     truncate_prompt_tokens: WholeNumber | None = None
+    mm_processor_kwargs: ProcessorKwargs = ProcessorKwargs()
+    media_io_kwargs: MediaIoKwargs = MediaIoKwargs()
     stream: StrictBool = False
 
     @property
@@ -80,6 +83,10 @@ class GenerationBody(RequestBody):
     def num_prompt_logprobs(self) -> int | None:
         """As `num_logprobs`, of the prompt."""
         return None
+
+    @property
+    def media_options(self) -> RequestOptions:
+        return RequestOptions(self.mm_processor_kwargs, self.media_io_kwargs)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -8,9 +8,10 @@ SGLang's fields.
 from __future__ import annotations
 
 from vitrine_vlm.llm_worker.frontend.field_rules import FieldTable, honoured, informative, refused
-from vitrine_vlm.llm_worker.frontend.media_fields import FRAMES, MEDIA_PARTS, SIZES, TEXT_PART
+from vitrine_vlm.llm_worker.frontend.media_fields import MEDIA_OPTIONS, MEDIA_PARTS, ONE_PLACEHOLDER, TEXT_PART
 
 TEXT_ONLY = "answers are free text"
+_MM_PROCESSOR = "send `mm_processor_kwargs`"
 _NO_BEAMS = "no beam search"
 NO_TOOLS = "no tools"
 
@@ -63,8 +64,7 @@ COMMON: FieldTable = {
     "truncation_side": refused("left"),
     "structured_outputs": refused({}, note=TEXT_ONLY),
     "chat_template_kwargs": refused({}),
-    "mm_processor_kwargs": refused({}, note=SIZES),
-    "media_io_kwargs": refused({}, note=FRAMES),
+    **MEDIA_OPTIONS,
     "cache_salt": refused(note="one prefix cache for all"),
     "extra_key": refused(note="one prefix cache for all"),
     "lora_path": refused(note="one model"),
@@ -124,7 +124,7 @@ _GENERATION: FieldTable = {
     "custom_logit_processor": refused(),
     "custom_params": refused({}),
     "watermark": refused({}),
-    "images_config": refused({}, note=SIZES),
+    "images_config": refused({}, note=_MM_PROCESSOR),
     "return_hidden_states": refused(False),
     "return_routed_experts": refused(False),
     "routed_experts_start_len": refused(0),
@@ -160,10 +160,10 @@ CHAT: FieldTable = {
     "web_search_options": refused(note="no search"),
     "input_ids": refused(note="send token ids to `/v1/completions`"),
     "task": refused(note="no such instructions"),
-    "video_config": refused({}, note=FRAMES),
+    "video_config": refused({}, note=_MM_PROCESSOR),
     "use_audio_in_video": refused(False, note="no audio"),
-    "max_dynamic_patch": refused(note=SIZES),
-    "min_dynamic_patch": refused(note=SIZES),
+    "max_dynamic_patch": refused(note=_MM_PROCESSOR),
+    "min_dynamic_patch": refused(note=_MM_PROCESSOR),
     "return_prompt_token_ids": refused(False),
     "return_prompt_text": refused(False),
     "return_meta_info": refused(False),
@@ -185,7 +185,8 @@ CHAT: FieldTable = {
 COMPLETION: FieldTable = {
     "prompt": honoured("text or token ids, or a list of several of either; each gets `n` choices, in order"),
     "media": honoured(
-        "a list of `image_url` and `video_url` parts, in the order of the prompt's placeholders", by_type=MEDIA_PARTS
+        "a list of `image_url`, `video_url` and `video` parts, in the order of the prompt's placeholders",
+        by_type=MEDIA_PARTS,
     ),
     **_GENERATION,
     "echo": honoured("each choice begins with its prompt, in `logprobs`, too"),
@@ -203,8 +204,8 @@ TOKENIZE: FieldTable = {
     "continue_final_message": refused(False),
     "chat_template": CHAT["chat_template"],
     "chat_template_kwargs": CHAT["chat_template_kwargs"],
-    "media_io_kwargs": CHAT["media_io_kwargs"],
-    "mm_processor_kwargs": CHAT["mm_processor_kwargs"],
+    "media_io_kwargs": informative(dict, note=ONE_PLACEHOLDER),
+    "mm_processor_kwargs": informative(dict, note=ONE_PLACEHOLDER),
     "tools": CHAT["tools"],
     "tool_choice": CHAT["tool_choice"],
     "reasoning_effort": CHAT["reasoning_effort"],

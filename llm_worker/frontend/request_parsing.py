@@ -13,9 +13,9 @@ from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.llm_worker.frontend.field_rules import apply_rules
 from vitrine_vlm.llm_worker.frontend.openai_types import RequestBody
 from vitrine_vlm.service_runtime.http_requests import json_body
+from vitrine_vlm.service_runtime.json_types import problem_of
 
-_MAX_MESSAGE_LENGTH = 300
-_PART_TYPES = ("text", "image_url", "video_url", "input_text", "output_text", "input_image")
+_PART_TYPES = ("text", "image_url", "video_url", "video", "input_text", "output_text", "input_image")
 
 
 # Is called with the names of a request's fields that change nothing: informative ones, unknown ones.
@@ -53,9 +53,7 @@ def parse_request(kind: type[RequestT], body: bytes, count: Count = lambda infor
         # Where a field may be one of several types each has an error: the deepest one says best what is wrong.
         first = max(error.errors(include_url=False, include_input=False), key=lambda each: len(each["loc"]))
         param = _field_path(first["loc"])
-        # Some messages repeat the value, which may be long.
-        message = first["msg"].removeprefix("Value error, ")[:_MAX_MESSAGE_LENGTH]
-        raise BadRequest(f"{param}: {message}", param) from None
+        raise BadRequest(f"{param}: {problem_of(first)}", param) from None
     unused = apply_rules(kind.fields, values)
     count(unused.informative, unused.unknown)
     return request

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vitrine_vlm.llm_worker.frontend.field_rules import FieldTable, honoured, informative, refused
-from vitrine_vlm.llm_worker.frontend.media_fields import MEDIA_ARE_BYTES, SIZES
+from vitrine_vlm.llm_worker.frontend.media_fields import DETAIL, IMAGE_OPTIONS, MEDIA_ARE_BYTES
 from vitrine_vlm.llm_worker.frontend.request_fields import COMMON, NO_TOOLS, TEXT_ONLY
 
 _STATELESS = "nothing is stored: send the whole conversation as `input`"
@@ -13,14 +13,19 @@ _INPUT_PART: FieldTable = {
     "text": refused(note="of a text"),
     "image_url": refused(note="of an `input_image`"),
     "file_id": refused(note=_STATELESS),
-    "detail": informative(str, note=SIZES),
+    "detail": informative(str, note=DETAIL),
     "annotations": informative(list),
     "logprobs": informative(list),
     "prompt_cache_breakpoint": informative(note="the prefix cache works without"),
     "uuid": informative(str, note=MEDIA_ARE_BYTES),
+    **{name: refused(note="of an `input_image`") for name in IMAGE_OPTIONS},
 }
 INPUT_TEXT: FieldTable = {**_INPUT_PART, "text": honoured("of a text")}
-INPUT_IMAGE: FieldTable = {**_INPUT_PART, "image_url": honoured("of an `input_image`: its URL")}
+INPUT_IMAGE: FieldTable = {
+    **_INPUT_PART,
+    "image_url": honoured("of an `input_image`: its URL"),
+    **IMAGE_OPTIONS,
+}
 INPUT_MESSAGE: FieldTable = {
     "type": honoured("only `message`, also where left out"),
     "role": honoured("`system` (or `developer`), `user`, `assistant`"),

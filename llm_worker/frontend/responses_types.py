@@ -7,9 +7,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from vitrine_vlm.embedding_transport.clients.media_options import ImageOptions
 from vitrine_vlm.llm_worker.engine.sampling_checks import MAX_LOGPROBS
 from vitrine_vlm.llm_worker.frontend.field_rules import FieldTable
-from vitrine_vlm.llm_worker.frontend.media_parts import ImagePart, MediaUrl
+from vitrine_vlm.llm_worker.frontend.media_parts import ImagePart, ImageUrl
 from vitrine_vlm.llm_worker.frontend.openai_types import (
     ContentPart,
     GenerationBody,
@@ -29,12 +30,13 @@ class InputText(RequestObject):
         return TextPart(type="text", text=self.text)
 
 
-class InputImage(RequestObject):
+class InputImage(ImageOptions):
     type: Literal["input_image"]
     image_url: str
 
     def part(self) -> ContentPart:
-        return ImagePart(type="image_url", image_url=MediaUrl(url=self.image_url))
+        options = self.model_dump(exclude={"type", "image_url"}, exclude_unset=True)
+        return ImagePart(type="image_url", image_url=ImageUrl(url=self.image_url), **options)
 
 
 class InputMessage(RequestObject):

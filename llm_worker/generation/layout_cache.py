@@ -35,10 +35,14 @@ class LayoutCache:
 
 
 def layout_keys(items: Sequence[MediaItem]) -> list[bytes | None]:
-    """Returns the keys of these items: all that their layouts depend on; None for an item without bytes.
+    """Returns the keys of these items: all that their layouts depend on; None for an item that is not all bytes.
 
     Hashes the items' bytes, which takes a while for videos.
     """
-    return [
-        None if item.data is None else f"{item.kind}:{item.video_fps}:".encode() + item.content_key for item in items
-    ]
+    return [f"{item.kind}:{item.options}:".encode() + item.content_key if _is_bytes(item) else None for item in items]
+
+
+def _is_bytes(item: MediaItem) -> bool:
+    if item.frames is not None:
+        return all(frame.data is not None for frame in item.frames)
+    return item.data is not None

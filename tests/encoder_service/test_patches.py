@@ -16,7 +16,7 @@ from vitrine_vlm.embedding_transport.wire.messages import item_to_proto
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from vitrine_vlm.types import MediaItem
 
-PICTURE, CLIP = (MediaItem(m.kind, data=m.data, video_fps=2.0) for m in (picture(1, 200, 120), clip(2, 96, 64, 21)))
+PICTURE, CLIP = (MediaItem(m.kind, data=m.data) for m in (picture(1, 200, 120), clip(2, 96, 64, 21)))
 
 
 async def encode(encoder: RunningEncoder, *items: MediaItem) -> list[encoder_pb2.EncodeResponse]:

@@ -132,6 +132,44 @@ async def test_media_by_url_and_videos(gateway: Gateway, media_server: MediaServ
     await all_released(encoder)
 
 
+async def test_options_and_lists_of_frames_go_to_the_encoder(gateway: Gateway, encoder: ServiceProcess) -> None:
+    small = {"min_pixels": 1024, "max_pixels": 2048}
+    plain, own = image(PICTURES[0]), image(PICTURES[0]) | small
+    seen = await answer(gateway, ask(plain, own, video(VIDEO, num_frames=2)))
+    grids = [next(iter(part[part["type"]].values())) for part in seen.media]
+    assert grids[0] == [1, 4, 6] and grids[1] == [1, 2, 2] and grids[2][0] == 1
+    assert len({part["uuid"] for part in seen.media}) == 3
+    kwargs = {"mm_processor_kwargs": small, "media_io_kwargs": {"video": {"num_frames": 2}}}
+    whole = await answer(gateway, ask(plain, image(PICTURES[0]) | {"max_pixels": 1 << 20}, video(VIDEO), **kwargs))
+    again = [next(iter(part[part["type"]].values())) for part in whole.media]
+    assert again[0] == grids[1] and again[1] == grids[0] and again[2][0] == 1
+    assert whole.media[0]["uuid"] == seen.media[1]["uuid"], "however the same options were given"
+    assert {name: whole.body[name] for name in kwargs} == dict.fromkeys(kwargs), "vLLM's hashes would depend on them"
+    jpegs = [data_url(each) for each in (PICTURES[0], PICTURES[0], PICTURES[0])]
+    joined = "data:video/jpeg;base64," + ",".join(each.partition(",")[2] for each in jpegs)
+    listed = await answer(gateway, ask({"type": "video", "video": jpegs, "fps": 1}, video(joined, fps=1)))
+    first, second = listed.media
+    assert first["uuid"] == second["uuid"] and first["video_embeds"] == second["video_embeds"]
+    assert first["video_embeds"]["timestamps"] == [0.5, 2.0]
+    await all_released(encoder)
+
+
+@pytest.mark.parametrize(
+    ("part", "fields", "param"),
+    [
+        (image(PICTURES[0]) | {"max_pixels": "9"}, {}, "messages[0].content[0].max_pixels"),
+        (video(VIDEO, fps=1, nframes=2), {}, "messages[0].content[0].video_url.fps"),
+        (image(PICTURES[0]), {"mm_processor_kwargs": {"patch_size": 14}}, "mm_processor_kwargs.patch_size"),
+        (image(PICTURES[0]), {"mm_processor_kwargs": [1]}, "mm_processor_kwargs"),
+        (video(VIDEO), {"media_io_kwargs": {"video": {"frames_indices": [1]}}}, "media_io_kwargs.video.frames_indices"),
+    ],
+)
+async def test_options_that_encoders_do_not_have_are_refused(
+    gateway: Gateway, part: dict[str, Any], fields: dict[str, Any], param: str
+) -> None:
+    assert await refused(gateway, ask(part, **fields)) == (400, "invalid_request", param)
+
+
 async def test_equal_pictures_have_one_id_in_one_request_and_from_turn_to_turn(
     gateway: Gateway, encoder: ServiceProcess
 ) -> None:

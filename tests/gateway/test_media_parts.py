@@ -10,7 +10,7 @@ import pytest
 
 from vitrine_vlm.errors import BadRequest, TooManyItems
 from vitrine_vlm.gateway.media_parts import ChatBody, parse_chat
-from vitrine_vlm.types import MediaItem
+from vitrine_vlm.types import MediaItem, MediaOptions
 
 URL = "https://example.com/a.png"
 DATA = "data:image/png;base64," + base64.b64encode(b"\x89PNG...").decode()
@@ -39,7 +39,10 @@ def replaced(chat: ChatBody) -> str:
         ({"image_url": URL}, MediaItem("image", url=URL)),
         ({"type": "text", "image_url": URL, "uuid": "mine"}, MediaItem("image", url=URL)),
         ({"type": "video_url", "video_url": {"url": URL}}, MediaItem("video", url=URL)),
-        ({"type": "video_url", "video_url": {"url": URL, "fps": 4}}, MediaItem("video", url=URL, video_fps=4.0)),
+        (
+            {"type": "video_url", "video_url": {"url": URL, "fps": 4}},
+            MediaItem("video", url=URL, options=MediaOptions(fps=4.0)),
+        ),
         ({"video_url": URL}, MediaItem("video", url=URL)),
     ],
 )
@@ -57,6 +60,27 @@ def test_only_the_parts_change() -> None:
     new = '{"detail": 1.0e0, "type": "image_embeds", "image_embeds": {"image_grid_thw": [1, 2, 4]}, "uuid": "id-0"}'
     assert text == f'{begin}{new}{end}, "ec_transfer_params": {{"id-0": {{"ticket": "00"}}}}}}'
     json.loads(text)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_options_of_the_request_become_null(order: int) -> None:
+    options = [
+        '"mm_processor_kwargs" : {"max_pixels": 9, "fps": 2}',
+        '"media_io_kwargs": {"video": {"num_frames": -1}}',
+    ]
+    members = [options[0], f'"messages": {json.dumps([{"content": [image()]}])}', '"n": 1.0', options[1]]
+    chat = parse_chat(("{" + ", ".join(members[::order]) + "}").encode(), 4)
+    assert chat.parts[0].item == MediaItem("image", url=URL, options=MediaOptions(max_pixels=9))
+    new = '{"type": "image_embeds", "image_embeds": {"image_grid_thw": [1, 2, 4]}, "uuid": "id-0"}'
+    null = [
+        '"mm_processor_kwargs" : null',
+        f'"messages": [{{"content": [{new}]}}]',
+        '"n": 1.0',
+        '"media_io_kwargs": null',
+    ]
+    assert replaced(chat) == "{" + ", ".join(null[::order]) + ', "ec_transfer_params": {"id-0": {"ticket": "00"}}}'
+    untouched = ("{" + ", ".join(options) + ', "messages": []}').encode()
+    assert not parse_chat(untouched, 4).parts
 
 
 def test_parts_of_all_messages_are_found_in_their_order() -> None:

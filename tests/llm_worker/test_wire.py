@@ -1,11 +1,17 @@
-"""Sampling parameters over gRPC: every field arrives as it was sent, and clients that know none of them still work."""
+"""Requests over gRPC: every field arrives as it was sent, and clients that know none of them still work."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
+import pytest
+
+from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.llm_worker.engine.request import SamplingParams
 from vitrine_vlm.llm_worker.prompt.sampling_defaults import SamplingDefaults
-from vitrine_vlm.llm_worker.wire import generation_from_proto, sampling_to_proto
+from vitrine_vlm.llm_worker.wire import generation_from_proto, prompt_to_proto, sampling_to_proto
 from vitrine_vlm.protos.llm.v1 import llm_pb2
+from vitrine_vlm.types import MAX_LISTED_FRAMES, MediaItem, MediaOptions
 
 DEFAULTS = SamplingDefaults(0.7, 0.8, 20, frozenset([258]), repetition_penalty=1.05, min_p=0.1)
 EVERY_FIELD = SamplingParams(
@@ -65,3 +71,37 @@ def test_fields_of_text_arrive_and_are_left_out_by_old_clients() -> None:
     sent = llm_pb2.SamplingParams(include_stop_str_in_output=True, skip_special_tokens=False, truncate_prompt_tokens=-1)
     new = generation_from_proto("", prompt, sent, DEFAULTS)
     assert (new.include_stop_str_in_output, new.skip_special_tokens, new.truncate_prompt_tokens) == (True, False, -1)
+
+
+def media_sent(*items: MediaItem) -> tuple[MediaItem, ...]:
+    prompt = llm_pb2.Prompt.FromString(prompt_to_proto([1], items).SerializeToString())
+    return generation_from_proto("", prompt, llm_pb2.SamplingParams(), DEFAULTS).media
+
+
+def test_options_and_frames_of_media_arrive() -> None:
+    options = MediaOptions(1, 2**40, 0.5, 4, 5, 6, False, 0.0, 2.5)
+    assert None not in asdict(options).values(), "a field is not tried"
+    frames = (MediaItem("image", data=b""), MediaItem("image", url="http://a"))
+    items = (
+        MediaItem("image", data=b"x"),
+        MediaItem("video", url="http://a", options=options),
+        MediaItem("video", frames=frames, options=MediaOptions(fps=2.0)),
+    )
+    assert media_sent(*items) == items
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        llm_pb2.MediaItem(kind=llm_pb2.MEDIA_KIND_VIDEO),
+        llm_pb2.MediaItem(kind=llm_pb2.MEDIA_KIND_VIDEO, frames=llm_pb2.Frames()),
+        llm_pb2.MediaItem(
+            kind=llm_pb2.MEDIA_KIND_VIDEO, frames=llm_pb2.Frames(frames=[llm_pb2.Frame()] * (MAX_LISTED_FRAMES + 1))
+        ),
+        llm_pb2.MediaItem(kind=llm_pb2.MEDIA_KIND_IMAGE, frames=llm_pb2.Frames(frames=[llm_pb2.Frame(data=b"x")])),
+    ],
+    ids=["no source", "no frames", "many frames", "frames of an image"],
+)
+def test_media_without_a_source_are_refused(item: llm_pb2.MediaItem) -> None:
+    with pytest.raises(BadRequest, match="media item 0"):
+        generation_from_proto("", llm_pb2.Prompt(text="x", media=[item]), llm_pb2.SamplingParams(), DEFAULTS)

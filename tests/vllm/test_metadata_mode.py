@@ -14,6 +14,7 @@ from tests.vllm.fleet import TENANT_HEADER, TRANSPORTS, VllmFleet, abort_all, st
 from tests.vllm.questions import Answers, Question, Questions, References, random_questions
 from tests.vllm.server import Answer, Client
 from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
+from vitrine_vlm.sample_models.reference import Reference
 from vitrine_vlm.types import Layout, MediaItem
 
 NUM_ABORTED = 100
@@ -90,6 +91,24 @@ async def test_tenants_share_no_rows(fleet: VllmFleet, references: References) -
             assert answer.token_ids == question.expected(references[fleet.name])
             assert await fleet.connector_items("delivered") == delivered + tenants_seen
             assert await fleet.encoder_total("cache_lookups_total", result="miss") == misses + tenants_seen
+
+
+@on_both_families
+async def test_options_of_the_request_reach_the_encoder_and_no_cache_mixes_them_up(fleet: VllmFleet) -> None:
+    factor = factor_of(fleet.folder)
+    question = Question((picture(994, 6 * factor, 5 * factor), "What is it?"))
+    bounds = {"min_pixels": factor**2, "max_pixels": 7 * factor**2}
+    small = Reference(fleet.folder)
+    small.image_processor.size = {"shortest_edge": bounds["min_pixels"], "longest_edge": bounds["max_pixels"]}
+    expected = [question.expected(Reference(fleet.folder)), question.expected(small)]
+    assert expected[0] != expected[1]
+    async with fleet.client() as client:
+        for _ in range(2):
+            whole = await client.ask(question)
+            sized = await client.ask(question, mm_processor_kwargs=bounds)
+            again = await client.ask(question, mm_processor_kwargs={}, media_io_kwargs={"video": {"num_frames": -1}})
+            assert [each.error for each in (whole, sized, again)] == [""] * 3
+            assert [whole.token_ids, sized.token_ids, again.token_ids] == [*expected, expected[0]]
 
 
 @pytest.mark.usefixtures("connector_metrics")

@@ -93,6 +93,7 @@ class DescribeResponse(_message.Message):
     protocol_minor_version: _builtins.int
     """Grows with additions that peers of the same protocol_version may leave unused:
       1: patches and tickets as sources, layout_only, tickets in Release
+      2: frames as a source, options
     """
     instance_id: _builtins.str
     """Names this process; another one after each start. A ticket is claimed at the encoder that has this id."""
@@ -476,7 +477,9 @@ class MediaItem(_message.Message):
     DATA_FIELD_NUMBER: _builtins.int
     PATCHES_FIELD_NUMBER: _builtins.int
     TICKET_FIELD_NUMBER: _builtins.int
+    FRAMES_FIELD_NUMBER: _builtins.int
     VIDEO_FPS_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
     kind: Global___MediaKind.ValueType
     url: _builtins.str
     """http:, https:, data: or file: (only below the encoder's allowed folder)."""
@@ -485,10 +488,18 @@ class MediaItem(_message.Message):
     ticket: _builtins.bytes
     """Claims the rows of an earlier Layout of this encoder and tenant; see EncodeRequest.layout_only."""
     video_fps: _builtins.float
-    """Video only: frames sampled per second, 0 for the model's default."""
+    """Video only: frames sampled per second, 0 for the model's default. Of a list, the rate at which its frames were taken."""
     @_builtins.property
     def patches(self) -> Global___Patches:
         """Patches that the caller has cut already."""
+
+    @_builtins.property
+    def frames(self) -> Global___Frames:
+        """A video as the list of its frames, none of which is left out."""
+
+    @_builtins.property
+    def options(self) -> Global___MediaOptions:
+        """How the item is sized and sampled; not with patches or a ticket. Unset fields: as the checkpoint's processor says."""
 
     def __init__(
         self,
@@ -498,17 +509,145 @@ class MediaItem(_message.Message):
         data: _builtins.bytes = ...,
         patches: Global___Patches | None = ...,
         ticket: _builtins.bytes = ...,
+        frames: Global___Frames | None = ...,
         video_fps: _builtins.float = ...,
+        options: Global___MediaOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "patches", b"patches", "source", b"source", "ticket", b"ticket", "url", b"url"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "frames", b"frames", "options", b"options", "patches", b"patches", "source", b"source", "ticket", b"ticket", "url", b"url"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "kind", b"kind", "patches", b"patches", "source", b"source", "ticket", b"ticket", "url", b"url", "video_fps", b"video_fps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "frames", b"frames", "kind", b"kind", "options", b"options", "patches", b"patches", "source", b"source", "ticket", b"ticket", "url", b"url", "video_fps", b"video_fps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["url", "data", "patches", "ticket"]  # noqa: Y015
+    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["url", "data", "patches", "ticket", "frames"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_source) -> _WhichOneofReturnType_source | None: ...
 
 Global___MediaItem: _TypeAlias = MediaItem  # noqa: Y015
+
+@_typing.final
+class Frames(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FRAMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def frames(self) -> _containers.RepeatedCompositeFieldContainer[Global___Frame]:
+        """In the order of their times, all of one size."""
+
+    def __init__(
+        self,
+        *,
+        frames: _abc.Iterable[Global___Frame] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frames", b"frames"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Frames: _TypeAlias = Frames  # noqa: Y015
+
+@_typing.final
+class Frame(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URL_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    url: _builtins.str
+    """As in MediaItem."""
+    data: _builtins.bytes
+    """The encoded picture itself."""
+    def __init__(
+        self,
+        *,
+        url: _builtins.str = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "source", b"source", "url", b"url"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "source", b"source", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["url", "data"]  # noqa: Y015
+    _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_source) -> _WhichOneofReturnType_source | None: ...
+
+Global___Frame: _TypeAlias = Frame  # noqa: Y015
+
+@_typing.final
+class MediaOptions(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIN_PIXELS_FIELD_NUMBER: _builtins.int
+    MAX_PIXELS_FIELD_NUMBER: _builtins.int
+    NUM_FRAMES_FIELD_NUMBER: _builtins.int
+    MIN_FRAMES_FIELD_NUMBER: _builtins.int
+    MAX_FRAMES_FIELD_NUMBER: _builtins.int
+    SAMPLED_FIELD_NUMBER: _builtins.int
+    START_S_FIELD_NUMBER: _builtins.int
+    END_S_FIELD_NUMBER: _builtins.int
+    min_pixels: _builtins.int
+    """Bounds of an image's area after resizing; of a video as ProcessorSettings says. In pixels."""
+    max_pixels: _builtins.int
+    num_frames: _builtins.int
+    """The others are of videos that are no list of frames.
+    Frames sampled in all, instead of video_fps.
+    """
+    min_frames: _builtins.int
+    """Bounds of the number of frames that are sampled by a rate."""
+    max_frames: _builtins.int
+    sampled: _builtins.bool
+    """False takes every frame."""
+    start_s: _builtins.float
+    """The part of the video that is looked at, in seconds from its start."""
+    end_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        min_pixels: _builtins.int | None = ...,
+        max_pixels: _builtins.int | None = ...,
+        num_frames: _builtins.int | None = ...,
+        min_frames: _builtins.int | None = ...,
+        max_frames: _builtins.int | None = ...,
+        sampled: _builtins.bool | None = ...,
+        start_s: _builtins.float | None = ...,
+        end_s: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_end_s", b"_end_s", "_max_frames", b"_max_frames", "_max_pixels", b"_max_pixels", "_min_frames", b"_min_frames", "_min_pixels", b"_min_pixels", "_num_frames", b"_num_frames", "_sampled", b"_sampled", "_start_s", b"_start_s", "end_s", b"end_s", "max_frames", b"max_frames", "max_pixels", b"max_pixels", "min_frames", b"min_frames", "min_pixels", b"min_pixels", "num_frames", b"num_frames", "sampled", b"sampled", "start_s", b"start_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end_s", b"_end_s", "_max_frames", b"_max_frames", "_max_pixels", b"_max_pixels", "_min_frames", b"_min_frames", "_min_pixels", b"_min_pixels", "_num_frames", b"_num_frames", "_sampled", b"_sampled", "_start_s", b"_start_s", "end_s", b"end_s", "max_frames", b"max_frames", "max_pixels", b"max_pixels", "min_frames", b"min_frames", "min_pixels", b"min_pixels", "num_frames", b"num_frames", "sampled", b"sampled", "start_s", b"start_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__end_s: _TypeAlias = _typing.Literal["end_s"]  # noqa: Y015
+    _WhichOneofArgType__end_s: _TypeAlias = _typing.Literal["_end_s", b"_end_s"]  # noqa: Y015
+    _WhichOneofReturnType__max_frames: _TypeAlias = _typing.Literal["max_frames"]  # noqa: Y015
+    _WhichOneofArgType__max_frames: _TypeAlias = _typing.Literal["_max_frames", b"_max_frames"]  # noqa: Y015
+    _WhichOneofReturnType__max_pixels: _TypeAlias = _typing.Literal["max_pixels"]  # noqa: Y015
+    _WhichOneofArgType__max_pixels: _TypeAlias = _typing.Literal["_max_pixels", b"_max_pixels"]  # noqa: Y015
+    _WhichOneofReturnType__min_frames: _TypeAlias = _typing.Literal["min_frames"]  # noqa: Y015
+    _WhichOneofArgType__min_frames: _TypeAlias = _typing.Literal["_min_frames", b"_min_frames"]  # noqa: Y015
+    _WhichOneofReturnType__min_pixels: _TypeAlias = _typing.Literal["min_pixels"]  # noqa: Y015
+    _WhichOneofArgType__min_pixels: _TypeAlias = _typing.Literal["_min_pixels", b"_min_pixels"]  # noqa: Y015
+    _WhichOneofReturnType__num_frames: _TypeAlias = _typing.Literal["num_frames"]  # noqa: Y015
+    _WhichOneofArgType__num_frames: _TypeAlias = _typing.Literal["_num_frames", b"_num_frames"]  # noqa: Y015
+    _WhichOneofReturnType__sampled: _TypeAlias = _typing.Literal["sampled"]  # noqa: Y015
+    _WhichOneofArgType__sampled: _TypeAlias = _typing.Literal["_sampled", b"_sampled"]  # noqa: Y015
+    _WhichOneofReturnType__start_s: _TypeAlias = _typing.Literal["start_s"]  # noqa: Y015
+    _WhichOneofArgType__start_s: _TypeAlias = _typing.Literal["_start_s", b"_start_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__end_s) -> _WhichOneofReturnType__end_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_frames) -> _WhichOneofReturnType__max_frames | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_pixels) -> _WhichOneofReturnType__max_pixels | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_frames) -> _WhichOneofReturnType__min_frames | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_pixels) -> _WhichOneofReturnType__min_pixels | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_frames) -> _WhichOneofReturnType__num_frames | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sampled) -> _WhichOneofReturnType__sampled | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__start_s) -> _WhichOneofReturnType__start_s | None: ...
+
+Global___MediaOptions: _TypeAlias = MediaOptions  # noqa: Y015
 
 @_typing.final
 class Patches(_message.Message):

@@ -27,7 +27,7 @@ from vitrine_vlm.errors import (
 )
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 from vitrine_vlm.service_runtime.supervisor import Supervisor
-from vitrine_vlm.types import EncodeEvent, Layout, LayoutEvent, MediaItem, Patches, RowsEvent, Ticket
+from vitrine_vlm.types import EncodeEvent, Layout, LayoutEvent, MediaItem, MediaOptions, Patches, RowsEvent, Ticket
 
 
 @asynccontextmanager
@@ -253,6 +253,46 @@ NEW_ITEMS = {
     "patches": MediaItem("image", patches=Patches(b"0", "uint8", False, (1, 2, 2))),
     "ticket": MediaItem("image", ticket=Ticket("encoder", bytes(16))),
 }
+
+
+class LastMinor(StubServicer):
+    """Describes itself as an encoder of minor version 1."""
+
+    async def Describe(self, request, context):  # type: ignore[no-untyped-def]
+        description = await super().Describe(request, context)
+        description.protocol_minor_version = 1
+        return description
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        MediaItem("image", data=b"5", options=MediaOptions(max_pixels=4096)),
+        MediaItem("video", frames=(MediaItem("image", data=b"5"),)),
+    ],
+    ids=["options", "frames"],
+)
+async def test_an_encoder_without_options_gets_no_item_that_has_some(
+    encoders: list[RunningEncoder], tmp_path: Path, item: MediaItem
+) -> None:
+    identity = replace(IDENTITY, model=encoders[0].identity.model)
+    async with running_stub(tmp_path, identity, servicer_class=LastMinor) as (address, servicer, _):
+        async with client_of(tmp_path, address) as client:
+            with pytest.raises(EncoderMismatch, match=f"version 1.2 of the protocol, but {address} has 1.1: update"):
+                await rows_of(client, item)
+            assert servicer.num_encodes == 0
+            # A rate alone, which it knows, is no hindrance.
+            rate = MediaItem("image", data=b"5", options=MediaOptions(fps=2.0))
+            async with aclosing(client.encode([rate], "r")) as events:
+                async for event in events:
+                    if isinstance(event, RowsEvent):
+                        event.rows.release()
+            assert servicer.num_encodes == 1
+        async with client_of(tmp_path, address, encoders[0].address) as client:
+            for seed in range(6):
+                options = MediaOptions(max_pixels=4096 + seed)
+                assert await rows_of(client, MediaItem("image", data=png(64, 64, seed), options=options))
+        assert servicer.num_encodes == 1
 
 
 async def test_an_older_encoder_is_named_with_what_to_do(tmp_path: Path) -> None:

@@ -7,15 +7,19 @@ import math
 from collections import Counter
 
 from vitrine_vlm.embedding_transport.fleet.content_routing import ranked
-from vitrine_vlm.types import MediaItem
+from vitrine_vlm.types import MediaItem, MediaOptions
 
 ADDRESSES = [f"10.0.0.{number}:50051" for number in range(5)]
 KEYS = [hashlib.sha256(bytes([number])).digest() for number in range(200)]
 
 
-def test_the_key_is_of_the_content_alone() -> None:
+def test_the_key_is_of_content_and_options() -> None:
     picture = MediaItem("image", data=b"picture")
-    assert picture.content_key == MediaItem("video", data=b"picture", video_fps=2.0).content_key
+    assert picture.content_key == MediaItem("video", data=b"picture").content_key
+    keys = {MediaItem("image", data=b"picture", options=MediaOptions(max_pixels=each)).content_key for each in (1, 2)}
+    frames = (MediaItem("image", data=b"a"), MediaItem("image", data=b"b"))
+    keys |= {MediaItem("video", frames=each).content_key for each in (frames, frames[::-1], frames[:1])}
+    assert len(keys | {picture.content_key}) == 6
     assert MediaItem("image", url="http://host/a").content_key != MediaItem("image", url="http://host/b").content_key
 
 

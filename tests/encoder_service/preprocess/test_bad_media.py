@@ -26,6 +26,7 @@ from vitrine_vlm.errors import (
     NotAnImage,
     NotAVideo,
 )
+from vitrine_vlm.types import MediaOptions
 
 LIMITS = MediaLimits(max_pixels=1_000_000, max_frames=50)
 
@@ -180,7 +181,7 @@ def test_video_with_too_many_pixels(preprocessor: Preprocessor, tmp_path: Path) 
 @pytest.mark.parametrize("video_fps", [0.0, -1.0, float("nan"), float("inf")])
 def test_bad_video_fps(preprocessor: Preprocessor, video_fps: float) -> None:
     with pytest.raises(MediaError, match="video_fps"):
-        preprocessor.open("video", video(5), video_fps)
+        preprocessor.open("video", video(5), MediaOptions(fps=video_fps))
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])

@@ -18,7 +18,7 @@ from vitrine_vlm.encoder_service.media.limits import MediaLimits
 from vitrine_vlm.encoder_service.preprocess.preprocessor import Preprocessor
 from vitrine_vlm.errors import MediaError, MediaTooLarge
 from vitrine_vlm.model_loading.checkpoint import open_checkpoint
-from vitrine_vlm.types import MediaItem, Patches
+from vitrine_vlm.types import MediaItem, MediaOptions, Patches
 
 # 2 x 4 x 6 patches of 3 * 2 * 16 ** 2 values
 GOOD = given("video", torch.zeros(48, 1536, dtype=torch.uint8), (2, 4, 6), normalized=False, times=(0.25, 1.25))
@@ -33,7 +33,7 @@ def preprocessor(tmp_path: Path) -> Preprocessor:
 def test_they_become_what_the_media_become(tower_folder: Path, media: MediaItem) -> None:
     preprocessor = Preprocessor(processor_settings(open_checkpoint(str(tower_folder))), MediaLimits())
     item = MediaItem(media.kind, data=media.data)
-    opened = preprocessor.open(item.kind, media.data or b"", video_fps=2.0)
+    opened = preprocessor.open(item.kind, media.data or b"", MediaOptions(fps=2.0))
     times = opened.layout.timestamps_s
     for dtype, accuracy in (("uint8", 0), ("float32", 0), ("bfloat16", 2**-8), ("float16", 2**-11)):
         patches = patches_of(tower_folder, item, dtype, times)

@@ -14,7 +14,8 @@ from tests.encoder_service.preprocess.samples import IMAGE_CONFIGS, VIDEO_CONFIG
 from vitrine_vlm.encoder_service.preprocess.frame_sampling import sample_frames, second_per_grid_t, timestamps_s
 from vitrine_vlm.encoder_service.preprocess.settings import ProcessorSettings
 from vitrine_vlm.encoder_service.preprocess.smart_resize import resized_image_size, resized_video_size
-from vitrine_vlm.errors import BadAspectRatio
+from vitrine_vlm.errors import BadAspectRatio, MediaError
+from vitrine_vlm.types import MediaOptions
 
 
 @pytest.fixture(params=["qwen3_vl", "qwen2_5_vl", "qwen3_omni_moe"])
@@ -81,7 +82,7 @@ def test_sampled_frames_equal_transformers(
             expected = processor.sample_frames(metadata, fps=video_fps or 2).tolist()
             # Where float32 rounding takes the reference past the last frame it would fail to read it.
             expected = [min(index, num_frames - 1) for index in expected]
-            indices = sample_frames(family_settings, num_frames, source_fps, video_fps)
+            indices = sample_frames(family_settings, num_frames, source_fps, MediaOptions(fps=video_fps))
             assert indices == expected, (num_frames, source_fps)
 
             metadata.frames_indices = indices
@@ -92,7 +93,11 @@ def test_sampled_frames_equal_transformers(
 
 def test_one_frame_and_every_frame(family_settings: ProcessorSettings) -> None:
     assert sample_frames(family_settings, 1, 30.0) == [0]
-    assert sample_frames(family_settings, 4, 0.01, 1e308) == [0, 1, 2, 3]
+    assert sample_frames(family_settings, 4, 0.01, MediaOptions(fps=1e308)) == [0, 1, 2, 3]
     unsampled = ProcessorSettings(**{**vars(family_settings), "video_fps": 0.0})
     assert sample_frames(unsampled, 5, 30.0) == [0, 1, 2, 3, 4]
     assert timestamps_s([0, 1, 2], 2.0, 2) == (0.25, 1.0)
+    assert len(sample_frames(unsampled, 5, 30.0, MediaOptions(num_frames=2))) == 2
+    for needs_a_rate in (MediaOptions(sampled=True), MediaOptions(min_frames=2), MediaOptions(max_frames=2)):
+        with pytest.raises(MediaError, match="names no rate"):
+            sample_frames(unsampled, 5, 30.0, needs_a_rate)

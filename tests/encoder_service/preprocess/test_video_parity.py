@@ -16,6 +16,7 @@ from tests.encoder_service.preprocess import reference
 from tests.encoder_service.preprocess.samples import IMAGE_CONFIGS, VIDEO_CONFIGS, settings, video
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
 from vitrine_vlm.encoder_service.preprocess.preprocessor import Preprocessor
+from vitrine_vlm.types import MediaOptions
 
 
 @pytest.fixture(params=["qwen3_vl", "qwen2_5_vl"])
@@ -42,7 +43,7 @@ def _assert_equals_transformers(
 ) -> None:
     config = config or VIDEO_CONFIGS[family]
     opened = Preprocessor(settings(folder, family, IMAGE_CONFIGS[family], config), MediaLimits()).open(
-        "video", data, video_fps
+        "video", data, MediaOptions(fps=video_fps)
     )
     expected = reference.video_processor(family, config)(
         videos=[frames_TCHW],

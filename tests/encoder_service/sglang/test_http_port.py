@@ -18,6 +18,7 @@ from tests.encoder_service.sglang.running_port import Answer, Port, Receiver, da
 from tests.encoder_service.sglang.test_pickle_frame import opcodes
 from tests.integration.media import clip
 from tests.integration.media_server import serve_media
+from vitrine_vlm.types import MediaOptions
 
 PART = "r_local_part_0"
 
@@ -118,7 +119,8 @@ async def test_videos_carry_their_times(family: str, tmp_path: Path, request: py
         items = [data_uri(videos[0], "video/mp4"), {"url": data_uri(videos[1], "video/mp4"), "fps": 4.0}]
         assert await port.post("/encode", encode_body(*items, modality="VIDEO")) == Answer(200, None)
         header, rows = await receiver.read()
-        opened = [encoder.preprocessor.open("video", videos[0]), encoder.preprocessor.open("video", videos[1], 4.0)]
+        rates = [MediaOptions(), MediaOptions(fps=4.0)]
+        opened = [encoder.preprocessor.open("video", each, rate) for each, rate in zip(videos, rates, strict=True)]
         assert opened[1].layout != encoder.preprocessor.open("video", videos[1]).layout, "fps changes nothing here"
         floats = [argument for name, argument in opcodes(header) if name == "BINFLOAT"]
         times = [time for each in opened for time in each.layout.timestamps_s]

@@ -79,7 +79,7 @@ def test_chat_becomes_a_prompt_with_its_media_in_order(qwen3_vl_folder: Path) ->
         text.index("S") < text.index("A") < text.index("<|image_pad|>") < text.index("<|video_pad|>") < text.index("B<")
     )
     image, video = generation.media
-    assert (image.kind, image.data, video.kind, video.url, video.video_fps) == (
+    assert (image.kind, image.data, video.kind, video.url, video.options.fps) == (
         "image",
         b"bytes of a picture",
         "video",

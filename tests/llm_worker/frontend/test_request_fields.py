@@ -96,7 +96,8 @@ NEUTRAL: dict[str, Any] = {
     "bad_words": [],
     "logprob_token_ids": [],
     "chat_template_kwargs": {},
-    "mm_processor_kwargs": {"max_pixels": None},
+    "mm_processor_kwargs": {"max_pixels": None, "do_resize": True, "videos_kwargs": {"do_sample_frames": True}},
+    "media_io_kwargs": {"video": {"num_frames": -1}, "image": {}},
 }
 # Each would change the answer, and did nothing once.
 REFUSED: dict[str, Any] = {
@@ -105,8 +106,6 @@ REFUSED: dict[str, Any] = {
     "tool_choice": "required",
     "guided_choice": ["yes", "no"],
     "structured_outputs": {"choice": ["yes", "no"]},
-    "mm_processor_kwargs": {"max_pixels": 4096},
-    "media_io_kwargs": {"video": {"num_frames": 4}},
     "chat_template_kwargs": {"add_vision_id": True},
     "chat_template": "{{ 'hi' }}",
     "add_generation_prompt": False,
@@ -160,10 +159,12 @@ def test_what_would_change_the_answer_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("part", "param"),
     [
-        ({"type": "image_url", "image_url": {"url": "http://a"}, "max_pixels": 4096}, "max_pixels"),
-        ({"type": "image_url", "image_url": {"url": "http://a", "min_pixels": 4096}}, "image_url.min_pixels"),
-        ({"type": "video_url", "video_url": {"url": "http://a"}, "nframes": 4}, "nframes"),
-        ({"type": "video_url", "video_url": {"url": "http://a", "max_frames": 4}}, "video_url.max_frames"),
+        ({"type": "image_url", "image_url": {"url": "http://a"}, "resized_width": 64}, "resized_width"),
+        ({"type": "image_url", "image_url": {"url": "http://a", "fps": 2}}, "image_url.fps"),
+        ({"type": "video_url", "video_url": {"url": "http://a"}, "total_pixels": 4096}, "total_pixels"),
+        ({"type": "video_url", "video_url": {"url": "http://a", "sample_fps": 4}}, "video_url.sample_fps"),
+        ({"type": "video", "video": ["http://a"], "max_image_tokens": 4}, "max_image_tokens"),
+        ({"type": "text", "text": "?", "max_pixels": 4}, "max_pixels"),
         ({"type": "image_url", "image_url": {"url": "http://a"}, "modalities": "video"}, "modalities"),
         ({"type": "image_url", "image_url": {"url": "http://a", "detail": 5}}, "image_url.detail"),
     ],

@@ -26,7 +26,13 @@ from vitrine_vlm.llm_worker.frontend.responses_types import ResponsesRequest
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD"}}
 VIDEO = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,QUJD", "fps": 1}}
-MESSAGES = [{"role": "user", "content": [{"type": "text", "text": "?"}, IMAGE, VIDEO]}]
+FRAMES = {"type": "video", "video": ["data:image/png;base64,QUJD", "http://a"], "fps": 1, "size": {}}
+MESSAGES = [{"role": "user", "content": [{"type": "text", "text": "?"}, IMAGE, VIDEO, FRAMES]}]
+# With tables of their own inside.
+OPTIONS = {
+    "mm_processor_kwargs": {"size": {}, "images_kwargs": {}, "videos_kwargs": {"size": {}}},
+    "media_io_kwargs": {"video": {}},
+}
 INPUT = [
     {
         "role": "user",
@@ -35,7 +41,7 @@ INPUT = [
     {"role": "assistant", "content": [{"type": "output_text", "text": "!"}]},
 ]
 ROUTES: dict[str, tuple[type[RequestBody], dict[str, Any]]] = {
-    "/v1/chat/completions": (ChatRequest, {"model": "m", "messages": MESSAGES, "stream_options": {}}),
+    "/v1/chat/completions": (ChatRequest, {"model": "m", "messages": MESSAGES, "stream_options": {}, **OPTIONS}),
     "/v1/completions": (
         CompletionRequest,
         {"model": "m", "prompt": "Hi", "media": [IMAGE], "stream_options": {}},

@@ -36,7 +36,7 @@ from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 from vitrine_vlm.protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
 from vitrine_vlm.service_runtime.grpc_channel import CHANNEL_OPTIONS
 from vitrine_vlm.service_runtime.supervisor import Supervisor
-from vitrine_vlm.types import ItemTimings, MediaItem, RowsEvent
+from vitrine_vlm.types import ItemTimings, MediaItem, MediaOptions, RowsEvent
 
 FORMAT = KvFormat("model", "revision", "qwen3_vl", "float32", num_layers=2, num_key_value_heads=1, head_dim=4)
 NUM_TOKENS, MAX_TOKENS = 5, 8
@@ -128,7 +128,7 @@ async def connected(
 
 def request(**sampling: object) -> GenerationRequest:
     params = replace(SamplingParams(temperature=0.5, seed=-1, stop_token_ids=frozenset([9])), **sampling)  # type: ignore[arg-type]
-    return GenerationRequest("request", [1, 2], (MediaItem("image", data=b"x", video_fps=2.0),), params)
+    return GenerationRequest("request", [1, 2], (MediaItem("image", data=b"x", options=MediaOptions(fps=2.0)),), params)
 
 
 async def ask(
