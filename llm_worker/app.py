@@ -32,7 +32,13 @@ from vitrine_vlm.llm_worker.generation.generation import Generator, MakeInputs
 from vitrine_vlm.llm_worker.generation.layout_cache import LayoutCache
 from vitrine_vlm.llm_worker.generation.request_inputs import PromptContext
 from vitrine_vlm.llm_worker.generation.served_model import ServedModel
-from vitrine_vlm.llm_worker.loading import LoadedModel, choose_runner, engine_config, load_model
+from vitrine_vlm.llm_worker.loading import (
+    LoadedModel,
+    choose_runner,
+    engine_config,
+    load_model,
+    make_grammar_compiler,
+)
 from vitrine_vlm.llm_worker.metrics import LlmMetrics
 from vitrine_vlm.llm_worker.prefill.client import PrefillClient
 from vitrine_vlm.llm_worker.prefill.kv_format import KvFormat
@@ -135,7 +141,10 @@ async def serve(config: LlmConfig) -> None:
             config, model, kv_format, limits.max_model_len, metrics, supervisor
         )
         stack.push_async_callback(fleet_client.close)
-        context = PromptContext(engine, model.prompt_config, model.tokenizer)
+        grammars = await asyncio.to_thread(make_grammar_compiler, model)
+        if grammars is not None:
+            stack.callback(grammars.close)
+        context = PromptContext(engine, model.prompt_config, model.tokenizer, grammars)
         generator = Generator(context, make_inputs, config.max_items)
         metrics.watch_engine(engine.stats)
         freeze_gc()

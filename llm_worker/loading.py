@@ -11,6 +11,7 @@ import torch
 
 from vitrine_vlm.llm_worker.config import LlmConfig
 from vitrine_vlm.llm_worker.engine.config import EngineConfig
+from vitrine_vlm.llm_worker.engine.grammar_compiler import GrammarCompiler
 from vitrine_vlm.llm_worker.engine.kv_memory import kv_tokens_that_fit
 from vitrine_vlm.llm_worker.engine.runner import MakeRunner, PlainRunner
 from vitrine_vlm.llm_worker.families import build_decoder, family_of
@@ -51,6 +52,14 @@ def rank_device(config: LlmConfig, rank: int) -> torch.device:
     if rank >= num_visible:
         raise CheckpointError(f"--tp {config.tp} needs as many GPUs, visible are {num_visible}")
     return torch.device("cuda", rank)
+
+
+def make_grammar_compiler(model: LoadedModel) -> GrammarCompiler | None:
+    """None for a model without a tokenizer. Takes a second for a large vocabulary, in which no other thread runs."""
+    if model.tokenizer is None:
+        return None
+    vocab_size = model.decoder.config.vocab_size
+    return GrammarCompiler(model.tokenizer.for_grammars(vocab_size, model.defaults.eos_token_ids))
 
 
 def load_model(

@@ -8,6 +8,14 @@ from dataclasses import asdict
 
 from vitrine_vlm.embedding_transport.wire.messages import options_from_message, options_to_fields
 from vitrine_vlm.errors import BadRequest
+from vitrine_vlm.llm_worker.engine.grammar import (
+    ChoiceGrammar,
+    EbnfGrammar,
+    Grammar,
+    JsonGrammar,
+    RegexGrammar,
+    ToolGrammar,
+)
 from vitrine_vlm.llm_worker.engine.request import SamplingParams, TokenLogprobs
 from vitrine_vlm.llm_worker.generation.events import (
     Delta,
@@ -48,6 +56,7 @@ def generation_from_proto(
         include_stop_str_in_output=sampling.include_stop_str_in_output,
         skip_special_tokens=sampling.skip_special_tokens if sampling.HasField("skip_special_tokens") else True,
         truncate_prompt_tokens=sampling.truncate_prompt_tokens or None,
+        grammar_field=f"sampling.grammar.{sampling.grammar.WhichOneof('grammar')}",
     )
 
 
@@ -98,7 +107,46 @@ def _sampling(sampling: llm_pb2.SamplingParams, defaults: SamplingDefaults) -> S
         bad_words=tuple(tuple(word.ids) for word in sampling.bad_words),
         allowed_token_ids=frozenset(allowed) if allowed is not None else None,
         prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
+        grammar=_grammar(sampling.grammar) if sampling.HasField("grammar") else None,
     )
+
+
+def _grammar(message: llm_pb2.Grammar) -> Grammar:
+    match message.WhichOneof("grammar"):
+        case "json_schema":
+            return JsonGrammar(message.json_schema)
+        case "regex":
+            return RegexGrammar(message.regex)
+        case "choices":
+            if not message.choices.texts:
+                raise BadRequest("choices has no texts: send one at least", "sampling.grammar.choices")
+            return ChoiceGrammar(tuple(message.choices.texts))
+        case "ebnf":
+            return EbnfGrammar(message.ebnf)
+        case "tool_calls":
+            calls = message.tool_calls
+            if not calls.tools:
+                raise BadRequest("tool_calls has no tools: send one at least", "sampling.grammar.tool_calls")
+            tools = tuple((each.name, each.parameters) for each in calls.tools)
+            return ToolGrammar(tools, calls.at_least_one, calls.parallel)
+        case _:
+            raise BadRequest("the grammar is empty: set one of its fields", "sampling.grammar")
+
+
+def _grammar_to_proto(grammar: Grammar) -> llm_pb2.Grammar:
+    match grammar:
+        case JsonGrammar(schema):
+            return llm_pb2.Grammar(json_schema=schema)
+        case RegexGrammar(pattern):
+            return llm_pb2.Grammar(regex=pattern)
+        case ChoiceGrammar(choices):
+            return llm_pb2.Grammar(choices=llm_pb2.Choices(texts=choices))
+        case EbnfGrammar(source):
+            return llm_pb2.Grammar(ebnf=source)
+        case ToolGrammar(tools, at_least_one, parallel):
+            calls = [llm_pb2.Tool(name=name, parameters=parameters) for name, parameters in tools]
+            tool_calls = llm_pb2.ToolCalls(tools=calls, at_least_one=at_least_one, parallel=parallel)
+            return llm_pb2.Grammar(tool_calls=tool_calls)
 
 
 def started_to_proto(started: Started, request_id: str) -> llm_pb2.Started:
@@ -193,4 +241,5 @@ def sampling_to_proto(sampling: SamplingParams) -> llm_pb2.SamplingParams:
         logit_bias=sampling.logit_bias,
         bad_words=[llm_pb2.TokenIds(ids=word) for word in sampling.bad_words],
         allowed_token_ids=llm_pb2.TokenIds(ids=sorted(allowed)) if allowed is not None else None,
+        grammar=_grammar_to_proto(sampling.grammar) if sampling.grammar is not None else None,
     )

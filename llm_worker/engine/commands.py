@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 from vitrine_vlm.errors import VitrineError
 from vitrine_vlm.llm_worker.engine.events import RequestFailed
+from vitrine_vlm.llm_worker.engine.grammar_matcher import GrammarMatcher
 from vitrine_vlm.llm_worker.engine.outbox import Subscriber, send_now
 from vitrine_vlm.llm_worker.engine.request import EngineTimings, ExpandedPrompt, SamplingParams
 from vitrine_vlm.llm_worker.engine.sampler import NextToken
@@ -29,6 +30,7 @@ class Submit:
     has_remote_kv: bool
     keep_kv: bool
     prompt: ExpandedPrompt | None
+    matcher: GrammarMatcher | None
 
 
 @dataclass(frozen=True)

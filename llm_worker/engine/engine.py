@@ -12,6 +12,7 @@ from vitrine_vlm.llm_worker.engine.chunk import Chunk
 from vitrine_vlm.llm_worker.engine.commands import CommandQueue, ResetPrefixCache, Submit, discard
 from vitrine_vlm.llm_worker.engine.config import EngineConfig
 from vitrine_vlm.llm_worker.engine.forward_pass import ForwardPass
+from vitrine_vlm.llm_worker.engine.grammar_matcher import GrammarMatcher
 from vitrine_vlm.llm_worker.engine.live_requests import LiveRequests
 from vitrine_vlm.llm_worker.engine.logits_processing import LogitsProcessor
 from vitrine_vlm.llm_worker.engine.outbox import Outbox
@@ -140,6 +141,7 @@ class Engine:
         send_kv: Callable[[int], None] | None = None,
         keep_kv: bool = False,
         prompt: ExpandedPrompt | None = None,
+        matcher: GrammarMatcher | None = None,
     ) -> RequestHandle:
         """Adds a request. Its prefix, the text in front of the first media item, is prefilled at once.
 
@@ -151,6 +153,7 @@ class Engine:
                 `set_first_token` and `set_kv`, or `fail`.
             keep_kv: the blocks of a request that got its last token are kept until `cancel`.
             prompt: the whole prompt, where it is known already; then `set_prompt` is not called.
+            matcher: of the sampling's grammar, for this answer alone.
 
         Raises:
             PromptTooLong: the prefix alone exceeds the context length.
@@ -161,7 +164,10 @@ class Engine:
         key = next(self._keys)
         handle = RequestHandle(key, request_id, self._commands)
         subscriber = RequestSubscriber(handle, send_embeddings, send_kv)
-        command = Submit(key, request_id, prefix_token_ids, sampling, subscriber, send_kv is not None, keep_kv, prompt)
+        has_remote_kv = send_kv is not None
+        command = Submit(
+            key, request_id, prefix_token_ids, sampling, subscriber, has_remote_kv, keep_kv, prompt, matcher
+        )
         if not self._commands.put(command):
             self._capacity.release()
         return handle
@@ -237,6 +243,8 @@ class Engine:
         last, self._in_flight = self._in_flight, launched
         if last is not None:
             self._executor.process(last, overlapped=launched is not None)
+        if launched is not None and not self._executor.choose(launched):
+            self._in_flight = launched = None
         self._publish()
         if launched is not None and not self._can_overlap(launched):
             self._executor.process(launched, overlapped=False)

@@ -49,3 +49,14 @@ class ToolGrammar:
 
 
 Grammar: TypeAlias = JsonGrammar | RegexGrammar | ChoiceGrammar | EbnfGrammar | ToolGrammar
+
+
+def num_characters(grammar: Grammar) -> int:
+    """The length of a grammar's texts."""
+    match grammar:
+        case JsonGrammar(text) | RegexGrammar(text) | EbnfGrammar(text):
+            return len(text)
+        case ChoiceGrammar(choices):
+            return sum(len(each) for each in choices)
+        case ToolGrammar(tools):
+            return sum(len(name) + len(schema) for name, schema in tools)

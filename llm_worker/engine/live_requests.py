@@ -91,9 +91,13 @@ class LiveRequests:
         if token_id is None:
             self.fail(request, InternalError("the model's output is not a number: there is no next token to draw"))
             return
-        request.append_token(token_id)
+        try:
+            is_last = request.append_token(token_id)
+        except VitrineError as error:  # of its grammar
+            self.fail(request, error)
+            return
         finish_reason = None
-        if token_id in request.sampled.params.stop_token_ids:
+        if is_last:
             finish_reason = "stop"
         elif len(request.token_ids) >= request.max_total_tokens:
             finish_reason = "length"
@@ -128,7 +132,7 @@ class LiveRequests:
             command.key,
             command.request_id,
             list(command.prefix_token_ids),
-            SampledTokens(command.sampling),
+            SampledTokens(command.sampling, command.matcher),
             RemoteKv() if command.has_remote_kv else None,
             command.keep_kv,
             self._token_pool.allocate(),

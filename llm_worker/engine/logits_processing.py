@@ -1,12 +1,13 @@
 """The sampling parameters that change logits, applied to a batch on its device, in vLLM's order.
 
 1. allowed_token_ids, 2. bad_words, 3. min_tokens, 4. logit_bias, 5. repetition penalty, 6. frequency penalty,
-7. presence penalty. Temperature, min_p, top_k and top_p follow in `sampler.py`. The first four exclude a token or add
-to its logit, so their order among each other has no effect.
+7. presence penalty, and last the grammar. Temperature, min_p, top_k and top_p follow in `sampler.py`. The first four
+exclude a token or add to its logit, so their order among each other has no effect.
 
 What a request's tokens contribute is kept on the device, because the newest token of a request may be known only there:
 the step that samples it is still in flight. Counts are kept in a table, to which each step adds the tokens it samples.
-The last token of a bad word's beginning is compared with the token pool.
+The last token of a bad word's beginning is compared with the token pool. Only grammars need to know it: the logits of a
+step with any are processed once the host has the tokens of the step in front.
 
 Source: vllm/v1/sample/sampler.py (0.32); `repetition_penalty` is also transformers' RepetitionPenaltyLogitsProcessor.
 
@@ -21,6 +22,7 @@ from typing import NamedTuple
 import torch
 
 from vitrine_vlm.llm_worker.engine.chunk import Chunk
+from vitrine_vlm.llm_worker.engine.grammar_masks import GrammarMasks
 from vitrine_vlm.llm_worker.engine.pinned_copy import to_device
 from vitrine_vlm.llm_worker.engine.request import SamplingParams
 from vitrine_vlm.llm_worker.engine.token_pool import TokenPool
@@ -51,6 +53,7 @@ class LogitsProcessor:
         self._token_pool = token_pool
         self._device = token_pool.tokens_R.device
         self._bias = VocabTable(vocab_size, torch.float32, self._device)
+        self._grammar_masks = GrammarMasks(vocab_size, self._device)
         self._counts = VocabTable(vocab_size, torch.int32, self._device)
         # The epoch and the number of tokens that a request's counts are of.
         self._counted: dict[int, tuple[int, int]] = {}
@@ -64,6 +67,7 @@ class LogitsProcessor:
         processed = [row for row, chunk in enumerate(chunks) if chunk.request.sampled.params.changes_logits]
         if not processed:
             return logits_BV
+        unchanged_BV = logits_BV
         logits_BV = logits_BV.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         params = {row: chunks[row].request.sampled.params for row in processed}
         if biased := [row for row, each in params.items() if each.has_bias]:
@@ -72,6 +76,15 @@ class LogitsProcessor:
             self._exclude(exclusions, logits_BV)
         if penalized := [row for row, each in params.items() if each.has_penalties]:
             self._penalize(chunks, penalized, logits_BV)
+        if matchers := {row: each for row in processed if (each := chunks[row].request.sampled.matcher) is not None}:
+            rows_K = to_device(self._device, list(matchers))
+            masked_KV = self._grammar_masks.apply(
+                list(matchers.values()),
+                [params[row] for row in matchers],
+                logits_BV.index_select(0, rows_K),
+                unchanged_BV.index_select(0, rows_K),
+            )
+            logits_BV.index_copy_(0, rows_K, masked_KV)
         return logits_BV
 
     def count(self, chunks: Sequence[Chunk], token_ids_B: torch.Tensor) -> None:

@@ -31,7 +31,8 @@ class SamplingParams:
     logit_bias: added to the logits of these tokens.
     prompt_logprobs: as `logprobs`, of every prompt token but the first.
     bad_words: token sequences that the answer never has. allowed_token_ids: the only tokens it may have; None for all.
-    grammar: what the answer must look like; None for free text.
+    grammar: what the answer must look like; None for free text. It is stronger than what else excludes tokens, and an
+        answer ends where nothing can follow in it.
     """
 
     max_tokens: int | None = None
@@ -80,7 +81,12 @@ class SamplingParams:
     @cached_property
     def changes_logits(self) -> bool:
         """Whether logits are changed before a token is chosen, also the most probable one."""
-        return self.has_penalties or self.has_bias or bool(self.bad_phrases) or self.min_tokens > 0
+        return self.has_penalties or self.has_bias or self.excludes_tokens or self.grammar is not None
+
+    @cached_property
+    def excludes_tokens(self) -> bool:
+        """Whether tokens are excluded by more than a grammar."""
+        return bool(self.bad_words) or self.allowed_token_ids is not None or self.min_tokens > 0
 
     def is_last(self, first_token_id: int) -> bool:
         """Whether this first token of an answer is also its last."""
@@ -155,7 +161,9 @@ class TokenLogprobs:
 
 
 class TokenOutput(NamedTuple):
-    """One generated token. `finish_reason` is set on the last: "stop" (a stop token, included here) or "length"."""
+    """One generated token. `finish_reason` is set on the last: "stop" or "length".
+
+    Before "stop" comes a stop token, included here, or the token behind which a grammar allows no other."""
 
     token_id: int
     logprobs: TokenLogprobs | None

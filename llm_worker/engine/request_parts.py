@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 
+from vitrine_vlm.llm_worker.engine.grammar_matcher import GrammarMatcher
 from vitrine_vlm.llm_worker.engine.request import EngineTimings, ExpandedPrompt, SamplingParams
 from vitrine_vlm.types import EmbeddingRows
 
@@ -77,10 +78,12 @@ class RemoteKv:
 class SampledTokens:
     """The sampling of a request's tokens, and the number of tokens that the host does not know yet.
 
+    matcher: of the params' grammar, which has accepted the tokens that the host knows.
     num_in_flight: tokens that steps in flight sample.
     """
 
     params: SamplingParams
+    matcher: GrammarMatcher | None = None
     num_in_flight: int = 0
     _uniform: list[float] = field(default_factory=list, init=False)
 

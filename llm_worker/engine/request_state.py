@@ -221,10 +221,18 @@ class RequestState:
         """Records that embeddings have landed: earlier losses do not count any more."""
         self.media.num_lost = 0
 
-    def append_token(self, token_id: int) -> None:
-        """Appends the next token, which the host has received."""
+    def append_token(self, token_id: int) -> bool:
+        """Appends the next token, which the host has received; returns whether none follows, whatever the limits.
+
+        Raises:
+            VitrineError: see `GrammarMatcher.accept`.
+        """
         self.token_ids.append(token_id)
         self.timings.token_sampled()
+        if token_id in self.sampled.params.stop_token_ids:
+            return True
+        matcher = self.sampled.matcher
+        return matcher is not None and matcher.accept(token_id)
 
     def token_arrived(self) -> None:
         """Records that the host receives a token that was in flight."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,6 +16,7 @@ from vitrine_vlm.llm_worker.engine.forward_pass import ForwardPass, StepOutput
 from vitrine_vlm.llm_worker.engine.kv_rows import land_kv
 from vitrine_vlm.llm_worker.engine.live_requests import LiveRequests
 from vitrine_vlm.llm_worker.engine.logits_processing import LogitsProcessor
+from vitrine_vlm.llm_worker.engine.pinned_copy import to_device
 from vitrine_vlm.llm_worker.engine.prompt_logprobs import LogprobTensors
 from vitrine_vlm.llm_worker.engine.request_state import RequestState
 from vitrine_vlm.llm_worker.engine.sampler import Choice, ChoiceOnHost, choose
@@ -28,18 +29,19 @@ _log = logging.getLogger(__name__)
 _MAX_NUM_LOST = 3
 
 
-@dataclass(frozen=True)
+@dataclass
 class InFlightStep:
     """A step that has been launched.
 
-    prompt_logprobs: by chunk, on the way to the host like `choice`, which is of the next tokens.
+    prompt_logprobs: by chunk, on the way to the host like `choice`, which is of the next tokens. The choice is made by
+        `StepExecutor.choose` where a grammar needs the tokens of the step in front for it, and None before.
     launched_at: by `time.perf_counter`.
     """
 
     chunks: list[Chunk]
     output: StepOutput
     prompt_logprobs: dict[Chunk, LogprobTensors]
-    choice: ChoiceOnHost
+    choice: ChoiceOnHost | None
     launched_at: float
 
 
@@ -84,11 +86,10 @@ class StepExecutor:
         try:
             with torch.inference_mode():
                 output = self._forward_pass(chunks)
-                choice = self._choose(output)
-                self._forward_pass.token_pool.write(output.pool_rows_B, choice.token_ids_B)
-                self._logits_processor.count(output.sampling, choice.token_ids_B)
+                needs_tokens = any(chunk.request.sampled.matcher is not None for chunk in output.sampling)
+                choice = None if needs_tokens else self._choose(output)
                 prompt_logprobs = {chunk: each.copy_to_host() for chunk, each in output.prompt_logprobs.items()}
-                on_host = choice.copy_to_host()
+                on_host = choice.copy_to_host() if choice is not None else None
         except Exception as error:
             self._step_failed(chunks, error)
             return None
@@ -98,6 +99,24 @@ class StepExecutor:
         for chunk in launched:
             chunk.request.launch(chunk.stop, chunk.samples)
         return InFlightStep(launched, output, prompt_logprobs, on_host, begin)
+
+    def choose(self, step: InFlightStep) -> bool:
+        """Launches what chooses the next tokens, unless `launch` has; returns False where it failed.
+
+        To be called once the step in front is processed: grammars allow a token by those before it. The device computes
+        this step meanwhile.
+        """
+        if step.choice is not None:
+            return True
+        # What ended with the step in front has released what its logits are changed by.
+        step.output = _current(step.output)
+        try:
+            with torch.inference_mode():
+                step.choice = self._choose(step.output).copy_to_host()
+        except Exception as error:
+            self._step_failed([chunk for chunk in step.chunks if chunk.is_current], error)
+            return False
+        return True
 
     def can_overlap(self, step: InFlightStep) -> bool:
         """Whether the next step can be launched before the tokens of this one are known."""
@@ -112,6 +131,7 @@ class StepExecutor:
             overlapped: whether the next step has been launched.
         """
         output = step.output
+        assert step.choice is not None
         try:
             if overlapped or output.landed or step.prompt_logprobs:
                 step.choice.wait()
@@ -172,7 +192,7 @@ class StepExecutor:
         return lost
 
     def _choose(self, output: StepOutput) -> Choice:
-        """Chooses the next tokens of the chunks that end at their request's last token."""
+        """Chooses the next tokens of the chunks that end at their request's last one, and keeps them on the device."""
         params, uniform = [], []
         for chunk in output.sampling:
             sampled = chunk.request.sampled
@@ -180,7 +200,10 @@ class StepExecutor:
             is_greedy = sampled.params.is_greedy
             uniform.append(0.0 if is_greedy else sampled.uniform(chunk.stop - chunk.request.num_prompt_tokens))
         logits_BV = self._logits_processor.process(output.sampling, output.logits_BV)
-        return choose(logits_BV, params, uniform, output.logits_BV)
+        choice = choose(logits_BV, params, uniform, output.logits_BV)
+        self._forward_pass.token_pool.write(output.pool_rows_B, choice.token_ids_B)
+        self._logits_processor.count(output.sampling, choice.token_ids_B)
+        return choice
 
     def _step_failed(self, chunks: list[Chunk], error: Exception) -> None:
         _log.error("a step of %d sequences failed", len(chunks), exc_info=error)
@@ -209,3 +232,17 @@ class StepExecutor:
             else:
                 self.num_decode_tokens += chunk.length
             self._scheduler.commit(chunk)
+
+
+def _current(output: StepOutput) -> StepOutput:
+    """The output without chunks whose request has ended, or was rolled back, since they were launched."""
+    rows = [row for row, chunk in enumerate(output.sampling) if chunk.is_current]
+    if len(rows) == len(output.sampling):
+        return output
+    rows_B = to_device(output.logits_BV.device, rows)
+    return replace(
+        output,
+        sampling=[output.sampling[row] for row in rows],
+        logits_BV=output.logits_BV.index_select(0, rows_B),
+        pool_rows_B=output.pool_rows_B.index_select(0, rows_B),
+    )

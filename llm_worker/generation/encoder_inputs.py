@@ -40,7 +40,12 @@ class EncoderInputs(RequestInputs):
     def _submit_to_engine(self, plan: PlaceholderPlan, keep_kv: bool) -> RequestHandle:
         request = self.request
         return self._context.engine.submit(
-            request.request_id, self._early_prefix(plan), request.sampling, self.send_embeddings, keep_kv=keep_kv
+            request.request_id,
+            self._early_prefix(plan),
+            request.sampling,
+            self.send_embeddings,
+            keep_kv=keep_kv,
+            matcher=self.matcher,
         )
 
     async def _run(self) -> None:

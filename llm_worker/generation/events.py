@@ -20,6 +20,7 @@ class GenerationRequest:
     skip_special_tokens: the text has none of the tokenizer's special tokens.
     truncate_prompt_tokens: only the last tokens of the prompt are used, this many, or with -1 as many as the context
         holds; None for all.
+    grammar_field: where the sampling's grammar stands in the client's request, for errors.
     """
 
     request_id: str
@@ -30,6 +31,7 @@ class GenerationRequest:
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     truncate_prompt_tokens: int | None = None
+    grammar_field: str = "grammar"
 
 
 @dataclass(frozen=True)

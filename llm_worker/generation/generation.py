@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from vitrine_vlm.errors import BadRequest, TooManyItems
+from vitrine_vlm.llm_worker.engine.grammar_matcher import GrammarMatcher
+from vitrine_vlm.llm_worker.engine.grammar_source import GrammarError
 from vitrine_vlm.llm_worker.engine.request import ExpandedPrompt, TokenOutput
 from vitrine_vlm.llm_worker.engine.request_handle import RequestHandle
 from vitrine_vlm.llm_worker.engine.sampling_checks import check_sampling
@@ -172,7 +174,9 @@ class Generator:
                 f"the request has {len(request.media)} images and videos: at most {self._max_items} are accepted"
             )
         self._engine.check_capacity()  # before encoders work for a request that is refused
+        matcher = await self._matcher(request)
         inputs = self._make_inputs(self._context, request)
+        inputs.matcher = matcher
         if layouts is not None:
             inputs.use_layouts(layouts)
         # First of all: encoding takes longest, and runs while the prompt is tokenized.
@@ -194,6 +198,23 @@ class Generator:
             Overloaded: too many requests are running or waiting.
         """
         self._engine.check_capacity(num_answers)
+
+    async def _matcher(self, request: GenerationRequest) -> GrammarMatcher | None:
+        """
+        Raises:
+            BadRequest: the request's grammar cannot be used.
+            Overloaded: too many grammars wait to be compiled.
+        """
+        if request.sampling.grammar is None:
+            return None
+        if self._context.grammars is None:
+            field = request.grammar_field
+            raise BadRequest(f"{field}: this worker runs without a tokenizer, and knows no text of tokens", field)
+        try:
+            return await self._context.grammars.matcher(request.sampling.grammar)
+        except GrammarError as error:
+            field = ".".join((request.grammar_field, *error.path))
+            raise BadRequest(f"{field}: {error}", field) from error
 
     def _plan(self, request: GenerationRequest) -> PlaceholderPlan:
         if isinstance(request.prompt, str):
@@ -268,12 +289,15 @@ class _AnswerText:
         self._stop = StopStrings(request.stop, request.include_stop_str_in_output)
         self._with_stop_token = request.include_stop_str_in_output
         self._min_tokens = request.sampling.min_tokens
+        self._stop_token_ids = request.sampling.stop_token_ids
 
     def push(self, output: TokenOutput) -> tuple[Delta, str | None]:
         """Returns the token with the text that is certain by now, and the finish reason if the answer ends here."""
         self.num_tokens += 1
         text = ""
-        if self._detokenizer is not None and (output.finish_reason != "stop" or self._with_stop_token):
+        # An answer may also end with the last token of its grammar, which is text.
+        is_stop_token = output.finish_reason == "stop" and output.token_id in self._stop_token_ids
+        if self._detokenizer is not None and (not is_stop_token or self._with_stop_token):
             text = self._stop.push(self._detokenizer.push(output.token_id), self.num_tokens > self._min_tokens)
         finish_reason = "stop" if self._stop.found else output.finish_reason
         if finish_reason is not None:

@@ -11,6 +11,8 @@ from typing import Any
 
 from vitrine_vlm.errors import InternalError, VitrineError, as_vitrine_error
 from vitrine_vlm.llm_worker.engine.engine import Engine
+from vitrine_vlm.llm_worker.engine.grammar_compiler import GrammarCompiler
+from vitrine_vlm.llm_worker.engine.grammar_matcher import GrammarMatcher
 from vitrine_vlm.llm_worker.engine.request import ExpandedPrompt
 from vitrine_vlm.llm_worker.engine.request_handle import RequestHandle
 from vitrine_vlm.llm_worker.generation.events import GenerationRequest
@@ -28,22 +30,28 @@ _MIN_EARLY_PREFIX = 64
 
 @dataclass(frozen=True)
 class PromptContext:
-    """The parts of a worker that all requests use. tokenizer: None where only token ids are accepted and returned."""
+    """The parts of a worker that all requests use.
+
+    tokenizer, grammars: None where only token ids are accepted and returned.
+    """
 
     engine: Engine
     config: PromptConfig
     tokenizer: PromptTokenizer | None
+    grammars: GrammarCompiler | None = None
 
 
 class RequestInputs(ABC):
     """Gets the inputs of one request from other services and hands them to the engine. An error here fails the request.
 
     prompt: done once every media item has a layout. arrivals: the media items whose embeddings have come, with timings.
+    matcher: of the request's grammar, set before `submit`.
     """
 
     def __init__(self, context: PromptContext, request: GenerationRequest) -> None:
         self.request = request
         self.arrivals: list[ItemArrival] = []
+        self.matcher: GrammarMatcher | None = None
         self.prompt: asyncio.Future[ExpandedPrompt] = asyncio.get_running_loop().create_future()
         # Retrieved even if the request has failed for another reason: asyncio logs exceptions that are never retrieved.
         self.prompt.add_done_callback(lambda prompt: prompt.cancelled() or prompt.exception())

@@ -68,6 +68,7 @@ class PrefillInputs(RequestInputs):
             self.send_kv,
             keep_kv=keep_kv,
             prompt=prompt,
+            matcher=self.matcher,
         )
 
     async def _prefill(self, first_row: int) -> None:

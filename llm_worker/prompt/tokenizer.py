@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
+from llguidance import LLTokenizer, TokenizerWrapper
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer
@@ -86,6 +87,15 @@ class PromptTokenizer:
             return (token or "").encode()
         return bytes(_BYTE_OF[character] for character in token)
 
+    def for_grammars(self, vocab_size: int, eos_token_ids: Collection[int]) -> LLTokenizer:
+        """Returns the vocabulary as token masks are made from it; takes a second for 150,000 tokens.
+
+        Args:
+            vocab_size: of the model's logits. eos_token_ids: the model's end tokens.
+        """
+        texts = _TextTokens(self, self._tokenizer.added_tokens_decoder, vocab_size, sorted(eos_token_ids))
+        return LLTokenizer(TokenizerWrapper(texts), n_vocab=vocab_size, eos_token=sorted(eos_token_ids) or None)
+
     def render_chat(self, messages: Sequence[dict[str, Any]]) -> str:
         """Returns the prompt text that asks for the assistant's next message.
 
@@ -116,3 +126,32 @@ class Detokenizer:
     def push(self, token_id: int) -> str:
         """Returns the text that this token completes; empty in the middle of a character and for a skipped token."""
         return self._stream.step(self._tokenizer, token_id) or ""
+
+
+class _TextTokens:
+    """The tokens' bytes in an answer's text, as llguidance asks for them.
+
+    Special tokens have none, as the text leaves them out. Added tokens that are not special, as `<tool_call>`, have
+    those of their text, so that one grammar fits models with and without such a token.
+    """
+
+    bos_token_id = None
+
+    def __init__(
+        self, tokenizer: PromptTokenizer, added: dict[int, Any], vocab_size: int, eos_token_ids: Sequence[int]
+    ) -> None:
+        self._encode = tokenizer.encode
+        self.special_token_ids = [token_id for token_id, token in added.items() if token.special]
+        self.eos_token_id = eos_token_ids[0] if eos_token_ids else 0
+        self.tokens = [tokenizer.bytes_of(token_id) for token_id in range(vocab_size)]
+        special = set(self.special_token_ids)
+        self._bytes = [b"" if index in special else each for index, each in enumerate(self.tokens)]
+        self._of_bytes = {each: index for index, each in enumerate(self._bytes) if len(each) == 1}
+
+    def __call__(self, text: str) -> list[int]:
+        """The tokens in which the model itself would write this text, which a grammar demands."""
+        token_ids, wanted = self._encode(text), text.encode()
+        if b"".join(self._bytes[each] for each in token_ids) == wanted:
+            return token_ids
+        # The tokenizer has changed the text, as to another Unicode form, or has found a special token in it.
+        return [self._of_bytes[wanted[index : index + 1]] for index in range(len(wanted))]

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#vitrine_vlm/protos/llm/v1/llm.proto\x12\x0evitrine.llm.v1\"\xc9\x01\n\tMediaItem\x12\'\n\x04kind\x18\x01 \x01(\x0e\x32\x19.vitrine.llm.v1.MediaKind\x12\r\n\x03url\x18\x02 \x01(\tH\x00\x12\x0e\n\x04\x64\x61ta\x18\x03 \x01(\x0cH\x00\x12(\n\x06\x66rames\x18\x05 \x01(\x0b\x32\x16.vitrine.llm.v1.FramesH\x00\x12\x11\n\tvideo_fps\x18\x04 \x01(\x01\x12-\n\x07options\x18\x06 \x01(\x0b\x32\x1c.vitrine.llm.v1.MediaOptionsB\x08\n\x06source\"/\n\x06\x46rames\x12%\n\x06\x66rames\x18\x01 \x03(\x0b\x32\x15.vitrine.llm.v1.Frame\"0\n\x05\x46rame\x12\r\n\x03url\x18\x01 \x01(\tH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x08\n\x06source\"\xb8\x02\n\x0cMediaOptions\x12\x17\n\nmin_pixels\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12\x17\n\nmax_pixels\x18\x02 \x01(\x04H\x01\x88\x01\x01\x12\x17\n\nnum_frames\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x17\n\nmin_frames\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x17\n\nmax_frames\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x14\n\x07sampled\x18\x06 \x01(\x08H\x05\x88\x01\x01\x12\x14\n\x07start_s\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x12\n\x05\x65nd_s\x18\x08 \x01(\x01H\x07\x88\x01\x01\x42\r\n\x0b_min_pixelsB\r\n\x0b_max_pixelsB\r\n\x0b_num_framesB\r\n\x0b_min_framesB\r\n\x0b_max_framesB\n\n\x08_sampledB\n\n\x08_start_sB\x08\n\x06_end_s\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"{\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12-\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x18.vitrine.llm.v1.TokenIdsH\x00\x12(\n\x05media\x18\x03 \x03(\x0b\x32\x19.vitrine.llm.v1.MediaItemB\x08\n\x06prompt\"\xaa\x06\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x03\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x15\n\x08logprobs\x18\t \x01(\rH\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\n \x01(\x01H\x05\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x0b \x01(\r\x12\x18\n\x10presence_penalty\x18\x0c \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\r \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\x0e \x01(\x01H\x06\x88\x01\x01\x12\x41\n\nlogit_bias\x18\x0f \x03(\x0b\x32-.vitrine.llm.v1.SamplingParams.LogitBiasEntry\x12+\n\tbad_words\x18\x10 \x03(\x0b\x32\x18.vitrine.llm.v1.TokenIds\x12\x33\n\x11\x61llowed_token_ids\x18\x11 \x01(\x0b\x32\x18.vitrine.llm.v1.TokenIds\x12\"\n\x1ainclude_stop_str_in_output\x18\x12 \x01(\x08\x12 \n\x13skip_special_tokens\x18\x13 \x01(\x08H\x07\x88\x01\x01\x12\x1e\n\x16truncate_prompt_tokens\x18\x14 \x01(\x05\x12\x1c\n\x0fprompt_logprobs\x18\x15 \x01(\rH\x08\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x0b\n\t_logprobsB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x16\n\x14_skip_special_tokensB\x12\n\x10_prompt_logprobs\"\x9b\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x06prompt\x18\x02 \x01(\x0b\x32\x16.vitrine.llm.v1.Prompt\x12\x30\n\x08sampling\x18\x03 \x01(\x0b\x32\x1e.vitrine.llm.v1.SamplingParams\x12\t\n\x01n\x18\x04 \x01(\r\x12\x0f\n\x07\x62\x65st_of\x18\x05 \x01(\r\"\xe8\x01\n\x10GenerateResponse\x12\x0e\n\x06\x61nswer\x18\x04 \x01(\r\x12*\n\x07started\x18\x01 \x01(\x0b\x32\x17.vitrine.llm.v1.StartedH\x00\x12&\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x15.vitrine.llm.v1.DeltaH\x00\x12,\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x18.vitrine.llm.v1.FinishedH\x00\x12\x39\n\x0fprompt_logprobs\x18\x05 \x01(\x0b\x32\x1e.vitrine.llm.v1.PromptLogprobsH\x00\x42\x07\n\x05\x65vent\"R\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12\x18\n\x10num_media_tokens\x18\x03 \x01(\r\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"Y\n\x05\x44\x65lta\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.vitrine.llm.v1.TokenLogprobs\"i\n\rTokenLogprobs\x12-\n\x07sampled\x18\x01 \x01(\x0b\x32\x1c.vitrine.llm.v1.TokenLogprob\x12)\n\x03top\x18\x02 \x03(\x0b\x32\x1c.vitrine.llm.v1.TokenLogprob\"A\n\x0ePromptLogprobs\x12/\n\x08logprobs\x18\x01 \x03(\x0b\x32\x1d.vitrine.llm.v1.TokenLogprobs\"\xa5\x01\n\x08\x46inished\x12\x15\n\rfinish_reason\x18\x01 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12\x1d\n\x15num_completion_tokens\x18\x03 \x01(\r\x12-\n\x07timings\x18\x04 \x01(\x0b\x32\x1c.vitrine.llm.v1.StageTimings\x12\x19\n\x11num_cached_tokens\x18\x05 \x01(\r\"\xa3\x01\n\x0cStageTimings\x12\x0f\n\x07load_ms\x18\x01 \x01(\x01\x12\x15\n\rpreprocess_ms\x18\x02 \x01(\x01\x12\x11\n\tencode_ms\x18\x03 \x01(\x01\x12\x0f\n\x07ship_ms\x18\x04 \x01(\x01\x12\x0f\n\x07land_ms\x18\x05 \x01(\x01\x12\x12\n\nprefill_ms\x18\x06 \x01(\x01\x12\x11\n\tdecode_ms\x18\x07 \x01(\x01\x12\x0f\n\x07ttft_ms\x18\x08 \x01(\x01\"~\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x06prompt\x18\x02 \x01(\x0b\x32\x16.vitrine.llm.v1.Prompt\x12\x30\n\x08sampling\x18\x03 \x01(\x0b\x32\x1e.vitrine.llm.v1.SamplingParams\"\xb8\x01\n\x0fPrefillResponse\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x32\n\x0b\x66irst_token\x18\x02 \x01(\x0b\x32\x1d.vitrine.llm.v1.TokenLogprobs\x12\x0c\n\x04text\x18\x03 \x01(\t\x12-\n\x07timings\x18\x04 \x01(\x0b\x32\x1c.vitrine.llm.v1.StageTimings\x12\x19\n\x11num_cached_tokens\x18\x05 \x01(\r*S\n\tMediaKind\x12\x1a\n\x16MEDIA_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10MEDIA_KIND_IMAGE\x10\x01\x12\x14\n\x10MEDIA_KIND_VIDEO\x10\x02\x32\xa2\x01\n\x03Llm\x12O\n\x08Generate\x12\x1f.vitrine.llm.v1.GenerateRequest\x1a .vitrine.llm.v1.GenerateResponse0\x01\x12J\n\x07Prefill\x12\x1e.vitrine.llm.v1.PrefillRequest\x1a\x1f.vitrine.llm.v1.PrefillResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#vitrine_vlm/protos/llm/v1/llm.proto\x12\x0evitrine.llm.v1\"\xc9\x01\n\tMediaItem\x12\'\n\x04kind\x18\x01 \x01(\x0e\x32\x19.vitrine.llm.v1.MediaKind\x12\r\n\x03url\x18\x02 \x01(\tH\x00\x12\x0e\n\x04\x64\x61ta\x18\x03 \x01(\x0cH\x00\x12(\n\x06\x66rames\x18\x05 \x01(\x0b\x32\x16.vitrine.llm.v1.FramesH\x00\x12\x11\n\tvideo_fps\x18\x04 \x01(\x01\x12-\n\x07options\x18\x06 \x01(\x0b\x32\x1c.vitrine.llm.v1.MediaOptionsB\x08\n\x06source\"/\n\x06\x46rames\x12%\n\x06\x66rames\x18\x01 \x03(\x0b\x32\x15.vitrine.llm.v1.Frame\"0\n\x05\x46rame\x12\r\n\x03url\x18\x01 \x01(\tH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x08\n\x06source\"\xb8\x02\n\x0cMediaOptions\x12\x17\n\nmin_pixels\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12\x17\n\nmax_pixels\x18\x02 \x01(\x04H\x01\x88\x01\x01\x12\x17\n\nnum_frames\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x17\n\nmin_frames\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x17\n\nmax_frames\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x14\n\x07sampled\x18\x06 \x01(\x08H\x05\x88\x01\x01\x12\x14\n\x07start_s\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x12\n\x05\x65nd_s\x18\x08 \x01(\x01H\x07\x88\x01\x01\x42\r\n\x0b_min_pixelsB\r\n\x0b_max_pixelsB\r\n\x0b_num_framesB\r\n\x0b_min_framesB\r\n\x0b_max_framesB\n\n\x08_sampledB\n\n\x08_start_sB\x08\n\x06_end_s\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"{\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12-\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x18.vitrine.llm.v1.TokenIdsH\x00\x12(\n\x05media\x18\x03 \x03(\x0b\x32\x19.vitrine.llm.v1.MediaItemB\x08\n\x06prompt\"\xd4\x06\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x03\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x15\n\x08logprobs\x18\t \x01(\rH\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\n \x01(\x01H\x05\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x0b \x01(\r\x12\x18\n\x10presence_penalty\x18\x0c \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\r \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\x0e \x01(\x01H\x06\x88\x01\x01\x12\x41\n\nlogit_bias\x18\x0f \x03(\x0b\x32-.vitrine.llm.v1.SamplingParams.LogitBiasEntry\x12+\n\tbad_words\x18\x10 \x03(\x0b\x32\x18.vitrine.llm.v1.TokenIds\x12\x33\n\x11\x61llowed_token_ids\x18\x11 \x01(\x0b\x32\x18.vitrine.llm.v1.TokenIds\x12\"\n\x1ainclude_stop_str_in_output\x18\x12 \x01(\x08\x12 \n\x13skip_special_tokens\x18\x13 \x01(\x08H\x07\x88\x01\x01\x12\x1e\n\x16truncate_prompt_tokens\x18\x14 \x01(\x05\x12\x1c\n\x0fprompt_logprobs\x18\x15 \x01(\rH\x08\x88\x01\x01\x12(\n\x07grammar\x18\x16 \x01(\x0b\x32\x17.vitrine.llm.v1.Grammar\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x0b\n\t_logprobsB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x16\n\x14_skip_special_tokensB\x12\n\x10_prompt_logprobs\"\xa9\x01\n\x07Grammar\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12*\n\x07\x63hoices\x18\x03 \x01(\x0b\x32\x17.vitrine.llm.v1.ChoicesH\x00\x12\x0e\n\x04\x65\x62nf\x18\x04 \x01(\tH\x00\x12/\n\ntool_calls\x18\x05 \x01(\x0b\x32\x19.vitrine.llm.v1.ToolCallsH\x00\x42\t\n\x07grammar\"\x18\n\x07\x43hoices\x12\r\n\x05texts\x18\x01 \x03(\t\"X\n\tToolCalls\x12#\n\x05tools\x18\x01 \x03(\x0b\x32\x14.vitrine.llm.v1.Tool\x12\x14\n\x0c\x61t_least_one\x18\x02 \x01(\x08\x12\x10\n\x08parallel\x18\x03 \x01(\x08\"(\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nparameters\x18\x02 \x01(\t\"\x9b\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x06prompt\x18\x02 \x01(\x0b\x32\x16.vitrine.llm.v1.Prompt\x12\x30\n\x08sampling\x18\x03 \x01(\x0b\x32\x1e.vitrine.llm.v1.SamplingParams\x12\t\n\x01n\x18\x04 \x01(\r\x12\x0f\n\x07\x62\x65st_of\x18\x05 \x01(\r\"\xe8\x01\n\x10GenerateResponse\x12\x0e\n\x06\x61nswer\x18\x04 \x01(\r\x12*\n\x07started\x18\x01 \x01(\x0b\x32\x17.vitrine.llm.v1.StartedH\x00\x12&\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x15.vitrine.llm.v1.DeltaH\x00\x12,\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x18.vitrine.llm.v1.FinishedH\x00\x12\x39\n\x0fprompt_logprobs\x18\x05 \x01(\x0b\x32\x1e.vitrine.llm.v1.PromptLogprobsH\x00\x42\x07\n\x05\x65vent\"R\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12\x18\n\x10num_media_tokens\x18\x03 \x01(\r\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"Y\n\x05\x44\x65lta\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.vitrine.llm.v1.TokenLogprobs\"i\n\rTokenLogprobs\x12-\n\x07sampled\x18\x01 \x01(\x0b\x32\x1c.vitrine.llm.v1.TokenLogprob\x12)\n\x03top\x18\x02 \x03(\x0b\x32\x1c.vitrine.llm.v1.TokenLogprob\"A\n\x0ePromptLogprobs\x12/\n\x08logprobs\x18\x01 \x03(\x0b\x32\x1d.vitrine.llm.v1.TokenLogprobs\"\xa5\x01\n\x08\x46inished\x12\x15\n\rfinish_reason\x18\x01 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12\x1d\n\x15num_completion_tokens\x18\x03 \x01(\r\x12-\n\x07timings\x18\x04 \x01(\x0b\x32\x1c.vitrine.llm.v1.StageTimings\x12\x19\n\x11num_cached_tokens\x18\x05 \x01(\r\"\xa3\x01\n\x0cStageTimings\x12\x0f\n\x07load_ms\x18\x01 \x01(\x01\x12\x15\n\rpreprocess_ms\x18\x02 \x01(\x01\x12\x11\n\tencode_ms\x18\x03 \x01(\x01\x12\x0f\n\x07ship_ms\x18\x04 \x01(\x01\x12\x0f\n\x07land_ms\x18\x05 \x01(\x01\x12\x12\n\nprefill_ms\x18\x06 \x01(\x01\x12\x11\n\tdecode_ms\x18\x07 \x01(\x01\x12\x0f\n\x07ttft_ms\x18\x08 \x01(\x01\"~\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x06prompt\x18\x02 \x01(\x0b\x32\x16.vitrine.llm.v1.Prompt\x12\x30\n\x08sampling\x18\x03 \x01(\x0b\x32\x1e.vitrine.llm.v1.SamplingParams\"\xb8\x01\n\x0fPrefillResponse\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x32\n\x0b\x66irst_token\x18\x02 \x01(\x0b\x32\x1d.vitrine.llm.v1.TokenLogprobs\x12\x0c\n\x04text\x18\x03 \x01(\t\x12-\n\x07timings\x18\x04 \x01(\x0b\x32\x1c.vitrine.llm.v1.StageTimings\x12\x19\n\x11num_cached_tokens\x18\x05 \x01(\r*S\n\tMediaKind\x12\x1a\n\x16MEDIA_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10MEDIA_KIND_IMAGE\x10\x01\x12\x14\n\x10MEDIA_KIND_VIDEO\x10\x02\x32\xa2\x01\n\x03Llm\x12O\n\x08Generate\x12\x1f.vitrine.llm.v1.GenerateRequest\x1a .vitrine.llm.v1.GenerateResponse0\x01\x12J\n\x07Prefill\x12\x1e.vitrine.llm.v1.PrefillRequest\x1a\x1f.vitrine.llm.v1.PrefillResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_MEDIAKIND']._serialized_start=3078
-  _globals['_MEDIAKIND']._serialized_end=3161
+  _globals['_MEDIAKIND']._serialized_start=3450
+  _globals['_MEDIAKIND']._serialized_end=3533
   _globals['_MEDIAITEM']._serialized_start=56
   _globals['_MEDIAITEM']._serialized_end=257
   _globals['_FRAMES']._serialized_start=259
@@ -48,31 +48,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROMPT']._serialized_start=698
   _globals['_PROMPT']._serialized_end=821
   _globals['_SAMPLINGPARAMS']._serialized_start=824
-  _globals['_SAMPLINGPARAMS']._serialized_end=1634
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1451
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1499
-  _globals['_GENERATEREQUEST']._serialized_start=1637
-  _globals['_GENERATEREQUEST']._serialized_end=1792
-  _globals['_GENERATERESPONSE']._serialized_start=1795
-  _globals['_GENERATERESPONSE']._serialized_end=2027
-  _globals['_STARTED']._serialized_start=2029
-  _globals['_STARTED']._serialized_end=2111
-  _globals['_TOKENLOGPROB']._serialized_start=2113
-  _globals['_TOKENLOGPROB']._serialized_end=2162
-  _globals['_DELTA']._serialized_start=2164
-  _globals['_DELTA']._serialized_end=2253
-  _globals['_TOKENLOGPROBS']._serialized_start=2255
-  _globals['_TOKENLOGPROBS']._serialized_end=2360
-  _globals['_PROMPTLOGPROBS']._serialized_start=2362
-  _globals['_PROMPTLOGPROBS']._serialized_end=2427
-  _globals['_FINISHED']._serialized_start=2430
-  _globals['_FINISHED']._serialized_end=2595
-  _globals['_STAGETIMINGS']._serialized_start=2598
-  _globals['_STAGETIMINGS']._serialized_end=2761
-  _globals['_PREFILLREQUEST']._serialized_start=2763
-  _globals['_PREFILLREQUEST']._serialized_end=2889
-  _globals['_PREFILLRESPONSE']._serialized_start=2892
-  _globals['_PREFILLRESPONSE']._serialized_end=3076
-  _globals['_LLM']._serialized_start=3164
-  _globals['_LLM']._serialized_end=3326
+  _globals['_SAMPLINGPARAMS']._serialized_end=1676
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1493
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1541
+  _globals['_GRAMMAR']._serialized_start=1679
+  _globals['_GRAMMAR']._serialized_end=1848
+  _globals['_CHOICES']._serialized_start=1850
+  _globals['_CHOICES']._serialized_end=1874
+  _globals['_TOOLCALLS']._serialized_start=1876
+  _globals['_TOOLCALLS']._serialized_end=1964
+  _globals['_TOOL']._serialized_start=1966
+  _globals['_TOOL']._serialized_end=2006
+  _globals['_GENERATEREQUEST']._serialized_start=2009
+  _globals['_GENERATEREQUEST']._serialized_end=2164
+  _globals['_GENERATERESPONSE']._serialized_start=2167
+  _globals['_GENERATERESPONSE']._serialized_end=2399
+  _globals['_STARTED']._serialized_start=2401
+  _globals['_STARTED']._serialized_end=2483
+  _globals['_TOKENLOGPROB']._serialized_start=2485
+  _globals['_TOKENLOGPROB']._serialized_end=2534
+  _globals['_DELTA']._serialized_start=2536
+  _globals['_DELTA']._serialized_end=2625
+  _globals['_TOKENLOGPROBS']._serialized_start=2627
+  _globals['_TOKENLOGPROBS']._serialized_end=2732
+  _globals['_PROMPTLOGPROBS']._serialized_start=2734
+  _globals['_PROMPTLOGPROBS']._serialized_end=2799
+  _globals['_FINISHED']._serialized_start=2802
+  _globals['_FINISHED']._serialized_end=2967
+  _globals['_STAGETIMINGS']._serialized_start=2970
+  _globals['_STAGETIMINGS']._serialized_end=3133
+  _globals['_PREFILLREQUEST']._serialized_start=3135
+  _globals['_PREFILLREQUEST']._serialized_end=3261
+  _globals['_PREFILLRESPONSE']._serialized_start=3264
+  _globals['_PREFILLRESPONSE']._serialized_end=3448
+  _globals['_LLM']._serialized_start=3536
+  _globals['_LLM']._serialized_end=3698
 # @@protoc_insertion_point(module_scope)

@@ -15,6 +15,7 @@ from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
 from vitrine_vlm.llm_worker.engine.config import EngineConfig
 from vitrine_vlm.llm_worker.engine.engine import Engine
 from vitrine_vlm.llm_worker.engine.forward_pass import ForwardPass
+from vitrine_vlm.llm_worker.engine.grammar_compiler import GrammarCompiler
 from vitrine_vlm.llm_worker.families import build_decoder, prompt_config
 from vitrine_vlm.llm_worker.generation.encoder_inputs import EncoderInputs
 from vitrine_vlm.llm_worker.generation.generation import Generator
@@ -79,10 +80,14 @@ async def serving(
     config = prompt_config(checkpoint)
     layout_cache = LayoutCache()
     make_inputs = partial(EncoderInputs, encoders, layout_cache)
-    generator = Generator(PromptContext(engine, config, tokenizer), make_inputs, MAX_ITEMS)
+    defaults = SamplingDefaults.from_checkpoint(checkpoint)
+    grammars = GrammarCompiler(tokenizer.for_grammars(engine.vocab_size, defaults.eos_token_ids)) if tokenizer else None
+    generator = Generator(PromptContext(engine, config, tokenizer, grammars), make_inputs, MAX_ITEMS)
     try:
-        served = ServedModel(checkpoint.model, generator, SamplingDefaults.from_checkpoint(checkpoint), str(folder))
+        served = ServedModel(checkpoint.model, generator, defaults, str(folder))
         yield LocalWorker(served, engine, config, layout_cache)
     finally:
         await encoders.close()
         await asyncio.to_thread(engine.close)
+        if grammars is not None:
+            grammars.close()

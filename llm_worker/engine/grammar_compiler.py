@@ -1,0 +1,77 @@
+"""Compiles grammars for the model's vocabulary, away from the event loops and the engine's thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from llguidance import LLMatcher, LLTokenizer
+
+from vitrine_vlm.errors import Overloaded
+from vitrine_vlm.llm_worker.engine.grammar import Grammar, num_characters
+from vitrine_vlm.llm_worker.engine.grammar_checker import GrammarChecker
+from vitrine_vlm.llm_worker.engine.grammar_matcher import GrammarMatcher
+from vitrine_vlm.llm_worker.engine.grammar_source import GrammarError, parser_limits
+
+MAX_CHARACTERS = 256 * 1024
+_NUM_THREADS = 2
+_MAX_WAITING = 64
+_MAX_CACHED = 64
+
+
+class GrammarCompiler:
+    """Keeps the grammars that were used last. Safe on any thread.
+
+    Args:
+        tokenizer: of the model, with as many entries as its logits.
+    """
+
+    def __init__(self, tokenizer: LLTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._checker = GrammarChecker()
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="grammar")
+        self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
+        self._compiling: dict[Grammar, Future[LLMatcher]] = {}
+
+    async def matcher(self, grammar: Grammar) -> GrammarMatcher:
+        """Returns a new matcher for one answer.
+
+        Raises:
+            GrammarError: the grammar cannot be used.
+            Overloaded: too many grammars wait to be compiled.
+        """
+        compiled = self._compiled.pop(grammar, None)
+        if compiled is None:
+            # Shielded: other requests may wait for the same grammar.
+            compiled = await asyncio.shield(asyncio.wrap_future(self._compile_once(grammar)))
+        self._compiled[grammar] = compiled  # the last one now
+        if len(self._compiled) > _MAX_CACHED:
+            self._compiled.popitem(last=False)
+        return GrammarMatcher(compiled.deep_copy(), self._tokenizer)
+
+    def close(self) -> None:
+        """Ends the threads and their processes."""
+        self._threads.shutdown(cancel_futures=True)
+        self._checker.close()
+
+    def _compile_once(self, grammar: Grammar) -> Future[LLMatcher]:
+        compiling = self._compiling.get(grammar)
+        if compiling is not None:
+            return compiling
+        if (length := num_characters(grammar)) > MAX_CHARACTERS:
+            raise GrammarError(f"the grammar has {length} characters: at most {MAX_CHARACTERS} are accepted")
+        if len(self._compiling) >= _MAX_WAITING:
+            raise Overloaded(f"{_MAX_WAITING} grammars wait to be compiled: try again")
+        compiling = self._threads.submit(self._compile, grammar)
+        self._compiling[grammar] = compiling
+        compiling.add_done_callback(lambda _: self._compiling.pop(grammar, None))
+        return compiling
+
+    def _compile(self, grammar: Grammar) -> LLMatcher:
+        source = self._checker.source(grammar)
+        # Without the interpreter's lock, so that other threads run. No more work than its check was.
+        compiled = LLMatcher(self._tokenizer, source, limits=parser_limits(), log_level=0)
+        if compiled.is_error():
+            raise GrammarError(compiled.get_error().partition("\n<")[0])
+        return compiled
