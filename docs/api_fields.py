@@ -30,6 +30,9 @@ def sections() -> Iterator[tuple[str, FieldTable]]:
     yield "Chat", {name: chat[name] for name in chat if name not in completion}
     yield "Completions", {name: completion[name] for name in completion if name not in chat}
     yield "`stream_options`", fields.STREAM_OPTIONS
+    yield "`response_format`", fields.RESPONSE_FORMAT
+    yield "`json_schema` of `response_format`", fields.NAMED_SCHEMA
+    yield "`structured_outputs`", fields.STRUCTURED_OUTPUTS
     yield "`messages`", fields.MESSAGE
     own = {"text": media.TEXT_PART} | media.MEDIA_PARTS
     parts = media.TEXT_PART | {name: part[name] for name, part in own.items()} | media.VIDEO_OPTIONS
@@ -42,6 +45,7 @@ def sections() -> Iterator[tuple[str, FieldTable]]:
     yield "`input` of responses", responses.INPUT_MESSAGE
     yield "Parts of `input`", responses.INPUT_TEXT | responses.INPUT_IMAGE | {"text": responses.INPUT_TEXT["text"]}
     yield "`text` of responses", responses.TEXT
+    yield "`format` of `text`", responses.FORMAT
     yield "`/tokenize`", fields.TOKENIZE
     yield "`/detokenize`", fields.DETOKENIZE
 

@@ -156,7 +156,12 @@ def _check(source: str) -> None:
 def _error_of(source: str) -> str:
     """Why llguidance refuses the grammar; empty where it does not."""
     # Not `validate_grammar`, which leaves out the lexer, where most of the work may be.
-    message = LLMatcher(_byte_tokenizer(), source, limits=parser_limits(), log_level=0).get_error()
+    matcher = LLMatcher(_byte_tokenizer(), source, limits=parser_limits(), log_level=0)
+    if not matcher.is_error():
+        matcher.compute_bitmask()  # is refused where the first token needs too much work, or there is none
+    message = matcher.get_error()
+    if message.startswith("NoExtension"):
+        message = "no answer fits"
     for details in ("<backtrace>", "\n<", "\n  while processing"):  # the last names a schema, which `Path` does
         message = message.partition(details)[0]
     return message.strip()[:_MAX_MESSAGE_LENGTH]

@@ -7,6 +7,7 @@ from typing import Any, TypedDict, TypeVar
 
 from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.llm_worker.engine.request import SamplingParams
+from vitrine_vlm.llm_worker.frontend.grammar_types import only_grammar
 from vitrine_vlm.llm_worker.frontend.media_parts import MediaContent, media_items
 from vitrine_vlm.llm_worker.frontend.openai_types import (
     ChatRequest,
@@ -52,8 +53,8 @@ def messages_to_generation(
 ) -> GenerationRequest:
     """
     Raises:
-        BadRequest: no tokenizer, a template that refuses the messages, a word that has no tokens, or a malformed data:
-            URL, or options of media that contradict each other.
+        BadRequest: no tokenizer, a template that refuses the messages, a word that has no tokens, several grammars, a
+            malformed data: URL, or options of media that contradict each other.
     """
     if tokenizer is None:
         raise BadRequest("this worker runs without a tokenizer: send token ids to /v1/completions")
@@ -73,7 +74,8 @@ def completion_to_generations(
     """Returns a generation for each prompt.
 
     Raises:
-        BadRequest: words without a tokenizer or without tokens, a malformed data: URL, or media for several prompts.
+        BadRequest: words without a tokenizer or without tokens, several grammars, a malformed data: URL, or media for
+            several prompts.
     """
     prompts = request.prompts
     if len(prompts) > 1 and request.media:
@@ -100,6 +102,7 @@ class _TextOptions(TypedDict):
     stop: tuple[str, ...]
     include_stop_str_in_output: bool
     skip_special_tokens: bool
+    grammar_field: str
 
 
 def _text_options(request: GenerationBody) -> _TextOptions:
@@ -107,6 +110,7 @@ def _text_options(request: GenerationBody) -> _TextOptions:
         "stop": request.stop_strings,
         "include_stop_str_in_output": request.include_stop_str_in_output or request.no_stop_trim,
         "skip_special_tokens": request.skip_special_tokens,
+        "grammar_field": only_grammar(request.grammars()).field,
     }
 
 
@@ -133,6 +137,7 @@ def _sampling(
         logit_bias=request.logit_bias,
         bad_words=_bad_words(request.bad_words, tokenizer),
         allowed_token_ids=None if allowed is None else frozenset(allowed),
+        grammar=only_grammar(request.grammars()).grammar,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, StrictBool, StrictInt, ValidationInfo, field_validator
@@ -9,6 +10,14 @@ from pydantic import Field, StrictBool, StrictInt, ValidationInfo, field_validat
 from vitrine_vlm.embedding_transport.clients.media_options import MediaIoKwargs, ProcessorKwargs, RequestOptions
 from vitrine_vlm.llm_worker.engine.sampling_checks import MAX_BAD_WORDS, MAX_LOGPROBS
 from vitrine_vlm.llm_worker.frontend.field_rules import FieldTable
+from vitrine_vlm.llm_worker.frontend.grammar_types import (
+    Choices,
+    FieldGrammar,
+    ResponseFormat,
+    Schema,
+    StructuredOutputs,
+    grammars_of,
+)
 from vitrine_vlm.llm_worker.frontend.media_parts import FramesPart, ImagePart, MediaPart, VideoPart
 from vitrine_vlm.llm_worker.frontend.request_fields import CHAT, COMPLETION, DETOKENIZE, TOKENIZE
 from vitrine_vlm.llm_worker.generation.several_answers import MAX_ANSWERS
@@ -72,7 +81,12 @@ class GenerationBody(RequestBody):
     truncate_prompt_tokens: WholeNumber | None = None
     mm_processor_kwargs: ProcessorKwargs = ProcessorKwargs()
     media_io_kwargs: MediaIoKwargs = MediaIoKwargs()
+    structured_outputs: StructuredOutputs = StructuredOutputs()
     stream: StrictBool = False
+
+    def grammars(self) -> Iterator[FieldGrammar]:
+        """What the answer must look like, by every field that says so."""
+        yield from self.structured_outputs.grammars("structured_outputs")
 
     @property
     def num_logprobs(self) -> int | None:
@@ -103,6 +117,21 @@ class CompletionBody(GenerationBody):
     stream_options: StreamOptions = StreamOptions()
     return_token_ids: StrictBool = False
     return_tokens_as_token_ids: StrictBool = False
+    response_format: ResponseFormat | None = None
+    guided_json: Schema | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
+    json_schema: Schema | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+
+    def grammars(self) -> Iterator[FieldGrammar]:
+        if self.response_format is not None:
+            yield from self.response_format.grammars("response_format")
+        yield from super().grammars()
+        names = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "json_schema", "regex", "ebnf")
+        yield from grammars_of({name: getattr(self, name) for name in names})
 
     @property
     def num_prompt_logprobs(self) -> int | None:

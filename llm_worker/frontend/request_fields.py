@@ -10,8 +10,8 @@ from __future__ import annotations
 from vitrine_vlm.llm_worker.frontend.field_rules import FieldTable, honoured, informative, refused
 from vitrine_vlm.llm_worker.frontend.media_fields import MEDIA_OPTIONS, MEDIA_PARTS, ONE_PLACEHOLDER, TEXT_PART
 
-TEXT_ONLY = "answers are free text"
 _MM_PROCESSOR = "send `mm_processor_kwargs`"
+SCHEMA = "the [JSON schema](#structured-output) of the answer"
 _NO_BEAMS = "no beam search"
 NO_TOOLS = "no tools"
 
@@ -38,6 +38,30 @@ STREAM_OPTIONS: FieldTable = {
     "include_obfuscation": informative(bool),
 }
 
+NAMED_SCHEMA: FieldTable = {
+    "name": informative(str),
+    "description": informative(str),
+    "schema": honoured(SCHEMA),
+    "strict": honoured("schemas are enforced whether it is set or not"),
+}
+RESPONSE_FORMAT: FieldTable = {
+    "type": honoured("`text`, `json_object` or `json_schema`"),
+    "json_schema": honoured("of that type", inside=NAMED_SCHEMA),
+}
+_WHITESPACE = "whitespace between the parts of JSON is free"
+STRUCTURED_OUTPUTS: FieldTable = {
+    "json": honoured(f"{SCHEMA}, as an object or as text"),
+    "regex": honoured("a regular expression of the whole answer"),
+    "choice": honoured("a list of texts, one of which is the answer"),
+    "grammar": honoured("a context-free grammar in GBNF or Lark's notation"),
+    "json_object": honoured("any JSON object"),
+    "structural_tag": refused(),
+    "whitespace_pattern": refused(note=_WHITESPACE),
+    "disable_any_whitespace": refused(False, note=_WHITESPACE),
+    "disable_additional_properties": refused(False, note="`additionalProperties` in the schema says it"),
+    "disable_fallback": informative(bool),
+}
+
 # Of all three routes.
 COMMON: FieldTable = {
     "model": honoured("as `/v1/models` lists it"),
@@ -62,7 +86,7 @@ COMMON: FieldTable = {
     "skip_special_tokens": honoured("true where left out: the text has no special tokens"),
     "truncate_prompt_tokens": honoured("use the prompt's last tokens only; -1: as many as the context holds; no media"),
     "truncation_side": refused("left"),
-    "structured_outputs": refused({}, note=TEXT_ONLY),
+    "structured_outputs": honoured("see below; one of its fields", inside=STRUCTURED_OUTPUTS),
     "chat_template_kwargs": refused({}),
     **MEDIA_OPTIONS,
     "cache_salt": refused(note="one prefix cache for all"),
@@ -111,14 +135,14 @@ _GENERATION: FieldTable = {
     "use_beam_search": refused(False, note=_NO_BEAMS),
     "length_penalty": refused(1, note=_NO_BEAMS),
     "early_stopping": refused(False, note=_NO_BEAMS),
-    "response_format": refused({"type": "text"}, note=TEXT_ONLY),
-    "guided_json": refused(note=TEXT_ONLY),
-    "guided_regex": refused(note=TEXT_ONLY),
-    "guided_choice": refused(note=TEXT_ONLY),
-    "guided_grammar": refused(note=TEXT_ONLY),
-    "json_schema": refused(note=TEXT_ONLY),
-    "regex": refused(note=TEXT_ONLY),
-    "ebnf": refused(note=TEXT_ONLY),
+    "response_format": honoured("see below; [JSON](#structured-output)", inside=RESPONSE_FORMAT),
+    "guided_json": STRUCTURED_OUTPUTS["json"],
+    "guided_regex": STRUCTURED_OUTPUTS["regex"],
+    "guided_choice": STRUCTURED_OUTPUTS["choice"],
+    "guided_grammar": STRUCTURED_OUTPUTS["grammar"],
+    "json_schema": STRUCTURED_OUTPUTS["json"],
+    "regex": STRUCTURED_OUTPUTS["regex"],
+    "ebnf": STRUCTURED_OUTPUTS["grammar"],
     "repetition_detection": refused(),
     "thinking_token_budget": refused(),
     "custom_logit_processor": refused(),
@@ -134,7 +158,7 @@ _GENERATION: FieldTable = {
     "return_token_offsets": refused(False),
     "add_special_tokens": informative(bool, note="prompts get no added tokens"),
     "guided_decoding_backend": informative(str),
-    "guided_whitespace_pattern": informative(str),
+    "guided_whitespace_pattern": STRUCTURED_OUTPUTS["whitespace_pattern"],
     "custom_labels": informative(dict),
     "rid": informative(str, list, note="send the header `x-request-id`"),
     "spaces_between_special_tokens": informative(bool),

@@ -63,7 +63,7 @@ class ResponseWriter:
             "previous_response_id": None,
             "store": False,
             "temperature": self.sampling.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": self._format()},
             "tool_choice": "none",
             "tools": [],
             "top_logprobs": self.request.top_logprobs or 0,
@@ -114,6 +114,11 @@ class ResponseWriter:
     @property
     def _item_id(self) -> str:
         return f"msg_{self.request_id}"
+
+    def _format(self) -> dict[str, Any]:
+        """The form of the text, as it was asked for."""
+        given = self.request.text.format
+        return {"type": "text"} if given is None else given.model_dump(by_alias=True, exclude_unset=True)
 
     def _message(self, status: str) -> dict[str, Any]:
         text = {"type": "output_text", "text": "".join(self._text), "annotations": [], "logprobs": self._logprobs}

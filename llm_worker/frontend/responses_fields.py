@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vitrine_vlm.llm_worker.frontend.field_rules import FieldTable, honoured, informative, refused
 from vitrine_vlm.llm_worker.frontend.media_fields import DETAIL, IMAGE_OPTIONS, MEDIA_ARE_BYTES
-from vitrine_vlm.llm_worker.frontend.request_fields import COMMON, NO_TOOLS, TEXT_ONLY
+from vitrine_vlm.llm_worker.frontend.request_fields import COMMON, NAMED_SCHEMA, NO_TOOLS
 
 _STATELESS = "nothing is stored: send the whole conversation as `input`"
 
@@ -37,8 +37,14 @@ INPUT_MESSAGE: FieldTable = {
     "phase": informative(str),
     "status": informative(str),
 }
+FORMAT: FieldTable = {
+    "type": honoured("`text`, `json_object` or `json_schema`"),
+    **NAMED_SCHEMA,
+    "name": honoured("comes back in the response"),
+    "description": honoured("comes back in the response"),
+}
 TEXT: FieldTable = {
-    "format": refused({"type": "text"}, note=TEXT_ONLY),
+    "format": honoured("see below; [JSON](#structured-output)", inside=FORMAT),
     "verbosity": informative(str),
 }
 RESPONSES: FieldTable = {

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from vitrine_vlm.embedding_transport.clients.media_options import ImageOptions
 from vitrine_vlm.llm_worker.engine.sampling_checks import MAX_LOGPROBS
 from vitrine_vlm.llm_worker.frontend.field_rules import FieldTable
+from vitrine_vlm.llm_worker.frontend.grammar_types import FieldGrammar, ResponsesFormat
 from vitrine_vlm.llm_worker.frontend.media_parts import ImagePart, ImageUrl
 from vitrine_vlm.llm_worker.frontend.openai_types import (
     ContentPart,
@@ -50,7 +51,7 @@ class InputMessage(RequestObject):
 
 
 class TextOptions(RequestObject):
-    """It has no honoured fields yet."""
+    format: ResponsesFormat | None = None
 
 
 class ResponsesRequest(GenerationBody):
@@ -74,6 +75,11 @@ class ResponsesRequest(GenerationBody):
     @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.include else None
+
+    def grammars(self) -> Iterator[FieldGrammar]:
+        if self.text.format is not None:
+            yield from self.text.format.grammars("text.format")
+        yield from super().grammars()
 
     @property
     def messages(self) -> list[Message]:

@@ -101,11 +101,8 @@ NEUTRAL: dict[str, Any] = {
 }
 # Each would change the answer, and did nothing once.
 REFUSED: dict[str, Any] = {
-    "response_format": {"type": "json_object"},
     "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
     "tool_choice": "required",
-    "guided_choice": ["yes", "no"],
-    "structured_outputs": {"choice": ["yes", "no"]},
     "chat_template_kwargs": {"add_vision_id": True},
     "chat_template": "{{ 'hi' }}",
     "add_generation_prompt": False,

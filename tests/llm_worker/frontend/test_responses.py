@@ -105,7 +105,7 @@ async def test_logprobs_are_included_where_asked_for(official: openai.AsyncOpenA
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"background": True}, "background"),
         ({"tools": [{"type": "function", "name": "f", "parameters": {}, "strict": True}]}, "tools"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format"),
+        ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"include": ["reasoning.encrypted_content"]}, "include.0"),
         ({"input": []}, "input"),

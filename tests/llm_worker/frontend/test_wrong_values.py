@@ -40,13 +40,17 @@ INPUT = [
     },
     {"role": "assistant", "content": [{"type": "output_text", "text": "!"}]},
 ]
+FORMAT = {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}, "structured_outputs": {}}
 ROUTES: dict[str, tuple[type[RequestBody], dict[str, Any]]] = {
-    "/v1/chat/completions": (ChatRequest, {"model": "m", "messages": MESSAGES, "stream_options": {}, **OPTIONS}),
+    "/v1/chat/completions": (
+        ChatRequest,
+        {"model": "m", "messages": MESSAGES, "stream_options": {}, **OPTIONS, **FORMAT},
+    ),
     "/v1/completions": (
         CompletionRequest,
-        {"model": "m", "prompt": "Hi", "media": [IMAGE], "stream_options": {}},
+        {"model": "m", "prompt": "Hi", "media": [IMAGE], "stream_options": {}, **FORMAT},
     ),
-    "/v1/responses": (ResponsesRequest, {"model": "m", "input": INPUT, "text": {}}),
+    "/v1/responses": (ResponsesRequest, {"model": "m", "input": INPUT, "text": {"format": {"type": "text"}}}),
     "/tokenize": (TokenizeRequest, {"messages": MESSAGES}),
     "/detokenize": (DetokenizeRequest, {"tokens": [1]}),
 }
