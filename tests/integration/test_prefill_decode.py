@@ -75,6 +75,8 @@ async def test_seeds_stop_strings_and_usage_are_as_on_one_worker(split: Split, t
         {"temperature": 1.2, "seed": 11, "max_tokens": 24, "ignore_eos": True},
         {"logprobs": 2, "max_tokens": 12, "ignore_eos": True},
         {"max_tokens": 1},
+        {"temperature": 1.2, "seed": 5, "max_tokens": 48, "guided_regex": "[a-f]{3}( [0-9]{2}){1,4}"},
+        {"temperature": 1.2, "seed": 6, "max_tokens": 48, "guided_choice": ["a", "z"]},  # the first token is the last
     ):
         request = text_request(split.decoding, **fields)
         (_, expected, _), (status, answer, _) = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -93,6 +94,21 @@ async def test_sampling_parameters_and_prompt_logprobs_equal_transformers(
         for place, each in enumerate(answer.prompt_logprobs):
             assert each.sampled.logprob == pytest.approx(float(logprobs[place, prompt[place + 1]]), abs=1e-3)
             assert each.top[0].logprob == pytest.approx(float(logprobs[place].max()), abs=1e-3)
+
+
+async def test_a_grammar_constrains_answers(tp_fleet: Fleet) -> None:
+    """Rank 0 alone makes masks, and sends the others the tokens that it has chosen."""
+    case, media = CASES["one_image"], CASES["one_image"].media(tp_fleet.factor)
+    grammar = llm_pb2.Grammar(regex="[a-f]{3}( [0-9]{2}){1,4}")
+    for transport in tp_fleet.workers:
+        worker = tp_fleet.worker(transport)
+        free = (await worker.generate(case.text, media, NUM_TOKENS)).token_ids
+        constrained, beside = await asyncio.gather(
+            worker.generate(case.text, media, NUM_TOKENS, grammar=grammar),
+            worker.generate(case.text, media, NUM_TOKENS),
+        )
+        assert re.fullmatch(grammar.regex, constrained.text)
+        assert beside.token_ids == free
 
 
 def alone(folder: Path, *flags: str) -> ServiceProcess:

@@ -7,6 +7,14 @@ from dataclasses import asdict
 import pytest
 
 from vitrine_vlm.errors import BadRequest
+from vitrine_vlm.llm_worker.engine.grammar import (
+    ChoiceGrammar,
+    EbnfGrammar,
+    Grammar,
+    JsonGrammar,
+    RegexGrammar,
+    ToolGrammar,
+)
 from vitrine_vlm.llm_worker.engine.request import SamplingParams
 from vitrine_vlm.llm_worker.prompt.sampling_defaults import SamplingDefaults
 from vitrine_vlm.llm_worker.wire import generation_from_proto, prompt_to_proto, sampling_to_proto
@@ -42,6 +50,35 @@ def test_every_field_arrives() -> None:
     """Also where a field's neutral value is not the checkpoint's default."""
     assert received(sampling_to_proto(EVERY_FIELD)) == EVERY_FIELD
     assert received(sampling_to_proto(SamplingParams())) == SamplingParams(temperature=1.0, top_p=1.0, top_k=0)
+
+
+GRAMMARS: list[Grammar] = [
+    JsonGrammar('{"type": "object"}'),
+    RegexGrammar(""),
+    ChoiceGrammar(("a", "", "b c")),
+    EbnfGrammar('root ::= "a"'),
+    ToolGrammar((("f", "{}"), ("g", '{"type": "object"}')), at_least_one=True, parallel=False),
+    ToolGrammar((("f", "{}"),), at_least_one=False, parallel=True),
+]
+
+
+@pytest.mark.parametrize("grammar", GRAMMARS, ids=lambda grammar: type(grammar).__name__)
+def test_grammars_arrive(grammar: Grammar) -> None:
+    assert received(sampling_to_proto(SamplingParams(grammar=grammar))).grammar == grammar
+
+
+@pytest.mark.parametrize(
+    ("grammar", "param"),
+    [
+        (llm_pb2.Grammar(), "sampling.grammar"),
+        (llm_pb2.Grammar(choices=llm_pb2.Choices()), "sampling.grammar.choices"),
+        (llm_pb2.Grammar(tool_calls=llm_pb2.ToolCalls(parallel=True)), "sampling.grammar.tool_calls"),
+    ],
+)
+def test_grammars_without_content_are_refused(grammar: llm_pb2.Grammar, param: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        received(llm_pb2.SamplingParams(grammar=grammar))
+    assert caught.value.param == param
 
 
 def test_fields_that_a_client_does_not_know_are_neutral_or_the_checkpoints() -> None:

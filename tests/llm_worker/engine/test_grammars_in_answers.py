@@ -48,8 +48,8 @@ class Model:
         checkpoint = open_checkpoint(str(folder))
         self.tokenizer = PromptTokenizer(checkpoint)
         self.eos_token_ids = SamplingDefaults.from_checkpoint(checkpoint).eos_token_ids
-        vocab_size = (checkpoint.config.get("text_config") or checkpoint.config)["vocab_size"]
-        self.grammars = GrammarCompiler(self.tokenizer.for_grammars(vocab_size, self.eos_token_ids))
+        self.vocab_size: int = (checkpoint.config.get("text_config") or checkpoint.config)["vocab_size"]
+        self.grammars = GrammarCompiler(self.tokenizer.for_grammars(self.vocab_size, self.eos_token_ids))
 
     def text(self, outputs: list[TokenOutput]) -> str:
         return self.tokenizer.decode([each.token_id for each in outputs], skip_special_tokens=True)

@@ -43,6 +43,22 @@ async def stub(servicer: LlmServicer, qwen3_vl_folder: Path) -> AsyncIterator[ll
         await server.stop(0)
 
 
+async def test_a_grammar_constrains_the_answer_or_is_refused(stub: llm_pb2_grpc.LlmAsyncStub) -> None:
+    def request(grammar: llm_pb2.Grammar) -> llm_pb2.GenerateRequest:
+        sampling = llm_pb2.SamplingParams(max_tokens=50, temperature=1, grammar=grammar)
+        return llm_pb2.GenerateRequest(prompt=llm_pb2.Prompt(text="Hello"), sampling=sampling, n=2)
+
+    texts = ["", ""]
+    async for response in stub.Generate(request(llm_pb2.Grammar(choices=llm_pb2.Choices(texts=["one", "two"])))):
+        texts[response.answer] += response.delta.text
+    assert set(texts) <= {"one", "two"}
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in stub.Generate(request(llm_pb2.Grammar(json_schema='{"items": {"not": {}}}'))):
+            pass
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "sampling.grammar.json_schema.items" in (caught.value.details() or "")
+
+
 @pytest.mark.parametrize(
     "sampling",
     [{"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": float("nan")}, {"logprobs": 21}],

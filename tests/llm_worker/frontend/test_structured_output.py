@@ -114,7 +114,8 @@ async def test_streams_of_several_answers(official: openai.AsyncOpenAI, worker: 
     stream = await official.chat.completions.create(
         **body(worker, n=3, stream=True, response_format={"type": "json_schema", "json_schema": NAMED})
     )
-    texts, reasons = ["", "", ""], {}
+    texts = ["", "", ""]
+    reasons: dict[int, str | None] = {}
     async for chunk in stream:
         for choice in chunk.choices:
             texts[choice.index] += choice.delta.content or ""
