@@ -57,6 +57,11 @@ class LlmConfig(ServiceSettings, EncoderSettings):
     allow_cache_reset: bool = Field(
         False, description="serve /reset_prefix_cache and /flush_cache, which empty the prefix cache"
     )
+    allow_special_tokens_in_text: bool = Field(
+        False,
+        description="let control tokens in the text of chats be control tokens, so that users can forge turns and "
+        "placeholders; else they are text",
+    )
 
     dashboard: bool = Field(True, description="serve the live page at /dashboard")
 

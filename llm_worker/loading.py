@@ -81,7 +81,9 @@ def load_model(
     _log.info("opening checkpoint %s", config.model)
     checkpoint = open_checkpoint(config.model, config.revision, config.served_model_name, config.load_format)
     family = family_of(checkpoint)
-    tokenizer = None if config.skip_tokenizer_init else PromptTokenizer(checkpoint)
+    tokenizer = None
+    if not config.skip_tokenizer_init:
+        tokenizer = PromptTokenizer(checkpoint, config.allow_special_tokens_in_text)
     group = group if group is not None else OneRank()
     device = rank_device(config, group.rank)
     dtype_name = choose_dtype(config.dtype, device, stored_dtype(checkpoint))

@@ -17,19 +17,21 @@ from vitrine_vlm.llm_worker.frontend.openai_types import (
     TextPart,
 )
 from vitrine_vlm.llm_worker.generation.events import GenerationRequest
+from vitrine_vlm.llm_worker.prompt.chat_template import Chat
+from vitrine_vlm.llm_worker.prompt.client_text import ChatText
 from vitrine_vlm.llm_worker.prompt.sampling_defaults import SamplingDefaults
 from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
 
 NumberT = TypeVar("NumberT", int, float)
 
 
-def chat_text(messages: Sequence[Message], tokenizer: PromptTokenizer) -> str:
-    """The prompt's text, with one placeholder a media item.
+def chat_text(messages: Sequence[Message], tokenizer: PromptTokenizer) -> ChatText:
+    """The prompt, with one placeholder a media item.
 
     Raises:
         BadRequest: a template that refuses the messages.
     """
-    return tokenizer.render_chat([_template_message(message) for message in messages])
+    return tokenizer.render_chat(Chat([_template_message(message) for message in messages]))
 
 
 def chat_to_generation(

@@ -55,8 +55,10 @@ class TokenRoutes:
 
 def _tokenize(request: TokenizeRequest, tokenizer: PromptTokenizer) -> tuple[list[int], list[str] | None]:
     """Returns the tokens, and the text of each where the request asks for it."""
-    text = request.prompt if request.prompt is not None else chat_text(request.messages or [], tokenizer)
-    tokens = tokenizer.encode(text)
+    if request.prompt is not None:
+        tokens = tokenizer.encode(request.prompt)
+    else:
+        tokens = tokenizer.encode_chat(chat_text(request.messages or [], tokenizer))
     return tokens, [tokenizer.text_of(each) for each in tokens] if request.return_token_strs else None
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 from vitrine_vlm.llm_worker.engine.kv_rows import CachedKv
 from vitrine_vlm.llm_worker.engine.request import SamplingParams, TokenLogprobs
+from vitrine_vlm.llm_worker.prompt.client_text import ChatText
 from vitrine_vlm.types import Layout, MediaItem
 
 
@@ -14,7 +15,7 @@ from vitrine_vlm.types import Layout, MediaItem
 class GenerationRequest:
     """A request of any frontend.
 
-    prompt: text with one placeholder a media item, or token ids.
+    prompt: with one placeholder a media item: text that the client wrote whole, a chat, or token ids.
     stop: strings; the text ends before the first of them.
     include_stop_str_in_output: it ends behind it; a stop token's text is part of it, too.
     skip_special_tokens: the text has none of the tokenizer's special tokens.
@@ -24,7 +25,7 @@ class GenerationRequest:
     """
 
     request_id: str
-    prompt: str | list[int]
+    prompt: str | ChatText | list[int]
     media: tuple[MediaItem, ...]
     sampling: SamplingParams
     stop: tuple[str, ...] = ()

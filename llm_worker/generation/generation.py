@@ -217,12 +217,14 @@ class Generator:
             raise BadRequest(f"{field}: {error}", field) from error
 
     def _plan(self, request: GenerationRequest) -> PlaceholderPlan:
-        if isinstance(request.prompt, str):
-            if self.tokenizer is None:
-                raise BadRequest("this worker runs without a tokenizer: send token ids instead of text")
+        if isinstance(request.prompt, list):
+            token_ids = request.prompt
+        elif self.tokenizer is None:
+            raise BadRequest("this worker runs without a tokenizer: send token ids instead of text")
+        elif isinstance(request.prompt, str):
             token_ids = self.tokenizer.encode(request.prompt)
         else:
-            token_ids = request.prompt
+            token_ids = self.tokenizer.encode_chat(request.prompt)
         if not token_ids:
             raise BadRequest("the prompt is empty: send some text or token ids", "prompt")
         vocab_size = self._engine.vocab_size

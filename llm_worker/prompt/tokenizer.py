@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer and chat template. No other file of the worker imports transformers."""
+"""The checkpoint's tokenizer and chat template. Outside `prompt/` no file of the worker imports transformers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from vitrine_vlm.errors import BadRequest
+from vitrine_vlm.llm_worker.prompt.chat_template import Chat, ChatTemplate
+from vitrine_vlm.llm_worker.prompt.client_text import ChatText, TextEncoder
 from vitrine_vlm.model_loading.checkpoint import Checkpoint, CheckpointError
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
@@ -22,11 +24,17 @@ _BYTE_OF: dict[str, int] = {character: byte for byte, character in bytes_to_unic
 class PromptTokenizer:
     """Turns text into ids, ids into text, and messages into text.
 
+    Args:
+        special_tokens_in_text: whether control tokens in the text of a chat's messages are control tokens.
+        trust_request_templates: whether requests may bring chat templates.
+
     Raises:
         CheckpointError: the checkpoint has no tokenizer that can be loaded.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, special_tokens_in_text: bool = False, trust_request_templates: bool = False
+    ) -> None:
         # transformers makes an empty tokenizer where there is none.
         if not any((checkpoint.folder / name).is_file() for name in _TOKENIZER_FILES):
             raise CheckpointError(
@@ -39,17 +47,23 @@ class PromptTokenizer:
             raise CheckpointError(
                 f"no tokenizer in {checkpoint.folder}: {error}; add its files or start with --skip-tokenizer-init"
             ) from error
-        self._added_token_ids = frozenset(self._tokenizer.added_tokens_decoder)
-        # Older checkpoints have the template in a file of its own.
-        self._chat_template: str | None = self._tokenizer.chat_template or checkpoint.json("chat_template.json").get(
-            "chat_template"
+        added = self._tokenizer.added_tokens_decoder
+        self._added_token_ids = frozenset(added)
+        self._encoder = TextEncoder(
+            self._tokenizer.backend_tokenizer, {token.content: token_id for token_id, token in added.items()}
         )
+        # Older checkpoints have the template in a file of its own.
+        source = self._tokenizer.chat_template or checkpoint.json("chat_template.json").get("chat_template")
+        self._template = ChatTemplate(self._tokenizer, source, not special_tokens_in_text, trust_request_templates)
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, without added tokens; special tokens in it are recognized. Safe on any thread."""
         # Not transformers' own encode, which sets truncation on the shared tokenizer while other threads may use it.
-        ids: list[int] = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return self._encoder.encode(text)
+
+    def encode_chat(self, chat: ChatText) -> list[int]:
+        """Returns the ids of a chat; only the template's special tokens are recognized. Safe on any thread."""
+        return self._encoder.encode_chat(chat)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """Returns the text of the ids. Safe on any thread."""
@@ -96,21 +110,9 @@ class PromptTokenizer:
         texts = _TextTokens(self, self._tokenizer.added_tokens_decoder, vocab_size, sorted(eos_token_ids))
         return LLTokenizer(TokenizerWrapper(texts), n_vocab=vocab_size, eos_token=sorted(eos_token_ids) or None)
 
-    def render_chat(self, messages: Sequence[dict[str, Any]]) -> str:
-        """Returns the prompt text that asks for the assistant's next message.
-
-        Raises:
-            BadRequest: the checkpoint has no chat template, or it refuses the messages.
-        """
-        if self._chat_template is None:
-            raise BadRequest("this checkpoint has no chat template: send a prompt to /v1/completions instead")
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                list(messages), chat_template=self._chat_template, add_generation_prompt=True, tokenize=False
-            )
-        except Exception as error:  # templates may raise any exception
-            raise BadRequest(f"the chat template refuses these messages: {error}") from error
-        return text
+    def render_chat(self, chat: Chat) -> ChatText:
+        """Returns a chat's prompt; see `ChatTemplate.render`."""
+        return self._template.render(chat)
 
     def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
         return Detokenizer(self._tokenizer.backend_tokenizer, skip_special_tokens)

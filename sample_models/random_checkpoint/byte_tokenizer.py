@@ -21,6 +21,13 @@ _SPECIAL_TOKENS = (
 SPECIAL_TOKEN_IDS = {token: _NUM_BYTES + index for index, token in enumerate(_SPECIAL_TOKENS)}
 
 _CHAT_TEMPLATE = """\
+{%- if tools -%}
+{{- '<|im_start|>system\\n<tools>\\n' -}}
+{%- for tool in tools -%}
+{{- tool | tojson + '\\n' -}}
+{%- endfor -%}
+{{- '</tools><|im_end|>\\n' -}}
+{%- endif -%}
 {%- for message in messages -%}
 {{- '<|im_start|>' + message.role + '\\n' -}}
 {%- if message.content is string -%}
@@ -36,6 +43,11 @@ _CHAT_TEMPLATE = """\
 {%- endif -%}
 {%- endfor -%}
 {%- endif -%}
+{%- for call in message.tool_calls or [] -%}
+{{- '\\n' if message.content or not loop.first else '' -}}
+{{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' -}}
+{{- call.function.arguments | tojson + '}\\n</tool_call>' -}}
+{%- endfor -%}
 {{- '<|im_end|>\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}

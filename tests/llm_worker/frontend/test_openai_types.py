@@ -13,6 +13,7 @@ from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.llm_worker.frontend.openai_prompt import chat_to_generation, completion_to_generations
 from vitrine_vlm.llm_worker.frontend.openai_types import ChatRequest, CompletionRequest
 from vitrine_vlm.llm_worker.frontend.request_parsing import parse_request
+from vitrine_vlm.llm_worker.prompt.client_text import ChatText
 from vitrine_vlm.llm_worker.prompt.sampling_defaults import SamplingDefaults
 from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
 from vitrine_vlm.model_loading.checkpoint import open_checkpoint
@@ -73,8 +74,8 @@ def test_chat_becomes_a_prompt_with_its_media_in_order(qwen3_vl_folder: Path) ->
     generation = chat_to_generation(
         chat(messages=messages, stop="x", max_completion_tokens=5), tokenizer, DEFAULTS, "id"
     )
-    assert isinstance(generation.prompt, str)
-    text = generation.prompt
+    assert isinstance(generation.prompt, ChatText)
+    text = generation.prompt.text
     assert (
         text.index("S") < text.index("A") < text.index("<|image_pad|>") < text.index("<|video_pad|>") < text.index("B<")
     )
@@ -97,13 +98,15 @@ def test_developer_is_system_to_the_template(qwen3_vl_folder: Path) -> None:
     tokenizer = PromptTokenizer(open_checkpoint(str(qwen3_vl_folder)))
     for content in ("Be brief", [{"type": "text", "text": "Be brief"}]):
         texts = [
-            chat_to_generation(
-                chat(messages=[{"role": role, "content": content}, USER]), tokenizer, DEFAULTS, "id"
-            ).prompt
+            str(
+                chat_to_generation(
+                    chat(messages=[{"role": role, "content": content}, USER]), tokenizer, DEFAULTS, "id"
+                ).prompt
+            )
             for role in ("developer", "system")
         ]
         assert texts[0] == texts[1]
-        assert "<|im_start|>system\nBe brief<|im_end|>" in texts[0]
+        assert "<|im_start|>system\\nBe brief<|im_end|>" in texts[0]
 
 
 def test_sampling_comes_from_the_request_or_else_from_the_checkpoint(qwen3_vl_folder: Path) -> None:

@@ -142,7 +142,7 @@ def test_instructions_and_a_system_message_are_one(worker: LocalWorker) -> None:
                 }
             ).messages,
             tokenizer,
-        )
+        ).text
         for content in contents
     }
     [text] = texts

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from vitrine_vlm.errors import BadRequest
+from vitrine_vlm.llm_worker.prompt.chat_template import Chat
 from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
 from vitrine_vlm.model_loading.checkpoint import CheckpointError, open_checkpoint
 from vitrine_vlm.sample_models.tiny_vlm import MODEL_FOLDER
 
-MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+CHAT = Chat([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}])
 
 
 def tokenizer(folder: Path) -> PromptTokenizer:
@@ -26,20 +27,20 @@ def folder(tmp_path: Path, qwen3_vl_folder: Path) -> Path:
 
 
 def test_template_beside_the_tokenizer_or_in_a_file_of_its_own(folder: Path) -> None:
-    expected = tokenizer(folder).render_chat(MESSAGES)
-    assert "<|image_pad|>" in expected and expected.endswith("<|im_start|>assistant\n")
+    expected = tokenizer(folder).render_chat(CHAT)
+    assert "<|image_pad|>" in expected.text and expected.text.endswith("<|im_start|>assistant\n")
     template = (folder / "chat_template.jinja").read_text()
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(BadRequest, match="no chat template"):
-        tokenizer(folder).render_chat(MESSAGES)
+        tokenizer(folder).render_chat(CHAT)
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
-    assert tokenizer(folder).render_chat(MESSAGES) == expected
+    assert tokenizer(folder).render_chat(CHAT) == expected
 
 
 def test_a_template_that_refuses_is_the_requests_fault(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{ raise_exception('only one message, please') }}")
     with pytest.raises(BadRequest, match="only one message"):
-        tokenizer(folder).render_chat(MESSAGES)
+        tokenizer(folder).render_chat(CHAT)
 
 
 def test_a_missing_tokenizer_is_named(folder: Path) -> None:
