@@ -25,10 +25,10 @@ def sections() -> Iterator[tuple[str, FieldTable]]:
     """A heading and the fields below it."""
     chat, completion = fields.CHAT, fields.COMPLETION
     yield "Chat, completions and responses", fields.COMMON
-    shared = chat.keys() & completion.keys() - fields.COMMON.keys()
-    yield "Chat and completions", {name: chat[name] for name in chat if name in shared}
-    yield "Chat", {name: chat[name] for name in chat if name not in completion}
-    yield "Completions", {name: completion[name] for name in completion if name not in chat}
+    shared = {name for name in chat if chat[name] == completion.get(name)}
+    yield "Chat and completions", {name: chat[name] for name in chat if name in shared - fields.COMMON.keys()}
+    yield "Chat", {name: chat[name] for name in chat if name not in shared}
+    yield "Completions", {name: completion[name] for name in completion if name not in shared}
     yield "`stream_options`", fields.STREAM_OPTIONS
     yield "`response_format`", fields.RESPONSE_FORMAT
     yield "`json_schema` of `response_format`", fields.NAMED_SCHEMA
@@ -36,13 +36,19 @@ def sections() -> Iterator[tuple[str, FieldTable]]:
     yield "`messages`", fields.MESSAGE
     own = {"text": media.TEXT_PART} | media.MEDIA_PARTS
     parts = media.TEXT_PART | {name: part[name] for name, part in own.items()} | media.VIDEO_OPTIONS
+    yield "`tools`", fields.TOOL
+    yield "`function` of a tool, and `functions`", fields.FUNCTION
+    yield "`tool_calls` of messages", fields.TOOL_CALL
     yield "Parts of `messages` and `media`", parts
     yield "`image_url`", media.IMAGE_URL
     yield "`video_url`", {name: rule for name, rule in media.VIDEO_URL.items() if rule != media.IMAGE_URL[name]}
     yield "`mm_processor_kwargs`", media.PROCESSOR_KWARGS
     yield "`media_io_kwargs.video`", media.VIDEO_IO
     yield "Responses", {name: rule for name, rule in responses.RESPONSES.items() if name not in fields.COMMON}
-    yield "`input` of responses", responses.INPUT_MESSAGE
+    yield "`input` of responses: messages", responses.INPUT_MESSAGE
+    yield "`input` of responses: function calls", responses.INPUT_CALL
+    yield "`input` of responses: outputs of function calls", responses.INPUT_CALL_OUTPUT
+    yield "`tools` of responses", responses.RESPONSES_TOOL
     yield "Parts of `input`", responses.INPUT_TEXT | responses.INPUT_IMAGE | {"text": responses.INPUT_TEXT["text"]}
     yield "`text` of responses", responses.TEXT
     yield "`format` of `text`", responses.FORMAT

@@ -62,6 +62,9 @@ class LlmConfig(ServiceSettings, EncoderSettings):
         description="let control tokens in the text of chats be control tokens, so that users can forge turns and "
         "placeholders; else they are text",
     )
+    trust_request_chat_template: bool = Field(
+        False, description="render the chat templates that requests bring, in Jinja's sandbox; else they are refused"
+    )
 
     dashboard: bool = Field(True, description="serve the live page at /dashboard")
 

@@ -83,7 +83,7 @@ def load_model(
     family = family_of(checkpoint)
     tokenizer = None
     if not config.skip_tokenizer_init:
-        tokenizer = PromptTokenizer(checkpoint, config.allow_special_tokens_in_text)
+        tokenizer = PromptTokenizer(checkpoint, config.allow_special_tokens_in_text, config.trust_request_chat_template)
     group = group if group is not None else OneRank()
     device = rank_device(config, group.rank)
     dtype_name = choose_dtype(config.dtype, device, stored_dtype(checkpoint))

@@ -35,7 +35,7 @@ class Field:
     """The rule of one field. Null passes for all of them, as some clients write fields that were not set.
 
     note: what it means here, for the docs. inside: the fields of its object, or of the objects in its list.
-    by_type: the same for objects of several kinds, by their field `type`.
+    by_type: the same for objects of several kinds, by their field `type`; the first kind where that is left out.
     neutral: values of a refused field that pass. kinds: the JSON types of an informative field; any where empty.
     """
 
@@ -48,7 +48,9 @@ class Field:
 
     def fields_of(self, value: Mapping[str, Any]) -> FieldTable | None:
         """The fields of an object in this field's value; None where all names are the client's own."""
-        return self.by_type[value["type"]] if self.by_type is not None else self.inside
+        if self.by_type is None:
+            return self.inside
+        return self.by_type[value.get("type") or next(iter(self.by_type))]
 
 
 FieldTable: TypeAlias = Mapping[str, Field]

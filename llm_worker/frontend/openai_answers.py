@@ -10,6 +10,8 @@ from itertools import accumulate
 from typing import Any, Literal
 
 from vitrine_vlm.llm_worker.engine.request import TokenLogprobs
+from vitrine_vlm.llm_worker.frontend.chat_tool_calls import CallDeltas, choice_with_calls
+from vitrine_vlm.llm_worker.frontend.tool_calls import OfferedTools
 from vitrine_vlm.llm_worker.generation.events import Delta, Finished, GenerationEvent, PromptLogprobs, Started
 from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
 
@@ -23,6 +25,7 @@ class AnswerOptions:
     return_token_ids: of prompt and answer; an extension of OpenAI's fields, as prompt_logprobs is.
     echo: the answer begins with its prompt, in `logprobs`, too. num_answers: to each prompt.
     include_usage: in a last chunk, and null in the others; continuous_usage: so far, in every chunk.
+    tools: that a chat's answer may call.
     """
 
     return_token_ids: bool = False
@@ -31,6 +34,7 @@ class AnswerOptions:
     num_answers: int = 1
     include_usage: bool = False
     continuous_usage: bool = False
+    tools: OfferedTools | None = None
 
 
 class TokenTexts:
@@ -78,13 +82,14 @@ class TokenTexts:
 
 @dataclass
 class _Choice:
-    """One answer, as far as it has come. deltas: kept where it is written whole."""
+    """One answer, as far as it has come. deltas: kept where it is written whole; calls: where it is streamed."""
 
     deltas: list[Delta] = field(default_factory=list)
     finished: Finished | None = None
     num_tokens: int = 0
     text_offset: int = 0
     has_begun: bool = False
+    calls: CallDeltas | None = None
 
 
 class AnswerWriter:
@@ -144,12 +149,22 @@ class AnswerWriter:
             echo = {"text": self._echoed(answer), "finish_reason": None, "logprobs": logprobs}
             yield self._chunk(answer, echo | prompt)
             prompt = {}
+        if first and self.options.tools is not None:
+            choice.calls = CallDeltas(self.options.tools)
         if isinstance(event, Delta):
-            yield self._delta_chunk(answer, event, prompt | {"finish_reason": None})
+            piece, *others = self._pieces(choice, event.text)
+            yield self._delta_chunk(answer, event, prompt | piece | {"finish_reason": None})
+            yield from (self._chunk(answer, other | {"finish_reason": None}) for other in others)
         else:
             choice.finished = event
+            reason = event.finish_reason
+            if choice.calls is not None:
+                rest = choice.calls.finish()
+                yield from (self._chunk(answer, {"delta": delta, "finish_reason": None}) for delta in rest)
+                reason = choice.calls.finish_reason(reason)
             # In a chunk of its own, as OpenAI does: the last token would otherwise wait for it, a whole step.
-            yield self._delta_chunk(answer, Delta(), prompt | {"finish_reason": event.finish_reason})
+            piece, *_ = self._pieces(choice, "")
+            yield self._delta_chunk(answer, Delta(), prompt | piece | {"finish_reason": reason})
 
     def usage_chunk(self) -> dict[str, Any]:
         """The last chunk, where the request asked for usage."""
@@ -159,7 +174,9 @@ class AnswerWriter:
         assert choice.finished is not None
         text = self._echoed(answer) + "".join(delta.text for delta in choice.deltas)
         body: dict[str, Any] = {"index": answer, "finish_reason": choice.finished.finish_reason}
-        if self._kind == "chat":
+        if self.options.tools is not None:
+            body |= choice_with_calls(text, choice.finished.finish_reason, self.options.tools)
+        elif self._kind == "chat":
             body["message"] = {"role": "assistant", "content": text, "refusal": None}
         else:
             body |= {"text": text, **self._prompt_fields(answer)}
@@ -193,12 +210,17 @@ class AnswerWriter:
     def _echoed_logprobs(self, answer: int) -> list[TokenLogprobs | None]:
         return self._prompt_logprobs.get(self._first(answer), []) if self.options.echo else []
 
+    def _pieces(self, choice: _Choice, text: str) -> list[dict[str, Any]]:
+        """The text in the route's form, in at least one piece."""
+        if self._kind == "completion":
+            return [{"text": text}]
+        if choice.calls is not None:
+            return [{"delta": delta} for delta in choice.calls.push(text) or [{}]]
+        return [{"delta": {"content": text} if text else {}}]
+
     def _delta_chunk(self, answer: int, delta: Delta, body: dict[str, Any]) -> dict[str, Any]:
+        """The chunk of a delta, whose text is in `body` already."""
         choice = self._choices[answer]
-        if self._kind == "chat":
-            body["delta"] = {"content": delta.text} if delta.text else {}
-        else:
-            body["text"] = delta.text
         body["logprobs"] = self._logprobs(answer, delta.logprobs)
         if self.options.return_token_ids:
             body["token_ids"] = delta.token_ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -71,7 +72,9 @@ class OpenAiHttp:
     async def _chat(self, http: web.Request) -> web.StreamResponse:
         request = await read_request(ChatRequest, http, self._metrics.count_unused_fields)
         served = self._models.named(request.model)
-        generation = chat_to_generation(request, served.generator.tokenizer, served.defaults, request_id())
+        prepare = partial(chat_to_generation, request, served.generator.tokenizer, served.defaults, request_id())
+        # A request's own template may take as long as it is allowed to.
+        generation = prepare() if request.chat_template is None else await asyncio.to_thread(prepare)
         return await self._answer(http, "chat", request, [generation], served)
 
     async def _complete(self, http: web.Request) -> web.StreamResponse:
@@ -96,6 +99,7 @@ class OpenAiHttp:
             num_answers=request.n,
             include_usage=request.stream_options.include_usage,
             continuous_usage=request.stream_options.continuous_usage_stats,
+            tools=request.offered_tools if isinstance(request, ChatRequest) else None,
         )
         texts = TokenTexts(tokenizer, request.return_tokens_as_token_ids)
         writer = AnswerWriter(kind, prompts[0].request_id, served.name, texts, options)

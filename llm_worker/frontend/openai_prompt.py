@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, TypedDict, TypeVar
 
 from vitrine_vlm.errors import BadRequest
@@ -14,24 +15,44 @@ from vitrine_vlm.llm_worker.frontend.openai_types import (
     CompletionRequest,
     GenerationBody,
     Message,
+    TemplateBody,
     TextPart,
 )
+from vitrine_vlm.llm_worker.frontend.tool_calls import OfferedTools
 from vitrine_vlm.llm_worker.generation.events import GenerationRequest
 from vitrine_vlm.llm_worker.prompt.chat_template import Chat
-from vitrine_vlm.llm_worker.prompt.client_text import ChatText
 from vitrine_vlm.llm_worker.prompt.sampling_defaults import SamplingDefaults
 from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
 
+# Other names of roles, which templates do not know: they would leave the message out silently.
+_TEMPLATE_ROLES = {"developer": "system", "function": "tool"}
 NumberT = TypeVar("NumberT", int, float)
 
 
-def chat_text(messages: Sequence[Message], tokenizer: PromptTokenizer) -> ChatText:
-    """The prompt, with one placeholder a media item.
+def request_chat(request: TemplateBody, messages: Sequence[Message]) -> Chat:
+    """What the chat template gets of a request.
 
     Raises:
-        BadRequest: a template that refuses the messages.
+        BadRequest: see `offered_tools`.
     """
-    return tokenizer.render_chat(Chat([_template_message(message) for message in messages]))
+    tools = request.offered_tools
+    variables = dict(request.chat_template_kwargs)
+    if request.reasoning_effort is not None:
+        variables.setdefault("reasoning_effort", request.reasoning_effort)
+    return Chat(
+        template_messages(messages),
+        tools=tools.for_template() if tools is not None else [],
+        documents=request.documents,
+        template=request.chat_template,
+        variables=variables,
+        add_generation_prompt=request.add_generation_prompt is not False,
+        continue_final_message=request.continue_final_message,
+    )
+
+
+def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages as chat templates expect them: of media only their kind, without URL."""
+    return [_template_message(message) for message in messages]
 
 
 def chat_to_generation(
@@ -39,35 +60,47 @@ def chat_to_generation(
 ) -> GenerationRequest:
     """
     Raises:
-        BadRequest: see `messages_to_generation`.
+        BadRequest: see `messages_to_generation` and `request_chat`.
     """
     max_tokens = request.max_completion_tokens or request.max_tokens
-    return messages_to_generation(request, request.messages, max_tokens, tokenizer, defaults, f"chatcmpl-{request_id}")
+    chat, tools = request_chat(request, request.messages), request.offered_tools
+    return messages_to_generation(
+        request, request.messages, chat, tools, max_tokens, tokenizer, defaults, f"chatcmpl-{request_id}"
+    )
 
 
 def messages_to_generation(
     request: GenerationBody,
     messages: Sequence[Message],
+    chat: Chat,
+    tools: OfferedTools | None,
     max_tokens: int | None,
     tokenizer: PromptTokenizer | None,
     defaults: SamplingDefaults,
     request_id: str,
 ) -> GenerationRequest:
     """
+    Args:
+        messages: with the media.
+        chat: the same for the chat template.
+        tools: that the answer may call.
+
     Raises:
         BadRequest: no tokenizer, a template that refuses the messages, a word that has no tokens, several grammars, a
-            malformed data: URL, or options of media that contradict each other.
+            malformed data: URL, options of media that contradict each other, or tools beside another form of the
+            answer.
     """
     if tokenizer is None:
         raise BadRequest("this worker runs without a tokenizer: send token ids to /v1/completions")
-    return GenerationRequest(
+    generation = GenerationRequest(
         request_id=request_id,
-        prompt=chat_text(messages, tokenizer),
+        prompt=tokenizer.render_chat(chat),
         media=media_items(list(_media_of(messages)), request.media_options),
         sampling=_sampling(request, max_tokens, tokenizer, defaults),
         truncate_prompt_tokens=request.truncate_prompt_tokens,
         **_text_options(request),
     )
+    return with_tools(generation, tools)
 
 
 def completion_to_generations(
@@ -155,17 +188,39 @@ def _bad_words(words: Sequence[str], tokenizer: PromptTokenizer | None) -> tuple
     return tokenizer.bad_word_ids(words)
 
 
+def with_tools(generation: GenerationRequest, tools: OfferedTools | None) -> GenerationRequest:
+    """The generation, with the grammar of the tools.
+
+    Raises:
+        BadRequest: the model may choose tools, and the answer has another grammar already.
+    """
+    if tools is None:
+        return generation
+    field = generation.grammar_field
+    if generation.sampling.grammar is not None and tools.choice.mode == "auto":
+        raise BadRequest(
+            f'{field}: an answer of this form cannot call tools: send tool_choice "none" or "required"', field
+        )
+    sampling = replace(generation.sampling, grammar=tools.grammar())
+    return replace(generation, sampling=sampling, grammar_field="functions" if tools.legacy else "tools")
+
+
 def _template_message(message: Message) -> dict[str, Any]:
-    """A message as chat templates expect it: of media only their kind, without URL."""
-    # OpenAI's newer name for the same role, which templates do not know: they would leave the message out silently.
-    role = "system" if message.role == "developer" else message.role
-    if not isinstance(message.content, list):
-        return {"role": role, "content": message.content or ""}
-    content = [
-        {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": part.type.removesuffix("_url")}
-        for part in message.content
-    ]
-    return {"role": role, "content": content}
+    fields: dict[str, Any] = {"role": _TEMPLATE_ROLES.get(message.role, message.role), "content": message.content or ""}
+    if isinstance(message.content, list):
+        fields["content"] = [
+            {"type": "text", "text": part.text}
+            if isinstance(part, TextPart)
+            else {"type": part.type.removesuffix("_url")}
+            for part in message.content
+        ]
+    if message.calls:
+        fields["tool_calls"] = [call.model_dump(exclude_none=True) for call in message.calls]
+    if message.name is not None:
+        fields["name"] = message.name
+    if message.tool_call_id is not None:
+        fields["tool_call_id"] = message.tool_call_id
+    return fields
 
 
 def _media_of(messages: Sequence[Message]) -> Iterator[tuple[str, MediaContent]]:

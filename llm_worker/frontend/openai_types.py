@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
-from pydantic import Field, StrictBool, StrictInt, ValidationInfo, field_validator
+from pydantic import Field, StrictBool, StrictInt, ValidationInfo, field_validator, model_validator
 
 from vitrine_vlm.embedding_transport.clients.media_options import MediaIoKwargs, ProcessorKwargs, RequestOptions
+from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.llm_worker.engine.sampling_checks import MAX_BAD_WORDS, MAX_LOGPROBS
 from vitrine_vlm.llm_worker.frontend.field_rules import FieldTable
 from vitrine_vlm.llm_worker.frontend.grammar_types import (
@@ -20,12 +21,21 @@ from vitrine_vlm.llm_worker.frontend.grammar_types import (
 )
 from vitrine_vlm.llm_worker.frontend.media_parts import FramesPart, ImagePart, MediaPart, VideoPart
 from vitrine_vlm.llm_worker.frontend.request_fields import CHAT, COMPLETION, DETOKENIZE, TOKENIZE
+from vitrine_vlm.llm_worker.frontend.tool_calls import OfferedTools, offered_tools
+from vitrine_vlm.llm_worker.frontend.tool_types import (
+    CalledFunction,
+    FunctionDefinition,
+    Tool,
+    ToolCall,
+    ToolChoiceField,
+)
 from vitrine_vlm.llm_worker.generation.several_answers import MAX_ANSWERS
 from vitrine_vlm.service_runtime.json_types import Number as Number
 from vitrine_vlm.service_runtime.json_types import RequestObject as RequestObject
 from vitrine_vlm.service_runtime.json_types import WholeNumber as WholeNumber
 
 _MAX_TOKEN_ID = 2**31 - 1
+_MAX_TEMPLATE_LENGTH = 64 * 1024
 
 
 TokenId = Annotated[StrictInt, Field(ge=0, le=_MAX_TOKEN_ID)]
@@ -40,8 +50,24 @@ ContentPart = Annotated[TextPart | ImagePart | VideoPart | FramesPart, Field(dis
 
 
 class Message(RequestObject):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    """tool_calls: of the assistant; function_call: the older form of one. The role `function` is that of `tool`."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] = Field([])
+    tool_call_id: str | None = None
+    function_call: CalledFunction | None = None
+
+    @model_validator(mode="after")
+    def _check_calls(self) -> Self:
+        if self.role != "assistant" and self.calls:
+            raise ValueError(f"only messages of the assistant have tool calls, this is one of {self.role}")
+        return self
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        return self.tool_calls or ([ToolCall(function=self.function_call)] if self.function_call else [])
 
 
 class StreamOptions(RequestObject):
@@ -138,10 +164,42 @@ class CompletionBody(GenerationBody):
         return self.prompt_logprobs
 
 
-class ChatRequest(CompletionBody):
+class TemplateBody(RequestBody):
+    """The fields of what the chat template writes, beside messages."""
+
+    tools: list[Tool] = Field([])
+    tool_choice: ToolChoiceField | None = None
+    documents: list[dict[str, Any]] = Field([])
+    chat_template: str | None = Field(None, max_length=_MAX_TEMPLATE_LENGTH)
+    chat_template_kwargs: dict[str, Any] = Field({})
+    reasoning_effort: str | None = None
+    add_generation_prompt: StrictBool | None = None
+    continue_final_message: StrictBool = False
+
+    @field_validator("continue_final_message")
+    @classmethod
+    def _check_end(cls, continue_final_message: bool, info: ValidationInfo) -> bool:
+        if continue_final_message and info.data.get("add_generation_prompt"):
+            raise ValueError("a prompt ends inside the last message or behind it: not with add_generation_prompt: true")
+        return continue_final_message
+
+    @property
+    def offered_tools(self) -> OfferedTools | None:
+        """The tools that the answer may call.
+
+        Raises:
+            BadRequest: see `offered_tools`.
+        """
+        return offered_tools([each.function for each in self.tools], self.tool_choice)
+
+
+class ChatRequest(CompletionBody, TemplateBody):
     fields: ClassVar[FieldTable] = CHAT
 
     messages: list[Message] = Field(min_length=1)
+    parallel_tool_calls: StrictBool = True
+    functions: list[FunctionDefinition] = Field([])
+    function_call: ToolChoiceField | None = None
     max_completion_tokens: WholeNumber | None = Field(None, ge=1)
     logprobs: StrictBool = False
     top_logprobs: WholeNumber | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -156,6 +214,14 @@ class ChatRequest(CompletionBody):
     @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def offered_tools(self) -> OfferedTools | None:
+        if self.functions or self.function_call is not None:
+            if self.tools:
+                raise BadRequest("functions: they are the older form of tools: send either", "functions")
+            return offered_tools(self.functions, self.function_call, legacy=True, field="functions.{}")
+        return offered_tools([each.function for each in self.tools], self.tool_choice, self.parallel_tool_calls)
 
 
 class CompletionRequest(CompletionBody):
@@ -196,8 +262,8 @@ class CompletionRequest(CompletionBody):
         return self.logprobs
 
 
-class TokenizeRequest(RequestBody):
-    """One of prompt and messages."""
+class TokenizeRequest(TemplateBody):
+    """One of prompt and messages, which alone have a template."""
 
     fields: ClassVar[FieldTable] = TOKENIZE
 

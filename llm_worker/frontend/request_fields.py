@@ -13,16 +13,38 @@ from vitrine_vlm.llm_worker.frontend.media_fields import MEDIA_OPTIONS, MEDIA_PA
 _MM_PROCESSOR = "send `mm_processor_kwargs`"
 SCHEMA = "the [JSON schema](#structured-output) of the answer"
 _NO_BEAMS = "no beam search"
-NO_TOOLS = "no tools"
 
+_FUNCTION_CALL: FieldTable = {
+    "name": honoured("of the function"),
+    "arguments": honoured("an object, also as JSON text"),
+}
+TOOL_CALL: FieldTable = {
+    "id": honoured("given to the chat template"),
+    "type": honoured("only `function`, also where left out"),
+    "function": honoured("what was called", inside=_FUNCTION_CALL),
+    "index": informative(int),
+    "custom": refused(note="functions only"),
+}
+FUNCTION: FieldTable = {
+    "name": honoured("letters, digits and `_.:/-`, up to 128"),
+    "description": honoured("what it does"),
+    "parameters": honoured("the JSON schema of its arguments, which are an object"),
+    "strict": honoured("arguments follow the schema, whatever `tool_choice` is"),
+}
+TOOL: FieldTable = {
+    "type": honoured("only `function`"),
+    "function": honoured("see below", inside=FUNCTION),
+    "custom": refused(note="functions only"),
+    "defer_loading": refused(False, note="all tools are in the prompt"),
+}
 MESSAGE: FieldTable = {
-    "role": honoured("`system` (or `developer`), `user`, `assistant`, `tool`"),
+    "role": honoured("`system` (or `developer`), `user`, `assistant`, `tool` (or `function`)"),
     "content": honoured("a string, or a list of parts", by_type={"text": TEXT_PART, **MEDIA_PARTS}),
-    "name": informative(str),
-    "tool_call_id": informative(str, note="a tool's answer follows its call"),
-    "tool_calls": refused([], note=NO_TOOLS),
-    "tools": refused([], note=NO_TOOLS),
-    "function_call": refused(note=NO_TOOLS),
+    "name": honoured("given to the chat template"),
+    "tool_call_id": honoured("given to the chat template; Qwen's has a tool's answers in the order of the calls"),
+    "tool_calls": honoured("of the assistant", inside=TOOL_CALL),
+    "tools": refused([], note="tools are the request's"),
+    "function_call": honoured("the older form of one of `tool_calls`", inside=_FUNCTION_CALL),
     "reasoning": refused("", note="thoughts are no part of a prompt"),
     "reasoning_content": refused("", note="thoughts are no part of a prompt"),
     "refusal": refused("", note="send it as content"),
@@ -87,7 +109,6 @@ COMMON: FieldTable = {
     "truncate_prompt_tokens": honoured("use the prompt's last tokens only; -1: as many as the context holds; no media"),
     "truncation_side": refused("left"),
     "structured_outputs": honoured("see below; one of its fields", inside=STRUCTURED_OUTPUTS),
-    "chat_template_kwargs": refused({}),
     **MEDIA_OPTIONS,
     "cache_salt": refused(note="one prefix cache for all"),
     "extra_key": refused(note="one prefix cache for all"),
@@ -107,7 +128,6 @@ COMMON: FieldTable = {
     "include_reasoning": informative(bool),
     "metadata": informative(dict),
     "mm_payload": informative(str),
-    "parallel_tool_calls": informative(bool),
     "priority": informative(int),
     "prompt_cache_key": informative(str),
     "prompt_cache_options": informative(dict),
@@ -165,20 +185,27 @@ _GENERATION: FieldTable = {
     "stream_interval": informative(int, note="every token is sent at once"),
 }
 
+_TEMPLATE: FieldTable = {
+    "chat_template_kwargs": honoured("variables of the chat template, which ignores those that it does not know"),
+    "chat_template": honoured("a Jinja template of up to 64 KiB; only with `--trust-request-chat-template`"),
+    "documents": honoured("objects for chat templates that read them"),
+    "reasoning_effort": honoured("given to the chat template; Qwen's do not read it"),
+    "add_generation_prompt": honoured("true where left out: the prompt ends where the answer's message begins"),
+    "continue_final_message": honoured("the answer goes on with the last message"),
+}
+
 CHAT: FieldTable = {
     "messages": honoured("the conversation, at least one", inside=MESSAGE),
     **_GENERATION,
     "max_completion_tokens": honoured("the newer name of `max_tokens`, which it overrides"),
     "top_logprobs": honoured("alternatives of each token, up to 20; needs `logprobs`"),
     "echo": refused(False),
-    "tools": refused([], note=NO_TOOLS),
-    "tool_choice": refused("none", "auto", note=NO_TOOLS),
-    "functions": refused([], note=NO_TOOLS),
-    "function_call": refused("none", "auto", note=NO_TOOLS),
-    "add_generation_prompt": refused(True),
-    "continue_final_message": refused(False),
-    "chat_template": refused(note="the checkpoint's own"),
-    "documents": refused([]),
+    "tools": honoured("functions that the answer may call; [how](#tools)", inside=TOOL),
+    "tool_choice": honoured("`auto` where left out, `none`, `required`, one function, or `allowed_tools`"),
+    "parallel_tool_calls": honoured("true where left out: one answer may have several calls"),
+    "functions": honoured("the older form of `tools`; the answer has `function_call`", inside=FUNCTION),
+    "function_call": honoured("the older form of `tool_choice`: `auto`, `none`, or one function's `name`"),
+    **_TEMPLATE,
     "audio": refused(note="no audio"),
     "modalities": refused(["text"], note="answers are text"),
     "web_search_options": refused(note="no search"),
@@ -198,7 +225,6 @@ CHAT: FieldTable = {
     "return_flat_raw_output_top_logprobs": refused(False),
     "return_flat_raw_top_logprobs_b64": informative(bool),
     "prediction": informative(dict),
-    "reasoning_effort": informative(str, float),
     "separate_reasoning": informative(bool),
     "store": informative(bool, note="nothing is stored"),
     "stream_reasoning": informative(bool),
@@ -213,6 +239,8 @@ COMPLETION: FieldTable = {
         by_type=MEDIA_PARTS,
     ),
     **_GENERATION,
+    "chat_template_kwargs": refused({}, note="prompts are whole: no template"),
+    "parallel_tool_calls": informative(bool, note="no tools"),
     "echo": honoured("each choice begins with its prompt, in `logprobs`, too"),
     "suffix": refused("", note="no text behind the answer"),
     "prompt_embeds": refused(),
@@ -224,15 +252,11 @@ TOKENIZE: FieldTable = {
     "messages": honoured("instead of `prompt`", inside=MESSAGE),
     "return_token_strs": honoured("the text of each token, too"),
     "add_special_tokens": _GENERATION["add_special_tokens"],
-    "add_generation_prompt": refused(True),
-    "continue_final_message": refused(False),
-    "chat_template": CHAT["chat_template"],
-    "chat_template_kwargs": CHAT["chat_template_kwargs"],
+    **_TEMPLATE,
     "media_io_kwargs": informative(dict, note=ONE_PLACEHOLDER),
     "mm_processor_kwargs": informative(dict, note=ONE_PLACEHOLDER),
     "tools": CHAT["tools"],
     "tool_choice": CHAT["tool_choice"],
-    "reasoning_effort": CHAT["reasoning_effort"],
 }
 DETOKENIZE: FieldTable = {
     "model": TOKENIZE["model"],

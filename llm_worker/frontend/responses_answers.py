@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from vitrine_vlm.errors import VitrineError
 from vitrine_vlm.llm_worker.engine.request import SamplingParams
 from vitrine_vlm.llm_worker.frontend.openai_answers import TokenTexts
+from vitrine_vlm.llm_worker.frontend.responses_items import Event, OutputItems
 from vitrine_vlm.llm_worker.frontend.responses_types import ResponsesRequest
 from vitrine_vlm.llm_worker.generation.events import Delta, Finished
 from vitrine_vlm.service_runtime.http_errors import error_body
 
-Event = dict[str, Any]
-# The place of the one text of an answer.
-_PLACE = {"output_index": 0, "content_index": 0}
+_TOOL_FIELDS = {"type", "name", "description", "parameters", "strict"}
 
 
 @dataclass
 class ResponseWriter:
-    """Writes one response. It is given all deltas in order, and then how the generation ended.
+    """Writes one response: whole, or as events, of all deltas in order and then of how the generation ended.
 
     sampling: what is in force, the request's or the checkpoint's.
     """
@@ -32,40 +32,40 @@ class ResponseWriter:
     sampling: SamplingParams
     texts: TokenTexts
     created_at: int = field(default_factory=lambda: int(time.time()))
-    _num_events: int = field(default=0, init=False)
-    _text: list[str] = field(default_factory=list, init=False)
-    _logprobs: list[dict[str, Any]] = field(default_factory=list, init=False)
 
-    def add(self, delta: Delta) -> list[dict[str, Any]]:
-        """Keeps the delta; returns its log-probabilities."""
-        logprobs = [self.texts.logprob(each) for each in delta.logprobs]
-        self._text.append(delta.text)
-        self._logprobs += logprobs
-        return logprobs
+    def __post_init__(self) -> None:
+        self._num_events = 0
+        self._items = OutputItems(self.request_id, self.texts, self.request.offered_tools, self.request.stream)
 
-    def response(self, finished: Finished | None) -> dict[str, Any]:
+    def whole(self, deltas: Sequence[Delta], finished: Finished) -> dict[str, Any]:
+        """The response to a request that does not stream."""
+        events = [*self.first_events(), *chain.from_iterable(map(self.delta_events, deltas))]
+        *_, last = chain(events, self.last_events(finished))
+        response: dict[str, Any] = last["response"]
+        return response
+
+    def _response(self, finished: Finished | None) -> dict[str, Any]:
         """The response so far; None for one that goes on."""
-        is_cut = finished is not None and finished.finish_reason == "length"
-        status = "in_progress" if finished is None else "incomplete" if is_cut else "completed"
+        status = "in_progress" if finished is None else _status(finished)
         body = {
             "id": f"resp_{self.request_id}",
             "object": "response",
             "created_at": self.created_at,
             "status": status,
             "error": None,
-            "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "instructions": self.request.instructions,
             "max_output_tokens": self.request.max_output_tokens,
             "metadata": self.request.metadata,
             "model": self.model,
-            "output": [] if finished is None else [self._message(status)],
-            "parallel_tool_calls": False,
+            "output": [] if finished is None else self._items.output(status),
+            "parallel_tool_calls": self.request.parallel_tool_calls,
             "previous_response_id": None,
             "store": False,
             "temperature": self.sampling.temperature,
-            "text": {"format": self._format()},
-            "tool_choice": "none",
-            "tools": [],
+            "text": {"format": _format(self.request)},
+            "tool_choice": _tool_choice(self.request),
+            "tools": [tool.model_dump(include=_TOOL_FIELDS) for tool in self.request.tools],
             "top_logprobs": self.request.top_logprobs or 0,
             "top_p": self.sampling.top_p,
             "truncation": "disabled",
@@ -78,55 +78,46 @@ class ResponseWriter:
 
     def first_events(self) -> Iterator[Event]:
         """The events in front of the first text."""
-        yield self._event("response.created", response=self.response(None))
-        yield self._event("response.in_progress", response=self.response(None))
-        item = self._message("in_progress") | {"content": []}
-        yield self._event("response.output_item.added", output_index=0, item=item)
-        empty = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-        yield self._event("response.content_part.added", item_id=item["id"], part=empty, **_PLACE)
+        yield self._numbered({"type": "response.created", "response": self._response(None)})
+        yield self._numbered({"type": "response.in_progress", "response": self._response(None)})
+        yield from map(self._numbered, self._items.begin())
 
-    def delta_event(self, delta: Delta) -> Event:
-        logprobs = self.add(delta)
-        return self._event(
-            "response.output_text.delta", item_id=self._item_id, delta=delta.text, logprobs=logprobs, **_PLACE
-        )
+    def delta_events(self, delta: Delta) -> Iterator[Event]:
+        yield from map(self._numbered, self._items.push(delta))
 
     def last_events(self, finished: Finished) -> Iterator[Event]:
-        """The events behind the last text."""
-        response = self.response(finished)
-        item = response["output"][0]
-        part = item["content"][0]
-        yield self._event(
-            "response.output_text.done",
-            item_id=item["id"],
-            text=part["text"],
-            logprobs=part["logprobs"],
-            **_PLACE,
-        )
-        yield self._event("response.content_part.done", item_id=item["id"], part=part, **_PLACE)
-        yield self._event("response.output_item.done", output_index=0, item=item)
-        yield self._event(f"response.{response['status']}", response=response)
+        """The events behind the last text; the very last one has the whole response."""
+        status = _status(finished)
+        yield from map(self._numbered, self._items.finish(status))
+        yield self._numbered({"type": f"response.{status}", "response": self._response(finished)})
 
     def error_event(self, error: VitrineError) -> Event:
         described = error_body(error)["error"]
-        return self._event("error", code=described["code"], message=described["message"], param=described["param"])
+        fields = {name: described[name] for name in ("code", "message", "param")}
+        return self._numbered({"type": "error", **fields})
 
-    @property
-    def _item_id(self) -> str:
-        return f"msg_{self.request_id}"
-
-    def _format(self) -> dict[str, Any]:
-        """The form of the text, as it was asked for."""
-        given = self.request.text.format
-        return {"type": "text"} if given is None else given.model_dump(by_alias=True, exclude_unset=True)
-
-    def _message(self, status: str) -> dict[str, Any]:
-        text = {"type": "output_text", "text": "".join(self._text), "annotations": [], "logprobs": self._logprobs}
-        return {"id": self._item_id, "type": "message", "role": "assistant", "status": status, "content": [text]}
-
-    def _event(self, kind: str, **fields: Any) -> Event:
+    def _numbered(self, event: Event) -> Event:
         number, self._num_events = self._num_events, self._num_events + 1
-        return {"type": kind, "sequence_number": number, **fields}
+        return {**event, "sequence_number": number}
+
+
+def _format(request: ResponsesRequest) -> dict[str, Any]:
+    """The form of the text, as it was asked for."""
+    given = request.text.format
+    return {"type": "text"} if given is None else given.model_dump(by_alias=True, exclude_unset=True)
+
+
+def _tool_choice(request: ResponsesRequest) -> Any:
+    """The request's choice, as responses have it."""
+    choice = request.tool_choice
+    if choice is None or not choice.names:
+        return (choice.mode if choice is not None else "auto") if request.tools else "none"
+    tools = [{"type": "function", "name": name} for name in choice.names]
+    return tools[0] if choice.is_one else {"type": "allowed_tools", "mode": choice.mode, "tools": tools}
+
+
+def _status(finished: Finished) -> str:
+    return "incomplete" if finished.finish_reason == "length" else "completed"
 
 
 def _usage(finished: Finished) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from aiohttp import web
 
 from vitrine_vlm.llm_worker.frontend.http_headers import request_id
 from vitrine_vlm.llm_worker.frontend.openai_answers import TokenTexts
-from vitrine_vlm.llm_worker.frontend.openai_prompt import messages_to_generation
+from vitrine_vlm.llm_worker.frontend.openai_prompt import messages_to_generation, template_messages
 from vitrine_vlm.llm_worker.frontend.request_parsing import read_request
 from vitrine_vlm.llm_worker.frontend.responses_answers import ResponseWriter
 from vitrine_vlm.llm_worker.frontend.responses_types import ResponsesRequest
@@ -16,6 +16,7 @@ from vitrine_vlm.llm_worker.frontend.served_models import ServedModels
 from vitrine_vlm.llm_worker.frontend.sse_stream import SseStream
 from vitrine_vlm.llm_worker.generation.events import Delta, Finished, GenerationEvent
 from vitrine_vlm.llm_worker.metrics import LlmMetrics
+from vitrine_vlm.llm_worker.prompt.chat_template import Chat
 from vitrine_vlm.llm_worker.request_tracker import RequestTracker, RunningRequest
 
 
@@ -32,9 +33,12 @@ class ResponsesRoute:
         request = await read_request(ResponsesRequest, http, self._metrics.count_unused_fields)
         served = self._models.named(request.model)
         tokenizer = served.generator.tokenizer
+        tools = request.offered_tools
         generation = messages_to_generation(
             request,
             request.messages,
+            Chat(template_messages(request.messages), tools.for_template() if tools is not None else []),
+            tools,
             request.max_output_tokens,
             tokenizer,
             served.defaults,
@@ -44,12 +48,13 @@ class ResponsesRoute:
         running = self._requests.track(partial(served.generator.generate, generation))
         if request.stream:
             return await _stream(SseStream(http), running, writer)
+        deltas: list[Delta] = []
         async with running as events:
             async for event in events:
                 if isinstance(event, Delta):
-                    writer.add(event)
+                    deltas.append(event)
                 elif isinstance(event, Finished):
-                    return web.json_response(writer.response(event))
+                    return web.json_response(writer.whole(deltas, event))
         raise RuntimeError("the generation ended without Finished")
 
 
@@ -63,7 +68,8 @@ async def _stream(
                 if not stream.has_begun:
                     for first in writer.first_events():
                         await stream.send(first)
-                await stream.send(writer.delta_event(event))
+                for each in writer.delta_events(event):
+                    await stream.send(each)
             elif isinstance(event, Finished):
                 for last in writer.last_events(event):
                     await stream.send(last)

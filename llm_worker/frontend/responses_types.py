@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Iterator, Sequence
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Discriminator, Field, StrictBool, Tag, ValidationInfo, field_validator
 
 from vitrine_vlm.embedding_transport.clients.media_options import ImageOptions
 from vitrine_vlm.llm_worker.engine.sampling_checks import MAX_LOGPROBS
@@ -21,6 +21,14 @@ from vitrine_vlm.llm_worker.frontend.openai_types import (
     WholeNumber,
 )
 from vitrine_vlm.llm_worker.frontend.responses_fields import RESPONSES
+from vitrine_vlm.llm_worker.frontend.tool_calls import OfferedTools, offered_tools
+from vitrine_vlm.llm_worker.frontend.tool_types import (
+    CallArguments,
+    CalledFunction,
+    FunctionTool,
+    ToolCall,
+    ToolChoiceField,
+)
 
 
 class InputText(RequestObject):
@@ -40,30 +48,75 @@ class InputImage(ImageOptions):
         return ImagePart(type="image_url", image_url=ImageUrl(url=self.image_url), **options)
 
 
+InputPart: TypeAlias = Annotated[InputText | InputImage, Field(discriminator="type")]
+
+
 class InputMessage(RequestObject):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Annotated[InputText | InputImage, Field(discriminator="type")]]
+    content: str | list[InputPart]
 
     def message(self) -> Message:
         content = self.content if isinstance(self.content, str) else [part.part() for part in self.content]
         return Message(role=self.role, content=content)
 
 
+class InputCall(RequestObject):
+    """A call that an answer has made."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: CallArguments
+
+    def call(self) -> ToolCall:
+        return ToolCall(id=self.call_id, function=CalledFunction(name=self.name, arguments=self.arguments))
+
+
+class InputCallOutput(RequestObject):
+    """What the called function has returned."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str | list[InputPart]
+
+    def message(self) -> Message:
+        output = self.output if isinstance(self.output, str) else [part.part() for part in self.output]
+        return Message(role="tool", content=output, tool_call_id=self.call_id)
+
+
 class TextOptions(RequestObject):
     format: ResponsesFormat | None = None
+
+
+def _item_type(item: object) -> str:
+    """The type of an item as its tag; brackets, as the tag is no field in the path of an error."""
+    if isinstance(item, dict):
+        return f"[{item.get('type') or 'message'}]"
+    return f"[{getattr(item, 'type', None)}]"
+
+
+InputItem: TypeAlias = Annotated[
+    Annotated[InputMessage, Tag("[message]")]
+    | Annotated[InputCall, Tag("[function_call]")]
+    | Annotated[InputCallOutput, Tag("[function_call_output]")],
+    Discriminator(_item_type),
+]
 
 
 class ResponsesRequest(GenerationBody):
     fields: ClassVar[FieldTable] = RESPONSES
 
-    input: str | Annotated[list[InputMessage], Field(min_length=1)]
+    input: str | Annotated[list[InputItem], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: WholeNumber | None = Field(None, ge=1)
     include: list[Literal["message.output_text.logprobs"]] = Field([])
     top_logprobs: WholeNumber | None = Field(None, ge=0, le=MAX_LOGPROBS)
     text: TextOptions = TextOptions()
     metadata: dict[str, str] = Field({})
+    tools: list[FunctionTool] = Field([])
+    tool_choice: ToolChoiceField | None = None
+    parallel_tool_calls: StrictBool = True
 
     @field_validator("top_logprobs")
     @classmethod
@@ -86,15 +139,42 @@ class ResponsesRequest(GenerationBody):
         """The conversation as chat completions have it."""
         return list(self._messages())
 
+    @property
+    def offered_tools(self) -> OfferedTools | None:
+        """The tools that the answer may call.
+
+        Raises:
+            BadRequest: see `offered_tools`.
+        """
+        return offered_tools(self.tools, self.tool_choice, self.parallel_tool_calls, field="tools.{}")
+
     def _messages(self) -> Iterator[Message]:
-        given = [each.message() for each in self.input] if isinstance(self.input, list) else []
-        if isinstance(self.input, str):
-            given = [Message(role="user", content=self.input)]
+        given = list(_given(self.input)) if isinstance(self.input, list) else [Message(role="user", content=self.input)]
         if self.instructions is not None:
             # One system message, as templates have no place for a second.
             first = given.pop(0) if given[0].role in ("system", "developer") else None
             yield Message(role="system", content=_joined(self.instructions, first))
         yield from given
+
+
+def _given(items: Sequence[InputItem]) -> Iterator[Message]:
+    """The items as messages: calls are those of the assistant's message in front of them."""
+    calling: Message | None = None
+    for item in items:
+        if isinstance(item, InputCall):
+            calling = calling or Message(role="assistant")
+            calling = calling.model_copy(update={"tool_calls": [*calling.tool_calls, item.call()]})
+            continue
+        if calling is not None:
+            yield calling
+            calling = None
+        message = item.message()
+        if message.role == "assistant":
+            calling = message
+        else:
+            yield message
+    if calling is not None:
+        yield calling
 
 
 def _joined(instructions: str, system: Message | None) -> str | list[ContentPart]:

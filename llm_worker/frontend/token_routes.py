@@ -7,8 +7,8 @@ import asyncio
 from aiohttp import web
 
 from vitrine_vlm.errors import BadRequest
-from vitrine_vlm.llm_worker.frontend.openai_prompt import chat_text
-from vitrine_vlm.llm_worker.frontend.openai_types import DetokenizeRequest, TokenizeRequest
+from vitrine_vlm.llm_worker.frontend.openai_prompt import request_chat
+from vitrine_vlm.llm_worker.frontend.openai_types import DetokenizeRequest, TemplateBody, TokenizeRequest
 from vitrine_vlm.llm_worker.frontend.request_parsing import read_request
 from vitrine_vlm.llm_worker.frontend.served_models import ServedModels
 from vitrine_vlm.llm_worker.generation.served_model import ServedModel
@@ -56,10 +56,22 @@ class TokenRoutes:
 def _tokenize(request: TokenizeRequest, tokenizer: PromptTokenizer) -> tuple[list[int], list[str] | None]:
     """Returns the tokens, and the text of each where the request asks for it."""
     if request.prompt is not None:
+        _check_no_template(request)
         tokens = tokenizer.encode(request.prompt)
     else:
-        tokens = tokenizer.encode_chat(chat_text(request.messages or [], tokenizer))
+        tokens = tokenizer.encode_chat(tokenizer.render_chat(request_chat(request, request.messages or [])))
     return tokens, [tokenizer.text_of(each) for each in tokens] if request.return_token_strs else None
+
+
+def _check_no_template(request: TokenizeRequest) -> None:
+    """
+    Raises:
+        BadRequest: a field of chat templates has a value, and there is no template.
+    """
+    for name, field in TemplateBody.model_fields.items():
+        value = getattr(request, name)
+        if value != field.default and not (name == "add_generation_prompt" and value):
+            raise BadRequest(f"{name}: it is for chat templates: send messages instead of prompt", name)
 
 
 def _tokenizer(served: ServedModel) -> PromptTokenizer:

@@ -72,12 +72,33 @@ async def test_control_tokens_in_a_chats_text_are_text(client: Client, worker: L
     assert (await refused.json())["error"]["code"] == "placeholder_mismatch"
 
 
+@pytest.mark.parametrize("fields", [{"continue_final_message": True}, {"add_generation_prompt": False}])
+async def test_the_end_of_a_chats_prompt(client: Client, worker: LocalWorker, fields: dict[str, Any]) -> None:
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Well,"}]
+    answer = await (await client.post(CHAT, json=body(worker, messages=messages, **fields))).json()
+    tokens = await (await client.post("/tokenize", json={"messages": messages, **fields})).json()
+    assert answer["usage"]["prompt_tokens"] == tokens["count"]
+    text = await (await client.post("/detokenize", json={"tokens": tokens["tokens"]})).json()
+    end = "Well," if "continue_final_message" in fields else "Well,<|im_end|>\n"
+    assert text["prompt"].endswith(f"<|im_start|>assistant\n{end}")
+
+
 @pytest.mark.parametrize(
     ("path", "asked", "param"),
     [
         ("/tokenize", {}, "messages"),
         ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, "messages"),
         ("/tokenize", {"prompt": "a", "add_generation_prompt": False}, "add_generation_prompt"),
+        ("/tokenize", {"prompt": "a", "chat_template_kwargs": {"a": 1}}, "chat_template_kwargs"),
+        (
+            "/tokenize",
+            {
+                "messages": [{"role": "user", "content": "b"}],
+                "add_generation_prompt": True,
+                "continue_final_message": True,
+            },
+            "continue_final_message",
+        ),
         ("/detokenize", {"tokens": [10**6]}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens.0"),
         ("/detokenize", {"tokens": "a"}, "tokens"),

@@ -12,6 +12,9 @@ from openai.types.chat import (
     ChatCompletionAssistantMessageParam,
     ChatCompletionContentPartImageParam,
     ChatCompletionContentPartTextParam,
+    ChatCompletionFunctionMessageParam,
+    ChatCompletionFunctionToolParam,
+    ChatCompletionMessageFunctionToolCallParam,
     ChatCompletionStreamOptionsParam,
     ChatCompletionToolMessageParam,
     ChatCompletionUserMessageParam,
@@ -22,6 +25,8 @@ from openai.types.chat import (
 )
 from openai.types.responses import (
     EasyInputMessageParam,
+    FunctionToolParam,
+    ResponseFunctionToolCallParam,
     ResponseInputImageParam,
     ResponseInputTextParam,
     ResponseOutputMessageParam,
@@ -29,6 +34,8 @@ from openai.types.responses import (
     ResponseTextConfigParam,
     response_create_params,
 )
+from openai.types.responses.response_input_param import FunctionCallOutput
+from openai.types.shared_params import FunctionDefinition
 
 from tests.llm_worker.frontend.http_client import body, client_of
 from tests.llm_worker.frontend.serving import serving
@@ -36,9 +43,26 @@ from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.llm_worker.frontend.field_rules import FieldTable, Rule
 from vitrine_vlm.llm_worker.frontend.media_fields import IMAGE_PART, IMAGE_URL, TEXT_PART, VIDEO_PART, VIDEO_URL
 from vitrine_vlm.llm_worker.frontend.openai_types import ChatRequest, CompletionRequest
-from vitrine_vlm.llm_worker.frontend.request_fields import CHAT, COMPLETION, MESSAGE, STREAM_OPTIONS
+from vitrine_vlm.llm_worker.frontend.request_fields import (
+    CHAT,
+    COMPLETION,
+    FUNCTION,
+    MESSAGE,
+    STREAM_OPTIONS,
+    TOOL,
+    TOOL_CALL,
+)
 from vitrine_vlm.llm_worker.frontend.request_parsing import parse_request
-from vitrine_vlm.llm_worker.frontend.responses_fields import INPUT_IMAGE, INPUT_MESSAGE, INPUT_TEXT, RESPONSES, TEXT
+from vitrine_vlm.llm_worker.frontend.responses_fields import (
+    INPUT_CALL,
+    INPUT_CALL_OUTPUT,
+    INPUT_IMAGE,
+    INPUT_MESSAGE,
+    INPUT_TEXT,
+    RESPONSES,
+    RESPONSES_TOOL,
+    TEXT,
+)
 from vitrine_vlm.llm_worker.frontend.responses_types import ResponsesRequest
 from vitrine_vlm.llm_worker.metrics import LlmMetrics
 
@@ -74,6 +98,13 @@ OPENAIS = [
     (ResponseOutputTextParam, INPUT_TEXT),
     (ResponseInputImageParam, INPUT_IMAGE),
     (ResponseTextConfigParam, TEXT),
+    (ChatCompletionFunctionToolParam, TOOL),
+    (FunctionDefinition, FUNCTION),
+    (ChatCompletionMessageFunctionToolCallParam, TOOL_CALL),
+    (ChatCompletionFunctionMessageParam, MESSAGE),
+    (ResponseFunctionToolCallParam, INPUT_CALL),
+    (FunctionCallOutput, INPUT_CALL_OUTPUT),
+    (FunctionToolParam, RESPONSES_TOOL),
 ]
 # Sent by clients that nothing was asked of.
 NEUTRAL: dict[str, Any] = {
@@ -101,17 +132,10 @@ NEUTRAL: dict[str, Any] = {
 }
 # Each would change the answer, and did nothing once.
 REFUSED: dict[str, Any] = {
-    "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
-    "tool_choice": "required",
-    "chat_template_kwargs": {"add_vision_id": True},
-    "chat_template": "{{ 'hi' }}",
-    "add_generation_prompt": False,
-    "continue_final_message": True,
     "cache_salt": "mine alone",
     "use_beam_search": True,
     "length_penalty": 2.0,
     "modalities": ["text", "audio"],
-    "functions": [{"name": "f"}],
     "lora_path": "adapter",
     "web_search_options": {},
 }
@@ -183,13 +207,13 @@ def test_true_is_not_one_and_zero_is_not_false(name: str, value: Any) -> None:
 def test_informative_and_unknown_fields_are_named_without_indices() -> None:
     counted: list[tuple[set[str], set[str]]] = []
     part = {"type": "image_url", "image_url": {"url": "http://a/b", "detail": "high"}, "cache_control": {}}
-    messages = [{"role": "user", "content": [part, part], "name": "me"}]
+    messages = [{"role": "user", "content": [part, part], "phase": "final"}]
     fields = {"model": "m", "messages": messages, "user": "me", "max_token": 3, "metadata": None}
     parse_request(
         ChatRequest, json.dumps(fields).encode(), lambda *names: counted.append((set(names[0]), set(names[1])))
     )
     informative, unknown = counted[0]
-    assert informative == {"user", "messages.name", "messages.content.image_url.detail"}
+    assert informative == {"user", "messages.phase", "messages.content.image_url.detail"}
     assert unknown == {"max_token", "messages.content.cache_control"}
 
 

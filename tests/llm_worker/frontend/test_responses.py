@@ -10,8 +10,9 @@ import pytest
 
 from tests.llm_worker.frontend.serving import LocalWorker
 from vitrine_vlm.errors import EncoderUnavailable
-from vitrine_vlm.llm_worker.frontend.openai_prompt import chat_text
+from vitrine_vlm.llm_worker.frontend.openai_prompt import template_messages
 from vitrine_vlm.llm_worker.frontend.responses_types import ResponsesRequest
+from vitrine_vlm.llm_worker.prompt.chat_template import Chat
 
 FILE = {"type": "input_image", "file_id": "f"}
 EVENTS = [
@@ -104,12 +105,15 @@ async def test_logprobs_are_included_where_asked_for(official: openai.AsyncOpenA
         ({"store": True}, "store"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"background": True}, "background"),
-        ({"tools": [{"type": "function", "name": "f", "parameters": {}, "strict": True}]}, "tools"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+        ({"tools": [{"type": "function", "name": "f", "parameters": {"type": 5}}]}, "tools.0.parameters"),
+        ({"tool_choice": "required"}, "tool_choice"),
         ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"include": ["reasoning.encrypted_content"]}, "include.0"),
         ({"input": []}, "input"),
-        ({"input": [{"type": "function_call_output", "call_id": "1", "output": "2"}]}, "input.0.type"),
+        ({"input": [{"type": "item_reference", "id": "1"}]}, "input.0"),
+        ({"input": [{"type": "function_call", "call_id": "1", "name": "f", "arguments": "["}]}, "input.0.arguments"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]},
             "input.0.content.0.image_url",
@@ -133,15 +137,18 @@ def test_instructions_and_a_system_message_are_one(worker: LocalWorker) -> None:
     assert tokenizer is not None
     contents: list[Any] = ["Second.", [{"type": "input_text", "text": "Second."}]]
     texts = {
-        chat_text(
-            ResponsesRequest.model_validate(
-                {
-                    "model": "m",
-                    "instructions": "First.",
-                    "input": [{"role": "system", "content": content}, {"role": "user", "content": "Hello"}],
-                }
-            ).messages,
-            tokenizer,
+        tokenizer.render_chat(
+            Chat(
+                template_messages(
+                    ResponsesRequest.model_validate(
+                        {
+                            "model": "m",
+                            "instructions": "First.",
+                            "input": [{"role": "system", "content": content}, {"role": "user", "content": "Hello"}],
+                        }
+                    ).messages
+                )
+            )
         ).text
         for content in contents
     }

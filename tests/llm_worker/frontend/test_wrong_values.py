@@ -27,31 +27,55 @@ from vitrine_vlm.llm_worker.frontend.responses_types import ResponsesRequest
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD"}}
 VIDEO = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,QUJD", "fps": 1}}
 FRAMES = {"type": "video", "video": ["data:image/png;base64,QUJD", "http://a"], "fps": 1, "size": {}}
-MESSAGES = [{"role": "user", "content": [{"type": "text", "text": "?"}, IMAGE, VIDEO, FRAMES]}]
 # With tables of their own inside.
 OPTIONS = {
     "mm_processor_kwargs": {"size": {}, "images_kwargs": {}, "videos_kwargs": {"size": {}}},
     "media_io_kwargs": {"video": {}},
 }
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+MESSAGES = [
+    {"role": "user", "content": [{"type": "text", "text": "?"}, IMAGE, VIDEO, FRAMES]},
+    {"role": "assistant", "tool_calls": [CALL], "function_call": {"name": "f", "arguments": "{}"}},
+]
+FUNCTION = {"name": "f", "description": "d", "parameters": {"type": "object"}, "strict": True}
+TOOLS = [{"type": "function", "function": FUNCTION}]
 INPUT = [
     {
         "role": "user",
         "content": [{"type": "input_text", "text": "?"}, {"type": "input_image", "image_url": "http://a"}],
     },
     {"role": "assistant", "content": [{"type": "output_text", "text": "!"}]},
+    {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
+    {"type": "function_call_output", "call_id": "1", "output": [{"type": "input_text", "text": "!"}]},
 ]
 FORMAT = {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}, "structured_outputs": {}}
 ROUTES: dict[str, tuple[type[RequestBody], dict[str, Any]]] = {
     "/v1/chat/completions": (
         ChatRequest,
-        {"model": "m", "messages": MESSAGES, "stream_options": {}, **OPTIONS, **FORMAT},
+        {
+            "model": "m",
+            "messages": MESSAGES,
+            "stream_options": {},
+            "tools": TOOLS,
+            "functions": [dict(FUNCTION)],
+            **OPTIONS,
+            **FORMAT,
+        },
     ),
     "/v1/completions": (
         CompletionRequest,
         {"model": "m", "prompt": "Hi", "media": [IMAGE], "stream_options": {}, **FORMAT},
     ),
-    "/v1/responses": (ResponsesRequest, {"model": "m", "input": INPUT, "text": {"format": {"type": "text"}}}),
-    "/tokenize": (TokenizeRequest, {"messages": MESSAGES}),
+    "/v1/responses": (
+        ResponsesRequest,
+        {
+            "model": "m",
+            "input": INPUT,
+            "text": {"format": {"type": "text"}},
+            "tools": [{"type": "function", **FUNCTION}],
+        },
+    ),
+    "/tokenize": (TokenizeRequest, {"messages": MESSAGES, "tools": TOOLS}),
     "/detokenize": (DetokenizeRequest, {"tokens": [1]}),
 }
 # Requests without media, so that each accepted value meets the engine; sampled, so that all parameters count; and with
@@ -136,8 +160,10 @@ def test_every_field_refuses_what_it_cannot_be(route: str) -> None:
             except BadRequest as error:
                 num_refused += 1
                 param = error.param or ""
-                # A part whose type is wrong is refused as a whole; without a prompt, messages are missing.
-                others = (name.removesuffix(".type"), "messages" if route == "/tokenize" else name)
+                # A part whose type is wrong is refused as a whole, an item without one as a message; without a prompt,
+                # messages are missing.
+                whole = name.removesuffix(".type")
+                others = (whole, f"{whole}.role", "messages" if route == "/tokenize" else name)
                 assert param in (name, *others) or param.startswith(f"{name}."), (name, param, value)
                 assert len(str(error)) < 500, (name, value)
         takes_anything = rule.rule is Rule.INFORMATIVE and not rule.kinds
