@@ -125,7 +125,7 @@ class ChatTemplate:
             BadRequest: see `render`.
         """
         for name in chat.variables:
-            if name in _RESERVED:
+            if name in _RESERVED or name in self._tokenizer.special_tokens_map:
                 param = f"chat_template_kwargs.{name}"
                 raise BadRequest(f"{param}: it is no variable that a request may set", param)
         try:

@@ -59,6 +59,7 @@ def test_variables_of_the_request(folder: Path) -> None:
         "chat_template",
         "conversation",
         "tokenize",
+        "eos_token",
     ):
         error = refused(tokenizer, variables={name: 1})
         assert error.param == f"chat_template_kwargs.{name}"
