@@ -33,6 +33,8 @@ _MAX_MESSAGE_LENGTH = 300
 _MAX_PROBES = 200
 # Whitespace between the parts of a JSON value: any, but a model that writes nothing else has to end at some time.
 _WHITESPACE = r"[ \n\r\t]{0,40}"
+# In the arguments of a call there is as much as json.dumps writes: a weak model would fill its answer with more.
+_TOOL_WHITESPACE = " ?"
 _ONE_SCHEMA = ("items", "additionalProperties", "additionalItems")
 _LIST_OF_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 _SCHEMAS_BY_NAME = ("$defs", "definitions", "properties", "patternProperties")
@@ -113,7 +115,8 @@ def _tool_source(grammar: ToolGrammar) -> str:
         # Spaces as Python's json.dumps writes them, from which Qwen's models have learned.
         beginning = '\n{"name": ' + json.dumps(name, ensure_ascii=False) + ', "arguments": '
         rules.append(f"call_{index}: {_text(beginning)} arguments_{index} {_text('}' + chr(10) + '</tool_call>')}")
-        rules.append(f"arguments_{index}: %json {json.dumps({'type': 'object', **_parsed(parameters)})}")
+        schema = {"type": "object", **_parsed(parameters), "x-guidance": {"whitespace_pattern": _TOOL_WHITESPACE}}
+        rules.append(f"arguments_{index}: %json {json.dumps(schema)}")
     begin = _text("<tool_call>")
     if grammar.at_least_one:
         more = f" ({_text(chr(10))} {begin} call)*" if grammar.parallel else ""

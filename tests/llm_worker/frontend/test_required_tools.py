@@ -33,6 +33,7 @@ def asked(worker: LocalWorker, **fields: Any) -> dict[str, Any]:
 
 def check(name: str, arguments: str) -> None:
     Draft202012Validator(SCHEMAS[name]).validate(json.loads(arguments))
+    assert not set(arguments) & set("\n\r\t") and "  " not in arguments
 
 
 @pytest.mark.parametrize("choice", ["required", NAMED])
