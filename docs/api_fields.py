@@ -25,10 +25,10 @@ def sections() -> Iterator[tuple[str, FieldTable]]:
     """A heading and the fields below it."""
     chat, completion = fields.CHAT, fields.COMPLETION
     yield "Chat, completions and responses", fields.COMMON
-    shared = {name for name in chat if chat[name] == completion.get(name)}
-    yield "Chat and completions", {name: chat[name] for name in chat if name in shared - fields.COMMON.keys()}
-    yield "Chat", {name: chat[name] for name in chat if name not in shared}
-    yield "Completions", {name: completion[name] for name in completion if name not in shared}
+    shared = {name: field for name, field in chat.items() if completion.get(name) == field}
+    yield "Chat and completions", {name: field for name, field in shared.items() if name not in fields.COMMON}
+    yield "Chat", {name: field for name, field in chat.items() if name not in shared}
+    yield "Completions", {name: field for name, field in completion.items() if name not in shared}
     yield "`stream_options`", fields.STREAM_OPTIONS
     yield "`response_format`", fields.RESPONSE_FORMAT
     yield "`json_schema` of `response_format`", fields.NAMED_SCHEMA

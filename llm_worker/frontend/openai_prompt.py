@@ -117,7 +117,8 @@ def completion_to_generations(
         raise BadRequest(
             f"media: {len(prompts)} prompts cannot share media: send each in a request of its own", "media"
         )
-    sampling = _sampling(request, request.max_tokens, tokenizer, defaults)
+    prompt_only = request.max_tokens == 0
+    sampling = _sampling(request, 1 if prompt_only else request.max_tokens, tokenizer, defaults)
     parts = [(f"media.{index}", part) for index, part in enumerate(request.media)]
     media = media_items(parts, request.media_options)
     return [
@@ -127,6 +128,7 @@ def completion_to_generations(
             media=media,
             sampling=sampling,
             truncate_prompt_tokens=request.truncate_prompt_tokens,
+            prompt_only=prompt_only,
             **_text_options(request),
         )
         for number, prompt in enumerate(prompts)

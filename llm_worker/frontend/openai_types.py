@@ -136,7 +136,6 @@ class GenerationBody(RequestBody):
 class CompletionBody(GenerationBody):
     """The fields that chat and plain completions share."""
 
-    max_tokens: WholeNumber | None = Field(None, ge=1)
     prompt_logprobs: WholeNumber | None = Field(None, ge=0, le=MAX_LOGPROBS)
     n: WholeNumber = Field(1, ge=1)
     best_of: WholeNumber = Field(0, ge=0)
@@ -200,6 +199,7 @@ class ChatRequest(CompletionBody, TemplateBody):
     parallel_tool_calls: StrictBool = True
     functions: list[FunctionDefinition] = Field([])
     function_call: ToolChoiceField | None = None
+    max_tokens: WholeNumber | None = Field(None, ge=1)
     max_completion_tokens: WholeNumber | None = Field(None, ge=1)
     logprobs: StrictBool = False
     top_logprobs: WholeNumber | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -237,6 +237,14 @@ class CompletionRequest(CompletionBody):
     media: list[MediaPart] = Field([])
     logprobs: WholeNumber | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: StrictBool = False
+    max_tokens: WholeNumber | None = Field(None, ge=0)
+
+    @field_validator("max_tokens")
+    @classmethod
+    def _check_max_tokens(cls, max_tokens: int | None, info: ValidationInfo) -> int | None:
+        if max_tokens == 0 and not info.data.get("echo"):
+            raise ValueError("0 needs echo: true, and must be at least 1 without it")
+        return max_tokens
 
     @property
     def num_prompt_logprobs(self) -> int | None:

@@ -241,7 +241,7 @@ COMPLETION: FieldTable = {
     **_GENERATION,
     "chat_template_kwargs": refused({}, note="prompts are whole: no template"),
     "parallel_tool_calls": informative(bool, note="no tools"),
-    "echo": honoured("each choice begins with its prompt, in `logprobs`, too"),
+    "echo": honoured("each choice begins with its prompt, in `logprobs`, too; with `max_tokens: 0` it ends there"),
     "suffix": refused("", note="no text behind the answer"),
     "prompt_embeds": refused(),
 }

@@ -119,6 +119,11 @@ class Generator:
                     of_prompt = PromptLogprobs([None, *handle.prompt_logprobs])
                     observe(of_prompt)
                     yield of_prompt
+                if request.prompt_only:  # the engine samples a token behind every prompt
+                    finished = self._finished(request, prompt, handle, inputs, "length", 0)
+                    observe(finished)
+                    yield finished
+                    return
                 delta, finish_reason = text.push(output)
                 observe(delta)
                 yield delta

@@ -71,7 +71,7 @@ async def generate_answers(
     best_of = best_of or n
     check_num_answers(len(prompts), n, best_of)
     generator.check_capacity(len(prompts) * best_of)
-    if best_of == n:
+    if best_of == n or prompts[0].prompt_only:
         events = _Answers(generator, prompts, n, observe).events()
     else:
         events = _best(_Answers(generator, [_scored(each) for each in prompts], best_of, observe), prompts, n, best_of)

@@ -144,6 +144,44 @@ async def test_echo_begins_with_the_prompt_and_its_logprobs(official: openai.Asy
     assert offsets == [choice.logprobs.text_offset for choice in echoed.choices if choice.logprobs]
 
 
+@pytest.mark.parametrize("several", [{}, {"n": 2}, {"best_of": 3}], ids=str)
+async def test_without_tokens_the_answer_is_the_echoed_prompt(
+    official: openai.AsyncOpenAI, worker: LocalWorker, several: dict[str, int]
+) -> None:
+    asked: dict[str, Any] = {"model": worker.served.name, "prompt": ["naïve 猫" * 8, "Hello"], "logprobs": 2, **several}
+    asked |= {"echo": True, "temperature": 0}
+    with_token = await official.completions.create(**asked, max_tokens=1)
+    # The second time the prompt is in the prefix cache, and its log-probabilities are not.
+    alone = await official.completions.create(**asked, max_tokens=0)
+    assert alone.usage is not None and with_token.usage is not None
+    assert (alone.usage.completion_tokens, alone.usage.prompt_tokens) == (0, with_token.usage.prompt_tokens)
+    assert len(alone.choices) == len(with_token.choices) == 2 * several.get("n", 1)
+    for choice, longer in zip(alone.choices, with_token.choices, strict=True):
+        assert choice.text == asked["prompt"][choice.index // several.get("n", 1)]
+        assert choice.finish_reason == "length"
+        assert choice.logprobs is not None and longer.logprobs is not None
+        assert choice.logprobs.tokens is not None and longer.logprobs.tokens is not None
+        assert choice.logprobs.tokens == longer.logprobs.tokens[:-1]
+        values, expected = choice.logprobs.token_logprobs, longer.logprobs.token_logprobs
+        assert values is not None and expected is not None
+        # Which prompts share a step can move the last bits.
+        assert values[1:] == pytest.approx(expected[1:-1], abs=1e-3) and values[0] is None
+    texts = [""] * len(alone.choices)
+    async for chunk in await official.completions.create(**asked, max_tokens=0, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [choice.text for choice in alone.choices]
+    plain = await official.completions.create(**{**asked, "logprobs": None}, max_tokens=0)
+    assert [choice.text for choice in plain.choices] == texts
+    assert all(choice.logprobs is None for choice in plain.choices)
+
+
+async def test_no_tokens_without_echo_are_refused(official: openai.AsyncOpenAI, worker: LocalWorker) -> None:
+    for echo in (False, None):
+        with pytest.raises(openai.BadRequestError) as refused:
+            await official.completions.create(model=worker.served.name, prompt="Hello", max_tokens=0, echo=echo)
+        assert refused.value.param == "max_tokens" and "echo" in str(refused.value)
+
+
 async def test_logprobs_and_tokens_of_the_prompt(official: openai.AsyncOpenAI, worker: LocalWorker) -> None:
     extra = {"prompt_logprobs": 2, "return_token_ids": True}
     asked: dict[str, Any] = {"model": worker.served.name, "max_tokens": 2, "temperature": 0, "extra_body": extra}
