@@ -96,9 +96,11 @@ class Scheduler:
             PromptTooLong: the context does not hold a prompt of this many tokens and one generated token.
         """
         if num_tokens >= self.max_model_len:
+            # It begins as OpenAI's own does: clients know this error by these words.
             raise PromptTooLong(
-                f"the prompt has {num_tokens} tokens, the context holds {self.max_model_len} including the answer: "
-                "shorten the text, send fewer or smaller images, or start the worker with a larger --max-model-len"
+                f"Input tokens exceed the configured limit of {self.max_model_len} tokens, the answer included: the "
+                f"prompt has {num_tokens}. Shorten the text, send fewer or smaller images, or start the worker with a "
+                "larger --max-model-len"
             )
 
     def schedule(self) -> list[Chunk]:

@@ -300,9 +300,9 @@ def test_longest_answer(folder: Path) -> None:
     bench = Bench(folder)
     assert bench.add_whole(10).max_total_tokens == 14
     assert bench.add_whole(198).max_total_tokens == 200
-    with pytest.raises(PromptTooLong, match="200 tokens, the context holds 200"):
+    with pytest.raises(PromptTooLong, match="limit of 200 tokens, the answer included: the prompt has 200"):
         bench.add_whole(200)
-    with pytest.raises(PromptTooLong, match="the context holds 16"):
+    with pytest.raises(PromptTooLong, match="limit of 16 tokens"):
         Bench(folder, num_blocks=4).add_whole(16)
 
 
