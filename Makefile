@@ -15,9 +15,11 @@ GRPC_PORT ?= 50052
 VLLM ?= 0.32.0
 VENV := .venv
 VLLM_VENV := $(VENV)/vllm-$(VLLM)
+CLIENTS := $(VENV)/clients
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 VLLM_PIP = $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint tests/vllm/requirements-$(VLLM).txt
+CLIENT_PIP = $(BIN)/uv pip install --quiet --no-deps --only-binary :all:
 # With a working NVIDIA driver the GPU extra comes too; torch's own default for Linux is already its CUDA build.
 comma := ,
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu)
@@ -40,7 +42,7 @@ run: $(VENV)/.run-ready  ## Start an encoder and an LLM worker, ask about a pict
 serve: $(VENV)/.run-ready  ## The same services, staying up with an OpenAI endpoint on PORT, gRPC on GRPC_PORT
 	@$(LAUNCH) serve --port $(PORT) --grpc-port $(GRPC_PORT) $(if $(MODEL),--model "$(MODEL)")
 
-test: $(VENV)/.dev-ready  ## Run all tests, two files at a time (TESTS=path for some of them)
+test: $(VENV)/.dev-ready $(CLIENTS)/.ready  ## Run all tests, two files at a time (TESTS=path for some of them)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 test-vllm: $(VENV)/.dev-ready $(VLLM_VENV)/.ready  ## Run the tests beside unmodified vLLM, on the CPU (VLLM=version)
@@ -103,6 +105,17 @@ $(VENV)/.dev-ready: $(VENV)/.torch-ready pyproject.toml constraints.txt
 	@echo "installing vitrine-vlm, its dependencies and the development tools"
 	@$(PIP) --editable '.[dev$(GPU:%=$(comma)%)]'
 	@touch $@ $(VENV)/.run-ready
+
+# Clients that tests call, apart from the project, whose pins they do not share; Node's where there is npm.
+$(CLIENTS)/.ready: $(VENV)/.dev-ready $(wildcard tests/clients/requirements*.txt tests/clients/node/package*.json)
+	@echo "installing the clients that tests call"
+	@mkdir -p $(CLIENTS)/node
+	@$(PYTHON) -m venv --without-pip $(CLIENTS)/python
+	@$(CLIENT_PIP) --python $(CLIENTS)/python --requirement tests/clients/requirements.txt
+	@cp tests/clients/node/package*.json $(CLIENTS)/node
+	@npm ci --prefix $(CLIENTS)/node --ignore-scripts --no-audit --no-fund --fetch-retries 1 --silent || \
+		echo "npm could not install Node's clients: their tests are skipped" >&2
+	@touch $@
 
 $(VENV)/protos/.ready: $(VENV)/.venv-ready protos/requirements.txt
 	@echo "installing the stub generator"

@@ -21,6 +21,8 @@ _FILES_OF_FLEET = {
     "small_fleet": ("test_bad_input.py", "test_openai_client.py", "test_worker_process.py"),
 }
 _FLEET_OF_FILE = {f"tests/integration/{file}": fleet for fleet, files in _FILES_OF_FLEET.items() for file in files}
+# All files of this folder share fleets, and processes of clients.
+_CLIENTS = "tests/clients/"
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -33,7 +35,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFil
     class LoadFleetScheduling(LoadFileScheduling):  # type: ignore[misc]  # untyped
         def _split_scope(self, nodeid: str) -> str:
             file: str = super()._split_scope(nodeid)
-            return _FLEET_OF_FILE.get(file, file)
+            return _CLIENTS if file.startswith(_CLIENTS) else _FLEET_OF_FILE.get(file, file)
 
     return LoadFleetScheduling(config, log)
 

@@ -1,0 +1,11 @@
+// Vercel's AI SDK with its provider for servers that speak OpenAI's API.
+
+import { createOpenAICompatible } from '@ai-sdk/openai-compatible';
+
+import * as sdk from './ai_sdk.mjs';
+
+const connect = ({ base_url, model }) =>
+  createOpenAICompatible({ name: 'vitrine', baseURL: base_url, includeUsage: true })(model);
+
+export const ask = (call) => sdk.ask(connect(call), call);
+export const stream = (call) => sdk.stream(connect(call), call);
