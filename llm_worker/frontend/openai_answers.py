@@ -53,13 +53,21 @@ class TokenTexts:
             return f"token_id:{token_id}"
         return self._tokenizer.text_of(token_id)
 
+    def distinct(self, token_id: int) -> str:
+        """As plain completions have it: the bytes of a token that is a part of a character, so that texts differ."""
+        text = self.text(token_id)
+        if "\N{REPLACEMENT CHARACTER}" not in text or self._tokenizer is None:
+            return text
+        data = self._tokenizer.bytes_of(token_id)
+        return text if text.encode() == data else "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
     def joined(self, token_ids: Sequence[int]) -> str:
         """The text of all, special tokens included."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=False) if self._tokenizer is not None else ""
 
     def top(self, logprobs: TokenLogprobs) -> dict[str, float]:
         """The most probable tokens, and the token itself, as plain completions have them."""
-        return {self.text(token_id): value for token_id, value in _with_itself(logprobs)}
+        return {self.distinct(token_id): value for token_id, value in _with_itself(logprobs)}
 
     def prompt_logprob(self, logprobs: TokenLogprobs) -> dict[str, Any]:
         """The same by token id, as vLLM has them of a prompt. rank: where it is known."""
@@ -272,10 +280,10 @@ class AnswerWriter:
         if self._kind == "chat":
             return {"content": [self._texts.logprob(each) for each in logprobs if each], "refusal": None}
         ids = [each.token_id if each else self._prompt_of(answer)[0] for each in logprobs]
-        tokens = [self._texts.text(each) for each in ids]
-        *offsets, choice.text_offset = accumulate(map(len, tokens), initial=choice.text_offset)
+        lengths = (len(self._texts.text(each)) for each in ids)
+        *offsets, choice.text_offset = accumulate(lengths, initial=choice.text_offset)
         return {
-            "tokens": tokens,
+            "tokens": [self._texts.distinct(each) for each in ids],
             "token_logprobs": [each and each.logprob for each in logprobs],
             "top_logprobs": [each and self._texts.top(each) for each in logprobs],
             "text_offset": offsets,

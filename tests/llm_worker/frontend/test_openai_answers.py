@@ -27,6 +27,17 @@ def test_chat_logprobs_carry_bytes_that_make_up_the_text(qwen3_vl_folder: Path) 
     assert [token["top_logprobs"][1]["bytes"] for token in tokens] == [[0xF0]] * 4
 
 
+def test_parts_of_characters_have_different_texts_in_completions(qwen3_vl_folder: Path) -> None:
+    """Evaluations look whether a token is the most probable one in a table by the tokens' texts."""
+    tokenizer = PromptTokenizer(open_checkpoint(str(qwen3_vl_folder)))
+    texts = TokenTexts(tokenizer)
+    first, second, *_ = tokenizer.encode("🐈")
+    assert texts.text(first) == texts.text(second) == "�"
+    assert texts.top(TokenLogprobs(first, -3.0, ((second, -0.1),))) == {r"bytes:\xf0": -3.0, r"bytes:\x9f": -0.1}
+    (letter,) = tokenizer.encode("a")
+    assert texts.distinct(letter) == "a"
+
+
 def test_without_a_tokenizer_ids_stand_for_text_and_bytes_are_unknown() -> None:
     writer = AnswerWriter("chat", "id", "m", TokenTexts(None), AnswerOptions(return_token_ids=True))
     writer.add(0, Started(2, 0, prompt_token_ids=[3, 4]))

@@ -8,6 +8,7 @@ import openai
 import pytest
 
 from tests.llm_worker.frontend.serving import LocalWorker
+from vitrine_vlm.llm_worker.frontend.openai_answers import TokenTexts
 
 USER: list[Any] = [{"role": "user", "content": "Hello"}]
 
@@ -124,7 +125,8 @@ async def test_echo_begins_with_the_prompt_and_its_logprobs(official: openai.Asy
         logprobs, own, num = choice.logprobs, alone.logprobs, len(tokenizer.encode(prompt))
         assert logprobs is not None and logprobs.tokens is not None and logprobs.token_logprobs is not None
         assert own is not None and own.tokens is not None
-        assert logprobs.tokens == [tokenizer.text_of(each) for each in tokenizer.encode(prompt)] + own.tokens
+        texts_of = TokenTexts(tokenizer)
+        assert logprobs.tokens == [texts_of.distinct(each) for each in tokenizer.encode(prompt)] + own.tokens
         assert logprobs.token_logprobs[0] is None and all(each < 0 for each in logprobs.token_logprobs[1:])
         assert logprobs.top_logprobs is not None and logprobs.top_logprobs[0] is None
         # As evaluations read them: whether the prompt's end is what the model would have said.
@@ -132,7 +134,8 @@ async def test_echo_begins_with_the_prompt_and_its_logprobs(official: openai.Asy
             zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True)
         )[1:]:
             assert top[token] == value
-        assert logprobs.text_offset is not None and logprobs.text_offset[num] == len("".join(logprobs.tokens[:num]))
+        length = sum(len(tokenizer.text_of(each)) for each in tokenizer.encode(prompt))
+        assert logprobs.text_offset is not None and logprobs.text_offset[num] == length
     assert echoed.usage is not None and plain.usage is not None
     assert echoed.usage.completion_tokens == plain.usage.completion_tokens
     texts, offsets = ["", ""], [[], []]  # type: tuple[list[str], list[list[int]]]
