@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+import openai
 import pytest
 
 from tests.clients.client_process import ClientProcess
 from tests.clients.questions import Questions
 from tests.integration.fleet import Fleet, start_fleet
+from vitrine_vlm.sample_models.reference import Reference
 from vitrine_vlm.sample_models.tiny_vlm import MODEL_FOLDER
 
 ENVIRONMENTS = Path(sys.prefix) / "clients"
@@ -81,6 +83,31 @@ def call(
         return client_processes[client].call(function, **arguments)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def random_fleet(qwen3_vl_folder: Path) -> Iterator[Fleet]:
+    """A random checkpoint, whose answers depend on every bit of what it is asked."""
+    with start_fleet(qwen3_vl_folder, transports=["shm"], worker_flags=["--no-dashboard"]) as fleet:
+        yield fleet
+
+
+@pytest.fixture(scope="session")
+def random_server(random_fleet: Fleet) -> dict[str, Any]:
+    """Of a client's calls, in place of the tiny model."""
+    address = random_fleet.worker_processes["shm"].addresses["http"]
+    return {"base_url": f"http://{address}/v1", "model": random_fleet.folder.name}
+
+
+@pytest.fixture
+def random_client(random_server: dict[str, Any]) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=random_server["base_url"], api_key="unused", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def random_reference(qwen3_vl_folder: Path) -> Reference:
+    return Reference(qwen3_vl_folder)
 
 
 def _start(client: str, request: pytest.FixtureRequest) -> ClientProcess:

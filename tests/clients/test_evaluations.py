@@ -7,50 +7,19 @@ request bodies are written down here, as `lmms_eval/models`, `lmms_eval/protocol
 from __future__ import annotations
 
 import base64
-import io
 import json
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 from urllib.request import Request, urlopen
 
 import openai
 import pytest
 import torch
-from PIL import Image
 
 from tests.clients.conftest import Call
-from tests.integration.fleet import Fleet, start_fleet
+from tests.clients.evaluated import as_jpeg, as_png, chat_prompt, greedy, jpeg, text, user, without_data
 from tests.integration.media import picture
 from vitrine_vlm.sample_models.reference import Media, Reference
-
-
-@pytest.fixture(scope="session")
-def random_fleet(qwen3_vl_folder: Path) -> Iterator[Fleet]:
-    with start_fleet(qwen3_vl_folder, transports=["shm"], worker_flags=["--no-dashboard"]) as fleet:
-        yield fleet
-
-
-@pytest.fixture(scope="session")
-def random_url(random_fleet: Fleet) -> str:
-    return f"http://{random_fleet.worker_processes['shm'].addresses['http']}/v1"
-
-
-@pytest.fixture(scope="session")
-def random_reference(qwen3_vl_folder: Path) -> Reference:
-    return Reference(qwen3_vl_folder)
-
-
-@pytest.fixture
-def server(random_url: str, random_fleet: Fleet) -> dict[str, Any]:
-    """Of the calls below, in place of the tiny model."""
-    return {"base_url": random_url, "model": random_fleet.folder.name}
-
-
-@pytest.fixture
-def client(random_url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=random_url, api_key="unused", max_retries=0) as client:
-        yield client
 
 
 def loglikelihood(reference: Reference, context: str, continuation: str) -> tuple[float, bool]:
@@ -63,11 +32,6 @@ def loglikelihood(reference: Reference, context: str, continuation: str) -> tupl
     own = logprobs.gather(1, following[:, None])[:, 0]
     is_greedy = bool((logprobs.argmax(-1) == following)[num_context - 1 :].all())
     return float(own[num_context - 1 :].sum()), is_greedy
-
-
-def greedy(reference: Reference, prompt: str, media: list[Media], num_tokens: int = 24) -> str:
-    text: str = reference.tokenizer.decode(reference.greedy(reference.inputs(prompt, media), num_tokens)[0])
-    return text
 
 
 CONTEXTS = ("The capital of France is", "Question: 2 + 2 =\nAnswer:", "naïve 猫", "x")
@@ -84,22 +48,24 @@ def pairs(random_reference: Reference) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("options", [{}, {"batch_size": 4}, {"num_concurrent": 8}], ids=str)
 def test_lm_evals_loglikelihoods(
     call: Call,
-    server: dict[str, Any],
+    random_server: dict[str, Any],
     random_reference: Reference,
     pairs: list[tuple[str, str]],
     options: dict[str, Any],
 ) -> None:
     tokenizer = str(random_reference.folder)
-    answers = call("lm_eval", "loglikelihood", **server, tokenizer=tokenizer, pairs=pairs, **options)
+    answers = call("lm_eval", "loglikelihood", **random_server, tokenizer=tokenizer, pairs=pairs, **options)
     expected = [loglikelihood(random_reference, *pair) for pair in pairs]
     assert [is_greedy for _, is_greedy in answers] == [is_greedy for _, is_greedy in expected]
     assert {is_greedy for _, is_greedy in expected} == {True, False}
     assert [value for value, _ in answers] == pytest.approx([value for value, _ in expected], abs=1e-3)
 
 
-def test_lm_evals_rolling_loglikelihoods(call: Call, server: dict[str, Any], random_reference: Reference) -> None:
+def test_lm_evals_rolling_loglikelihoods(
+    call: Call, random_server: dict[str, Any], random_reference: Reference
+) -> None:
     texts = ["A text to be scored as a whole.", "naïve 猫 " * 30]
-    answers = call("lm_eval", "rolling", **server, tokenizer=str(random_reference.folder), texts=texts)
+    answers = call("lm_eval", "rolling", **random_server, tokenizer=str(random_reference.folder), texts=texts)
     # The harness puts the end token in front.
     end = random_reference.tokenizer.eos_token
     expected = [loglikelihood(random_reference, end, text)[0] for text in texts]
@@ -108,13 +74,13 @@ def test_lm_evals_rolling_loglikelihoods(call: Call, server: dict[str, Any], ran
 
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_loglikelihoods_of_prompts_alone(
-    client: openai.OpenAI, server: dict[str, Any], random_reference: Reference, context: str
+    random_client: openai.OpenAI, random_server: dict[str, Any], random_reference: Reference, context: str
 ) -> None:
     """Bodies with `max_tokens: 0`, which need not cut a token off the end."""
     continuation = greedy(random_reference, context, [], 3) + "no"
     num_context = len(random_reference.tokenizer(context)["input_ids"])
-    answer = client.completions.create(
-        model=server["model"], prompt=context + continuation, echo=True, max_tokens=0, logprobs=1, temperature=0
+    answer = random_client.completions.create(
+        model=random_server["model"], prompt=context + continuation, echo=True, max_tokens=0, logprobs=1, temperature=0
     )
     logprobs = answer.choices[0].logprobs
     assert answer.choices[0].text == context + continuation
@@ -126,76 +92,37 @@ def test_loglikelihoods_of_prompts_alone(
     assert is_greedy == expected_greedy
 
 
-def test_lm_evals_generations(call: Call, server: dict[str, Any], random_reference: Reference) -> None:
+def test_lm_evals_generations(call: Call, random_server: dict[str, Any], random_reference: Reference) -> None:
     expected = [greedy(random_reference, context, []) for context in CONTEXTS]
     tokenizer = str(random_reference.folder)
-    answers = call("lm_eval", "generate", **server, tokenizer=tokenizer, contexts=CONTEXTS, max_gen_toks=24)
+    answers = call("lm_eval", "generate", **random_server, tokenizer=tokenizer, contexts=CONTEXTS, max_gen_toks=24)
     assert answers == expected
     until = [text[4:6] for text in expected]
     options = {"max_gen_toks": 24, "until": until, "do_sample": False}
-    answers = call("lm_eval", "generate", **server, tokenizer=tokenizer, contexts=CONTEXTS, **options)
+    answers = call("lm_eval", "generate", **random_server, tokenizer=tokenizer, contexts=CONTEXTS, **options)
     assert answers == [text[: min(text.index(stop) for stop in until if stop in text)] for text in expected]
 
 
-def test_lm_evals_chats(call: Call, server: dict[str, Any], random_reference: Reference) -> None:
+def test_lm_evals_chats(call: Call, random_server: dict[str, Any], random_reference: Reference) -> None:
     messages = [
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}],
         [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}, {"role": "user", "content": "C"}],
     ]
     expected = [greedy(random_reference, chat_prompt(random_reference, each), []) for each in messages]
-    assert call("lm_eval", "chat", **server, messages=messages, max_gen_toks=24) == expected
+    assert call("lm_eval", "chat", **random_server, messages=messages, max_gen_toks=24) == expected
     media = picture(71, 96, 64)
     prompt = chat_prompt(random_reference, user({"type": "image"}, {"type": "text", "text": "What?"}))
     encoded = base64.b64encode(media.data).decode()
     answer = call(
-        "lm_eval", "chat_about_picture", **server, question="What?", picture=encoded, max_gen_toks=24, until=["\n\n"]
+        "lm_eval",
+        "chat_about_picture",
+        **random_server,
+        question="What?",
+        picture=encoded,
+        max_gen_toks=24,
+        until=["\n\n"],
     )
     assert answer == greedy(random_reference, prompt, [media]).split("\n\n")[0]
-
-
-def user(*content: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": list(content)}]
-
-
-def chat_prompt(reference: Reference, messages: list[dict[str, Any]]) -> str:
-    """messages: media as {"type": "image"}."""
-    prompt: str = reference.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return prompt
-
-
-def text(value: str) -> dict[str, Any]:
-    return {"type": "text", "text": value}
-
-
-def as_png(media: Media) -> dict[str, Any]:
-    """A picture in the bodies of lmms-eval."""
-    return {
-        "type": "image_url",
-        "image_url": {"url": f"data:image/png;base64,{base64.b64encode(media.data).decode()}"},
-    }
-
-
-def as_jpeg(media: Media, **others: Any) -> dict[str, Any]:
-    """A JPEG in the bodies of VLMEvalKit."""
-    url = f"data:image/jpeg;base64,{base64.b64encode(media.data).decode()}"
-    return {"type": "image_url", "image_url": {"url": url, **others}}
-
-
-def jpeg(seed: int) -> Media:
-    file = io.BytesIO()
-    Image.open(io.BytesIO(picture(seed, 128, 112).data)).save(file, "JPEG")
-    return Media("image", file.getvalue())
-
-
-def without_data(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same as the chat template gets them."""
-    return [
-        {
-            "role": message["role"],
-            "content": [part if part["type"] == "text" else {"type": "image"} for part in message["content"]],
-        }
-        for message in messages
-    ]
 
 
 FRAMES = [picture(80 + number, 96, 64) for number in range(4)]
@@ -220,11 +147,11 @@ LMMS_EVAL: dict[str, tuple[list[dict[str, Any]], list[Media]]] = {
 
 @pytest.mark.parametrize("kind", LMMS_EVAL)
 def test_lmms_evals_bodies(
-    client: openai.OpenAI, server: dict[str, Any], random_reference: Reference, kind: str
+    random_client: openai.OpenAI, random_server: dict[str, Any], random_reference: Reference, kind: str
 ) -> None:
     messages, media = LMMS_EVAL[kind]
-    body: Any = {"messages": messages, "model": server["model"], "max_tokens": 24, "temperature": 0}
-    answer = client.chat.completions.create(**body)
+    body: Any = {"messages": messages, "model": random_server["model"], "max_tokens": 24, "temperature": 0}
+    answer = random_client.chat.completions.create(**body)
     prompt = chat_prompt(random_reference, without_data(messages))
     assert answer.choices[0].message.content == greedy(random_reference, prompt, media)
     inputs = random_reference.inputs(prompt, media)
@@ -247,15 +174,15 @@ def streamed_content(lines: Iterable[bytes]) -> str:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("detail", ["low", "high"])
 def test_vlmevalkits_bodies(
-    random_url: str, server: dict[str, Any], random_reference: Reference, detail: str, stream: bool
+    random_server: dict[str, Any], random_reference: Reference, detail: str, stream: bool
 ) -> None:
     media = [jpeg(90), jpeg(91)]
     messages = user(text("First:"), as_jpeg(media[0], detail=detail), text("second:"), as_jpeg(media[1], detail=detail))
     messages[0]["content"].append(text("Which?"))
-    payload = {"model": server["model"], "messages": messages, "temperature": 0, "max_tokens": 24}
+    payload = {"model": random_server["model"], "messages": messages, "temperature": 0, "max_tokens": 24}
     headers = {"Content-Type": "application/json", "Authorization": "Bearer unused"}
     body = json.dumps(payload | ({"stream": True} if stream else {})).encode()
-    with urlopen(Request(f"{random_url}/chat/completions", body, headers), timeout=60) as response:
+    with urlopen(Request(f"{random_server['base_url']}/chat/completions", body, headers), timeout=60) as response:
         if stream:
             answer = streamed_content(response)
         else:
