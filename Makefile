@@ -106,12 +106,14 @@ $(VENV)/.dev-ready: $(VENV)/.torch-ready pyproject.toml constraints.txt
 	@$(PIP) --editable '.[dev$(GPU:%=$(comma)%)]'
 	@touch $@ $(VENV)/.run-ready
 
-# Clients that tests call, apart from the project, whose pins they do not share; Node's where there is npm.
+# Clients that tests call, in environments of their own, as their pins quarrel; Node's where there is npm.
 $(CLIENTS)/.ready: $(VENV)/.dev-ready $(wildcard tests/clients/requirements*.txt tests/clients/node/package*.json)
 	@echo "installing the clients that tests call"
 	@mkdir -p $(CLIENTS)/node
 	@$(PYTHON) -m venv --without-pip $(CLIENTS)/python
 	@$(CLIENT_PIP) --python $(CLIENTS)/python --requirement tests/clients/requirements.txt
+	@$(PYTHON) -m venv --without-pip $(CLIENTS)/instructor
+	@$(CLIENT_PIP) --python $(CLIENTS)/instructor --requirement tests/clients/requirements-instructor.txt
 	@cp tests/clients/node/package*.json $(CLIENTS)/node
 	@npm ci --prefix $(CLIENTS)/node --ignore-scripts --no-audit --no-fund --fetch-retries 1 --silent || \
 		echo "npm could not install Node's clients: their tests are skipped" >&2

@@ -28,6 +28,7 @@ _PYTHON_CLIENTS = {
     "litellm": "python",
     "pydantic_ai": "python",
     "lm_eval": "python",
+    "instructor": "instructor",
 }
 _NODE_CLIENTS = ("openai", "ai_sdk", "ai_sdk_compatible")
 

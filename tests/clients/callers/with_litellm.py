@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # it is downloaded otherwise
 
 import litellm
+from shape import Shape
 
 
 def _complete(base_url: str, model: str, question: str, pictures: Iterable[str] = (), **options: Any) -> Any:
@@ -91,3 +93,49 @@ def respond_stream(base_url: str, model: str, question: str, pictures: Iterable[
         "prompt_tokens": answer.usage.input_tokens,
         "completion_tokens": answer.usage.output_tokens,
     }
+
+
+def parse(base_url: str, model: str, question: str, pictures: Iterable[str] = ()) -> Any:
+    answer = _complete(base_url, model, question, pictures, response_format=Shape, max_tokens=512)
+    return Shape.model_validate_json(answer.choices[0].message.content).model_dump()
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "report",
+            "description": "Reports a shape.",
+            "parameters": Shape.model_json_schema(),
+            "strict": True,
+        },
+    }
+]
+CHOICES: dict[str, Any] = {
+    "named": {"type": "function", "function": {"name": "report"}},
+    "required": "required",
+    "auto": "auto",
+    "none": "none",
+}
+
+
+def _called(choice: Any) -> dict[str, Any]:
+    return {
+        "calls": [
+            {"name": each.function.name, "arguments": json.loads(each.function.arguments)}
+            for each in choice.message.tool_calls or ()
+        ],
+        "text": choice.message.content,
+        "finish_reason": choice.finish_reason,
+    }
+
+
+def call_tool(base_url: str, model: str, question: str, choice: str) -> dict[str, Any]:
+    asked = {"tools": TOOLS, "tool_choice": CHOICES[choice], "max_tokens": 512}
+    return _called(_complete(base_url, model, question, **asked).choices[0])
+
+
+def call_tool_stream(base_url: str, model: str, question: str, choice: str) -> dict[str, Any]:
+    asked = {"tools": TOOLS, "tool_choice": CHOICES[choice], "max_tokens": 512, "stream": True}
+    answer = litellm.stream_chunk_builder(list(_complete(base_url, model, question, **asked)))
+    return _called(answer.choices[0])

@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import Iterable
 from typing import Any
 
-from pydantic_ai import Agent, BinaryContent
+from pydantic_ai import Agent, BinaryContent, NativeOutput, ToolOutput
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
+from shape import Shape
 
 
 def agent(base_url: str, model: str, kind: Any = OpenAIChatModel, settings: Any = None, **options: Any) -> Any:
@@ -63,3 +64,24 @@ def respond(base_url: str, model: str, question: str, pictures: Iterable[str] = 
 
 def respond_stream(base_url: str, model: str, question: str, pictures: Iterable[str] = ()) -> dict[str, Any]:
     return stream(base_url, model, question, pictures, kind=OpenAIResponsesModel)
+
+
+def _parse(output: Any, base_url: str, model: str, question: str, pictures: Iterable[str], kind: Any) -> Any:
+    asked = agent(base_url, model, kind, {"max_tokens": 512}, output_type=output, retries=0)
+    return asked.run_sync(prompt(question, pictures)).output.model_dump()
+
+
+def parse(base_url: str, model: str, question: str, pictures: Iterable[str] = ()) -> Any:
+    return _parse(NativeOutput(Shape), base_url, model, question, pictures, OpenAIChatModel)
+
+
+def parse_tool(base_url: str, model: str, question: str, pictures: Iterable[str] = ()) -> Any:
+    return _parse(ToolOutput(Shape), base_url, model, question, pictures, OpenAIChatModel)
+
+
+def parse_response(base_url: str, model: str, question: str, pictures: Iterable[str] = ()) -> Any:
+    return _parse(NativeOutput(Shape), base_url, model, question, pictures, OpenAIResponsesModel)
+
+
+def parse_response_tool(base_url: str, model: str, question: str, pictures: Iterable[str] = ()) -> Any:
+    return _parse(ToolOutput(Shape), base_url, model, question, pictures, OpenAIResponsesModel)

@@ -1,6 +1,9 @@
 // OpenAI's own client for Node.
 
 import OpenAI from 'openai';
+import { zodFunction, zodResponseFormat, zodTextFormat } from 'openai/helpers/zod';
+
+import { Shape } from './shape.mjs';
 
 const connect = (baseURL) => new OpenAI({ baseURL, apiKey: 'unused', maxRetries: 0 });
 
@@ -76,4 +79,63 @@ export async function models({ base_url }) {
   const found = [];
   for await (const each of client.models.list()) found.push((await client.models.retrieve(each.id)).id);
   return found;
+}
+
+export async function parse({ base_url, model, question, pictures }) {
+  const answer = await connect(base_url).chat.completions.parse({
+    model, messages: messages(question, pictures), temperature: 0,
+    response_format: zodResponseFormat(Shape, 'shape'),
+  });
+  return answer.choices[0].message.parsed;
+}
+
+export async function parse_response({ base_url, model, question, pictures }) {
+  const answer = await connect(base_url).responses.parse({
+    model, input: input(question, pictures), temperature: 0, text: { format: zodTextFormat(Shape, 'shape') },
+  });
+  return answer.output_parsed;
+}
+
+const choices = {
+  named: { type: 'function', function: { name: 'report' } }, required: 'required', auto: 'auto', none: 'none',
+};
+
+function called({ message, finish_reason }) {
+  const calls = (message.tool_calls ?? []).map((each) => (
+    { name: each.function.name, arguments: JSON.parse(each.function.arguments) }
+  ));
+  return { calls, text: message.content, finish_reason };
+}
+
+const tool = () => zodFunction({ name: 'report', description: 'Reports a shape.', parameters: Shape });
+
+export async function call_tool({ base_url, model, question, choice }) {
+  const answer = await connect(base_url).chat.completions.parse({
+    model, messages: messages(question), temperature: 0, max_tokens: 512,
+    tools: [tool()], tool_choice: choices[choice],
+  });
+  return called(answer.choices[0]);
+}
+
+// By the client's own helper, which puts the deltas together and parses the arguments.
+export async function call_tool_stream({ base_url, model, question, choice }) {
+  const events = connect(base_url).chat.completions.stream({
+    model, messages: messages(question), temperature: 0, max_tokens: 512,
+    tools: [tool()], tool_choice: choices[choice],
+  });
+  return called((await events.finalChatCompletion()).choices[0]);
+}
+
+export async function answer_behind_tool({ base_url, model, question }) {
+  const client = connect(base_url);
+  const asked = { model, temperature: 0, max_tokens: 512, tools: [tool()] };
+  const history = messages(question);
+  const first = await client.chat.completions.create({ ...asked, messages: history, tool_choice: 'required' });
+  const { message } = first.choices[0];
+  const results = message.tool_calls.map(({ id }) => ({ role: 'tool', tool_call_id: id, content: 'done' }));
+  const answer = await client.chat.completions.create({
+    ...asked, messages: [...history, message, ...results], tool_choice: 'none',
+  });
+  const ids = message.tool_calls.map(({ id }) => id);
+  return { ...called(first.choices[0]), text: answer.choices[0].message.content, ids };
 }
