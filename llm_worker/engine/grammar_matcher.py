@@ -15,7 +15,7 @@ _EVERY_TOKEN = -1
 class GrammarMatcher:
     """The matcher of one answer. Belongs to the engine's thread.
 
-    error: why the answer cannot go on; empty while it can.
+    inner: llguidance's; it never raises, and stays in a state of error once it is in one.
     """
 
     def __init__(self, matcher: LLMatcher, tokenizer: LLTokenizer) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from functools import cache
 from typing import Any, TypeAlias
@@ -29,8 +30,8 @@ from vitrine_vlm.llm_worker.engine.grammar import (
 # Keys and indices from a grammar, or a schema in it, to a part of it.
 Path: TypeAlias = tuple[str, ...]
 _MAX_MESSAGE_LENGTH = 300
-# Schemas that are tried to find the one that is at fault.
-_MAX_PROBES = 200
+# CPU time for finding the schema that is at fault.
+_MAX_SEARCH_S = 0.3
 # Whitespace between the parts of a JSON value: any, but a model that writes nothing else has to end at some time.
 _WHITESPACE = r"[ \n\r\t]{0,40}"
 # In the arguments of a call there is as much as json.dumps writes: a weak model would fill its answer with more.
@@ -85,8 +86,8 @@ def grammar_source(grammar: Grammar) -> str:
 def _json_source(schema_text: str) -> str:
     schema = _parsed(schema_text)
     source: str = LLMatcher.grammar_from_json_schema(json.dumps(schema))
-    if error := _error_of(source):
-        raise GrammarError(error, _path_of_fault(schema, error))
+    if message := _error_of(source):
+        raise GrammarError(message, _path_of_fault(schema, message))
     return source
 
 
@@ -191,11 +192,10 @@ def _path_of_fault(schema: dict[str, Any], error: str) -> Path:
     """The path of the innermost schema with this error: llguidance does not say where it is."""
     shared = {key: schema[key] for key in ("$defs", "definitions", "x-guidance") if key in schema}
     path: Path = ()
-    inner, probes_left = schema, _MAX_PROBES
+    inner, deadline = schema, time.process_time() + _MAX_SEARCH_S
     while True:
         for steps, each in _inner_schemas(inner):
-            probes_left -= 1
-            if probes_left < 0:
+            if time.process_time() > deadline:
                 return path
             if _error_of(LLMatcher.grammar_from_json_schema(json.dumps({**shared, **each}))) == error:
                 path, inner = (*path, *steps), each

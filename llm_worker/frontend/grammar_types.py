@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
-from pydantic import Field, StrictBool, ValidationInfo, field_validator
+from pydantic import Field, StrictBool
 
 from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.llm_worker.engine.grammar import ChoiceGrammar, EbnfGrammar, Grammar, JsonGrammar, RegexGrammar
@@ -29,15 +29,14 @@ class ResponseFormat(RequestObject):
     """Of chat and plain completions."""
 
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: NamedSchema | None = Field(None, validate_default=True)
-
-    @field_validator("json_schema")
-    @classmethod
-    def _check_type(cls, json_schema: NamedSchema | None, info: ValidationInfo) -> NamedSchema | None:
-        _check_schema_and_type(json_schema, info)
-        return json_schema
+    json_schema: NamedSchema | None = None
 
     def grammars(self, path: str) -> Iterator[FieldGrammar]:
+        """
+        Raises:
+            BadRequest: the type and the schema do not fit.
+        """
+        _check_type(self.type, self.json_schema, f"{path}.json_schema")
         if self.type == "json_object":
             yield FieldGrammar(path, ANY_OBJECT)
         if self.json_schema is not None:
@@ -51,27 +50,26 @@ class ResponsesFormat(RequestObject):
     name: str = ""
     description: str = ""
     strict: StrictBool = False
-    schema_: dict[str, Any] | None = Field(None, alias="schema", validate_default=True)
-
-    @field_validator("schema_")
-    @classmethod
-    def _check_type(cls, schema: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
-        _check_schema_and_type(schema, info)
-        return schema
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
 
     def grammars(self, path: str) -> Iterator[FieldGrammar]:
+        """
+        Raises:
+            BadRequest: the type and the schema do not fit.
+        """
+        _check_type(self.type, self.schema_, f"{path}.schema")
         if self.type == "json_object":
             yield FieldGrammar(path, ANY_OBJECT)
         if self.schema_ is not None:
             yield FieldGrammar(f"{path}.schema", json_grammar(self.schema_))
 
 
-def _check_schema_and_type(schema: object, info: ValidationInfo) -> None:
-    kind = info.data.get("type")
+def _check_type(kind: str, schema: object, field: str) -> None:
+    # Not in a validator, which would name fields without their aliases.
     if kind == "json_schema" and schema is None:
-        raise ValueError("a format of type json_schema needs a schema")
-    if kind in ("text", "json_object") and schema is not None:
-        raise ValueError(f"a format of type {kind} has no schema: its type is json_schema")
+        raise BadRequest(f"{field}: a format of type json_schema needs it", field)
+    if kind != "json_schema" and schema is not None:
+        raise BadRequest(f"{field}: a format of type {kind} has none: send the type json_schema", field)
 
 
 class StructuredOutputs(RequestObject):

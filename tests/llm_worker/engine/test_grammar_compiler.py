@@ -44,6 +44,8 @@ def schema(**fields: Any) -> JsonGrammar:
     [
         (JsonGrammar("{"), "no JSON", ()),
         (JsonGrammar("[" * 10_000), "no JSON", ()),
+        (JsonGrammar('{"minimum": 1e999}'), "expected value", ()),
+        (JsonGrammar('{"enum": ["\\ud800"]}'), "hex escape", ()),
         (JsonGrammar("[1]"), "of type list", ()),
         (JsonGrammar("false"), "of type bool", ()),
         (schema(anyOf=[{"type": "string"}, {"type": "object", "not": {}}]), "not", ("anyOf", "1")),
