@@ -61,7 +61,7 @@ _PART: FieldTable = {
     "video_url": refused(note="of a `video_url` part"),
     "video": refused(note="of a `video` part"),
     "uuid": informative(str, note=MEDIA_ARE_BYTES),
-    "modalities": refused("image", note="pictures are pictures"),
+    "modalities": refused("image", "multi-images", "video", note="the same to these models"),
     "prompt_cache_breakpoint": informative(note="the prefix cache works without"),
     **_OF_VIDEOS,
     **{name: refused(note="of a picture or video") for name in IMAGE_OPTIONS},

@@ -141,7 +141,10 @@ LMMS_EVAL: dict[str, tuple[list[dict[str, Any]], list[Media]]] = {
         FRAMES,
     ),
     "simple model, text first": (user(text("What is it?"), as_png(FRAMES[2])), FRAMES[2:3]),
-    "SGLang's model": (user(as_png(FRAMES[3]) | {"modalities": "image"}, text("What is it?")), FRAMES[3:]),
+    "SGLang's model, a video as frames": (
+        user(*(as_png(frame) | {"modalities": "video"} for frame in FRAMES), text("What happens?")),
+        FRAMES,
+    ),
 }
 
 

@@ -186,7 +186,7 @@ def test_what_would_change_the_answer_is_refused(name: str) -> None:
         ({"type": "video_url", "video_url": {"url": "http://a", "sample_fps": 4}}, "video_url.sample_fps"),
         ({"type": "video", "video": ["http://a"], "max_image_tokens": 4}, "max_image_tokens"),
         ({"type": "text", "text": "?", "max_pixels": 4}, "max_pixels"),
-        ({"type": "image_url", "image_url": {"url": "http://a"}, "modalities": "video"}, "modalities"),
+        ({"type": "image_url", "image_url": {"url": "http://a"}, "modalities": "audio"}, "modalities"),
         ({"type": "image_url", "image_url": {"url": "http://a", "detail": 5}}, "image_url.detail"),
     ],
 )
