@@ -16,10 +16,10 @@ VLLM ?= 0.32.0
 VENV := .venv
 VLLM_VENV := $(VENV)/vllm-$(VLLM)
 CLIENTS := $(VENV)/clients
+CLIENT_INSTALL := install --quiet --no-compile --disable-pip-version-check --no-deps --only-binary :all:
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 VLLM_PIP = $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint tests/vllm/requirements-$(VLLM).txt
-CLIENT_PIP = $(BIN)/uv pip install --quiet --no-deps --only-binary :all:
 # With a working NVIDIA driver the GPU extra comes too; torch's own default for Linux is already its CUDA build.
 comma := ,
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu)
@@ -111,9 +111,9 @@ $(CLIENTS)/.ready: $(VENV)/.dev-ready $(wildcard tests/clients/requirements*.txt
 	@echo "installing the clients that tests call"
 	@mkdir -p $(CLIENTS)/node
 	@$(PYTHON) -m venv --without-pip $(CLIENTS)/python
-	@$(CLIENT_PIP) --python $(CLIENTS)/python --requirement tests/clients/requirements.txt
+	@$(BIN)/pip --python $(CLIENTS)/python $(CLIENT_INSTALL) --requirement tests/clients/requirements.txt
 	@$(PYTHON) -m venv --without-pip $(CLIENTS)/instructor
-	@$(CLIENT_PIP) --python $(CLIENTS)/instructor --requirement tests/clients/requirements-instructor.txt
+	@$(BIN)/pip --python $(CLIENTS)/instructor $(CLIENT_INSTALL) --requirement tests/clients/requirements-instructor.txt
 	@cp tests/clients/node/package*.json $(CLIENTS)/node
 	@npm ci --prefix $(CLIENTS)/node --ignore-scripts --no-audit --no-fund --fetch-retries 1 --silent || \
 		echo "npm could not install Node's clients: their tests are skipped" >&2

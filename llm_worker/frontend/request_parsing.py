@@ -65,6 +65,5 @@ def _field_path(loc: tuple[int | str, ...]) -> str:
     for previous, each in zip((None, *loc), loc, strict=False):
         is_part_type = isinstance(previous, int) and each in _PART_TYPES
         if not is_part_type and each != "str" and "[" not in str(each):
-            # A field that is left out has its name in our code, `schema_` for `schema`.
-            names.append(str(each).removesuffix("_"))
+            names.append(str(each))
     return ".".join(names)
