@@ -72,7 +72,7 @@ class GatewayHttp:
 
     async def _chat(self, http: web.Request) -> web.StreamResponse:
         body = await json_body(http)
-        chat = parse_chat(body, self._config.max_items)
+        chat = parse_chat(body, self._config.max_items, several_tenants=self._config.tenant_header is not None)
         if not chat.parts:
             return await self._serve(http, partial(self._forward, _request(http, body, chat.affinity_key)))
         request = _request(http, b"", chat.affinity_key)

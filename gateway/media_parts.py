@@ -111,23 +111,27 @@ class ChatBody:
         return "".join(text).encode()
 
 
-def parse_chat(body: bytes, max_items: int) -> ChatBody:
+def parse_chat(body: bytes, max_items: int, *, several_tenants: bool = False) -> ChatBody:
     """Finds the media of a chat request. What vLLM will refuse anyway is left to it.
+
+    Args:
+        several_tenants: whether media that pass as they are must not name what vLLM has cached, or will cache.
 
     Raises:
         BadRequest: the body is not a JSON object, or a part with media is malformed.
         TooManyItems: more than `max_items` parts with media.
     """
     try:
-        return _ChatReader(body.decode(), max_items).read()
+        return _ChatReader(body.decode(), max_items, several_tenants).read()
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not JSON: {error}") from None
 
 
 class _ChatReader:
-    def __init__(self, text: str, max_items: int) -> None:
+    def __init__(self, text: str, max_items: int, several_tenants: bool) -> None:
         self._scanner = JsonScanner(text)
         self._max_items = max_items
+        self._several_tenants = several_tenants
         self._pieces: list[str] = []
         self._slots: list[_FoundPart | None] = []
         self._options: dict[str, Any] = {}
@@ -154,6 +158,8 @@ class _ChatReader:
                 scanner.value()
         end = scanner.position - 1
         scanner.end()
+        if self._has_transfer_params and self._several_tenants:
+            raise _bad("it is set here, for the tenant of the request: leave it out", _TRANSFER_PARAMS)
         if not any(self._slots):  # goes on as it is
             return ChatBody(self._affinity_key(), (), ())
         if self._has_transfer_params:
@@ -256,13 +262,17 @@ class _ChatReader:
             fields[key] = scanner.value()
             if key not in _REPLACED_FIELDS:
                 others[key] = f"{json.dumps(key)}: {scanner.text[value_start : scanner.position]}"
-        url_key = _url_key(fields)
+        url_key, is_replaced = _url_key(fields), False
         if fields.get("type") in _EMBEDS_TYPES or (url_key and fields.get(url_key) is None and fields.get("uuid")):
             self._embeds_param = self._embeds_param or param
         elif url_key:
             if len(self._slots) - self._slots.count(None) >= self._max_items:
                 raise TooManyItems(f"more than {self._max_items} images and videos: send fewer, or raise --max-items")
             self._cut(start, scanner.position, _found(url_key, fields, param, tuple(others.values())))
+            is_replaced = True
+        if self._several_tenants and not is_replaced and fields.get("uuid") is not None:
+            # vLLM's caches go by it, whatever the media: one tenant could use, or choose, what another one gets.
+            raise _bad("media of several tenants are cached here: leave it out", f"{param}.uuid")
         if self._embeds_param and any(self._slots):
             raise _bad("vLLM does not take media by URL beside embeddings in one request", self._embeds_param)
 

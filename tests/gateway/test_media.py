@@ -259,11 +259,13 @@ async def test_bad_media_are_named_by_their_place(
     assert not any(upstream.seen for upstream in gateway.upstreams)
 
 
-async def test_embeddings_of_the_client_pass(gateway: Gateway) -> None:
-    part = {"type": "image_embeds", "image_embeds": {"image_grid_thw": [1, 4, 6]}, "uuid": "u"}
+async def test_embeddings_of_the_client_have_no_name_of_its_own(gateway: Gateway) -> None:
+    part = {"type": "image_embeds", "image_embeds": {"image_grid_thw": [1, 4, 6]}}
+    named = await refused(gateway, ask({**part, "uuid": "u"}))
+    assert named == (400, "invalid_request", "messages[0].content[0].uuid")
     entry = {"ticket": "0" * 32, "encoder_id": "e", "kind": "image", "num_tokens": 6, "tenant": ""}
-    seen = await answer(gateway, ask(part, ec_transfer_params={"u": entry}))
-    assert seen.media == [part] and seen.body["ec_transfer_params"] == {"u": entry}
+    claimed = await refused(gateway, ask(part, ec_transfer_params={"u": entry}))
+    assert claimed == (400, "invalid_request", "ec_transfer_params")
     assert await refused(gateway, ask(part, image(PICTURES[0]))) == (400, "invalid_request", "messages[0].content[0]")
 
 

@@ -124,6 +124,26 @@ def test_parts_without_a_url_are_left_alone(parts: list[Any]) -> None:
     assert not parse_chat(body_of(*parts, ec_transfer_params={"u": {}}), 4).parts
 
 
+@pytest.mark.parametrize(
+    ("part", "fields", "param"),
+    [
+        ({"type": "image_embeds", "image_embeds": {}, "uuid": "u"}, {}, "messages[0].content[1].uuid"),
+        ({"type": "image_url", "image_url": None, "uuid": "u"}, {}, "messages[0].content[1].uuid"),
+        ({"type": "audio_url", "audio_url": {"url": "x"}, "uuid": "u"}, {}, "messages[0].content[1].uuid"),
+        ({"type": "text", "text": "a"}, {"ec_transfer_params": {"u": {}}}, "ec_transfer_params"),
+    ],
+)
+def test_no_tenant_names_what_another_may_have_cached(part: dict[str, Any], fields: dict[str, Any], param: str) -> None:
+    body = body_of({"type": "text", "text": "a"}, part, **fields)
+    assert not parse_chat(body, 4).parts
+    with pytest.raises(BadRequest) as caught:
+        parse_chat(body, 4, several_tenants=True)
+    assert caught.value.param == param
+    assert parse_chat(body_of({**image(), "uuid": "mine"}), 4, several_tenants=True).parts, "replaced anyway"
+    unnamed = {"type": "image_embeds", "image_embeds": {"image_grid_thw": [1, 4, 6]}}
+    assert not parse_chat(body_of(unnamed), 4, several_tenants=True).parts
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_urls_beside_embeddings_are_refused(order: int) -> None:
     parts = [image(), {"type": "video_embeds", "video_embeds": {}, "uuid": "u"}][::order]
