@@ -94,7 +94,7 @@ class VideosKwargs(ImagesKwargs):
 
 
 class ProcessorKwargs(VideosKwargs):
-    """`mm_processor_kwargs`. Source of the names: the keyword arguments of transformers 5.23's Qwen processors."""
+    """`mm_processor_kwargs`. Source of the names: the keyword arguments of transformers 5.23's processors."""
 
     images_kwargs: ImagesKwargs = ImagesKwargs()
     videos_kwargs: VideosKwargs = VideosKwargs()

@@ -36,7 +36,7 @@ class EbnfGrammar:
 
 @dataclass(frozen=True)
 class ToolGrammar:
-    """Tool calls in Qwen's format, `<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>`.
+    """Tool calls in the format of Hermes, `<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>`.
 
     tools: the name of each tool and the JSON schema of its arguments, as text.
     at_least_one: whether the answer begins with a call; otherwise it is free text, in which calls may stand.

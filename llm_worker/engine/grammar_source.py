@@ -113,7 +113,7 @@ def _tool_source(grammar: ToolGrammar) -> str:
             raise GrammarError(str(error), (str(index), "function", "parameters", *error.path)) from None
     rules = [f"call: {' | '.join(f'call_{index}' for index in range(len(grammar.tools)))}"]
     for index, (name, parameters) in enumerate(grammar.tools):
-        # Spaces as Python's json.dumps writes them, from which Qwen's models have learned.
+        # Spaces as Python's json.dumps writes them, from which models have learned.
         beginning = '\n{"name": ' + json.dumps(name, ensure_ascii=False) + ', "arguments": '
         rules.append(f"call_{index}: {_text(beginning)} arguments_{index} {_text('}' + chr(10) + '</tool_call>')}")
         schema = {"type": "object", **_parsed(parameters), "x-guidance": {"whitespace_pattern": _TOOL_WHITESPACE}}

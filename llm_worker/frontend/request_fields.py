@@ -41,7 +41,7 @@ MESSAGE: FieldTable = {
     "role": honoured("`system` (or `developer`), `user`, `assistant`, `tool` (or `function`)"),
     "content": honoured("a string, or a list of parts", by_type={"text": TEXT_PART, **MEDIA_PARTS}),
     "name": honoured("given to the chat template"),
-    "tool_call_id": honoured("given to the chat template; Qwen's has a tool's answers in the order of the calls"),
+    "tool_call_id": honoured("given to the chat template; many have a tool's answers in the order of the calls"),
     "tool_calls": honoured("of the assistant", inside=TOOL_CALL),
     "tools": refused([], note="tools are the request's"),
     "function_call": honoured("the older form of one of `tool_calls`", inside=_FUNCTION_CALL),
@@ -189,7 +189,7 @@ _TEMPLATE: FieldTable = {
     "chat_template_kwargs": honoured("variables of the chat template, which ignores those that it does not know"),
     "chat_template": honoured("a Jinja template of up to 64 KiB; only with `--trust-request-chat-template`"),
     "documents": honoured("objects for chat templates that read them"),
-    "reasoning_effort": honoured("given to the chat template; Qwen's do not read it"),
+    "reasoning_effort": honoured("given to the chat template, which may not read it"),
     "add_generation_prompt": honoured("true where left out: the prompt ends where the answer's message begins"),
     "continue_final_message": honoured("the answer goes on with the last message"),
 }

@@ -1,4 +1,4 @@
-"""Finds tool calls in an answer's text, as Qwen's models write them, while the text arrives in pieces:
+"""Finds tool calls in an answer's text, in the form of Hermes, while the text arrives in pieces:
 
     <tool_call>
     {"name": "crop", "arguments": {"x": 1}}

@@ -1,6 +1,6 @@
 """Keeps a client's text apart from what the chat template writes, so that no text becomes a control token.
 
-Every added token of a tokenizer begins with one of a few characters (Qwen's all with "<"). While the template renders,
+Every added token of a tokenizer begins with one of a few characters (mostly with "<"). While the template renders,
 private-use characters that the client's text does not have stand in it for these: it has then no beginning of an added
 token, also not of one that the template would join from two pieces. What is found in the rendered text is the
 template's own, and the rest is encoded as text, with its own characters again.

@@ -175,10 +175,10 @@ async def test_placeholder_count_mismatch(small_fleet: Fleet, text: str) -> None
     media = [llm_pb2.MediaItem(kind=llm_pb2.MEDIA_KIND_IMAGE, data=picture(1, 96, 64).data)]
     error = await grpc_error(small_fleet, llm_pb2.Prompt(text=text, media=media))
     assert (error.code(), error_code(error)) == (INVALID, "placeholder_mismatch")
-    status, body = await chat(
-        small_fleet, [image_part(data_url(picture(1, 96, 64).data)), {"type": "text", "text": PROMPT}]
-    )
-    assert (status, body["error"]["code"]) == (400, "placeholder_mismatch"), body
+    # In a chat, where the template writes the placeholders, those of the client are text.
+    parts = [image_part(data_url(picture(1, 96, 64).data)), {"type": "text", "text": text}]
+    status, body = await chat(small_fleet, parts)
+    assert status == 200, body
     await assert_still_serving(small_fleet)
 
 
