@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError
 from pydantic import AfterValidator, BeforeValidator, Field, StrictBool
+from pydantic_core import from_json
 
 from vitrine_vlm.service_runtime.json_types import RequestObject
 
@@ -22,7 +23,8 @@ def _json_object(value: object) -> object:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value or "{}")
+        # As bodies are parsed: json.loads recurses as deep as the text does, and makes strings that have no UTF-8.
+        return from_json(value or "{}")
     except ValueError as error:
         raise ValueError(f"it is no JSON: {error}") from None
 
@@ -41,6 +43,8 @@ def _schema_fault(schema: str) -> str | None:
         Draft202012Validator.check_schema(json.loads(schema))
     except SchemaError as error:
         return f"it is no JSON schema: at {error.json_path} {error.message}"[:_MAX_MESSAGE_LENGTH]
+    except RecursionError:
+        return "its schemas are nested too deep: send a flatter one"
     return None
 
 

@@ -222,6 +222,14 @@ async def test_history_and_tools_reach_the_template(worker: LocalWorker, as_text
         )
 
 
+def nested(depth: int) -> dict[str, Any]:
+    """A schema of schemas in each other, as deep as a body may be."""
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return {"type": "object", "properties": {"a": schema}}
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -255,6 +263,17 @@ async def test_history_and_tools_reach_the_template(worker: LocalWorker, as_text
         (
             {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[]"}}]}]},
             "messages.0.tool_calls.0.function.arguments",
+        ),
+        *(
+            (
+                {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": text}}]}]},
+                "messages.0.tool_calls.0.function.arguments",
+            )
+            for text in ('{"a":' * 5000 + "1" + "}" * 5000, "[" * 100_000, r'{"a": "\ud800"}')
+        ),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": nested(150)}}]},
+            "tools.0.function.parameters",
         ),
         ({"messages": [{"role": "user", "content": "", "tool_calls": history_calls()}]}, "messages.0"),
     ],
