@@ -57,6 +57,9 @@ def generation_from_proto(
         skip_special_tokens=sampling.skip_special_tokens if sampling.HasField("skip_special_tokens") else True,
         truncate_prompt_tokens=sampling.truncate_prompt_tokens or None,
         grammar_field=f"sampling.grammar.{sampling.grammar.WhichOneof('grammar')}",
+        tool_fields=tuple(
+            f"sampling.grammar.tool_calls.tools.{index}" for index in range(len(sampling.grammar.tool_calls.tools))
+        ),
     )
 
 

@@ -108,9 +108,9 @@ def _parsed(schema_text: str) -> dict[str, Any]:
 def _tool_source(grammar: ToolGrammar) -> str:
     for index, (_, parameters) in enumerate(grammar.tools):
         try:
-            _json_source(parameters)
+            _json_source(json.dumps({"type": "object", **_parsed(parameters)}))
         except GrammarError as error:
-            raise GrammarError(str(error), (str(index), "function", "parameters", *error.path)) from None
+            raise GrammarError(str(error), (str(index), "parameters", *error.path)) from None
     rules = [f"call: {' | '.join(f'call_{index}' for index in range(len(grammar.tools)))}"]
     for index, (name, parameters) in enumerate(grammar.tools):
         # Spaces as Python's json.dumps writes them, from which models have learned.

@@ -204,7 +204,8 @@ def with_tools(generation: GenerationRequest, tools: OfferedTools | None) -> Gen
             f'{field}: an answer of this form cannot call tools: send tool_choice "none" or "required"', field
         )
     sampling = replace(generation.sampling, grammar=tools.grammar())
-    return replace(generation, sampling=sampling, grammar_field="functions" if tools.legacy else "tools")
+    field = "functions" if tools.legacy else "tools"
+    return replace(generation, sampling=sampling, grammar_field=field, tool_fields=tools.fields)
 
 
 def _template_message(message: Message) -> dict[str, Any]:

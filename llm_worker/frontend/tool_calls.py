@@ -16,17 +16,27 @@ _ANY_ARGUMENTS: dict[str, Any] = {"type": "object"}
 
 @dataclass(frozen=True)
 class OfferedTools:
-    """parallel: whether one answer may have several calls. legacy: the request has `functions` instead of `tools`."""
+    """parallel: whether one answer may have several calls. legacy: the request has `functions` instead of `tools`.
+
+    field: where the request has a function, with {} for its index.
+    """
 
     functions: tuple[FunctionDefinition, ...]
     choice: ToolChoice
     parallel: bool = True
     legacy: bool = False
+    field: str = "tools.{}.function"
 
     @property
     def callable(self) -> tuple[FunctionDefinition, ...]:
         names = self.choice.names
         return tuple(each for each in self.functions if not names or each.name in names)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Where the request has each of those that may be called."""
+        names = self.names
+        return tuple(self.field.format(index) for index, each in enumerate(self.functions) if each.name in names)
 
     @property
     def names(self) -> frozenset[str]:
@@ -68,7 +78,7 @@ def offered_tools(
     Args:
         choice: None where the request leaves it out.
         legacy: see `OfferedTools`.
-        field: where the request has a function.
+        field: see `OfferedTools`.
 
     Raises:
         BadRequest: two tools of one name, or a choice of tools that the request does not have.
@@ -88,7 +98,7 @@ def offered_tools(
         raise BadRequest(f"{param}: a call is required, and there are no tools: send some", param)
     if choice.mode == "none" or not names:
         return None
-    return OfferedTools(tuple(functions), choice, parallel and not legacy, legacy)
+    return OfferedTools(tuple(functions), choice, parallel and not legacy, legacy, field)
 
 
 def _schema(function: FunctionDefinition, exact: bool) -> dict[str, Any]:

@@ -22,6 +22,7 @@ class GenerationRequest:
     truncate_prompt_tokens: only the last tokens of the prompt are used, this many, or with -1 as many as the context
         holds; None for all.
     grammar_field: where the sampling's grammar stands in the client's request, for errors.
+    tool_fields: the same of each tool of a grammar of tools.
     prompt_only: the prompt is computed, for its log-probabilities, and the answer has no tokens.
     """
 
@@ -34,6 +35,7 @@ class GenerationRequest:
     skip_special_tokens: bool = True
     truncate_prompt_tokens: int | None = None
     grammar_field: str = "grammar"
+    tool_fields: tuple[str, ...] = ()
     prompt_only: bool = False
 
 

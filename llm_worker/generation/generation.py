@@ -218,7 +218,7 @@ class Generator:
         try:
             return await self._context.grammars.matcher(request.sampling.grammar)
         except GrammarError as error:
-            field = ".".join((request.grammar_field, *error.path))
+            field = _field_at(request, error.path)
             raise BadRequest(f"{field}: {error}", field) from error
 
     def _plan(self, request: GenerationRequest) -> PlaceholderPlan:
@@ -310,6 +310,13 @@ class _AnswerText:
         if finish_reason is not None:
             text += self._stop.flush()
         return Delta([output.token_id], text, [output.logprobs] if output.logprobs is not None else []), finish_reason
+
+
+def _field_at(request: GenerationRequest, path: Sequence[str]) -> str:
+    """Where a part of the request's grammar stands in what the client has sent."""
+    if path and request.tool_fields:
+        return ".".join((request.tool_fields[int(path[0])], *path[1:]))
+    return ".".join((request.grammar_field, *path))
 
 
 def _started(prompt: ExpandedPrompt, inputs: RequestInputs) -> Started:

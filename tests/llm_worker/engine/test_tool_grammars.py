@@ -84,7 +84,7 @@ def test_a_schema_that_cannot_be_used_is_named_by_its_tool(model: Model) -> None
     tools = (*TOOLS, ("bad", '{"properties": {"a": {"not": {}}}}'))
     with pytest.raises(GrammarError) as caught:
         accepts(model, ToolGrammar(tools, at_least_one=False, parallel=True), "")
-    assert caught.value.path == ("2", "function", "parameters", "properties", "a")
+    assert caught.value.path == ("2", "parameters", "properties", "a")
 
 
 def test_text_that_the_tokenizer_would_change_is_written_as_it_is(model: Model) -> None:

@@ -57,6 +57,10 @@ async def test_a_grammar_constrains_the_answer_or_is_refused(stub: llm_pb2_grpc.
             pass
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "sampling.grammar.json_schema.items" in (caught.value.details() or "")
+    calls = llm_pb2.ToolCalls(tools=[llm_pb2.Tool(name="f", parameters='{"not": {}}')])
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        _ = [response async for response in stub.Generate(request(llm_pb2.Grammar(tool_calls=calls)))]
+    assert "sampling.grammar.tool_calls.tools.0.parameters:" in (caught.value.details() or "")
 
 
 @pytest.mark.parametrize(

@@ -92,10 +92,37 @@ async def test_the_older_form(official: openai.AsyncOpenAI, worker: LocalWorker)
     check("turn", answer.message.function_call.arguments)
 
 
-async def test_a_schema_that_cannot_be_used_is_named(client: Client, worker: LocalWorker) -> None:
-    bad = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "not": {"required": ["x"]}}}}
-    fields = asked(worker, tools=[*TOOLS, bad], tool_choice="required")
-    response = await client.post("/v1/chat/completions", json=fields)
-    error = (await response.json())["error"]
-    assert (response.status, error["param"]) == (400, "tools.2.function.parameters")
-    assert (await client.post("/v1/chat/completions", json={**fields, "tool_choice": "none"})).status == 200
+@pytest.mark.parametrize(
+    ("schema", "where"),
+    [
+        ({"type": "object", "properties": {"a": {"not": {"required": ["x"]}}}}, ".properties.a"),
+        ({"anyOf": [{"type": "string"}]}, ""),  # which is no schema of an object
+    ],
+)
+async def test_a_schema_that_cannot_be_used_is_named(
+    client: Client, worker: LocalWorker, schema: dict[str, Any], where: str
+) -> None:
+    bad = {"name": "f", "parameters": schema}
+    tool, flat_tool = {"type": "function", "function": bad}, {"type": "function", **bad}
+    # Among those that may be called it is the only one.
+    named = {"tool_choice": {"type": "function", "function": {"name": "f"}}}
+    chat, required = asked(worker, tools=[*TOOLS, tool]), {"tool_choice": "required"}
+    older = {"functions": [OTHER, bad], "function_call": {"name": "f"}}
+    response = {"model": worker.served.name, "input": "Go.", "tools": [flat_tool], **required}
+    for route, body, param in (
+        ("chat/completions", chat | required, "tools.2.function.parameters"),
+        ("chat/completions", chat | named, "tools.2.function.parameters"),
+        ("chat/completions", chat | older | {"tools": []}, "functions.1.parameters"),
+        ("responses", response, "tools.0.parameters"),
+    ):
+        answer = await client.post(f"/v1/{route}", json=body)
+        assert (answer.status, (await answer.json())["error"]["param"]) == (400, param + where)
+    assert (await client.post("/v1/chat/completions", json=chat | {"tool_choice": "none"})).status == 200
+
+
+async def test_all_tools_together_can_be_too_much(client: Client, worker: LocalWorker) -> None:
+    schema = {"type": "object", "description": "x" * 100_000}
+    tools = [{"type": "function", "function": {"name": f"f{index}", "parameters": schema}} for index in range(3)]
+    body = asked(worker, tools=tools, tool_choice="required")
+    answer = await client.post("/v1/chat/completions", json=body)
+    assert (answer.status, (await answer.json())["error"]["param"]) == (400, "tools")
