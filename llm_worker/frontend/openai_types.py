@@ -218,8 +218,11 @@ class ChatRequest(CompletionBody, TemplateBody):
     @property
     def offered_tools(self) -> OfferedTools | None:
         if self.functions or self.function_call is not None:
+            older, newer = ("functions", "tools") if self.functions else ("function_call", "tool_choice")
             if self.tools:
-                raise BadRequest("functions: they are the older form of tools: send either", "functions")
+                raise BadRequest(f"{older}: the older form of {newer}: send either", older)
+            if self.functions and self.tool_choice is not None and self.tool_choice.mode != "auto":
+                raise BadRequest("tool_choice: functions have function_call instead", "tool_choice")
             return offered_tools(self.functions, self.function_call, legacy=True, field="functions.{}")
         return offered_tools([each.function for each in self.tools], self.tool_choice, self.parallel_tool_calls)
 

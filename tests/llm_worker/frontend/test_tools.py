@@ -255,6 +255,9 @@ def nested(depth: int) -> dict[str, Any]:
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "paint"}}}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice"),
         ({"tools": TOOLS, "functions": [FUNCTION]}, "functions"),
+        ({"tools": TOOLS, "function_call": {"name": "crop"}}, "function_call"),
+        ({"functions": [FUNCTION], "tool_choice": "required"}, "tool_choice"),
+        ({"functions": [FUNCTION], "tool_choice": "none"}, "tool_choice"),
         ({"functions": [FUNCTION], "function_call": {"name": "paint"}}, "function_call"),
         (
             {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}]},
