@@ -50,8 +50,10 @@ def parse_request(kind: type[RequestT], body: bytes, count: Count = lambda infor
     try:
         request = kind.model_validate(values)
     except ValidationError as error:
-        # Where a field may be one of several types each has an error: the deepest one says best what is wrong.
-        first = max(error.errors(include_url=False, include_input=False), key=lambda each: len(each["loc"]))
+        # Where a field may be one of several types each has an error: the deepest one says best what is wrong, and of
+        # these one that is not about the type.
+        errors = error.errors(include_url=False, include_input=False)
+        first = max(errors, key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")))
         param = _field_path(first["loc"])
         raise BadRequest(f"{param}: {problem_of(first)}", param) from None
     unused = apply_rules(kind.fields, values)

@@ -55,6 +55,13 @@ def test_bad_fields_are_named(fields: dict[str, Any], param: str) -> None:
     assert str(caught.value).startswith(f"{param}: ")
 
 
+def test_a_list_that_is_too_long_or_short_is_no_wrong_type() -> None:
+    for frames, problem in (([], "at least 1 item"), (["data:,"] * 2049, "at most 2048 items"), (5, "valid string")):
+        with pytest.raises(BadRequest, match=problem) as caught:
+            chat(messages=[{"role": "user", "content": [{"type": "video", "video": frames}]}])
+        assert caught.value.param == "messages.0.content.0.video"
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"text"', b"\xff"])
 def test_bodies_that_are_no_json_object(body: bytes) -> None:
     with pytest.raises(BadRequest):
