@@ -46,12 +46,19 @@ class FramesPart(VideoOptions):
     video: str | Annotated[list[str], Field(min_length=1, max_length=MAX_LISTED_FRAMES)]
 
 
-MediaContent: TypeAlias = ImagePart | VideoPart | FramesPart
-MediaPart = Annotated[MediaContent, Field(discriminator="type")]
+class InputImage(ImageOptions):
+    """An image of `/v1/responses`."""
+
+    type: Literal["input_image"]
+    image_url: str
+
+
+MediaPart = Annotated[ImagePart | VideoPart | FramesPart, Field(discriminator="type")]
+MediaContent: TypeAlias = ImagePart | VideoPart | FramesPart | InputImage
 
 
 def kind_of(part: MediaContent) -> MediaKind:
-    return "image" if isinstance(part, ImagePart) else "video"
+    return "image" if isinstance(part, ImagePart | InputImage) else "video"
 
 
 def media_items(parts: Sequence[tuple[str, MediaContent]], request: RequestOptions) -> tuple[MediaItem, ...]:
@@ -73,6 +80,8 @@ def _item(part: MediaContent, path: str, request: Layer) -> MediaItem:
         key, source, own = "video", part.video, layer_of(part, path)
     elif isinstance(part, VideoPart):
         key, source, own = "video_url.url", part.video_url.url, part_layer(part.video_url, part, "video_url", path)
+    elif isinstance(part, InputImage):
+        key, source, own = "image_url", part.image_url, layer_of(part, path)
     else:
         key, source, own = "image_url.url", part.image_url.url, part_layer(part.image_url, part, "image_url", path)
     try:

@@ -65,13 +65,20 @@ def chat_to_generation(
     max_tokens = request.max_completion_tokens or request.max_tokens
     chat, tools = request_chat(request, request.messages), request.offered_tools
     return messages_to_generation(
-        request, request.messages, chat, tools, max_tokens, tokenizer, defaults, f"chatcmpl-{request_id}"
+        request,
+        list(_media_of(request.messages)),
+        chat,
+        tools,
+        max_tokens,
+        tokenizer,
+        defaults,
+        f"chatcmpl-{request_id}",
     )
 
 
 def messages_to_generation(
     request: GenerationBody,
-    messages: Sequence[Message],
+    media: Sequence[tuple[str, MediaContent]],
     chat: Chat,
     tools: OfferedTools | None,
     max_tokens: int | None,
@@ -81,8 +88,8 @@ def messages_to_generation(
 ) -> GenerationRequest:
     """
     Args:
-        messages: with the media.
-        chat: the same for the chat template.
+        media: of the messages, each with its place in the request.
+        chat: the messages for the chat template.
         tools: that the answer may call.
 
     Raises:
@@ -95,7 +102,7 @@ def messages_to_generation(
     generation = GenerationRequest(
         request_id=request_id,
         prompt=tokenizer.render_chat(chat),
-        media=media_items(list(_media_of(messages)), request.media_options),
+        media=media_items(media, request.media_options),
         sampling=_sampling(request, max_tokens, tokenizer, defaults),
         truncate_prompt_tokens=request.truncate_prompt_tokens,
         **_text_options(request),

@@ -36,7 +36,7 @@ class ResponsesRoute:
         tools = request.offered_tools
         generation = messages_to_generation(
             request,
-            request.messages,
+            request.media,
             Chat(template_messages(request.messages), tools.for_template() if tools is not None else []),
             tools,
             request.max_output_tokens,

@@ -7,11 +7,10 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Discriminator, Field, StrictBool, Tag, ValidationInfo, field_validator
 
-from vitrine_vlm.embedding_transport.clients.media_options import ImageOptions
 from vitrine_vlm.llm_worker.engine.sampling_checks import MAX_LOGPROBS
 from vitrine_vlm.llm_worker.frontend.field_rules import FieldTable
 from vitrine_vlm.llm_worker.frontend.grammar_types import FieldGrammar, ResponsesFormat
-from vitrine_vlm.llm_worker.frontend.media_parts import ImagePart, ImageUrl
+from vitrine_vlm.llm_worker.frontend.media_parts import ImagePart, ImageUrl, InputImage, MediaContent
 from vitrine_vlm.llm_worker.frontend.openai_types import (
     ContentPart,
     GenerationBody,
@@ -35,18 +34,6 @@ class InputText(RequestObject):
     type: Literal["input_text", "output_text"]
     text: str
 
-    def part(self) -> ContentPart:
-        return TextPart(type="text", text=self.text)
-
-
-class InputImage(ImageOptions):
-    type: Literal["input_image"]
-    image_url: str
-
-    def part(self) -> ContentPart:
-        options = self.model_dump(exclude={"type", "image_url"}, exclude_unset=True)
-        return ImagePart(type="image_url", image_url=ImageUrl(url=self.image_url), **options)
-
 
 InputPart: TypeAlias = Annotated[InputText | InputImage, Field(discriminator="type")]
 
@@ -57,8 +44,7 @@ class InputMessage(RequestObject):
     content: str | list[InputPart]
 
     def message(self) -> Message:
-        content = self.content if isinstance(self.content, str) else [part.part() for part in self.content]
-        return Message(role=self.role, content=content)
+        return Message(role=self.role, content=_content(self.content))
 
 
 class InputCall(RequestObject):
@@ -81,8 +67,7 @@ class InputCallOutput(RequestObject):
     output: str | list[InputPart]
 
     def message(self) -> Message:
-        output = self.output if isinstance(self.output, str) else [part.part() for part in self.output]
-        return Message(role="tool", content=output, tool_call_id=self.call_id)
+        return Message(role="tool", content=_content(self.output), tool_call_id=self.call_id)
 
 
 class TextOptions(RequestObject):
@@ -140,6 +125,18 @@ class ResponsesRequest(GenerationBody):
         return list(self._messages())
 
     @property
+    def media(self) -> list[tuple[str, MediaContent]]:
+        """Each image of the conversation, in its order, with its place in the request."""
+        return [
+            (f"input.{number}.{name}.{index}", part)
+            for number, item in enumerate(self.input if isinstance(self.input, list) else [])
+            for name in ("content", "output")
+            if isinstance(parts := getattr(item, name, None), list)
+            for index, part in enumerate(parts)
+            if isinstance(part, InputImage)
+        ]
+
+    @property
     def offered_tools(self) -> OfferedTools | None:
         """The tools that the answer may call.
 
@@ -155,6 +152,18 @@ class ResponsesRequest(GenerationBody):
             first = given.pop(0) if given[0].role in ("system", "developer") else None
             yield Message(role="system", content=_joined(self.instructions, first))
         yield from given
+
+
+def _content(given: str | Sequence[InputText | InputImage]) -> str | list[ContentPart]:
+    """The content of a message as chat completions have it."""
+    return given if isinstance(given, str) else [_part(each) for each in given]
+
+
+def _part(given: InputText | InputImage) -> ContentPart:
+    if isinstance(given, InputText):
+        return TextPart(type="text", text=given.text)
+    # For the chat template, which gets no more of an image than that there is one; `media` has the options.
+    return ImagePart(type="image_url", image_url=ImageUrl(url=given.image_url))
 
 
 def _given(items: Sequence[InputItem]) -> Iterator[Message]:

@@ -118,6 +118,28 @@ async def test_logprobs_are_included_where_asked_for(official: openai.AsyncOpenA
             {"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]},
             "input.0.content.0.image_url",
         ),
+        *(
+            (
+                {
+                    "instructions": "Be brief.",
+                    "input": [
+                        {"role": "system", "content": "Go."},
+                        {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
+                        {
+                            "type": "function_call_output",
+                            "call_id": "1",
+                            "output": [{"type": "input_text", "text": ""}],
+                        },
+                        {"type": "function_call_output", "call_id": "1", "output": [{"type": "input_image", **image}]},
+                    ],
+                },
+                f"input.3.output.0.{field}",
+            )
+            for image, field in (
+                ({"image_url": "data:image/png;base64,@"}, "image_url"),
+                ({"image_url": "data:,", "min_pixels": 2, "max_pixels": 1}, "max_pixels"),
+            )
+        ),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"frequency_penalty": 3}, "frequency_penalty"),
     ],
