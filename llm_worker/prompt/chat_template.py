@@ -132,6 +132,9 @@ class ChatTemplate:
             names = _names_in(source)
         except Exception as error:  # as those of rendering
             raise BadRequest(f"the chat template cannot be read: {error}", _param(chat)) from error
+        if chat.continue_final_message and "tool_calls" in chat.messages[-1]:
+            param = "continue_final_message"
+            raise BadRequest(f"{param}: the last message ends with tool calls, behind which it cannot go on", param)
         has_calls = any("tool_calls" in message for message in chat.messages)
         for name, param, is_used in (
             ("tools", "tools", bool(chat.tools)),

@@ -82,6 +82,10 @@ def test_where_the_prompt_ends(trusting: PromptTokenizer) -> None:
     image = {"role": "user", "content": [{"type": "image"}]}
     with pytest.raises(BadRequest, match="could not find any text to continue"):
         rendered(trusting, image, continue_final_message=True)
+    calling = {**answer, "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+    with pytest.raises(BadRequest, match="ends with tool calls") as caught:
+        rendered(trusting, calling, continue_final_message=True)
+    assert caught.value.param == "continue_final_message"
 
 
 def test_a_template_of_the_request_needs_the_operators_trust(qwen3_vl_folder: Path, trusting: PromptTokenizer) -> None:
