@@ -47,11 +47,13 @@ class GrammarMatcher:
             return
         if not self.inner.is_accepting():
             return
-        if not self.inner.is_stopped():  # otherwise nothing else is left
-            for token_id in self._eos_token_ids:
-                _set_bit(mask_W, token_id, False)
+        for token_id in self._eos_token_ids:
+            _set_bit(mask_W, token_id, False)
         for token_id in stop_token_ids:
             _set_bit(mask_W, token_id, True)
+        if not mask_W.any():  # no token can follow and none ends the answer, as where it has to be empty
+            for token_id in self._eos_token_ids:
+                _set_bit(mask_W, token_id, True)
 
 
 def fill_masks(executor: LLExecutor, matchers: Sequence[GrammarMatcher], masks_KW: np.ndarray) -> None:

@@ -141,6 +141,16 @@ async def test_an_answer_ends_where_nothing_can_follow_also_without_end_tokens(
     assert (model.text(outputs), outputs[-1].finish_reason) == ("seventeen", "stop")
 
 
+@pytest.mark.parametrize("grammar", [RegexGrammar(""), ChoiceGrammar(("",))])
+async def test_an_answer_that_has_to_be_empty_ends_also_without_end_tokens(
+    engine: Engine, model: Model, text: Request, grammar: Grammar
+) -> None:
+    (eos, *_) = model.eos_token_ids
+    for sampling in (model.sampling(grammar), replace(model.sampling(grammar), stop_token_ids=frozenset())):
+        [output] = await collect(await model.submit(engine, text, sampling))
+        assert (output.token_id, output.finish_reason) == (eos, "stop")
+
+
 async def test_an_answer_that_may_go_on_ends_by_an_end_token_or_its_length(
     engine: Engine, model: Model, text: Request
 ) -> None:
