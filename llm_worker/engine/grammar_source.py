@@ -36,6 +36,9 @@ _MAX_SEARCH_S = 0.3
 _WHITESPACE = r"[ \n\r\t]{0,40}"
 # In the arguments of a call there is as much as json.dumps writes: a weak model would fill its answer with more.
 _TOOL_WHITESPACE = " ?"
+# llguidance has all numbers as doubles, which hold no larger integers exactly.
+_MAX_INTEGER, _MAX_INT64 = 2**53, 2**63 - 1
+_LOWER_BOUNDS, _UPPER_BOUNDS = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
 _ONE_SCHEMA = ("items", "additionalProperties", "additionalItems")
 _LIST_OF_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 _SCHEMAS_BY_NAME = ("$defs", "definitions", "properties", "patternProperties")
@@ -88,6 +91,7 @@ def _json_source(schema_text: str) -> str:
     source: str = LLMatcher.grammar_from_json_schema(json.dumps(schema))
     if message := _error_of(source):
         raise GrammarError(message, _path_of_fault(schema, message))
+    _check_integers(schema)
     return source
 
 
@@ -103,6 +107,29 @@ def _parsed(schema_text: str) -> dict[str, Any]:
         raise GrammarError(f"a schema is an object, this one is of type {type(schema).__name__}")
     # Whatever the client's schema has there could let keywords be ignored.
     return {**schema, "x-guidance": {"whitespace_pattern": _WHITESPACE}}
+
+
+def _check_integers(schema: dict[str, Any], path: Path = ()) -> None:
+    """
+    Raises:
+        GrammarError: the schema, or one in it, has an integer that would be rounded to another.
+    """
+    for key in ("const", "enum", *_LOWER_BOUNDS, *_UPPER_BOUNDS):
+        for number in _integers(schema.get(key)):
+            # Above the largest 64-bit integer no answer has any, so a larger bound changes nothing.
+            if abs(number) > _MAX_INTEGER and not (key in _UPPER_BOUNDS and number >= _MAX_INT64):
+                raise GrammarError(f"{number} is beyond 2**53: send smaller numbers, or a string", (*path, key))
+    for steps, each in _inner_schemas(schema):
+        _check_integers(each, (*path, *steps))
+
+
+def _integers(value: Any) -> Iterator[int]:
+    """Every integer of a JSON value."""
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, list | dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _integers(each)
 
 
 def _tool_source(grammar: ToolGrammar) -> str:

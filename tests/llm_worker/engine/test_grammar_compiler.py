@@ -55,6 +55,10 @@ def schema(**fields: Any) -> JsonGrammar:
         (schema(**{"$ref": "https://example.org/schema"}), "not present", ()),
         (schema(**{"$ref": "#"}), "no answer fits", ()),
         (schema(type="integer", minimum=2, maximum=1), "greater than", ()),
+        (schema(properties={"id": {"enum": [1, 2**53 + 1]}}), "beyond 2", ("properties", "id", "enum")),
+        (schema(prefixItems=[{"const": {"a": [-(2**60)]}}]), "beyond 2", ("prefixItems", "0", "const")),
+        (schema(type="integer", minimum=2**53 + 1), "beyond 2", ("minimum",)),
+        (schema(type="integer", exclusiveMaximum=2**60), "beyond 2", ("exclusiveMaximum",)),
         (RegexGrammar("a{2"), "regex", ()),
         (EbnfGrammar("root ::= ("), "cannot be read", ()),
         (EbnfGrammar("start: missing"), "missing", ()),
@@ -69,6 +73,11 @@ async def test_what_cannot_be_used(
         await compiler.matcher(grammar)
     assert caught.value.path == path
     assert len(str(caught.value)) < 400
+
+
+async def test_the_bounds_of_64_bits_are_bounds_as_others(compiler: GrammarCompiler) -> None:
+    for maximum in (2**63 - 1, 2**64 - 1):
+        await compiler.matcher(schema(type="integer", minimum=-(2**53), maximum=maximum))
 
 
 async def test_equal_grammars_are_compiled_once_and_answers_are_apart(compiler: GrammarCompiler, model: Model) -> None:
