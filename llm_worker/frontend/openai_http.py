@@ -13,7 +13,7 @@ from vitrine_vlm.llm_worker.frontend.http_headers import AllowedOrigins, request
 from vitrine_vlm.llm_worker.frontend.openai_answers import AnswerKind, AnswerOptions, AnswerWriter, TokenTexts
 from vitrine_vlm.llm_worker.frontend.openai_prompt import chat_to_generation, completion_to_generations
 from vitrine_vlm.llm_worker.frontend.openai_types import ChatRequest, CompletionBody, CompletionRequest
-from vitrine_vlm.llm_worker.frontend.request_parsing import read_request
+from vitrine_vlm.llm_worker.frontend.request_parsing import read_request, with_body
 from vitrine_vlm.llm_worker.frontend.responses_route import ResponsesRoute
 from vitrine_vlm.llm_worker.frontend.served_models import ServedModels
 from vitrine_vlm.llm_worker.frontend.service_routes import ServiceRoutes
@@ -74,7 +74,7 @@ class OpenAiHttp:
         served = self._models.named(request.model)
         prepare = partial(chat_to_generation, request, served.generator.tokenizer, served.defaults, request_id())
         # A request's own template may take as long as it is allowed to.
-        generation = prepare() if request.chat_template is None else await asyncio.to_thread(prepare)
+        generation = await (with_body(http, prepare) if request.chat_template is None else asyncio.to_thread(prepare))
         return await self._answer(http, "chat", request, [generation], served)
 
     async def _complete(self, http: web.Request) -> web.StreamResponse:

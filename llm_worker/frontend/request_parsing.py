@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TypeAlias, TypeVar
 
 from aiohttp import web
@@ -16,11 +18,13 @@ from vitrine_vlm.service_runtime.http_requests import json_body
 from vitrine_vlm.service_runtime.json_types import problem_of
 
 _PART_TYPES = ("text", "image_url", "video_url", "video", "input_text", "output_text", "input_image")
-
+# Larger ones take milliseconds, and those of many tools seconds.
+_LARGE_BODY_BYTES = 256 * 1024
 
 # Is called with the names of a request's fields that change nothing: informative ones, unknown ones.
 Count: TypeAlias = Callable[[Iterable[str], Iterable[str]], None]
 RequestT = TypeVar("RequestT", bound=RequestBody)
+ResultT = TypeVar("ResultT")
 
 
 async def read_request(kind: type[RequestT], http: web.Request, count: Count) -> RequestT:
@@ -29,7 +33,15 @@ async def read_request(kind: type[RequestT], http: web.Request, count: Count) ->
     Raises:
         BadRequest: the body is declared to be something else.
     """
-    return parse_request(kind, await json_body(http), count)
+    return await with_body(http, partial(parse_request, kind, await json_body(http), count))
+
+
+async def with_body(http: web.Request, work: Callable[[], ResultT]) -> ResultT:
+    """Runs work that takes longer the larger the request's body is; of a large one on a thread, so that other requests
+    and probes are answered meanwhile."""
+    if len(await http.read()) <= _LARGE_BODY_BYTES:
+        return work()
+    return await asyncio.to_thread(work)
 
 
 def parse_request(kind: type[RequestT], body: bytes, count: Count = lambda informative, unknown: None) -> RequestT:

@@ -9,7 +9,7 @@ from aiohttp import web
 from vitrine_vlm.llm_worker.frontend.http_headers import request_id
 from vitrine_vlm.llm_worker.frontend.openai_answers import TokenTexts
 from vitrine_vlm.llm_worker.frontend.openai_prompt import messages_to_generation, template_messages
-from vitrine_vlm.llm_worker.frontend.request_parsing import read_request
+from vitrine_vlm.llm_worker.frontend.request_parsing import read_request, with_body
 from vitrine_vlm.llm_worker.frontend.responses_answers import ResponseWriter
 from vitrine_vlm.llm_worker.frontend.responses_types import ResponsesRequest
 from vitrine_vlm.llm_worker.frontend.served_models import ServedModels
@@ -34,7 +34,8 @@ class ResponsesRoute:
         served = self._models.named(request.model)
         tokenizer = served.generator.tokenizer
         tools = request.offered_tools
-        generation = messages_to_generation(
+        prepare = partial(
+            messages_to_generation,
             request,
             request.media,
             Chat(template_messages(request.messages), tools.for_template() if tools is not None else []),
@@ -44,6 +45,7 @@ class ResponsesRoute:
             served.defaults,
             f"resp_{request_id()}",
         )
+        generation = await with_body(http, prepare)
         writer = ResponseWriter(request_id(), served.name, request, generation.sampling, TokenTexts(tokenizer))
         running = self._requests.track(partial(served.generator.generate, generation))
         if request.stream:

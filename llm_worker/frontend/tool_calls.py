@@ -85,10 +85,12 @@ def offered_tools(
     """
     choice = choice or ToolChoice("auto")
     names = [each.name for each in functions]
+    seen: set[str] = set()
     for index, name in enumerate(names):
-        if name in names[:index]:
+        if name in seen:
             param = f"{field.format(index)}.name"
             raise BadRequest(f"{param}: there are two tools named {name!r}", param)
+        seen.add(name)
     param = "function_call" if legacy else "tool_choice"
     if unknown := [name for name in choice.names if name not in names]:
         raise BadRequest(

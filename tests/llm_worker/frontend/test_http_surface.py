@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -46,6 +48,36 @@ async def test_tokens_of_text_and_back(client: Client, worker: LocalWorker) -> N
     assert answer["max_model_len"] == worker.generator.max_model_len
     back = await client.post("/detokenize", json={"model": worker.served.name, "tokens": answer["tokens"]})
     assert await back.json() == {"prompt": "naïve 猫"}
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        [
+            {
+                "name": "f",
+                "parameters": {
+                    "type": "object",
+                    "properties": {f"property_{n}": {"enum": ["a"]} for n in range(10_000)},
+                },
+            }
+        ],
+        [{"name": f"f{number}"} for number in range(20_000)],
+    ],
+)
+async def test_a_large_body_holds_no_other_request_up(
+    client: Client, worker: LocalWorker, tools: list[dict[str, Any]]
+) -> None:
+    definitions = [{"type": "function", "function": each} for each in tools]
+    asked = {"messages": [{"role": "user", "content": "Hi"}], "tools": definitions, "tool_choice": "none"}
+    post = asyncio.create_task(client.post(CHAT, json={"model": worker.served.name, "max_tokens": 1, **asked}))
+    started = last = time.monotonic()
+    longest = 0.0
+    while not post.done():
+        await asyncio.sleep(0.01)
+        longest, last = max(longest, time.monotonic() - last), time.monotonic()
+    assert (await post).status == 200
+    assert longest < max(1.0, (last - started) / 2)
 
 
 async def test_tokens_of_messages_are_those_of_a_chat(client: Client, worker: LocalWorker) -> None:
