@@ -204,4 +204,5 @@ def _call_of(text: str) -> tuple[str, str] | None:
     if head := _HEAD.match(text):
         written = text[head.end() :]
         return name, written[: JsonObjectScanner().feed(written)]
-    return name, json.dumps(arguments, ensure_ascii=False)
+    # Escapes stay where there are some: half a surrogate pair cannot be sent in another form.
+    return name, json.dumps(arguments, ensure_ascii="\\u" in text)

@@ -29,6 +29,7 @@ WHOLE: dict[str, tuple[str, list[tuple[str, str]]]] = {
     ),
     # Other orders and forms that can only mean one thing.
     '<tool_call>{"arguments": {"a": "é"}, "name": "f"}</tool_call>': ("", [("f", '{"a": "é"}')]),
+    '<tool_call>{"arguments": {"a": "\\ud800"}, "name": "f"}</tool_call>': ("", [("f", '{"a": "\\ud800"}')]),
     '<tool_call>{"name": "f"}</tool_call>': ("", [("f", "{}")]),
     '<tool_call>{"name": "f", "arguments": {"a" : 1.50 } , "id": 7}</tool_call>': ("", [("f", '{"a" : 1.50 }')]),
     # The model ended where its end tag should be.
