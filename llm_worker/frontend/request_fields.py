@@ -257,6 +257,9 @@ TOKENIZE: FieldTable = {
     "mm_processor_kwargs": informative(dict, note=ONE_PLACEHOLDER),
     "tools": CHAT["tools"],
     "tool_choice": CHAT["tool_choice"],
+    "functions": refused([], note="send `tools`"),
+    "function_call": refused("auto", "none", note="send `tool_choice`"),
+    "truncate_prompt_tokens": refused(note="all tokens are returned"),
 }
 DETOKENIZE: FieldTable = {
     "model": TOKENIZE["model"],

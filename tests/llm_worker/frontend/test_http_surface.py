@@ -122,6 +122,8 @@ async def test_the_end_of_a_chats_prompt(client: Client, worker: LocalWorker, fi
         ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, "messages"),
         ("/tokenize", {"prompt": "a", "add_generation_prompt": False}, "add_generation_prompt"),
         ("/tokenize", {"prompt": "a", "chat_template_kwargs": {"a": 1}}, "chat_template_kwargs"),
+        ("/tokenize", {"messages": [{"role": "user", "content": "b"}], "functions": [{"name": "f"}]}, "functions"),
+        ("/tokenize", {"prompt": "a", "truncate_prompt_tokens": 2}, "truncate_prompt_tokens"),
         (
             "/tokenize",
             {
