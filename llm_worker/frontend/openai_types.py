@@ -63,6 +63,8 @@ class Message(RequestObject):
     def _check_calls(self) -> Self:
         if self.role != "assistant" and self.calls:
             raise ValueError(f"only messages of the assistant have tool calls, this is one of {self.role}")
+        if self.tool_calls and self.function_call is not None:
+            raise ValueError("function_call is the older form of tool_calls: send either")
         return self
 
     @property

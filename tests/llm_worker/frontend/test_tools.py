@@ -279,6 +279,10 @@ def nested(depth: int) -> dict[str, Any]:
             "tools.0.function.parameters",
         ),
         ({"messages": [{"role": "user", "content": "", "tool_calls": history_calls()}]}, "messages.0"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": history_calls(), "function_call": {"name": "crop"}}]},
+            "messages.0",
+        ),
     ],
 )
 async def test_what_is_refused(client: Client, worker: LocalWorker, fields: dict[str, Any], param: str) -> None:

@@ -35,7 +35,8 @@ OPTIONS = {
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 MESSAGES = [
     {"role": "user", "content": [{"type": "text", "text": "?"}, IMAGE, VIDEO, FRAMES]},
-    {"role": "assistant", "tool_calls": [CALL], "function_call": {"name": "f", "arguments": "{}"}},
+    {"role": "assistant", "tool_calls": [CALL]},
+    {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}},
 ]
 FUNCTION = {"name": "f", "description": "d", "parameters": {"type": "object"}, "strict": True}
 TOOLS = [{"type": "function", "function": FUNCTION}]
