@@ -96,6 +96,9 @@ async def _best(
     for number, prompt in enumerate(prompts):
         whole = {answer: _joined(deltas[answer]) for answer in range(number * best_of, (number + 1) * best_of)}
         best = sorted(whole, key=lambda answer: -_mean_logprob(whole[answer]))[:n]
+        # The first one that is sent stands for the one that has computed the prompt.
+        num_cached = finished[number * best_of].num_cached_tokens
+        finished[best[0]] = replace(finished[best[0]], num_cached_tokens=num_cached)
         for place, answer in enumerate(best, number * n):
             delta = whole[answer]
             yield AnswerEvent(place, replace(delta, logprobs=[]) if prompt.sampling.logprobs is None else delta)

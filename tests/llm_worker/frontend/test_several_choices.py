@@ -69,6 +69,19 @@ async def test_several_prompts_are_answered_in_order(official: openai.AsyncOpenA
     assert streamed == [choice.text for choice in expected]
 
 
+async def test_tokens_from_the_cache_are_those_of_earlier_requests(
+    official: openai.AsyncOpenAI, worker: LocalWorker
+) -> None:
+    """The answers to one prompt share its KV, whichever of them are sent."""
+    asked: dict[str, Any] = {"model": worker.served.name, "max_tokens": 4, "temperature": 1.5}
+    for seed in range(4):
+        prompt = f"{seed} naïve 猫 " * 20
+        for is_cached in (False, True):
+            usage = (await official.completions.create(**asked, prompt=prompt, n=1, best_of=4, seed=seed)).usage
+            assert usage is not None and usage.prompt_tokens_details is not None
+            assert bool(usage.prompt_tokens_details.cached_tokens) is is_cached
+
+
 async def test_the_best_are_sent(official: openai.AsyncOpenAI, worker: LocalWorker) -> None:
     asked: dict[str, Any] = {"model": worker.served.name, "prompt": "Hello", "max_tokens": 8, "temperature": 1.5}
     every = await official.completions.create(**asked, n=4, seed=1, logprobs=0)
