@@ -28,6 +28,8 @@ VLLM_FLAGS = [
     *("--block-size", "32", "--enable-prefix-caching"),
 ]
 IDLE_TIMEOUT_S = 30.0  # shorter than tickets live, so that one which stays behind is seen
+# A lease whose Ready crosses the cancellation of its call on the wire is held until it expires, after 60 s.
+LEASES_GONE_TIMEOUT_S = 75.0
 TENANT_HEADER = "X-Tenant"
 TRANSPORTS: dict[CheckpointName, str] = {"qwen3_vl": "shm", "qwen2_5_vl": "grpc", "tiny": "shm"}
 

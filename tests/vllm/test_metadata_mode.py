@@ -10,7 +10,15 @@ import pytest
 
 from tests.integration.media import picture
 from tests.vllm.checkpoints import CHECKPOINTS, Folders, factor_of
-from tests.vllm.fleet import TENANT_HEADER, TRANSPORTS, VllmFleet, abort_all, start_fleet_with_gateway, wait_until_empty
+from tests.vllm.fleet import (
+    LEASES_GONE_TIMEOUT_S,
+    TENANT_HEADER,
+    TRANSPORTS,
+    VllmFleet,
+    abort_all,
+    start_fleet_with_gateway,
+    wait_until_empty,
+)
 from tests.vllm.questions import Answers, Question, Questions, References, random_questions
 from tests.vllm.server import Answer, Client
 from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
@@ -120,7 +128,7 @@ async def test_aborted_requests_leave_nothing(fleet: VllmFleet, references: Refe
     shared_memory = fleet.shared_memory()
     async with fleet.client() as client:
         answers, _ = await asyncio.gather(client.ask_all(kept), abort_all(client, aborted))
-    await wait_until_empty(fleet.leftovers)
+    await wait_until_empty(fleet.leftovers, LEASES_GONE_TIMEOUT_S)
     assert fleet.shared_memory() == shared_memory
     assert [answer.token_ids for answer in answers] == [question.expected(references[fleet.name]) for question in kept]
 
@@ -154,7 +162,7 @@ async def test_a_dead_encoder_fails_its_requests_and_a_new_one_serves(fleet: Vll
         await wait_until_empty(fails)
         answers = await client.ask_all(after)
     assert [answer.token_ids for answer in answers] == [question.expected(references[fleet.name]) for question in after]
-    await wait_until_empty(fleet.leftovers)
+    await wait_until_empty(fleet.leftovers, LEASES_GONE_TIMEOUT_S)
 
 
 class Measured:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.integration.media import picture
 from tests.vllm.checkpoints import CHECKPOINTS, Folders, factor_of
-from tests.vllm.fleet import TRANSPORTS, VllmFleet, abort_all, start_fleet, wait_until_empty
+from tests.vllm.fleet import LEASES_GONE_TIMEOUT_S, TRANSPORTS, VllmFleet, abort_all, start_fleet, wait_until_empty
 from tests.vllm.questions import Answers, Question, Questions, References, random_questions
 
 NUM_ABORTED = 100
@@ -87,7 +87,7 @@ async def test_aborted_requests_leave_nothing(fleet: VllmFleet, references: Refe
     cancelled = await fleet.connector_items("cancelled")
     async with fleet.client() as client:
         answers, _ = await asyncio.gather(client.ask_all(kept), abort_all(client, aborted))
-    await wait_until_empty(fleet.leftovers)
+    await wait_until_empty(fleet.leftovers, LEASES_GONE_TIMEOUT_S)
     assert await fleet.connector_items("cancelled") > cancelled
     assert fleet.shared_memory() == shared_memory
     assert [answer.token_ids for answer in answers] == [question.expected(references[fleet.name]) for question in kept]
@@ -124,5 +124,5 @@ async def test_own_tower_answers_while_the_encoder_is_dead(fleet: VllmFleet, ref
             return await fleet.connector_items("delivered") == delivered
 
         await wait_until_empty(is_not_used_again)
-    await wait_until_empty(fleet.leftovers)
+    await wait_until_empty(fleet.leftovers, LEASES_GONE_TIMEOUT_S)
     assert len(fleet.shared_memory()) == num_shared_files
