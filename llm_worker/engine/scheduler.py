@@ -117,9 +117,11 @@ class Scheduler:
             num_left = request.num_runnable - request.num_computed
             if num_left > 0:
                 # Generated tokens whose KV was lost are computed again in chunks, as prompts are.
-                is_decoding = num_left == 1 and request.status is RequestStatus.DECODING
-                (decoding if is_decoding else prefilling).append(request)
-                request.mark_ready(now)
+                if num_left == 1 and request.status is RequestStatus.DECODING:
+                    decoding.append(request)
+                else:
+                    request.mark_ready(now)
+                    prefilling.append(request)
         budget = self._max_num_batched_tokens
         if decoding and prefilling:
             budget = min(budget, len(decoding) + self._goals.num_prompt_tokens(decoding, prefilling, now))
