@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vitrine_vlm.embedding_transport.shipping.exporter import ExporterStats
-from vitrine_vlm.embedding_transport.wire.frame_lists import frames_of_url
+from vitrine_vlm.embedding_transport.wire.frame_lists import frames_from_message, frames_of_url
 from vitrine_vlm.embedding_transport.wire.messages import describe, options_from_message
 from vitrine_vlm.encoder_service.engine.cache import CacheStats
 from vitrine_vlm.encoder_service.preprocess.given_patches import PATCH_DTYPES
@@ -12,7 +12,6 @@ from vitrine_vlm.encoder_service.tickets import TicketTable
 from vitrine_vlm.errors import BadRequest, Overloaded, VitrineError
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 from vitrine_vlm.types import (
-    MAX_LISTED_FRAMES,
     PROTOCOL_MINOR_VERSION,
     MediaItem,
     MediaKind,
@@ -52,24 +51,11 @@ def item_from_proto(index: int, message: encoder_pb2.MediaItem) -> MediaItem:
         kind=kind,
         url=message.url if source == "url" else None,
         data=message.data if source == "data" else None,
-        frames=_frames_from_proto(index, message.frames) if source == "frames" else None,
+        frames=frames_from_message(f"item {index}", message.frames) if source == "frames" else None,
         options=options_from_message(message.options, message.video_fps),
         patches=_patches_from_proto(index, message.patches) if source == "patches" else None,
         # Whose tickets these are is not in the message: they were sent to the encoder that they are of.
         ticket=Ticket("", message.ticket) if source == "ticket" else None,
-    )
-
-
-def _frames_from_proto(index: int, message: encoder_pb2.Frames) -> tuple[MediaItem, ...]:
-    num_frames = len(message.frames)
-    if not 1 <= num_frames <= MAX_LISTED_FRAMES:
-        raise BadRequest(f"item {index} is a list of {num_frames} frames: give 1 to {MAX_LISTED_FRAMES}")
-    sources = [(frame.WhichOneof("source"), frame) for frame in message.frames]
-    if any(source is None for source, _ in sources):
-        raise BadRequest(f"item {index} has a frame without a source: give url or data")
-    return tuple(
-        MediaItem("image", data=frame.data) if source == "data" else MediaItem("image", url=frame.url)
-        for source, frame in sources
     )
 
 

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from vitrine_vlm.embedding_transport.wire.frame_lists import add_frames, frames_from_message
 from vitrine_vlm.embedding_transport.wire.messages import options_from_message, options_to_fields
 from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.llm_worker.engine.grammar import (
@@ -27,7 +28,7 @@ from vitrine_vlm.llm_worker.generation.events import (
 )
 from vitrine_vlm.llm_worker.prompt.sampling_defaults import SamplingDefaults
 from vitrine_vlm.protos.llm.v1 import llm_pb2
-from vitrine_vlm.types import MAX_LISTED_FRAMES, MediaItem, MediaKind
+from vitrine_vlm.types import MediaItem, MediaKind
 
 _MAX_UINT32 = 2**32 - 1
 _KINDS: dict[int, MediaKind] = {llm_pb2.MEDIA_KIND_IMAGE: "image", llm_pb2.MEDIA_KIND_VIDEO: "video"}
@@ -74,17 +75,8 @@ def _media_item(index: int, item: llm_pb2.MediaItem) -> MediaItem:
         kind,
         url=item.url if source == "url" else None,
         data=item.data if source == "data" else None,
-        frames=_frames(index, item.frames) if source == "frames" else None,
+        frames=frames_from_message(f"media item {index}", item.frames) if source == "frames" else None,
         options=options_from_message(item.options, item.video_fps),
-    )
-
-
-def _frames(index: int, frames: llm_pb2.Frames) -> tuple[MediaItem, ...]:
-    if not 1 <= len(frames.frames) <= MAX_LISTED_FRAMES:
-        raise BadRequest(f"media item {index} has {len(frames.frames)} frames: give 1 to {MAX_LISTED_FRAMES}")
-    return tuple(
-        MediaItem("image", data=frame.data) if frame.HasField("data") else MediaItem("image", url=frame.url)
-        for frame in frames.frames
     )
 
 
@@ -215,11 +207,8 @@ def _media_item_to_proto(item: MediaItem) -> llm_pb2.MediaItem:
         message.data = item.data
     elif item.url is not None:
         message.url = item.url
-    for frame in item.frames or ():
-        if frame.data is not None:
-            message.frames.frames.add(data=frame.data)
-        else:
-            message.frames.frames.add(url=frame.url or "")
+    elif item.frames is not None:
+        add_frames(message.frames, item.frames)
     return message
 
 

@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 from vitrine_vlm.embedding_transport.pools.cuda_ipc_pool import CudaIpcPool
 from vitrine_vlm.embedding_transport.pools.pool import PROBE_NBYTES, ExportPool
 from vitrine_vlm.embedding_transport.pools.shm_pool import ShmPool
+from vitrine_vlm.embedding_transport.wire.frame_lists import add_frames
 from vitrine_vlm.errors import InternalError
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 from vitrine_vlm.types import (
@@ -39,11 +40,7 @@ def item_to_proto(item: MediaItem) -> encoder_pb2.MediaItem:
     elif item.url is not None:
         message.url = item.url
     elif item.frames is not None:
-        for frame in item.frames:
-            if frame.data is not None:
-                message.frames.frames.add(data=frame.data)
-            else:
-                message.frames.frames.add(url=frame.url or "")
+        add_frames(message.frames, item.frames)
     elif item.patches is not None:
         _write_patches(item.patches, message.patches)
     elif item.ticket is not None:
