@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from vitrine_vlm.embedding_transport.shipping.exporter import ExporterStats
-from vitrine_vlm.embedding_transport.wire.frame_lists import frames_from_message, frames_of_url
+from vitrine_vlm.embedding_transport.wire.frame_list_url import frames_of_url
+from vitrine_vlm.embedding_transport.wire.frame_lists import frames_from_message
 from vitrine_vlm.embedding_transport.wire.messages import describe, options_from_message
 from vitrine_vlm.encoder_service.engine.cache import CacheStats
 from vitrine_vlm.encoder_service.preprocess.given_patches import PATCH_DTYPES

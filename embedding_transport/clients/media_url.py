@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vitrine_vlm.embedding_transport.clients.media_options import Layer, media_options
 from vitrine_vlm.embedding_transport.wire.data_url import is_data_url, read_data_url
-from vitrine_vlm.embedding_transport.wire.frame_lists import frames_of_url
+from vitrine_vlm.embedding_transport.wire.frame_list_url import frames_of_url
 from vitrine_vlm.errors import BadRequest, MediaError
 from vitrine_vlm.types import MAX_LISTED_FRAMES, MediaItem, MediaKind, MediaOptions
 

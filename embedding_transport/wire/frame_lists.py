@@ -1,38 +1,13 @@
-"""Videos that come as a list of pictures: in one URL, or in a message of either protocol.
-
-The URL's format is vLLM's (vllm/multimodal/media/video.py, `load_base64`): `data:video/jpeg;base64,` and the frames in
-base64, with commas between them.
-"""
+"""Videos that are a list of pictures, in a message of either protocol."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from vitrine_vlm.embedding_transport.wire.data_url import is_data_url, split_data_url
-from vitrine_vlm.errors import BadRequest, MediaTooLarge
+from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 from vitrine_vlm.protos.llm.v1 import llm_pb2
-from vitrine_vlm.types import MAX_LISTED_FRAMES, MediaItem, MediaKind
-
-_TYPE = "video/jpeg"
-
-
-def frames_of_url(kind: MediaKind, url: str) -> tuple[MediaItem, ...] | None:
-    """Returns the frames of such a video, each with a data: URL of its own; None for any other URL.
-
-    Raises:
-        MediaTooLarge: more than MAX_LISTED_FRAMES frames.
-        MediaError: the URL has no comma at all.
-    """
-    if kind != "video" or not is_data_url(url):
-        return None
-    media_type, is_base64, payload = split_data_url(url)
-    if media_type != _TYPE or not is_base64:
-        return None
-    num_frames = payload.count(",") + 1
-    if num_frames > MAX_LISTED_FRAMES:
-        raise MediaTooLarge(f"a list of {num_frames} frames: at most {MAX_LISTED_FRAMES} are accepted, send fewer")
-    return tuple(MediaItem("image", url=f"data:image/jpeg;base64,{frame}") for frame in payload.split(","))
+from vitrine_vlm.types import MAX_LISTED_FRAMES, MediaItem
 
 
 def frames_from_message(item: str, message: encoder_pb2.Frames | llm_pb2.Frames) -> tuple[MediaItem, ...]:
