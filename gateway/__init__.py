@@ -1,1 +1,1 @@
-"""The gateway: an OpenAI front before vLLM servers, which get the sizes of media instead of the media themselves."""
+"""The gateway: an OpenAI front before vLLM servers, which get the sizes of media in their place, or before workers."""

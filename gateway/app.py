@@ -25,6 +25,7 @@ from vitrine_vlm.service_runtime.grpc_server import ServiceServer
 from vitrine_vlm.service_runtime.lifecycle import Lifecycle
 from vitrine_vlm.service_runtime.memory import freeze_gc
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
+from vitrine_vlm.service_runtime.supervisor import Supervisor
 
 _log = logging.getLogger(__name__)
 _READY_POLL_S = 0.1
@@ -36,11 +37,11 @@ _KEEP_ALIVE_S = 3.0
 class Readiness:
     """The answer of /ready: whether requests can be served, and the state of both fleets or the reason why not.
 
-    fleets: set once they were tried.
+    fleets: set once they were tried; None for encoders where requests pass with their media as they are.
     """
 
     def __init__(self, lifecycle: Lifecycle) -> None:
-        self.fleets: tuple[EncoderClient, ServerFleet] | None = None
+        self.fleets: tuple[EncoderClient | None, ServerFleet] | None = None
         self._lifecycle = lifecycle
 
     def __call__(self) -> tuple[bool, dict[str, Any]]:
@@ -49,9 +50,12 @@ class Readiness:
         if self.fleets is None:
             return False, {"reason": "connecting"}
         encoders, servers = self.fleets
+        details = {"servers": [asdict(status) for status in servers.status()]}
+        if encoders is None:
+            return servers.ready, details
         return encoders.ready and servers.ready, {
             "encoders": [asdict(status) for status in encoders.status()],
-            "servers": [asdict(status) for status in servers.status()],
+            **details,
         }
 
 
@@ -88,37 +92,44 @@ async def serve(config: GatewayConfig) -> None:
             session,
             supervisor,
             tls=config.server_ca_file is not None,
+            health_path=config.health_path,
             health_interval_s=config.health_interval_s,
             connect_timeout_s=config.connect_timeout_s,
             max_in_flight=config.max_in_flight,
         )
-        encoders = EncoderClient(
-            [],
-            None,
-            transport="grpc",  # no rows come here
-            connect_timeout_s=config.connect_timeout_s,
-            encode_timeout_s=config.encode_timeout_s,
-            tls=config.encoder_tls(),
-            supervisor=supervisor,
-        )
-        stack.push_async_callback(encoders.close)
         metrics.watch_servers(servers.status)
-        metrics.watch_encoders(encoders.stats)
+        encoders = _encoders(config, supervisor) if config.encoders else None
+        if encoders is not None:
+            stack.push_async_callback(encoders.close)
+            metrics.watch_encoders(encoders.stats)
         freeze_gc()
         await lifecycle.unless_ending(_discover(config, encoders, servers, lifecycle))
-        layouts = MediaLayouts(encoders, supervisor)
-        stack.push_async_callback(layouts.close)
+        layouts = MediaLayouts(encoders, supervisor) if encoders is not None else None
+        if layouts is not None:
+            stack.push_async_callback(layouts.close)
         http.open(Opened(Forwarder(servers, session, metrics.retried), layouts))
         readiness.fleets = encoders, servers
         supervisor.start_task("health", _keep_health(server, lambda: readiness()[0]))
         if not lifecycle.is_ending:
-            _log.info("SERVING %s with %s", config.servers, config.encoders)
+            _log.info("SERVING %s with %s", config.servers, config.encoders or "their own encoders")
 
         await lifecycle.ending()
         await lifecycle.drain()
         await asyncio.gather(runner.cleanup(), server.stop(_STOP_GRACE_S))
         lifecycle.raise_failure()
     _log.info("stopped")
+
+
+def _encoders(config: GatewayConfig, supervisor: Supervisor) -> EncoderClient:
+    return EncoderClient(
+        [],
+        None,
+        transport="grpc",  # no rows come here
+        connect_timeout_s=config.connect_timeout_s,
+        encode_timeout_s=config.encode_timeout_s,
+        tls=config.encoder_tls(),
+        supervisor=supervisor,
+    )
 
 
 def _session(config: GatewayConfig) -> aiohttp.ClientSession:
@@ -135,7 +146,9 @@ def _session(config: GatewayConfig) -> aiohttp.ClientSession:
     )
 
 
-async def _discover(config: GatewayConfig, encoders: EncoderClient, servers: ServerFleet, lifecycle: Lifecycle) -> None:
+async def _discover(
+    config: GatewayConfig, encoders: EncoderClient | None, servers: ServerFleet, lifecycle: Lifecycle
+) -> None:
     """Keeps both fleets' addresses up to date; returns once some of each are known and tried, or after a while.
 
     Raises:
@@ -154,19 +167,20 @@ async def _discover(config: GatewayConfig, encoders: EncoderClient, servers: Ser
         supervisor.start_job(f"discovery of {name}", watch_sources(parse_sources(specs), use_and_set))
         await found.wait()
 
-    async def watch_both() -> None:
-        await asyncio.gather(
-            watch("encoders", config.encoders, encoders.set_addresses),
-            watch("servers", config.servers, servers.set_addresses),
-        )
-        # It runs on without any: they may come. /ready has the reason.
-        with suppress(VitrineError):
-            await encoders.start()
+    async def watch_all() -> None:
+        watches = [watch("servers", config.servers, servers.set_addresses)]
+        if encoders is not None:
+            watches.append(watch("encoders", config.encoders, encoders.set_addresses))
+        await asyncio.gather(*watches)
+        if encoders is not None:
+            # It runs on without any: they may come. /ready has the reason.
+            with suppress(VitrineError):
+                await encoders.start()
         await servers.attempted()
 
     with suppress(TimeoutError):
         async with asyncio.timeout(2 * config.connect_timeout_s):
-            await supervisor.unless_failed(watch_both())
+            await supervisor.unless_failed(watch_all())
 
 
 async def _keep_health(server: ServiceServer, is_ready: Callable[[], bool]) -> None:

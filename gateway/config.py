@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 import ssl
 from pathlib import Path
-from typing import Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
 from vitrine_vlm.embedding_transport.clients.settings import EncoderFleetSettings
@@ -19,15 +18,20 @@ _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5
 
 
 class GatewayConfig(ServiceSettings, EncoderFleetSettings):
-    """Vitrine's gateway: an OpenAI front before vLLM servers that get embeddings from Vitrine's encoders."""
+    """Vitrine's gateway: an OpenAI front before vLLM servers that get embeddings from Vitrine's encoders, or before
+    Vitrine's own LLM workers.
+    """
 
     service_name = "vitrine-gateway"
     model_config = SettingsConfigDict(env_prefix="VITRINE_GATEWAY_", cli_prog_name="vitrine-gateway")
 
-    servers: str = Field(description="HTTP addresses of the vLLM servers, in the forms of --encoders")
+    servers: str = Field(description="HTTP addresses of the vLLM servers or LLM workers, in the forms of --encoders")
     server_ca_file: Path | None = Field(None, description="CA that signs servers' certificates (PEM); none: no TLS")
     server_timeout_s: float = Field(
         600.0, gt=0, description="longest wait for the next bytes of a server's answer, also for its first ones, s"
+    )
+    health_path: str = Field(
+        "/health", pattern="^/", description="what a server is asked for its health; of LLM workers: /ready"
     )
     health_interval_s: float = Field(2.0, gt=0, description="time between two health checks of a server, s")
     max_in_flight: int = Field(
@@ -58,12 +62,6 @@ class GatewayConfig(ServiceSettings, EncoderFleetSettings):
         if name is not None and not _HEADER_NAME.fullmatch(name):
             raise ValueError(f"{name!r} is no name of a header")
         return name
-
-    @model_validator(mode="after")
-    def _check_encoders_given(self) -> Self:
-        if not self.encoders:
-            raise ValueError("--encoders is needed: they measure the media of requests")
-        return self
 
     def server_ssl(self) -> ssl.SSLContext | None:
         """Returns the context of connections to servers, or None without TLS.

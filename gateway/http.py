@@ -36,10 +36,10 @@ _MAX_ID_LENGTH = 256
 
 @dataclass(frozen=True)
 class Opened:
-    """What requests need."""
+    """What requests need. layouts: None where requests pass with their media as they are."""
 
     forwarder: Forwarder
-    layouts: MediaLayouts
+    layouts: MediaLayouts | None
 
 
 class GatewayHttp:
@@ -73,10 +73,10 @@ class GatewayHttp:
     async def _chat(self, http: web.Request) -> web.StreamResponse:
         body = await json_body(http)
         chat = parse_chat(body, self._config.max_items, several_tenants=self._config.tenant_header is not None)
-        if not chat.parts:
+        if not chat.parts or not self._config.encoders:
             return await self._serve(http, partial(self._forward, _request(http, body, chat.affinity_key)))
         request = _request(http, b"", chat.affinity_key)
-        return await self._serve(http, partial(self._forward_with_media, request, chat, self._tenant(http)))
+        return await self._serve(http, partial(self._forward_with_layouts, request, chat, self._tenant(http)))
 
     async def _other(self, http: web.Request) -> web.StreamResponse:
         if http.method == "POST" and unquote(http.rel_url.raw_path) == _CHAT:  # the same to a server
@@ -105,10 +105,11 @@ class GatewayHttp:
         async with opened.forwarder.open(request) as answer:
             await answer.send(client)
 
-    async def _forward_with_media(
+    async def _forward_with_layouts(
         self, request: OutgoingRequest, chat: ChatBody, tenant: str, client: ClientStream, opened: Opened
     ) -> None:
         """Sends the request with media replaced; once more, with new layouts, where the server fails."""
+        assert opened.layouts is not None
         avoided: tuple[str, ...] = ()
         while True:
             opened.forwarder.check(request)  # encoders load nothing for a request that no server takes

@@ -1,4 +1,4 @@
-"""The vLLM servers behind a gateway: which there are, which are healthy, and which one gets a request."""
+"""The servers behind a gateway: which there are, which are healthy, and which one gets a request."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ class ServerStatus:
 
 
 class Server:
-    """One vLLM server. It gets requests while `error` is None; `attempted` is set after the first health check."""
+    """One server. It gets requests while `error` is None; `attempted` is set after the first health check."""
 
-    def __init__(self, address: str, scheme: str) -> None:
+    def __init__(self, address: str, scheme: str, health_path: str) -> None:
         self.address = address
         self.url = f"{scheme}://{address}"
+        self._health_path = health_path
         self.in_flight = 0
         self.error: str | None = "its health was not checked yet"
         self.attempted = asyncio.Event()
@@ -78,12 +79,13 @@ class Server:
     async def _check(self, session: aiohttp.ClientSession, timeout_s: float) -> str | None:
         """Returns what is wrong, or None."""
         try:
-            async with asyncio.timeout(timeout_s), session.get(f"{self.url}/health", allow_redirects=False) as response:
-                return None if response.status == 200 else f"/health answers {response.status}"
+            url = self.url + self._health_path
+            async with asyncio.timeout(timeout_s), session.get(url, allow_redirects=False) as response:
+                return None if response.status == 200 else f"{self._health_path} answers {response.status}"
         except TimeoutError:
-            return f"/health does not answer within {timeout_s:g} s"
+            return f"{self._health_path} does not answer within {timeout_s:g} s"
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            return f"/health cannot be reached: {error}"
+            return f"{self._health_path} cannot be reached: {error}"
 
 
 class ServerFleet:
@@ -91,7 +93,7 @@ class ServerFleet:
 
     Args:
         session: for health checks. supervisor: owns the loops that make them.
-        tls: whether servers are reached by https.
+        tls: whether servers are reached by https. health_path: what they are asked for their health.
         max_in_flight: requests at one server.
     """
 
@@ -101,6 +103,7 @@ class ServerFleet:
         supervisor: Supervisor,
         *,
         tls: bool,
+        health_path: str,
         health_interval_s: float,
         connect_timeout_s: float,
         max_in_flight: int,
@@ -108,6 +111,7 @@ class ServerFleet:
         self._session = session
         self._supervisor = supervisor
         self._scheme = "https" if tls else "http"
+        self._health_path = health_path
         self._health_interval_s, self._connect_timeout_s = health_interval_s, connect_timeout_s
         self._max_in_flight = max_in_flight
         self._servers: dict[str, tuple[Server, asyncio.Task[None]]] = {}
@@ -131,7 +135,7 @@ class ServerFleet:
             task.cancel()
         for address in addresses:
             if address not in self._servers:
-                server = Server(address, self._scheme)
+                server = Server(address, self._scheme, self._health_path)
                 checks = server.keep_checked(self._session, self._health_interval_s, self._connect_timeout_s)
                 self._servers[address] = server, self._supervisor.start_task(f"server {address} health", checks)
 
@@ -160,7 +164,7 @@ class ServerFleet:
             raise Overloaded(message, RETRY_AFTER_S)
         reasons = {each.address: each.error for each in self.servers} | dict(failures)
         listed = "; ".join(f"server {address}: {reason}" for address, reason in reasons.items()) or "none was found"
-        raise WorkerUnavailable(f"no vLLM server can be used: {listed}; start one, or wait until one is healthy")
+        raise WorkerUnavailable(f"no server can be used: {listed}; start one, or wait until one is healthy")
 
     def has_other(self, failures: Collection[str]) -> bool:
         """Whether a server is left that has not failed."""

@@ -37,12 +37,13 @@ class Gateway:
 
 @contextlib.asynccontextmanager
 async def start_gateway(
-    encoders: str, flags: Sequence[str] = (), upstreams: Sequence[Upstream] = ()
+    encoders: str | None, flags: Sequence[str] = (), upstreams: Sequence[Upstream] = ()
 ) -> AsyncIterator[Gateway]:
     """Starts a gateway before these servers."""
     servers = ["--servers", ",".join(upstream.address for upstream in upstreams)] if upstreams else []
     ports = ["--port", "0", "--grpc-port", "0", "--health-interval-s", "0.2"]
-    process = ServiceProcess("vitrine_vlm.gateway", *servers, "--encoders", encoders, *ports, *flags)
+    fleet = ["--encoders", encoders] if encoders else []
+    process = ServiceProcess("vitrine_vlm.gateway", *servers, *fleet, *ports, *flags)
     try:
         address = (await asyncio.to_thread(process.wait_serving))["http"]
         async with aiohttp.ClientSession(f"http://{address}") as client:

@@ -66,7 +66,8 @@ class Upstream:
     async def start(self) -> None:
         """Listens, on the same port as before."""
         app = web.Application(client_max_size=2**30)
-        app.router.add_get("/health", self._health)
+        for path in ("/health", "/ready"):
+            app.router.add_get(path, self._health)
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_route("*", "/{path:.*}", self._echo)
         self.runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
