@@ -5,6 +5,7 @@
 #   IMAGE=file  PROMPT=text        what run asks; default: a picture drawn on the spot
 #   PORT=8000  GRPC_PORT=50052     HTTP and gRPC port of serve
 #   PYTHON=python3.12              interpreter to make .venv with
+#   MINUTES=3                      how long soak loads the services; default: 30
 #   VLLM=0.30.0                    version of vLLM for test-vllm; default: the newest one tested
 #   TORCH_INDEX_URL=url            pip index for torch alone, e.g. PyTorch's CPU wheels: without an NVIDIA GPU they
 #                                  save several GB, as the usual Linux wheel brings CUDA with it
@@ -13,6 +14,7 @@ PYTHON ?= python3
 PORT ?= 8000
 GRPC_PORT ?= 50052
 VLLM ?= 0.32.0
+MINUTES ?= 30
 VENV := .venv
 VLLM_VENV := $(VENV)/vllm-$(VLLM)
 CLIENTS := $(VENV)/clients
@@ -30,7 +32,7 @@ LAUNCH_ARGS = $(if $(MODEL),--model "$(MODEL)") $(if $(IMAGE),--image "$(IMAGE)"
 UNSAFE := '^[^\#]*((import|from) +(c?[Pp]ickle|dill|cloudpickle|shelve|marshal)\b|torch\.load\(|allow_pickle *= *True)'
 
 .DEFAULT_GOAL := help
-.PHONY: help run serve test test-vllm helm-test eval lint format protos protos-check helm clean
+.PHONY: help run serve test test-vllm helm-test eval soak lint format protos protos-check helm clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -53,6 +55,9 @@ helm-test: $(VENV)/.dev-ready  ## Render the chart with many values and validate
 
 eval: $(VENV)/.dev-ready  ## Ask 500 held-out questions through the whole split in every way, print accuracy by kind
 	@$(BIN)/python -m benchmarks.accuracy $(if $(MODEL),--model "$(MODEL)")
+
+soak: $(VENV)/.dev-ready  ## Load a small fleet for MINUTES while encoders are killed and workers replaced
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 
 lint: $(VENV)/.dev-ready protos-check  ## Style, types, import contracts, stubs up to date
 	$(BIN)/ruff check .

@@ -60,10 +60,10 @@ class Stack:
             encoder_flags, worker_flags: more flags for every encoder and for the LLM worker.
             encoder_environment, worker_environment: variables to add to this process's, for instance to assign GPUs.
         """
-        free_http_port, free_grpc_port = _free_ports(2)
+        free_http_port, free_grpc_port = free_ports(2)
         port = free_http_port if port is None else port
         grpc_port = free_grpc_port if grpc_port is None else grpc_port
-        encoder_ports = [_free_ports(dp, in_a_row=True)[0] for _ in range(num_encoders)]
+        encoder_ports = [free_ports(dp, in_a_row=True)[0] for _ in range(num_encoders)]
         children: list[Child] = []
         supervisor = Supervisor()
         try:
@@ -116,7 +116,7 @@ class Stack:
                 await asyncio.sleep(_POLL_INTERVAL_S)
 
 
-def _free_ports(count: int, *, in_a_row: bool = False) -> list[int]:
+def free_ports(count: int, *, in_a_row: bool = False) -> list[int]:
     while True:
         with contextlib.ExitStack() as stack:
             # All are open at the same time, so that no port is returned twice.

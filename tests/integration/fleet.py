@@ -33,13 +33,17 @@ _KINDS = {"image": llm_pb2.MEDIA_KIND_IMAGE, "video": llm_pb2.MEDIA_KIND_VIDEO}
 class ServiceProcess:
     """One `python -m <module>` with its log kept; `addresses` are the ones its LISTENING line names."""
 
-    def __init__(self, module: str, *flags: str) -> None:
+    def __init__(self, module: str, *flags: str, prefix: Sequence[str] = ()) -> None:
+        """
+        Args:
+            prefix: what the command begins with.
+        """
         self.lines: list[str] = []
         self.addresses: dict[str, str] = {}
         self._listening = threading.Event()
         self._serving = threading.Event()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", module, *flags],
+            [*prefix, sys.executable, "-m", module, *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
