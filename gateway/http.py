@@ -25,6 +25,7 @@ from vitrine_vlm.service_runtime.http_errors import errors_as_openai
 from vitrine_vlm.service_runtime.http_requests import json_body, traced
 from vitrine_vlm.service_runtime.logs import set_request_id
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
+from vitrine_vlm.service_runtime.tenants import CacheScope
 from vitrine_vlm.service_runtime.traces import outgoing_metadata
 
 _CHAT = "/v1/chat/completions"
@@ -76,7 +77,8 @@ class GatewayHttp:
         if not chat.parts or not self._config.encoders:
             return await self._serve(http, partial(self._forward, _request(http, body, chat.affinity_key)))
         request = _request(http, b"", chat.affinity_key)
-        return await self._serve(http, partial(self._forward_with_layouts, request, chat, self._tenant(http)))
+        scope = CacheScope(self._tenant(http), chat.cache_salt)
+        return await self._serve(http, partial(self._forward_with_layouts, request, chat, scope.encoder_tenant))
 
     async def _other(self, http: web.Request) -> web.StreamResponse:
         if http.method == "POST" and unquote(http.rel_url.raw_path) == _CHAT:  # the same to a server

@@ -40,7 +40,8 @@ _KINDS: dict[str, MediaKind] = {"image_url": "image", "video_url": "video", "vid
 _EMBEDS_TYPES = ("image_embeds", "video_embeds")
 _REPLACED_FIELDS = ("type", "image_url", "video_url", "video", "uuid")
 _PROCESSOR_KWARGS, _IO_KWARGS = "mm_processor_kwargs", "media_io_kwargs"
-_TRANSFER_PARAMS = "ec_transfer_params"
+_TRANSFER_PARAMS, _CACHE_SALT = "ec_transfer_params", "cache_salt"
+_READ_KEYS = ("messages", "content", _TRANSFER_PARAMS, _PROCESSOR_KWARGS, _IO_KWARGS, _CACHE_SALT)
 _MAX_URL_CHARS = 8192
 # Of the first turns, at their beginning and at their end.
 _AFFINITY_CHARS = 16384
@@ -88,11 +89,13 @@ class ChatBody:
     """The body of a chat request. `pieces` is its text, cut where a part, or None for ec_transfer_params, belongs.
 
     affinity_key: equal for requests of one conversation, which begin alike up to the first turn of the user.
+    cache_salt: the client's, which vLLM gets as it is; "" for none.
     """
 
     affinity_key: bytes
     pieces: tuple[str, ...]
     slots: tuple[MediaPart | None, ...]
+    cache_salt: str = ""
 
     @property
     def parts(self) -> list[MediaPart]:
@@ -140,6 +143,7 @@ class _ChatReader:
         self._conversation = (0, 0)
         self._embeds_param: str | None = None
         self._has_transfer_params = False
+        self._cache_salt = ""
 
     def read(self) -> ChatBody:
         scanner = self._scanner
@@ -154,6 +158,9 @@ class _ChatReader:
                 self._read_transfer_params()
             elif key in (_PROCESSOR_KWARGS, _IO_KWARGS):
                 self._read_options(key)
+            elif key == _CACHE_SALT:
+                salt = scanner.value()
+                self._cache_salt = salt if isinstance(salt, str) else ""  # vLLM refuses all else but null
             else:
                 scanner.value()
         end = scanner.position - 1
@@ -167,7 +174,7 @@ class _ChatReader:
         if None not in self._slots:
             self._cut(end, end, None, f', "{_TRANSFER_PARAMS}": ')
         self._pieces.append(self._before_next_slot + scanner.text[self._end_of_last_slot :])
-        return ChatBody(self._affinity_key(), tuple(self._pieces), tuple(self._items()))
+        return ChatBody(self._affinity_key(), tuple(self._pieces), tuple(self._items()), self._cache_salt)
 
     def _items(self) -> Iterator[MediaPart | None]:
         """The parts with the options of the whole request."""
@@ -193,7 +200,7 @@ class _ChatReader:
 
     def _check_once(self, key: str, seen: set[str], param: str) -> None:
         """Refuses what two readers may understand in different ways."""
-        if key in seen and key in ("messages", "content", _TRANSFER_PARAMS, _PROCESSOR_KWARGS, _IO_KWARGS):
+        if key in seen and key in _READ_KEYS:
             raise _bad("it is there twice", param)
         seen.add(key)
 

@@ -28,6 +28,7 @@ from vitrine_vlm.llm_worker.generation.events import (
 )
 from vitrine_vlm.llm_worker.prompt.sampling_defaults import SamplingDefaults
 from vitrine_vlm.protos.llm.v1 import llm_pb2
+from vitrine_vlm.service_runtime.tenants import MAX_SALT_LENGTH, CacheScope
 from vitrine_vlm.types import MediaItem, MediaKind
 
 _MAX_UINT32 = 2**32 - 1
@@ -39,7 +40,11 @@ _KIND_TO_PROTO: dict[MediaKind, llm_pb2.MediaKind.ValueType] = {
 
 
 def generation_from_proto(
-    request_id: str, prompt: llm_pb2.Prompt, sampling: llm_pb2.SamplingParams, defaults: SamplingDefaults
+    request_id: str,
+    prompt: llm_pb2.Prompt,
+    sampling: llm_pb2.SamplingParams,
+    defaults: SamplingDefaults,
+    scope: CacheScope,
 ) -> GenerationRequest:
     """
     Raises:
@@ -61,7 +66,20 @@ def generation_from_proto(
         tool_fields=tuple(
             f"sampling.grammar.tool_calls.tools.{index}" for index in range(len(sampling.grammar.tool_calls.tools))
         ),
+        scope=scope,
     )
+
+
+def checked_salt(cache_salt: str) -> str:
+    """
+    Raises:
+        BadRequest: it is too long.
+    """
+    if len(cache_salt) > MAX_SALT_LENGTH:
+        raise BadRequest(
+            f"cache_salt has {len(cache_salt)} characters: at most {MAX_SALT_LENGTH} are accepted", "cache_salt"
+        )
+    return cache_salt
 
 
 def _media_item(index: int, item: llm_pb2.MediaItem) -> MediaItem:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from vitrine_vlm.errors import BadRequest
+from vitrine_vlm.service_runtime.tenants import CacheScope
 from vitrine_vlm.types import DTYPES, MediaItem
 from vitrine_vlm.vllm_connector.deliveries import Deliveries, Delivery, Status
 from vitrine_vlm.vllm_connector.fetching import FetchOrder, RowFormat
@@ -133,7 +134,7 @@ class SchedulerSide:
         has_own_tower = has_pixels(feature)
         num_tokens = feature.mm_position.get_num_embeds()
         error = ""
-        tenant = settings.tenant
+        tenant = CacheScope(settings.tenant, request.cache_salt or "").encoder_tenant
         make_item: Callable[[], MediaItem] = partial(patches_item, feature, facts.pixels_normalized)
         try:
             params = ticket_params(feature, request.ec_transfer_params)

@@ -51,7 +51,7 @@ class Feature(Protocol):
 
 
 class VllmRequest(Protocol):
-    """A request; `ec_transfer_params` are those of its HTTP body."""
+    """A request; `ec_transfer_params` and `cache_salt` are those of its HTTP body."""
 
     @property
     def request_id(self) -> str: ...
@@ -61,3 +61,6 @@ class VllmRequest(Protocol):
 
     @property
     def ec_transfer_params(self) -> Mapping[str, Any] | None: ...
+
+    @property
+    def cache_salt(self) -> str | None: ...

@@ -31,6 +31,7 @@ class Submit:
     keep_kv: bool
     prompt: ExpandedPrompt | None
     matcher: GrammarMatcher | None
+    scope: bytes
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,7 @@ class Engine:
         keep_kv: bool = False,
         prompt: ExpandedPrompt | None = None,
         matcher: GrammarMatcher | None = None,
+        scope: bytes = b"",
     ) -> RequestHandle:
         """Adds a request. Its prefix, the text in front of the first media item, is prefilled at once.
 
@@ -154,6 +155,7 @@ class Engine:
             keep_kv: the blocks of a request that got its last token are kept until `cancel`.
             prompt: the whole prompt, where it is known already; then `set_prompt` is not called.
             matcher: of the sampling's grammar, for this answer alone.
+            scope: the digest of the request's cache scope: only requests of an equal one use its KV again.
 
         Raises:
             PromptTooLong: the prefix alone exceeds the context length.
@@ -166,7 +168,7 @@ class Engine:
         subscriber = RequestSubscriber(handle, send_embeddings, send_kv)
         has_remote_kv = send_kv is not None
         command = Submit(
-            key, request_id, prefix_token_ids, sampling, subscriber, has_remote_kv, keep_kv, prompt, matcher
+            key, request_id, prefix_token_ids, sampling, subscriber, has_remote_kv, keep_kv, prompt, matcher, scope
         )
         if not self._commands.put(command):
             self._capacity.release()
@@ -180,13 +182,18 @@ class Engine:
         """
         self._capacity.check(num_requests)
 
-    def missing_items(self, prompt: ExpandedPrompt) -> set[int]:
-        """Media items of the prompt whose KV is not in the cache now. The KV of others may be evicted at any moment."""
+    def missing_items(self, prompt: ExpandedPrompt, scope: bytes = b"") -> set[int]:
+        """Media items of the prompt whose KV is not in the cache now. The KV of others may be evicted at any moment.
+
+        Args:
+            scope: as for `submit`.
+        """
         if not self._config.prefix_cache:
             return prompt.items_from(0)
         block_size = self._config.block_size
         hashes: list[bytes] = []
-        extend_prefix_hashes(hashes, prompt.token_ids, prompt, block_size, (len(prompt.token_ids) - 1) // block_size)
+        num_blocks = (len(prompt.token_ids) - 1) // block_size
+        extend_prefix_hashes(hashes, prompt.token_ids, prompt, block_size, num_blocks, scope)
         return prompt.items_from(len(self._kv_cache.match_prefix(hashes)) * block_size)
 
     def reset_prefix_cache(self) -> None:

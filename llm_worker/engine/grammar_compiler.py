@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeAlias
 
 from llguidance import LLMatcher, LLTokenizer
 
@@ -19,6 +20,9 @@ _NUM_THREADS = 2
 _MAX_WAITING = 64
 _MAX_CACHED = 64
 
+# The digest of a cache scope, and a grammar.
+_Key: TypeAlias = tuple[bytes, Grammar]
+
 
 class GrammarCompiler:
     """Keeps the grammars that were used last. Safe on any thread.
@@ -31,21 +35,25 @@ class GrammarCompiler:
         self._tokenizer = tokenizer
         self._checker = GrammarChecker()
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="grammar")
-        self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
-        self._compiling: dict[Grammar, Future[LLMatcher]] = {}
+        self._compiled: OrderedDict[_Key, LLMatcher] = OrderedDict()
+        self._compiling: dict[_Key, Future[LLMatcher]] = {}
 
-    async def matcher(self, grammar: Grammar) -> GrammarMatcher:
+    async def matcher(self, grammar: Grammar, scope: bytes = b"") -> GrammarMatcher:
         """Returns a new matcher for one answer.
+
+        Args:
+            scope: the digest of the request's cache scope: compiled grammars are used again within an equal one only.
 
         Raises:
             GrammarError: the grammar cannot be used.
             Overloaded: too many grammars wait to be compiled.
         """
-        compiled = self._compiled.pop(grammar, None)
+        key = (scope, grammar)
+        compiled = self._compiled.pop(key, None)
         if compiled is None:
             # Shielded: other requests may wait for the same grammar.
-            compiled = await asyncio.shield(asyncio.wrap_future(self._compile_once(grammar)))
-        self._compiled[grammar] = compiled  # the last one now
+            compiled = await asyncio.shield(asyncio.wrap_future(self._compile_once(key)))
+        self._compiled[key] = compiled  # the last one now
         if len(self._compiled) > _MAX_CACHED:
             self._compiled.popitem(last=False)
         return GrammarMatcher(compiled.deep_copy(), self._tokenizer)
@@ -55,17 +63,18 @@ class GrammarCompiler:
         self._threads.shutdown(cancel_futures=True)
         self._checker.close()
 
-    def _compile_once(self, grammar: Grammar) -> Future[LLMatcher]:
-        compiling = self._compiling.get(grammar)
+    def _compile_once(self, key: _Key) -> Future[LLMatcher]:
+        compiling = self._compiling.get(key)
         if compiling is not None:
             return compiling
+        _, grammar = key
         if (length := num_characters(grammar)) > MAX_CHARACTERS:
             raise GrammarError(f"the grammar has {length} characters: at most {MAX_CHARACTERS} are accepted")
         if len(self._compiling) >= _MAX_WAITING:
             raise Overloaded(f"{_MAX_WAITING} grammars wait to be compiled: try again")
         compiling = self._threads.submit(self._compile, grammar)
-        self._compiling[grammar] = compiling
-        compiling.add_done_callback(lambda _: self._compiling.pop(grammar, None))
+        self._compiling[key] = compiling
+        compiling.add_done_callback(lambda _: self._compiling.pop(key, None))
         return compiling
 
     def _compile(self, grammar: Grammar) -> LLMatcher:

@@ -24,7 +24,7 @@ from vitrine_vlm.llm_worker.engine.kv_rows import CachedKv
 from vitrine_vlm.llm_worker.engine.logits_processing import LogitsProcessor
 from vitrine_vlm.llm_worker.engine.outbox import Outbox
 from vitrine_vlm.llm_worker.engine.request import ExpandedPrompt, TokenOutput
-from vitrine_vlm.llm_worker.engine.request_parts import RemoteKv, SampledTokens
+from vitrine_vlm.llm_worker.engine.request_parts import CachedPrefix, RemoteKv, SampledTokens
 from vitrine_vlm.llm_worker.engine.request_state import RequestState, RequestStatus
 from vitrine_vlm.llm_worker.engine.sampler import NextToken
 from vitrine_vlm.llm_worker.engine.scheduler import Scheduler
@@ -136,6 +136,7 @@ class LiveRequests:
             RemoteKv() if command.has_remote_kv else None,
             command.keep_kv,
             self._token_pool.allocate(),
+            prefix=CachedPrefix(scope=command.scope),
         )
         self._requests[command.key] = request
         self._outbox.subscribe(command.key, command.subscriber)

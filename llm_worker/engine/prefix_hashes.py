@@ -1,5 +1,7 @@
 """The hash of all that a block of KV depends on: its tokens, its media embeddings, and everything in front of them.
 
+The first block's also depends on the request's cache scope, so that no two tenants find each other's blocks.
+
 Positions are not part of it: they are equal where tokens and media, and all in front of them, are equal.
 """
 
@@ -17,7 +19,12 @@ _PLACE = struct.Struct("<qq")
 
 
 def extend_prefix_hashes(
-    hashes: list[bytes], token_ids: Sequence[int], prompt: ExpandedPrompt, block_size: int, num_blocks: int
+    hashes: list[bytes],
+    token_ids: Sequence[int],
+    prompt: ExpandedPrompt,
+    block_size: int,
+    num_blocks: int,
+    scope: bytes = b"",
 ) -> None:
     """Appends SHA-256 hashes of blocks until there are `num_blocks`, or up to the first media item of unknown content.
 
@@ -25,6 +32,7 @@ def extend_prefix_hashes(
         hashes: those of the first blocks of the same tokens.
         token_ids: of the prompt and generated since; at least `num_blocks` blocks of them.
         prompt: only the text in front of the first media item, while no more is known.
+        scope: the digest of the request's cache scope, in front of the first block.
     """
     first, stop = len(hashes) * block_size, num_blocks * block_size
     tokens, nbytes = array("q", token_ids[first:stop]).tobytes(), 8 * block_size
@@ -39,7 +47,7 @@ def extend_prefix_hashes(
             begin = max(span.start, start)
             place = _PLACE.pack(begin - start, span.first_row + begin - span.start)
             contents[(start - first) // block_size] += content_hash + place
-    previous = hashes[-1] if hashes else b""
+    previous = hashes[-1] if hashes else scope
     for content in contents:
         previous = hashlib.sha256(previous + content).digest()
         hashes.append(previous)

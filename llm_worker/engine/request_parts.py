@@ -110,11 +110,13 @@ class CachedPrefix:
 
     hashes: of the first full blocks, see `prefix_hashes.py`. is_matched: they were looked up since the prompt is known.
     num_tokens: prompt tokens whose KV was in the cache when the request began.
+    scope: the digest of the request's cache scope.
     """
 
     hashes: list[bytes] = field(default_factory=list)
     is_matched: bool = False
     num_tokens: int = 0
+    scope: bytes = b""
 
 
 @dataclass(slots=True)

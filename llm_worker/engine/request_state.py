@@ -290,8 +290,9 @@ class RequestState:
 
     def hashes(self, block_size: int, num_blocks: int) -> Sequence[bytes]:
         """Hashes of the first blocks, `num_blocks` at most; see `prefix_hashes.py`."""
-        extend_prefix_hashes(self.prefix.hashes, self.token_ids, self.prompt, block_size, num_blocks)
-        return self.prefix.hashes[:num_blocks]
+        prefix = self.prefix
+        extend_prefix_hashes(prefix.hashes, self.token_ids, self.prompt, block_size, num_blocks, prefix.scope)
+        return prefix.hashes[:num_blocks]
 
     def spans_in(self, start: int, stop: int) -> list[MediaSpan]:
         """Media spans that overlap tokens [start, stop)."""

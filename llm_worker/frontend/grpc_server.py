@@ -10,11 +10,19 @@ import grpc
 
 from vitrine_vlm.embedding_transport.wire.grpc_status import abort, send
 from vitrine_vlm.errors import WorkerUnavailable
-from vitrine_vlm.llm_worker.generation.events import Delta, Finished, GenerationEvent, PromptLogprobs, Started
+from vitrine_vlm.llm_worker.generation.events import (
+    Delta,
+    Finished,
+    GenerationEvent,
+    GenerationRequest,
+    PromptLogprobs,
+    Started,
+)
 from vitrine_vlm.llm_worker.generation.served_model import ServedModel
 from vitrine_vlm.llm_worker.generation.several_answers import generate_answers
 from vitrine_vlm.llm_worker.request_tracker import RequestTracker
 from vitrine_vlm.llm_worker.wire import (
+    checked_salt,
     delta_to_proto,
     finished_to_proto,
     generation_from_proto,
@@ -25,6 +33,7 @@ from vitrine_vlm.llm_worker.wire import (
 )
 from vitrine_vlm.protos.llm.v1 import llm_pb2, llm_pb2_grpc
 from vitrine_vlm.service_runtime.grpc_server import ServiceServer
+from vitrine_vlm.service_runtime.tenants import CacheScope, current_tenant
 from vitrine_vlm.service_runtime.traces import metadata_carrier, serving_span
 
 SERVICE = llm_pb2.DESCRIPTOR.services_by_name["Llm"].full_name
@@ -47,7 +56,7 @@ class LlmServicer(llm_pb2_grpc.LlmServicer):
     async def Generate(self, request: llm_pb2.GenerateRequest, context: GenerateContext) -> None:  # type: ignore[override]
         try:
             served = self._loaded()
-            generation = generation_from_proto(request.request_id, request.prompt, request.sampling, served.defaults)
+            generation = _generation(request, served)
             with serving_span("generate", metadata_carrier(context.invocation_metadata())):
                 if max(request.n, request.best_of) > 1:
                     answers = partial(generate_answers, served.generator, [generation], request.n, request.best_of)
@@ -68,7 +77,7 @@ class LlmServicer(llm_pb2_grpc.LlmServicer):
             request.sampling.min_tokens = min(request.sampling.min_tokens, 1)
             if not request.sampling.HasField("logprobs"):
                 request.sampling.logprobs = 0
-            generation = generation_from_proto(request.request_id, request.prompt, request.sampling, served.defaults)
+            generation = _generation(request, served)
             with serving_span("prefill", metadata_carrier(context.invocation_metadata())):
                 async with self._requests.track(partial(served.generator.generate, generation)) as events:
                     delta, finished = await _first_token(events)
@@ -98,6 +107,11 @@ class LlmServer(ServiceServer):
         """
         super().__init__(SERVICE, *others)
         llm_pb2_grpc.add_LlmServicer_to_server(servicer, self.grpc)
+
+
+def _generation(request: llm_pb2.GenerateRequest | llm_pb2.PrefillRequest, served: ServedModel) -> GenerationRequest:
+    scope = CacheScope(current_tenant(), checked_salt(request.cache_salt))
+    return generation_from_proto(request.request_id, request.prompt, request.sampling, served.defaults, scope)
 
 
 async def _write_event(event: GenerationEvent, answer: int, request_id: str, context: GenerateContext) -> None:

@@ -23,6 +23,7 @@ from vitrine_vlm.llm_worker.generation.events import GenerationRequest
 from vitrine_vlm.llm_worker.prompt.chat_template import Chat
 from vitrine_vlm.llm_worker.prompt.sampling_defaults import SamplingDefaults
 from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
+from vitrine_vlm.service_runtime.tenants import CacheScope
 
 # Other names of roles, which templates do not know: they would leave the message out silently.
 _TEMPLATE_ROLES = {"developer": "system", "function": "tool"}
@@ -105,7 +106,7 @@ def messages_to_generation(
         media=media_items(media, request.media_options),
         sampling=_sampling(request, max_tokens, tokenizer, defaults),
         truncate_prompt_tokens=request.truncate_prompt_tokens,
-        **_text_options(request),
+        **_shared_fields(request),
     )
     return with_tools(generation, tools)
 
@@ -136,25 +137,27 @@ def completion_to_generations(
             sampling=sampling,
             truncate_prompt_tokens=request.truncate_prompt_tokens,
             prompt_only=prompt_only,
-            **_text_options(request),
+            **_shared_fields(request),
         )
         for number, prompt in enumerate(prompts)
     ]
 
 
-class _TextOptions(TypedDict):
+class _SharedFields(TypedDict):
     stop: tuple[str, ...]
     include_stop_str_in_output: bool
     skip_special_tokens: bool
     grammar_field: str
+    scope: CacheScope
 
 
-def _text_options(request: GenerationBody) -> _TextOptions:
+def _shared_fields(request: GenerationBody) -> _SharedFields:
     return {
         "stop": request.stop_strings,
         "include_stop_str_in_output": request.include_stop_str_in_output or request.no_stop_trim,
         "skip_special_tokens": request.skip_special_tokens,
         "grammar_field": only_grammar(request.grammars()).field,
+        "scope": request.cache_scope,
     }
 
 

@@ -33,6 +33,7 @@ from vitrine_vlm.llm_worker.generation.several_answers import MAX_ANSWERS
 from vitrine_vlm.service_runtime.json_types import Number as Number
 from vitrine_vlm.service_runtime.json_types import RequestObject as RequestObject
 from vitrine_vlm.service_runtime.json_types import WholeNumber as WholeNumber
+from vitrine_vlm.service_runtime.tenants import MAX_SALT_LENGTH, CacheScope, current_tenant
 
 _MAX_TOKEN_ID = 2**31 - 1
 _MAX_TEMPLATE_LENGTH = 64 * 1024
@@ -110,6 +111,7 @@ class GenerationBody(RequestBody):
     mm_processor_kwargs: ProcessorKwargs = ProcessorKwargs()
     media_io_kwargs: MediaIoKwargs = MediaIoKwargs()
     structured_outputs: StructuredOutputs = StructuredOutputs()
+    cache_salt: str | None = Field(None, min_length=1, max_length=MAX_SALT_LENGTH)
     stream: StrictBool = False
 
     def grammars(self) -> Iterator[FieldGrammar]:
@@ -129,6 +131,10 @@ class GenerationBody(RequestBody):
     @property
     def media_options(self) -> RequestOptions:
         return RequestOptions(self.mm_processor_kwargs, self.media_io_kwargs)
+
+    @property
+    def cache_scope(self) -> CacheScope:
+        return CacheScope(current_tenant(), self.cache_salt or "")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -46,17 +46,20 @@ class EncoderInputs(RequestInputs):
             self.send_embeddings,
             keep_kv=keep_kv,
             matcher=self.matcher,
+            scope=request.scope.digest(),
         )
 
     async def _run(self) -> None:
-        media = self.request.media
-        self._keys = await asyncio.to_thread(layout_keys, media) if media else []
+        media, scope = self.request.media, self.request.scope
+        self._keys = await asyncio.to_thread(layout_keys, media, scope) if media else []
         if not self._find_layouts(self._layout_cache, self._keys):
             await self._encode(list(range(len(media))))
             return
         plan, handle = await asyncio.shield(self._submitted)
         prompt = self._expand(plan)
-        missing = await asyncio.to_thread(self._context.engine.missing_items, prompt) if media else set()
+        missing: set[int] = set()
+        if media:
+            missing = await asyncio.to_thread(self._context.engine.missing_items, prompt, scope.digest())
         handle.set_prompt(prompt, missing)
         self.prompt.set_result(prompt)
         if missing:
@@ -64,8 +67,10 @@ class EncoderInputs(RequestInputs):
 
     async def _encode(self, items: list[int]) -> None:
         """Has these items encoded; makes the prompt, too, once the last layout is here."""
-        media = [self.request.media[index] for index in items]
-        async with aclosing(self._encoders.encode(media, self.request.request_id)) as events:
+        request = self.request
+        media = [request.media[index] for index in items]
+        encoding = self._encoders.encode(media, request.request_id, request.scope.encoder_tenant)
+        async with aclosing(encoding) as events:
             async for event in events:
                 index = items[event.item_index]
                 if isinstance(event, RowsEvent):

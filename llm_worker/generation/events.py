@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 from vitrine_vlm.llm_worker.engine.kv_rows import CachedKv
 from vitrine_vlm.llm_worker.engine.request import SamplingParams, TokenLogprobs
 from vitrine_vlm.llm_worker.prompt.client_text import ChatText
+from vitrine_vlm.service_runtime.tenants import CacheScope
 from vitrine_vlm.types import Layout, MediaItem
 
 
@@ -24,6 +25,7 @@ class GenerationRequest:
     grammar_field: where the sampling's grammar stands in the client's request, for errors.
     tool_fields: the same of each tool of a grammar of tools.
     prompt_only: the prompt is computed, for its log-probabilities, and the answer has no tokens.
+    scope: what it may share with other requests: KV, layouts, embeddings.
     """
 
     request_id: str
@@ -37,6 +39,7 @@ class GenerationRequest:
     grammar_field: str = "grammar"
     tool_fields: tuple[str, ...] = ()
     prompt_only: bool = False
+    scope: CacheScope = field(default_factory=CacheScope)
 
 
 @dataclass(frozen=True)

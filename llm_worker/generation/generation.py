@@ -216,7 +216,7 @@ class Generator:
             field = request.grammar_field
             raise BadRequest(f"{field}: this worker runs without a tokenizer, and knows no text of tokens", field)
         try:
-            return await self._context.grammars.matcher(request.sampling.grammar)
+            return await self._context.grammars.matcher(request.sampling.grammar, request.scope.digest())
         except GrammarError as error:
             field = _field_at(request, error.path)
             raise BadRequest(f"{field}: {error}", field) from error

@@ -44,7 +44,7 @@ class PrefillInputs(RequestInputs):
                 "prompt_logprobs",
             )
         if self.request.media:
-            self._keys = await asyncio.to_thread(layout_keys, self.request.media)
+            self._keys = await asyncio.to_thread(layout_keys, self.request.media, self.request.scope)
         if self._find_layouts(self._layout_cache, self._keys):
             self.prompt.set_result(self._expand(plan))
         return await super().submit(plan, keep_kv)
@@ -69,6 +69,7 @@ class PrefillInputs(RequestInputs):
             keep_kv=keep_kv,
             prompt=prompt,
             matcher=self.matcher,
+            scope=request.scope.digest(),
         )
 
     async def _prefill(self, first_row: int) -> None:

@@ -19,8 +19,9 @@ from vitrine_vlm.llm_worker.generation.served_model import ServedModel
 from vitrine_vlm.llm_worker.prefill.kv_format import KvFormat, check_format
 from vitrine_vlm.llm_worker.prefill.wire import format_from_proto, format_to_proto, prefilled_to_proto
 from vitrine_vlm.llm_worker.request_tracker import RequestTracker
-from vitrine_vlm.llm_worker.wire import generation_from_proto
+from vitrine_vlm.llm_worker.wire import checked_salt, generation_from_proto
 from vitrine_vlm.protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
+from vitrine_vlm.service_runtime.tenants import CacheScope, current_tenant
 from vitrine_vlm.service_runtime.traces import metadata_carrier, serving_span
 from vitrine_vlm.types import ItemTimings
 
@@ -62,7 +63,7 @@ class PrefillServicer(SessionServicer, prefill_pb2_grpc.PrefillServicer):  # typ
             prefilling = self._loaded()
             check_format("the decode worker", format_from_proto(request.format), prefilling.kv_format)
             generation = generation_from_proto(
-                request.request_id, request.prompt, request.sampling, prefilling.served.defaults
+                request.request_id, request.prompt, request.sampling, prefilling.served.defaults, _scope(request)
             )
             with serving_span("prefill", metadata_carrier(context.invocation_metadata())):
                 await self._prefill(generation, request, prefilling, context)
@@ -117,3 +118,17 @@ class PrefillServicer(SessionServicer, prefill_pb2_grpc.PrefillServicer):  # typ
         if self._prefilling is None:
             raise PrefillUnavailable("the worker is still loading its model: try again when it is SERVING")
         return self._prefilling
+
+
+def _scope(request: prefill_pb2.PrefillRequest) -> CacheScope:
+    """The scope of the request that the decode worker serves.
+
+    Raises:
+        BadRequest: the caller's own tenant is another one.
+    """
+    own = current_tenant()
+    if own and request.tenant != own:
+        raise BadRequest(
+            f"the tenant {request.tenant!r} of this prompt is not the caller's, {own!r}: send no other", "tenant"
+        )
+    return CacheScope(request.tenant, checked_salt(request.cache_salt))

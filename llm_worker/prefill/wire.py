@@ -58,6 +58,8 @@ def request_to_proto(
         prompt=prompt_to_proto(token_ids, request.media),
         sampling=sampling_to_proto(request.sampling),
         first_row=first_row,
+        tenant=request.scope.tenant,
+        cache_salt=request.scope.salt,
     )
 
 

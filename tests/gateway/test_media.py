@@ -194,6 +194,19 @@ async def test_tenants_share_nothing(gateway: Gateway) -> None:
         assert response.status == 400
 
 
+async def test_a_salt_is_part_of_what_caches_go_by_and_reaches_the_server_as_it_is(gateway: Gateway) -> None:
+    salts: list[dict[str, Any]] = [{}, {"cache_salt": "red"}, {"cache_salt": "blue"}, {"cache_salt": None}]
+    seen = [await answer(gateway, ask(image(PICTURES[0]), **salt), **{"X-Tenant": "a"}) for salt in salts]
+    ids, tenants = [], []
+    for salt, each in zip(salts, seen, strict=True):
+        assert {name: value for name, value in each.body.items() if name == "cache_salt"} == salt
+        (entry,) = each.body["ec_transfer_params"].values()
+        ids.append(each.media[0]["uuid"])
+        tenants.append(entry["tenant"])
+    assert len(set(ids)) == len(set(tenants)) == 3
+    assert tenants[0] == tenants[3] == "a" and ids[0] == ids[3]
+
+
 @pytest.mark.parametrize("n", [1, 3])
 async def test_streams_with_media(gateway: Gateway, encoder: ServiceProcess, n: int) -> None:
     async with gateway.client.post(CHAT, json=ask(image(PICTURES[0]), stream=True, n=n)) as response:

@@ -158,6 +158,12 @@ async def test_a_prompt_that_comes_again_is_not_computed_again(split: Split) -> 
     assert await metric(prefilling, computed) - between == again["usage"]["prompt_tokens"] - cached
     # Nor is its KV sent again, as far as it fills blocks.
     assert await metric(prefilling, shipped) - before - shipped_first <= shipped_first * 16 / cached
+    # Neither of the two workers uses it for a request with a salt.
+    between = await metric(prefilling, computed)
+    salted = (await post(decoding, "/v1/completions", {**request, "cache_salt": "red"}))[1]
+    assert salted["choices"][0]["text"] == first["choices"][0]["text"]
+    assert salted["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert await metric(prefilling, computed) - between == salted["usage"]["prompt_tokens"]
 
 
 @one_family

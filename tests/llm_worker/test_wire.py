@@ -19,6 +19,7 @@ from vitrine_vlm.llm_worker.engine.request import SamplingParams
 from vitrine_vlm.llm_worker.prompt.sampling_defaults import SamplingDefaults
 from vitrine_vlm.llm_worker.wire import generation_from_proto, prompt_to_proto, sampling_to_proto
 from vitrine_vlm.protos.llm.v1 import llm_pb2
+from vitrine_vlm.service_runtime.tenants import CacheScope
 from vitrine_vlm.types import MAX_LISTED_FRAMES, MediaItem, MediaOptions
 
 DEFAULTS = SamplingDefaults(0.7, 0.8, 20, frozenset([258]), repetition_penalty=1.05, min_p=0.1)
@@ -43,7 +44,7 @@ EVERY_FIELD = SamplingParams(
 
 def received(sampling: llm_pb2.SamplingParams) -> SamplingParams:
     sent = llm_pb2.SamplingParams.FromString(sampling.SerializeToString())
-    return generation_from_proto("", llm_pb2.Prompt(text="x"), sent, DEFAULTS).sampling
+    return generation_from_proto("", llm_pb2.Prompt(text="x"), sent, DEFAULTS, CacheScope()).sampling
 
 
 def test_every_field_arrives() -> None:
@@ -103,16 +104,16 @@ def test_numbers_without_a_limit_are_sent_as_the_largest() -> None:
 
 def test_fields_of_text_arrive_and_are_left_out_by_old_clients() -> None:
     prompt = llm_pb2.Prompt(text="x")
-    old = generation_from_proto("", prompt, llm_pb2.SamplingParams(), DEFAULTS)
+    old = generation_from_proto("", prompt, llm_pb2.SamplingParams(), DEFAULTS, CacheScope())
     assert (old.include_stop_str_in_output, old.skip_special_tokens, old.truncate_prompt_tokens) == (False, True, None)
     sent = llm_pb2.SamplingParams(include_stop_str_in_output=True, skip_special_tokens=False, truncate_prompt_tokens=-1)
-    new = generation_from_proto("", prompt, sent, DEFAULTS)
+    new = generation_from_proto("", prompt, sent, DEFAULTS, CacheScope())
     assert (new.include_stop_str_in_output, new.skip_special_tokens, new.truncate_prompt_tokens) == (True, False, -1)
 
 
 def media_sent(*items: MediaItem) -> tuple[MediaItem, ...]:
     prompt = llm_pb2.Prompt.FromString(prompt_to_proto([1], items).SerializeToString())
-    return generation_from_proto("", prompt, llm_pb2.SamplingParams(), DEFAULTS).media
+    return generation_from_proto("", prompt, llm_pb2.SamplingParams(), DEFAULTS, CacheScope()).media
 
 
 def test_options_and_frames_of_media_arrive() -> None:
@@ -141,4 +142,6 @@ def test_options_and_frames_of_media_arrive() -> None:
 )
 def test_media_without_a_source_are_refused(item: llm_pb2.MediaItem) -> None:
     with pytest.raises(BadRequest, match="media item 0"):
-        generation_from_proto("", llm_pb2.Prompt(text="x", media=[item]), llm_pb2.SamplingParams(), DEFAULTS)
+        generation_from_proto(
+            "", llm_pb2.Prompt(text="x", media=[item]), llm_pb2.SamplingParams(), DEFAULTS, CacheScope()
+        )

@@ -8,6 +8,7 @@ import pytest
 
 from tests.vllm_connector.vllm_requests import Feature, Place, Request, metadata, plain, ticket
 from vitrine_vlm.errors import EncoderUnavailable
+from vitrine_vlm.service_runtime.tenants import CacheScope
 from vitrine_vlm.vllm_connector.deliveries import Deliveries
 from vitrine_vlm.vllm_connector.fetching import FetchOrder, FetchResult, RowFormat
 from vitrine_vlm.vllm_connector.messages import StepCommands
@@ -97,6 +98,13 @@ def test_a_plain_request_waits_for_its_rows_and_frees_them_behind_the_item(sched
     side.finished("r")
     assert scheduler.fetcher.discarded == [] and scheduler.items == {"delivered": 1}
     assert scheduler.stats.landed_nbytes == 0
+
+
+def test_rows_of_a_request_with_a_salt_are_those_of_its_salt_alone(scheduler: Scheduler) -> None:
+    for salt in ("red", "blue"):
+        assert not scheduler.side.ensure_available(Request(salt, [plain(salt, 10)], cache_salt=salt), 0)
+    scopes = [CacheScope("plain", "red"), CacheScope("plain", "blue")]
+    assert [order.tenant for order in scheduler.fetcher.orders.values()] == [each.encoder_tenant for each in scopes]
 
 
 def test_what_the_prefix_cache_covers_is_not_fetched(scheduler: Scheduler) -> None:

@@ -38,6 +38,7 @@ class Request:
     request_id: str
     mm_features: list[Feature] = field(default_factory=list)
     ec_transfer_params: Mapping[str, Any] | None = None
+    cache_salt: str | None = None
 
 
 def pixels(grid_thw: tuple[int, int, int] = (1, 4, 4), width: int = 12, seed: int = 0) -> dict[str, Elem]:

@@ -93,6 +93,8 @@ class PrefillRequest(_message.Message):
     PROMPT_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     FIRST_ROW_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """For logs and traces."""
     session_id: _builtins.str
@@ -101,6 +103,11 @@ class PrefillRequest(_message.Message):
     """The first token whose row is sent: the caller has the keys and values of those before it. It must be less than the
     number of prompt tokens.
     """
+    tenant: _builtins.str
+    """The tenant and the salt of the request that the caller serves: it is trusted with them, see docs/transports.md. A caller
+    that has a tenant of its own may name no other one.
+    """
+    cache_salt: _builtins.str
     @_builtins.property
     def format(self) -> Global___KvFormat:
         """The caller's format, which must equal that of Describe."""
@@ -120,10 +127,12 @@ class PrefillRequest(_message.Message):
         prompt: _llm_pb2.Prompt | None = ...,
         sampling: _llm_pb2.SamplingParams | None = ...,
         first_row: _builtins.int = ...,
+        tenant: _builtins.str = ...,
+        cache_salt: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_row", b"first_row", "format", b"format", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "first_row", b"first_row", "format", b"format", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

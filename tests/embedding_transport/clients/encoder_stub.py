@@ -36,7 +36,7 @@ def synthetic_rows(data: bytes, num_tokens: int, identity: ModelIdentity) -> tor
 class StubServicer(encoder_pb2_grpc.EncoderServicer):
     """Item data "N..." becomes N tokens; "hang..." stops after its layout until `go_on` is set.
 
-    num_running: Encode calls that have not ended here.
+    num_running: Encode calls that have not ended here. tenants: of all Encode calls.
     """
 
     def __init__(self, exporter: RowExporter, identity: ModelIdentity) -> None:
@@ -46,6 +46,7 @@ class StubServicer(encoder_pb2_grpc.EncoderServicer):
         self.num_encodes = 0
         self.num_running = 0
         self.num_items = 0
+        self.tenants: list[str] = []
         self.hangs = False
 
     async def Describe(self, request, context):  # type: ignore[no-untyped-def]
@@ -67,6 +68,7 @@ class StubServicer(encoder_pb2_grpc.EncoderServicer):
         self.num_encodes += 1
         self.num_running += 1
         self.num_items += len(request.items)
+        self.tenants.append(request.tenant)
         self.hangs = any(item.data.startswith(b"hang") for item in request.items)
         try:
             for index, item in enumerate(request.items):

@@ -132,7 +132,7 @@ NEUTRAL: dict[str, Any] = {
 }
 # Each would change the answer, and did nothing once.
 REFUSED: dict[str, Any] = {
-    "cache_salt": "mine alone",
+    "extra_key": "mine alone",
     "use_beam_search": True,
     "length_penalty": 2.0,
     "modalities": ["text", "audio"],

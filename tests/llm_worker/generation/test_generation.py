@@ -7,6 +7,7 @@ import gc
 import weakref
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from vitrine_vlm.llm_worker.generation.encoder_inputs import EncoderInputs
 from vitrine_vlm.llm_worker.generation.events import Delta, Finished, GenerationEvent, GenerationRequest, Started
 from vitrine_vlm.llm_worker.generation.generation import Generator
 from vitrine_vlm.llm_worker.generation.layout_cache import layout_keys
+from vitrine_vlm.service_runtime.tenants import CacheScope
 from vitrine_vlm.types import MediaItem
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -173,13 +175,31 @@ async def test_a_repeated_picture_needs_no_encoder(worker: LocalWorker, stub: tu
     await worker.until_idle()
 
 
+async def test_tenants_and_salts_share_neither_kv_nor_layouts_nor_embeddings(
+    worker: LocalWorker, stub: tuple[str, StubServicer]
+) -> None:
+    prompt = f"What is in this picture, and in front of it? {IMAGE} What do you say?"
+    scopes = [CacheScope(), CacheScope("red"), CacheScope("blue"), CacheScope("red", "salt"), CacheScope("", "salt")]
+    for number, scope in enumerate(scopes, 1):
+        asked = replace(request(prompt, ("one 40",)), scope=scope)
+        started, deltas, finished = await run(worker.generator, asked)
+        assert (finished.num_cached_tokens, stub[1].num_items) == (0, number)
+        again = await run(worker.generator, replace(asked, media=tuple(map(copy, asked.media))))
+        assert [delta.text for delta in again[1]] == [delta.text for delta in deltas]
+        assert again[2].num_cached_tokens == (started.num_prompt_tokens - 1) // 16 * 16
+        assert stub[1].num_items == number
+    assert stub[1].tenants == [scope.encoder_tenant for scope in scopes]
+    assert len(set(stub[1].tenants)) == len(scopes)
+    await worker.until_idle()
+
+
 async def test_a_cached_layout_that_is_wrong_fails_one_request_only(worker: LocalWorker) -> None:
     """An encoder may be restarted with other settings of its processor, and give the same picture another layout."""
     asked = request(IMAGE, ("one 6",))
     await run(worker.generator, request(IMAGE, ("two 9",)))
-    others = worker.layout_cache.get_all(layout_keys([MediaItem("image", data=b"two 9")]))
+    others = worker.layout_cache.get_all(layout_keys([MediaItem("image", data=b"two 9")], CacheScope()))
     assert others is not None
-    worker.layout_cache.put(layout_keys(asked.media)[0], others[0])
+    worker.layout_cache.put(layout_keys(asked.media, asked.scope)[0], others[0])
     with pytest.raises(InternalError, match="changed in between"):
         await run(worker.generator, asked)
     await worker.until_idle()

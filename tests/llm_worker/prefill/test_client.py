@@ -36,6 +36,7 @@ from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 from vitrine_vlm.protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
 from vitrine_vlm.service_runtime.grpc_channel import CHANNEL_OPTIONS
 from vitrine_vlm.service_runtime.supervisor import Supervisor
+from vitrine_vlm.service_runtime.tenants import CacheScope
 from vitrine_vlm.types import ItemTimings, MediaItem, MediaOptions, RowsEvent
 
 FORMAT = KvFormat("model", "revision", "qwen3_vl", "float32", num_layers=2, num_key_value_heads=1, head_dim=4)
@@ -173,6 +174,13 @@ async def test_rows_that_the_client_has_are_not_sent(tmp_path: Path, transport: 
         worker.answers = [prefilled(3)]
         with pytest.raises(InternalError, match="from row 3 on"):
             await ask(client, first_row=3)
+
+
+async def test_the_prefill_worker_gets_the_scope_of_the_request(tmp_path: Path) -> None:
+    async with connected(tmp_path) as (worker, client):
+        worker.answers = [prefilled(token_id=9)]
+        await ask(client, replace(request(), scope=CacheScope("red", "salt")))
+        assert (worker.requests[0].tenant, worker.requests[0].cache_salt) == ("red", "salt")
 
 
 async def test_numbers_that_protobuf_cannot_hold_mean_what_they_mean_on_one_worker(tmp_path: Path) -> None:

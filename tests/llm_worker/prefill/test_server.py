@@ -22,7 +22,7 @@ from vitrine_vlm.llm_worker.frontend.grpc_server import LlmServer, LlmServicer
 from vitrine_vlm.llm_worker.metrics import LlmMetrics
 from vitrine_vlm.llm_worker.prefill.kv_format import KvFormat
 from vitrine_vlm.llm_worker.prefill.rpc import SERVICE, prefill_handlers
-from vitrine_vlm.llm_worker.prefill.server import PrefillServicer, ServedPrefill
+from vitrine_vlm.llm_worker.prefill.server import PrefillServicer, ServedPrefill, _scope
 from vitrine_vlm.llm_worker.prefill.wire import format_to_proto
 from vitrine_vlm.llm_worker.request_tracker import RequestTracker
 from vitrine_vlm.model_loading.checkpoint import open_checkpoint
@@ -31,6 +31,7 @@ from vitrine_vlm.protos.llm.v1 import llm_pb2
 from vitrine_vlm.protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 from vitrine_vlm.service_runtime.supervisor import Supervisor
+from vitrine_vlm.service_runtime.tenants import CacheScope, set_tenant
 
 
 @dataclass
@@ -97,6 +98,31 @@ async def test_it_describes_its_format_and_refuses_workers_with_another(qwen3_vl
         error = error_from_rpc(caught.value)
         assert isinstance(error, PrefillMismatch)
         assert "'another'" in str(error) and repr(worker.kv_format.revision) in str(error)
+
+
+async def test_prompts_of_two_tenants_share_no_kv(qwen3_vl_folder: Path, tmp_path: Path) -> None:
+    async with running(qwen3_vl_folder, tmp_path) as worker:
+
+        async def cached_tokens(tenant: str, cache_salt: str = "") -> int:
+            request = worker.request()
+            request.tenant, request.cache_salt = tenant, cache_salt
+            prefilled, _ = [each async for each in worker.stub.Prefill(request)]
+            return prefilled.prefilled.num_cached_tokens
+
+        for scope in (("",), ("red",), ("blue",), ("red", "salt")):
+            assert await cached_tokens(*scope) == 0
+            assert await cached_tokens(*scope) == 16
+
+
+@pytest.mark.parametrize(("own", "named", "served"), [("", "red", "red"), ("red", "red", "red"), ("red", "blue", None)])
+async def test_a_caller_with_a_tenant_of_its_own_names_no_other(own: str, named: str, served: str | None) -> None:
+    set_tenant(own)
+    request = prefill_pb2.PrefillRequest(tenant=named, cache_salt="salt")
+    if served is not None:
+        assert _scope(request) == CacheScope(served, "salt")
+        return
+    with pytest.raises(BadRequest, match="'blue' of this prompt"):
+        _scope(request)
 
 
 async def test_a_generated_client_understands_it(qwen3_vl_folder: Path, tmp_path: Path) -> None:
