@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from vitrine_vlm.encoder_service.decoding.file_length import is_truncated
+from vitrine_vlm.encoder_service.decoding.picture_structure import check_structure
 from vitrine_vlm.encoder_service.preprocess import nvjpeg
-from vitrine_vlm.encoder_service.preprocess.file_length import is_truncated
 from vitrine_vlm.errors import MediaError, MediaTooLarge, MediaTruncated, NotAnImage
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -44,12 +45,13 @@ class EncodedImage:
     Raises:
         NotAnImage: no format of FORMATS, or a damaged header.
         MediaTruncated: the file ends inside its header.
-        MediaTooLarge: more than `max_pixels` pixels.
+        MediaTooLarge: more than `max_pixels` pixels, or see `check_structure`.
     """
 
     def __init__(self, data: bytes, max_pixels: int) -> None:
         self._data = data
         try:
+            self._structure = check_structure(data, max_pixels)
             image = self._open()
             width, height = image.size
             _check_size(width, height, max_pixels)
@@ -65,9 +67,13 @@ class EncodedImage:
 
     @property
     def suits_nvjpeg(self) -> bool:
-        """Whether it is a complete JPEG in colour or grey, and nvJPEG is there; CMYK needs Pillow's conversion."""
+        """Whether it is a complete baseline JPEG in colour or grey, and nvJPEG is there.
+
+        CMYK needs Pillow's conversion, and a decoder of many scans has to be one that can be ended.
+        """
         return (
             self._format == "JPEG"
+            and self._structure.is_baseline
             and self._mode in ("RGB", "L")
             and nvjpeg.has_nvjpeg()
             and not is_truncated(self._data)

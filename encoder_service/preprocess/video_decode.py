@@ -12,8 +12,8 @@ import av.video.stream
 import torch
 from av.stream import Disposition
 
+from vitrine_vlm.encoder_service.decoding.file_length import is_truncated
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
-from vitrine_vlm.encoder_service.preprocess.file_length import is_truncated
 from vitrine_vlm.errors import MediaTooLarge, MediaTruncated, NotAVideo
 
 # Containers that hold their own data. FFmpeg also reads playlists, whose files and URLs it would open.

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from tests.encoder_service.preprocess.samples import QWEN25_IMAGE, encode, photo, png, settings, video
+from vitrine_vlm.encoder_service.decoding.file_length import is_truncated
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
-from vitrine_vlm.encoder_service.preprocess.file_length import is_truncated
 from vitrine_vlm.encoder_service.preprocess.preprocessor import Preprocessor
 from vitrine_vlm.errors import (
     BadAspectRatio,
