@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 import torch
 
@@ -13,6 +14,10 @@ from vitrine_vlm.sample_models.random_checkpoint import Family, save_random_chec
 if TYPE_CHECKING:
     from xdist.remote import Producer
     from xdist.scheduler import LoadFileScheduling
+
+# The same examples each time, and no deadline, as the machine may be busy. `make fuzz` looks for others.
+hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, database=None, print_blob=True)
+hypothesis.settings.load_profile("suite")
 
 # Files whose tests share a session's fleet, by the fixture that starts it. Each process of pytest-xdist has fixtures of
 # its own, so these files run in one of them.

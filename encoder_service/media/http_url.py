@@ -7,9 +7,9 @@ from urllib.parse import quote, urljoin, urlsplit
 from yarl import URL
 
 from vitrine_vlm.errors import MediaError
+from vitrine_vlm.service_runtime.shown_urls import shown_url
 
 _MAX_LENGTH = 8192
-_MAX_SHOWN = 100
 # RFC 3986: unreserved and reserved characters, and the percent sign of escapes. "[" and "]" are sent as they are, as
 # curl and browsers do.
 _LEGAL = "-._~:/?#[]@!$&'()*+,;=%"
@@ -30,7 +30,7 @@ def parse_url(text: str, base: URL | None = None) -> URL:
             return url
         parts = urlsplit(whole)
         if not url.raw_host:
-            raise MediaError(f"{text[:_MAX_SHOWN]!r} names no host")
+            raise MediaError(f"{shown_url(whole)} is not valid: it names no host")
         # yarl writes the host as the network needs it, but would also rewrite escapes in path and query.
         return URL.build(
             scheme=url.scheme,
@@ -39,16 +39,9 @@ def parse_url(text: str, base: URL | None = None) -> URL:
             query_string=_escaped(parts.query),
             encoded=True,
         )
-    except ValueError as error:
-        raise MediaError(f"{text[:_MAX_SHOWN]!r} is not a valid URL") from error
-
-
-def shown_url(url: URL) -> str:
-    """Returns the URL for messages: without credentials and query, which may be secrets, and not too long."""
-    if url.scheme not in ("http", "https"):
-        return f"a URL with scheme {url.scheme[:_MAX_SHOWN]!r}"
-    shown = f"{url.origin()}{url.raw_path}"
-    return f"{shown[:_MAX_SHOWN]}..." if url.raw_query_string or len(shown) > _MAX_SHOWN else shown
+    except ValueError:
+        # Without its cause, here and in `loader`: its text has the whole URL.
+        raise MediaError(f"{shown_url(text)} is not valid: give an http:, https:, data: or file: URL") from None
 
 
 def _escaped(text: str) -> str:

@@ -10,7 +10,7 @@ from yarl import URL
 from vitrine_vlm.embedding_transport.wire.data_url import read_data_url
 from vitrine_vlm.encoder_service.media.address_policy import CheckedResolver, check_host
 from vitrine_vlm.encoder_service.media.byte_budget import Reserve
-from vitrine_vlm.encoder_service.media.http_url import parse_url, shown_url
+from vitrine_vlm.encoder_service.media.http_url import parse_url
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
 from vitrine_vlm.encoder_service.media.sources import read_file_url
 from vitrine_vlm.errors import (
@@ -21,6 +21,7 @@ from vitrine_vlm.errors import (
     MediaTooLarge,
     MediaUnreachable,
 )
+from vitrine_vlm.service_runtime.shown_urls import shown_url
 from vitrine_vlm.types import MediaItem
 
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -126,7 +127,7 @@ class MediaLoader:
                 return await self._follow(url, reserve)
         except TimeoutError as error:
             limit = f"{self._limits.timeout_s:g} s"
-            raise MediaTimeout(f"{shown_url(url)} did not arrive within {limit}: use a faster server") from error
+            raise MediaTimeout(f"{shown_url(str(url))} did not arrive within {limit}: use a faster server") from error
 
     async def _follow(self, url: URL, reserve: Reserve) -> bytes:
         """Downloads `url`, following redirects itself so that every hop passes the same checks."""
@@ -138,45 +139,45 @@ class MediaLoader:
                     if response.status not in _REDIRECTS:
                         return await self._read(url, response, reserve)
                     location = response.headers.get("Location", "")
-            except aiohttp.ConnectionTimeoutError as error:
+            except aiohttp.ConnectionTimeoutError:
                 raise MediaTimeout(
-                    f"{shown_url(url)} did not accept a connection within {self._limits.connect_timeout_s:g} s"
-                ) from error
-            except (aiohttp.ClientConnectorDNSError, UnicodeError) as error:
-                raise MediaUnreachable(f"{shown_url(url)}: no such host {url.host!r}, check the URL") from error
-            except aiohttp.ClientPayloadError as error:
+                    f"{shown_url(str(url))} did not accept a connection within {self._limits.connect_timeout_s:g} s"
+                ) from None
+            except (aiohttp.ClientConnectorDNSError, UnicodeError):
+                raise MediaUnreachable(f"{shown_url(str(url))}: no such host {url.host!r}, check the URL") from None
+            except aiohttp.ClientPayloadError:
                 raise MediaUnreachable(
-                    f"{shown_url(url)}: the connection broke during the download, try again"
-                ) from error
+                    f"{shown_url(str(url))}: the connection broke during the download, try again"
+                ) from None
             except (aiohttp.ClientError, OSError) as error:
                 if isinstance(error, TimeoutError):
                     raise
-                raise MediaUnreachable(f"{shown_url(url)}: connection failed ({type(error).__name__})") from error
+                raise MediaUnreachable(f"{shown_url(str(url))}: connection failed ({type(error).__name__})") from None
             if not location:
-                raise MediaUnreachable(f"{shown_url(url)} redirects to nowhere: give the final URL")
+                raise MediaUnreachable(f"{shown_url(str(url))} redirects to nowhere: give the final URL")
             url = parse_url(location, base=url)
         raise MediaUnreachable(
-            f"{shown_url(url)}: still redirected after {self._limits.max_redirects} redirects, give the final URL"
+            f"{shown_url(str(url))}: still redirected after {self._limits.max_redirects} redirects, give the final URL"
         )
 
     def _check(self, url: URL) -> None:
         if url.scheme not in ("http", "https"):
-            raise MediaNotAllowed(f"{shown_url(url)}: only https:, http:, data: and file: URLs are accepted")
+            raise MediaNotAllowed(f"{shown_url(str(url))}: only https:, http:, data: and file: URLs are accepted")
         try:
             check_host(url, self._limits.allow_private_addresses)
         except MediaNotAllowed as error:
-            raise MediaNotAllowed(f"{shown_url(url)}: {error}") from error
+            raise MediaNotAllowed(f"{shown_url(str(url))}: {error}") from error
 
     async def _read(self, url: URL, response: aiohttp.ClientResponse, reserve: Reserve) -> bytes:
         if response.status in (404, 410):
-            raise MediaNotFound(f"{shown_url(url)} does not exist (status {response.status}): check the URL")
+            raise MediaNotFound(f"{shown_url(str(url))} does not exist (status {response.status}): check the URL")
         if response.status != 200:
-            raise MediaUnreachable(f"{shown_url(url)} answered with status {response.status}, expected 200")
+            raise MediaUnreachable(f"{shown_url(str(url))} answered with status {response.status}, expected 200")
         # Unpacking would let a small download grow without bound; media is compressed already.
         if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-            raise MediaUnreachable(f"{shown_url(url)} was sent compressed though not asked for: serve it as it is")
+            raise MediaUnreachable(f"{shown_url(str(url))} was sent compressed though not asked for: serve it as it is")
         max_bytes = self._limits.max_bytes
-        too_large = MediaTooLarge(f"{shown_url(url)} holds more than {max_bytes} bytes: send a smaller file")
+        too_large = MediaTooLarge(f"{shown_url(str(url))} holds more than {max_bytes} bytes: send a smaller file")
         if (response.content_length or 0) > max_bytes:
             raise too_large
         chunks: list[bytes] = []

@@ -101,7 +101,7 @@ def split_receive_url(receive_url: str) -> tuple[str, int]:
     elif ":" in host:
         host = ""
     if not host or not (port.isascii() and port.isdecimal()) or not 1 <= int(port) <= 65535:
-        raise BadRequest(f"receive_url is {receive_url!r}: give host:port, with an IPv6 address in brackets")
+        raise BadRequest("receive_url must be host:port, with an IPv6 address in brackets")
     return host, int(port)
 
 

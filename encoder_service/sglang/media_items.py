@@ -11,6 +11,7 @@ from vitrine_vlm.encoder_service.media.byte_budget import Reserve
 from vitrine_vlm.encoder_service.media.loader import MediaLoader
 from vitrine_vlm.encoder_service.sglang.bodies import EncodeBody, ItemBody
 from vitrine_vlm.errors import BadRequest
+from vitrine_vlm.service_runtime.shown_urls import shown_url
 from vitrine_vlm.types import MediaItem, MediaKind, MediaOptions
 
 _KINDS: dict[str, MediaKind] = {"IMAGE": "image", "VIDEO": "video"}
@@ -18,6 +19,7 @@ _URL = re.compile(r"(https?|data|file):", re.IGNORECASE)
 # The first characters suffice to tell base64 from a path or a URL of another scheme; the loader checks all of it.
 _BASE64 = re.compile(r"[A-Za-z0-9+/]{1,64}={0,2}$")
 _NUM_CHECKED = 64
+_MAX_PARSED = 8192
 # Keys of a content part that say nothing of the pixels.
 _ENVELOPE = {"type", "modality"}
 
@@ -65,10 +67,8 @@ def _url(index: int, source: str) -> str:
         return PurePosixPath(source).as_uri()
     if _BASE64.match(source[:_NUM_CHECKED]):
         return f"data:;base64,{source}"
-    raise BadRequest(
-        f"item {index} is {source[:_NUM_CHECKED]!r}: give an http:, https:, data: or "
-        "file: URL, an absolute path or base64"
-    )
+    shown = shown_url(source[:_MAX_PARSED])
+    raise BadRequest(f"item {index} is {shown}: give an http:, https:, data: or file: URL, an absolute path or base64")
 
 
 async def _verified(index: int, item: MediaItem, content_hash: str, loader: MediaLoader, reserve: Reserve) -> MediaItem:

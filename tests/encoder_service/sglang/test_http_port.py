@@ -257,7 +257,7 @@ async def test_one_item_that_fails_cancels_the_others(encoder: RunningEncoder, p
         ({"mm_items": [["data:,"]]}, "mm_items"),
         ({"mm_items": [None]}, "mm_items"),
         ({"mm_items": ["data:,"] * 9}, "9 media items: at most 8"),
-        ({"mm_items": ["ftp://host/picture"]}, "'ftp://host/picture'"),
+        ({"mm_items": ["ftp://host/picture"]}, "item 0 is a URL with scheme 'ftp'"),
         ({"mm_items": ["relative/picture.png"]}, "an absolute path"),
         ({"mm_items": ["/etc/passwd"]}, "file: URLs are not accepted"),
         ({"mm_items": ["file:///etc/passwd"]}, "file: URLs are not accepted"),
