@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import vitrine_vlm.service_runtime.grpc_log  # noqa: F401
 from vitrine_vlm.encoder_service.app import serve
 from vitrine_vlm.encoder_service.config import EncoderConfig
 from vitrine_vlm.encoder_service.ranks import serve_ranks

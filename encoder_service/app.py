@@ -260,6 +260,8 @@ def _serve_metrics(
         OSError: the port cannot be listened on.
     """
     http_server, thread = start_http_server(config.metrics_port, config.host, metrics.registry)
+    # Not a traceback on stderr for each scraper that hangs up.
+    http_server.handle_error = lambda request, client_address: None  # type: ignore[method-assign]
     stack.callback(http_server.shutdown)
     thread = supervisor.watch_thread("metrics", thread)
     stack.callback(supervisor.expect_end, thread)

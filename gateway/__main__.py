@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import vitrine_vlm.service_runtime.grpc_log  # noqa: F401
 from vitrine_vlm.errors import VitrineError
 from vitrine_vlm.gateway.app import serve
 from vitrine_vlm.gateway.config import GatewayConfig

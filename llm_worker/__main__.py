@@ -6,6 +6,7 @@ import sys
 
 import torch.distributed as dist
 
+import vitrine_vlm.service_runtime.grpc_log  # noqa: F401
 from vitrine_vlm.errors import VitrineError
 from vitrine_vlm.llm_worker.app import serve
 from vitrine_vlm.llm_worker.config import LlmConfig

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Literal
+
+from vitrine_vlm.service_runtime.log_limits import LimitedHandler, message_of, printable, traceback_of
 
 LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -26,8 +27,8 @@ def set_request_id(request_id: str) -> None:
 
 
 def start_logging(level: LogLevel, log_format: LogFormat) -> None:
-    """Sends the log of the whole process to stderr."""
-    handler = logging.StreamHandler(sys.stderr)
+    """Sends the log of the whole process to stderr, libraries' lines included, within `log_limits`."""
+    handler = LimitedHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter() if log_format == "json" else _TextFormatter())
     root = logging.getLogger()
     root.setLevel(level.upper())
@@ -49,14 +50,12 @@ def harmless(what: str) -> Iterator[None]:
 
 
 class _TextFormatter(logging.Formatter):
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s %(request)s%(message)s")
-
     def format(self, record: logging.LogRecord) -> str:
         request_id = _request_id.get()
-        # Quoted, because clients choose it: a line break in it must not look like a line of this log.
-        record.request = f"[{request_id!r}] " if request_id else ""
-        return super().format(record)
+        request = f"[{request_id!r}] " if request_id else ""
+        line = f"{self.formatTime(record)} {record.levelname} {record.name} {request}{printable(message_of(record))}"
+        # Clients choose parts of messages and of exceptions: nothing in them must look like a line of this log.
+        return "\n    ".join([line, *map(printable, traceback_of(record).splitlines())])
 
 
 class _JsonFormatter(logging.Formatter):
@@ -65,10 +64,10 @@ class _JsonFormatter(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": message_of(record),
         }
         if request_id := _request_id.get():
             line["request_id"] = request_id
-        if record.exc_info:
-            line["exception"] = "".join(traceback.format_exception(*record.exc_info))
-        return json.dumps(line, ensure_ascii=False)
+        if exception := traceback_of(record):
+            line["exception"] = exception
+        return json.dumps(line)  # ASCII alone, everything else escaped

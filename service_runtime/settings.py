@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, SettingsConfigDict
 
 from vitrine_vlm import __version__
+from vitrine_vlm.service_runtime.http_log import shorten_bad_requests
 from vitrine_vlm.service_runtime.lifecycle import exit_now
 from vitrine_vlm.service_runtime.logs import LogFormat, LogLevel, start_logging
 from vitrine_vlm.service_runtime.memory import reuse_message_memory
@@ -156,6 +157,7 @@ def run_service(
         print(config.as_yaml(), end="")
         return 0
     start_logging(config.log_level, config.log_format)
+    shorten_bad_requests()
     reuse_message_memory()
     set_switch_interval()
     expected: tuple[type[Exception], ...] = (OSError, ValueError, *failures)

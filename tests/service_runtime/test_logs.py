@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Iterator
 
 import pytest
 
+from vitrine_vlm.service_runtime.log_limits import BUDGET_CHARS, WINDOW_S, LimitedHandler
 from vitrine_vlm.service_runtime.logs import LogFormat, set_request_id, start_logging
 
 log = logging.getLogger("vitrine.test")
@@ -57,3 +59,65 @@ async def test_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     line = json.loads(capsys.readouterr().err)
     assert (line["level"], line["message"]) == ("error", "failed")
     assert "ValueError: with its trace" in line["exception"]
+
+
+HOSTILE = "id\n2026-01-01 00:00:00,000 ERROR root forged\r\x1b[2J\x9b\u2028\u202e\x00\x7f\ud800"
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_text_of_clients_forges_no_line(log_format: LogFormat, capfd: pytest.CaptureFixture[str]) -> None:
+    start_logging("info", log_format)
+    set_request_id(HOSTILE)
+    log.info("refused %s", HOSTILE)
+    try:
+        raise ValueError(HOSTILE)
+    except ValueError:
+        log.exception("failed")
+    set_request_id("")
+    written = capfd.readouterr().err
+    assert not set(written) & set("\r\x1b\x9b\u2028\u202e\x00\ud800")
+    begins = [line for line in written.split("\n") if line and not line.startswith("    ")]
+    assert len(begins) == 2 and not any(line.startswith("2026-01-01 00:00:00,000") for line in begins)
+    assert written.count("forged") == 4
+
+
+@pytest.mark.parametrize("text", ["short", "x" * 20_000, "\n" * 20_000])
+def test_a_place_that_writes_again_and_again_is_limited(
+    text: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    start_logging("info", "text")
+    for _ in range(1000):
+        log.warning("refused %s", text)
+    log.warning("another place is not limited by it")
+    written = capfd.readouterr().err
+    assert "another place" in written
+    assert BUDGET_CHARS / 2 < len(written) < 3 * BUDGET_CHARS
+    num_refused = written.count(" refused ")
+    now += WINDOW_S
+    log.warning("later")
+    assert (
+        f"WARNING vitrine.test {1000 - num_refused} more lines like {f'refused {text}'[:100]!r} in the last 10 s"
+        in capfd.readouterr().err
+    )
+
+
+def test_what_was_left_out_is_counted_at_the_end(capfd: pytest.CaptureFixture[str]) -> None:
+    start_logging("info", "json")
+    for _ in range(1000):
+        log.info("again")
+    handler = logging.getLogger().handlers[-1]
+    assert isinstance(handler, LimitedHandler)
+    handler.close()
+    *shown, count = [json.loads(line)["message"] for line in capfd.readouterr().err.splitlines()]
+    assert count == f"{1000 - len(shown)} more lines like 'again' in the last 10 s"
+
+
+def test_a_traceback_has_an_end(capfd: pytest.CaptureFixture[str]) -> None:
+    start_logging("info", "text")
+    try:
+        raise ValueError("x" * 1_000_000)
+    except ValueError:
+        log.exception("failed")
+    assert len(capfd.readouterr().err) < 2 * BUDGET_CHARS
