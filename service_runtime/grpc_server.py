@@ -9,6 +9,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from vitrine_vlm.service_runtime.grpc_channel import CHANNEL_OPTIONS
+from vitrine_vlm.service_runtime.grpc_requests import RefusingMalformed
 from vitrine_vlm.service_runtime.tls import ServerTls
 
 _OPTIONS = [
@@ -26,7 +27,7 @@ class ServiceServer:
     """
 
     def __init__(self, *services: str) -> None:
-        self.grpc = grpc.aio.server(options=_OPTIONS)
+        self.grpc = grpc.aio.server(options=_OPTIONS, interceptors=[RefusingMalformed()])
         self._health_names = ("", *services)
         self._health = health.aio.HealthServicer()
         self._local = grpc.aio.server()

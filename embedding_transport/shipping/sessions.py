@@ -116,7 +116,7 @@ class Sessions:
             await asyncio.wait([peer_gone, draining], return_when=asyncio.FIRST_COMPLETED)
             if not peer_gone.done():
                 yield encoder_pb2.ConnectResponse(draining=encoder_pb2.Draining())
-                await peer_gone
+            await peer_gone  # raises what is wrong with a message of the peer
         finally:
             peer_gone.cancel()
             draining.cancel()

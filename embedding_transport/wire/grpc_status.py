@@ -13,10 +13,10 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 
 from vitrine_vlm.errors import Overloaded, VitrineError, as_vitrine_error, error_from_code
+from vitrine_vlm.service_runtime.grpc_requests import ERROR_CODE_KEY
 
 ResponseT = TypeVar("ResponseT")
 
-ERROR_CODE_KEY = "vitrine-error-code"
 RETRY_KEY = "grpc-retry-pushback-ms"
 _LEAST_RETRY_S = 1.0
 # The message is sent in the trailers, percent-encoded (up to three bytes for one); trailers of 8 KiB are refused.
