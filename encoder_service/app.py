@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from prometheus_client import start_http_server
+from aiohttp import web
 
 from vitrine_vlm.embedding_transport.pools.cuda_ipc_pool import gpu_uuids
 from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter, export_pools
@@ -43,8 +43,8 @@ from vitrine_vlm.model_loading.loading import LoadingStopped, ProgressLog, choos
 from vitrine_vlm.service_runtime.lifecycle import Lifecycle
 from vitrine_vlm.service_runtime.logs import log_at_any_level
 from vitrine_vlm.service_runtime.memory import freeze_gc
+from vitrine_vlm.service_runtime.metrics_port import add_metrics, start_metrics_port
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
-from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.types import DTYPES, ModelIdentity
 
 if TYPE_CHECKING:
@@ -154,8 +154,7 @@ async def serve(config: EncoderConfig) -> None:
         addresses = f"grpc={address}"
         stack.push_async_callback(server.stop, 0)
         if config.metrics_port:
-            _serve_metrics(config, metrics, supervisor, stack)
-            addresses += f" metrics={config.host}:{config.metrics_port}"
+            addresses += f" metrics={await _serve_metrics(config, metrics, stack)}"
         sglang = _make_sglang_port(config, metrics, lifecycle) if config.sglang_port else None
         if sglang:
             addresses += f" sglang={await sglang.start(stack)}"
@@ -251,17 +250,13 @@ def _make_sglang_port(config: EncoderConfig, metrics: EncoderMetrics, lifecycle:
     return SglangPort(config, metrics, lifecycle)
 
 
-def _serve_metrics(
-    config: EncoderConfig, metrics: EncoderMetrics, supervisor: Supervisor, stack: AsyncExitStack
-) -> None:
-    """Serves metrics to Prometheus on a port of their own, until the stack is closed.
+async def _serve_metrics(config: EncoderConfig, metrics: EncoderMetrics, stack: AsyncExitStack) -> str:
+    """Serves metrics to Prometheus on a port of their own; returns its address.
 
     Raises:
         OSError: the port cannot be listened on.
     """
-    http_server, thread = start_http_server(config.metrics_port, config.host, metrics.registry)
-    # Not a traceback on stderr for each scraper that hangs up.
-    http_server.handle_error = lambda request, client_address: None  # type: ignore[method-assign]
-    stack.callback(http_server.shutdown)
-    thread = supervisor.watch_thread("metrics", thread)
-    stack.callback(supervisor.expect_end, thread)
+    application = web.Application()
+    add_metrics(application, metrics.registry)
+    host = config.metrics_host or config.host
+    return await start_metrics_port(application, host, config.metrics_port, config.metrics_tls(), stack)

@@ -29,7 +29,6 @@ class EncoderConfig(ServiceSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: int = Field(50051, ge=0, le=65535, description="gRPC port; 0 takes a free one, see the LISTENING line")
-    metrics_port: int = Field(0, ge=0, le=65535, description="port for Prometheus metrics over HTTP; 0 is off")
     drain_timeout_s: float = Field(30.0, ge=0, description="longest wait for running work and leases at shutdown, s")
 
     dp: int = Field(

@@ -14,6 +14,7 @@ from aiohttp import web
 
 from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
 from vitrine_vlm.embedding_transport.fleet.discovery import parse_sources, watch_sources
+from vitrine_vlm.embedding_transport.wire.grpc_access import GrpcAccess
 from vitrine_vlm.errors import VitrineError, WorkerUnavailable
 from vitrine_vlm.gateway.config import GatewayConfig
 from vitrine_vlm.gateway.forwarding import Forwarder
@@ -24,6 +25,7 @@ from vitrine_vlm.gateway.servers import ServerFleet
 from vitrine_vlm.service_runtime.grpc_server import ServiceServer
 from vitrine_vlm.service_runtime.lifecycle import Lifecycle
 from vitrine_vlm.service_runtime.memory import freeze_gc
+from vitrine_vlm.service_runtime.metrics_port import add_metrics, start_metrics_port
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 
@@ -67,14 +69,16 @@ async def serve(config: GatewayConfig) -> None:
         ValueError: a source of addresses that cannot work here.
     """
     metrics, calls = GatewayMetrics(), RunningCalls()
-    server = ServiceServer()
+    access = config.make_access(metrics.registry, "vitrine_gateway", config.tenant)
+    server = ServiceServer(interceptors=[GrpcAccess(access)])
     unavailable = lambda message: WorkerUnavailable(f"the gateway {message}")  # noqa: E731
     lifecycle = Lifecycle(server, calls, unavailable, config.drain_timeout_s)
     supervisor = lifecycle.supervisor
     readiness = Readiness(lifecycle)
-    http = GatewayHttp(config, metrics, readiness, calls)
+    http = GatewayHttp(config, metrics, readiness, calls, access)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(supervisor.close)
+        access.start(supervisor)
         # handler_cancellation: a request is cancelled everywhere when its client disconnects.
         runner = web.AppRunner(
             http.application(), access_log=None, handler_cancellation=True, shutdown_timeout=_STOP_GRACE_S
@@ -85,7 +89,14 @@ async def serve(config: GatewayConfig) -> None:
         await web.TCPSite(runner, config.host, config.port, ssl_context=tls.context() if tls else None).start()
         grpc_address = await server.start(config.host, config.grpc_port, tls, config.health_socket)
         stack.push_async_callback(server.stop, 0)
-        _log.info("LISTENING http=%s:%d grpc=%s", config.host, runner.addresses[0][1], grpc_address)
+        addresses = f"http={config.host}:{runner.addresses[0][1]} grpc={grpc_address}"
+        if config.metrics_port:
+            internal = web.Application()
+            add_metrics(internal, metrics.registry)
+            host = config.metrics_host or config.host
+            address = await start_metrics_port(internal, host, config.metrics_port, config.metrics_tls(), stack)
+            addresses += f" metrics={address}"
+        _log.info("LISTENING %s", addresses)
 
         session = await stack.enter_async_context(_session(config))
         servers = ServerFleet(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import ssl
 from pathlib import Path
 
@@ -11,13 +10,13 @@ from pydantic_settings import SettingsConfigDict
 
 from vitrine_vlm.embedding_transport.clients.settings import EncoderFleetSettings
 from vitrine_vlm.embedding_transport.fleet.discovery import parse_sources
+from vitrine_vlm.service_runtime.access_settings import AccessSettings
 from vitrine_vlm.service_runtime.http_requests import MAX_BODY_BYTES
 from vitrine_vlm.service_runtime.settings import ServiceSettings
 
-_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
 
 
-class GatewayConfig(ServiceSettings, EncoderFleetSettings):
+class GatewayConfig(ServiceSettings, AccessSettings, EncoderFleetSettings):
     """Vitrine's gateway: an OpenAI front before vLLM servers that get embeddings from Vitrine's encoders, or before
     Vitrine's own LLM workers.
     """
@@ -38,9 +37,10 @@ class GatewayConfig(ServiceSettings, EncoderFleetSettings):
         1024, ge=1, description="requests in flight at one server; more are refused with 429 once all servers have them"
     )
 
-    tenant: str = Field("", description="tenant of requests: encoders and servers share embeddings within one only")
-    tenant_header: str | None = Field(
-        None, description="request header with the tenant, set by what authenticates users; none: always --tenant"
+    tenant: str = Field(
+        "",
+        description="tenant of requests whose key and header state none: encoders and servers share embeddings within "
+        "one only",
     )
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
@@ -55,13 +55,6 @@ class GatewayConfig(ServiceSettings, EncoderFleetSettings):
     def _check_servers(cls, specs: str) -> str:
         parse_sources(specs)
         return specs
-
-    @field_validator("tenant_header")
-    @classmethod
-    def _check_header(cls, name: str | None) -> str | None:
-        if name is not None and not _HEADER_NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is no name of a header")
-        return name
 
     def server_ssl(self) -> ssl.SSLContext | None:
         """Returns the context of connections to servers, or None without TLS.

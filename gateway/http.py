@@ -11,27 +11,29 @@ from typing import Any
 from urllib.parse import unquote
 
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from vitrine_vlm.errors import BadRequest, WorkerUnavailable
 from vitrine_vlm.gateway.client_stream import ClientStream
 from vitrine_vlm.gateway.config import GatewayConfig
 from vitrine_vlm.gateway.forwarding import Forwarder, OutgoingRequest
-from vitrine_vlm.gateway.headers import is_utf8, passed_on
+from vitrine_vlm.gateway.headers import passed_on
 from vitrine_vlm.gateway.media_layouts import MediaLayouts
 from vitrine_vlm.gateway.media_parts import ChatBody, parse_chat
 from vitrine_vlm.gateway.metrics import GatewayMetrics
+from vitrine_vlm.service_runtime.access import Access
+from vitrine_vlm.service_runtime.api_keys import take_media
+from vitrine_vlm.service_runtime.http_access import add_access
 from vitrine_vlm.service_runtime.http_errors import errors_as_openai
 from vitrine_vlm.service_runtime.http_requests import json_body, traced
 from vitrine_vlm.service_runtime.logs import set_request_id
+from vitrine_vlm.service_runtime.metrics_port import add_metrics
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
-from vitrine_vlm.service_runtime.tenants import CacheScope
+from vitrine_vlm.service_runtime.tenants import CacheScope, current_tenant
 from vitrine_vlm.service_runtime.traces import outgoing_metadata
 
 _CHAT = "/v1/chat/completions"
 # Requests that are passed on unparsed prefer a server by how their body begins.
 _AFFINITY_NBYTES = 1024
-_MAX_TENANT_LENGTH = 256
 _MAX_ID_LENGTH = 256
 
 
@@ -52,8 +54,10 @@ class GatewayHttp:
         metrics: GatewayMetrics,
         readiness: Callable[[], tuple[bool, dict[str, Any]]],
         calls: RunningCalls,
+        access: Access,
     ) -> None:
         self._config = config
+        self._access = access
         self._metrics = metrics
         self._readiness = readiness
         self._calls = calls
@@ -68,23 +72,30 @@ class GatewayHttp:
         app.router.add_route("*", "/v1/{path:.*}", self._other)
         app.router.add_get("/health", self._health)
         app.router.add_get("/ready", self._ready)
-        app.router.add_get("/metrics", self._prometheus)
+        if not self._config.metrics_port:
+            add_metrics(app, self._metrics.registry)
+        add_access(app, self._access)
         return app
 
     async def _chat(self, http: web.Request) -> web.StreamResponse:
         body = await json_body(http)
-        chat = parse_chat(body, self._config.max_items, several_tenants=self._config.tenant_header is not None)
+        chat = parse_chat(body, self._config.max_items, several_tenants=self._access.has_tenants)
+        take_media(sum(part.item.nbytes for part in chat.parts))
         if not chat.parts or not self._config.encoders:
-            return await self._serve(http, partial(self._forward, _request(http, body, chat.affinity_key)))
-        request = _request(http, b"", chat.affinity_key)
-        scope = CacheScope(self._tenant(http), chat.cache_salt)
+            return await self._serve(
+                http, partial(self._forward, _request(http, body, chat.affinity_key, self._access))
+            )
+        request = _request(http, b"", chat.affinity_key, self._access)
+        scope = CacheScope(current_tenant(), chat.cache_salt)
         return await self._serve(http, partial(self._forward_with_layouts, request, chat, scope.encoder_tenant))
 
     async def _other(self, http: web.Request) -> web.StreamResponse:
         if http.method == "POST" and unquote(http.rel_url.raw_path) == _CHAT:  # the same to a server
             return await self._chat(http)
         body = await http.read()
-        return await self._serve(http, partial(self._forward, _request(http, body, body[:_AFFINITY_NBYTES])))
+        return await self._serve(
+            http, partial(self._forward, _request(http, body, body[:_AFFINITY_NBYTES], self._access))
+        )
 
     async def _serve(
         self, http: web.Request, work: Callable[[ClientStream, Opened], Awaitable[None]]
@@ -127,13 +138,6 @@ class GatewayHttp:
                     avoided = (answer.server.address,)
             self._metrics.retried("embeddings lost")
 
-    def _tenant(self, http: web.Request) -> str:
-        name = self._config.tenant_header
-        tenant = (http.headers.get(name) if name else None) or self._config.tenant
-        if len(tenant) > _MAX_TENANT_LENGTH or not is_utf8(tenant):
-            raise BadRequest(f"the tenant in {name} must be at most {_MAX_TENANT_LENGTH} characters, in UTF-8")
-        return tenant
-
     async def _health(self, http: web.Request) -> web.Response:
         return web.json_response({"status": "ok"})
 
@@ -141,12 +145,8 @@ class GatewayHttp:
         ready, details = self._readiness()
         return web.json_response({"ready": ready, **details}, status=200 if ready else 503)
 
-    async def _prometheus(self, http: web.Request) -> web.Response:
-        body = generate_latest(self._metrics.registry)
-        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-
-def _request(http: web.Request, body: bytes, key: bytes) -> OutgoingRequest:
+def _request(http: web.Request, body: bytes, key: bytes, access: Access) -> OutgoingRequest:
     """
     Raises:
         BadRequest: a path that leads out of /v1 or is not URL-encoded, or a compressed body.
@@ -158,6 +158,8 @@ def _request(http: web.Request, body: bytes, key: bytes) -> OutgoingRequest:
         raise BadRequest("the body is compressed: send it as it is")
     headers = passed_on(http.headers)
     headers.popall("Content-Length", None)
+    if access.needs_key:  # it was for this port alone
+        headers.popall("Authorization", None)
     for name, value in outgoing_metadata():
         headers[name] = value
     request_id = headers.get("X-Request-Id", "")[:_MAX_ID_LENGTH] or uuid.uuid4().hex

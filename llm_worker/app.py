@@ -50,6 +50,7 @@ from vitrine_vlm.llm_worker.request_tracker import RequestTracker
 from vitrine_vlm.model_loading.loading import LoadingStopped, ProgressLog
 from vitrine_vlm.service_runtime.lifecycle import Lifecycle
 from vitrine_vlm.service_runtime.memory import freeze_gc
+from vitrine_vlm.service_runtime.metrics_port import add_metrics, start_metrics_port
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 
@@ -92,23 +93,29 @@ async def serve(config: LlmConfig) -> None:
         OSError: a port cannot be listened on.
     """
     metrics, calls = LlmMetrics(), RunningCalls()
+    access = config.make_access(metrics.registry, "vitrine_llm")
     requests = RequestTracker(metrics, calls)
     servicer = LlmServicer(requests)
     prefill = PrefillServicer(requests) if config.role == "prefill" else None
-    server = LlmServer(servicer, *([PREFILL_SERVICE] if prefill else []))
+    server = LlmServer(servicer, *([PREFILL_SERVICE] if prefill else []), access=access)
     if prefill:
         server.grpc.add_generic_rpc_handlers((prefill_handlers(prefill),))
     unavailable = lambda message: WorkerUnavailable(f"the worker {message}")  # noqa: E731
     lifecycle = Lifecycle(server, calls, unavailable, config.drain_timeout_s)
     supervisor = lifecycle.supervisor
     readiness = Readiness(lifecycle)
-    http = OpenAiHttp(metrics, readiness, requests, config.origins(), config.allow_cache_reset)
+    has_metrics_port = config.metrics_port != 0
+    http = OpenAiHttp(
+        metrics, readiness, requests, config.origins(), config.allow_cache_reset, access, not has_metrics_port
+    )
     application = http.application()
-    dashboard = Dashboard(readiness)
+    dashboard = Dashboard(readiness, can_ask=not has_metrics_port)
+    internal = web.Application() if has_metrics_port else application
     if config.dashboard:
-        dashboard.add_routes(application)
+        dashboard.add_routes(internal)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(supervisor.close)
+        access.start(supervisor)
         # The ports answer before anything slow begins, so that probes get an answer and no refused connection.
         # handler_cancellation: a request is cancelled everywhere when its client disconnects.
         runner = web.AppRunner(application, access_log=None, handler_cancellation=True, shutdown_timeout=_STOP_GRACE_S)
@@ -118,7 +125,13 @@ async def serve(config: LlmConfig) -> None:
         await web.TCPSite(runner, config.host, config.port, ssl_context=tls.context() if tls else None).start()
         grpc_address = await server.start(config.host, config.grpc_port, tls, config.health_socket)
         stack.push_async_callback(server.stop, 0)
-        _log.info("LISTENING http=%s:%d grpc=%s", config.host, runner.addresses[0][1], grpc_address)
+        addresses = f"http={config.host}:{runner.addresses[0][1]} grpc={grpc_address}"
+        if has_metrics_port:
+            add_metrics(internal, metrics.registry)
+            host = config.metrics_host or config.host
+            address = await start_metrics_port(internal, host, config.metrics_port, config.metrics_tls(), stack)
+            addresses += f" metrics={address}"
+        _log.info("LISTENING %s", addresses)
 
         tp_workers = await _start_tp_workers(config, supervisor, stack) if config.tp > 1 else None
         try:

@@ -10,13 +10,14 @@ from pydantic_settings import SettingsConfigDict
 from vitrine_vlm.embedding_transport.clients.settings import EncoderSettings
 from vitrine_vlm.embedding_transport.fleet.discovery import Source, parse_sources
 from vitrine_vlm.llm_worker.engine.config import EngineConfig
+from vitrine_vlm.service_runtime.access_settings import AccessSettings
 from vitrine_vlm.service_runtime.settings import ServiceSettings
 
 MIB = 1024 * 1024
 _BLOCK_SIZE = 16
 
 
-class LlmConfig(ServiceSettings, EncoderSettings):
+class LlmConfig(ServiceSettings, AccessSettings, EncoderSettings):
     """Vitrine's LLM worker: generates tokens from prompts and media embeddings, over OpenAI HTTP and gRPC."""
 
     service_name = "vitrine-llm"
@@ -66,7 +67,7 @@ class LlmConfig(ServiceSettings, EncoderSettings):
         False, description="render the chat templates that requests bring, in Jinja's sandbox; else they are refused"
     )
 
-    dashboard: bool = Field(True, description="serve the live page at /dashboard")
+    dashboard: bool = Field(True, description="serve the live page at /dashboard; see --metrics-port")
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the decoder runs; auto: a GPU if any")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -109,6 +110,11 @@ class LlmConfig(ServiceSettings, EncoderSettings):
         needed, other = ("prefill_workers", "encoders") if self.role == "decode" else ("encoders", "prefill_workers")
         if not getattr(self, needed) or getattr(self, other):
             raise ValueError(f"--role {self.role} needs {_flag(needed)}, and takes no {_flag(other)}")
+        if self.role == "prefill" and (self.api_key.get_secret_value() or self.api_keys_file):
+            raise ValueError(
+                "--role prefill takes no API keys: its callers are decode workers, which show certificates: set "
+                "--tls-client-ca-file here, and keys at the decode workers"
+            )
         if self.role != "both" and self.tp > 1:
             raise ValueError(
                 f"--role {self.role} needs --tp 1, not {self.tp}: a rank has the keys and values of its own heads only"

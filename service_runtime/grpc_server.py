@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
@@ -24,10 +25,11 @@ class ServiceServer:
 
     Args:
         services: full names, e.g. "vitrine.encoder.v1.Encoder".
+        interceptors: of all calls to the port, of the health service, too.
     """
 
-    def __init__(self, *services: str) -> None:
-        self.grpc = grpc.aio.server(options=_OPTIONS, interceptors=[RefusingMalformed()])
+    def __init__(self, *services: str, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()) -> None:
+        self.grpc = grpc.aio.server(options=_OPTIONS, interceptors=[RefusingMalformed(), *interceptors])
         self._health_names = ("", *services)
         self._health = health.aio.HealthServicer()
         self._local = grpc.aio.server()

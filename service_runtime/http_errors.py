@@ -9,10 +9,11 @@ from typing import Any
 
 from aiohttp import web
 
-from vitrine_vlm.errors import BadRequest, Overloaded, VitrineError, as_vitrine_error
+from vitrine_vlm.errors import BadRequest, Overloaded, Unauthenticated, VitrineError, as_vitrine_error
 
 STATUS_BY_CODE: dict[str, int] = {
     "invalid_request": 400,
+    "invalid_api_key": 401,
     "model_not_found": 404,
     "too_many_items": 400,
     "context_length_exceeded": 400,
@@ -29,6 +30,7 @@ STATUS_BY_CODE: dict[str, int] = {
     "media_truncated": 400,
     "bad_aspect_ratio": 400,
     "overloaded": 429,
+    "rate_limit_exceeded": 429,
     "encoder_unavailable": 503,
     "encoder_mismatch": 503,
     "worker_unavailable": 503,
@@ -61,7 +63,9 @@ def error_response(error: VitrineError) -> web.Response:
     status = STATUS_BY_CODE[error.code]
     retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else 0.0
     # HTTP allows whole seconds only.
-    headers = {"Retry-After": str(max(_RETRY_AFTER_S, math.ceil(retry_after_s)))} if status in (429, 503) else None
+    headers = {"Retry-After": str(max(_RETRY_AFTER_S, math.ceil(retry_after_s)))} if status in (429, 503) else {}
+    if isinstance(error, Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"  # RFC 9110, section 15.5.2
     return web.json_response(error_body(error), status=status, headers=headers)
 
 

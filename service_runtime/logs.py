@@ -19,11 +19,17 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 _log = logging.getLogger(__name__)
 _MAX_ID_LENGTH = 64
 _request_id: ContextVar[str] = ContextVar("request_id", default="")
+_key_name: ContextVar[str] = ContextVar("key_name", default="")
 
 
 def set_request_id(request_id: str) -> None:
     """Sets the request id for the log lines of the current task and of the tasks that it starts from now on."""
     _request_id.set(request_id[:_MAX_ID_LENGTH])
+
+
+def set_key_name(name: str) -> None:
+    """Sets the name of the request's API key, likewise; "" for none."""
+    _key_name.set(name)
 
 
 def start_logging(level: LogLevel, log_format: LogFormat) -> None:
@@ -53,7 +59,9 @@ class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         request_id = _request_id.get()
         request = f"[{request_id!r}] " if request_id else ""
-        line = f"{self.formatTime(record)} {record.levelname} {record.name} {request}{printable(message_of(record))}"
+        key = f"[key {name}] " if (name := _key_name.get()) else ""
+        start = f"{self.formatTime(record)} {record.levelname} {record.name} {request}{key}"
+        line = start + printable(message_of(record))
         # Clients choose parts of messages and of exceptions: nothing in them must look like a line of this log.
         return "\n    ".join([line, *map(printable, traceback_of(record).splitlines())])
 
@@ -68,6 +76,8 @@ class _JsonFormatter(logging.Formatter):
         }
         if request_id := _request_id.get():
             line["request_id"] = request_id
+        if name := _key_name.get():
+            line["key_name"] = name
         if exception := traceback_of(record):
             line["exception"] = exception
         return json.dumps(line)  # ASCII alone, everything else escaped

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -48,6 +49,17 @@ class ServiceSettings(BaseSettings):
     tls_key_file: Path | None = Field(None, description="its private key (PEM)")
     tls_client_ca_file: Path | None = Field(
         None, description="CA of clients' certificates (PEM), which are then required"
+    )
+    metrics_port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="port of its own for Prometheus metrics, and for a worker's dashboard; 0: on the HTTP port, of an "
+        "encoder, which has none, nowhere",
+    )
+    metrics_host: str | None = Field(None, description="address of that port; none: --host")
+    metrics_client_auth: bool = Field(
+        True, description="with --tls-client-ca-file: that port requires certificates of clients, too"
     )
     health_socket: Path | None = Field(
         None, description="Unix socket where the gRPC health service answers, too, without TLS; none: no such socket"
@@ -112,6 +124,15 @@ class ServiceSettings(BaseSettings):
         if cert_file or key_file or client_ca_file:
             raise ValueError("TLS needs both --tls-cert-file and --tls-key-file")
         return None
+
+    def metrics_tls(self) -> ServerTls | None:
+        """Returns the TLS settings of the metrics port, or None without TLS.
+
+        Raises:
+            ValueError: see `server_tls`.
+        """
+        tls = self.server_tls()
+        return tls if tls is None or self.metrics_client_auth else replace(tls, client_ca_file=None)
 
     def as_yaml(self) -> str:
         """Returns the settings as a file for `--config`."""

@@ -90,10 +90,6 @@ class Supervisor:
         thread.start()
         return thread
 
-    def watch_thread(self, name: str, thread: threading.Thread) -> threading.Thread:
-        """Owns a thread that a library has started: starts and returns one that joins it; see `start_thread`."""
-        return self.start_thread(name, thread.join)
-
     def watch_child(self, child: Child, *, can_unwind: bool = True) -> asyncio.Task[None]:
         """Owns a running child process until the returned task is stopped. Stop that task before the child.
 

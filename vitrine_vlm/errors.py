@@ -6,6 +6,7 @@ VitrineError
 │   ├── TooManyItems          too_many_items
 │   ├── PromptTooLong         context_length_exceeded
 │   └── PlaceholderMismatch   placeholder_mismatch
+├── Unauthenticated           invalid_api_key
 ├── MediaError                invalid_media
 │   ├── MediaNotAllowed       media_not_allowed
 │   ├── MediaNotFound         media_not_found
@@ -17,6 +18,7 @@ VitrineError
 │   ├── MediaTruncated        media_truncated
 │   └── BadAspectRatio        bad_aspect_ratio
 ├── Overloaded                overloaded
+│   └── RateLimited           rate_limit_exceeded
 ├── EncoderUnavailable        encoder_unavailable
 │   └── EncoderMismatch       encoder_mismatch
 ├── WorkerUnavailable         worker_unavailable
@@ -73,6 +75,10 @@ class PlaceholderMismatch(BadRequest):
     code = "placeholder_mismatch"
 
 
+class Unauthenticated(VitrineError):
+    code = "invalid_api_key"
+
+
 class MediaError(VitrineError):
     code = "invalid_media"
 
@@ -121,6 +127,12 @@ class Overloaded(VitrineError):
     def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class RateLimited(Overloaded):
+    """The caller's API key has used up a limit: the service may have capacity for others."""
+
+    code = "rate_limit_exceeded"
 
 
 class EncoderUnavailable(VitrineError):
@@ -174,9 +186,9 @@ _BY_CODE = {error.code: error for error in _subclasses(VitrineError)}
 
 def error_from_code(code: str, message: str, retry_after_s: float = 0.0) -> VitrineError:
     """Returns the error with this code; an unknown code becomes InternalError and is kept in the message."""
-    if code == Overloaded.code:
-        return Overloaded(message, retry_after_s)
     error = _BY_CODE.get(code)
+    if error is not None and issubclass(error, Overloaded):
+        return error(message, retry_after_s)
     return error(message) if error else InternalError(f"{code}: {message}")
 
 

@@ -137,6 +137,13 @@ class MediaItem:
         if sum(each is not None for each in (self.url, self.data, self.frames, self.patches, self.ticket)) != 1:
             raise ValueError("a media item needs exactly one of url, data, frames, patches and ticket")
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the encoded file, of all frames, or of patches; 0 where only the encoder will know."""
+        if self.frames is not None:
+            return sum(frame.nbytes for frame in self.frames)
+        return len(self.patches.data) if self.patches is not None else len(self.data or b"")
+
     @cached_property
     def content_key(self) -> bytes:
         """The key by which this item is routed: of its content and options. Computed once; slow for a long video."""

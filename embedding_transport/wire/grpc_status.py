@@ -25,6 +25,7 @@ _MAX_MESSAGE_NBYTES = 2048
 _Status = grpc.StatusCode
 STATUS_BY_CODE: dict[str, grpc.StatusCode] = {
     "invalid_request": _Status.INVALID_ARGUMENT,
+    "invalid_api_key": _Status.UNAUTHENTICATED,
     "model_not_found": _Status.NOT_FOUND,
     "too_many_items": _Status.INVALID_ARGUMENT,
     "context_length_exceeded": _Status.INVALID_ARGUMENT,
@@ -40,6 +41,7 @@ STATUS_BY_CODE: dict[str, grpc.StatusCode] = {
     "media_truncated": _Status.INVALID_ARGUMENT,
     "bad_aspect_ratio": _Status.INVALID_ARGUMENT,
     "overloaded": _Status.RESOURCE_EXHAUSTED,
+    "rate_limit_exceeded": _Status.RESOURCE_EXHAUSTED,
     "encoder_unavailable": _Status.UNAVAILABLE,
     "encoder_mismatch": _Status.FAILED_PRECONDITION,
     "worker_unavailable": _Status.UNAVAILABLE,

@@ -22,6 +22,7 @@ function showState(isReady, text) {
 function show(data) {
   showState(data.ready, data.ready ? "ready" : data.reason || `none of the ${data.fleet ?? "encoders"} is ready`);
   worker.maxBodyBytes = data.max_body_bytes;
+  element("ask-card").hidden = !data.can_ask;
   if (!data.engine) return; // the model is not loaded yet
   worker.model = data.model;
   setText(element("model"), data.model);

@@ -33,10 +33,15 @@ _HEADERS = {
 
 
 class Dashboard:
-    """Serves the page. `open` is called once the model is loaded; until then the page shows readiness only."""
+    """Serves the page. `open` is called once the model is loaded; until then the page shows readiness only.
 
-    def __init__(self, readiness: Callable[[], tuple[bool, dict[str, Any]]]) -> None:
+    Args:
+        can_ask: whether the API is on the same port, so that the page can have its form.
+    """
+
+    def __init__(self, readiness: Callable[[], tuple[bool, dict[str, Any]]], can_ask: bool = True) -> None:
         self._readiness = readiness
+        self._can_ask = can_ask
         self._shown: Callable[[], Awaitable[dict[str, Any]]] | None = None
 
     def open(
@@ -74,6 +79,7 @@ class Dashboard:
         ready, details = self._readiness()
         shown = await self._shown() if self._shown is not None else {}
         state = {"ready": ready, "reason": details.get("reason"), "max_body_bytes": MAX_BODY_BYTES}
+        state["can_ask"] = self._can_ask
         return web.json_response(state | shown, headers=_HEADERS)
 
     @staticmethod

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 import grpc
 
+from vitrine_vlm.embedding_transport.wire.grpc_access import GrpcAccess
 from vitrine_vlm.embedding_transport.wire.grpc_status import abort, send
 from vitrine_vlm.errors import WorkerUnavailable
 from vitrine_vlm.llm_worker.generation.events import (
@@ -32,6 +33,7 @@ from vitrine_vlm.llm_worker.wire import (
     timings_to_proto,
 )
 from vitrine_vlm.protos.llm.v1 import llm_pb2, llm_pb2_grpc
+from vitrine_vlm.service_runtime.access import Access
 from vitrine_vlm.service_runtime.grpc_server import ServiceServer
 from vitrine_vlm.service_runtime.tenants import CacheScope, current_tenant
 from vitrine_vlm.service_runtime.traces import metadata_carrier, serving_span
@@ -100,12 +102,13 @@ class LlmServicer(llm_pb2_grpc.LlmServicer):
 class LlmServer(ServiceServer):
     """The worker's gRPC port."""
 
-    def __init__(self, servicer: LlmServicer, *others: str) -> None:
+    def __init__(self, servicer: LlmServicer, *others: str, access: Access | None = None) -> None:
         """
         Args:
             others: names of further services of this port, whose handlers the caller adds.
+            access: who may call it; by default everyone.
         """
-        super().__init__(SERVICE, *others)
+        super().__init__(SERVICE, *others, interceptors=[GrpcAccess(access or Access())])
         llm_pb2_grpc.add_LlmServicer_to_server(servicer, self.grpc)
 
 

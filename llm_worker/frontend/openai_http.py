@@ -25,6 +25,8 @@ from vitrine_vlm.llm_worker.generation.served_model import ServedModel
 from vitrine_vlm.llm_worker.generation.several_answers import generate_answers
 from vitrine_vlm.llm_worker.metrics import LlmMetrics
 from vitrine_vlm.llm_worker.request_tracker import RequestTracker, RunningRequest
+from vitrine_vlm.service_runtime.access import Access
+from vitrine_vlm.service_runtime.http_access import add_access
 from vitrine_vlm.service_runtime.http_errors import error_body, errors_as_openai
 from vitrine_vlm.service_runtime.http_requests import MAX_BODY_BYTES, traced
 
@@ -36,6 +38,8 @@ class OpenAiHttp:
         readiness: whether requests can be served, and why not.
         origins: whose pages may call the port from a browser.
         allow_cache_reset: whether clients may empty the prefix cache.
+        access: who may call it; by default everyone.
+        serves_metrics: whether /metrics is on this port.
     """
 
     def __init__(
@@ -45,7 +49,10 @@ class OpenAiHttp:
         requests: RequestTracker,
         origins: frozenset[str] = frozenset(),
         allow_cache_reset: bool = False,
+        access: Access | None = None,
+        serves_metrics: bool = True,
     ) -> None:
+        self._access = access or Access()
         self._requests = requests
         self._models = ServedModels()
         self._origins = AllowedOrigins(origins)
@@ -53,7 +60,7 @@ class OpenAiHttp:
             self._models,
             TokenRoutes(self._models, metrics),
             ResponsesRoute(self._models, requests, metrics),
-            ServiceRoutes(metrics, readiness, self._models, allow_cache_reset),
+            ServiceRoutes(metrics, readiness, self._models, allow_cache_reset, serves_metrics),
         )
         self._metrics = metrics
 
@@ -63,6 +70,7 @@ class OpenAiHttp:
     def application(self) -> web.Application:
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[with_request_id, traced, errors_as_openai])
         self._origins.add_to(app)
+        add_access(app, self._access)
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._complete)
         for routes in self._other_routes:

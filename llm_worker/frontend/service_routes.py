@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from vitrine_vlm import __version__
 from vitrine_vlm.llm_worker.frontend.served_models import ServedModels
 from vitrine_vlm.llm_worker.metrics import LlmMetrics
+from vitrine_vlm.service_runtime.metrics_port import add_metrics
 
 
 class ServiceRoutes:
@@ -18,6 +18,7 @@ class ServiceRoutes:
     Args:
         readiness: whether requests can be served, and why not.
         allow_cache_reset: whether clients may empty the prefix cache; else there are no such routes.
+        serves_metrics: likewise.
     """
 
     def __init__(
@@ -26,11 +27,13 @@ class ServiceRoutes:
         readiness: Callable[[], tuple[bool, dict[str, Any]]],
         models: ServedModels,
         allow_cache_reset: bool,
+        serves_metrics: bool,
     ) -> None:
         self._metrics = metrics
         self._readiness = readiness
         self._models = models
         self._allow_cache_reset = allow_cache_reset
+        self._serves_metrics = serves_metrics
 
     def add_to(self, application: web.Application) -> None:
         router = application.router
@@ -39,7 +42,8 @@ class ServiceRoutes:
         router.add_get("/ping", self._ready)
         router.add_post("/ping", self._ready)
         router.add_get("/version", self._version)
-        router.add_get("/metrics", self._prometheus)
+        if self._serves_metrics:
+            add_metrics(application, self._metrics.registry)
         if self._allow_cache_reset:
             for path in ("/reset_prefix_cache", "/flush_cache"):  # vLLM's and SGLang's name of it
                 router.add_post(path, self._reset_prefix_cache)
@@ -53,10 +57,6 @@ class ServiceRoutes:
 
     async def _version(self, http: web.Request) -> web.Response:
         return web.json_response({"version": __version__})
-
-    async def _prometheus(self, http: web.Request) -> web.Response:
-        body = generate_latest(self._metrics.registry)
-        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def _reset_prefix_cache(self, http: web.Request) -> web.Response:
         self._models.get().generator.reset_prefix_cache()

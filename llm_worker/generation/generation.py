@@ -31,6 +31,7 @@ from vitrine_vlm.llm_worker.generation.stages import Stage, stage_timings, stage
 from vitrine_vlm.llm_worker.generation.stop_strings import StopStrings
 from vitrine_vlm.llm_worker.prompt.placeholders import PlaceholderPlan, plan_placeholders
 from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
+from vitrine_vlm.service_runtime.api_keys import take_media
 from vitrine_vlm.service_runtime.logs import harmless, set_request_id
 from vitrine_vlm.service_runtime.traces import past_span
 from vitrine_vlm.types import Layout
@@ -179,6 +180,8 @@ class Generator:
                 f"the request has {len(request.media)} images and videos: at most {self._max_items} are accepted"
             )
         self._engine.check_capacity()  # before encoders work for a request that is refused
+        if layouts is None:  # else another answer to the same prompt has sent them
+            take_media(sum(item.nbytes for item in request.media))
         matcher = await self._matcher(request)
         inputs = self._make_inputs(self._context, request)
         inputs.matcher = matcher

@@ -9,14 +9,22 @@ import time
 from pathlib import Path
 
 import aiohttp
+import grpc
 import pytest
+from grpc_reflection.v1alpha import reflection_pb2_grpc
 
 from tests.gateway.conftest import start_gateway
 from tests.gateway.test_media import PICTURES, all_released, ask, image
 from tests.gateway.upstream import serve_upstreams
 from tests.integration.fleet import ServiceProcess
+from tests.service_runtime.test_api_keys import ALICE, BOB, bearer, entry
 from vitrine_vlm.gateway.config import GatewayConfig
+from vitrine_vlm.gateway.http import GatewayHttp
+from vitrine_vlm.gateway.metrics import GatewayMetrics
+from vitrine_vlm.service_runtime.access import Access
 from vitrine_vlm.service_runtime.health import health_status
+from vitrine_vlm.service_runtime.http_access import OPEN_PATHS
+from vitrine_vlm.service_runtime.running_calls import RunningCalls
 
 CHAT = "/v1/chat/completions"
 BODY = {"messages": [{"role": "user", "content": "Hello"}]}
@@ -136,3 +144,43 @@ def test_settings_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch,
     (tmp_path / "settings.yaml").write_text("max_items: 3\ntenant_header: X-Tenant\n")
     config = GatewayConfig.from_command_line([*NEEDED, "--config", str(tmp_path / "settings.yaml")])
     assert (config.tenant, config.max_items, config.tenant_header) == ("a", 3, "X-Tenant")
+
+
+async def test_keys_have_tenants_and_stay_here(encoder: ServiceProcess, tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text(json.dumps({"keys": [entry(ALICE, "alice", "a"), entry(BOB, "bob", media_bytes_per_minute=10)]}))
+    flags = ["--api-keys-file", str(file), "--tenant", "default", "--tenant-header", "X-Tenant"]
+    async with (
+        serve_upstreams(1) as (upstream,),
+        start_gateway(encoder.addresses["grpc"], flags, [upstream]) as gateway,
+    ):
+        for path in ("/v1/models", CHAT, "/metrics"):
+            async with gateway.client.get(path) as response:
+                assert (response.status, (await response.json())["error"]["code"]) == (401, "invalid_api_key")
+        assert not [seen for seen in upstream.seen if seen.path != "/health"]
+        for key, tenant in ((ALICE, "a"), (BOB, "b")):
+            headers = bearer(key) | {"X-Tenant": "b"}
+            async with gateway.client.post(CHAT, json=ask(image(PICTURES[0])), headers=headers) as response:
+                assert response.status == 200
+            seen = upstream.seen[-1]
+            assert [each["tenant"] for each in seen.body["ec_transfer_params"].values()] == [tenant]
+            assert "Authorization" not in seen.headers
+        async with gateway.client.post(CHAT, json=ask(image(PICTURES[0])), headers=bearer(BOB)) as response:
+            assert (response.status, (await response.json())["error"]["code"]) == (429, "rate_limit_exceeded")
+        async with gateway.client.get("/ready") as response:
+            assert response.status == 200
+        address = gateway.process.addresses["grpc"]
+        assert await health_status(address, 2.0) == "SERVING"
+        async with grpc.aio.insecure_channel(address) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await anext(aiter(reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([]))))
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_every_route_is_a_probe_or_passes_the_check() -> None:
+    """The check is of the whole application; what it leaves open is named."""
+    config = GatewayConfig(servers="127.0.0.1:1", encoders="127.0.0.1:2")
+    http = GatewayHttp(config, GatewayMetrics(), lambda: (False, {}), RunningCalls(), Access())
+    paths = {each.canonical for each in http.application().router.resources()}
+    assert paths & OPEN_PATHS == {"/health", "/ready"}
+    assert paths - OPEN_PATHS == {CHAT, "/v1/{path}", "/metrics"}

@@ -51,6 +51,10 @@ def test_unknown_flags_are_refused(flags: list[str], capsys: pytest.CaptureFixtu
         ["--role", "encode"],
         ["--pool-bytes", "1000"],
         ["--lease-ttl-s", "0"],
+        ["--api-key", "short"],
+        ["--tenant-header", "two words"],
+        ["--role", "prefill", "--api-key", "a-key-of-some-length"],
+        ["--role", "prefill", "--api-keys-file", "keys.yaml"],
     ],
 )
 def test_values_out_of_range_are_refused(flags: list[str]) -> None:

@@ -129,9 +129,6 @@ async def test_a_thread_that_ends_is_noticed_unless_its_end_was_asked_for(caplog
     supervisor.start_thread("broken", broken)
     failure = await seen(supervisor)
     assert failure.name == "broken" and "in a thread" in caplog.text
-    other = Supervisor()
-    other.watch_thread("library", expected)
-    assert (await seen(other)).name == "library"
 
 
 async def test_a_child_that_ends_is_noticed_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

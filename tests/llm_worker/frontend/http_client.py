@@ -14,6 +14,7 @@ from vitrine_vlm.llm_worker.frontend.openai_http import OpenAiHttp
 from vitrine_vlm.llm_worker.generation.served_model import ServedModel
 from vitrine_vlm.llm_worker.metrics import LlmMetrics
 from vitrine_vlm.llm_worker.request_tracker import RequestTracker
+from vitrine_vlm.service_runtime.access import Access
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 
 Client = TestClient[Any, Any]
@@ -21,7 +22,10 @@ Client = TestClient[Any, Any]
 
 @asynccontextmanager
 async def client_of(
-    served: ServedModel | None, origins: frozenset[str] = frozenset(), allow_cache_reset: bool = False
+    served: ServedModel | None,
+    origins: frozenset[str] = frozenset(),
+    allow_cache_reset: bool = False,
+    access: Access | None = None,
 ) -> AsyncIterator[Client]:
     metrics = LlmMetrics()
     http = OpenAiHttp(
@@ -30,6 +34,7 @@ async def client_of(
         RequestTracker(metrics, RunningCalls()),
         origins,
         allow_cache_reset,
+        access,
     )
     if served is not None:
         http.open(served)
