@@ -1,8 +1,9 @@
-"""Certificates of servers and clients; gRPC servers read changed files again, clients for every new channel."""
+"""Certificates of servers and clients; servers read changed files again, clients for every new channel."""
 
 from __future__ import annotations
 
 import ssl
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,15 +44,36 @@ class ServerTls:
         )
 
     def context(self) -> ssl.SSLContext:
-        """Returns the context of an HTTP port.
+        """Returns the context of an HTTP port. A certificate that is renewed in place is used for new connections.
 
         Raises:
             OSError: a file cannot be read, or is not a certificate.
         """
+        read, current = self._read(), self._context_of_files()
+
+        def use_current(connection: ssl.SSLObject, server_name: str | None, context: ssl.SSLContext) -> None:
+            """OpenSSL calls it at the begin of each handshake, also of one that names no server."""
+            nonlocal read, current
+            with suppress(OSError):  # partly renewed: keep the old certificate
+                now = self._read()
+                if now != read:
+                    current = self._context_of_files()
+                    read = now
+            connection.context = current
+
+        front = self._context_of_files()
+        front.sni_callback = use_current
+        return front
+
+    def _context_of_files(self) -> ssl.SSLContext:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=self.client_ca_file)
         context.load_cert_chain(self.cert_file, self.key_file)
         if self.client_ca_file is not None:
             context.verify_mode = ssl.CERT_REQUIRED
+            # A client that resumes a session shows no certificate again, not even once its CA is no longer trusted.
+            # (With TLS 1.2 one may still resume for two hours: Python cannot turn off OpenSSL's own cache.)
+            context.options |= ssl.OP_NO_TICKET
+            context.num_tickets = 0
         return context
 
     def _read(self) -> tuple[bytes, bytes, bytes | None]:

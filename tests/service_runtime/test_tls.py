@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
+import ssl
 from pathlib import Path
 
+import aiohttp
 import grpc
 import pytest
+from aiohttp import web
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client import CollectorRegistry
 
 from tests.service_runtime.authority import Files, authority
+from vitrine_vlm.llm_worker.config import LlmConfig
 from vitrine_vlm.service_runtime.grpc_channel import open_channel
 from vitrine_vlm.service_runtime.grpc_server import ServiceServer
 from vitrine_vlm.service_runtime.health_command import main
+from vitrine_vlm.service_runtime.metrics_port import add_metrics, start_metrics_port
 from vitrine_vlm.service_runtime.tls import ClientTls, ServerTls
 
 SERVICE = "vitrine.test.v1.Test"
@@ -100,3 +107,51 @@ def test_files_that_are_missing_are_named(tmp_path: Path, own: Files, capsys: py
         ServerTls(tmp_path / "nowhere", own.key).credentials()
     assert main(["127.0.0.1:9", "--ca-file", str(tmp_path / "nowhere")]) == 1
     assert "nowhere" in capsys.readouterr().err
+
+
+async def fetched(port: int, own: Files, shown: Files | None = None) -> int:
+    """The status of a GET by a client that trusts the CA of `own`, on a connection of its own."""
+    context = ssl.create_default_context(cafile=own.ca)
+    if shown is not None:
+        context.load_cert_chain(shown.cert, shown.key)
+    connector = aiohttp.TCPConnector(ssl=context, force_close=True)
+    url = f"https://127.0.0.1:{port}/metrics"
+    async with aiohttp.ClientSession(connector=connector) as session, session.get(url) as response:
+        return response.status
+
+
+def replace_files(old: Files, new: Files) -> None:
+    for name in ("ca", "cert", "key"):
+        shutil.copy(getattr(new, name), getattr(old, name))
+
+
+async def test_http_certificates_can_be_renewed_in_place_too(own: Files, foreign: Files, tmp_path: Path) -> None:
+    served = authority(tmp_path / "served")
+    replace_files(served, own)
+    application = web.Application()
+    add_metrics(application, CollectorRegistry())
+    async with contextlib.AsyncExitStack() as stack:
+        tls = ServerTls(served.cert, served.key, served.ca)
+        address = await start_metrics_port(application, "127.0.0.1", 0, tls, stack)
+        port = int(address.rpartition(":")[2])
+        assert await fetched(port, own, own) == 200
+        for shown in (None, foreign):
+            with pytest.raises(aiohttp.ClientError):
+                await fetched(port, own, shown)
+        replace_files(served, foreign)
+        assert await fetched(port, foreign, foreign) == 200, "certificate, key and the CA of clients are the new ones"
+        for trusted, shown in ((foreign, own), (own, foreign)):
+            with pytest.raises(aiohttp.ClientError):
+                await fetched(port, trusted, shown)
+        served.key.write_text("not yet a key")
+        assert await fetched(port, foreign, foreign) == 200, "while files do not fit, the last certificate still holds"
+        served.cert.unlink()
+        assert await fetched(port, foreign, foreign) == 200
+
+
+def test_a_metrics_port_may_do_without_certificates_of_clients(own: Files) -> None:
+    flags = ["--model", "m", "--encoders", "e:1", "--tls-cert-file", str(own.cert), "--tls-key-file", str(own.key)]
+    flags += ["--tls-client-ca-file", str(own.ca)]
+    for further, required in (([], own.ca), (["--no-metrics-client-auth"], None)):
+        tls = LlmConfig.from_command_line([*flags, *further]).metrics_tls()
+        assert tls is not None and tls.client_ca_file == required
