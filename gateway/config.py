@@ -15,7 +15,6 @@ from vitrine_vlm.service_runtime.http_requests import MAX_BODY_BYTES
 from vitrine_vlm.service_runtime.settings import ServiceSettings
 
 
-
 class GatewayConfig(ServiceSettings, AccessSettings, EncoderFleetSettings):
     """Vitrine's gateway: an OpenAI front before vLLM servers that get embeddings from Vitrine's encoders, or before
     Vitrine's own LLM workers.

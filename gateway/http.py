@@ -32,6 +32,8 @@ from vitrine_vlm.service_runtime.tenants import CacheScope, current_tenant
 from vitrine_vlm.service_runtime.traces import outgoing_metadata
 
 _CHAT = "/v1/chat/completions"
+# In what servers get: workers are started with it as their --tenant-header.
+_TENANT_HEADER = "X-Vitrine-Tenant"
 # Requests that are passed on unparsed prefer a server by how their body begins.
 _AFFINITY_NBYTES = 1024
 _MAX_ID_LENGTH = 256
@@ -160,6 +162,9 @@ def _request(http: web.Request, body: bytes, key: bytes, access: Access) -> Outg
     headers.popall("Content-Length", None)
     if access.needs_key:  # it was for this port alone
         headers.popall("Authorization", None)
+    headers.popall(_TENANT_HEADER, None)  # clients do not choose it
+    if tenant := current_tenant():
+        headers[_TENANT_HEADER] = tenant
     for name, value in outgoing_metadata():
         headers[name] = value
     request_id = headers.get("X-Request-Id", "")[:_MAX_ID_LENGTH] or uuid.uuid4().hex

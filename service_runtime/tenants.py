@@ -29,7 +29,7 @@ def current_tenant() -> str:
 
 @dataclass(frozen=True)
 class CacheScope:
-    """Within what cached things are used again: requests of one tenant that have chosen the same salt.
+    """Within what cached things are used again: requests of one tenant with the same salt.
 
     tenant: from the port, never from the request's body. salt: OpenAI's and vLLM's `cache_salt`; "" for none.
     """

@@ -83,17 +83,18 @@ async def test_what_takes_too_long_is_cut_off_with_an_error(encoder: ServiceProc
 async def test_before_servers_with_encoders_of_their_own_media_pass_as_they_are() -> None:
     async with (
         serve_upstreams(2) as upstreams,
-        start_gateway(None, ["--health-path", "/ready", "--max-items", "1"], upstreams) as gateway,
+        start_gateway(None, ["--health-path", "/ready", "--max-items", "1", "--tenant", "a"], upstreams) as gateway,
     ):
         async with gateway.client.get("/ready") as response:
             assert (response.status, [*await response.json()]) == (200, ["ready", "servers"])
         body = ask(image(PICTURES[0]))
-        async with gateway.client.post(CHAT, json=body) as response:
+        async with gateway.client.post(CHAT, json=body, headers={"X-Vitrine-Tenant": "b"}) as response:
             # These servers have no tower.
             assert (await response.json())["error"]["message"] == "At most 0 image_url(s) may be provided in one prompt"
         async with gateway.client.post(CHAT, json=ask(image(PICTURES[0]), image(PICTURES[1]))) as response:
             assert (await response.json())["error"]["code"] == "too_many_items"
-        assert [json.loads(each.raw) for upstream in upstreams for each in upstream.seen] == [body]
+        (seen,) = [each for upstream in upstreams for each in upstream.seen]
+        assert (json.loads(seen.raw), seen.headers["X-Vitrine-Tenant"]) == (body, "a")
         upstreams[0].health = upstreams[1].health = 503
         async with asyncio.timeout(5):
             while (await gateway.client.get("/ready")).status == 200:
