@@ -1,9 +1,11 @@
 # Every target does its own set-up into .venv; nothing is installed outside this folder.
 # The machine needs make and Python 3.11 or newer with venv (Debian: apt-get install make python3 python3-venv).
 #
-#   MODEL=folder or hub id         checkpoint for run, serve and eval; default: the tiny one shipped along
+#   MODEL=folder or hub id         checkpoint for run, serve, eval and compare; default: the tiny one shipped along, for
+#                                  compare Qwen/Qwen3-VL-8B-Instruct
 #   IMAGE=file  PROMPT=text        what run asks; default: a picture drawn on the spot
 #   PORT=8000  GRPC_PORT=50052     HTTP and gRPC port of serve
+#   SERVERS="vitrine vllm"         what compare starts: names or YAML files; COMPARE="--quick" more of its options
 #   PYTHON=python3.12              interpreter to make .venv with
 #   MINUTES=3                      how long soak loads the services; default: 30
 #   VLLM=0.30.0                    version of vLLM for test-vllm; default: the newest one tested
@@ -15,6 +17,7 @@ PORT ?= 8000
 GRPC_PORT ?= 50052
 VLLM ?= 0.32.0
 MINUTES ?= 30
+SERVERS ?= vitrine vllm
 VENV := .venv
 VLLM_VENV := $(VENV)/vllm-$(VLLM)
 CLIENTS := $(VENV)/clients
@@ -32,7 +35,7 @@ LAUNCH_ARGS = $(if $(MODEL),--model "$(MODEL)") $(if $(IMAGE),--image "$(IMAGE)"
 UNSAFE := '^[^\#]*((import|from) +(c?[Pp]ickle|dill|cloudpickle|shelve|marshal)\b|torch\.load\(|allow_pickle *= *True)'
 
 .DEFAULT_GOAL := help
-.PHONY: help run serve test test-vllm helm-test eval soak lint format protos protos-check helm clean
+.PHONY: help run serve test test-vllm helm-test eval soak compare lint format protos protos-check helm clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -58,6 +61,9 @@ eval: $(VENV)/.dev-ready  ## Ask 500 held-out questions through the whole split 
 
 soak: $(VENV)/.dev-ready  ## Load a small fleet for MINUTES while encoders are killed and workers replaced
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
+
+compare: $(VENV)/.compare-ready  ## Start Vitrine and other servers one by one, measure the same loads, write comparison/
+	@$(BIN)/python -m benchmarks.compare --servers $(SERVERS) $(if $(MODEL),--model "$(MODEL)") $(COMPARE)
 
 lint: $(VENV)/.dev-ready protos-check  ## Style, types, import contracts, stubs up to date
 	$(BIN)/ruff check .
@@ -110,6 +116,11 @@ $(VENV)/.dev-ready: $(VENV)/.torch-ready pyproject.toml constraints.txt
 	@echo "installing vitrine-vlm, its dependencies and the development tools"
 	@$(PIP) --editable '.[dev$(GPU:%=$(comma)%)]'
 	@touch $@ $(VENV)/.run-ready
+
+$(VENV)/.compare-ready: $(VENV)/.run-ready
+	@echo "installing what the comparison needs"
+	@$(PIP) --editable '.[compare$(GPU:%=$(comma)%)]'
+	@touch $@
 
 # Clients that tests call, in environments of their own, as their pins quarrel; Node's where there is npm.
 $(CLIENTS)/.ready: $(VENV)/.dev-ready $(wildcard tests/clients/requirements*.txt tests/clients/node/package*.json)

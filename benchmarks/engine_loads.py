@@ -1,9 +1,8 @@
 """The same loads on several OpenAI servers in turns: `python -m benchmarks.engine_loads --server NAME=URL ...`.
 
-It compares engines with each other, or an engine with and without encoders of its own. All servers run on the same
-GPU; one is measured at a time, load by load. No picture is sent twice, not even to different servers, because they may
-share encoders. Pictures are drawn before the servers need to be ready. Figures go to stdout as a Markdown table, and as
-JSON lines to --output.
+It compares servers that run already, on the same GPU; `benchmarks.compare` starts them itself, one after the other. One
+is measured at a time, load by load. No picture is sent twice, not even to different servers, because they may share
+encoders. Figures go to stdout as a Markdown table, and as JSON lines to --output.
 """
 
 from __future__ import annotations
@@ -22,51 +21,13 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from benchmarks.chat_load import ChatClient, Load, run_load
-from benchmarks.cpu_time import cpu_seconds
-from benchmarks.pictures import random_jpegs
-from benchmarks.vision_interference import VisionInterference
+from benchmarks.chat_load import ChatClient, Load
+from benchmarks.compare.measuring import Measurement, Target, TimeLimits, interference_for, measure
+from benchmarks.compare.workloads import SMALL, TEN, Workload
+from benchmarks.process_tree import cpu_seconds
 from vitrine_vlm.deploy.launcher.ask import AskFailed
 
-_SETTLE_S = 1.0  # until the interfering pictures have filled every stage
-_TEXT_TOKENS = 128
 _READY_POLL_S = 0.5
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A load: `num_requests` requests, `in_flight` at a time, each with `num_pictures` pictures of `size` and text.
-
-    beside: 1080p pictures that are kept in flight meanwhile, one token of answer each.
-    """
-
-    name: str
-    num_requests: int
-    in_flight: int
-    max_tokens: int
-    size: tuple[int, int] = (560, 560)
-    num_pictures: int = 1
-    text_tokens: int = _TEXT_TOKENS
-    beside: int = 0
-
-
-_HD, _FULL_HD = (1280, 720), (1920, 1080)
-KINDS = {
-    kind.name: kind
-    for kind in (
-        Kind("560x560, 32 in flight, 1 token", 192, 32, 1),
-        Kind("560x560, 32, 64 tokens", 128, 32, 64),
-        Kind("720p, 32, 64 tokens", 96, 32, 64, _HD),
-        Kind("1080p, 8, 64 tokens", 48, 8, 64, _FULL_HD),
-        Kind("1080p, 32, 64 tokens", 64, 32, 64, _FULL_HD),
-        Kind("4 x 560x560, 16, 64 tokens", 48, 16, 64, num_pictures=4),
-        Kind("560x560, one at a time", 12, 1, 1),
-        Kind("1080p, one at a time", 12, 1, 1, _FULL_HD),
-        Kind("16 streams of 256 tokens beside 8 x 1080p", 16, 16, 256, num_pictures=0, beside=8),
-        Kind("text only, 512 in, 128 out, 32", 96, 32, 128, num_pictures=0, text_tokens=512),
-    )
-}
-_SMALL = Kind("small", 4, 2, 4, (96, 64))
 
 
 @dataclass(frozen=True)
@@ -77,79 +38,53 @@ class Server:
     url: str
     pid: int | None
 
-
-class _Pictures:
-    """Draws all pictures, each server's own."""
-
-    def __init__(self, kinds: Sequence[Kind], servers: Sequence[Server]) -> None:
-        self._drawn: dict[tuple[str, str], list[bytes]] = {}
-        for kind in kinds:
-            each = kind.num_requests * kind.num_pictures
-            jpegs = random_jpegs(each * len(servers), kind.size, seed=len(self._drawn)) if each else []
-            for index, server in enumerate(servers):
-                self._drawn[kind.name, server.name] = jpegs[index * each : (index + 1) * each]
-
-    def of(self, kind: Kind, server: Server) -> list[tuple[bytes, ...]]:
-        """Returns the pictures of each request."""
-        jpegs = self._drawn[kind.name, server.name]
-        requests = range(kind.num_requests)
-        return [tuple(jpegs[each * kind.num_pictures : (each + 1) * kind.num_pictures]) for each in requests]
+    def cpu_s(self) -> float | None:
+        return None if self.pid is None else cpu_seconds(self.pid)
 
 
-async def measure(servers: Sequence[Server], kinds: Sequence[Kind], ready_timeout_s: float) -> list[dict[str, Any]]:
+async def measure_all(
+    servers: Sequence[Server], workloads: Sequence[Workload], ready_timeout_s: float
+) -> list[dict[str, Any]]:
     """Measures every load on every server; returns a record of figures for each.
 
     Raises:
         TimeoutError: a server is not ready in time.
         AskFailed: a server cannot answer plain text.
     """
-    pictures, _ = await asyncio.gather(
-        asyncio.to_thread(_Pictures, kinds, servers),
-        asyncio.gather(*(_wait_ready(server, ready_timeout_s) for server in servers)),
-    )
     records = []
     async with AsyncExitStack() as stack:
-        clients = {each.name: await stack.enter_async_context(ChatClient.connected(each.url)) for each in servers}
-        interference = {}
-        beside = max(kind.beside for kind in kinds)
-        for index, server in enumerate(servers if beside else ()):
-            starting = VisionInterference.started(_FULL_HD, beside, _TEXT_TOKENS, seed=1000 + index)
-            interference[server.name] = await stack.enter_async_context(starting)
-        for each in interference.values():
-            await each.wait_ready()
-        for kind in kinds:
-            for server in servers:
-                record = await _measure_one(kind, server, clients[server.name], pictures, interference)
+        interference = [
+            await stack.enter_async_context(interference_for(workloads, seed=1000 + index))
+            for index in range(len(servers))
+        ]
+        await asyncio.gather(*(_wait_ready(server, ready_timeout_s) for server in servers))
+        targets = []
+        for server, beside in zip(servers, interference, strict=True):
+            if beside:
+                await beside.wait_ready()
+            client = await stack.enter_async_context(ChatClient.connected(server.url))
+            targets.append(Target(server.name, server.url, client, beside, server.cpu_s))
+        for workload in workloads:
+            for target in targets:
+                measured = await measure(workload, target, TimeLimits())
+                record = {"load": workload.name, "server": target.name} | _figures(measured)
                 print(json.dumps(record), file=sys.stderr, flush=True)
                 records.append(record)
     return records
 
 
-async def _measure_one(
-    kind: Kind,
-    server: Server,
-    client: ChatClient,
-    pictures: _Pictures,
-    interference: Mapping[str, VisionInterference],
-) -> dict[str, Any]:
-    bodies = [client.body(kind.text_tokens, kind.max_tokens, *jpegs) for jpegs in pictures.of(kind, server)]
-    record: dict[str, Any] = {"load": kind.name, "server": server.name}
-    if kind.beside:
-        await interference[server.name].start(server.url)
-        await asyncio.sleep(_SETTLE_S)
-    cpu_before = cpu_seconds(server.pid) if server.pid else 0.0
-    load = await run_load(client, bodies, kind.in_flight)
-    cpu_after = cpu_seconds(server.pid) if server.pid else 0.0
-    if kind.beside:
-        beside = await interference[server.name].stop()
-        record["pictures_per_s"] = beside.requests_per_s
-        record["beside_failures"] = beside.failures[:3]
-    if server.pid:
-        record["cpu_s_per_request"] = (cpu_after - cpu_before) / max(1, len(load.answers))
-    return record | _figures(load)
+def _figures(measured: Measurement) -> dict[str, Any]:
+    load = measured.load
+    figures: dict[str, Any] = {}
+    if measured.beside:
+        figures["pictures_per_s"] = measured.beside.requests_per_s
+        figures["beside_failures"] = measured.beside.failures[:3]
+    if measured.cpu_s is not None:
+        figures["cpu_s_per_request"] = measured.cpu_s / max(1, len(load.answers))
+    return figures | _figures_of_answers(load)
 
 
-def _figures(load: Load) -> dict[str, Any]:
+def _figures_of_answers(load: Load) -> dict[str, Any]:
     figures: dict[str, Any] = {"failures": load.failures[:3], "num_failures": len(load.failures)}
     if not load.answers:
         return figures
@@ -228,16 +163,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--server", type=_server, action="append", required=True, help="NAME=URL or NAME=URL,PID (for its CPU time)"
     )
-    parser.add_argument("--loads", type=int, nargs="*", help="which, by number; default all: " + "; ".join(KINDS))
+    parser.add_argument(
+        "--loads", type=int, nargs="*", help="which, by number; default all: " + "; ".join(each.name for each in TEN)
+    )
     parser.add_argument("--small", action="store_true", help="one small load, for any machine")
     parser.add_argument("--ready-timeout-s", type=float, default=600.0, help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="file for the figures, as JSON lines")
     options = parser.parse_args(arguments)
-    kinds = [_SMALL] if options.small else list(KINDS.values())
+    workloads: tuple[Workload, ...] = SMALL[:1] if options.small else TEN
     if options.loads:
-        kinds = [kinds[number] for number in options.loads]
+        workloads = tuple(workloads[number] for number in options.loads)
     try:
-        records = asyncio.run(measure(options.server, kinds, options.ready_timeout_s))
+        records = asyncio.run(measure_all(options.server, workloads, options.ready_timeout_s))
     except (AskFailed, aiohttp.ClientError, TimeoutError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import sys
 from collections.abc import AsyncIterator
@@ -15,6 +16,8 @@ import pytest_asyncio
 
 from benchmarks.chat_load import ChatClient, run_load
 from benchmarks.checkpoints import save_small_qwen3_vl
+from benchmarks.compare.measuring import Target, TimeLimits, measure
+from benchmarks.compare.workloads import Workload
 from benchmarks.pictures import random_jpegs
 from vitrine_vlm.deploy.launcher.ask import AskFailed
 from vitrine_vlm.deploy.launcher.stack import Stack
@@ -63,6 +66,17 @@ async def test_failures_are_counted_and_do_not_end_the_load(url: str) -> None:
     assert (len(load.answers), len(load.failures)) == (2, 3)
     assert all("HTTP 4" in failure for failure in load.failures)
     assert load.tokens_per_s == pytest.approx(3 * load.requests_per_s)
+
+
+async def test_a_load_ends_when_its_time_is_up(url: str) -> None:
+    counter = itertools.count(5.0)
+    async with ChatClient.connected(url) as client:
+        target = Target("some", url, client, cpu_s=lambda: next(counter))
+        measured = await measure(Workload("some", 500, 2, 4, SIZE), target, TimeLimits(warm_up_s=0.0, load_s=0.2))
+    load = measured.load
+    assert 2 <= len(load.answers) < 500 and not load.failures
+    assert load.seconds > 0.2, "answers in flight were not waited for"
+    assert (measured.cpu_s, measured.energy_j, measured.beside) == (1.0, None, None)
 
 
 async def test_a_name_that_is_not_served_is_an_error(url: str) -> None:

@@ -7,12 +7,13 @@ import os
 from pathlib import Path
 
 from benchmarks.checkpoints import save_small_qwen3_vl
-from benchmarks.cpu_time import cpu_seconds
-from benchmarks.engine_loads import Kind, Server, measure, table
+from benchmarks.compare.workloads import Workload
+from benchmarks.engine_loads import Server, measure_all, table
+from benchmarks.process_tree import cpu_seconds
 from vitrine_vlm.deploy.launcher.stack import Stack
 
 DUMMY = ["--load-format", "dummy"]
-KINDS = [Kind("pictures", 4, 2, 4, (96, 64), num_pictures=2), Kind("text", 3, 1, 3, num_pictures=0)]
+WORKLOADS = [Workload("pictures", 4, 2, 4, (96, 64), num_pictures=2), Workload("text", 3, 1, 3, num_pictures=0)]
 
 
 async def test_every_load_is_measured_on_every_server(tmp_path: Path) -> None:
@@ -20,9 +21,9 @@ async def test_every_load_is_measured_on_every_server(tmp_path: Path) -> None:
     async with Stack.running(folder, encoder_flags=DUMMY, worker_flags=DUMMY) as stack:
         await stack.wait_ready()
         servers = [Server("first", stack.base_url, os.getpid()), Server("second", stack.base_url, None)]
-        records = await measure(servers, KINDS, ready_timeout_s=60)
+        records = await measure_all(servers, WORKLOADS, ready_timeout_s=60)
     assert [(each["load"], each["server"]) for each in records] == [
-        (kind.name, server.name) for kind in KINDS for server in servers
+        (workload.name, server.name) for workload in WORKLOADS for server in servers
     ]
     for record in records:
         assert record["num_failures"] == 0, record["failures"]

@@ -1,4 +1,4 @@
-"""CPU time of a process and all its descendants, from Linux's /proc."""
+"""A process and all its descendants, from Linux's /proc: which there are, and their CPU time."""
 
 from __future__ import annotations
 
@@ -6,15 +6,23 @@ import os
 from pathlib import Path
 
 
+def descendants(pid: int) -> set[int]:
+    """Returns the pids of all descendants of a process, zombies included."""
+    return _descendants(pid, {each: stat[0] for each in _pids() if (stat := _stat(each))})
+
+
 def cpu_seconds(pid: int) -> float:
     """Returns user and system time so far of the process and its living descendants, seconds."""
-    processes = {each: stat for each in _pids() if (stat := _stat(each))}
+    stats = {each: stat for each in _pids() if (stat := _stat(each))}
+    tree = _descendants(pid, {each: parent for each, (parent, _) in stats.items()}) | {pid}
+    return sum(stats[each][1] for each in tree if each in stats) / os.sysconf("SC_CLK_TCK")
+
+
+def _descendants(pid: int, parents: dict[int, int]) -> set[int]:
     tree = {pid}
-    while True:
-        children = {each for each, (parent, _) in processes.items() if parent in tree} - tree
-        if not children:
-            return sum(processes[each][1] for each in tree if each in processes) / os.sysconf("SC_CLK_TCK")
+    while children := {each for each, parent in parents.items() if parent in tree} - tree:
         tree |= children
+    return tree - {pid}
 
 
 def _pids() -> list[int]:
