@@ -41,7 +41,15 @@ def build(arguments: ServeArguments) -> serve.Application:
         ray_actor_options={"num_cpus": gateway.num_cpus},
         max_ongoing_requests=_MAX_ONGOING_REQUESTS,
     )(Gateway)
-    return ingress.bind(bound_encoder, bound_worker, encoder_settings.max_items, gateway.retry_s)
+    keys_file = str(llm_settings.api_keys_file) if llm_settings.api_keys_file is not None else None
+    return ingress.bind(
+        bound_encoder,
+        bound_worker,
+        encoder_settings.max_items,
+        gateway.retry_s,
+        keys_file,
+        llm_settings.tenant_header,
+    )
 
 
 def _options(pool: Pool, stat: str, target: float, stop_grace_s: float) -> dict[str, Any]:

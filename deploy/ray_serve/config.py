@@ -15,7 +15,10 @@ from vitrine_vlm.service_runtime.settings import ServiceSettings
 
 # Each replica chooses its own addresses, and they connect to each other without TLS.
 _CHOSEN_HERE = frozenset(
-    ["model", "host", "port", "config", "print_config", "tls_cert_file", "tls_key_file", "tls_client_ca_file"]
+    [
+        *("model", "host", "port", "config", "print_config", "tls_cert_file", "tls_key_file", "tls_client_ca_file"),
+        *("metrics_host", "metrics_port", "metrics_client_auth"),
+    ]
 )
 _ENCODER_TLS = frozenset(["encoder_ca_file", "encoder_cert_file", "encoder_key_file"])
 
@@ -67,7 +70,7 @@ class Pool(_Strict):
 
 
 class EncoderPool(Pool):
-    chosen_here = _CHOSEN_HERE | {"metrics_port", "dp"}
+    chosen_here = _CHOSEN_HERE | {"dp"}
 
     target_queue_s: float = Field(default=2.0, gt=0, description="queued work that a replica should have, s")
 
@@ -81,6 +84,8 @@ class LlmPool(Pool):
     target_queued_tokens: int = Field(default=8192, ge=1, description="of prompts, that a replica should have queued")
 
     def service_settings(self, model: str) -> LlmConfig:
+        if "api_key" in self.settings:
+            raise ValueError("setting api_key: Ray's dashboard shows arguments; use api_keys_file, which has hashes")
         return LlmConfig(encoders="127.0.0.1:1", **self._given(model))  # a placeholder: the encoders do not exist yet
 
 

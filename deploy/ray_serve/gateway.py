@@ -6,10 +6,12 @@ is slow: clients that need many rows should connect to encoders directly.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
+from pathlib import Path
 from typing import NoReturn
 
+from prometheus_client import CollectorRegistry
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
@@ -23,6 +25,12 @@ from vitrine_vlm.deploy.ray_serve.llm import LlmReplica
 from vitrine_vlm.embedding_transport.wire.grpc_status import STATUS_BY_CODE
 from vitrine_vlm.errors import TransportUnavailable, VitrineError
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
+from vitrine_vlm.service_runtime.access import Access
+from vitrine_vlm.service_runtime.access_settings import AccessSettings
+from vitrine_vlm.service_runtime.http_errors import error_response
+from vitrine_vlm.service_runtime.supervisor import Supervisor
+from vitrine_vlm.service_runtime.tenants import current_tenant
+from vitrine_vlm.service_runtime.traces import metadata_carrier
 
 _TRACE_CONTEXT = ("traceparent", "tracestate")
 _ONE_ENCODER = TransportUnavailable(
@@ -37,22 +45,39 @@ class Gateway:
         workers: DeploymentHandle[LlmReplica],
         max_items: int,
         retry_s: float,
+        keys_file: str | None = None,
+        tenant_header: str | None = None,
     ) -> None:
         """
         Args:
             max_items: the most media items accepted in one Encode.
             retry_s: seconds that a request waits for another replica if one died.
+            keys_file: the API keys of both doors, those of the workers.
+            tenant_header: as the workers'.
         """
+        settings = AccessSettings(api_keys_file=Path(keys_file) if keys_file else None, tenant_header=tenant_header)
+        self._access = settings.make_access(CollectorRegistry(), "vitrine_ray_gateway")
+        self._supervisor = Supervisor()
+        self._access.start(self._supervisor)
         self._encoding = EncodeForwarder(encoders, max_items, retry_s)
         self._http = HttpForwarder(workers, retry_s)
 
     async def __del__(self) -> None:
         """Closes the HTTP client; Ray Serve awaits this before it ends the actor."""
         await self._http.close()
+        await self._supervisor.close()
+
+    def check_health(self) -> None:
+        """Checks that changes of the keys are noticed; Ray Serve replaces a gateway of which this fails.
+
+        Raises:
+            Exception: why they are not.
+        """
+        self._supervisor.check()
 
     async def __call__(self, request: Request) -> Response:
         """Answers an OpenAI request over HTTP."""
-        return _Forwarded(self._http, request)
+        return _Forwarded(self._http, self._access, request)
 
     # The methods of vitrine.encoder.v1.Encoder; Ray Serve finds them by their names.
 
@@ -60,7 +85,8 @@ class Gateway:
         self, request: encoder_pb2.DescribeRequest, grpc_context: RayServegRPCContext
     ) -> encoder_pb2.DescribeResponse:
         try:
-            return await self._encoding.describe()
+            with self._admitted(grpc_context):
+                return await self._encoding.describe()
         except VitrineError as error:
             _fail(grpc_context, error)
 
@@ -69,9 +95,12 @@ class Gateway:
     ) -> AsyncGenerator[encoder_pb2.EncodeResponse]:
         metadata = [pair for pair in grpc_context.invocation_metadata() if pair[0] in _TRACE_CONTEXT]
         try:
-            async with aclosing(self._encoding.encode(request, metadata)) as responses:
-                async for response in responses:
-                    yield response
+            with self._admitted(grpc_context):
+                if self._access.has_tenants:
+                    request.tenant = current_tenant()  # not the one that the caller chose
+                async with aclosing(self._encoding.encode(request, metadata)) as responses:
+                    async for response in responses:
+                        yield response
         except VitrineError as error:
             _fail(grpc_context, error)
 
@@ -87,16 +116,38 @@ class Gateway:
     async def GetStats(self, request: object, grpc_context: RayServegRPCContext) -> NoReturn:
         _fail(grpc_context, _ONE_ENCODER)
 
+    @contextmanager
+    def _admitted(self, grpc_context: RayServegRPCContext) -> Iterator[None]:
+        """The time of one call.
+
+        Raises:
+            VitrineError: see `Access.begin`.
+        """
+        end = self._access.begin(metadata_carrier(grpc_context.invocation_metadata()))
+        try:
+            yield
+        finally:
+            end()
+
 
 class _Forwarded(Response):
     """A worker's answer. The worker is called when this is sent, so that cancelling the response cancels the call."""
 
-    def __init__(self, forwarder: HttpForwarder, request: Request) -> None:
+    def __init__(self, forwarder: HttpForwarder, access: Access, request: Request) -> None:
         super().__init__()
-        self._forwarder, self._request = forwarder, request
+        self._forwarder, self._access, self._request = forwarder, access, request
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._forwarder.forward(self._request, send)
+        # The worker checks, too: it knows the media. Here a stranger's body is not even read.
+        try:
+            end = self._access.begin(self._request.headers)
+        except VitrineError as error:
+            refused = error_response(error)
+            return await Response(refused.text, refused.status, dict(refused.headers))(scope, receive, send)
+        try:
+            await self._forwarder.forward(self._request, send)
+        finally:
+            end()
 
 
 def _fail(context: RayServegRPCContext, error: VitrineError) -> NoReturn:

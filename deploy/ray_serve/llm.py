@@ -41,15 +41,16 @@ class LlmReplica:
         """
         self._stop_grace_s = stop_grace_s
         host = node_host()
-        port, grpc_port = free_ports(host, 2)
+        port, grpc_port, metrics_port = free_ports(host, 3)
         self._address = f"{host}:{port}"
+        self._metrics_url = f"http://{host}:{metrics_port}/metrics"
         self._folder = tempfile.TemporaryDirectory(prefix="vitrine-encoders-")
         addresses = Path(self._folder.name) / "addresses"
         addresses.touch()
         self._supervisor = Supervisor()
         self._supervisor.start_task("encoder addresses", _update_addresses(encoders, addresses))
-        settings = {"host": host, "port": port, "grpc_port": grpc_port, "encoders": f"file:{addresses}"}
-        own = environment_variables(LlmConfig, settings)
+        ports = {"port": port, "grpc_port": grpc_port, "metrics_port": metrics_port}
+        own = environment_variables(LlmConfig, {"host": host, **ports, "encoders": f"file:{addresses}"})
         own |= gpu_environment(ray.get_gpu_ids(), num_gpus_of_node())
         self._process = await ServiceProcess.start("vitrine_vlm.llm_worker", {**environment, **own}, self._supervisor)
         await self._process.wait_until(lambda: http_ok(f"http://{self._address}/ready"))
@@ -60,7 +61,7 @@ class LlmReplica:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Returns the number of prompt tokens that are not computed yet."""
-        return {QUEUED_TOKENS: await read_gauge(f"http://{self._address}/metrics", "vitrine_llm_queued_prefill_tokens")}
+        return {QUEUED_TOKENS: await read_gauge(self._metrics_url, "vitrine_llm_queued_prefill_tokens")}
 
     async def check_health(self) -> None:
         """Checks that the worker answers. It need not be ready: a new replica would have no encoder, either.

@@ -38,10 +38,11 @@ class Encoder(encoder_pb2_grpc.EncoderServicer):
         self.refusals = list(refuses)
         self.revision = revision
         self.metadata: dict[str, Any] = {}
+        self.tenant = ""
         self.cancelled = asyncio.Event()
 
     async def Encode(self, request, context):  # type: ignore[no-untyped-def]
-        self.metadata = dict(context.invocation_metadata())
+        self.metadata, self.tenant = dict(context.invocation_metadata()), request.tenant
         assert len(request.items) == 1
         if request.items[0].kind == encoder_pb2.MEDIA_KIND_UNSPECIFIED:
             await abort(context, BadRequest("no kind"))
