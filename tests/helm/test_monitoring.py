@@ -16,7 +16,9 @@ from tests.helm.test_schemas import NEWEST, validate
 SOURCES = CHART.parents[1] / "deploy" / "observability"
 
 
-@pytest.mark.parametrize("values", ["locked-down", "tls", "server-tls", "vllm", "vllm-own-tower", "sglang"])
+@pytest.mark.parametrize(
+    "values", ["locked-down", "tls", "server-tls", "vllm", "vllm-own-tower", "sglang", "keys", "vllm-keys"]
+)
 def test_every_pod_is_scraped_once(values: str) -> None:
     manifests = rendered(values)
     scraped: list[str] = []
@@ -43,6 +45,13 @@ def test_metrics_of_workers_are_scraped_with_tls_where_they_serve_with_it() -> N
         assert endpoint["scheme"] == "https"
         assert endpoint["tlsConfig"].keys() == names
         assert endpoint["tlsConfig"]["serverName"] == "demo-vitrine-llm.serving.svc"
+
+
+def test_metrics_of_encoders_are_scraped_with_the_name_in_their_certificate() -> None:
+    (endpoint,) = of_kind(rendered("tls"), "ServiceMonitor")["demo-vitrine-encoder"]["spec"]["endpoints"]
+    assert (endpoint["scheme"], endpoint["tlsConfig"]["serverName"]) == ("https", "encoders.vitrine")
+    for part in (endpoint["tlsConfig"]["ca"], endpoint["tlsConfig"]["cert"]):
+        assert part["secret"]["name"] == "encoder-tls"
 
 
 @pytest.mark.parametrize("values", ["default", "rayservice"])

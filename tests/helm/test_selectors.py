@@ -23,17 +23,20 @@ def test_selectors_of_services_are_pods_with_these_ports(values: str) -> None:
     for name, service in of_kind(manifests, "Service").items():
         selected = pods_selected(service["spec"]["selector"], manifests)
         assert selected
-        if name in containers:  # of one pool
-            assert selected == {name}
+        if (pool := name.removesuffix("-metrics")) in containers:  # of one pool
+            assert selected == {pool}
         else:
             others = of_kind(manifests, "Service").keys()
             assert selected == {pod for pod in containers if "-llm-" in pod and pod not in others}
         for pod in selected:
             ports = {port["name"] for port in containers[pod]["ports"]}
             targets = {port["targetPort"] for port in service["spec"]["ports"]}
-            # Users of other engines, and of the gateway, have HTTP alone.
-            for_users = service["spec"].get("clusterIP") != "None" and pods_of(manifests)[pod].program != "llm"
-            assert targets == ({"http"} if for_users else ports)
+            if name.endswith("-metrics"):
+                assert targets == {"metrics"} < ports
+            elif service["spec"].get("clusterIP") == "None":
+                assert targets == ports
+            else:  # Users of other engines, and of the gateway, have HTTP alone; metrics are for none of them.
+                assert targets == ({"http", "grpc"} if pods_of(manifests)[pod].program == "llm" else {"http"})
 
 
 @pytest.mark.parametrize("values", WITH_PODS_OF_OURS)

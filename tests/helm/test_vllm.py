@@ -87,7 +87,7 @@ class TestModeM:
         assert pods("vllm")[LLM].container["readinessProbe"]["httpGet"]["scheme"] == "HTTP"
         monitors = of_kind(rendered("vllm"), "ServiceMonitor")
         schemes = {name: each["spec"]["endpoints"][0].get("scheme") for name, each in monitors.items()}
-        assert schemes == {"demo-vitrine-encoder": None, "demo-vitrine-llm": None, GATEWAY: "https"}
+        assert schemes == {"demo-vitrine-encoder": "https", "demo-vitrine-llm": None, GATEWAY: "https"}
 
     def test_the_gateway_has_no_gpu_no_model_and_no_token_of_the_hub(self) -> None:
         pod = pods("vllm")[GATEWAY]

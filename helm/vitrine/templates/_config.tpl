@@ -71,6 +71,7 @@ served_model_name: {{ . | quote }}
 {{- $_ := set $config "port" 8000 -}}
 {{- $_ := set $config "grpc_port" 50052 -}}
 {{- $_ := set $config "role" $workload.settings.role -}}
+{{- include "vitrine.setAccess" (list $root $workload $config) -}}
 {{- if eq $workload.settings.role "decode" -}}
 {{- include "vitrine.setPrefillWorkers" (list $root $workload $config) -}}
 {{- else -}}
@@ -88,6 +89,17 @@ served_model_name: {{ . | quote }}
 {{- mergeOverwrite $config $workload.settings.config | toYaml -}}
 {{- end -}}
 
+{{/* Sets which keys users need, and the port of the metrics: (list $ workload config). */}}
+{{- define "vitrine.setAccess" -}}
+{{- $config := index . 2 -}}
+{{- if eq (include "vitrine.takesKeys" .) "true" -}}
+{{- $_ := set $config "api_keys_file" "/etc/vitrine/keys/keys.yaml" -}}
+{{- end -}}
+{{- if eq (include "vitrine.hasMetricsPort" .) "true" -}}
+{{- $_ := set $config "metrics_port" 9090 -}}
+{{- end -}}
+{{- end -}}
+
 {{/* The gateway's: (list $ workload). */}}
 {{- define "vitrine.gatewayConfig" -}}
 {{- $root := index . 0 -}}
@@ -95,6 +107,7 @@ served_model_name: {{ . | quote }}
 {{- $_ := set $config "port" 8000 -}}
 {{- $_ := set $config "grpc_port" 50053 -}}
 {{- $_ := set $config "tenant" $root.Values.vllm.tenant -}}
+{{- include "vitrine.setAccess" (list $root (index . 1) $config) -}}
 {{- $_ := set $config "servers" (include "vitrine.address" (list $root "llm-headless" "http" 8000)) -}}
 {{- include "vitrine.setEncoders" (list $root (index . 1) $config) -}}
 {{- mergeOverwrite $config (index . 1).settings.config | toYaml -}}

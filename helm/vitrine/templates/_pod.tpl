@@ -8,6 +8,7 @@
 {{- $asksApiServer := and (eq $values.discovery "kubernetes") (ne $workload.program "encoder") (ne $workload.program "sglang") -}}
 {{- $sharing := $workload.gpuSharing -}}
 {{- $sharedMemory := and $values.colocation.sharedMemoryHostPath (ne $workload.program "gateway") -}}
+{{- $takesKeys := eq (include "vitrine.takesKeys" .) "true" -}}
 {{- $usesEncoderTls := and $workload.usesEncoders $values.tls.encoders.secretName -}}
 metadata:
   labels:
@@ -91,6 +92,9 @@ spec:
         {{- if $workload.tls.secretName }}
         - {name: tls, mountPath: /etc/vitrine/tls, readOnly: true}
         {{- end }}
+        {{- if $takesKeys }}
+        - {name: keys, mountPath: /etc/vitrine/keys, readOnly: true}
+        {{- end }}
         {{- if $usesEncoderTls }}
         - {name: encoder-tls, mountPath: /etc/vitrine/encoder-tls, readOnly: true}
         {{- end }}
@@ -110,6 +114,10 @@ spec:
       secret:
         secretName: {{ . }}
         defaultMode: 0440
+    {{- end }}
+    {{- if $takesKeys }}
+    - name: keys
+      {{- include "vitrine.keysVolume" $root | nindent 6 }}
     {{- end }}
     {{- if $usesEncoderTls }}
     - name: encoder-tls
@@ -132,6 +140,15 @@ spec:
     {{- with $settings.extraVolumes }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
+{{- end -}}
+
+{{/* Only the file of keys, whatever else the Secret has. */}}
+{{- define "vitrine.keysVolume" -}}
+secret:
+  secretName: {{ .Values.accessKeys.secretName }}
+  defaultMode: 0440
+  items:
+    - {key: keys.yaml, path: keys.yaml}
 {{- end -}}
 
 {{/* Environment of a pool's container: (list $ workload). */}}

@@ -61,6 +61,9 @@ pods connect to encoders by gRPC; settings: the component's defaults with the po
 
 {{/* Fails where `engine` and other values do not go together. */}}
 {{- define "vitrine.checkEngine" -}}
+{{- if and .Values.accessKeys.secretName (ne .Values.engine "vitrine") (ne (include "vitrine.hasGateway" .) "true") -}}
+{{- fail (printf "accessKeys are for our workers and the gateway: with engine %s users call servers that have keys of their own" .Values.engine) -}}
+{{- end -}}
 {{- if and (ne .Values.engine "vitrine") (eq .Values.mode "rayservice") -}}
 {{- fail (printf "mode rayservice serves with our workers alone: engine %s needs mode deployments" .Values.engine) -}}
 {{- end -}}

@@ -52,12 +52,24 @@ args:
 {{- end }}
 {{- end -}}
 
+{{/* Whether users call the program, and need keys: "true" or "false". Prefill workers are called by decode workers. */}}
+{{- define "vitrine.takesKeys" -}}
+{{- $workload := index . 1 -}}
+{{- $isCalled := or (eq $workload.program "gateway") (and (eq $workload.program "llm") (ne $workload.settings.role "prefill")) -}}
+{{- and (ne (index . 0).Values.accessKeys.secretName "") $isCalled -}}
+{{- end -}}
+
+{{/* Whether the program's metrics are on a port of their own: "true" or "false". */}}
+{{- define "vitrine.hasMetricsPort" -}}
+{{- $program := (index . 1).program -}}
+{{- or (eq $program "encoder") (and (ne (index . 0).Values.accessKeys.secretName "") (has $program (list "llm" "gateway"))) -}}
+{{- end -}}
+
 {{/* A list of name and port. */}}
 {{- define "vitrine.ports" -}}
 {{- $program := (index . 1).program -}}
 {{- if eq $program "encoder" -}}
 - {name: grpc, port: 50051}
-- {name: metrics, port: 9090}
 {{- if eq (index . 0).Values.engine "sglang" }}
 - {name: sglang, port: 30000}
 {{- end }}
@@ -70,6 +82,9 @@ args:
 {{- else if eq $program "sglang" }}
 - {name: registration, port: 8997}
 {{- end }}
+{{- end }}
+{{- if eq (include "vitrine.hasMetricsPort" .) "true" }}
+- {name: metrics, port: 9090}
 {{- end }}
 {{- end -}}
 

@@ -68,6 +68,9 @@ settings:
   {{- with $root.Values.otlpEndpoint }}
   otlp_endpoint: {{ . | quote }}
   {{- end }}
+  {{- if and (eq $key "llm") $root.Values.accessKeys.secretName }}
+  api_keys_file: /etc/vitrine/keys/keys.yaml
+  {{- end }}
   {{- with $pool.config }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
@@ -142,6 +145,9 @@ spec:
       volumeMounts:
         {{- include "vitrine.commonVolumeMounts" $root | nindent 8 }}
         - {name: shm, mountPath: /dev/shm}
+        {{- if $values.accessKeys.secretName }}
+        - {name: keys, mountPath: /etc/vitrine/keys, readOnly: true}
+        {{- end }}
   volumes:
     {{- include "vitrine.commonVolumes" $root | nindent 4 }}
     # Ray's object store and the encoders' pools; Kubernetes gives 64 MiB.
@@ -149,4 +155,8 @@ spec:
       emptyDir:
         medium: Memory
         sizeLimit: {{ $values.ray.sharedMemorySize }}
+    {{- if $values.accessKeys.secretName }}
+    - name: keys
+      {{- include "vitrine.keysVolume" $root | nindent 6 }}
+    {{- end }}
 {{- end -}}
