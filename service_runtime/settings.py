@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, SettingsConfigDict
 
 from vitrine_vlm import __version__
@@ -69,6 +69,12 @@ class ServiceSettings(BaseSettings):
     otlp_endpoint: str = Field(
         "", description="collector for traces, http(s)://host:port (OTLP over gRPC); empty: none"
     )
+
+    @model_validator(mode="after")
+    def _check_metrics_port(self) -> Self:
+        if self.metrics_host is not None and not self.metrics_port:
+            raise ValueError(f"--metrics-host {self.metrics_host} needs --metrics-port")
+        return self
 
     @classmethod
     def from_command_line(cls, arguments: Sequence[str]) -> Self:

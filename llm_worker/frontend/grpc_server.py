@@ -106,7 +106,7 @@ class LlmServer(ServiceServer):
         """
         Args:
             others: names of further services of this port, whose handlers the caller adds.
-            access: who may call it; by default everyone.
+            access: who may call it; by default all.
         """
         super().__init__(SERVICE, *others, interceptors=[GrpcAccess(access or Access())])
         llm_pb2_grpc.add_LlmServicer_to_server(servicer, self.grpc)

@@ -38,7 +38,7 @@ class OpenAiHttp:
         readiness: whether requests can be served, and why not.
         origins: whose pages may call the port from a browser.
         allow_cache_reset: whether clients may empty the prefix cache.
-        access: who may call it; by default everyone.
+        access: who may call it; by default all.
         serves_metrics: whether /metrics is on this port.
     """
 

@@ -52,6 +52,7 @@ def test_unknown_flags_are_refused(flags: list[str], capsys: pytest.CaptureFixtu
         ["--pool-bytes", "1000"],
         ["--lease-ttl-s", "0"],
         ["--api-key", "short"],
+        ["--metrics-host", "127.0.0.1"],
         ["--tenant-header", "two words"],
         ["--role", "prefill", "--api-key", "a-key-of-some-length"],
         ["--role", "prefill", "--api-keys-file", "keys.yaml"],
