@@ -10,6 +10,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from tests.encoder_service.test_command_line import free_port
 from tests.integration.fleet import ServiceProcess
 from tests.service_runtime.authority import Files, authority
 from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
@@ -29,6 +30,8 @@ def encoder(qwen3_vl_folder: Path, tmp_path: Path, files: Files) -> Iterator[Ser
         str(qwen3_vl_folder),
         "--port",
         "0",
+        "--metrics-port",
+        str(free_port()),
         "--shm-folder",
         str(tmp_path),
         *tls(files),
@@ -46,6 +49,7 @@ async def test_a_question_goes_through_mutual_tls_all_the_way(
     qwen3_vl_folder: Path, tmp_path: Path, files: Files, encoder: ServiceProcess
 ) -> None:
     address = (await asyncio.to_thread(encoder.wait_serving))["grpc"]
+    metrics = f"https://{encoder.addresses['metrics']}/metrics"
     flags = ["--encoder-ca-file", str(files.ca), "--encoder-cert-file", str(files.cert)]
     worker = ServiceProcess(
         "vitrine_vlm.llm_worker",
@@ -57,12 +61,15 @@ async def test_a_question_goes_through_mutual_tls_all_the_way(
         context = ssl.create_default_context(cafile=files.ca)
         url = f"https://{addresses['http']}/ready"
         async with aiohttp.ClientSession() as session:
-            with pytest.raises(aiohttp.ClientError):
-                await session.get(url, ssl=context)
+            for needs_certificate in (url, metrics, metrics.replace("https", "http")):
+                with pytest.raises(aiohttp.ClientError):
+                    await session.get(needs_certificate, ssl=context)
             context.load_cert_chain(files.cert, files.key)
             async with session.get(url, ssl=context) as response:
                 assert response.status == 200
                 (shown,) = (await response.json())["encoders"]
+            async with session.get(metrics, ssl=context) as response:
+                assert "vitrine_encoder_requests" in await response.text()
         assert (shown["ready"], shown["transport"]) == (True, "shm")
     finally:
         assert worker.stop() == 0
