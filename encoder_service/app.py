@@ -143,7 +143,8 @@ async def serve(config: EncoderConfig) -> None:
     limits = config.media_limits()
     metrics, calls = EncoderMetrics(), RunningCalls()
     servicer = EncoderServicer(metrics, calls)
-    server = EncoderServer(servicer)
+    peer_rules = config.peer_rules(config.tls_client_ca_file is not None)
+    server = EncoderServer(servicer, peer_rules)
     unavailable = lambda message: EncoderUnavailable(f"the encoder {message}")  # noqa: E731
     lifecycle = Lifecycle(server, calls, unavailable, config.drain_timeout_s)
     supervisor = lifecycle.supervisor
@@ -169,7 +170,7 @@ async def serve(config: EncoderConfig) -> None:
 
         shm_folder = Path(config.shm_folder) if config.shm_folder else None
         pools = export_pools(model.device, config.cuda_ipc_pool_bytes, shm_folder, config.pool_bytes)
-        exporter = RowExporter(pools, lease_ttl_s=config.lease_ttl_s)
+        exporter = RowExporter(pools, lease_ttl_s=config.lease_ttl_s, rules=peer_rules)
         stack.push_async_callback(exporter.close)
         exporter.start(supervisor)
         admission = Admission(model.cost, max_patches=config.max_queued_patches, max_s=config.max_queued_s)

@@ -8,13 +8,14 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
+from vitrine_vlm.embedding_transport.shipping.settings import PeerSettings
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
 from vitrine_vlm.service_runtime.settings import ServiceSettings
 
 MIB = 1024 * 1024
 
 
-class EncoderConfig(ServiceSettings):
+class EncoderConfig(ServiceSettings, PeerSettings):
     """Vitrine's encoder: images and videos in, embedding rows out, over gRPC."""
 
     service_name = "vitrine-encoder"

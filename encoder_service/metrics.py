@@ -193,6 +193,11 @@ class _ExporterCollector(Collector):
         yield CounterMetricFamily(
             "vitrine_encoder_oversize_items", "Items sent as bytes, larger than the whole pool.", stats.oversize_items
         )
+        yield CounterMetricFamily(
+            "vitrine_encoder_crowded_items",
+            "Items sent as bytes, as other peers' leases left no room.",
+            stats.crowded_items,
+        )
         shipped = CounterMetricFamily(
             "vitrine_encoder_shipped_bytes", "Bytes of rows by transport.", labels=["transport"]
         )

@@ -18,6 +18,7 @@ from vitrine_vlm.embedding_transport.pools.row_source import TensorSource
 from vitrine_vlm.embedding_transport.shipping.async_pool_write import AsyncPoolWrite
 from vitrine_vlm.embedding_transport.shipping.encoder_rpc import SERVICE, encoder_handlers
 from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter
+from vitrine_vlm.embedding_transport.shipping.peer_rules import PeerRules
 from vitrine_vlm.embedding_transport.shipping.session_rpc import ReleaseContext, SessionServicer
 from vitrine_vlm.embedding_transport.wire.grpc_status import abort, send
 from vitrine_vlm.embedding_transport.wire.messages import layout_to_proto
@@ -29,6 +30,7 @@ from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from vitrine_vlm.service_runtime.cancellation import is_own_cancellation
 from vitrine_vlm.service_runtime.grpc_server import ServiceServer
 from vitrine_vlm.service_runtime.logs import harmless, set_request_id
+from vitrine_vlm.service_runtime.peers import peer_of
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 from vitrine_vlm.service_runtime.traces import metadata_carrier, serving_span
 from vitrine_vlm.types import ItemTimings, Layout
@@ -123,7 +125,7 @@ class EncoderServicer(SessionServicer, encoder_pb2_grpc.EncoderServicer):  # typ
         deadline = math.inf if left_s is None else time.monotonic() + left_s
         with _Replies(context, state.exporter, request.session_id) as replies:
             if request.layout_only:
-                await state.service.layouts(items, replies, request.tenant)
+                await state.service.layouts(items, replies, request.tenant, peer_of(context).name)
             else:
                 await state.service.encode(items, replies, request.tenant, deadline)
 
@@ -211,6 +213,6 @@ class _Shipment:
 class EncoderServer(ServiceServer):
     """The encoder's listening port."""
 
-    def __init__(self, servicer: EncoderServicer) -> None:
+    def __init__(self, servicer: EncoderServicer, rules: PeerRules | None = None) -> None:
         super().__init__(SERVICE)
-        self.grpc.add_generic_rpc_handlers((encoder_handlers(servicer),))
+        self.grpc.add_generic_rpc_handlers((encoder_handlers(servicer, rules),))

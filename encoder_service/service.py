@@ -120,19 +120,21 @@ class EncodeService:
             items, replies, lambda index, item: self._encode_item(index, item, replies, tenant, deadline), "ok"
         )
 
-    async def layouts(self, items: Sequence[MediaItem], replies: Replies, tenant: str = "") -> None:
+    async def layouts(self, items: Sequence[MediaItem], replies: Replies, tenant: str = "", peer: str = "") -> None:
         """Answers for each item: its layout with a new ticket, or its failure; an item with a ticket gets no other.
 
         No work is admitted: the budget of media bytes is all that tickets cost. Cancelling releases all of them.
+
+        Args:
+            peer: the name of the peer whose tickets they are.
 
         Raises:
             BadRequest, TooManyItems: see `check_number`.
         """
         issued: list[bytes] = []
+        send = lambda index, item: self._send_layout(index, item, replies, tenant, peer, issued)  # noqa: E731
         try:
-            await self._answer(
-                items, replies, lambda index, item: self._send_layout(index, item, replies, tenant, issued), "layout"
-            )
+            await self._answer(items, replies, send, "layout")
         except asyncio.CancelledError:  # the peer has gone, and uses none of them
             self._tickets.release(issued)
             raise
@@ -205,13 +207,13 @@ class EncodeService:
         return OpenedItem(opened, layout, reserved, timings)
 
     async def _send_layout(
-        self, index: int, item: MediaItem, replies: Replies, tenant: str, issued: list[bytes]
+        self, index: int, item: MediaItem, replies: Replies, tenant: str, peer: str, issued: list[bytes]
     ) -> None:
         opened = await self._open_item(index, item, tenant)
         with opened.reserved:
             layout = opened.layout
             if item.ticket is None:
-                ticket = self._tickets.issue(opened, tenant)
+                ticket = self._tickets.issue(opened, tenant, peer)
                 issued.append(ticket.value)
                 layout = replace(layout, ticket=ticket)
             await replies.layout(index, layout)

@@ -3,7 +3,8 @@
     issue -> any number of claims -> release, or the end of its time to live
 
 A ticket is known by 16 random bytes, which only its tenant can claim. What it holds counts against the budget of media
-bytes until the ticket and all claims in flight have ended.
+bytes until the ticket and all claims in flight have ended. The tickets of one peer, and those of one tenant, hold a
+share of that budget at most (`fair_share.py`), so that a part of it is left for others.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import asyncio
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
+from vitrine_vlm.embedding_transport.pools.fair_share import is_within_share
 from vitrine_vlm.encoder_service.media.byte_budget import ReservedBytes
 from vitrine_vlm.encoder_service.preprocess.preprocessor import OpenedMedia
-from vitrine_vlm.errors import TicketExpired
+from vitrine_vlm.errors import Overloaded, TicketExpired
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.types import ItemTimings, Layout, Ticket
 
@@ -45,6 +48,7 @@ class OpenedItem:
 @dataclass(frozen=True)
 class _Issued:
     item: OpenedItem
+    peer: str
     tenant: str
     expires_at: float
 
@@ -66,6 +70,8 @@ class TicketTable:
         self.ttl_s = ttl_s
         self.nbytes = 0
         self._clock = clock
+        self._held_by_peer: Counter[str] = Counter()
+        self._held_by_tenant: Counter[str] = Counter()
         # In the order of their issue, which is that of their expiry.
         self._issued: dict[bytes, _Issued] = {}
         self._expiry: asyncio.Task[None] | None = None
@@ -83,12 +89,22 @@ class TicketTable:
         if self._expiry is not None:
             await self._supervisor.stop(self._expiry)
 
-    def issue(self, item: OpenedItem, tenant: str) -> Ticket:
-        """A new ticket for an item, which keeps the item's bytes reserved, too."""
+    def issue(self, item: OpenedItem, tenant: str, peer: str = "") -> Ticket:
+        """A new ticket for an item, which keeps the item's bytes reserved, too.
+
+        Args:
+            peer: the name of the peer that asks for it.
+
+        Raises:
+            Overloaded: the tickets of this peer or tenant hold their share already.
+        """
+        self._check_share(item.reserved, f"peer {peer!r}", self._held_by_peer[peer])
+        self._check_share(item.reserved, f"tenant {tenant!r}", self._held_by_tenant[tenant])
         item.reserved.share()
-        self.nbytes += item.reserved.nbytes
+        self._count(peer, tenant, item.reserved.nbytes)
         ticket = Ticket(self.encoder_id, secrets.token_bytes(_TICKET_NBYTES))
-        self._issued[ticket.value] = _Issued(replace(item, timings=ItemTimings()), tenant, self._clock() + self.ttl_s)
+        expires_at = self._clock() + self.ttl_s
+        self._issued[ticket.value] = _Issued(replace(item, timings=ItemTimings()), peer, tenant, expires_at)
         return ticket
 
     def claim(self, ticket: bytes, tenant: str) -> OpenedItem:
@@ -111,7 +127,7 @@ class TicketTable:
         for ticket in tickets:
             issued = self._issued.pop(ticket, None)
             if issued is not None:
-                self.nbytes -= issued.item.reserved.nbytes
+                self._count(issued.peer, issued.tenant, -issued.item.reserved.nbytes)
                 issued.item.reserved.release()
 
     def expire(self) -> int:
@@ -123,6 +139,21 @@ class TicketTable:
             over.append(ticket)
         self.release(over)
         return len(over)
+
+    def _check_share(self, reserved: ReservedBytes, holder: str, held_nbytes: int) -> None:
+        # The item's own bytes are reserved already.
+        if not is_within_share(held_nbytes, reserved.nbytes, reserved.left_nbytes + reserved.nbytes):
+            raise Overloaded(
+                f"tickets of {holder} hold {held_nbytes} bytes of media, and {reserved.left_nbytes} are left for all: "
+                "release them sooner, add encoders or raise --max-held-media-bytes"
+            )
+
+    def _count(self, peer: str, tenant: str, nbytes: int) -> None:
+        self.nbytes += nbytes
+        for held, name in ((self._held_by_peer, peer), (self._held_by_tenant, tenant)):
+            held[name] += nbytes
+            if not held[name]:
+                del held[name]
 
     async def _expire_tickets(self) -> None:
         while True:

@@ -97,9 +97,10 @@ async def serve(config: LlmConfig) -> None:
     requests = RequestTracker(metrics, calls)
     servicer = LlmServicer(requests)
     prefill = PrefillServicer(requests) if config.role == "prefill" else None
+    peer_rules = config.peer_rules(config.tls_client_ca_file is not None)
     server = LlmServer(servicer, *([PREFILL_SERVICE] if prefill else []), access=access)
     if prefill:
-        server.grpc.add_generic_rpc_handlers((prefill_handlers(prefill),))
+        server.grpc.add_generic_rpc_handlers((prefill_handlers(prefill, peer_rules),))
     unavailable = lambda message: WorkerUnavailable(f"the worker {message}")  # noqa: E731
     lifecycle = Lifecycle(server, calls, unavailable, config.drain_timeout_s)
     supervisor = lifecycle.supervisor
@@ -169,7 +170,7 @@ async def serve(config: LlmConfig) -> None:
         if prefill:
             shm_folder = Path(config.shm_folder) if config.shm_folder else None
             pools = export_pools(decoder.device, config.cuda_ipc_pool_bytes, shm_folder, config.pool_bytes)
-            exporter = RowExporter(pools, lease_ttl_s=config.lease_ttl_s)
+            exporter = RowExporter(pools, lease_ttl_s=config.lease_ttl_s, rules=peer_rules)
             stack.push_async_callback(exporter.close)
             exporter.start(supervisor)
             metrics.watch_exporter(exporter.stats)

@@ -9,6 +9,7 @@ from pydantic_settings import SettingsConfigDict
 
 from vitrine_vlm.embedding_transport.clients.settings import EncoderSettings
 from vitrine_vlm.embedding_transport.fleet.discovery import Source, parse_sources
+from vitrine_vlm.embedding_transport.shipping.settings import PeerSettings
 from vitrine_vlm.llm_worker.engine.config import EngineConfig
 from vitrine_vlm.service_runtime.access_settings import AccessSettings
 from vitrine_vlm.service_runtime.settings import ServiceSettings
@@ -17,7 +18,7 @@ MIB = 1024 * 1024
 _BLOCK_SIZE = 16
 
 
-class LlmConfig(ServiceSettings, AccessSettings, EncoderSettings):
+class LlmConfig(ServiceSettings, AccessSettings, EncoderSettings, PeerSettings):
     """Vitrine's LLM worker: generates tokens from prompts and media embeddings, over OpenAI HTTP and gRPC."""
 
     service_name = "vitrine-llm"

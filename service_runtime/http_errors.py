@@ -36,6 +36,7 @@ STATUS_BY_CODE: dict[str, int] = {
     "worker_unavailable": 503,
     "prefill_unavailable": 503,
     "prefill_mismatch": 503,
+    "peer_not_allowed": 503,
     "transport_unavailable": 503,
     "lease_expired": 503,
     "ticket_expired": 503,

@@ -24,6 +24,7 @@ VitrineError
 ├── WorkerUnavailable         worker_unavailable
 ├── PrefillUnavailable        prefill_unavailable
 │   └── PrefillMismatch       prefill_mismatch
+├── PeerNotAllowed            peer_not_allowed
 ├── TransportUnavailable      transport_unavailable
 ├── LeaseExpired              lease_expired
 ├── TicketExpired             ticket_expired
@@ -153,6 +154,10 @@ class PrefillUnavailable(VitrineError):
 
 class PrefillMismatch(PrefillUnavailable):
     code = "prefill_mismatch"
+
+
+class PeerNotAllowed(VitrineError):
+    code = "peer_not_allowed"
 
 
 class TransportUnavailable(VitrineError):

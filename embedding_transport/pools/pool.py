@@ -95,8 +95,12 @@ class ExportPool(ABC):
         self._lock = threading.Lock()
 
     @property
+    def free_nbytes(self) -> int:
+        return self._free_list.free_nbytes
+
+    @property
     def used_nbytes(self) -> int:
-        return self.nbytes - self._free_list.free_nbytes
+        return self.nbytes - self.free_nbytes
 
     def could_hold(self, nbytes: int) -> bool:
         """Whether a block of that many bytes fits the empty pool."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import grpc
 
+from vitrine_vlm.embedding_transport.shipping.peer_rules import PeerRules, for_allowed_peers
 from vitrine_vlm.embedding_transport.shipping.session_rpc import session_handlers
 from vitrine_vlm.embedding_transport.wire.chunk_codec import serialize_response
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
@@ -13,10 +14,15 @@ from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 SERVICE = encoder_pb2.DESCRIPTOR.services_by_name["Encoder"].full_name
 
 
-def encoder_handlers(servicer: encoder_pb2_grpc.EncoderServicer) -> grpc.GenericRpcHandler:
+def encoder_handlers(
+    servicer: encoder_pb2_grpc.EncoderServicer, rules: PeerRules | None = None
+) -> grpc.GenericRpcHandler:
     """Returns handlers of all methods, for `server.add_generic_rpc_handlers`.
 
     `servicer.Encode` yields EncodeResponse messages or chunks that `encode_chunk` serialized.
+
+    Args:
+        rules: the servicer's methods, coroutines that write, are called for allowed peers only.
     """
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         "Describe": grpc.unary_unary_rpc_method_handler(
@@ -34,4 +40,6 @@ def encoder_handlers(servicer: encoder_pb2_grpc.EncoderServicer) -> grpc.Generic
             encoder_pb2.GetStatsResponse.SerializeToString,
         ),
     }
+    if rules is not None:
+        handlers = for_allowed_peers(handlers, rules)
     return grpc.method_handlers_generic_handler(SERVICE, handlers)

@@ -19,15 +19,18 @@ from vitrine_vlm.embedding_transport.pools.pool import ExportPool
 from vitrine_vlm.embedding_transport.pools.row_source import RowSource
 from vitrine_vlm.embedding_transport.pools.shm_pool import ShmPool
 from vitrine_vlm.embedding_transport.shipping.async_pool_write import AsyncPoolWrite
+from vitrine_vlm.embedding_transport.shipping.peer_rules import PeerRules
 from vitrine_vlm.embedding_transport.shipping.sessions import Session, Sessions
 from vitrine_vlm.embedding_transport.wire.chunk_codec import encode_chunk
 from vitrine_vlm.embedding_transport.wire.messages import timings_to_proto
 from vitrine_vlm.errors import EncoderUnavailable, TransportUnavailable
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
+from vitrine_vlm.service_runtime.peers import Peer
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.types import ItemTimings
 
 CHUNK_NBYTES = 1024 * 1024
+_ALL_ALLOWED = PeerRules()
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class ExporterStats:
     leases: counts since the start; live_leases: the leases that peers hold now.
     pool_nbytes, pool_used_nbytes, shipped_nbytes: by transport.
     oversize_items: items sent as bytes to a peer with a pool, because they were larger than the whole pool.
+    crowded_items: likewise, because the leases of other peers left no room.
     """
 
     leases: LeaseCounts
@@ -46,6 +50,7 @@ class ExporterStats:
     pool_used_nbytes: dict[str, int]
     shipped_nbytes: dict[str, int]
     oversize_items: int
+    crowded_items: int
 
 
 def export_pools(
@@ -77,6 +82,7 @@ class RowExporter:
         pools: the pools to offer, best first; without any, rows are sent as bytes ("grpc").
         lease_ttl_s: seconds after which a lease expires if its peer does not release it.
         chunk_nbytes: bytes of rows in one message of the "grpc" transport.
+        rules: what peers may do.
         clock: returns monotonic seconds.
     """
 
@@ -86,13 +92,14 @@ class RowExporter:
         *,
         lease_ttl_s: float,
         chunk_nbytes: int = CHUNK_NBYTES,
+        rules: PeerRules = _ALL_ALLOWED,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._chunk_nbytes = chunk_nbytes
         self._pools = list(pools)
         self._leases = LeaseManager(self._pools, lease_ttl_s, clock)
-        self._sessions = Sessions(self._pools, lease_ttl_s, self._leases.release_session)
-        self._num_oversize_items = 0
+        self._sessions = Sessions(self._pools, lease_ttl_s, rules, self._session_begun, self._session_ended)
+        self._num_oversize_items = self._num_crowded_items = 0
         self.transports = self._sessions.transports
         self._shipped_nbytes = dict.fromkeys(self.transports, 0)
 
@@ -106,10 +113,10 @@ class RowExporter:
             pool.close()
 
     def connect(
-        self, requests: AsyncIterator[encoder_pb2.ConnectRequest]
+        self, requests: AsyncIterator[encoder_pb2.ConnectRequest], peer: Peer
     ) -> AsyncIterator[encoder_pb2.ConnectResponse]:
         """Serves one Connect call, see `Sessions.connect`. The leases of the session are released when it ends."""
-        return self._sessions.connect(requests)
+        return self._sessions.connect(requests, peer)
 
     @contextlib.contextmanager
     def async_pool_write(self, session_id: str) -> Iterator[AsyncPoolWrite]:
@@ -120,7 +127,8 @@ class RowExporter:
         def allocate(rows_TW: torch.Tensor) -> PoolBlock | None:
             if pool is None or not pool.supports_device(rows_TW.device):
                 return None
-            return self._leases.try_allocate(pool, rows_TW.nbytes)
+            assert session is not None
+            return self._leases.try_allocate(pool, rows_TW.nbytes, session.holder)
 
         pool_write = AsyncPoolWrite(allocate, self._leases.release_block)
         try:
@@ -183,14 +191,27 @@ class RowExporter:
             pool_used_nbytes={pool.transport: pool.used_nbytes for pool in self._pools},
             shipped_nbytes=dict(self._shipped_nbytes),
             oversize_items=self._num_oversize_items,
+            crowded_items=self._num_crowded_items,
         )
+
+    def _session_begun(self, session: Session) -> None:
+        if session.pool is not None:
+            self._leases.open_session(session.pool, session.holder)
+
+    def _session_ended(self, session: Session) -> None:
+        self._leases.release_session(session.session_id)
+        if session.pool is not None:
+            self._leases.close_session(session.pool, session.holder)
 
     async def _write(self, session: Session, rows: RowSource) -> PoolBlock | None:
         """Writes the rows to a block of the session's pool; returns None if they must be sent as bytes."""
         pool = session.pool
         if pool is None or not self._fits(rows.nbytes, pool, session.accepts_bytes):
             return None
-        allocated = await self._leases.allocate(pool, rows.nbytes)
+        allocated = await self._leases.allocate(pool, rows.nbytes, session.holder, session.accepts_bytes)
+        if allocated is None:
+            self._num_crowded_items += 1
+            return None
         try:
             # In a thread: a copy of 64 MiB takes long enough to stall every other stream.
             await _uncancelled(asyncio.to_thread(pool.write, allocated.block, rows))

@@ -11,6 +11,7 @@ import grpc
 from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter
 from vitrine_vlm.embedding_transport.wire.grpc_status import abort, send
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
+from vitrine_vlm.service_runtime.peers import peer_of
 
 ConnectContext: TypeAlias = grpc.aio.ServicerContext[encoder_pb2.ConnectRequest, encoder_pb2.ConnectResponse]
 ReleaseContext: TypeAlias = grpc.aio.ServicerContext[encoder_pb2.ReleaseRequest, encoder_pb2.ReleaseResponse]
@@ -32,7 +33,7 @@ class SessionServicer(ABC):
 
     async def Connect(self, requests: AsyncIterator[encoder_pb2.ConnectRequest], context: ConnectContext) -> None:
         try:
-            async for response in self._exporter().connect(requests):
+            async for response in self._exporter().connect(requests, peer_of(context)):
                 await send(context, response)
         except Exception as error:
             await abort(context, error)

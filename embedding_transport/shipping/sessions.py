@@ -5,14 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from vitrine_vlm.embedding_transport.pools.fair_share import Holder
 from vitrine_vlm.embedding_transport.pools.pool import ExportPool
+from vitrine_vlm.embedding_transport.shipping.peer_rules import PeerRules
 from vitrine_vlm.embedding_transport.wire.messages import offer_to_proto
-from vitrine_vlm.errors import BadRequest, TransportUnavailable
+from vitrine_vlm.errors import BadRequest, Overloaded, TransportUnavailable
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
+from vitrine_vlm.service_runtime.peers import Peer
 from vitrine_vlm.types import PROTOCOL_VERSION
+
+# For each message of the negotiation, in which a peer maps a pool.
+_ANSWER_TIMEOUT_S = 30.0
+_RETRY_S = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -21,17 +30,23 @@ _log = logging.getLogger(__name__)
 class Session:
     """What a peer has negotiated.
 
-    pool: where its rows are written; None if they are sent as bytes.
+    peer: whose it is. pool: where its rows are written; None if they are sent as bytes.
     accepts_bytes: whether rows that do not fit the pool may be sent as bytes.
     """
 
     session_id: str
+    peer: Peer
     pool: ExportPool | None
     accepts_bytes: bool
 
     @property
     def transport(self) -> str:
         return self.pool.transport if self.pool is not None else "grpc"
+
+    @property
+    def holder(self) -> Holder:
+        """By which its blocks of the pool are counted."""
+        return Holder(self.peer.name, self.session_id)
 
 
 class Sessions:
@@ -40,15 +55,26 @@ class Sessions:
     Args:
         pools: the pools to offer, best first; without any, rows are sent as bytes ("grpc").
         lease_ttl_s: the lease time that peers are informed of, seconds.
-        on_end: called with the id of a session whose Connect stream has ended.
+        rules: which peers may map the pools, and how many sessions there may be.
+        on_begin, on_end: called with each session, and when its Connect stream has ended.
     """
 
-    def __init__(self, pools: Sequence[ExportPool], lease_ttl_s: float, on_end: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        pools: Sequence[ExportPool],
+        lease_ttl_s: float,
+        rules: PeerRules,
+        on_begin: Callable[[Session], None],
+        on_end: Callable[[Session], None],
+    ) -> None:
         self.transports: tuple[str, ...] = (*(pool.transport for pool in pools), "grpc")
         self._pools = pools
         self._lease_ttl_s = lease_ttl_s
-        self._on_end = on_end
+        self._rules = rules
+        self._on_begin, self._on_end = on_begin, on_end
         self._open: dict[str, Session] = {}
+        # Connect calls by peer, those included that have not negotiated yet.
+        self._num_calls: Counter[str] = Counter()
         self._draining = asyncio.Event()
 
     def __len__(self) -> int:
@@ -63,48 +89,80 @@ class Sessions:
         self._draining.set()
 
     async def connect(
-        self, requests: AsyncIterator[encoder_pb2.ConnectRequest]
+        self, requests: AsyncIterator[encoder_pb2.ConnectRequest], peer: Peer
     ) -> AsyncIterator[encoder_pb2.ConnectResponse]:
         """Serves one Connect call; the session ends with it.
 
         Raises:
             BadRequest: the peer does not follow the protocol.
+            Overloaded: there are as many sessions as are allowed, of this peer or in all.
             TransportUnavailable: no transport in common, or all probes failed and the peer does not accept bytes.
         """
-        hello = await anext(requests, None)
-        if hello is None or hello.WhichOneof("message") != "hello":
-            raise BadRequest("the first message of Connect must be hello")
-        if hello.hello.protocol_version != PROTOCOL_VERSION:
-            raise BadRequest(f"protocol version {hello.hello.protocol_version}: this service needs {PROTOCOL_VERSION}")
-        pool: ExportPool | None = None
-        for offered in self._pools:
-            if offered.transport in hello.hello.transports:
-                yield encoder_pb2.ConnectResponse(offer=offer_to_proto(offered))
-                answer = await anext(requests, None)
-                if answer is None or answer.WhichOneof("message") != "probe_result":
-                    raise BadRequest("the answer to an offer must be probe_result")
-                if secrets.compare_digest(answer.probe_result.nonce, offered.nonce):
-                    pool = offered
-                    break
-                reason = answer.probe_result.error or "wrong nonce"
-                _log.warning("%s does not reach a peer: %s", offered.transport, reason)
-        accepts_bytes = "grpc" in hello.hello.transports
-        if pool is None and not accepts_bytes:
-            raise TransportUnavailable(
-                f"none of {list(hello.hello.transports)} reaches this service, which offers {list(self.transports)}"
+        with self._counted(peer):
+            hello = await _next(requests)
+            if hello is None or hello.WhichOneof("message") != "hello":
+                raise BadRequest("the first message of Connect must be hello")
+            if hello.hello.protocol_version != PROTOCOL_VERSION:
+                version = hello.hello.protocol_version
+                raise BadRequest(f"protocol version {version}: this service needs {PROTOCOL_VERSION}")
+            pool: ExportPool | None = None
+            for offered in self._pools:
+                if offered.transport in hello.hello.transports and self._rules.may_map(peer):
+                    yield encoder_pb2.ConnectResponse(offer=offer_to_proto(offered))
+                    answer = await _next(requests)
+                    if answer is None or answer.WhichOneof("message") != "probe_result":
+                        raise BadRequest("the answer to an offer must be probe_result")
+                    if secrets.compare_digest(answer.probe_result.nonce, offered.nonce):
+                        pool = offered
+                        break
+                    reason = answer.probe_result.error or "wrong nonce"
+                    _log.warning("%s does not reach a peer: %s", offered.transport, reason)
+            accepts_bytes = "grpc" in hello.hello.transports
+            if pool is None and not accepts_bytes:
+                if not self._rules.may_map(peer):
+                    raise TransportUnavailable(
+                        f"{peer.name} may not map the pools here: name it in --shared-pool-peers, or accept grpc, too"
+                    )
+                raise TransportUnavailable(
+                    f"none of {list(hello.hello.transports)} reaches this service, which offers {list(self.transports)}"
+                )
+            session = Session(secrets.token_hex(16), peer, pool, accepts_bytes)
+            self._open[session.session_id] = session
+            self._on_begin(session)
+            try:
+                opened = encoder_pb2.Session(
+                    session_id=session.session_id, transport=session.transport, lease_ttl_s=self._lease_ttl_s
+                )
+                yield encoder_pb2.ConnectResponse(session=opened)
+                async for response in self._hold(requests):
+                    yield response
+            finally:
+                del self._open[session.session_id]
+                self._on_end(session)
+
+    @contextmanager
+    def _counted(self, peer: Peer) -> Iterator[None]:
+        """Counts a Connect call of this peer until its end.
+
+        Raises:
+            Overloaded: see `connect`.
+        """
+        rules, num_all, num_of_peer = self._rules, self._num_calls.total(), self._num_calls[peer.name]
+        if num_of_peer >= rules.max_sessions_per_peer:
+            raise Overloaded(
+                f"{num_of_peer} connections of {peer.name} are open, as many as are accepted of one peer: send all "
+                "requests over one, or raise --max-sessions-per-peer",
+                _RETRY_S,
             )
-        session = Session(secrets.token_hex(16), pool, accepts_bytes)
-        self._open[session.session_id] = session
+        if num_all >= rules.max_sessions:
+            raise Overloaded(f"{num_all} connections are open, as many as are accepted: raise --max-sessions", _RETRY_S)
+        self._num_calls[peer.name] += 1
         try:
-            opened = encoder_pb2.Session(
-                session_id=session.session_id, transport=session.transport, lease_ttl_s=self._lease_ttl_s
-            )
-            yield encoder_pb2.ConnectResponse(session=opened)
-            async for response in self._hold(requests):
-                yield response
+            yield
         finally:
-            del self._open[session.session_id]
-            self._on_end(session.session_id)
+            self._num_calls[peer.name] -= 1
+            if not self._num_calls[peer.name]:
+                del self._num_calls[peer.name]
 
     async def _hold(
         self, requests: AsyncIterator[encoder_pb2.ConnectRequest]
@@ -120,3 +178,16 @@ class Sessions:
         finally:
             peer_gone.cancel()
             draining.cancel()
+
+
+async def _next(requests: AsyncIterator[encoder_pb2.ConnectRequest]) -> encoder_pb2.ConnectRequest | None:
+    """Returns the peer's next message of the negotiation; None at its end.
+
+    Raises:
+        BadRequest: it did not come in time.
+    """
+    try:
+        async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+            return await anext(requests, None)
+    except TimeoutError:
+        raise BadRequest(f"no message came within {_ANSWER_TIMEOUT_S:g} s: negotiate right after Connect") from None

@@ -47,6 +47,7 @@ STATUS_BY_CODE: dict[str, grpc.StatusCode] = {
     "worker_unavailable": _Status.UNAVAILABLE,
     "prefill_unavailable": _Status.UNAVAILABLE,
     "prefill_mismatch": _Status.FAILED_PRECONDITION,
+    "peer_not_allowed": _Status.PERMISSION_DENIED,
     "transport_unavailable": _Status.FAILED_PRECONDITION,
     "lease_expired": _Status.ABORTED,
     "ticket_expired": _Status.ABORTED,

@@ -30,6 +30,10 @@ class ByteBudget:
         self._max_nbytes = max_nbytes
         self._held, self._setting = held, setting
 
+    @property
+    def left_nbytes(self) -> int:
+        return max(0, self._max_nbytes - self.reserved_nbytes)
+
     def item(self) -> ReservedBytes:
         """The bytes of one item: none yet, and one user."""
         return ReservedBytes(self)
@@ -67,6 +71,11 @@ class ReservedBytes:
         """
         self._budget.add(nbytes, to=self.nbytes)
         self.nbytes += nbytes
+
+    @property
+    def left_nbytes(self) -> int:
+        """Bytes that the budget has left for all items."""
+        return self._budget.left_nbytes
 
     def share(self) -> None:
         """Adds a user, who releases them, too."""

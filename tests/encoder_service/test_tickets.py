@@ -22,7 +22,7 @@ from vitrine_vlm.encoder_service.media.byte_budget import ByteBudget
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
 from vitrine_vlm.encoder_service.preprocess.preprocessor import Preprocessor
 from vitrine_vlm.encoder_service.tickets import OpenedItem, TicketTable
-from vitrine_vlm.errors import TicketExpired
+from vitrine_vlm.errors import Overloaded, TicketExpired
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.types import Layout, MediaItem
@@ -187,14 +187,47 @@ async def test_a_claim_in_flight_outlives_its_ticket(encoder: RunningEncoder) ->
 
 
 async def test_tickets_fill_the_budget_of_media_bytes(qwen3_vl_folder: Path, tmp_path: Path) -> None:
-    async with run_encoder(qwen3_vl_folder, tmp_path, max_held_media_bytes=2 * len(PICTURE)) as encoder:
+    async with run_encoder(qwen3_vl_folder, tmp_path, max_held_media_bytes=3 * len(PICTURE)) as encoder:
         tickets = await tickets_of(encoder, image(PICTURE), image(PICTURE))
-        for layout_only in (True, False):
-            responses = await encode(encoder, [item_to_proto(image(PICTURE))], layout_only=layout_only)
-            assert failures(responses)[0].code == "overloaded"
+        failed = failures(await encode(encoder, [item_to_proto(image(PICTURE))], layout_only=True))[0]
+        assert (failed.code, "peer '127.0.0.1' hold" in failed.message) == ("overloaded", True)
+        assert not failures(await encode(encoder, [item_to_proto(image(PICTURE))])), "a third of it is left"
+        assert failures(await encode(encoder, [item_to_proto(image(png(400, 300)))]))[0].code == "overloaded"
         assert not failures(await encode(encoder, [*map(claim, tickets)])), "claims need no further bytes"
         await stub(encoder).Release(encoder_pb2.ReleaseRequest(tickets=tickets[:1]))
         assert not failures(await encode(encoder, [item_to_proto(image(PICTURE))], layout_only=True))
+
+
+def test_one_tenant_leaves_room_for_the_tickets_of_others(tmp_path: Path) -> None:
+    """Also behind a gateway, which is one peer."""
+    budget, table = ByteBudget(30 * len(PICTURE)), TicketTable("encoder", 10.0)
+
+    def issue(tenant: str, peer: str) -> bytes:
+        item = opened_item(tmp_path, budget)
+        try:
+            return table.issue(item, tenant, peer).value
+        finally:
+            item.reserved.release()
+
+    def fill(tenant: str, peer: str) -> list[bytes]:
+        issued: list[bytes] = []
+        with pytest.raises(Overloaded, match="hold"):
+            while True:
+                issued.append(issue(tenant, peer))
+        return issued
+
+    first = fill("greedy", "gateway")
+    assert len(first) == 20, "two thirds"
+    assert budget.reserved_nbytes == table.nbytes == 20 * len(PICTURE), "what is refused is released"
+    with pytest.raises(Overloaded, match="peer 'gateway'"):
+        issue("modest", "gateway")
+    with pytest.raises(Overloaded, match="tenant 'greedy'"):
+        issue("greedy", "worker")
+    assert issue("modest", "worker")
+    table.release(first[:5])
+    assert issue("modest", "gateway"), "as soon as there is room in its share"
+    table.release([*table._issued])
+    assert not (budget.reserved_nbytes or table.nbytes or table._held_by_peer or table._held_by_tenant)
 
 
 async def test_layouts_are_sent_where_the_queue_is_full(qwen3_vl_folder: Path, tmp_path: Path) -> None:

@@ -66,11 +66,20 @@ def test_what_the_chart_sets_is_not_for_pools_to_set() -> None:
             for pool in (values_of(values).get(part, {}).get("defaults", {}), *_pools(values, part)):
                 own |= pool.get("config", {}).keys()
         for config in config_files(rendered(values)).values():
-            assert config.keys() - own <= reserved | {"cuda_ipc_pool_bytes", "limit_mm_per_prompt"}
+            changeable = {"cuda_ipc_pool_bytes", "limit_mm_per_prompt", "allowed_peers", "shared_pool_peers"}
+            assert config.keys() - own <= reserved | changeable
 
 
 def _pools(values: str, part: str) -> list[dict[str, Any]]:
     return [pool or {} for pool in values_of(values).get(part, {}).get("pools", {}).values()]
+
+
+def test_encoders_know_their_peers_by_name_where_these_have_certificates() -> None:
+    tls = {"secretName": "s", "allowedPeers": "*.workers", "sharedPoolPeers": "a.workers"}
+    for client_auth, expected in ((True, ("*.workers", "a.workers")), (False, ("", ""))):
+        manifests = render({"model": "m", "tls": {"encoders": {**tls, "clientAuth": client_auth}}})
+        config = read(config_files(manifests)["demo-vitrine-encoder-default"], "encoder").model_dump()
+        assert (config["allowed_peers"], config["shared_pool_peers"]) == expected
 
 
 def test_settings_of_a_pool_win_over_the_defaults() -> None:

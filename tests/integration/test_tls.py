@@ -34,6 +34,8 @@ def encoder(qwen3_vl_folder: Path, tmp_path: Path, files: Files) -> Iterator[Ser
         str(free_port()),
         "--shm-folder",
         str(tmp_path),
+        "--allowed-peers",
+        "localhost",
         *tls(files),
     )
     yield process

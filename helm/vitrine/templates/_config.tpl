@@ -56,6 +56,10 @@ served_model_name: {{ . | quote }}
 {{- if or (not $colocation.enabled) (eq $colocation.gpuSharing "none") -}}
 {{- $_ := set $config "cuda_ipc_pool_bytes" 0 -}}
 {{- end -}}
+{{- with $root.Values.tls.encoders }}{{ if .clientAuth -}}
+{{- $_ := set $config "allowed_peers" .allowedPeers -}}
+{{- $_ := set $config "shared_pool_peers" .sharedPoolPeers -}}
+{{- end }}{{ end -}}
 {{- if eq $root.Values.engine "sglang" -}}
 {{- include "vitrine.setSglang" (list $root $config) -}}
 {{- end -}}

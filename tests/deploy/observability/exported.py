@@ -62,7 +62,7 @@ def _encoder_metrics() -> EncoderMetrics:
     metrics.watch_tickets(lambda: 0, lambda: 0)
     metrics.watch_cache(lambda: CacheStats(nbytes={"gpu": 0, "host": 0}))
     metrics.watch_gpu(lambda: GpuStats(0, 0, 0, 0, 0))
-    metrics.watch_exporter(lambda: ExporterStats(LeaseCounts(), 0, 0, TRANSPORTS, TRANSPORTS, TRANSPORTS, 0))
+    metrics.watch_exporter(lambda: ExporterStats(LeaseCounts(), 0, 0, TRANSPORTS, TRANSPORTS, TRANSPORTS, 0, 0))
     return metrics
 
 

@@ -19,6 +19,7 @@ from vitrine_vlm.embedding_transport.wire.grpc_status import abort
 from vitrine_vlm.embedding_transport.wire.messages import describe
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from vitrine_vlm.service_runtime.grpc_channel import CHANNEL_OPTIONS
+from vitrine_vlm.service_runtime.peers import peer_of
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.types import DTYPES, ItemTimings, ModelIdentity
 
@@ -59,7 +60,7 @@ class StubServicer(encoder_pb2_grpc.EncoderServicer):
 
     async def Connect(self, request_iterator, context):  # type: ignore[no-untyped-def]
         try:
-            async for response in self.exporter.connect(request_iterator):
+            async for response in self.exporter.connect(request_iterator, peer_of(context)):
                 yield response
         except Exception as error:
             await abort(context, error)

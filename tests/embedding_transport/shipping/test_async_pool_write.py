@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from tests.embedding_transport.clients.encoder_stub import IDENTITY, running_stu
 from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
 from vitrine_vlm.embedding_transport.clients.encoder_peer import EncoderDescription
 from vitrine_vlm.embedding_transport.fleet.row_peer import Connection
+from vitrine_vlm.embedding_transport.pools.fair_share import Holder
 from vitrine_vlm.embedding_transport.pools.pool import ExportPool
 from vitrine_vlm.embedding_transport.pools.row_source import TensorSource
 from vitrine_vlm.embedding_transport.shipping.async_pool_write import AsyncPoolWrite
@@ -98,8 +100,18 @@ async def test_without_room_or_session_rows_are_written_when_they_are_exported(t
 
 
 async def test_allocations_that_wait_for_room_come_before_async_writes(tmp_path: Path) -> None:
-    async with session(tmp_path) as (exporter, pool, connection), exporter._leases._locks[pool]:
+    async with session(tmp_path) as (exporter, pool, connection):
+        holder = Holder("another", "session")
+        held = exporter._leases.try_allocate(pool, pool.nbytes - 1024, holder)
+        assert held is not None
+        waiting = asyncio.create_task(exporter._leases.allocate(pool, 1024, holder))
+        await asyncio.sleep(0)
+        used_nbytes = pool.used_nbytes
         with exporter.async_pool_write(connection.session_id) as pool_write:
-            pool_write.enqueue(ROWS)
-            assert pool.used_nbytes == 0
+            pool_write.enqueue(ROWS[:1])
+            assert pool.used_nbytes == used_nbytes
             pool_write.batch_ended()
+        exporter._leases.release_block(held)
+        allocated = await waiting
+        assert allocated is not None
+        exporter._leases.release_block(allocated)

@@ -18,6 +18,7 @@ import torch
 from tests.embedding_transport.clients.encoder_stub import IDENTITY, running_stub, synthetic_rows
 from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
 from vitrine_vlm.embedding_transport.pools import lease_manager
+from vitrine_vlm.embedding_transport.pools.fair_share import Holder
 from vitrine_vlm.embedding_transport.pools.row_source import TensorSource
 from vitrine_vlm.embedding_transport.pools.shm_pool import ShmPool
 from vitrine_vlm.embedding_transport.shipping import exporter as exporter_module
@@ -27,6 +28,7 @@ from vitrine_vlm.errors import BadRequest, EncoderUnavailable, Overloaded, Trans
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from vitrine_vlm.types import ItemTimings, MediaItem, RowsEvent
 
+HOLDER = Holder("peer", "session")
 PEER = """
 import asyncio, sys
 from pathlib import Path
@@ -163,12 +165,18 @@ async def test_an_allocation_that_waits_for_one_pool_does_not_block_another_pool
     (tmp_path / "other").mkdir()
     full, other = ShmPool(tmp_path, 4096), ShmPool(tmp_path / "other", 4096)
     manager = lease_manager.LeaseManager([full, other], lease_ttl_s=30, clock=time.monotonic)
-    held = await manager.allocate(full, 4000)
-    waiting = asyncio.create_task(manager.allocate(full, 100))
+
+    async def allocate(pool: ShmPool, nbytes: int) -> lease_manager.PoolBlock:
+        allocated = await manager.allocate(pool, nbytes, HOLDER)
+        assert allocated is not None
+        return allocated
+
+    held = await allocate(full, 4000)
+    waiting = asyncio.create_task(allocate(full, 100))
     await asyncio.sleep(0)
-    assert manager.try_allocate(full, 1) is None, "a waiting allocation comes first"
-    manager.release_block(await asyncio.wait_for(manager.allocate(other, 4000), 1))
-    assert manager.try_allocate(other, 4000) is not None
+    assert manager.try_allocate(full, 1, HOLDER) is None, "a waiting allocation comes first"
+    manager.release_block(await asyncio.wait_for(allocate(other, 4000), 1))
+    assert manager.try_allocate(other, 4000, HOLDER) is not None
     assert not waiting.done()
     manager.release_block(held)
     await asyncio.wait_for(waiting, 1)

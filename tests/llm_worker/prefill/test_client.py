@@ -35,6 +35,7 @@ from vitrine_vlm.llm_worker.prefill.wire import Prefilled, format_to_proto
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 from vitrine_vlm.protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
 from vitrine_vlm.service_runtime.grpc_channel import CHANNEL_OPTIONS
+from vitrine_vlm.service_runtime.peers import Peer
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.service_runtime.tenants import CacheScope
 from vitrine_vlm.types import ItemTimings, MediaItem, MediaOptions, RowsEvent
@@ -78,7 +79,7 @@ class MadeUp(prefill_pb2_grpc.PrefillServicer):
 
     async def Connect(self, requests, context):  # type: ignore[no-untyped-def, override]
         try:
-            async for response in self.exporter.connect(requests):
+            async for response in self.exporter.connect(requests, Peer("test")):
                 await context.write(response)
         except Exception as error:
             await abort(context, error)
