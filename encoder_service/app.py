@@ -91,6 +91,7 @@ def load_model(
     """
     _log.info("opening checkpoint %s", config.model)
     checkpoint = open_checkpoint(config.model, config.revision, config.served_model_name, config.load_format)
+    revision = checkpoint.start_hashing()  # while the weights are read
     family = family_of(checkpoint)
     settings = ProcessorSettings.from_checkpoint(checkpoint, family.processor)
     device = choose_device(config.device)
@@ -103,7 +104,7 @@ def load_model(
     fast = _accelerated(plain, family, config, must_stop, partial(report, "graphs")) if has_fast_form else None
     identity = ModelIdentity(
         model=checkpoint.model,
-        revision=checkpoint.revision,
+        revision=revision(),
         model_type=str(checkpoint.config["model_type"]),
         out_hidden_size=plain.out_hidden_size,
         deepstack_visual_indexes=plain.deepstack_visual_indexes,

@@ -85,6 +85,8 @@ def load_model(
     if not config.skip_tokenizer_init:
         tokenizer = PromptTokenizer(checkpoint, config.allow_special_tokens_in_text, config.trust_request_chat_template)
     group = group if group is not None else OneRank()
+    # While the weights are read. What rank 0 serves is compared with others, and its ranks read the same files.
+    revision = checkpoint.start_hashing() if group.rank == 0 else lambda: ""
     device = rank_device(config, group.rank)
     dtype_name = choose_dtype(config.dtype, device, stored_dtype(checkpoint))
     progress = ProgressLog("loading language weights", must_stop, partial(show, "weights"))
@@ -92,7 +94,7 @@ def load_model(
     vision = checkpoint.config["vision_config"]
     identity = ModelIdentity(
         model=checkpoint.model,
-        revision=checkpoint.revision,
+        revision=revision(),
         model_type=decoder.config.model_type,
         out_hidden_size=decoder.config.hidden_size,
         deepstack_visual_indexes=tuple(vision.get("deepstack_visual_indexes") or ()),

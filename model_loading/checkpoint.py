@@ -6,9 +6,12 @@ chooses its own tensors and does not read the other's.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +21,12 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
+from vitrine_vlm.model_loading.weight_hashes import ChangedFile, hash_files
+
 LoadFormat = Literal["auto", "dummy"]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_SAMPLE_NBYTES = 64 * 1024
-_SAMPLES_PER_FILE = 16
 _WEIGHTS = "*.safetensors"
 _OTHER_FILES = ("*.json", "*.txt", "*.jinja")
 
@@ -49,14 +52,45 @@ class Checkpoint:
     """A checkpoint on local disk.
 
     model: the hub id or folder name by which it was requested.
-    revision: the hub commit or a content fingerprint, with a prefix for dummy weights, which match no real ones.
+    commit: of the hub; empty for a folder.
     load_format: with "dummy" no weights are read, and none need exist.
     """
 
     folder: Path
     model: str
-    revision: str
+    commit: str
     load_format: LoadFormat = "auto"
+
+    @functools.cached_property
+    def revision(self) -> str:
+        """The hub commit, or of a folder a SHA-256 over its config and all bytes of its weights, wherever it lies.
+
+        Dummy weights, which match no real ones, are no part of it, and make a prefix. Blocks while files are hashed.
+
+        Raises:
+            CheckpointError: a file cannot be read, or is not what was downloaded from the hub.
+        """
+        paths = [] if self.load_format == "dummy" else sorted(self.folder.glob(_WEIGHTS))
+        try:
+            hashes = hash_files(paths)
+            content = self.commit or _fingerprint(self.folder, paths, hashes)
+        except (OSError, ChangedFile) as error:
+            raise CheckpointError(f"the weights of {self.model} cannot be identified: {error}") from error
+        return f"dummy-{content}" if self.load_format == "dummy" else content
+
+    def start_hashing(self) -> Callable[[], str]:
+        """Begins to hash on a thread of its own; returns a function that waits for `revision` and returns it."""
+        result: Future[str] = Future()
+
+        def run() -> None:
+            try:
+                result.set_result(self.revision)
+            except BaseException as error:
+                result.set_exception(error)
+
+        # A daemon, as a start that fails does not wait for it.
+        threading.Thread(target=run, name="hashing", daemon=True).start()
+        return result.result
 
     def json(self, name: str) -> dict[str, Any]:
         """Returns the content of a JSON file of the checkpoint; empty if the file is missing."""
@@ -155,7 +189,7 @@ def open_checkpoint(
     folder = Path(model)
     if (folder / "config.json").is_file():
         name = served_model_name or folder.resolve().name
-        return Checkpoint(folder, name, _revision(_fingerprint(folder, load_format), load_format), load_format)
+        return Checkpoint(folder, name, "", load_format)
     if folder.exists() or model.startswith((".", "/")):
         raise CheckpointError(f"{model} has no config.json: give a checkpoint folder or a hub id")
     try:
@@ -164,21 +198,12 @@ def open_checkpoint(
     except Exception as error:  # the hub client's errors have no common base
         raise CheckpointError(f"could not get {model!r} from the hub: {error}") from error
     # The hub cache lays snapshots out as .../snapshots/<commit>/.
-    return Checkpoint(snapshot, served_model_name or model, _revision(snapshot.name, load_format), load_format)
+    return Checkpoint(snapshot, served_model_name or model, snapshot.name, load_format)
 
 
-def _revision(content: str, load_format: LoadFormat) -> str:
-    return f"dummy-{content}" if load_format == "dummy" else content
-
-
-def _fingerprint(folder: Path, load_format: LoadFormat) -> str:
-    """Returns the SHA-256 of config.json and of each weights file's name, size and evenly spread samples."""
+def _fingerprint(folder: Path, paths: list[Path], hashes: list[str]) -> str:
+    """Returns the SHA-256 of config.json and of each weights file's name and hash."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in [] if load_format == "dummy" else sorted(folder.glob(_WEIGHTS)):
-        nbytes = path.stat().st_size
-        digest.update(f"{path.name}:{nbytes}".encode())
-        with path.open("rb") as file:
-            for sample in range(_SAMPLES_PER_FILE):
-                file.seek(max(0, nbytes - _SAMPLE_NBYTES) * sample // (_SAMPLES_PER_FILE - 1))
-                digest.update(file.read(_SAMPLE_NBYTES))
+    for path, file_hash in zip(paths, hashes, strict=True):
+        digest.update(f"{path.name}:{file_hash}\n".encode())
     return digest.hexdigest()

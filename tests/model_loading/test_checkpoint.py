@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
+from typing import Any, BinaryIO
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+from vitrine_vlm.model_loading import weight_hashes
 from vitrine_vlm.model_loading.checkpoint import CheckpointError, open_checkpoint
+from vitrine_vlm.model_loading.weight_hashes import hash_files
 from vitrine_vlm.sample_models.random_checkpoint import save_random_checkpoint
 
 
@@ -74,6 +81,69 @@ def test_revision_tells_weights_apart_and_not_places(tmp_path: Path, qwen3_vl_fo
     assert (first.model, first.revision) == (same.model, same.revision)
     assert first.revision != different.revision
     assert open_checkpoint(str(copy), served_model_name="mine").model == "mine"
+
+
+def changed_byte(path: Path, position: int) -> None:
+    """Changes one byte in place, and not the file's size or its time of modification."""
+    times = path.stat()
+    with path.open("r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_a_revision_sees_every_byte_of_the_weights(tmp_path: Path, qwen3_vl_folder: Path) -> None:
+    folder = tmp_path / "changing"
+    shutil.copytree(qwen3_vl_folder, folder)
+    path = folder / "model.safetensors"
+    revisions = [open_checkpoint(str(folder)).revision]
+    for position in (0, 70_000, path.stat().st_size // 2 + 1, path.stat().st_size - 1):
+        changed_byte(path, position)
+        revisions.append(open_checkpoint(str(folder)).revision)
+    assert len(set(revisions)) == 5
+    changed_byte(path, path.stat().st_size - 1)
+    assert open_checkpoint(str(folder)).revision == revisions[-2]
+    assert open_checkpoint(str(folder)).start_hashing()() == revisions[-2]
+
+
+def test_files_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, cache, read = tmp_path / "a.safetensors", tmp_path / "cache", 0
+
+    def counted(file: BinaryIO, name: str) -> Any:
+        nonlocal read
+        read += 1
+        return hashlib.new(name, file.read())
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    monkeypatch.setattr(weight_hashes, "LEAST_KEPT_NBYTES", 1)
+    path.write_bytes(b"weights")
+    expected = [hashlib.sha256(b"weights").hexdigest()]
+    assert hash_files([path], cache) == hash_files([path], cache) == expected and read == 1
+    (entry,) = cache.iterdir()
+    for damaged in (b"", b"[]", b"{", b'{"file": 1, "sha256": "00"}'):
+        entry.write_bytes(damaged)
+        assert hash_files([path], cache) == expected
+    assert read == 5
+    monkeypatch.setattr(tempfile, "mkstemp", Mock(side_effect=PermissionError))  # a cache that cannot be written
+    entry.unlink()
+    assert hash_files([path], cache) == hash_files([path], cache) == expected and read == 7
+
+
+def test_a_blob_of_the_hub_that_has_changed_is_refused(tmp_path: Path, qwen3_vl_folder: Path) -> None:
+    repository = tmp_path / "models--acme--eyes"
+    snapshot, blobs = repository / "snapshots" / ("0" * 40), repository / "blobs"
+    shutil.copytree(qwen3_vl_folder, snapshot)
+    blobs.mkdir()
+    weights = snapshot / "model.safetensors"
+    blob = blobs / hashlib.sha256(weights.read_bytes()).hexdigest()
+    weights.rename(blob)
+    weights.symlink_to(blob)
+    assert open_checkpoint(str(snapshot)).revision == open_checkpoint(str(qwen3_vl_folder)).revision
+    changed_byte(blob, blob.stat().st_size // 2)
+    with pytest.raises(CheckpointError, match="download it again"):
+        open_checkpoint(str(snapshot)).start_hashing()()
 
 
 def test_dummies_need_no_weights_and_fit_no_real_ones(tmp_path: Path, qwen3_vl_folder: Path) -> None:

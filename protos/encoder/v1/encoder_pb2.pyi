@@ -81,7 +81,7 @@ class DescribeResponse(_message.Message):
     model: _builtins.str
     """Served model name: hub id or folder name, e.g. "Qwen/Qwen3-VL-8B-Instruct"."""
     revision: _builtins.str
-    """Hub commit, or for a local folder a SHA-256 over its config and weights' headers and samples (hex)."""
+    """Hub commit, or for a local folder a SHA-256 over its config and weights (hex)."""
     model_type: _builtins.str
     """`model_type` of the checkpoint's config.json: "qwen3_vl", "qwen3_vl_moe" or "qwen2_5_vl"."""
     out_hidden_size: _builtins.int

@@ -56,7 +56,7 @@ class KvFormat(_message.Message):
     """Version of this protocol."""
     model: _builtins.str
     revision: _builtins.str
-    """Hub commit, or for a local folder a SHA-256 over its config and weights' headers and samples (hex)."""
+    """Hub commit, or for a local folder a SHA-256 over its config and weights (hex)."""
     model_type: _builtins.str
     dtype: _builtins.str
     """Element type of the rows: "float32" or "bfloat16"."""
