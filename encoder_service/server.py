@@ -19,7 +19,7 @@ from vitrine_vlm.embedding_transport.shipping.async_pool_write import AsyncPoolW
 from vitrine_vlm.embedding_transport.shipping.encoder_rpc import SERVICE, encoder_handlers
 from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter
 from vitrine_vlm.embedding_transport.shipping.peer_rules import PeerRules
-from vitrine_vlm.embedding_transport.shipping.session_rpc import ReleaseContext, SessionServicer
+from vitrine_vlm.embedding_transport.shipping.session_rpc import ReleaseContext, SessionServicer, check_release
 from vitrine_vlm.embedding_transport.wire.grpc_status import abort, send
 from vitrine_vlm.embedding_transport.wire.messages import layout_to_proto
 from vitrine_vlm.encoder_service.codec import failed_to_proto, item_from_proto
@@ -102,6 +102,7 @@ class EncoderServicer(SessionServicer, encoder_pb2_grpc.EncoderServicer):  # typ
         self, request: encoder_pb2.ReleaseRequest, context: ReleaseContext
     ) -> encoder_pb2.ReleaseResponse:
         try:
+            check_release(request)
             self._loaded().service.release_tickets(request.tickets)
         except VitrineError as error:
             await abort(context, error)

@@ -186,14 +186,19 @@ def _subclasses(base: type[VitrineError]) -> list[type[VitrineError]]:
     return [base, *(leaf for child in base.__subclasses__() for leaf in _subclasses(child))]
 
 
+_MAX_RETRY_AFTER_S = 3600.0
 _BY_CODE = {error.code: error for error in _subclasses(VitrineError)}
 
 
 def error_from_code(code: str, message: str, retry_after_s: float = 0.0) -> VitrineError:
-    """Returns the error with this code; an unknown code becomes InternalError and is kept in the message."""
+    """Returns the error with this code; an unknown code becomes InternalError and is kept in the message.
+
+    Args:
+        retry_after_s: of errors that say when to try again; what is no time of at most an hour counts as unknown.
+    """
     error = _BY_CODE.get(code)
     if error is not None and issubclass(error, Overloaded):
-        return error(message, retry_after_s)
+        return error(message, retry_after_s if 0 <= retry_after_s <= _MAX_RETRY_AFTER_S else 0.0)
     return error(message) if error else InternalError(f"{code}: {message}")
 
 

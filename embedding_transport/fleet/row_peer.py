@@ -259,7 +259,7 @@ class RowPeer(ABC, Generic[DescriptionT]):
             mapping = self._mapper.map(offer)
             is_shm = offer.WhichOneof("pool") == "shm"
             pool: encoder_pb2.ShmPool | encoder_pb2.CudaIpcPool = offer.shm if is_shm else offer.cuda_ipc
-            return mapping, encoder_pb2.ProbeResult(nonce=mapping.read(pool.probe_offset, pool.probe_nbytes))
+            return mapping, encoder_pb2.ProbeResult(nonce=mapping.read_probe(pool.probe_offset, pool.probe_nbytes))
         except Exception as error:  # CUDA raises many types; the next transport may work
             reason = str(error) if isinstance(error, TransportUnavailable) else repr(error)
             if len(self._transports) == 1:

@@ -160,14 +160,32 @@ class PoolMapping(ABC):
             raise TransportUnavailable(f"{nbytes} bytes at {offset} lie outside the pool of {self.nbytes}")
         return self._bytes(offset, nbytes)
 
+    def read_probe(self, offset: int, nbytes: int) -> bytes:
+        """Returns what an offer says to be the nonce.
+
+        Raises:
+            TransportUnavailable: it is no part of the probe page. Another part is not read for a peer: it may have
+                offered a pool that is not its own.
+        """
+        if not 1 <= nbytes <= PROBE_NBYTES or not 0 <= offset <= PAGE_NBYTES - nbytes:
+            raise TransportUnavailable(
+                f"a probe of {nbytes} bytes at {offset}: expected at most {PROBE_NBYTES}, in the page"
+            )
+        return self.read(offset, nbytes)
+
     def rows(self, offset: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
         """Returns a view of the rows at `offset`, [num_tokens, row_width].
 
         Raises:
-            TransportUnavailable: they do not lie inside the pool, or are not aligned.
+            TransportUnavailable: there are none, they do not lie inside the pool, or are not aligned.
         """
         nbytes = shape[0] * shape[1] * dtype.itemsize
-        if offset % _ALIGNMENT or offset < PAGE_NBYTES + HEADER_NBYTES or offset + nbytes > self.nbytes:
+        if (
+            min(shape) < 1
+            or offset % _ALIGNMENT
+            or offset < PAGE_NBYTES + HEADER_NBYTES
+            or offset + nbytes > self.nbytes
+        ):
             raise TransportUnavailable(f"rows of {nbytes} bytes at {offset} do not lie in the pool of {self.nbytes}")
         return self._view(offset, shape, dtype)
 

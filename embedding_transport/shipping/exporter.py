@@ -23,7 +23,7 @@ from vitrine_vlm.embedding_transport.shipping.peer_rules import PeerRules
 from vitrine_vlm.embedding_transport.shipping.sessions import Session, Sessions
 from vitrine_vlm.embedding_transport.wire.chunk_codec import encode_chunk
 from vitrine_vlm.embedding_transport.wire.messages import timings_to_proto
-from vitrine_vlm.errors import EncoderUnavailable, TransportUnavailable
+from vitrine_vlm.errors import EncoderUnavailable, InternalError, TransportUnavailable
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 from vitrine_vlm.service_runtime.peers import Peer
 from vitrine_vlm.service_runtime.supervisor import Supervisor
@@ -152,10 +152,13 @@ class RowExporter:
 
         Raises:
             EncoderUnavailable: the session is unknown (its Connect stream has ended).
+            InternalError: there are no rows, which neither a lease nor chunks can ship.
             Overloaded: the pool stayed full.
             TransportUnavailable: the rows are larger than the pool, and the peer does not accept bytes.
         """
         start = time.perf_counter()
+        if not rows.nbytes:
+            raise InternalError(f"item {item_index} has no rows")
         session = self._sessions.get(session_id)
         if session_id and session is None:
             raise EncoderUnavailable(f"session {session_id} is not open: connect again")

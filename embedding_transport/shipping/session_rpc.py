@@ -10,8 +10,11 @@ import grpc
 
 from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter
 from vitrine_vlm.embedding_transport.wire.grpc_status import abort, send
+from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 from vitrine_vlm.service_runtime.peers import peer_of
+
+_MAX_RELEASED = 100_000
 
 ConnectContext: TypeAlias = grpc.aio.ServicerContext[encoder_pb2.ConnectRequest, encoder_pb2.ConnectResponse]
 ReleaseContext: TypeAlias = grpc.aio.ServicerContext[encoder_pb2.ReleaseRequest, encoder_pb2.ReleaseResponse]
@@ -42,10 +45,21 @@ class SessionServicer(ABC):
         self, request: encoder_pb2.ReleaseRequest, context: ReleaseContext
     ) -> encoder_pb2.ReleaseResponse:
         try:
+            check_release(request)
             num_released, num_unknown = self._exporter().release(request.session_id, request.lease_ids)
         except Exception as error:
             await abort(context, error)
         return encoder_pb2.ReleaseResponse(num_released=num_released, num_unknown=num_unknown)
+
+
+def check_release(request: encoder_pb2.ReleaseRequest) -> None:
+    """
+    Raises:
+        BadRequest: more leases and tickets than a peer can have: to look for them would stop the event loop.
+    """
+    num_ids = len(request.lease_ids) + len(request.tickets)
+    if num_ids > _MAX_RELEASED:
+        raise BadRequest(f"{num_ids} leases and tickets to release: at most {_MAX_RELEASED} are taken at once")
 
 
 def session_handlers(servicer: Any) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:

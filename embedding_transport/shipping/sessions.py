@@ -22,6 +22,7 @@ from vitrine_vlm.types import PROTOCOL_VERSION
 # For each message of the negotiation, in which a peer maps a pool.
 _ANSWER_TIMEOUT_S = 30.0
 _RETRY_S = 5.0
+_MAX_TRANSPORTS = 16
 
 _log = logging.getLogger(__name__)
 
@@ -105,6 +106,8 @@ class Sessions:
             if hello.hello.protocol_version != PROTOCOL_VERSION:
                 version = hello.hello.protocol_version
                 raise BadRequest(f"protocol version {version}: this service needs {PROTOCOL_VERSION}")
+            if len(hello.hello.transports) > _MAX_TRANSPORTS:
+                raise BadRequest(f"{len(hello.hello.transports)} transports: at most {_MAX_TRANSPORTS} are looked at")
             pool: ExportPool | None = None
             for offered in self._pools:
                 if offered.transport in hello.hello.transports and self._rules.may_map(peer):
@@ -124,7 +127,8 @@ class Sessions:
                         f"{peer.name} may not map the pools here: name it in --shared-pool-peers, or accept grpc, too"
                     )
                 raise TransportUnavailable(
-                    f"none of {list(hello.hello.transports)} reaches this service, which offers {list(self.transports)}"
+                    f"none of {[name[:40] for name in hello.hello.transports]} reaches this service, which offers "
+                    f"{list(self.transports)}"
                 )
             session = Session(secrets.token_hex(16), peer, pool, accepts_bytes)
             self._open[session.session_id] = session

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 
 from vitrine_vlm.errors import Overloaded, VitrineError, as_vitrine_error, error_from_code
-from vitrine_vlm.service_runtime.grpc_requests import ERROR_CODE_KEY
+from vitrine_vlm.service_runtime.grpc_requests import ERROR_CODE_KEY as ERROR_CODE_KEY
 
 ResponseT = TypeVar("ResponseT")
 

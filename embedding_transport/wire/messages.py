@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -24,6 +25,10 @@ from vitrine_vlm.types import (
     ModelIdentity,
     Patches,
 )
+
+# Far above any real model.
+_MAX_ROW_WIDTH = 2**22
+_MAX_MS = 1e9
 
 _KIND_TO_PROTO: dict[MediaKind, encoder_pb2.MediaKind.ValueType] = {
     "image": encoder_pb2.MEDIA_KIND_IMAGE,
@@ -85,8 +90,11 @@ def describe_identity(description: encoder_pb2.DescribeResponse) -> ModelIdentit
     """Returns the identity in a description.
 
     Raises:
-        InternalError: the dtype is unknown.
+        InternalError: the dtype is unknown, or the rows have no width or an absurd one.
     """
+    num_parts = 1 + len(description.deepstack_visual_indexes)
+    if not 1 <= description.out_hidden_size * num_parts <= _MAX_ROW_WIDTH:
+        raise InternalError(f"the encoder's rows have {num_parts} times {description.out_hidden_size} elements")
     if description.dtype not in DTYPES:
         raise InternalError(f"the encoder's dtype is {description.dtype!r}; supported are {', '.join(DTYPES)}")
     return ModelIdentity(
@@ -118,7 +126,7 @@ def layout_from_proto(message: encoder_pb2.Layout, item: MediaItem, merge_size: 
     """Returns an item's layout.
 
     Raises:
-        InternalError: grid, number of tokens and timestamps do not agree.
+        InternalError: grid, number of tokens and timestamps do not agree, or a time is no time.
     """
     if len(message.grid_thw) != 3 or merge_size < 1:
         raise InternalError(f"layout with grid {list(message.grid_thw)} and merge_size {merge_size}")
@@ -128,6 +136,9 @@ def layout_from_proto(message: encoder_pb2.Layout, item: MediaItem, merge_size: 
         raise InternalError(f"layout of {message.num_tokens} tokens with grid {(t, h, w)} and merge_size {merge_size}")
     if item.kind == "video" and len(message.timestamps_s) != t:
         raise InternalError(f"layout of a video with {len(message.timestamps_s)} timestamps and grid {(t, h, w)}")
+    times_s = (*message.timestamps_s, message.second_per_grid_t)
+    if not all(math.isfinite(time_s) and time_s >= 0 for time_s in times_s):
+        raise InternalError("layout with times that are negative or not finite")
     return Layout(
         kind=item.kind,
         grid_thw=(t, h, w),
@@ -152,13 +163,18 @@ def layout_to_proto(item_index: int, layout: Layout) -> encoder_pb2.Layout:
 
 def timings_from_proto(message: encoder_pb2.ItemTimings, ship_ms: float) -> ItemTimings:
     return ItemTimings(
-        load_ms=message.load_ms,
-        preprocess_ms=message.preprocess_ms,
-        queue_ms=message.queue_ms,
-        forward_ms=message.forward_ms,
-        export_ms=message.export_ms,
+        load_ms=duration_ms(message.load_ms),
+        preprocess_ms=duration_ms(message.preprocess_ms),
+        queue_ms=duration_ms(message.queue_ms),
+        forward_ms=duration_ms(message.forward_ms),
+        export_ms=duration_ms(message.export_ms),
         ship_ms=ship_ms,
     )
+
+
+def duration_ms(value: float) -> float:
+    """Returns a peer's duration, or 0 for what is none: JSON has no NaN, and histograms would keep it for good."""
+    return value if 0 <= value <= _MAX_MS else 0.0
 
 
 def timings_to_proto(timings: ItemTimings) -> encoder_pb2.ItemTimings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from vitrine_vlm.embedding_transport.wire.messages import duration_ms
 from vitrine_vlm.llm_worker.engine.sampler import NextToken
 from vitrine_vlm.llm_worker.generation.events import FirstToken, GenerationRequest, Started
 from vitrine_vlm.llm_worker.prefill.kv_format import KvFormat
@@ -80,11 +81,11 @@ def prefilled_from_proto(message: prefill_pb2.Prefilled) -> Prefilled:
         num_prompt_tokens=message.num_prompt_tokens,
         first=NextToken(message.token_id, logprobs),
         media_timings=ItemTimings(
-            load_ms=timings.load_ms,
-            preprocess_ms=timings.preprocess_ms,
-            forward_ms=timings.encode_ms,
-            ship_ms=timings.ship_ms,
+            load_ms=duration_ms(timings.load_ms),
+            preprocess_ms=duration_ms(timings.preprocess_ms),
+            forward_ms=duration_ms(timings.encode_ms),
+            ship_ms=duration_ms(timings.ship_ms),
         ),
-        prefill_ms=timings.prefill_ms,
+        prefill_ms=duration_ms(timings.prefill_ms),
         num_cached_tokens=message.num_cached_tokens,
     )
