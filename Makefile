@@ -8,6 +8,7 @@
 #   SERVERS="vitrine vllm"         what compare starts: names or YAML files; COMPARE="--quick" more of its options
 #   PYTHON=python3.12              interpreter to make .venv with
 #   MINUTES=3                      how long soak loads the services; default: 30
+#   SECONDS=60  FUZZ="chunk url"   how long fuzz runs each of its targets, and which; default: 20 s, all of them
 #   VLLM=0.30.0                    version of vLLM for test-vllm; default: the newest one tested
 #   TORCH_INDEX_URL=url            pip index for torch alone, e.g. PyTorch's CPU wheels: without an NVIDIA GPU they
 #                                  save several GB, as the usual Linux wheel brings CUDA with it
@@ -18,6 +19,8 @@ GRPC_PORT ?= 50052
 VLLM ?= 0.32.0
 MINUTES ?= 30
 SERVERS ?= vitrine vllm
+SECONDS := 20
+FUZZ ?= $(shell sed -n 's/^        \([a-z_]*\),$$/\1/p' tests/fuzz/targets.py)
 VENV := .venv
 VLLM_VENV := $(VENV)/vllm-$(VLLM)
 CLIENTS := $(VENV)/clients
@@ -35,7 +38,7 @@ LAUNCH_ARGS = $(if $(MODEL),--model "$(MODEL)") $(if $(IMAGE),--image "$(IMAGE)"
 UNSAFE := '^[^\#]*((import|from) +(c?[Pp]ickle|dill|cloudpickle|shelve|marshal)\b|torch\.load\(|allow_pickle *= *True)'
 
 .DEFAULT_GOAL := help
-.PHONY: help run serve test test-vllm helm-test eval soak compare lint format protos protos-check helm clean
+.PHONY: help run serve test test-vllm helm-test eval soak compare fuzz sbom audit lint format protos protos-check helm clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -64,6 +67,19 @@ soak: $(VENV)/.dev-ready  ## Load a small fleet for MINUTES while encoders are k
 
 compare: $(VENV)/.compare-ready  ## Start Vitrine and other servers one by one, measure the same loads, write comparison/
 	@$(BIN)/python -m benchmarks.compare --servers $(SERVERS) $(if $(MODEL),--model "$(MODEL)") $(COMPARE)
+
+fuzz: $(VENV)/fuzz/.ready  ## Change bytes that strangers may send, led by what they reach (SECONDS=20 a target, FUZZ=targets)
+	@for target in $(FUZZ); do log=$(VENV)/fuzz/$$target.log; echo "== $$target"; \
+		HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/fuzz $(BIN)/python -m tests.fuzz $$target $(SECONDS) >$$log 2>&1 || \
+			{ tail -n 40 $$log; exit 1; }; \
+		grep -E '^(stat::number|stat::peak|stat::slowest)' $$log; done
+
+sbom: $(VENV)/supply-chain/.ready  ## Write sbom.json, a CycloneDX list of all that is installed for the services
+	@$(VENV)/supply-chain/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-format JSON \
+		--output-file sbom.json $(BIN)/python && echo "wrote sbom.json"
+
+audit: $(VENV)/supply-chain/.ready  ## Look for known vulnerabilities in the pinned versions
+	@$(BIN)/python -m tests.packaging.audit $(VENV)/supply-chain/bin/pip-audit
 
 lint: $(VENV)/.dev-ready protos-check  ## Style, types, import contracts, stubs up to date
 	$(BIN)/ruff check .
@@ -133,6 +149,17 @@ $(CLIENTS)/.ready: $(VENV)/.dev-ready $(wildcard tests/clients/requirements*.txt
 	@cp tests/clients/node/package*.json $(CLIENTS)/node
 	@npm ci --prefix $(CLIENTS)/node --ignore-scripts --no-audit --no-fund --fetch-retries 1 --silent || \
 		echo "npm could not install Node's clients: their tests are skipped" >&2
+	@touch $@
+
+# Beside the others, as a package that only this uses.
+$(VENV)/fuzz/.ready: $(VENV)/.dev-ready tests/fuzz/requirements.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/fuzz --requirement tests/fuzz/requirements.txt
+	@touch $@
+
+# In an environment of its own, which must not be part of what it lists.
+$(VENV)/supply-chain/.ready: $(VENV)/.dev-ready tests/packaging/requirements.txt
+	@$(PYTHON) -m venv $(VENV)/supply-chain
+	@$(VENV)/supply-chain/bin/pip install --quiet --disable-pip-version-check --requirement tests/packaging/requirements.txt
 	@touch $@
 
 $(VENV)/protos/.ready: $(VENV)/.venv-ready protos/requirements.txt

@@ -83,6 +83,15 @@ async def read_body(http: web.Request, kind: type[BodyT], max_nbytes: int, reser
             body += piece
     except (aiohttp.ClientError, web.RequestPayloadError, ConnectionError) as error:
         raise BadRequest(f"the body broke off after {len(body)} bytes") from error
+    return parse_body(kind, body)
+
+
+def parse_body(kind: type[BodyT], body: bytes | bytearray) -> BodyT:
+    """Parses a request's body.
+
+    Raises:
+        BadRequest: it is no JSON, or has values of other types or out of range.
+    """
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
