@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -36,6 +37,7 @@ _CHAT = "/v1/chat/completions"
 _TENANT_HEADER = "X-Vitrine-Tenant"
 # Requests that are passed on unparsed prefer a server by how their body begins.
 _AFFINITY_NBYTES = 1024
+_SMALL_BODY_BYTES = 16 * 1024
 _MAX_ID_LENGTH = 256
 
 
@@ -81,7 +83,9 @@ class GatewayHttp:
 
     async def _chat(self, http: web.Request) -> web.StreamResponse:
         body = await json_body(http)
-        chat = parse_chat(body, self._config.max_items, several_tenants=self._access.has_tenants)
+        read = partial(parse_chat, body, self._config.max_items, several_tenants=self._access.has_tenants)
+        # A large one takes long, and other requests and probes are answered meanwhile.
+        chat = await asyncio.to_thread(read) if len(body) > _SMALL_BODY_BYTES else read()
         take_media(sum(part.item.nbytes for part in chat.parts))
         if not chat.parts or not self._config.encoders:
             return await self._serve(

@@ -29,6 +29,7 @@ from vitrine_vlm.embedding_transport.clients.media_url import media_item
 from vitrine_vlm.embedding_transport.wire.data_url import is_data_url
 from vitrine_vlm.errors import BadRequest, TooManyItems
 from vitrine_vlm.gateway.json_scanner import JsonScanner
+from vitrine_vlm.service_runtime.json_limits import check_json
 from vitrine_vlm.service_runtime.json_types import RequestObject, problem_of
 from vitrine_vlm.types import MediaItem, MediaKind
 
@@ -121,9 +122,10 @@ def parse_chat(body: bytes, max_items: int, *, several_tenants: bool = False) ->
         several_tenants: whether media that pass as they are must not name what vLLM has cached, or will cache.
 
     Raises:
-        BadRequest: the body is not a JSON object, or a part with media is malformed.
+        BadRequest: the body is not a JSON object or too large a one, or a part with media is malformed.
         TooManyItems: more than `max_items` parts with media.
     """
+    check_json(body)
     try:
         return _ChatReader(body.decode(), max_items, several_tenants).read()
     except (ValueError, RecursionError) as error:

@@ -18,6 +18,7 @@ from vitrine_vlm.llm_worker.engine.grammar import (
     ToolGrammar,
 )
 from vitrine_vlm.llm_worker.engine.request import SamplingParams, TokenLogprobs
+from vitrine_vlm.llm_worker.engine.sampling_checks import MAX_BAD_WORDS, MAX_LOGIT_BIAS_TOKENS, check_number
 from vitrine_vlm.llm_worker.generation.events import (
     Delta,
     Finished,
@@ -26,8 +27,10 @@ from vitrine_vlm.llm_worker.generation.events import (
     StageTimings,
     Started,
 )
+from vitrine_vlm.llm_worker.generation.stop_strings import MAX_STOP_STRINGS
 from vitrine_vlm.llm_worker.prompt.sampling_defaults import SamplingDefaults
 from vitrine_vlm.protos.llm.v1 import llm_pb2
+from vitrine_vlm.service_runtime.json_limits import MAX_VALUES
 from vitrine_vlm.service_runtime.tenants import MAX_SALT_LENGTH, CacheScope
 from vitrine_vlm.types import MediaItem, MediaKind
 
@@ -48,11 +51,18 @@ def generation_from_proto(
 ) -> GenerationRequest:
     """
     Raises:
-        BadRequest: a prompt or media item without content.
+        BadRequest: a prompt or media item without content, or a field with too many entries.
     """
     kind = prompt.WhichOneof("prompt")
     if kind is None:
         raise BadRequest("the prompt is missing: set text or token_ids")
+    # Before they are copied, with those that they have twice.
+    check_number("token_ids", len(prompt.token_ids.ids), MAX_VALUES)
+    check_number("stop", len(sampling.stop), MAX_STOP_STRINGS)
+    check_number("stop_token_ids", len(sampling.stop_token_ids), MAX_VALUES)
+    check_number("logit_bias", len(sampling.logit_bias), MAX_LOGIT_BIAS_TOKENS)
+    check_number("bad_words", len(sampling.bad_words), MAX_BAD_WORDS)
+    check_number("allowed_token_ids", len(sampling.allowed_token_ids.ids), MAX_VALUES)
     return GenerationRequest(
         request_id=request_id or uuid.uuid4().hex,
         prompt=prompt.text if kind == "text" else list(prompt.token_ids.ids),

@@ -13,6 +13,9 @@ MAX_LOGIT_BIAS = 100.0
 # Each sequence is compared with the end of the answer in every step, on the engine's thread.
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_TOKENS = 128
+# Excluded one by one in every step of an answer's first min_tokens.
+MAX_STOP_TOKEN_IDS = 1024
+MAX_LOGIT_BIAS_TOKENS = 16 * 1024
 # Beyond these a logit divided by the smallest temperature overflows.
 _REPETITION_PENALTIES = (0.01, 100.0)
 
@@ -34,6 +37,8 @@ def check_sampling(params: SamplingParams, vocab_size: int) -> None:
     if params.prompt_logprobs is not None:
         _check_range("prompt_logprobs", params.prompt_logprobs, 0, MAX_LOGPROBS)
     _check_min_tokens(params)
+    check_number("stop_token_ids", len(params.stop_token_ids), MAX_STOP_TOKEN_IDS)
+    check_number("logit_bias", len(params.logit_bias), MAX_LOGIT_BIAS_TOKENS)
     for bias in params.logit_bias.values():
         _check_range("logit_bias", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
     _check_token_ids("logit_bias", params.logit_bias, vocab_size)
@@ -41,6 +46,15 @@ def check_sampling(params: SamplingParams, vocab_size: int) -> None:
     if params.allowed_token_ids is not None:
         _check_token_ids("allowed_token_ids", params.allowed_token_ids, vocab_size)
     _check_that_tokens_are_left(params, vocab_size)
+
+
+def check_number(name: str, num: int, most: int) -> None:
+    """
+    Raises:
+        BadRequest: a field has more entries than it may have.
+    """
+    if num > most:
+        raise BadRequest(f"{name} has {num} entries: at most {most} are accepted: send fewer", name)
 
 
 def _check_range(name: str, value: float, least: float, most: float) -> None:

@@ -13,7 +13,7 @@ from vitrine_vlm.llm_worker.frontend.http_headers import AllowedOrigins, request
 from vitrine_vlm.llm_worker.frontend.openai_answers import AnswerKind, AnswerOptions, AnswerWriter, TokenTexts
 from vitrine_vlm.llm_worker.frontend.openai_prompt import chat_to_generation, completion_to_generations
 from vitrine_vlm.llm_worker.frontend.openai_types import ChatRequest, CompletionBody, CompletionRequest
-from vitrine_vlm.llm_worker.frontend.request_parsing import read_request, with_body
+from vitrine_vlm.llm_worker.frontend.request_parsing import add_body_thread, read_request, with_body
 from vitrine_vlm.llm_worker.frontend.responses_route import ResponsesRoute
 from vitrine_vlm.llm_worker.frontend.served_models import ServedModels
 from vitrine_vlm.llm_worker.frontend.service_routes import ServiceRoutes
@@ -69,6 +69,7 @@ class OpenAiHttp:
 
     def application(self) -> web.Application:
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[with_request_id, traced, errors_as_openai])
+        add_body_thread(app)
         self._origins.add_to(app)
         add_access(app, self._access)
         app.router.add_post("/v1/chat/completions", self._chat)
@@ -88,7 +89,8 @@ class OpenAiHttp:
     async def _complete(self, http: web.Request) -> web.StreamResponse:
         request = await read_request(CompletionRequest, http, self._metrics.count_unused_fields)
         served = self._models.named(request.model)
-        generations = completion_to_generations(request, served.generator.tokenizer, served.defaults, request_id())
+        prepare = partial(completion_to_generations, request, served.generator.tokenizer, served.defaults, request_id())
+        generations = await with_body(http, prepare)
         return await self._answer(http, "completion", request, generations, served)
 
     async def _answer(

@@ -23,6 +23,7 @@ from vitrine_vlm.llm_worker.frontend.media_parts import FramesPart, ImagePart, M
 from vitrine_vlm.llm_worker.frontend.request_fields import CHAT, COMPLETION, DETOKENIZE, TOKENIZE
 from vitrine_vlm.llm_worker.frontend.tool_calls import OfferedTools, offered_tools
 from vitrine_vlm.llm_worker.frontend.tool_types import (
+    MAX_TOOLS,
     CalledFunction,
     FunctionDefinition,
     Tool,
@@ -30,6 +31,7 @@ from vitrine_vlm.llm_worker.frontend.tool_types import (
     ToolChoiceField,
 )
 from vitrine_vlm.llm_worker.generation.several_answers import MAX_ANSWERS
+from vitrine_vlm.llm_worker.generation.stop_strings import MAX_STOP_STRINGS
 from vitrine_vlm.service_runtime.json_types import Number as Number
 from vitrine_vlm.service_runtime.json_types import RequestObject as RequestObject
 from vitrine_vlm.service_runtime.json_types import WholeNumber as WholeNumber
@@ -37,6 +39,10 @@ from vitrine_vlm.service_runtime.tenants import MAX_SALT_LENGTH, CacheScope, cur
 
 _MAX_TOKEN_ID = 2**31 - 1
 _MAX_TEMPLATE_LENGTH = 64 * 1024
+# OpenAI's own limit is 2048 messages.
+MAX_MESSAGES = 8192
+MAX_PARTS = 8192
+_MAX_DOCUMENTS = 8192
 
 
 TokenId = Annotated[StrictInt, Field(ge=0, le=_MAX_TOKEN_ID)]
@@ -48,13 +54,14 @@ class TextPart(RequestObject):
 
 
 ContentPart = Annotated[TextPart | ImagePart | VideoPart | FramesPart, Field(discriminator="type")]
+Messages = Annotated[list["Message"], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
 class Message(RequestObject):
     """tool_calls: of the assistant; function_call: the older form of one. The role `function` is that of `tool`."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[ContentPart] | None = None
+    content: str | Annotated[list[ContentPart], Field(max_length=MAX_PARTS)] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] = Field([])
     tool_call_id: str | None = None
@@ -92,7 +99,7 @@ class GenerationBody(RequestBody):
     top_p: Number | None = Field(None, gt=0, le=1)
     top_k: WholeNumber | None = Field(None, ge=-1)
     seed: WholeNumber | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOP_STRINGS)] | None = None
     stop_token_ids: list[TokenId] = Field([])
     ignore_eos: StrictBool = False
     # Their ranges: engine/sampling_checks.py.
@@ -174,9 +181,9 @@ class CompletionBody(GenerationBody):
 class TemplateBody(RequestBody):
     """The fields of what the chat template writes, beside messages."""
 
-    tools: list[Tool] = Field([])
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS)
     tool_choice: ToolChoiceField | None = None
-    documents: list[dict[str, Any]] = Field([])
+    documents: list[dict[str, Any]] = Field([], max_length=_MAX_DOCUMENTS)
     chat_template: str | None = Field(None, max_length=_MAX_TEMPLATE_LENGTH)
     chat_template_kwargs: dict[str, Any] = Field({})
     reasoning_effort: str | None = None
@@ -203,9 +210,9 @@ class TemplateBody(RequestBody):
 class ChatRequest(CompletionBody, TemplateBody):
     fields: ClassVar[FieldTable] = CHAT
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Messages
     parallel_tool_calls: StrictBool = True
-    functions: list[FunctionDefinition] = Field([])
+    functions: list[FunctionDefinition] = Field([], max_length=MAX_TOOLS)
     function_call: ToolChoiceField | None = None
     max_tokens: WholeNumber | None = Field(None, ge=1)
     max_completion_tokens: WholeNumber | None = Field(None, ge=1)
@@ -288,7 +295,7 @@ class TokenizeRequest(TemplateBody):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = Field(None, validate_default=True)
+    messages: Messages | None = Field(None, validate_default=True)
     return_token_strs: StrictBool = False
 
     @field_validator("messages")

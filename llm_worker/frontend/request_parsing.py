@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from functools import partial
 from typing import TypeAlias, TypeVar
 
@@ -15,11 +17,16 @@ from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.llm_worker.frontend.field_rules import apply_rules
 from vitrine_vlm.llm_worker.frontend.openai_types import RequestBody
 from vitrine_vlm.service_runtime.http_requests import json_body
+from vitrine_vlm.service_runtime.json_limits import check_json, num_values
 from vitrine_vlm.service_runtime.json_types import problem_of
 
 _PART_TYPES = ("text", "image_url", "video_url", "video", "input_text", "output_text", "input_image")
-# Larger ones take milliseconds, and those of many tools seconds.
-_LARGE_BODY_BYTES = 256 * 1024
+# A body with more bytes or values may take longer than other requests and probes should wait.
+_SMALL_BODY_BYTES = 256 * 1024
+_FEW_VALUES = 1000
+# One with more values takes tenths of a second, and seconds where they are a tool's schema.
+_MANY_VALUES = 10_000
+_MANY_VALUES_THREAD = web.AppKey("thread of bodies with many values", ThreadPoolExecutor)
 
 # Is called with the names of a request's fields that change nothing: informative ones, unknown ones.
 Count: TypeAlias = Callable[[Iterable[str], Iterable[str]], None]
@@ -37,11 +44,30 @@ async def read_request(kind: type[RequestT], http: web.Request, count: Count) ->
 
 
 async def with_body(http: web.Request, work: Callable[[], ResultT]) -> ResultT:
-    """Runs work that takes longer the larger the request's body is; of a large one on a thread, so that other requests
-    and probes are answered meanwhile."""
-    if len(await http.read()) <= _LARGE_BODY_BYTES:
+    """Runs work that takes longer the larger the request's body is.
+
+    That of a large one runs on a thread, so that other requests and probes are answered meanwhile, and bodies with many
+    values have one thread together, as each thread that computes takes a part of the interpreter.
+    """
+    body = await http.read()
+    num = num_values(body, _MANY_VALUES)
+    if len(body) <= _SMALL_BODY_BYTES and num <= _FEW_VALUES:
         return work()
-    return await asyncio.to_thread(work)
+    if num <= _MANY_VALUES:
+        return await asyncio.to_thread(work)
+    thread = http.app[_MANY_VALUES_THREAD]
+    return await asyncio.get_running_loop().run_in_executor(thread, copy_context().run, work)
+
+
+def add_body_thread(application: web.Application) -> None:
+    """Adds the thread that `with_body` needs to an application, which ends it."""
+    thread = ThreadPoolExecutor(1, thread_name_prefix="large bodies")
+
+    async def end(application: web.Application) -> None:
+        thread.shutdown(wait=False, cancel_futures=True)
+
+    application[_MANY_VALUES_THREAD] = thread
+    application.on_cleanup.append(end)
 
 
 def parse_request(kind: type[RequestT], body: bytes, count: Count = lambda informative, unknown: None) -> RequestT:
@@ -51,8 +77,9 @@ def parse_request(kind: type[RequestT], body: bytes, count: Count = lambda infor
         count: called with the fields that change nothing.
 
     Raises:
-        BadRequest: the body is no JSON object, or a field is missing, out of range or not supported.
+        BadRequest: the body is no JSON object or too large a one, or a field is missing, out of range or not supported.
     """
+    check_json(body)
     try:
         values = from_json(body)
     except ValueError as error:

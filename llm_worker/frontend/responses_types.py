@@ -12,6 +12,8 @@ from vitrine_vlm.llm_worker.frontend.field_rules import FieldTable
 from vitrine_vlm.llm_worker.frontend.grammar_types import FieldGrammar, ResponsesFormat
 from vitrine_vlm.llm_worker.frontend.media_parts import ImagePart, ImageUrl, InputImage, MediaContent
 from vitrine_vlm.llm_worker.frontend.openai_types import (
+    MAX_MESSAGES,
+    MAX_PARTS,
     ContentPart,
     GenerationBody,
     Message,
@@ -22,12 +24,16 @@ from vitrine_vlm.llm_worker.frontend.openai_types import (
 from vitrine_vlm.llm_worker.frontend.responses_fields import RESPONSES
 from vitrine_vlm.llm_worker.frontend.tool_calls import OfferedTools, offered_tools
 from vitrine_vlm.llm_worker.frontend.tool_types import (
+    MAX_TOOLS,
     CallArguments,
     CalledFunction,
     FunctionTool,
     ToolCall,
     ToolChoiceField,
 )
+
+# OpenAI's own limit is 16. Events have all of it.
+_MAX_METADATA = 256
 
 
 class InputText(RequestObject):
@@ -36,12 +42,13 @@ class InputText(RequestObject):
 
 
 InputPart: TypeAlias = Annotated[InputText | InputImage, Field(discriminator="type")]
+InputParts: TypeAlias = Annotated[list[InputPart], Field(max_length=MAX_PARTS)]
 
 
 class InputMessage(RequestObject):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[InputPart]
+    content: str | InputParts
 
     def message(self) -> Message:
         return Message(role=self.role, content=_content(self.content))
@@ -64,7 +71,7 @@ class InputCallOutput(RequestObject):
 
     type: Literal["function_call_output"]
     call_id: str
-    output: str | list[InputPart]
+    output: str | InputParts
 
     def message(self) -> Message:
         return Message(role="tool", content=_content(self.output), tool_call_id=self.call_id)
@@ -92,14 +99,14 @@ InputItem: TypeAlias = Annotated[
 class ResponsesRequest(GenerationBody):
     fields: ClassVar[FieldTable] = RESPONSES
 
-    input: str | Annotated[list[InputItem], Field(min_length=1)]
+    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
     instructions: str | None = None
     max_output_tokens: WholeNumber | None = Field(None, ge=1)
     include: list[Literal["message.output_text.logprobs"]] = Field([])
     top_logprobs: WholeNumber | None = Field(None, ge=0, le=MAX_LOGPROBS)
     text: TextOptions = TextOptions()
-    metadata: dict[str, str] = Field({})
-    tools: list[FunctionTool] = Field([])
+    metadata: dict[str, str] = Field({}, max_length=_MAX_METADATA)
+    tools: list[FunctionTool] = Field([], max_length=MAX_TOOLS)
     tool_choice: ToolChoiceField | None = None
     parallel_tool_calls: StrictBool = True
 
@@ -169,21 +176,22 @@ def _part(given: InputText | InputImage) -> ContentPart:
 def _given(items: Sequence[InputItem]) -> Iterator[Message]:
     """The items as messages: calls are those of the assistant's message in front of them."""
     calling: Message | None = None
+    calls: list[ToolCall] = []
     for item in items:
         if isinstance(item, InputCall):
             calling = calling or Message(role="assistant")
-            calling = calling.model_copy(update={"tool_calls": [*calling.tool_calls, item.call()]})
+            calls.append(item.call())
             continue
         if calling is not None:
-            yield calling
-            calling = None
+            yield calling.model_copy(update={"tool_calls": calls})
+            calling, calls = None, []
         message = item.message()
         if message.role == "assistant":
             calling = message
         else:
             yield message
     if calling is not None:
-        yield calling
+        yield calling.model_copy(update={"tool_calls": calls})
 
 
 def _joined(instructions: str, system: Message | None) -> str | list[ContentPart]:

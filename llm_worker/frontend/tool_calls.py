@@ -85,14 +85,15 @@ def offered_tools(
     """
     choice = choice or ToolChoice("auto")
     names = [each.name for each in functions]
-    seen: set[str] = set()
+    # `dict` keeps their order for the message below.
+    seen: dict[str, None] = {}
     for index, name in enumerate(names):
         if name in seen:
             param = f"{field.format(index)}.name"
             raise BadRequest(f"{param}: there are two tools named {name!r}", param)
-        seen.add(name)
+        seen[name] = None
     param = "function_call" if legacy else "tool_choice"
-    if unknown := [name for name in choice.names if name not in names]:
+    if unknown := [name for name in choice.names if name not in seen]:
         raise BadRequest(
             f"{param}: no tool is named {unknown[0][:200]!r}: there are {', '.join(names) or 'none'}", param
         )

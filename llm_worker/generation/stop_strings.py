@@ -4,6 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vitrine_vlm.errors import BadRequest
+
+# Each token's text is compared with the beginnings of all. OpenAI's own limit is four strings.
+MAX_STOP_STRINGS = 256
+MAX_STOP_CHARS = 4096
+
+
+def check_stop_strings(stop: Sequence[str]) -> None:
+    """
+    Raises:
+        BadRequest: there are too many, or they are too long.
+    """
+    if len(stop) > MAX_STOP_STRINGS:
+        raise BadRequest(f"stop has {len(stop)} strings: at most {MAX_STOP_STRINGS} are accepted: send fewer", "stop")
+    if (num_chars := sum(map(len, stop))) > MAX_STOP_CHARS:
+        raise BadRequest(
+            f"stop has {num_chars} characters: its strings may have {MAX_STOP_CHARS} together: send shorter ones",
+            "stop",
+        )
+
 
 class StopStrings:
     """Passes text on up to the first stop string, and holds back an end that may yet become one.
@@ -46,9 +66,13 @@ class StopStrings:
 
     def _longest_beginning(self) -> int:
         """Returns the length of the longest end of the held text that a stop string begins with, and is longer than."""
-        longest = max((len(each) for each in self._stop), default=1) - 1
-        for length in range(min(longest, len(self._held)), 0, -1):
-            end = self._held[-length:]
-            if any(each.startswith(end) and each != end for each in self._stop):
-                return length
-        return 0
+        longest = 0
+        for each in self._stop:
+            start = max(0, len(self._held) - len(each) + 1)
+            # Only ends that are longer than what is found already, and only where the string may begin.
+            while 0 <= (start := self._held.find(each[0], start)) < len(self._held) - longest:
+                if each.startswith(self._held[start:]):
+                    longest = len(self._held) - start
+                    break
+                start += 1
+        return longest

@@ -58,11 +58,11 @@ async def test_tokens_of_text_and_back(client: Client, worker: LocalWorker) -> N
                 "name": "f",
                 "parameters": {
                     "type": "object",
-                    "properties": {f"property_{n}": {"enum": ["a"]} for n in range(10_000)},
+                    "properties": {f"property_{n}": {"enum": ["a"]} for n in range(1500)},
                 },
             }
         ],
-        [{"name": f"f{number}"} for number in range(20_000)],
+        [{"name": f"f{number}", "description": "a" * 300} for number in range(1000)],
     ],
 )
 async def test_a_large_body_holds_no_other_request_up(

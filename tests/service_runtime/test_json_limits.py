@@ -1,0 +1,67 @@
+"""Bodies that a parser would hold the interpreter with are refused unread; what stands in strings does not count."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+from pydantic_core import from_json
+
+from vitrine_vlm.errors import BadRequest
+from vitrine_vlm.service_runtime import json_limits
+from vitrine_vlm.service_runtime.json_limits import check_json, num_values
+
+
+@pytest.fixture(autouse=True)
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {"MAX_VALUES": 100, "MAX_NAMES": 50, "MAX_ESCAPES": 60, "MAX_BYTES_OUTSIDE_STRINGS": 2000}
+    for name, value in {**limits, "_SMALL_BYTES": 10, "_SLICE_BYTES": 7}.items():
+        monkeypatch.setattr(json_limits, name, value)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (json.dumps([1] * 101), "more than 100 values"),
+        ("[" * 500, "more than 100 values"),
+        ('{"a":' * 101, "more than 50 names|more than 100 values"),
+        (json.dumps({f"k{index}": 1 for index in range(51)}), "more than 50 names of fields"),
+        ("9" * 2001, "more than 2000 bytes outside"),
+        (json.dumps(["a", " " * 9]) + " " * 2000, "more than 2000 bytes outside"),
+        (json.dumps("é" * 61), "61 escapes"),
+        ('"' + "\\" * 61, "61 escapes"),
+    ],
+)
+def test_what_is_refused(body: str, message: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        check_json(body.encode())
+    assert any(each in str(caught.value) for each in message.split("|"))
+
+
+def test_what_passes() -> None:
+    check_json(json.dumps([1] * 99).encode())  # the list is a value, too
+    check_json(json.dumps({f"k{index}": ",:[{" * 999 for index in range(50)}, ensure_ascii=False).encode())
+    check_json(json.dumps(['a,b"' * 10, "\\" * 10, ',:"']).encode())
+    check_json(b'"never ends, ' + b"x" * 3000)  # the parser says so
+
+
+def test_random_texts_are_counted_as_the_parser_sees_them() -> None:
+    """A body just at the limit passes, and one just above it does not, wherever quotes, escapes and slices fall."""
+    random_ = random.Random(3)
+    for _ in range(300):
+        names = ["".join(random_.choices('ab\\",:[{é', k=random_.randrange(5))) + str(index) for index in range(50)]
+        values = {name: random_.choice(["", '"', "\\", ",,", 1, "x"]) for name in names}
+        body = json.dumps(values, ensure_ascii=False, separators=random_.choice([(",", ":"), (", ", ": ")]))
+        if body.count("\\") > 60:
+            continue
+        assert len(from_json(body)) == 50
+        check_json(body.encode())
+        with pytest.raises(BadRequest, match="names"):
+            check_json((body[:-1] + ', "one more": 1}').encode())
+
+
+def test_the_number_of_values_is_an_upper_bound() -> None:
+    assert num_values(b"{}", 100) >= 1
+    assert num_values(json.dumps([[1, 2], {"a": "b,c"}]).encode(), 100) >= 5
+    assert 10 < num_values(b"," * 1000, 10) < 30
