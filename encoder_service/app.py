@@ -18,6 +18,7 @@ from aiohttp import web
 
 from vitrine_vlm.embedding_transport.pools.cuda_ipc_pool import gpu_uuids
 from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter, export_pools
+from vitrine_vlm.embedding_transport.wire.message_bounds import MessageBounds
 from vitrine_vlm.encoder_service.codec import describe_to_proto, stats_to_proto
 from vitrine_vlm.encoder_service.config import EncoderConfig
 from vitrine_vlm.encoder_service.engine.admission import Admission
@@ -26,7 +27,6 @@ from vitrine_vlm.encoder_service.engine.cache import EmbeddingCache
 from vitrine_vlm.encoder_service.engine.cost_model import CostModel, measure_cost
 from vitrine_vlm.encoder_service.families import Family, build_tower, family_of
 from vitrine_vlm.encoder_service.gpu.stats import GpuStats
-from vitrine_vlm.encoder_service.media.byte_budget import ByteBudget
 from vitrine_vlm.encoder_service.media.loader import MediaLoader
 from vitrine_vlm.encoder_service.metrics import EncoderMetrics
 from vitrine_vlm.encoder_service.models import PlainTower, VisionTower
@@ -40,11 +40,13 @@ from vitrine_vlm.encoder_service.tickets import TicketTable
 from vitrine_vlm.errors import EncoderUnavailable
 from vitrine_vlm.model_loading.checkpoint import open_checkpoint
 from vitrine_vlm.model_loading.loading import LoadingStopped, ProgressLog, choose_device, choose_dtype
+from vitrine_vlm.service_runtime.byte_budget import ByteBudget
 from vitrine_vlm.service_runtime.lifecycle import Lifecycle
 from vitrine_vlm.service_runtime.logs import log_at_any_level
 from vitrine_vlm.service_runtime.memory import freeze_gc
-from vitrine_vlm.service_runtime.metrics_port import add_metrics, start_metrics_port
+from vitrine_vlm.service_runtime.metrics_port import MetricsPort, add_metrics
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
+from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.types import DTYPES, ModelIdentity
 
 if TYPE_CHECKING:
@@ -142,10 +144,11 @@ async def serve(config: EncoderConfig) -> None:
         ValueError: the media folder does not exist, or a setting of --sglang-port cannot be read.
     """
     limits = config.media_limits()
-    metrics, calls = EncoderMetrics(), RunningCalls()
-    servicer = EncoderServicer(metrics, calls)
+    metrics, calls, held = EncoderMetrics(), RunningCalls(), ByteBudget(config.max_held_bytes)
+    servicer = EncoderServicer(metrics, calls, held)
+    bounds = MessageBounds(held, config.client_timeout_s)
     peer_rules = config.peer_rules(config.tls_client_ca_file is not None)
-    server = EncoderServer(servicer, peer_rules)
+    server = EncoderServer(servicer, peer_rules, config.port_limits(), [bounds])
     unavailable = lambda message: EncoderUnavailable(f"the encoder {message}")  # noqa: E731
     lifecycle = Lifecycle(server, calls, unavailable, config.drain_timeout_s)
     supervisor = lifecycle.supervisor
@@ -156,7 +159,7 @@ async def serve(config: EncoderConfig) -> None:
         addresses = f"grpc={address}"
         stack.push_async_callback(server.stop, 0)
         if config.metrics_port:
-            addresses += f" metrics={await _serve_metrics(config, metrics, stack)}"
+            addresses += f" metrics={await _serve_metrics(config, metrics, supervisor, stack)}"
         sglang = _make_sglang_port(config, metrics, lifecycle) if config.sglang_port else None
         if sglang:
             addresses += f" sglang={await sglang.start(stack)}"
@@ -186,7 +189,7 @@ async def serve(config: EncoderConfig) -> None:
         )
         stack.push_async_callback(batcher.close)
         batcher.start(supervisor)
-        loader, media_budget = MediaLoader(limits), ByteBudget(config.max_held_media_bytes)
+        loader = MediaLoader(limits)
         stack.push_async_callback(loader.close)
         cache = EmbeddingCache(gpu_nbytes=config.cache_gpu_bytes, host_nbytes=config.cache_host_bytes)
         stack.push_async_callback(cache.close)
@@ -207,7 +210,7 @@ async def serve(config: EncoderConfig) -> None:
         preprocess_pool.start(supervisor)
         service = EncodeService(
             loader,
-            media_budget,
+            held,
             preprocess_pool,
             admission,
             batcher,
@@ -216,7 +219,7 @@ async def serve(config: EncoderConfig) -> None:
             max_items=config.max_items,
             metrics=metrics,
         )
-        metrics.watch_queue(admission, lambda: media_budget.reserved_nbytes, lambda: batcher.waiting_patches)
+        metrics.watch_queue(admission, lambda: held.reserved_nbytes, lambda: batcher.waiting_patches)
         metrics.watch_exporter(exporter.stats)
         if model.gpu_stats is not None:
             metrics.watch_gpu(model.gpu_stats)
@@ -225,7 +228,7 @@ async def serve(config: EncoderConfig) -> None:
         )
         stats = lambda: stats_to_proto(admission.seconds, cache.stats(), exporter.stats(), tickets)  # noqa: E731
         freeze_gc()
-        servicer.open(ServiceState(description, service, exporter, stats))
+        servicer.open(ServiceState(description, service, exporter, stats, model.identity.row_nbytes))
         if not lifecycle.is_ending:
             await server.set_serving(True)
         if sglang:
@@ -252,7 +255,9 @@ def _make_sglang_port(config: EncoderConfig, metrics: EncoderMetrics, lifecycle:
     return SglangPort(config, metrics, lifecycle)
 
 
-async def _serve_metrics(config: EncoderConfig, metrics: EncoderMetrics, stack: AsyncExitStack) -> str:
+async def _serve_metrics(
+    config: EncoderConfig, metrics: EncoderMetrics, supervisor: Supervisor, stack: AsyncExitStack
+) -> str:
     """Serves metrics to Prometheus on a port of their own; returns its address.
 
     Raises:
@@ -261,4 +266,6 @@ async def _serve_metrics(config: EncoderConfig, metrics: EncoderMetrics, stack: 
     application = web.Application()
     add_metrics(application, metrics.registry)
     host = config.metrics_host or config.host
-    return await start_metrics_port(application, host, config.metrics_port, config.metrics_tls(), stack)
+    port = MetricsPort(application, config.port_limits())
+    stack.push_async_callback(port.close)
+    return await port.start(host, config.metrics_port, config.metrics_tls(), supervisor)

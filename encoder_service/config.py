@@ -81,9 +81,6 @@ class EncoderConfig(ServiceSettings, PeerSettings):
         ge=1,
         description="pixels in one image or video frame before resizing, and after it where a request sets bounds",
     )
-    max_held_media_bytes: int = Field(
-        2048 * MIB, ge=1, description="media in work or held by tickets before items are refused as overload, bytes"
-    )
     media_timeout_s: float = Field(30.0, gt=0, description="longest download of one item, s")
 
     sglang_port: int = Field(

@@ -94,7 +94,7 @@ class EncoderMetrics:
             "Patches of items between admission and the end of shipping.",
             lambda: admission.num_patches,
         )
-        gauge("held_media_bytes", "Bytes of encoded images and videos, from their arrival to their end.", held_bytes)
+        gauge("held_media_bytes", "Bytes of requests, media and unread replies in memory.", held_bytes)
         gauge("queue_patches", "Patches ready for the tower that are in no batch yet.", waiting_patches)
 
     def watch_tickets(self, num_live: Callable[[], int], nbytes: Callable[[], int]) -> None:

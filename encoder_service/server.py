@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Self, TypeAlias
@@ -21,19 +21,22 @@ from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter
 from vitrine_vlm.embedding_transport.shipping.peer_rules import PeerRules
 from vitrine_vlm.embedding_transport.shipping.session_rpc import ReleaseContext, SessionServicer, check_release
 from vitrine_vlm.embedding_transport.wire.grpc_status import abort, send
+from vitrine_vlm.embedding_transport.wire.message_bounds import WINDOW_NBYTES
 from vitrine_vlm.embedding_transport.wire.messages import layout_to_proto
 from vitrine_vlm.encoder_service.codec import failed_to_proto, item_from_proto
 from vitrine_vlm.encoder_service.metrics import EncoderMetrics
 from vitrine_vlm.encoder_service.service import EncodeService
 from vitrine_vlm.errors import EncoderUnavailable, InternalError, VitrineError
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from vitrine_vlm.service_runtime.byte_budget import ByteBudget, ReservedBytes
 from vitrine_vlm.service_runtime.cancellation import is_own_cancellation
 from vitrine_vlm.service_runtime.grpc_server import ServiceServer
 from vitrine_vlm.service_runtime.logs import harmless, set_request_id
 from vitrine_vlm.service_runtime.peers import peer_of
+from vitrine_vlm.service_runtime.port_limits import DEFAULT_LIMITS, PortLimits
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 from vitrine_vlm.service_runtime.traces import metadata_carrier, serving_span
-from vitrine_vlm.types import ItemTimings, Layout
+from vitrine_vlm.types import ItemTimings, Layout, MediaItem
 
 _log = logging.getLogger(__name__)
 
@@ -45,13 +48,34 @@ EncodeContext: TypeAlias = grpc.aio.ServicerContext[encoder_pb2.EncodeRequest, W
 class ServiceState:
     """What the servicer serves from, once the model is loaded.
 
-    description: the answer to Describe; stats: makes the answer to GetStats.
+    description: the answer to Describe; stats: makes the answer to GetStats. row_nbytes: bytes of one row.
     """
 
     description: encoder_pb2.DescribeResponse
     service: EncodeService
     exporter: RowExporter
     stats: Callable[[], encoder_pb2.GetStatsResponse]
+    row_nbytes: int
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What an EncodeRequest asks for."""
+
+    items: list[MediaItem]
+    session_id: str
+    tenant: str
+    layout_only: bool
+
+    @classmethod
+    def of(cls, request: encoder_pb2.EncodeRequest, state: ServiceState) -> Self:
+        """
+        Raises:
+            BadRequest, TooManyItems: no items, too many, or one that is malformed.
+        """
+        state.service.check_number(len(request.items))  # before millions of them cost any work
+        items = [item_from_proto(index, message) for index, message in enumerate(request.items)]
+        return cls(items, request.session_id, request.tenant, request.layout_only)
 
 
 class EncoderServicer(SessionServicer, encoder_pb2_grpc.EncoderServicer):  # type: ignore[misc]
@@ -59,10 +83,12 @@ class EncoderServicer(SessionServicer, encoder_pb2_grpc.EncoderServicer):  # typ
 
     Args:
         calls: the Encode calls in flight.
+        held: the process's budget, of which rows that are sent as bytes are a part.
     """
 
-    def __init__(self, metrics: EncoderMetrics, calls: RunningCalls) -> None:
+    def __init__(self, metrics: EncoderMetrics, calls: RunningCalls, held: ByteBudget) -> None:
         self._calls = calls
+        self._held = held
         self._metrics = metrics
         self._state: ServiceState | None = None
 
@@ -87,9 +113,12 @@ class EncoderServicer(SessionServicer, encoder_pb2_grpc.EncoderServicer):  # typ
         outcome = "cancelled"
         set_request_id(request.request_id)
         caller = metadata_carrier(context.invocation_metadata())
+        num_items = len(request.items)
         try:
-            with self._calls.track(), serving_span("encode", caller, **{"vitrine.num_items": len(request.items)}):
-                await self._encode(request, context)
+            with self._calls.track(), serving_span("encode", caller, **{"vitrine.num_items": num_items}):
+                call = _Call.of(request, self._loaded())
+                del request  # it has a second copy of the items' bytes
+                await self._encode(call, self._loaded(), context)
             outcome = "ok"
         except Exception as error:
             outcome = error.code if isinstance(error, VitrineError) else InternalError.code
@@ -118,17 +147,14 @@ class EncoderServicer(SessionServicer, encoder_pb2_grpc.EncoderServicer):  # typ
         except VitrineError as error:
             await abort(context, error)
 
-    async def _encode(self, request: encoder_pb2.EncodeRequest, context: EncodeContext) -> None:
-        state = self._loaded()
-        state.service.check_number(len(request.items))  # before millions of them cost any work
-        items = [item_from_proto(index, message) for index, message in enumerate(request.items)]
+    async def _encode(self, call: _Call, state: ServiceState, context: EncodeContext) -> None:
         left_s = context.time_remaining()
         deadline = math.inf if left_s is None else time.monotonic() + left_s
-        with _Replies(context, state.exporter, request.session_id) as replies:
-            if request.layout_only:
-                await state.service.layouts(items, replies, request.tenant, peer_of(context).name)
+        with self._held.item() as rows, _Replies(context, state, call.session_id, rows) as replies:
+            if call.layout_only:
+                await state.service.layouts(call.items, replies, call.tenant, peer_of(context).name)
             else:
-                await state.service.encode(items, replies, request.tenant, deadline)
+                await state.service.encode(call.items, replies, call.tenant, deadline)
 
     def _exporter(self) -> RowExporter:
         return self._loaded().exporter
@@ -140,12 +166,18 @@ class EncoderServicer(SessionServicer, encoder_pb2_grpc.EncoderServicer):  # typ
 
 
 class _Replies:
-    """Writes the answers of one Encode call. Leases that its peer does not learn of are released at the end."""
+    """Writes the answers of one Encode call. Leases that its peer does not learn of are released at the end.
 
-    def __init__(self, context: EncodeContext, exporter: RowExporter, session_id: str) -> None:
+    Args:
+        reserved: where rows that are sent as bytes are counted, until the call ends.
+    """
+
+    def __init__(self, context: EncodeContext, state: ServiceState, session_id: str, reserved: ReservedBytes) -> None:
         self._context = context
-        self._exporter = exporter
+        self._exporter = state.exporter
+        self._row_nbytes = state.row_nbytes
         self._session_id = session_id
+        self._reserved = reserved
         self._write_lock = asyncio.Lock()  # gRPC writes one message at a time
         self._leases: set[int] = set()
         self._delivered: set[int] = set()
@@ -163,6 +195,15 @@ class _Replies:
             self._exporter.release(self._session_id, sorted(undelivered))
 
     async def layout(self, item_index: int, layout: Layout) -> None:
+        """
+        Raises:
+            Overloaded: the item's rows would be sent as bytes, and there is no memory for them.
+        """
+        nbytes = layout.num_tokens * self._row_nbytes
+        # Before they are computed. Where a ticket is sent, rows may be claimed by it, and are counted then.
+        is_large = nbytes > WINDOW_NBYTES and layout.ticket is None
+        if is_large and self._exporter.sends_bytes(self._session_id, nbytes):
+            self._reserved.reserve(nbytes)
         await self._write(encoder_pb2.EncodeResponse(layout=layout_to_proto(item_index, layout)))
 
     @contextmanager
@@ -214,6 +255,12 @@ class _Shipment:
 class EncoderServer(ServiceServer):
     """The encoder's listening port."""
 
-    def __init__(self, servicer: EncoderServicer, rules: PeerRules | None = None) -> None:
-        super().__init__(SERVICE)
+    def __init__(
+        self,
+        servicer: EncoderServicer,
+        rules: PeerRules | None = None,
+        limits: PortLimits = DEFAULT_LIMITS,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    ) -> None:
+        super().__init__(SERVICE, limits=limits, interceptors=interceptors)
         self.grpc.add_generic_rpc_handlers((encoder_handlers(servicer, rules),))

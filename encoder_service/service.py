@@ -24,13 +24,13 @@ from vitrine_vlm.encoder_service.engine.admission import Admission, Reservation
 from vitrine_vlm.encoder_service.engine.batch import PostForwardHook
 from vitrine_vlm.encoder_service.engine.batcher import Batcher
 from vitrine_vlm.encoder_service.engine.cache import EmbeddingCache, EncodedRows
-from vitrine_vlm.encoder_service.media.byte_budget import ByteBudget
 from vitrine_vlm.encoder_service.media.loader import MediaLoader
 from vitrine_vlm.encoder_service.metrics import EncoderMetrics
 from vitrine_vlm.encoder_service.preprocess.preprocess_pool import PreprocessPool
 from vitrine_vlm.encoder_service.preprocess.preprocessor import OpenedMedia
 from vitrine_vlm.encoder_service.tickets import OpenedItem, TicketTable
 from vitrine_vlm.errors import BadRequest, InternalError, TooManyItems, VitrineError
+from vitrine_vlm.service_runtime.byte_budget import ByteBudget
 from vitrine_vlm.service_runtime.logs import harmless
 from vitrine_vlm.service_runtime.traces import past_span, span
 from vitrine_vlm.types import ItemTimings, Layout, MediaItem

@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from vitrine_vlm.embedding_transport.pools.fair_share import is_within_share
-from vitrine_vlm.encoder_service.media.byte_budget import ReservedBytes
 from vitrine_vlm.encoder_service.preprocess.preprocessor import OpenedMedia
 from vitrine_vlm.errors import Overloaded, TicketExpired
+from vitrine_vlm.service_runtime.byte_budget import ReservedBytes
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.types import ItemTimings, Layout, Ticket
 

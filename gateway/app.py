@@ -15,6 +15,7 @@ from aiohttp import web
 from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
 from vitrine_vlm.embedding_transport.fleet.discovery import parse_sources, watch_sources
 from vitrine_vlm.embedding_transport.wire.grpc_access import GrpcAccess
+from vitrine_vlm.embedding_transport.wire.message_bounds import MessageBounds
 from vitrine_vlm.errors import VitrineError, WorkerUnavailable
 from vitrine_vlm.gateway.config import GatewayConfig
 from vitrine_vlm.gateway.forwarding import Forwarder
@@ -22,10 +23,12 @@ from vitrine_vlm.gateway.http import GatewayHttp, Opened
 from vitrine_vlm.gateway.media_layouts import MediaLayouts
 from vitrine_vlm.gateway.metrics import GatewayMetrics
 from vitrine_vlm.gateway.servers import ServerFleet
+from vitrine_vlm.service_runtime.byte_budget import ByteBudget
 from vitrine_vlm.service_runtime.grpc_server import ServiceServer
+from vitrine_vlm.service_runtime.http_port import HttpPort
 from vitrine_vlm.service_runtime.lifecycle import Lifecycle
 from vitrine_vlm.service_runtime.memory import freeze_gc
-from vitrine_vlm.service_runtime.metrics_port import add_metrics, start_metrics_port
+from vitrine_vlm.service_runtime.metrics_port import MetricsPort, add_metrics
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 
@@ -70,7 +73,9 @@ async def serve(config: GatewayConfig) -> None:
     """
     metrics, calls = GatewayMetrics(), RunningCalls()
     access = config.make_access(metrics.registry, "vitrine_gateway", config.tenant)
-    server = ServiceServer(interceptors=[GrpcAccess(access)])
+    held = ByteBudget(config.max_held_bytes)
+    bounds = MessageBounds(held, config.client_timeout_s)
+    server = ServiceServer(limits=config.port_limits(), interceptors=[GrpcAccess(access), bounds])
     unavailable = lambda message: WorkerUnavailable(f"the gateway {message}")  # noqa: E731
     lifecycle = Lifecycle(server, calls, unavailable, config.drain_timeout_s)
     supervisor = lifecycle.supervisor
@@ -79,22 +84,20 @@ async def serve(config: GatewayConfig) -> None:
     async with AsyncExitStack() as stack:
         stack.push_async_callback(supervisor.close)
         access.start(supervisor)
-        # handler_cancellation: a request is cancelled everywhere when its client disconnects.
-        runner = web.AppRunner(
-            http.application(), access_log=None, handler_cancellation=True, shutdown_timeout=_STOP_GRACE_S
-        )
-        await runner.setup()
-        stack.push_async_callback(runner.cleanup)
+        port = HttpPort(http.application(), config.port_limits(), held, stop_grace_s=_STOP_GRACE_S)
+        stack.push_async_callback(port.close)
         tls = config.server_tls()
-        await web.TCPSite(runner, config.host, config.port, ssl_context=tls.context() if tls else None).start()
+        http_port = await port.start(config.host, config.port, tls.context() if tls else None, supervisor)
         grpc_address = await server.start(config.host, config.grpc_port, tls, config.health_socket)
         stack.push_async_callback(server.stop, 0)
-        addresses = f"http={config.host}:{runner.addresses[0][1]} grpc={grpc_address}"
+        addresses = f"http={config.host}:{http_port} grpc={grpc_address}"
         if config.metrics_port:
             internal = web.Application()
             add_metrics(internal, metrics.registry)
             host = config.metrics_host or config.host
-            address = await start_metrics_port(internal, host, config.metrics_port, config.metrics_tls(), stack)
+            metrics_port = MetricsPort(internal, config.port_limits())
+            stack.push_async_callback(metrics_port.close)
+            address = await metrics_port.start(host, config.metrics_port, config.metrics_tls(), supervisor)
             addresses += f" metrics={address}"
         _log.info("LISTENING %s", addresses)
 
@@ -126,7 +129,7 @@ async def serve(config: GatewayConfig) -> None:
 
         await lifecycle.ending()
         await lifecycle.drain()
-        await asyncio.gather(runner.cleanup(), server.stop(_STOP_GRACE_S))
+        await asyncio.gather(port.close(), server.stop(_STOP_GRACE_S))
         lifecycle.raise_failure()
     _log.info("stopped")
 

@@ -11,7 +11,6 @@ from pydantic_settings import SettingsConfigDict
 from vitrine_vlm.embedding_transport.clients.settings import EncoderFleetSettings
 from vitrine_vlm.embedding_transport.fleet.discovery import parse_sources
 from vitrine_vlm.service_runtime.access_settings import AccessSettings
-from vitrine_vlm.service_runtime.http_requests import MAX_BODY_BYTES
 from vitrine_vlm.service_runtime.settings import ServiceSettings
 
 
@@ -46,7 +45,6 @@ class GatewayConfig(ServiceSettings, AccessSettings, EncoderFleetSettings):
     port: int = Field(8080, ge=0, le=65535, description="HTTP port; 0 takes a free one, see the LISTENING line")
     grpc_port: int = Field(50053, ge=0, le=65535, description="port of the gRPC health service; 0 takes a free one")
     drain_timeout_s: float = Field(30.0, ge=0, description="longest wait for running requests at shutdown, s")
-    max_body_bytes: int = Field(MAX_BODY_BYTES, ge=1024, description="largest request body, bytes")
     max_items: int = Field(64, ge=0, description="images and videos accepted in one request")
 
     @field_validator("servers")

@@ -25,7 +25,7 @@ from vitrine_vlm.service_runtime.access import Access
 from vitrine_vlm.service_runtime.api_keys import take_media
 from vitrine_vlm.service_runtime.http_access import add_access
 from vitrine_vlm.service_runtime.http_errors import errors_as_openai
-from vitrine_vlm.service_runtime.http_requests import json_body, traced
+from vitrine_vlm.service_runtime.http_requests import json_body, read_body, traced
 from vitrine_vlm.service_runtime.logs import set_request_id
 from vitrine_vlm.service_runtime.metrics_port import add_metrics
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
@@ -71,7 +71,7 @@ class GatewayHttp:
         self._opened = opened
 
     def application(self) -> web.Application:
-        app = web.Application(client_max_size=self._config.max_body_bytes, middlewares=[traced, errors_as_openai])
+        app = web.Application(middlewares=[traced, errors_as_openai])
         app.router.add_post(_CHAT, self._chat)
         app.router.add_route("*", "/v1/{path:.*}", self._other)
         app.router.add_get("/health", self._health)
@@ -98,7 +98,7 @@ class GatewayHttp:
     async def _other(self, http: web.Request) -> web.StreamResponse:
         if http.method == "POST" and unquote(http.rel_url.raw_path) == _CHAT:  # the same to a server
             return await self._chat(http)
-        body = await http.read()
+        body = await read_body(http)
         return await self._serve(
             http, partial(self._forward, _request(http, body, body[:_AFFINITY_NBYTES], self._access))
         )
@@ -155,13 +155,11 @@ class GatewayHttp:
 def _request(http: web.Request, body: bytes, key: bytes, access: Access) -> OutgoingRequest:
     """
     Raises:
-        BadRequest: a path that leads out of /v1 or is not URL-encoded, or a compressed body.
+        BadRequest: a path that leads out of /v1 or is not URL-encoded.
     """
     path = http.rel_url.raw_path_qs
     if {".", ".."} & set(unquote(http.rel_url.raw_path).split("/")) or not path.isascii():
         raise BadRequest(f"the path {path!r} leads out of /v1, or is not URL-encoded")
-    if http.headers.get("Content-Encoding", "identity") != "identity":
-        raise BadRequest("the body is compressed: send it as it is")
     headers = passed_on(http.headers)
     headers.popall("Content-Length", None)
     if access.needs_key:  # it was for this port alone

@@ -17,6 +17,7 @@ from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
 from vitrine_vlm.embedding_transport.fleet.discovery import watch_sources
 from vitrine_vlm.embedding_transport.fleet.row_peer import ConnectOptions
 from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter, export_pools
+from vitrine_vlm.embedding_transport.wire.message_bounds import MessageBounds
 from vitrine_vlm.errors import VitrineError, WorkerUnavailable
 from vitrine_vlm.llm_worker.config import LlmConfig
 from vitrine_vlm.llm_worker.dashboard.routes import Dashboard
@@ -48,9 +49,11 @@ from vitrine_vlm.llm_worker.prefill.rpc import prefill_handlers
 from vitrine_vlm.llm_worker.prefill.server import PrefillServicer, ServedPrefill
 from vitrine_vlm.llm_worker.request_tracker import RequestTracker
 from vitrine_vlm.model_loading.loading import LoadingStopped, ProgressLog
+from vitrine_vlm.service_runtime.byte_budget import ByteBudget
+from vitrine_vlm.service_runtime.http_port import HttpPort
 from vitrine_vlm.service_runtime.lifecycle import Lifecycle
 from vitrine_vlm.service_runtime.memory import freeze_gc
-from vitrine_vlm.service_runtime.metrics_port import add_metrics, start_metrics_port
+from vitrine_vlm.service_runtime.metrics_port import MetricsPort, add_metrics
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 
@@ -96,9 +99,12 @@ async def serve(config: LlmConfig) -> None:
     access = config.make_access(metrics.registry, "vitrine_llm")
     requests = RequestTracker(metrics, calls)
     servicer = LlmServicer(requests)
-    prefill = PrefillServicer(requests) if config.role == "prefill" else None
+    held = ByteBudget(config.max_held_bytes)
+    prefill = PrefillServicer(requests, held) if config.role == "prefill" else None
+    bounds = MessageBounds(held, config.client_timeout_s)
+    others = [PREFILL_SERVICE] if prefill else []
     peer_rules = config.peer_rules(config.tls_client_ca_file is not None)
-    server = LlmServer(servicer, *([PREFILL_SERVICE] if prefill else []), access=access)
+    server = LlmServer(servicer, *others, access=access, limits=config.port_limits(), interceptors=[bounds])
     if prefill:
         server.grpc.add_generic_rpc_handlers((prefill_handlers(prefill, peer_rules),))
     unavailable = lambda message: WorkerUnavailable(f"the worker {message}")  # noqa: E731
@@ -110,7 +116,7 @@ async def serve(config: LlmConfig) -> None:
         metrics, readiness, requests, config.origins(), config.allow_cache_reset, access, not has_metrics_port
     )
     application = http.application()
-    dashboard = Dashboard(readiness, can_ask=not has_metrics_port)
+    dashboard = Dashboard(readiness, config.max_body_bytes, can_ask=not has_metrics_port)
     internal = web.Application() if has_metrics_port else application
     if config.dashboard:
         dashboard.add_routes(internal)
@@ -118,19 +124,19 @@ async def serve(config: LlmConfig) -> None:
         stack.push_async_callback(supervisor.close)
         access.start(supervisor)
         # The ports answer before anything slow begins, so that probes get an answer and no refused connection.
-        # handler_cancellation: a request is cancelled everywhere when its client disconnects.
-        runner = web.AppRunner(application, access_log=None, handler_cancellation=True, shutdown_timeout=_STOP_GRACE_S)
-        await runner.setup()
-        stack.push_async_callback(runner.cleanup)
+        port = HttpPort(application, config.port_limits(), held, stop_grace_s=_STOP_GRACE_S)
+        stack.push_async_callback(port.close)
         tls = config.server_tls()
-        await web.TCPSite(runner, config.host, config.port, ssl_context=tls.context() if tls else None).start()
+        http_port = await port.start(config.host, config.port, tls.context() if tls else None, supervisor)
         grpc_address = await server.start(config.host, config.grpc_port, tls, config.health_socket)
         stack.push_async_callback(server.stop, 0)
-        addresses = f"http={config.host}:{runner.addresses[0][1]} grpc={grpc_address}"
+        addresses = f"http={config.host}:{http_port} grpc={grpc_address}"
         if has_metrics_port:
             add_metrics(internal, metrics.registry)
             host = config.metrics_host or config.host
-            address = await start_metrics_port(internal, host, config.metrics_port, config.metrics_tls(), stack)
+            metrics_port = MetricsPort(internal, config.port_limits())
+            stack.push_async_callback(metrics_port.close)
+            address = await metrics_port.start(host, config.metrics_port, config.metrics_tls(), supervisor)
             addresses += f" metrics={address}"
         _log.info("LISTENING %s", addresses)
 
@@ -190,7 +196,7 @@ async def serve(config: LlmConfig) -> None:
         await lifecycle.drain()
         if exporter is not None and not await exporter.drained(lifecycle.left_s):
             _log.warning("%d leases were not released in time", exporter.stats().live_leases)
-        await asyncio.gather(runner.cleanup(), server.stop(_STOP_GRACE_S))
+        await asyncio.gather(port.close(), server.stop(_STOP_GRACE_S))
         lifecycle.raise_failure()
     _log.info("stopped")
 

@@ -6,13 +6,14 @@ import grpc
 
 from vitrine_vlm.service_runtime.tls import ClientTls
 
-MAX_MESSAGE_BYTES = 512 * 1024 * 1024
+# Of what a client sends or receives; a server's limit is its --max-body-bytes.
+_MAX_MESSAGE_BYTES = 512 * 1024 * 1024
 _KEEPALIVE_MS = 10_000
 # For channels and servers alike.
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
     # EncodeRequest holds whole media files; gRPC's default limit is 4 MiB.
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
     # A host that loses its network closes no connection. Both sides send pings, so that requests are retried elsewhere
     # and leases are released.
     ("grpc.keepalive_time_ms", _KEEPALIVE_MS),

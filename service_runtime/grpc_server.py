@@ -11,13 +11,12 @@ from grpc_reflection.v1alpha import reflection
 
 from vitrine_vlm.service_runtime.grpc_channel import CHANNEL_OPTIONS
 from vitrine_vlm.service_runtime.grpc_requests import RefusingMalformed
+from vitrine_vlm.service_runtime.port_limits import DEFAULT_LIMITS, PortLimits
 from vitrine_vlm.service_runtime.tls import ServerTls
 
-_OPTIONS = [
-    *CHANNEL_OPTIONS,
-    # Without this option two services could listen on one port and would share its connections.
-    ("grpc.so_reuseport", 0),
-]
+_MAX_STREAMS_OF_CONNECTION = 1024
+# A connection without calls is closed after this time; clients open another with their next call.
+_MAX_IDLE_MS = 600_000
 
 
 class ServiceServer:
@@ -25,11 +24,17 @@ class ServiceServer:
 
     Args:
         services: full names, e.g. "vitrine.encoder.v1.Encoder".
-        interceptors: of all calls to the port, of the health service, too.
+        limits: of its connections and messages; connections are limited in all, and not by address.
+        interceptors: of all calls to the port, of the health service, too; the first is called first.
     """
 
-    def __init__(self, *services: str, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()) -> None:
-        self.grpc = grpc.aio.server(options=_OPTIONS, interceptors=[RefusingMalformed(), *interceptors])
+    def __init__(
+        self,
+        *services: str,
+        limits: PortLimits = DEFAULT_LIMITS,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    ) -> None:
+        self.grpc = grpc.aio.server(options=_options(limits), interceptors=[*interceptors, RefusingMalformed()])
         self._health_names = ("", *services)
         self._health = health.aio.HealthServicer()
         self._local = grpc.aio.server()
@@ -80,3 +85,20 @@ class ServiceServer:
         """Accepts no new calls and ends those in flight after `grace_s` seconds."""
         await self.grpc.stop(grace_s)
         await self._local.stop(0)
+
+
+def _options(limits: PortLimits) -> list[tuple[str, int]]:
+    own = {
+        # Without this option two services could listen on one port and would share its connections.
+        "grpc.so_reuseport": 0,
+        "grpc.max_receive_message_length": limits.max_body_nbytes,
+        # Only messages as they are (bit 0): gRPC unpacks compressed ones whole before it looks at their length. Others
+        # are UNIMPLEMENTED.
+        "grpc.compression_enabled_algorithms_bitset": 1,
+        "grpc.max_concurrent_streams": _MAX_STREAMS_OF_CONNECTION,
+        "grpc.max_allowed_incoming_connections": limits.max_connections,
+        "grpc.server_handshake_timeout_ms": int(limits.client_timeout_s * 1000),
+        "grpc.http2.settings_timeout": int(limits.client_timeout_s * 1000),
+        "grpc.max_connection_idle_ms": _MAX_IDLE_MS,
+    }
+    return list((dict(CHANNEL_OPTIONS) | own).items())

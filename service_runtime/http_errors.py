@@ -9,7 +9,7 @@ from typing import Any
 
 from aiohttp import web
 
-from vitrine_vlm.errors import BadRequest, Overloaded, Unauthenticated, VitrineError, as_vitrine_error
+from vitrine_vlm.errors import BadRequest, Unauthenticated, VitrineError, as_vitrine_error
 
 STATUS_BY_CODE: dict[str, int] = {
     "invalid_request": 400,
@@ -42,7 +42,7 @@ STATUS_BY_CODE: dict[str, int] = {
     "ticket_expired": 503,
     "internal_error": 500,
 }
-_RETRY_AFTER_S = 1
+_LEAST_RETRY_S = 1
 _BODY_HEADERS = ("content-type", "content-length")
 _CLIENT_CLOSED_REQUEST = 499  # nginx's
 _TYPE_BY_STATUS = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
@@ -62,9 +62,9 @@ def error_body(error: VitrineError) -> dict[str, Any]:
 
 def error_response(error: VitrineError) -> web.Response:
     status = STATUS_BY_CODE[error.code]
-    retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else 0.0
     # HTTP allows whole seconds only.
-    headers = {"Retry-After": str(max(_RETRY_AFTER_S, math.ceil(retry_after_s)))} if status in (429, 503) else {}
+    retry_after_s = max(_LEAST_RETRY_S, math.ceil(error.retry_after_s))
+    headers = {"Retry-After": str(retry_after_s)} if status in (429, 503) else {}
     if isinstance(error, Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"  # RFC 9110, section 15.5.2
     return web.json_response(error_body(error), status=status, headers=headers)

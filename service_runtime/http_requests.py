@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
 
 from aiohttp import web
 
 from vitrine_vlm.errors import BadRequest
+from vitrine_vlm.service_runtime.byte_budget import ByteBudget, ReservedBytes
+from vitrine_vlm.service_runtime.port_limits import DEFAULT_LIMITS, PortLimits
 from vitrine_vlm.service_runtime.traces import serving_span
 
-MAX_BODY_BYTES = 256 * 1024 * 1024
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+# A body counts as so many times its length until its request ends: what was sent, its strings, and the messages that
+# are made of it (measured, docs/reliability.md).
+BODY_COPIES = 3
+# A body that comes more slowly is not waited for, even if a piece of it comes now and then.
+_LEAST_BYTES_PER_S = 64 * 1024
+
+
+@dataclass
+class _Body:
+    """The bounds on one request's body. nbytes: how much of it was read."""
+
+    limits: PortLimits
+    reserved: ReservedBytes | None = None
+    nbytes: int = 0
+
+
+_BODY = web.RequestKey("body", _Body)
 
 
 @web.middleware
-async def traced(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
+async def traced(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Opens the span of a POST request, which continues the trace of its headers."""
     if request.method != "POST":  # probes, metrics and pages
         return await handler(request)
@@ -28,8 +49,78 @@ def header_carrier(request: web.Request) -> dict[str, str]:
     return {name.lower(): value for name, value in request.headers.items()}
 
 
+def bodies_within(limits: PortLimits, budget: ByteBudget) -> Any:
+    """Returns a middleware that refuses bodies which are compressed, too large, or more than there is memory for.
+
+    What `read_body` reads counts in the budget until the request ends. The middleware raises HTTPUnsupportedMediaType,
+    HTTPRequestEntityTooLarge and Overloaded.
+    """
+
+    @web.middleware
+    async def bounded(request: web.Request, handler: Handler) -> web.StreamResponse:
+        encoding = request.headers.get("Content-Encoding", "identity").lower()
+        if encoding != "identity":  # a small body could become a large one
+            raise web.HTTPUnsupportedMediaType(reason="the body is compressed: send it as it is")
+        nbytes = request.content_length or 0
+        if nbytes > limits.max_body_nbytes:
+            raise web.HTTPRequestEntityTooLarge(limits.max_body_nbytes, nbytes)
+        with budget.item() as reserved:
+            if nbytes:
+                reserved.check(BODY_COPIES * nbytes)
+            request[_BODY] = _Body(limits, reserved)
+            return await handler(request)
+
+    return bounded
+
+
+async def body_pieces(http: web.Request) -> AsyncIterator[bytes]:
+    """The pieces of a body as they arrive.
+
+    Raises:
+        HTTPRequestTimeout: the client has stopped to send, or sends too slowly.
+    """
+    loop, timeout_s = asyncio.get_running_loop(), _body(http).limits.client_timeout_s
+    begin, nbytes = loop.time(), 0
+    while True:
+        slowest = begin + timeout_s + nbytes / _LEAST_BYTES_PER_S
+        try:
+            async with asyncio.timeout_at(min(loop.time() + timeout_s, slowest)):
+                piece = await http.content.readany()
+        except TimeoutError:
+            reason = f"the body stopped after {nbytes} bytes for {timeout_s:g} s, or came too slowly"
+            raise web.HTTPRequestTimeout(reason=reason) from None
+        if not piece:
+            return
+        nbytes += len(piece)
+        yield piece
+
+
+async def read_body(http: web.Request) -> bytes:
+    """Reads the body, once.
+
+    Raises:
+        HTTPRequestEntityTooLarge: more bytes than one body may have.
+        HTTPRequestTimeout: see `body_pieces`.
+        Overloaded: the bodies of other requests take too much memory.
+    """
+    body, pieces = _body(http), []
+    async for piece in body_pieces(http):
+        body.nbytes += len(piece)
+        if body.nbytes > body.limits.max_body_nbytes:
+            raise web.HTTPRequestEntityTooLarge(body.limits.max_body_nbytes, body.nbytes)
+        if body.reserved is not None:
+            body.reserved.reserve(BODY_COPIES * len(piece))
+        pieces.append(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def body_nbytes(http: web.Request) -> int:
+    """How many bytes `read_body` has read."""
+    return _body(http).nbytes
+
+
 async def json_body(http: web.Request) -> bytes:
-    """Reads the body, which must be declared to be JSON.
+    """Reads the body, which must be declared to be JSON; see `read_body`.
 
     Raises:
         BadRequest: it is declared to be something else.
@@ -38,4 +129,12 @@ async def json_body(http: web.Request) -> bytes:
     # origins get an answer to.
     if http.content_type != "application/json":
         raise BadRequest(f"the content type is {http.content_type}: send JSON as content-type: application/json")
-    return await http.read()
+    return await read_body(http)
+
+
+def _body(http: web.Request) -> _Body:
+    """The request's bounds: the usual limits, without a budget, where no port has set others."""
+    body = http.get(_BODY)
+    if body is None:
+        body = http[_BODY] = _Body(DEFAULT_LIMITS)
+    return body

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack
-
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
+from vitrine_vlm.service_runtime.byte_budget import ByteBudget
+from vitrine_vlm.service_runtime.http_port import HttpPort
+from vitrine_vlm.service_runtime.port_limits import PortLimits
+from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.service_runtime.tls import ServerTls
 
 _STOP_GRACE_S = 0.5
+_MAX_BODY_BYTES = 64 * 1024
 
 
 def add_metrics(application: web.Application, registry: CollectorRegistry) -> None:
@@ -21,18 +24,20 @@ def add_metrics(application: web.Application, registry: CollectorRegistry) -> No
     application.router.add_get("/metrics", metrics)
 
 
-async def start_metrics_port(
-    application: web.Application, host: str, port: int, tls: ServerTls | None, stack: AsyncExitStack
-) -> str:
-    """Serves the application until the stack is closed; returns "host:port" with the actual port.
+class MetricsPort:
+    """A port for an address that only the operator reaches, or for clients with certificates: no key is needed here."""
 
-    No key is needed here: it is for an address that only the operator reaches, or for clients with certificates.
+    def __init__(self, application: web.Application, limits: PortLimits) -> None:
+        # Nothing here has a body.
+        self._port = HttpPort(application, limits, ByteBudget(_MAX_BODY_BYTES), stop_grace_s=_STOP_GRACE_S)
 
-    Raises:
-        OSError: the port cannot be listened on, or a file of `tls` cannot be read.
-    """
-    runner = web.AppRunner(application, access_log=None, shutdown_timeout=_STOP_GRACE_S)
-    await runner.setup()
-    stack.push_async_callback(runner.cleanup)
-    await web.TCPSite(runner, host, port, ssl_context=tls.context() if tls else None).start()
-    return f"{host}:{runner.addresses[0][1]}"
+    async def start(self, host: str, port: int, tls: ServerTls | None, supervisor: Supervisor) -> str:
+        """Starts to listen; returns "host:port" with the actual port.
+
+        Raises:
+            OSError: the port cannot be listened on, or a file of `tls` cannot be read.
+        """
+        return f"{host}:{await self._port.start(host, port, tls.context() if tls else None, supervisor)}"
+
+    async def close(self) -> None:
+        await self._port.close()

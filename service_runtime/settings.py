@@ -21,6 +21,8 @@ from vitrine_vlm.service_runtime.http_log import shorten_bad_requests
 from vitrine_vlm.service_runtime.lifecycle import exit_now
 from vitrine_vlm.service_runtime.logs import LogFormat, LogLevel, start_logging
 from vitrine_vlm.service_runtime.memory import reuse_message_memory
+from vitrine_vlm.service_runtime.open_files import raise_open_files_limit
+from vitrine_vlm.service_runtime.port_limits import MAX_BODY_BYTES, MIB, PortLimits
 from vitrine_vlm.service_runtime.supervisor import ServiceFailed
 from vitrine_vlm.service_runtime.threads import set_switch_interval
 from vitrine_vlm.service_runtime.tls import ServerTls
@@ -64,6 +66,21 @@ class ServiceSettings(BaseSettings):
     health_socket: Path | None = Field(
         None, description="Unix socket where the gRPC health service answers, too, without TLS; none: no such socket"
     )
+    max_body_bytes: int = Field(
+        MAX_BODY_BYTES, ge=1024, description="largest request, an HTTP body or a gRPC message, bytes"
+    )
+    max_held_bytes: int = Field(
+        2048 * MIB,
+        ge=1,
+        description="requests, media and unread replies in memory before more are refused as overload, bytes",
+    )
+    client_timeout_s: float = Field(
+        30.0,
+        gt=0,
+        description="longest wait for a client: for a request's head, for its body to go on, for a reply to be read, s",
+    )
+    max_connections: int = Field(4096, ge=1, description="open connections of one port")
+    max_client_connections: int = Field(2048, ge=1, description="of these from one address (HTTP only)")
     log_level: LogLevel = Field("info", description="least severe messages to log")
     log_format: LogFormat = Field("text", description="json: one object a line")
     otlp_endpoint: str = Field(
@@ -140,6 +157,9 @@ class ServiceSettings(BaseSettings):
         tls = self.server_tls()
         return tls if tls is None or self.metrics_client_auth else replace(tls, client_ca_file=None)
 
+    def port_limits(self) -> PortLimits:
+        return PortLimits(self.max_body_bytes, self.client_timeout_s, self.max_connections, self.max_client_connections)
+
     def as_yaml(self) -> str:
         """Returns the settings as a file for `--config`."""
         own = self.model_dump(mode="json", exclude={"config", "print_config"})
@@ -186,6 +206,7 @@ def run_service(
     start_logging(config.log_level, config.log_format)
     shorten_bad_requests()
     reuse_message_memory()
+    raise_open_files_limit()
     set_switch_interval()
     expected: tuple[type[Exception], ...] = (OSError, ValueError, *failures)
     end_tracing = start_tracing(settings.service_name, config.otlp_endpoint)

@@ -38,16 +38,20 @@ import uuid
 from collections.abc import Iterable
 
 _log = logging.getLogger(__name__)
+# A service that loads, or whose peers are lost, may be back then; where there are others, one takes a retry at once.
+_UNAVAILABLE_S = 5.0
 
 
 class VitrineError(Exception):
     """The base of all errors for callers. The message states what was wrong, with the values, and what to do.
 
     param: the field of an OpenAI request that was wrong, if one was.
+    retry_after_s: the time after which to retry, in seconds; 0 if unknown.
     """
 
     code = "internal_error"
     param: str | None = None
+    retry_after_s: float = 0.0
 
 
 class BadRequest(VitrineError):
@@ -121,7 +125,7 @@ class BadAspectRatio(MediaError):
 
 
 class Overloaded(VitrineError):
-    """The service has no capacity. `retry_after_s` is the time after which to retry, in seconds; 0 if unknown."""
+    """The service has no capacity."""
 
     code = "overloaded"
 
@@ -137,6 +141,7 @@ class RateLimited(Overloaded):
 
 
 class EncoderUnavailable(VitrineError):
+    retry_after_s = _UNAVAILABLE_S
     code = "encoder_unavailable"
 
 
@@ -145,10 +150,12 @@ class EncoderMismatch(EncoderUnavailable):
 
 
 class WorkerUnavailable(VitrineError):
+    retry_after_s = _UNAVAILABLE_S
     code = "worker_unavailable"
 
 
 class PrefillUnavailable(VitrineError):
+    retry_after_s = _UNAVAILABLE_S
     code = "prefill_unavailable"
 
 

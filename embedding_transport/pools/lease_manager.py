@@ -137,7 +137,8 @@ class LeaseManager:
                 self._serve(pool)  # those that came later may fit
         raise Overloaded(
             f"no room for {nbytes} bytes of rows in the {pool.transport} pool within {_POOL_WAIT_S:g} s: "
-            f"{pool.used_nbytes} of {pool.nbytes} bytes are leased; release faster or make the pool larger"
+            f"{pool.used_nbytes} of {pool.nbytes} bytes are leased; release faster or make the pool larger",
+            retry_after_s=_POOL_WAIT_S,
         )
 
     def release_block(self, allocated: PoolBlock) -> None:

@@ -177,6 +177,11 @@ class RowExporter:
         """Releases leases; returns how many, and how many ids were not leases of this session."""
         return self._leases.release(session_id, lease_ids)
 
+    def sends_bytes(self, session_id: str, nbytes: int) -> bool:
+        """Whether `export` sends so many bytes of rows over gRPC: without a session, or where its pool is too small."""
+        session = self._sessions.get(session_id)
+        return session is None or session.pool is None or not session.pool.could_hold(nbytes)
+
     def start_draining(self) -> None:
         """Notifies all peers that they must send no new requests."""
         self._sessions.start_draining()

@@ -69,7 +69,7 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -
     if context.done():
         raise asyncio.CancelledError("the peer is gone") from error
     metadata = [(ERROR_CODE_KEY, error.code)]
-    if isinstance(error, Overloaded):
+    if isinstance(error, Overloaded) or error.retry_after_s:
         metadata.append((RETRY_KEY, str(math.ceil(max(error.retry_after_s, _LEAST_RETRY_S) * 1000))))
     context.set_trailing_metadata(tuple(metadata))
     await context.abort(STATUS_BY_CODE[error.code], _sendable(str(error)))

@@ -61,11 +61,14 @@ class Admission:
             self._check_deadline(seconds, deadline)
 
     def _check_capacity(self, num_patches: int, seconds: float) -> None:
-        if self.num_patches + num_patches > self._max_patches:
+        too_many = self.num_patches + num_patches - self._max_patches
+        if too_many > 0:
+            # The queue's seconds are about proportional to its patches.
+            retry_after_s = self.seconds * min(1.0, too_many / self.num_patches)
             raise Overloaded(
                 f"{self.num_patches} patches are queued and {num_patches} more would pass the limit of "
-                f"{self._max_patches}: retry later or add encoders",
-                retry_after_s=seconds,
+                f"{self._max_patches}: retry in {retry_after_s:.1f} s or add encoders",
+                retry_after_s=retry_after_s,
             )
         too_much_s = self.seconds + seconds - self._max_s
         if too_much_s > 0:

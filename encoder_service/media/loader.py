@@ -9,7 +9,6 @@ from yarl import URL
 
 from vitrine_vlm.embedding_transport.wire.data_url import read_data_url
 from vitrine_vlm.encoder_service.media.address_policy import CheckedResolver, check_host
-from vitrine_vlm.encoder_service.media.byte_budget import Reserve
 from vitrine_vlm.encoder_service.media.http_url import parse_url
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
 from vitrine_vlm.encoder_service.media.sources import read_file_url
@@ -21,6 +20,7 @@ from vitrine_vlm.errors import (
     MediaTooLarge,
     MediaUnreachable,
 )
+from vitrine_vlm.service_runtime.byte_budget import Reserve
 from vitrine_vlm.service_runtime.shown_urls import shown_url
 from vitrine_vlm.types import MediaItem
 

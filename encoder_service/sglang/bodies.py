@@ -11,9 +11,10 @@ import aiohttp
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vitrine_vlm.encoder_service.media.byte_budget import Reserve
 from vitrine_vlm.encoder_service.sglang.frames import Modality
 from vitrine_vlm.errors import BadRequest
+from vitrine_vlm.service_runtime.byte_budget import Reserve
+from vitrine_vlm.service_runtime.http_requests import body_pieces
 
 _MAX_SHOWN = 500
 _MAX_PARTS = 4096
@@ -76,7 +77,7 @@ async def read_body(http: web.Request, kind: type[BodyT], max_nbytes: int, reser
         raise BadRequest(f"the content type is {http.content_type}: send JSON as content-type: application/json")
     body = bytearray()
     try:
-        async for piece in http.content.iter_any():
+        async for piece in body_pieces(http):
             if len(body) + len(piece) > max_nbytes:
                 raise BadRequest(f"the body has more than {max_nbytes} bytes: send fewer items, or URLs")
             reserve(len(piece))

@@ -13,8 +13,8 @@ from contextlib import aclosing
 import torch
 
 from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
-from vitrine_vlm.encoder_service.media.byte_budget import Reserve
 from vitrine_vlm.encoder_service.sglang.part_encoder import EncodedPart, PartRows
+from vitrine_vlm.service_runtime.byte_budget import Reserve
 from vitrine_vlm.types import DTYPES, EmbeddingRows, LayoutEvent, MediaItem, ModelIdentity
 
 

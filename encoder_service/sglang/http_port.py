@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-from vitrine_vlm.encoder_service.media.byte_budget import ByteBudget, Reserve
 from vitrine_vlm.encoder_service.media.loader import MediaLoader
 from vitrine_vlm.encoder_service.metrics import EncoderMetrics
 from vitrine_vlm.encoder_service.sglang.bodies import EncodeBody, ReceiverBody, read_body, split_receive_url
@@ -24,6 +23,7 @@ from vitrine_vlm.encoder_service.sglang.receivers import AllowedReceivers
 from vitrine_vlm.encoder_service.sglang.versions import ReceiverClass
 from vitrine_vlm.encoder_service.sglang.zmq_push import ZmqPush
 from vitrine_vlm.errors import BadRequest, EncoderUnavailable, InternalError, VitrineError, as_vitrine_error
+from vitrine_vlm.service_runtime.byte_budget import ByteBudget, Reserve
 from vitrine_vlm.service_runtime.http_requests import header_carrier
 from vitrine_vlm.service_runtime.logs import harmless, set_request_id
 from vitrine_vlm.service_runtime.running_calls import RunningCalls

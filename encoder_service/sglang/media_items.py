@@ -7,10 +7,10 @@ import hashlib
 import re
 from pathlib import PurePosixPath
 
-from vitrine_vlm.encoder_service.media.byte_budget import Reserve
 from vitrine_vlm.encoder_service.media.loader import MediaLoader
 from vitrine_vlm.encoder_service.sglang.bodies import EncodeBody, ItemBody
 from vitrine_vlm.errors import BadRequest
+from vitrine_vlm.service_runtime.byte_budget import Reserve
 from vitrine_vlm.service_runtime.shown_urls import shown_url
 from vitrine_vlm.types import MediaItem, MediaKind, MediaOptions
 

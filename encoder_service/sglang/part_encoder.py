@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 
 from vitrine_vlm.embedding_transport.pools.row_copies import copy_to_host
-from vitrine_vlm.encoder_service.media.byte_budget import Reserve
 from vitrine_vlm.encoder_service.service import EncodeService
 from vitrine_vlm.errors import VitrineError
+from vitrine_vlm.service_runtime.byte_budget import Reserve
 from vitrine_vlm.service_runtime.cancellation import running_until
 from vitrine_vlm.types import ItemTimings, Layout, MediaItem
 

@@ -7,13 +7,11 @@ import logging
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
-from aiohttp import web
 from yarl import URL
 
 from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
 from vitrine_vlm.embedding_transport.fleet.discovery import parse_sources, watch_sources
 from vitrine_vlm.encoder_service.config import EncoderConfig
-from vitrine_vlm.encoder_service.media.byte_budget import ByteBudget
 from vitrine_vlm.encoder_service.media.loader import MediaLoader
 from vitrine_vlm.encoder_service.metrics import EncoderMetrics
 from vitrine_vlm.encoder_service.service import EncodeService
@@ -25,6 +23,8 @@ from vitrine_vlm.encoder_service.sglang.registration import Registration, parse_
 from vitrine_vlm.encoder_service.sglang.versions import receiver_class
 from vitrine_vlm.encoder_service.sglang.zmq_push import ZmqPush
 from vitrine_vlm.errors import EncoderUnavailable, VitrineError
+from vitrine_vlm.service_runtime.byte_budget import ByteBudget
+from vitrine_vlm.service_runtime.http_port import HttpPort
 from vitrine_vlm.service_runtime.lifecycle import Lifecycle
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 from vitrine_vlm.service_runtime.tls import ClientTls
@@ -63,6 +63,7 @@ class SglangPort:
         self._delivery = Delivery(receiver, allowed, ZmqPush(), config.sglang_timeout_s)
         budget = ByteBudget(config.sglang_max_held_bytes, "SGLang's requests and rows", "--sglang-max-held-bytes")
         metrics.watch_sglang(lambda: budget.reserved_nbytes)
+        self._budget = budget
         self._http = SglangHttp(self._delivery, self._calls, budget, metrics, lambda: lifecycle.reason)
 
     async def start(self, stack: AsyncExitStack) -> str:
@@ -74,13 +75,10 @@ class SglangPort:
         config = self._config
         stack.callback(self._delivery.allowed.close)
         stack.push_async_callback(self._delivery.push.close)
-        # handler_cancellation: a part is cancelled when its language server disconnects.
-        application = self._http.application()
-        runner = web.AppRunner(application, access_log=None, handler_cancellation=True, shutdown_timeout=_STOP_GRACE_S)
-        await runner.setup()
-        stack.push_async_callback(runner.cleanup)
+        port = HttpPort(self._http.application(), config.port_limits(), self._budget, stop_grace_s=_STOP_GRACE_S)
+        stack.push_async_callback(port.close)
         ssl_context = self._tls.context() if self._tls else None
-        await web.TCPSite(runner, config.host, config.sglang_port, ssl_context=ssl_context).start()
+        await port.start(config.host, config.sglang_port, ssl_context, self._lifecycle.supervisor)
         return f"{config.host}:{config.sglang_port}"
 
     async def open(

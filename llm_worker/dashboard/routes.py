@@ -15,7 +15,7 @@ from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
 from vitrine_vlm.llm_worker.engine.engine import EngineStats
 from vitrine_vlm.llm_worker.generation.generation import Generator, RecentRequest
 from vitrine_vlm.llm_worker.prefill.client import PrefillClient
-from vitrine_vlm.service_runtime.http_requests import MAX_BODY_BYTES
+from vitrine_vlm.service_runtime.port_limits import MAX_BODY_BYTES
 
 _FOLDER = Path(__file__).parent
 # By path below /dashboard: the page, its style and the modules of its script.
@@ -36,11 +36,18 @@ class Dashboard:
     """Serves the page. `open` is called once the model is loaded; until then the page shows readiness only.
 
     Args:
+        max_body_nbytes: bytes of the largest request, which the page shows.
         can_ask: whether the API is on the same port, so that the page can have its form.
     """
 
-    def __init__(self, readiness: Callable[[], tuple[bool, dict[str, Any]]], can_ask: bool = True) -> None:
+    def __init__(
+        self,
+        readiness: Callable[[], tuple[bool, dict[str, Any]]],
+        max_body_nbytes: int = MAX_BODY_BYTES,
+        can_ask: bool = True,
+    ) -> None:
         self._readiness = readiness
+        self._max_body_nbytes = max_body_nbytes
         self._can_ask = can_ask
         self._shown: Callable[[], Awaitable[dict[str, Any]]] | None = None
 
@@ -78,7 +85,7 @@ class Dashboard:
     async def _data(self, request: web.Request) -> web.Response:
         ready, details = self._readiness()
         shown = await self._shown() if self._shown is not None else {}
-        state = {"ready": ready, "reason": details.get("reason"), "max_body_bytes": MAX_BODY_BYTES}
+        state = {"ready": ready, "reason": details.get("reason"), "max_body_bytes": self._max_body_nbytes}
         state["can_ask"] = self._can_ask
         return web.json_response(state | shown, headers=_HEADERS)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 from typing import TypeAlias
 
@@ -35,6 +35,7 @@ from vitrine_vlm.llm_worker.wire import (
 from vitrine_vlm.protos.llm.v1 import llm_pb2, llm_pb2_grpc
 from vitrine_vlm.service_runtime.access import Access
 from vitrine_vlm.service_runtime.grpc_server import ServiceServer
+from vitrine_vlm.service_runtime.port_limits import DEFAULT_LIMITS, PortLimits
 from vitrine_vlm.service_runtime.tenants import CacheScope, current_tenant
 from vitrine_vlm.service_runtime.traces import metadata_carrier, serving_span
 
@@ -102,13 +103,22 @@ class LlmServicer(llm_pb2_grpc.LlmServicer):
 class LlmServer(ServiceServer):
     """The worker's gRPC port."""
 
-    def __init__(self, servicer: LlmServicer, *others: str, access: Access | None = None) -> None:
+    def __init__(
+        self,
+        servicer: LlmServicer,
+        *others: str,
+        access: Access | None = None,
+        limits: PortLimits = DEFAULT_LIMITS,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    ) -> None:
         """
         Args:
             others: names of further services of this port, whose handlers the caller adds.
             access: who may call it; by default all.
+            limits, interceptors: see ServiceServer.
         """
-        super().__init__(SERVICE, *others, interceptors=[GrpcAccess(access or Access())])
+        interceptors = [GrpcAccess(access or Access()), *interceptors]
+        super().__init__(SERVICE, *others, limits=limits, interceptors=interceptors)
         llm_pb2_grpc.add_LlmServicer_to_server(servicer, self.grpc)
 
 

@@ -28,7 +28,7 @@ from vitrine_vlm.llm_worker.request_tracker import RequestTracker, RunningReques
 from vitrine_vlm.service_runtime.access import Access
 from vitrine_vlm.service_runtime.http_access import add_access
 from vitrine_vlm.service_runtime.http_errors import error_body, errors_as_openai
-from vitrine_vlm.service_runtime.http_requests import MAX_BODY_BYTES, traced
+from vitrine_vlm.service_runtime.http_requests import traced
 
 
 class OpenAiHttp:
@@ -68,7 +68,7 @@ class OpenAiHttp:
         self._models.open(served)
 
     def application(self) -> web.Application:
-        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[with_request_id, traced, errors_as_openai])
+        app = web.Application(middlewares=[with_request_id, traced, errors_as_openai])
         add_body_thread(app)
         self._origins.add_to(app)
         add_access(app, self._access)

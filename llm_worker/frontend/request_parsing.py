@@ -16,7 +16,7 @@ from pydantic_core import from_json
 from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.llm_worker.frontend.field_rules import apply_rules
 from vitrine_vlm.llm_worker.frontend.openai_types import RequestBody
-from vitrine_vlm.service_runtime.http_requests import json_body
+from vitrine_vlm.service_runtime.http_requests import body_nbytes, json_body
 from vitrine_vlm.service_runtime.json_limits import check_json, num_values
 from vitrine_vlm.service_runtime.json_types import problem_of
 
@@ -26,6 +26,7 @@ _SMALL_BODY_BYTES = 256 * 1024
 _FEW_VALUES = 1000
 # One with more values takes tenths of a second, and seconds where they are a tool's schema.
 _MANY_VALUES = 10_000
+_NUM_VALUES = web.RequestKey("number of values", int)
 _MANY_VALUES_THREAD = web.AppKey("thread of bodies with many values", ThreadPoolExecutor)
 
 # Is called with the names of a request's fields that change nothing: informative ones, unknown ones.
@@ -40,18 +41,19 @@ async def read_request(kind: type[RequestT], http: web.Request, count: Count) ->
     Raises:
         BadRequest: the body is declared to be something else.
     """
-    return await with_body(http, partial(parse_request, kind, await json_body(http), count))
+    body = await json_body(http)
+    http[_NUM_VALUES] = num_values(body, _MANY_VALUES)
+    return await with_body(http, partial(parse_request, kind, body, count))
 
 
 async def with_body(http: web.Request, work: Callable[[], ResultT]) -> ResultT:
-    """Runs work that takes longer the larger the request's body is.
+    """Runs work that takes longer the larger the request's body is, which `read_request` has read.
 
     That of a large one runs on a thread, so that other requests and probes are answered meanwhile, and bodies with many
     values have one thread together, as each thread that computes takes a part of the interpreter.
     """
-    body = await http.read()
-    num = num_values(body, _MANY_VALUES)
-    if len(body) <= _SMALL_BODY_BYTES and num <= _FEW_VALUES:
+    num = http[_NUM_VALUES]
+    if body_nbytes(http) <= _SMALL_BODY_BYTES and num <= _FEW_VALUES:
         return work()
     if num <= _MANY_VALUES:
         return await asyncio.to_thread(work)

@@ -21,6 +21,7 @@ from vitrine_vlm.llm_worker.prefill.wire import format_from_proto, format_to_pro
 from vitrine_vlm.llm_worker.request_tracker import RequestTracker
 from vitrine_vlm.llm_worker.wire import checked_salt, generation_from_proto
 from vitrine_vlm.protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
+from vitrine_vlm.service_runtime.byte_budget import ByteBudget
 from vitrine_vlm.service_runtime.tenants import CacheScope, current_tenant
 from vitrine_vlm.service_runtime.traces import metadata_carrier, serving_span
 from vitrine_vlm.types import ItemTimings
@@ -38,10 +39,15 @@ class ServedPrefill:
 
 
 class PrefillServicer(SessionServicer, prefill_pb2_grpc.PrefillServicer):  # type: ignore[misc]
-    """Answers UNAVAILABLE until `open` is called."""
+    """Answers UNAVAILABLE until `open` is called.
 
-    def __init__(self, requests: RequestTracker) -> None:
+    Args:
+        held: the process's budget, of which KV that is sent as bytes is a part.
+    """
+
+    def __init__(self, requests: RequestTracker, held: ByteBudget) -> None:
         self._requests = requests
+        self._held = held
         self._prefilling: ServedPrefill | None = None
 
     def open(self, prefilling: ServedPrefill) -> None:
@@ -82,6 +88,7 @@ class PrefillServicer(SessionServicer, prefill_pb2_grpc.PrefillServicer):  # typ
         known: Started | None = None
         leases: list[int] = []
         exporter, session_id, first_row = prefilling.exporter, request.session_id, request.first_row
+        reserved = self._held.item()
         try:
             async with self._requests.track(partial(prefilling.served.generator.prefill, generation)) as events:
                 async for event in events:
@@ -99,6 +106,8 @@ class PrefillServicer(SessionServicer, prefill_pb2_grpc.PrefillServicer):  # typ
                         if generation.sampling.is_last(event.token_ids[0]):
                             continue
                         kv = event.kv.from_row(first_row)
+                        if exporter.sends_bytes(session_id, kv.nbytes):
+                            reserved.reserve(kv.nbytes)
                         async with aclosing(exporter.export(session_id, 0, kv, ItemTimings())) as responses:
                             async for response in responses:
                                 if isinstance(response, bytes):
@@ -110,6 +119,8 @@ class PrefillServicer(SessionServicer, prefill_pb2_grpc.PrefillServicer):  # typ
             # A lease may have been sent to a client that does not read it any more.
             exporter.release(session_id, leases)
             raise
+        finally:
+            reserved.release()
 
     def _exporter(self) -> RowExporter:
         return self._loaded().exporter

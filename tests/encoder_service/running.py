@@ -18,13 +18,13 @@ from PIL import Image
 
 from vitrine_vlm.embedding_transport.pools.shm_pool import ShmPool
 from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter
+from vitrine_vlm.embedding_transport.wire.message_bounds import MessageBounds
 from vitrine_vlm.encoder_service.codec import describe_to_proto, stats_to_proto
 from vitrine_vlm.encoder_service.engine.admission import Admission
 from vitrine_vlm.encoder_service.engine.batcher import Batcher
 from vitrine_vlm.encoder_service.engine.cache import EmbeddingCache
 from vitrine_vlm.encoder_service.engine.cost_model import CostModel
 from vitrine_vlm.encoder_service.families import build_tower, processor_settings
-from vitrine_vlm.encoder_service.media.byte_budget import ByteBudget
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
 from vitrine_vlm.encoder_service.media.loader import MediaLoader
 from vitrine_vlm.encoder_service.metrics import EncoderMetrics
@@ -37,7 +37,9 @@ from vitrine_vlm.encoder_service.service import EncodeService
 from vitrine_vlm.encoder_service.tickets import TicketTable
 from vitrine_vlm.model_loading.checkpoint import open_checkpoint
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
+from vitrine_vlm.service_runtime.byte_budget import ByteBudget
 from vitrine_vlm.service_runtime.grpc_channel import CHANNEL_OPTIONS
+from vitrine_vlm.service_runtime.port_limits import PortLimits
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.types import MediaItem, ModelIdentity
@@ -85,6 +87,7 @@ class RunningEncoder:
     metrics: EncoderMetrics
     calls: RunningCalls
     tickets: TicketTable
+    held: ByteBudget
     channel: grpc.aio.Channel = field(repr=False)
 
     def rows_of(self, data: bytes) -> torch.Tensor:
@@ -100,7 +103,8 @@ async def run_encoder(
     *,
     max_batch_patches: int = 4096,
     max_queued_patches: int = 100_000,
-    max_held_media_bytes: int = 1 << 30,
+    max_held_bytes: int = 1 << 30,
+    client_timeout_s: float = 30.0,
     lease_ttl_s: float = 30.0,
     ticket_ttl_s: float = 30.0,
     cache_bytes: int = 0,
@@ -118,14 +122,14 @@ async def run_encoder(
         tower.deepstack_visual_indexes,
         "float32",
     )
-    metrics, calls = EncoderMetrics(), RunningCalls()
+    metrics, calls, held = EncoderMetrics(), RunningCalls(), ByteBudget(max_held_bytes)
     exporter = RowExporter([ShmPool(shm_folder, 8 << 20)] if shm_folder else [], lease_ttl_s=lease_ttl_s)
     exporter.start(Supervisor())
     cost = CostModel(0.0, 0.0, 0.0)
     admission = Admission(cost, max_patches=max_queued_patches, max_s=math.inf)
     batcher = Batcher(tower, cost, max_batch_patches=max_batch_patches, on_batch=metrics.observe_batch)
     batcher.start(Supervisor())
-    loader, media_budget = MediaLoader(limits), ByteBudget(max_held_media_bytes)
+    loader = MediaLoader(limits)
     preprocessor = Preprocessor(processor_settings(checkpoint), limits)
     cache = EmbeddingCache(gpu_nbytes=0, host_nbytes=cache_bytes)
     cache.start(Supervisor())
@@ -135,18 +139,19 @@ async def run_encoder(
     preprocess_pool = PreprocessPool(preprocessor, revision=identity.revision, num_threads=2)
     preprocess_pool.start(Supervisor())
     service = EncodeService(
-        loader, media_budget, preprocess_pool, admission, batcher, cache, tickets, max_items=MAX_ITEMS, metrics=metrics
+        loader, held, preprocess_pool, admission, batcher, cache, tickets, max_items=MAX_ITEMS, metrics=metrics
     )
     metrics.watch_cache(cache.stats)
-    metrics.watch_queue(admission, lambda: media_budget.reserved_nbytes, lambda: batcher.waiting_patches)
+    metrics.watch_queue(admission, lambda: held.reserved_nbytes, lambda: batcher.waiting_patches)
     metrics.watch_exporter(exporter.stats)
-    servicer = EncoderServicer(metrics, calls)
-    server = EncoderServer(servicer)
+    servicer = EncoderServicer(metrics, calls, held)
+    limits_of_port = PortLimits(client_timeout_s=client_timeout_s)
+    server = EncoderServer(servicer, limits=limits_of_port, interceptors=[MessageBounds(held, client_timeout_s)])
     address = await server.start("127.0.0.1", 0)
     if loaded:
         description = describe_to_proto(identity, preprocessor.settings, exporter.transports, MAX_ITEMS, tickets)
         stats = lambda: stats_to_proto(admission.seconds, cache.stats(), exporter.stats(), tickets)  # noqa: E731
-        servicer.open(ServiceState(description, service, exporter, stats))
+        servicer.open(ServiceState(description, service, exporter, stats, identity.row_nbytes))
         await server.set_serving(True)
     async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
         yield RunningEncoder(
@@ -162,6 +167,7 @@ async def run_encoder(
             metrics,
             calls,
             tickets,
+            held,
             channel,
         )
     tower.gate.set()

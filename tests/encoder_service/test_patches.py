@@ -84,7 +84,7 @@ async def test_patches_are_cached_and_bounded_like_media(qwen3_vl_folder: Path, 
     item = MediaItem("image", patches=patches_of(qwen3_vl_folder, PICTURE, "uint8"))
     assert item.patches is not None
     nbytes = len(item.patches.data)
-    async with run_encoder(qwen3_vl_folder, tmp_path, cache_bytes=1 << 20, max_held_media_bytes=nbytes) as encoder:
+    async with run_encoder(qwen3_vl_folder, tmp_path, cache_bytes=1 << 20, max_held_bytes=nbytes) as encoder:
         await encode(encoder, item)
         await encode(encoder, item)
         assert sum(map(len, encoder.tower.batches)) == 1

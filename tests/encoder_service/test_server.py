@@ -23,6 +23,7 @@ from vitrine_vlm.encoder_service.metrics import EncoderMetrics
 from vitrine_vlm.encoder_service.server import EncoderServer, EncoderServicer
 from vitrine_vlm.errors import EncoderUnavailable, Overloaded
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from vitrine_vlm.service_runtime.byte_budget import ByteBudget
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 from vitrine_vlm.types import EmbeddingRows, LayoutEvent, MediaItem
 
@@ -275,7 +276,7 @@ async def test_metrics_count_what_happened(encoder: RunningEncoder) -> None:
 
 
 async def test_a_port_in_use_is_refused(encoder: RunningEncoder) -> None:
-    second = EncoderServer(EncoderServicer(EncoderMetrics(), RunningCalls()))
+    second = EncoderServer(EncoderServicer(EncoderMetrics(), RunningCalls(), ByteBudget(1)))
     with pytest.raises(OSError, match="cannot listen on"):
         await second.start("127.0.0.1", int(encoder.address.rsplit(":", 1)[1]))
 

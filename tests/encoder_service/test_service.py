@@ -96,14 +96,14 @@ def rows_by_item(events: list[Event]) -> dict[int, Rows]:
 
 async def test_encoded_media_in_work_is_bounded(qwen3_vl_folder: Path, tmp_path: Path) -> None:
     picture, large = png(96, 64, 1), png(128, 96, 2)
-    async with run_encoder(qwen3_vl_folder, tmp_path, max_held_media_bytes=len(picture) + 1) as encoder:
+    async with run_encoder(qwen3_vl_folder, tmp_path, max_held_bytes=len(picture) + 1) as encoder:
         encoder.tower.gate.clear()
         first = asyncio.create_task(encode(encoder, image(picture)))
         while not encoder.admission.num_patches:
             await asyncio.sleep(0.01)
         [refused] = await encode(encoder, image(large))
         assert isinstance(refused, ItemFailed) and refused.error.code == "overloaded"
-        assert f"{len(picture)} bytes of images and videos are in work" in str(refused.error)
+        assert f"{len(picture)} bytes of requests, media and replies are in work" in str(refused.error)
         held = "vitrine_encoder_held_media_bytes"
         assert encoder.metrics.registry.get_sample_value(held) == len(picture)
         encoder.tower.gate.set()

@@ -18,12 +18,12 @@ from tests.encoder_service.test_service import RecordedReplies
 from tests.integration.media import clip
 from tests.integration.media_server import serve_media
 from vitrine_vlm.embedding_transport.wire.messages import item_to_proto
-from vitrine_vlm.encoder_service.media.byte_budget import ByteBudget
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
 from vitrine_vlm.encoder_service.preprocess.preprocessor import Preprocessor
 from vitrine_vlm.encoder_service.tickets import OpenedItem, TicketTable
 from vitrine_vlm.errors import Overloaded, TicketExpired
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
+from vitrine_vlm.service_runtime.byte_budget import ByteBudget
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.types import Layout, MediaItem
 
@@ -187,7 +187,7 @@ async def test_a_claim_in_flight_outlives_its_ticket(encoder: RunningEncoder) ->
 
 
 async def test_tickets_fill_the_budget_of_media_bytes(qwen3_vl_folder: Path, tmp_path: Path) -> None:
-    async with run_encoder(qwen3_vl_folder, tmp_path, max_held_media_bytes=3 * len(PICTURE)) as encoder:
+    async with run_encoder(qwen3_vl_folder, tmp_path, max_held_bytes=3 * len(PICTURE)) as encoder:
         tickets = await tickets_of(encoder, image(PICTURE), image(PICTURE))
         failed = failures(await encode(encoder, [item_to_proto(image(PICTURE))], layout_only=True))[0]
         assert (failed.code, "peer '127.0.0.1' hold" in failed.message) == ("overloaded", True)

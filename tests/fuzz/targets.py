@@ -24,6 +24,7 @@ from vitrine_vlm.embedding_transport.fleet.row_peer import Connection, ConnectOp
 from vitrine_vlm.embedding_transport.pools.leases import LeaseTable
 from vitrine_vlm.embedding_transport.pools.pool import HEADER_NBYTES, PAGE_NBYTES, PoolMapping, PoolSource
 from vitrine_vlm.embedding_transport.receiving.received_rows import HostBufferPool
+from vitrine_vlm.embedding_transport.shipping.peer_rules import PeerRules
 from vitrine_vlm.embedding_transport.shipping.session_rpc import check_release
 from vitrine_vlm.embedding_transport.shipping.sessions import Sessions
 from vitrine_vlm.embedding_transport.wire.chunk_codec import ChunkView, encode_chunk, parse_response
@@ -57,7 +58,9 @@ from vitrine_vlm.model_loading.checkpoint import open_checkpoint
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 from vitrine_vlm.protos.llm.v1 import llm_pb2
 from vitrine_vlm.protos.prefill.v1 import prefill_pb2
+from vitrine_vlm.service_runtime.peers import Peer
 from vitrine_vlm.service_runtime.shown_urls import shown_url, without_url_secrets
+from vitrine_vlm.service_runtime.tenants import CacheScope
 from vitrine_vlm.types import MediaItem, ModelIdentity
 
 Target = Callable[[bytes], None]
@@ -117,7 +120,9 @@ def generate_request(data: bytes) -> None:
     request = parsed(llm_pb2.GenerateRequest, data)
     with suppress(VitrineError):
         if request is not None:
-            generation = generation_from_proto(request.request_id, request.prompt, request.sampling, DEFAULTS)
+            generation = generation_from_proto(
+                request.request_id, request.prompt, request.sampling, DEFAULTS, CacheScope()
+            )
             check_sampling(generation.sampling, _VOCAB_SIZE)
 
 
@@ -126,7 +131,7 @@ def prefill_request(data: bytes) -> None:
     with suppress(VitrineError):
         if request is not None:
             format_from_proto(request.format)
-            generation_from_proto("", request.prompt, request.sampling, DEFAULTS)
+            generation_from_proto("", request.prompt, request.sampling, DEFAULTS, CacheScope())
     if (message := parsed(prefill_pb2.Prefilled, data)) is not None:
         prefilled_from_proto(message)
 
@@ -141,9 +146,9 @@ def connect(data: bytes) -> None:
                 yield message
 
     async def run() -> None:
-        sessions = Sessions([], 60.0, lambda session_id: None)
+        sessions = Sessions([], 60.0, PeerRules(), lambda session: None, lambda session: None)
         with suppress(VitrineError):
-            async for _ in sessions.connect(requests()):
+            async for _ in sessions.connect(requests(), Peer("127.0.0.1")):
                 pass
         assert len(sessions) == 0
 

@@ -20,7 +20,9 @@ from vitrine_vlm.llm_worker.config import LlmConfig
 from vitrine_vlm.service_runtime.grpc_channel import open_channel
 from vitrine_vlm.service_runtime.grpc_server import ServiceServer
 from vitrine_vlm.service_runtime.health_command import main
-from vitrine_vlm.service_runtime.metrics_port import add_metrics, start_metrics_port
+from vitrine_vlm.service_runtime.metrics_port import MetricsPort, add_metrics
+from vitrine_vlm.service_runtime.port_limits import DEFAULT_LIMITS
+from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.service_runtime.tls import ClientTls, ServerTls
 
 SERVICE = "vitrine.test.v1.Test"
@@ -132,7 +134,10 @@ async def test_http_certificates_can_be_renewed_in_place_too(own: Files, foreign
     add_metrics(application, CollectorRegistry())
     async with contextlib.AsyncExitStack() as stack:
         tls = ServerTls(served.cert, served.key, served.ca)
-        address = await start_metrics_port(application, "127.0.0.1", 0, tls, stack)
+        supervisor, metrics_port = Supervisor(), MetricsPort(application, DEFAULT_LIMITS)
+        stack.push_async_callback(supervisor.close)
+        stack.push_async_callback(metrics_port.close)
+        address = await metrics_port.start("127.0.0.1", 0, tls, supervisor)
         port = int(address.rpartition(":")[2])
         assert await fetched(port, own, own) == 200
         for shown in (None, foreign):

@@ -201,7 +201,7 @@ async def test_layouts_are_retried_elsewhere(qwen3_vl_folder: Path, tmp_path: Pa
     items = [image(png(64, 32 * side, side)) for side in range(2, 9)]
     async with (
         run_encoder(qwen3_vl_folder, tmp_path) as free,
-        run_encoder(qwen3_vl_folder, tmp_path, max_held_media_bytes=1) as full,
+        run_encoder(qwen3_vl_folder, tmp_path, max_held_bytes=1) as full,
         client_of(tmp_path, full.address) as other,
         client_of(tmp_path, free.address, full.address) as client,
     ):

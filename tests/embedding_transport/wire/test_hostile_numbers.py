@@ -16,6 +16,7 @@ from vitrine_vlm.embedding_transport.shipping.session_rpc import check_release
 from vitrine_vlm.embedding_transport.wire.messages import describe_identity, layout_from_proto, timings_from_proto
 from vitrine_vlm.errors import BadRequest, InternalError, Overloaded, TransportUnavailable, error_from_code
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
+from vitrine_vlm.service_runtime.peers import Peer
 from vitrine_vlm.types import PROTOCOL_VERSION, ItemTimings, MediaItem
 
 NO_TIMES = [math.nan, math.inf, -math.inf, -1.0]
@@ -80,4 +81,4 @@ async def test_a_hello_names_a_few_transports() -> None:
         yield encoder_pb2.ConnectRequest(hello=message)
 
     with pytest.raises(BadRequest, match="17 transports"):
-        await anext(aiter(RowExporter([], lease_ttl_s=1.0).connect(hello())))
+        await anext(aiter(RowExporter([], lease_ttl_s=1.0).connect(hello(), Peer("127.0.0.1"))))

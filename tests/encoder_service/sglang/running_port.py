@@ -16,7 +16,6 @@ import zmq.asyncio
 from aiohttp import web
 
 from tests.encoder_service.running import RunningEncoder
-from vitrine_vlm.encoder_service.media.byte_budget import ByteBudget
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
 from vitrine_vlm.encoder_service.media.loader import MediaLoader
 from vitrine_vlm.encoder_service.sglang.http_port import Delivery, SglangHttp
@@ -24,6 +23,7 @@ from vitrine_vlm.encoder_service.sglang.part_encoder import LocalPartEncoder
 from vitrine_vlm.encoder_service.sglang.receivers import AllowedReceivers
 from vitrine_vlm.encoder_service.sglang.versions import receiver_class
 from vitrine_vlm.encoder_service.sglang.zmq_push import ZmqPush
+from vitrine_vlm.service_runtime.byte_budget import ByteBudget
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 
 

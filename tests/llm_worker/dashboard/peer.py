@@ -12,7 +12,7 @@ from typing import Any, Literal
 from aiohttp import web
 
 from vitrine_vlm.llm_worker.dashboard.routes import Dashboard
-from vitrine_vlm.service_runtime.http_requests import MAX_BODY_BYTES
+from vitrine_vlm.service_runtime.port_limits import MAX_BODY_BYTES
 
 Answer = Literal["whole", "breaks", "ends early", "hangs", "error event", "from a proxy"]
 

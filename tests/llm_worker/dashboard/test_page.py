@@ -12,7 +12,7 @@ import pytest
 from tests.integration.media import clip, picture
 from tests.llm_worker.dashboard.browser import Page, chromium
 from tests.llm_worker.dashboard.peer import Answer, Peer, serving
-from vitrine_vlm.service_runtime.http_requests import MAX_BODY_BYTES
+from vitrine_vlm.service_runtime.port_limits import MAX_BODY_BYTES
 
 pytest.importorskip("selenium", reason="selenium is not installed")
 

@@ -15,6 +15,9 @@ from vitrine_vlm.llm_worker.generation.served_model import ServedModel
 from vitrine_vlm.llm_worker.metrics import LlmMetrics
 from vitrine_vlm.llm_worker.request_tracker import RequestTracker
 from vitrine_vlm.service_runtime.access import Access
+from vitrine_vlm.service_runtime.byte_budget import ByteBudget
+from vitrine_vlm.service_runtime.http_requests import bodies_within
+from vitrine_vlm.service_runtime.port_limits import DEFAULT_LIMITS, PortLimits
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 
 Client = TestClient[Any, Any]
@@ -26,6 +29,7 @@ async def client_of(
     origins: frozenset[str] = frozenset(),
     allow_cache_reset: bool = False,
     access: Access | None = None,
+    limits: PortLimits = DEFAULT_LIMITS,
 ) -> AsyncIterator[Client]:
     metrics = LlmMetrics()
     http = OpenAiHttp(
@@ -39,7 +43,9 @@ async def client_of(
     if served is not None:
         http.open(served)
     # TestServer cancels the handlers of clients that have disconnected, as the worker's own server does.
-    async with TestClient(TestServer(http.application())) as client:
+    application = http.application()
+    application.middlewares.append(bodies_within(limits, ByteBudget(1 << 30)))
+    async with TestClient(TestServer(application)) as client:
         yield client
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.llm_worker.frontend.http_client import Client, body, client_of, events
 from tests.llm_worker.frontend.serving import LocalWorker
-from vitrine_vlm.llm_worker.frontend import openai_http
+from vitrine_vlm.service_runtime.port_limits import PortLimits
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
@@ -42,10 +42,9 @@ async def test_json_may_name_its_charset(client: Client, worker: LocalWorker) ->
     assert (await client.post(CHAT, data=json.dumps(body(worker)), headers=headers)).status == 200
 
 
-async def test_what_is_no_request_at_all(client: Client, worker: LocalWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_no_request_at_all(client: Client, worker: LocalWorker) -> None:
     headers = {"Content-Type": "application/json"}
-    monkeypatch.setattr(openai_http, "MAX_BODY_BYTES", 1000)
-    async with client_of(worker.served) as limited:
+    async with client_of(worker.served, limits=PortLimits(max_body_nbytes=1000)) as limited:
         for response, status in (
             (await client.post(CHAT, data=b"{nope", headers=headers), 400),
             (await client.get("/v1/nothing"), 404),

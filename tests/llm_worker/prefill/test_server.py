@@ -29,6 +29,7 @@ from vitrine_vlm.model_loading.checkpoint import open_checkpoint
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 from vitrine_vlm.protos.llm.v1 import llm_pb2
 from vitrine_vlm.protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
+from vitrine_vlm.service_runtime.byte_budget import ByteBudget
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.service_runtime.tenants import CacheScope, set_tenant
@@ -57,7 +58,7 @@ async def running(
 ) -> AsyncIterator[Running]:
     calls = RunningCalls()
     requests = RequestTracker(LlmMetrics(), calls)
-    servicer = PrefillServicer(requests)
+    servicer = PrefillServicer(requests, ByteBudget(1 << 30))
     server = LlmServer(LlmServicer(requests), SERVICE)
     server.grpc.add_generic_rpc_handlers((prefill_handlers(servicer),))
     address = await server.start("127.0.0.1", 0)

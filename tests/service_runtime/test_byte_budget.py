@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from vitrine_vlm.encoder_service.media.byte_budget import ByteBudget
 from vitrine_vlm.errors import Overloaded
+from vitrine_vlm.service_runtime.byte_budget import ByteBudget
 
 
 def test_items_share_the_bound() -> None:
@@ -12,7 +12,7 @@ def test_items_share_the_bound() -> None:
         one.reserve(4)
         other.reserve(6)
         for item in (one, other):
-            with pytest.raises(Overloaded, match="10 bytes of images and videos are in work and 1 more"):
+            with pytest.raises(Overloaded, match="10 bytes of requests, media and replies are in work and 1 more"):
                 item.reserve(1)
         assert budget.reserved_nbytes == 10
     assert budget.reserved_nbytes == 0

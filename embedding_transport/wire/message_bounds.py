@@ -1,0 +1,192 @@
+"""Bounds on the messages of a gRPC port: on those that are read at once, that are kept, and that wait for a reader.
+
+Of a message that is not asked for, HTTP/2's flow control lets 64 KiB through; the rest stays with its sender. So the
+request of each call is asked for here, a few at a time: gRPC says how long one is only once it is in memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import weakref
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any, cast
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from vitrine_vlm.embedding_transport.wire.grpc_status import abort
+from vitrine_vlm.errors import BadRequest, Overloaded
+from vitrine_vlm.service_runtime.byte_budget import ByteBudget, ReservedBytes
+
+_log = logging.getLogger(__name__)
+# Requests that are read at once, and those of them from one address, so that one that is sent slowly does not keep out
+# other clients'.
+MAX_READING = 6
+_MAX_READING_OF_HOST = 4
+# What flow control lets through anyway. So much is not counted: health checks and releases must pass.
+WINDOW_NBYTES = 64 * 1024
+
+_Parse = Callable[[bytes], Any]
+
+
+class MessageBounds(grpc.aio.ServerInterceptor):
+    """Reads the requests of all methods that have a single one, and ends replies that are not read.
+
+    Messages of a stream of requests are not bounded here.
+
+    Args:
+        budget: the process's; a request counts until its call ends.
+        timeout_s: longest time in which a request must arrive, or a reply be taken, seconds.
+    """
+
+    def __init__(self, budget: ByteBudget, timeout_s: float) -> None:
+        self._budget = budget
+        self._timeout_s = timeout_s
+        self._reading = _ReadingSlots()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler = cast(Any, await continuation(handler_call_details))
+        if handler is None or handler.request_streaming:
+            return cast("grpc.RpcMethodHandler[Any, Any] | None", handler)
+        serve = handler.unary_stream if handler.response_streaming else handler.unary_unary
+
+        async def bounded(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            with self._budget.item() as reserved:
+                replies = BoundedContext(context, self._budget, self._timeout_s)
+                # The request is the method's alone, which may discard it before it ends.
+                return await serve(
+                    await self._request(requests, context, handler.request_deserializer, reserved), replies
+                )
+
+        # To a client there is no difference: a stream of one request is what it sends anyway.
+        make = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.response_streaming
+            else grpc.stream_unary_rpc_method_handler
+        )
+        return make(cast(Any, bounded), None, handler.response_serializer)
+
+    async def _request(
+        self,
+        requests: AsyncIterator[bytes],
+        context: grpc.aio.ServicerContext[Any, Any],
+        parse: _Parse,
+        reserved: ReservedBytes,
+    ) -> Any:
+        """Returns the call's request; ends the call where it cannot be had."""
+        try:
+            return await self._read(requests, _host(context.peer()), parse, reserved)
+        except Exception as error:
+            await abort(context, error)
+
+    async def _read(self, requests: AsyncIterator[bytes], host: str, parse: _Parse, reserved: ReservedBytes) -> Any:
+        """
+        Raises:
+            BadRequest: the message does not arrive in time, or is none of the method's.
+            Overloaded: too many others are read, or in memory.
+        """
+        async with self._reading.slot(host, self._timeout_s):
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    raw = await anext(requests, None)
+            except TimeoutError:
+                raise BadRequest(
+                    f"the request did not arrive within {self._timeout_s:g} s (--client-timeout-s): send it faster, or "
+                    "URLs instead of bytes"
+                ) from None
+        if raw is None:
+            raise BadRequest("the call has no request: send one")
+        if len(raw) > WINDOW_NBYTES:
+            reserved.reserve(len(raw))
+        try:
+            return parse(raw)
+        except DecodeError as error:
+            raise BadRequest(f"{len(raw)} bytes are not the request of this method: {error}") from None
+
+
+class _ReadingSlots:
+    """Who may read a request now."""
+
+    def __init__(self) -> None:
+        self._all = asyncio.Semaphore(MAX_READING)
+        self._of_host: dict[str, asyncio.Semaphore] = {}
+        self._num_calls: Counter[str] = Counter()
+
+    @asynccontextmanager
+    async def slot(self, host: str, timeout_s: float) -> AsyncIterator[None]:
+        """
+        Raises:
+            Overloaded: no slot is free in time.
+        """
+        of_host = self._of_host.setdefault(host, asyncio.Semaphore(_MAX_READING_OF_HOST))
+        self._num_calls[host] += 1
+        try:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await of_host.acquire()
+                    try:
+                        await self._all.acquire()
+                    except BaseException:
+                        of_host.release()
+                        raise
+            except TimeoutError:
+                raise Overloaded(
+                    f"the requests of {self._num_calls[host]} calls from {host} are read or wait for it: retry later",
+                    retry_after_s=timeout_s,
+                ) from None
+            try:
+                yield
+            finally:
+                self._all.release()
+                of_host.release()
+        finally:
+            self._num_calls[host] -= 1
+            if not self._num_calls[host]:
+                del self._num_calls[host], self._of_host[host]
+
+
+class BoundedContext:
+    """A call's context whose writes end, with the call, when the peer does not read."""
+
+    def __init__(self, context: grpc.aio.ServicerContext[Any, Any], budget: ByteBudget, timeout_s: float) -> None:
+        self._context = context
+        self._budget = budget
+        self._timeout_s = timeout_s
+        self._call = asyncio.current_task()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    async def write(self, message: Message | bytes) -> None:
+        """
+        Raises:
+            CancelledError: the peer has not read for too long, as if it had disconnected.
+        """
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._context.write(message)
+        except TimeoutError:
+            nbytes = len(message) if isinstance(message, bytes) else message.ByteSize()
+            self._count_stuck(nbytes)
+            _log.info("a call ends: %s has not read %d bytes within %g s", self.peer(), nbytes, self._timeout_s)
+            raise asyncio.CancelledError("the peer does not read") from None
+
+    def _count_stuck(self, nbytes: int) -> None:
+        """Counts a message that gRPC keeps until the peer reads or disconnects: as long as it keeps the call's task."""
+        stuck = self._budget.item()
+        with suppress(Overloaded):
+            stuck.reserve(nbytes)
+        if self._call is not None:
+            weakref.finalize(self._call, stuck.release)
+
+
+def _host(peer: str) -> str:
+    """The address in "ipv4:1.2.3.4:567"; that of a Unix socket has no port."""
+    return peer.rpartition(":")[0] if peer.startswith("ip") else peer

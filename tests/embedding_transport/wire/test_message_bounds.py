@@ -1,0 +1,163 @@
+"""Messages of a gRPC port: read a few at a time, counted, and replies that are not read end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+
+from vitrine_vlm.embedding_transport.wire.grpc_status import abort, error_from_rpc, send
+from vitrine_vlm.embedding_transport.wire.message_bounds import MAX_READING, MessageBounds
+from vitrine_vlm.errors import BadRequest, Overloaded
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2
+from vitrine_vlm.service_runtime.byte_budget import ByteBudget
+from vitrine_vlm.service_runtime.grpc_server import ServiceServer
+from vitrine_vlm.service_runtime.port_limits import PortLimits
+
+MIB = 1 << 20
+TIMEOUT_S = 1.0
+BUDGET = 32 * MIB
+
+
+class Serving:
+    """Methods of raw bytes: `/s/Keep` answers once the gate is open, `/s/Stream` sends without end."""
+
+    def __init__(self) -> None:
+        self.budget = ByteBudget(BUDGET)
+        self.gate = asyncio.Event()
+        self.num_kept = 0
+        self.ended: list[str] = []
+        self.server = ServiceServer(
+            limits=PortLimits(max_body_nbytes=8 * MIB, client_timeout_s=TIMEOUT_S, max_connections=8),
+            interceptors=[MessageBounds(self.budget, TIMEOUT_S)],
+        )
+        handlers: dict[str, Any] = {
+            "Keep": grpc.unary_unary_rpc_method_handler(self._keep, bytes, bytes),
+            "Stream": grpc.unary_stream_rpc_method_handler(self._stream, bytes, bytes),
+            "Parse": grpc.unary_unary_rpc_method_handler(self._keep, encoder_pb2.EncodeRequest.FromString, bytes),
+        }
+        self.server.grpc.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("s", handlers),))
+
+    async def _keep(self, request: bytes, context: Any) -> bytes:
+        self.num_kept += 1
+        await self.gate.wait()
+        return b"%d" % len(request)
+
+    async def _stream(self, request: bytes, context: Any) -> None:
+        try:
+            while True:
+                await send(context, b"a" * MIB)
+        except asyncio.CancelledError as error:
+            self.ended.append(str(error))
+            raise
+        except Exception as error:
+            await abort(context, error)
+
+
+@pytest.fixture
+async def serving() -> AsyncIterator[Serving]:
+    serving = Serving()
+    serving.address = await serving.server.start("127.0.0.1", 0)  # type: ignore[attr-defined]
+    yield serving
+    serving.gate.set()
+    await serving.server.stop(0)
+
+
+@asynccontextmanager
+async def connected(serving: Any) -> AsyncIterator[grpc.aio.Channel]:
+    options = [("grpc.max_send_message_length", 64 * MIB), ("grpc.use_local_subchannel_pool", 1)]
+    async with grpc.aio.insecure_channel(serving.address, options=options) as channel:
+        yield channel
+
+
+def keep(channel: grpc.aio.Channel, nbytes: int, **options: Any) -> asyncio.Future[bytes]:
+    return asyncio.ensure_future(channel.unary_unary("/s/Keep")(b"a" * nbytes, **options))
+
+
+async def test_large_messages_share_the_budget_and_small_ones_pass(serving: Serving) -> None:
+    """28 of 32 MiB are for large messages: seven of 4 MiB."""
+    async with connected(serving) as channel:
+        calls = [keep(channel, 4 * MIB) for _ in range(10)]
+        done, _ = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+        while len(done) < 3:
+            done, _ = await asyncio.wait(calls, timeout=0.05)
+        for call in done:
+            refused = call.exception()
+            assert isinstance(refused, grpc.aio.AioRpcError)
+            error = error_from_rpc(refused)
+            assert isinstance(error, Overloaded) and error.retry_after_s >= 1 and "--max-held-bytes" in str(error)
+        assert serving.budget.reserved_nbytes == 28 * MIB and serving.num_kept == 7
+        small = keep(channel, MIB)
+        await asyncio.sleep(0.2)
+        serving.gate.set()
+        assert await small == b"%d" % MIB
+        assert [await call for call in calls if call not in done] == [b"%d" % (4 * MIB)] * 7
+        assert serving.budget.reserved_nbytes == 0
+
+
+async def test_a_message_that_does_not_arrive_is_not_waited_for(serving: Serving) -> None:
+    """A sender that opens calls and sends nothing has the slots of its address only until the time-out."""
+    async with connected(serving) as channel:
+        open_calls = [channel.stream_unary("/s/Keep")() for _ in range(2 * MAX_READING)]
+        serving.gate.set()
+        assert await keep(channel, 10, timeout=10 * TIMEOUT_S) == b"10"
+        for call in open_calls:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            error = error_from_rpc(caught.value)
+            assert isinstance(error, BadRequest | Overloaded), caught.value
+
+
+@pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])
+async def test_compressed_messages_are_refused(serving: Serving, compression: grpc.Compression) -> None:
+    """This one would have 16 MiB, and twice the limit."""
+    async with connected(serving) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await keep(channel, 16 * MIB, compression=compression)
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        assert serving.num_kept == 0
+
+
+async def test_a_message_over_the_limit_is_refused(serving: Serving) -> None:
+    async with connected(serving) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await keep(channel, 8 * MIB + 1)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and serving.num_kept == 0
+
+
+async def test_what_is_no_message_is_an_invalid_request(serving: Serving) -> None:
+    async with connected(serving) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channel.unary_unary("/s/Parse")(b"\xff\xff")
+        assert isinstance(error_from_rpc(caught.value), BadRequest)
+
+
+async def test_replies_that_are_not_read_end_and_are_counted_until_the_peer_leaves(serving: Serving) -> None:
+    async with connected(serving) as channel:
+        calls = [channel.unary_stream("/s/Stream")(b"a") for _ in range(3)]
+        async with asyncio.timeout(20):
+            while len(serving.ended) < 3:
+                await asyncio.sleep(0.05)
+        assert set(serving.ended) == {"the peer does not read"}
+        assert 0 < serving.budget.reserved_nbytes <= 3 * MIB
+        for call in calls:
+            call.cancel()
+        async with asyncio.timeout(10):
+            while serving.budget.reserved_nbytes:
+                await asyncio.sleep(0.05)
+
+
+async def test_connections_are_limited(serving: Serving) -> None:
+    serving.gate.set()
+    channels = [connected(serving) for _ in range(10)]
+    opened = [await channel.__aenter__() for channel in channels]
+    try:
+        results = await asyncio.gather(*(keep(channel, 10, timeout=2) for channel in opened), return_exceptions=True)
+        assert sum(isinstance(each, bytes) for each in results) == 8
+    finally:
+        for channel in channels:
+            await channel.__aexit__(None, None, None)
