@@ -166,6 +166,7 @@ async def serve(config: LlmConfig) -> None:
             stack.callback(grammars.close)
         context = PromptContext(engine, model.prompt_config, model.tokenizer, grammars)
         generator = Generator(context, make_inputs, config.max_items)
+        stack.callback(generator.close)
         metrics.watch_engine(engine.stats)
         freeze_gc()
         served = ServedModel(model.identity.model, generator, model.defaults, config.model)

@@ -1,21 +1,28 @@
 """Bounds of a JSON text, checked before it is parsed: a parser holds the interpreter's lock for all of it.
 
-A million small values take 0.05 to 0.1 s, and so do 64Ki objects' names, a million escapes, or 8 MiB of the longest
-numbers.
+A million numbers take 0.05 to 0.1 s, and so do 64Ki names of fields, or a million escapes. The digits of one number
+take a time that grows by the square of their number.
 """
 
 from __future__ import annotations
+
+import re
 
 from vitrine_vlm.errors import BadRequest
 
 MAX_VALUES = 1_000_000
 MAX_NAMES = 64 * 1024
+MAX_STRINGS = 256 * 1024
 MAX_ESCAPES = 1_000_000
+MAX_DIGITS = 400
 MAX_BYTES_OUTSIDE_STRINGS = 8 * 1024 * 1024
 # Smaller bodies take less than 0.05 s, whatever they have.
 _SMALL_BYTES = 256 * 1024
+# Those of a size in between that have few names and values in any case.
+_MIDDLE_BYTES = 1024 * 1024
 # Looked through at once.
-_SLICE_BYTES = 1024 * 1024
+_SLICE_BYTES = 256 * 1024
+_LONG_NUMBER = re.compile(rb"[0-9]{%d}" % (MAX_DIGITS + 1))
 
 
 def check_json(body: bytes) -> None:
@@ -29,12 +36,8 @@ def check_json(body: bytes) -> None:
         raise BadRequest(
             f"the body's strings have {num_escapes} escapes: at most {MAX_ESCAPES} are accepted: send text as UTF-8"
         )
-    # Most bodies have few enough with those in strings.
-    if (
-        len(body) > MAX_BYTES_OUTSIDE_STRINGS
-        or _count(body, b":") > MAX_NAMES
-        or num_values(body, MAX_VALUES) > MAX_VALUES
-    ):
+    # Most bodies have few enough with those in strings, and no room for many long numbers.
+    if len(body) > _MIDDLE_BYTES or _count(body, b":") > MAX_NAMES or num_values(body, MAX_VALUES) > MAX_VALUES:
         _check_outside_strings(body)
 
 
@@ -55,21 +58,32 @@ def _count(body: bytes, character: bytes) -> int:
 
 
 def _check_outside_strings(body: bytes) -> None:
-    values, names, num_bytes, begin = 1, 0, 0, 0
+    values, names, strings, num_bytes, begin = 1, 0, 0, 0, 0
     while begin < len(body):
         quote = body.find(b'"', begin)
         part = body[begin : quote if quote >= 0 else len(body)][: MAX_BYTES_OUTSIDE_STRINGS + 1]
         num_bytes += len(part)
         values += part.count(b",") + part.count(b"[") + part.count(b"{")
         names += part.count(b":")
+        strings += quote >= 0
         for what, num, most in (
             ("values", values, MAX_VALUES),
             ("names of fields", names, MAX_NAMES),
+            ("strings", strings, MAX_STRINGS),
             ("bytes outside of strings", num_bytes, MAX_BYTES_OUTSIDE_STRINGS),
         ):
             if num > most:
                 raise BadRequest(f"the body has more than {most} {what}, the most that are accepted: send less at once")
+        _check_numbers(part)
         begin = _end_of_string(body, quote + 1) if quote >= 0 else len(body)
+
+
+def _check_numbers(part: bytes) -> None:
+    if len(part) <= MAX_DIGITS:
+        return
+    for begin in range(0, len(part), _SLICE_BYTES):
+        if _LONG_NUMBER.search(part, begin, begin + _SLICE_BYTES + MAX_DIGITS):
+            raise BadRequest(f"the body has a number of more than {MAX_DIGITS} digits: send a shorter one")
 
 
 def _end_of_string(body: bytes, begin: int) -> int:

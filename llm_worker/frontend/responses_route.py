@@ -14,7 +14,8 @@ from vitrine_vlm.llm_worker.frontend.responses_answers import ResponseWriter
 from vitrine_vlm.llm_worker.frontend.responses_types import ResponsesRequest
 from vitrine_vlm.llm_worker.frontend.served_models import ServedModels
 from vitrine_vlm.llm_worker.frontend.sse_stream import SseStream
-from vitrine_vlm.llm_worker.generation.events import Delta, Finished, GenerationEvent
+from vitrine_vlm.llm_worker.generation.events import Delta, Finished, GenerationEvent, GenerationRequest
+from vitrine_vlm.llm_worker.generation.served_model import ServedModel
 from vitrine_vlm.llm_worker.metrics import LlmMetrics
 from vitrine_vlm.llm_worker.prompt.chat_template import Chat
 from vitrine_vlm.llm_worker.request_tracker import RequestTracker, RunningRequest
@@ -33,19 +34,7 @@ class ResponsesRoute:
         request = await read_request(ResponsesRequest, http, self._metrics.count_unused_fields)
         served = self._models.named(request.model)
         tokenizer = served.generator.tokenizer
-        tools = request.offered_tools
-        prepare = partial(
-            messages_to_generation,
-            request,
-            request.media,
-            Chat(template_messages(request.messages), tools.for_template() if tools is not None else []),
-            tools,
-            request.max_output_tokens,
-            tokenizer,
-            served.defaults,
-            f"resp_{request_id()}",
-        )
-        generation = await with_body(http, prepare)
+        generation = await with_body(http, partial(_to_generation, request, served, request_id()))
         writer = ResponseWriter(request_id(), served.name, request, generation.sampling, TokenTexts(tokenizer))
         running = self._requests.track(partial(served.generator.generate, generation))
         if request.stream:
@@ -58,6 +47,24 @@ class ResponsesRoute:
                 elif isinstance(event, Finished):
                     return web.json_response(writer.whole(deltas, event))
         raise RuntimeError("the generation ended without Finished")
+
+
+def _to_generation(request: ResponsesRequest, served: ServedModel, request_id: str) -> GenerationRequest:
+    """
+    Raises:
+        BadRequest: see `messages_to_generation` and `offered_tools`.
+    """
+    tools = request.offered_tools
+    return messages_to_generation(
+        request,
+        request.media,
+        Chat(template_messages(request.messages), tools.for_template() if tools is not None else []),
+        tools,
+        request.max_output_tokens,
+        served.generator.tokenizer,
+        served.defaults,
+        f"resp_{request_id}",
+    )
 
 
 async def _stream(

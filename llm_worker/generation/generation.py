@@ -28,7 +28,8 @@ from vitrine_vlm.llm_worker.generation.events import (
 )
 from vitrine_vlm.llm_worker.generation.request_inputs import PromptContext, RequestInputs
 from vitrine_vlm.llm_worker.generation.stages import Stage, stage_timings, stages
-from vitrine_vlm.llm_worker.generation.stop_strings import StopStrings
+from vitrine_vlm.llm_worker.generation.stop_strings import StopStrings, check_stop_strings
+from vitrine_vlm.llm_worker.generation.tokenization import Tokenization
 from vitrine_vlm.llm_worker.prompt.placeholders import PlaceholderPlan, plan_placeholders
 from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
 from vitrine_vlm.service_runtime.api_keys import take_media
@@ -38,6 +39,8 @@ from vitrine_vlm.types import Layout
 
 MakeInputs: TypeAlias = Callable[[PromptContext, GenerationRequest], RequestInputs]
 _MAX_RECENT = 50
+# Tokens of a prompt that are checked in less time than a thread takes.
+_SHORT_PROMPT = 4096
 
 
 def _ignore(event: GenerationEvent, answer: int = 0) -> None:
@@ -62,7 +65,7 @@ class RecentRequest:
 class Generator:
     """Runs requests on the engine.
 
-    recent: the last requests that finished, oldest first.
+    recent: the last requests that finished, oldest first. tokenization: of prompts; None without a tokenizer.
 
     Args:
         make_inputs: makes the inputs of a request, which get its embeddings or KV from other services.
@@ -72,6 +75,9 @@ class Generator:
     def __init__(self, context: PromptContext, make_inputs: MakeInputs, max_items: int) -> None:
         self.tokenizer = context.tokenizer
         self._engine = context.engine
+        self.tokenization = (
+            Tokenization(context.tokenizer, context.engine.max_model_len) if context.tokenizer is not None else None
+        )
         self._prompt_config = context.config
         self._context = context
         self._make_inputs = make_inputs
@@ -86,6 +92,11 @@ class Generator:
     def max_model_len(self) -> int:
         """Most tokens of a prompt and its answer."""
         return self._engine.max_model_len
+
+    def close(self) -> None:
+        """Ends the threads that tokenize long prompts."""
+        if self.tokenization is not None:
+            self.tokenization.close()
 
     def reset_prefix_cache(self) -> None:
         """See `Engine.reset_prefix_cache`."""
@@ -175,6 +186,7 @@ class Generator:
         """
         set_request_id(request.request_id)
         check_sampling(request.sampling, self._engine.vocab_size)
+        check_stop_strings(request.stop)
         if len(request.media) > self._max_items:
             raise TooManyItems(
                 f"the request has {len(request.media)} images and videos: at most {self._max_items} are accepted"
@@ -183,6 +195,9 @@ class Generator:
         if layouts is None:  # else another answer to the same prompt has sent them
             take_media(sum(item.nbytes for item in request.media))
         matcher = await self._matcher(request)
+        num_kept = self._num_kept(request)
+        if not isinstance(request.prompt, list):
+            self._tokenization().check_length(request.prompt, num_kept is not None)
         inputs = self._make_inputs(self._context, request)
         inputs.matcher = matcher
         if layouts is not None:
@@ -191,7 +206,7 @@ class Generator:
         inputs.start()
         handle: RequestHandle | None = None
         try:
-            plan = await asyncio.to_thread(self._plan, request)
+            plan = await self._plan(request, num_kept)
             handle = await inputs.submit(plan, keep_kv)
             yield inputs, handle
         finally:
@@ -224,15 +239,22 @@ class Generator:
             field = _field_at(request, error.path)
             raise BadRequest(f"{field}: {error}", field) from error
 
-    def _plan(self, request: GenerationRequest) -> PlaceholderPlan:
-        if isinstance(request.prompt, list):
-            token_ids = request.prompt
-        elif self.tokenizer is None:
+    def _tokenization(self) -> Tokenization:
+        if self.tokenization is None:
             raise BadRequest("this worker runs without a tokenizer: send token ids instead of text")
-        elif isinstance(request.prompt, str):
-            token_ids = self.tokenizer.encode(request.prompt)
-        else:
-            token_ids = self.tokenizer.encode_chat(request.prompt)
+        return self.tokenization
+
+    async def _plan(self, request: GenerationRequest, num_kept: int | None) -> PlaceholderPlan:
+        token_ids = request.prompt
+        if not isinstance(token_ids, list):
+            token_ids = await self._tokenization().prompt_ids(token_ids, num_kept)
+            if len(token_ids) <= _SHORT_PROMPT:
+                return self._with_placeholders(token_ids, num_kept, request)
+        return await asyncio.to_thread(self._with_placeholders, token_ids, num_kept, request)
+
+    def _with_placeholders(
+        self, token_ids: list[int], num_kept: int | None, request: GenerationRequest
+    ) -> PlaceholderPlan:
         if not token_ids:
             raise BadRequest("the prompt is empty: send some text or token ids", "prompt")
         vocab_size = self._engine.vocab_size
@@ -240,16 +262,19 @@ class Generator:
             raise BadRequest(
                 f"token ids must be in 0..{vocab_size - 1}, got {min(token_ids)}..{max(token_ids)}", "prompt"
             )
-        if request.truncate_prompt_tokens is not None:
-            token_ids = token_ids[-self._num_kept(request, request.truncate_prompt_tokens) :]
+        if num_kept is not None:
+            token_ids = token_ids[-num_kept:]
         return plan_placeholders(token_ids, [item.kind for item in request.media], self._prompt_config)
 
-    def _num_kept(self, request: GenerationRequest, num_wanted: int) -> int:
-        """The number of tokens that a truncated prompt keeps.
+    def _num_kept(self, request: GenerationRequest) -> int | None:
+        """The number of tokens that a truncated prompt keeps; None for all.
 
         Raises:
             BadRequest: the number is out of range, or the prompt has media, whose placeholders may be cut.
         """
+        num_wanted = request.truncate_prompt_tokens
+        if num_wanted is None:
+            return None
         if num_wanted < 1 and num_wanted != -1:
             raise BadRequest(
                 f"truncate_prompt_tokens is {num_wanted}: it must be at least 1, or -1 for what the context holds",

@@ -149,21 +149,23 @@ class _Answers:
     async def _first(self, number: int) -> None:
         """Generates the first answer to a prompt, and starts the others once the prompt's KV is here."""
         layouts: list[Layout] = []
+        first = self._prompts[number]
         num_deltas, has_started_others = 0, False
-        async with aclosing(self._generator.generate(self._prompts[number])) as events:
+        async with aclosing(self._generator.generate(first)) as events:
             async for event in events:
                 await self._stream.emit(AnswerEvent(number * self._n, event))
                 if isinstance(event, Started):
                     layouts = event.layouts
+                    if not first.media:  # so that a long text is not tokenized for each answer
+                        first = replace(first, prompt=event.prompt_token_ids, truncate_prompt_tokens=None)
                 elif isinstance(event, Delta):
                     num_deltas += 1
                 if not has_started_others and (num_deltas == 2 or isinstance(event, Finished)):
                     has_started_others = True
                     for index in range(1, self._n):
-                        self._stream.start(partial(self._other, number, index, layouts))
+                        self._stream.start(partial(self._other, first, number, index, layouts))
 
-    async def _other(self, number: int, index: int, layouts: list[Layout]) -> None:
-        first = self._prompts[number]
+    async def _other(self, first: GenerationRequest, number: int, index: int, layouts: list[Layout]) -> None:
         seed = first.sampling.seed
         # Log-probabilities of the prompt come with the first answer, and would need the whole prompt computed again.
         seed_of_its_own = seed + index if seed is not None else None

@@ -22,6 +22,8 @@ from vitrine_vlm.llm_worker.prompt.client_text import ChatText, TextMarks, strin
 # What a template of a request may take; a checkpoint's own is trusted.
 _MAX_RENDER_S = 5.0
 _MAX_RENDERED_LENGTH = 8 * 1024 * 1024
+# Of all strings that a template may write; each is looked through for the beginnings of control tokens first.
+_MAX_TEXT_CHARS = 16 * 1024 * 1024
 # Names of what a request sets by fields of their own, and of how transformers renders.
 _RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {
     "messages",
@@ -81,7 +83,7 @@ class ChatTemplate:
 
         Raises:
             BadRequest: there is no chat template, or it refuses these messages or knows nothing of what they have; a
-                template of the request is not allowed, or takes too long.
+                template of the request is not allowed, or takes too long; there is more text than can be read.
         """
         source = self._source_for(chat)
         self._check_names(chat, source)
@@ -145,7 +147,11 @@ class ChatTemplate:
                 raise BadRequest(f"{param}: this checkpoint's chat template writes no {name} into the prompt", param)
 
     def _marked(self, chat: Chat) -> tuple[Chat, Mapping[str, str]]:
-        texts = strings_in([*chat.messages, *chat.tools, *chat.documents, dict(chat.variables)])
+        texts = list(strings_in([*chat.messages, *chat.tools, *chat.documents, dict(chat.variables)]))
+        if (num_chars := sum(map(len, texts))) > _MAX_TEXT_CHARS:
+            raise BadRequest(
+                f"messages and tools have {num_chars} characters: at most {_MAX_TEXT_CHARS} are read: shorten the text"
+            )
         marks = TextMarks(self._firsts, texts)
         if not marks.marks:
             return chat, {}

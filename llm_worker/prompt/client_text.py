@@ -16,12 +16,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from vitrine_vlm.errors import BadRequest
+from vitrine_vlm.llm_worker.prompt.text_pieces import can_be_cut, pieces_of
 
 _PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))
 _NUM_TRIED = 8
+# A call of the tokenizer for a longer text runs without the interpreter's lock; that costs a short one more than it is.
+_SHORT_TEXT = 4 * 1024
+# Characters that one call looks through while it holds the lock.
+_LOOK_CHARS = 256 * 1024
 _Change: TypeAlias = Callable[[str], str]
 
 
@@ -107,8 +112,19 @@ def _free_characters(texts: Sequence[str]) -> Iterator[str]:
     tried = [chr(each) for each in _PRIVATE_USE[:_NUM_TRIED]]
     yield from (each for each in tried if not any(each in text for text in texts))
     # A text made to have them would cost a look through it for each: from here on all at once.
-    taken = set().union(*texts)
+    taken: set[str] = set()
+    for text in texts:
+        for begin in range(0, len(text), _LOOK_CHARS):
+            taken.update(text[begin : begin + _LOOK_CHARS])
     yield from (each for each in map(chr, _PRIVATE_USE[_NUM_TRIED:]) if each not in taken)
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Text of a prompt that is encoded by itself, with the tokenizer that reads it."""
+
+    tokenizer: Tokenizer
+    text: str
 
 
 class TextEncoder:
@@ -116,13 +132,13 @@ class TextEncoder:
 
     Args:
         tokenizer: the checkpoint's.
-        added: the id of each added token, special or not.
+        added: each added token by its id, special or not.
     """
 
-    def __init__(self, tokenizer: Tokenizer, added: Mapping[str, int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, added: Mapping[int, AddedToken]) -> None:
         self._tokenizer = tokenizer
-        self._added = added
-        longest_first = sorted(added, key=len, reverse=True)
+        self._added = {token.content: token_id for token_id, token in added.items()}
+        longest_first = sorted(self._added, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         # The same model without added tokens: `encode_special_tokens` would still recognize those that are not special.
         self._text_only = Tokenizer(tokenizer.model)
@@ -130,28 +146,52 @@ class TextEncoder:
             self._text_only.normalizer = tokenizer.normalizer
         if tokenizer.pre_tokenizer is not None:
             self._text_only.pre_tokenizer = tokenizer.pre_tokenizer
+        self._can_be_cut = can_be_cut(tokenizer, added.values())
 
-    def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text in which every added token is meant. Safe on any thread."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+    def encode(self, prompt: str | ChatText) -> list[int]:
+        """Returns the ids of a text in which every added token is meant, or of a chat. Safe on any thread."""
+        return [token_id for ids in self.encode_in_pieces(prompt) for token_id in ids]
 
-    def encode_chat(self, chat: ChatText) -> list[int]:
-        """Returns the ids of a chat, in whose marked text no added token is meant. Safe on any thread."""
-        unmarked = chat.unmarked
-        if not chat.marks or self._places(unmarked) == (meant := self._places(chat.text)):
-            return self.encode(unmarked)
-        ids: list[int] = []
+    def encode_in_pieces(self, prompt: str | ChatText, from_end: bool = False) -> Iterator[list[int]]:
+        """Yields the same ids in lists, each of which is computed when it is asked for. Safe on any thread.
+
+        Args:
+            from_end: the last list first.
+        """
+        pieces = self._pieces(prompt)
+        for each in reversed(list(pieces)) if from_end else pieces:
+            yield [each] if isinstance(each, int) else _encode(each)
+
+    def _pieces(self, prompt: str | ChatText) -> Iterator[_Stretch | int]:
+        """The prompt as pieces of text and ids of added tokens."""
+        if isinstance(prompt, str):
+            yield from self._cut(self._tokenizer, prompt)
+            return
+        unmarked = prompt.unmarked
+        if not prompt.marks or self._places(unmarked) == (meant := self._places(prompt.text)):
+            yield from self._cut(self._tokenizer, unmarked)
+            return
         done = 0
         for start, stop in meant:
-            ids += self._encode_text(unmarked[done:start])
-            ids.append(self._added[unmarked[start:stop]])
+            yield from self._cut(self._text_only, unmarked[done:start])
+            yield self._added[unmarked[start:stop]]
             done = stop
-        return ids + self._encode_text(unmarked[done:])
+        yield from self._cut(self._text_only, unmarked[done:])
+
+    def _cut(self, tokenizer: Tokenizer, text: str) -> Iterator[_Stretch]:
+        for piece in pieces_of(text) if self._can_be_cut else (text,):
+            yield _Stretch(tokenizer, piece)
 
     def _places(self, text: str) -> list[tuple[int, int]]:
         return [each.span() for each in self._pattern.finditer(text)]
 
-    def _encode_text(self, text: str) -> list[int]:
-        ids: list[int] = self._text_only.encode(text, add_special_tokens=False).ids
+
+def _encode(stretch: _Stretch) -> list[int]:
+    text = stretch.text
+    if len(text) <= _SHORT_TEXT:
+        ids: list[int] = stretch.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+    # `encode` holds the interpreter's lock, which a batch does not.
+    (encoding,) = stretch.tokenizer.encode_batch_fast([text], add_special_tokens=False)
+    ids = encoding.ids
+    return ids

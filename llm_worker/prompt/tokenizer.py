@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from llguidance import LLTokenizer, TokenizerWrapper
@@ -14,15 +14,20 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.llm_worker.prompt.chat_template import Chat, ChatTemplate
 from vitrine_vlm.llm_worker.prompt.client_text import ChatText, TextEncoder
+from vitrine_vlm.llm_worker.prompt.text_bound import TextBound
 from vitrine_vlm.model_loading.checkpoint import Checkpoint, CheckpointError
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+_MAX_BAD_WORD_CHARS = 256
+_MANY_TOKENS = 4096
 # Byte-level tokenizers represent every byte by one printable character.
 _BYTE_OF: dict[str, int] = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 class PromptTokenizer:
     """Turns text into ids, ids into text, and messages into text.
+
+    bound: of a text's tokens, from its length.
 
     Args:
         special_tokens_in_text: whether control tokens in the text of a chat's messages are control tokens.
@@ -49,9 +54,8 @@ class PromptTokenizer:
             ) from error
         added = self._tokenizer.added_tokens_decoder
         self._added_token_ids = frozenset(added)
-        self._encoder = TextEncoder(
-            self._tokenizer.backend_tokenizer, {token.content: token_id for token_id, token in added.items()}
-        )
+        self._encoder = TextEncoder(self._tokenizer.backend_tokenizer, added)
+        self.bound = TextBound(self._tokenizer.backend_tokenizer, added.values())
         # Older checkpoints have the template in a file of its own.
         source = self._tokenizer.chat_template or checkpoint.json("chat_template.json").get("chat_template")
         self._template = ChatTemplate(self._tokenizer, source, not special_tokens_in_text, trust_request_templates)
@@ -63,10 +67,18 @@ class PromptTokenizer:
 
     def encode_chat(self, chat: ChatText) -> list[int]:
         """Returns the ids of a chat; only the template's special tokens are recognized. Safe on any thread."""
-        return self._encoder.encode_chat(chat)
+        return self._encoder.encode(chat)
+
+    def encode_in_pieces(self, prompt: str | ChatText, from_end: bool = False) -> Iterator[list[int]]:
+        """Yields the ids of a text or a chat in lists; see `TextEncoder.encode_in_pieces`. Safe on any thread."""
+        return self._encoder.encode_in_pieces(prompt, from_end)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """Returns the text of the ids. Safe on any thread."""
+        if len(token_ids) > _MANY_TOKENS and not self._tokenizer.clean_up_tokenization_spaces:
+            # `decode` holds the interpreter's lock, which a batch does not.
+            batch = self._tokenizer.backend_tokenizer.decode_batch([list(token_ids)], skip_special_tokens)
+            return str(batch[0])
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
@@ -76,10 +88,15 @@ class PromptTokenizer:
         Source: vllm/sampling_params.py (0.32), SamplingParams.update_from_tokenizer.
 
         Raises:
-            BadRequest: a word has no tokens.
+            BadRequest: a word has no tokens, or is too long.
         """
         found: list[tuple[int, ...]] = []
         for word in words:
+            if len(word) > _MAX_BAD_WORD_CHARS:
+                raise BadRequest(
+                    f"bad_words has a word of {len(word)} characters: at most {_MAX_BAD_WORD_CHARS} are accepted",
+                    "bad_words",
+                )
             alone, behind_space = (tuple(self.encode(space + word.lstrip())) for space in ("", " "))
             if not alone:
                 raise BadRequest(f"bad_words has {word!r}, which has no tokens: leave it out", "bad_words")

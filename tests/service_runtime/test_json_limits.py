@@ -15,19 +15,23 @@ from vitrine_vlm.service_runtime.json_limits import check_json, num_values
 
 @pytest.fixture(autouse=True)
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = {"MAX_VALUES": 100, "MAX_NAMES": 50, "MAX_ESCAPES": 60, "MAX_BYTES_OUTSIDE_STRINGS": 2000}
-    for name, value in {**limits, "_SMALL_BYTES": 10, "_SLICE_BYTES": 7}.items():
+    limits = {"MAX_VALUES": 150, "MAX_NAMES": 50, "MAX_ESCAPES": 60, "MAX_BYTES_OUTSIDE_STRINGS": 2000}
+    limits |= {"MAX_STRINGS": 120, "_SMALL_BYTES": 10, "_MIDDLE_BYTES": 1000, "_SLICE_BYTES": 7}
+    for name, value in limits.items():
         monkeypatch.setattr(json_limits, name, value)
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (json.dumps([1] * 101), "more than 100 values"),
-        ("[" * 500, "more than 100 values"),
-        ('{"a":' * 101, "more than 50 names|more than 100 values"),
+        (json.dumps([1] * 151), "more than 150 values"),
+        ("[" * 500, "more than 150 values"),
+        ('{"a":' * 151, "more than 50 names"),
+        (json.dumps(["a" * 10] * 121), "more than 120 strings"),
+        (json.dumps(["a" * 1000, int("9" * 401)]), "a number of more than 400 digits"),
         (json.dumps({f"k{index}": 1 for index in range(51)}), "more than 50 names of fields"),
         ("9" * 2001, "more than 2000 bytes outside"),
+        ("[" + "9 " * 1001 + "]", "more than 2000 bytes outside"),
         (json.dumps(["a", " " * 9]) + " " * 2000, "more than 2000 bytes outside"),
         (json.dumps("é" * 61), "61 escapes"),
         ('"' + "\\" * 61, "61 escapes"),
@@ -40,7 +44,8 @@ def test_what_is_refused(body: str, message: str) -> None:
 
 
 def test_what_passes() -> None:
-    check_json(json.dumps([1] * 99).encode())  # the list is a value, too
+    check_json(json.dumps([1] * 149).encode())  # the list is a value, too
+    check_json(json.dumps(["a" * 1000, *[int("9" * 400)] * 4]).encode())
     check_json(json.dumps({f"k{index}": ",:[{" * 999 for index in range(50)}, ensure_ascii=False).encode())
     check_json(json.dumps(['a,b"' * 10, "\\" * 10, ',:"']).encode())
     check_json(b'"never ends, ' + b"x" * 3000)  # the parser says so
