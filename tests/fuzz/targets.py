@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -277,7 +278,8 @@ def responses_json(data: bytes) -> None:
 def gateway_json(data: bytes) -> None:
     with suppress(VitrineError):
         body = parse_chat(data, _MAX_ITEMS, several_tenants=True)
-        body.replaced(["{}"] * len(body.parts), {})
+        if body.parts:  # without any, the body goes on as it is
+            json.loads(body.replaced(["{}"] * len(body.parts), {}))
 
 
 def sglang_json(data: bytes) -> None:
