@@ -21,6 +21,7 @@ from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter, expor
 from vitrine_vlm.embedding_transport.wire.message_bounds import MessageBounds
 from vitrine_vlm.encoder_service.codec import describe_to_proto, stats_to_proto
 from vitrine_vlm.encoder_service.config import EncoderConfig
+from vitrine_vlm.encoder_service.decoding.decoder_pool import DecoderPool
 from vitrine_vlm.encoder_service.engine.admission import Admission
 from vitrine_vlm.encoder_service.engine.batcher import Batcher
 from vitrine_vlm.encoder_service.engine.cache import EmbeddingCache
@@ -56,8 +57,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 # Peers' Connect streams last until the server ends them: this is only for the last answers to be sent.
 _STOP_GRACE_S = 0.5
-# Where the GPU does the work, further threads only contend for the interpreter.
-_GPU_PREPROCESS_THREADS = 8
+# Where the GPU does the work, further ones, each with a thread, only contend for the interpreter.
+_GPU_DECODERS = 8
 
 
 @dataclass(frozen=True)
@@ -200,13 +201,14 @@ async def serve(config: EncoderConfig) -> None:
         tickets.start(supervisor)
         metrics.watch_tickets(lambda: len(tickets), lambda: tickets.nbytes)
         preprocess_device = model.device if config.gpu_preprocess else torch.device("cpu")
-        num_cpus = os.cpu_count() or 1
+        decoders = _make_decoders(config, preprocess_device)
         preprocess_pool = PreprocessPool(
             Preprocessor(model.settings, limits, preprocess_device, DTYPES[model.identity.dtype]),
+            decoders,
             revision=model.identity.revision,
-            num_threads=num_cpus if preprocess_device.type == "cpu" else min(num_cpus, _GPU_PREPROCESS_THREADS),
         )
         stack.push_async_callback(preprocess_pool.close)
+        decoders.start(supervisor)
         preprocess_pool.start(supervisor)
         service = EncodeService(
             loader,
@@ -243,6 +245,17 @@ async def serve(config: EncoderConfig) -> None:
         await server.stop(_STOP_GRACE_S)
         lifecycle.raise_failure()
     _log.info("stopped")
+
+
+def _make_decoders(config: EncoderConfig, preprocess_device: torch.device) -> DecoderPool:
+    num_cpus = os.cpu_count() or 1
+    return DecoderPool(
+        max(2, num_cpus if preprocess_device.type == "cpu" else min(num_cpus, _GPU_DECODERS)),
+        max_pixels=config.max_image_pixels,
+        image_timeout_s=config.decode_timeout_s,
+        video_timeout_s=config.video_decode_timeout_s,
+        max_decoded_nbytes=config.max_decoded_media_bytes,
+    )
 
 
 def _make_sglang_port(config: EncoderConfig, metrics: EncoderMetrics, lifecycle: Lifecycle) -> SglangPort:

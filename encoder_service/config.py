@@ -81,6 +81,13 @@ class EncoderConfig(ServiceSettings, PeerSettings):
         ge=1,
         description="pixels in one image or video frame before resizing, and after it where a request sets bounds",
     )
+    max_decoded_media_bytes: int = Field(
+        2048 * MIB, ge=1, description="memory of large pictures and videos while they are decoded; others wait, bytes"
+    )
+    decode_timeout_s: float = Field(5.0, gt=0, description="longest decoding of one image, s of CPU time")
+    video_decode_timeout_s: float = Field(
+        30.0, gt=0, description="longest decoding of one video or list of frames, s of CPU time"
+    )
     media_timeout_s: float = Field(30.0, gt=0, description="longest download of one item, s")
 
     sglang_port: int = Field(

@@ -20,6 +20,20 @@ class ChildFailed(RuntimeError):
     """A service ended without having been stopped, or was not ready in time."""
 
 
+def bound_command(arguments: Sequence[str]) -> list[str]:
+    """Returns the command for `python -P -m arguments...`, which gets SIGTERM when this process has ended."""
+    return [
+        sys.executable,
+        "-IS",  # only the standard library is needed before the exec
+        str(_BOUND_TO_PARENT),
+        str(os.getpid()),
+        sys.executable,
+        "-P",  # packages are not imported from the working directory
+        "-m",
+        *arguments,
+    ]
+
+
 class Child:
     """One running service. Create it with `start`, and always call `stop`."""
 
@@ -44,14 +58,7 @@ class Child:
             pass_fds: file descriptors that the child inherits under the same numbers.
         """
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-IS",  # only the standard library is needed before the exec
-            str(_BOUND_TO_PARENT),
-            str(os.getpid()),
-            sys.executable,
-            "-P",  # packages are not imported from the working directory
-            "-m",
-            *arguments,
+            *bound_command(arguments),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,

@@ -9,6 +9,7 @@ import math
 
 import torch
 
+from vitrine_vlm.encoder_service.decoding.media_decoder import MediaDecoder
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
 from vitrine_vlm.encoder_service.preprocess.gpu_work import GpuWork
 from vitrine_vlm.encoder_service.preprocess.patchify import normalize
@@ -31,6 +32,7 @@ class GivenPatches:
     """
 
     decodes_on_gpu = False
+    decode_work = None
 
     def __init__(
         self, kind: MediaKind, patches: Patches, settings: ProcessorSettings, limits: MediaLimits, work: GpuWork
@@ -50,8 +52,8 @@ class GivenPatches:
             patches.second_per_grid_t,
         )
 
-    def patches(self) -> torch.Tensor:
-        """See `OpenedMedia.patches`."""
+    def patches(self, decoder: MediaDecoder | None = None) -> torch.Tensor:
+        """See `OpenedMedia.patches`; nothing is decoded."""
         work, num_patches = self._work, math.prod(self._patches.grid_thw)
         with work():
             # A copy: what follows writes in place, and the bytes are needed again where a ticket is claimed again.

@@ -6,42 +6,71 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
+from vitrine_vlm.encoder_service.decoding.media_decoder import MediaDecoder
+from vitrine_vlm.encoder_service.decoding.work import DecodeWork, opening_work
 from vitrine_vlm.encoder_service.preprocess.jpeg_batcher import JpegBatcher
-from vitrine_vlm.encoder_service.preprocess.preprocessor import OpenedMedia, Preprocessor
+from vitrine_vlm.encoder_service.preprocess.preprocessor import NotForGpu, OpenedMedia, Preprocessor
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.types import NO_OPTIONS, Layout, MediaItem
 
 Result = TypeVar("Result")
+# A decoder that has nearly finished need not be started again.
+_CANCEL_GRACE_S = 0.2
+
+
+class KillableDecoder(MediaDecoder, Protocol):
+    """A decoder of one item, which fails once it is killed."""
+
+    def kill(self) -> None:
+        """Ends it, whatever it does."""
+        ...
+
+
+class Decoders(Protocol):
+    """Decoders for so many items at once."""
+
+    num_processes: int
+
+    def decoder(self, work: DecodeWork) -> AbstractAsyncContextManager[KillableDecoder]:
+        """A decoder for one item, as soon as one may be used for such work."""
+        ...
+
+    async def close(self) -> None:
+        """Ends all decoders."""
+        ...
 
 
 class PreprocessPool:
-    """Threads that open and preprocess items, and the batcher of JPEGs that a GPU decodes.
+    """Threads that open and preprocess items, each with a decoder, and the batcher of JPEGs that a GPU decodes.
 
     It belongs to one event loop.
     """
 
-    def __init__(self, preprocessor: Preprocessor, *, revision: str, num_threads: int) -> None:
+    def __init__(self, preprocessor: Preprocessor, decoders: Decoders, *, revision: str) -> None:
         """
         Args:
+            decoders: as many items are opened and preprocessed at once, besides JPEGs on a GPU; closed here.
             revision: the model's; part of an item's content hash.
-            num_threads: items opened and preprocessed at once, besides JPEGs on a GPU.
         """
+        self._decoders = decoders
         self._preprocessor = preprocessor
         self._hash_seed = f"{preprocessor.settings.fingerprint()}:{revision}"
         self._jpeg_batcher = JpegBatcher(preprocessor.patches_of_batch)
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="encoder-preprocess")
+        self._threads = ThreadPoolExecutor(decoders.num_processes, thread_name_prefix="encoder-preprocess")
 
     def start(self, supervisor: Supervisor) -> None:
         """Starts the loops that batch JPEGs, which the supervisor owns."""
         self._jpeg_batcher.start(supervisor)
 
     async def close(self) -> None:
-        """Discards decoding that has not begun and waits for the rest."""
+        """Ends the decoders, whose items fail, and waits for the threads."""
+        await self._decoders.close()
         await self._jpeg_batcher.close()
         await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
 
@@ -51,21 +80,56 @@ class PreprocessPool:
         Raises:
             MediaError: see `Preprocessor.open`, `Preprocessor.open_frames` and `Preprocessor.open_patches`.
         """
-        return await self._in_thread(self._open, item, files)
+        if item.patches is not None:
+            return await asyncio.wrap_future(self._threads.submit(self._open_patches, item, files))
+        async with self._decoders.decoder(opening_work(item.kind, files)) as decoder:
+            return await self._run(decoder, self._open_files, item, files, decoder)
 
     async def patches(self, opened: OpenedMedia) -> torch.Tensor:
-        """See `OpenedMedia.patches`."""
+        """See `OpenedMedia.patches`; cancelling ends the decoder."""
         if opened.decodes_on_gpu:
-            return await self._jpeg_batcher.patches(opened)
-        return await self._in_thread(opened.patches)
+            try:
+                return await self._jpeg_batcher.patches(opened)
+            except NotForGpu:
+                pass
+        if opened.decode_work is None:
+            return await asyncio.wrap_future(self._threads.submit(opened.patches))
+        async with self._decoders.decoder(opened.decode_work) as decoder:
+            return await self._run(decoder, opened.patches, decoder)
 
-    def _open(self, item: MediaItem, files: Sequence[bytes]) -> tuple[OpenedMedia, Layout]:
-        if item.patches is not None:
-            opened = self._preprocessor.open_patches(item.kind, item.patches)
-        elif item.frames is not None:
-            opened = self._preprocessor.open_frames(files, item.options)
+    def queue_seconds(self, opened: OpenedMedia) -> float:
+        """How much longer others wait for their patches because of this item, by estimation; 0 where a GPU decodes."""
+        if opened.decodes_on_gpu or opened.decode_work is None:
+            return 0.0
+        seconds = opened.decode_work.seconds + self._preprocessor.patch_seconds(opened.layout)
+        return seconds / self._decoders.num_processes
+
+    async def _run(self, decoder: KillableDecoder, function: Callable[..., Result], *arguments: object) -> Result:
+        """Runs a function that uses the decoder on a thread. Once this is cancelled or ends, the thread has left it."""
+        running = asyncio.wrap_future(self._threads.submit(function, *arguments))
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            try:
+                await asyncio.wait([running], timeout=_CANCEL_GRACE_S)
+            finally:
+                if not running.done():
+                    decoder.kill()
+            await asyncio.gather(running, return_exceptions=True)
+            raise
+
+    def _open_patches(self, item: MediaItem, files: Sequence[bytes]) -> tuple[OpenedMedia, Layout]:
+        assert item.patches is not None
+        return self._with_layout(self._preprocessor.open_patches(item.kind, item.patches), item, files)
+
+    def _open_files(self, item: MediaItem, files: Sequence[bytes], decoder: MediaDecoder) -> tuple[OpenedMedia, Layout]:
+        if item.frames is not None:
+            opened = self._preprocessor.open_frames(files, item.options, decoder)
         else:
-            opened = self._preprocessor.open(item.kind, files[0], item.options)
+            opened = self._preprocessor.open(item.kind, files[0], item.options, decoder)
+        return self._with_layout(opened, item, files)
+
+    def _with_layout(self, opened: OpenedMedia, item: MediaItem, files: Sequence[bytes]) -> tuple[OpenedMedia, Layout]:
         return opened, replace(opened.layout, content_hash=self._content_hash(item, files))
 
     def _content_hash(self, item: MediaItem, files: Sequence[bytes]) -> bytes:
@@ -83,6 +147,3 @@ class PreprocessPool:
         for file in files:
             digest.update(file)
         return digest.digest()
-
-    async def _in_thread(self, function: Callable[..., Result], *arguments: object) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import torch
 
+from vitrine_vlm.encoder_service.decoding.media_decoder import InProcessDecoder, MediaDecoder
+from vitrine_vlm.encoder_service.decoding.work import DecodeWork, image_work
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
-from vitrine_vlm.encoder_service.preprocess.frame_list import EncodedFrames
+from vitrine_vlm.encoder_service.preprocess.encoded_image import EncodedImage, decode_on_gpu
+from vitrine_vlm.encoder_service.preprocess.encoded_video import EncodedFrames, EncodedVideo, OpenedVideo
 from vitrine_vlm.encoder_service.preprocess.frame_sampling import (
     frame_range,
     sample_frames,
@@ -19,16 +23,17 @@ from vitrine_vlm.encoder_service.preprocess.frame_sampling import (
 )
 from vitrine_vlm.encoder_service.preprocess.given_patches import GivenPatches
 from vitrine_vlm.encoder_service.preprocess.gpu_work import GpuWork
-from vitrine_vlm.encoder_service.preprocess.image_decode import EncodedImage, decode_batch
 from vitrine_vlm.encoder_service.preprocess.option_checks import check_options
 from vitrine_vlm.encoder_service.preprocess.patchify import patchify, resize
 from vitrine_vlm.encoder_service.preprocess.settings import ProcessorSettings
 from vitrine_vlm.encoder_service.preprocess.smart_resize import resized_image_size, resized_video_size
-from vitrine_vlm.encoder_service.preprocess.video_decode import EncodedVideo
 from vitrine_vlm.errors import MediaTooLarge
 from vitrine_vlm.types import NO_OPTIONS, Layout, MediaKind, MediaOptions, Patches
 
 _CPU = torch.device("cpu")
+_IN_PROCESS = InProcessDecoder()
+# Of a temporal patch, measured on one core of a Xeon.
+_PATCH_SECONDS_A_PIXEL = 20e-9
 # Of a list of frames, where neither the caller nor the checkpoint names a rate.
 _LISTED_FPS = 2.0
 
@@ -43,11 +48,19 @@ class OpenedMedia(Protocol):
 
     @property
     def decodes_on_gpu(self) -> bool:
-        """Whether the GPU decodes it, so that `Preprocessor.patches_of_batch` is faster than `patches`."""
+        """Whether the GPU may decode it, by `Preprocessor.patches_of_batch`."""
         ...
 
-    def patches(self) -> torch.Tensor:
+    @property
+    def decode_work(self) -> DecodeWork | None:
+        """What `patches` takes; None where it needs no decoder."""
+        ...
+
+    def patches(self, decoder: MediaDecoder = _IN_PROCESS) -> torch.Tensor:
         """Decodes, resizes, normalizes and cuts into patches. Blocking; any thread may call it, and again.
+
+        Args:
+            decoder: what decodes; by default this thread, which suits trusted files only.
 
         Returns:
             [num_patches, 3 * temporal_patch_size * patch_size ** 2], complete, on the preprocessor's device; float32,
@@ -78,13 +91,20 @@ class Preprocessor:
         self._limits = limits
         self._work = GpuWork(device, settings, dtype)
 
-    def open(self, kind: MediaKind, data: bytes, options: MediaOptions = NO_OPTIONS) -> OpenedMedia:
+    def open(
+        self,
+        kind: MediaKind,
+        data: bytes,
+        options: MediaOptions = NO_OPTIONS,
+        decoder: MediaDecoder = _IN_PROCESS,
+    ) -> OpenedMedia:
         """Reads as much of `data` as the layout needs: an image's header; of a video the index and one frame.
 
         Blocking. Size, shape and frame count are checked here, before any memory for pixels is allocated.
 
         Args:
             data: the encoded file.
+            decoder: see `OpenedMedia.patches`.
 
         Raises:
             NotAnImage, NotAVideo, MediaTruncated, MediaTooLarge, BadAspectRatio: see docs/media.md.
@@ -92,11 +112,14 @@ class Preprocessor:
         """
         check_options(kind, options)
         if kind == "image":
-            image = EncodedImage(data, self._limits.max_pixels)
+            image = EncodedImage(data, self._limits, decoder)
             return _OpenedImage(self.settings, image, options, self._limits, self._work)
-        return _OpenedVideo(self.settings, EncodedVideo(data, self._limits), options, self._limits, self._work)
+        video = EncodedVideo(data, self._limits, decoder)
+        return _OpenedVideo(self.settings, video, options, self._limits, self._work)
 
-    def open_frames(self, files: Sequence[bytes], options: MediaOptions = NO_OPTIONS) -> OpenedMedia:
+    def open_frames(
+        self, files: Sequence[bytes], options: MediaOptions = NO_OPTIONS, decoder: MediaDecoder = _IN_PROCESS
+    ) -> OpenedMedia:
         """Reads the headers of a video's frames, none of which is left out; see `open`.
 
         Args:
@@ -104,7 +127,7 @@ class Preprocessor:
             options: `fps` is the rate at which they were taken; where left out, the one at which others are sampled.
         """
         check_options("video", options, is_list=True)
-        frames = EncodedFrames(files, self._limits, options.fps or self.settings.video_fps or _LISTED_FPS)
+        frames = EncodedFrames(files, self._limits, options.fps or self.settings.video_fps or _LISTED_FPS, decoder)
         return _OpenedVideo(self.settings, frames, replace(options, fps=None, sampled=False), self._limits, self._work)
 
     def open_patches(self, kind: MediaKind, patches: Patches) -> OpenedMedia:
@@ -115,17 +138,35 @@ class Preprocessor:
         """
         return GivenPatches(kind, patches, self.settings, self._limits, self._work)
 
+    def patch_seconds(self, layout: Layout) -> float:
+        """About how long resizing and cutting an item's pixels takes one core; next to nothing with a GPU."""
+        num_pixels = math.prod(layout.grid_thw) * self.settings.patch_size**2
+        return num_pixels * _PATCH_SECONDS_A_PIXEL if self._work.device.type == "cpu" else 0.0
+
     def patches_of_batch(self, opened: Sequence[OpenedMedia]) -> list[torch.Tensor | Exception]:
-        """The patches of several items that a GPU decodes, or the exception that each one raised."""
+        """The patches of several items that may be decoded on the GPU, or the exception that each one raised.
+
+        It is NotForGpu where the GPU cannot decode an item, whatever the reason: `patches` can, or says what is wrong.
+        """
+        try:
+            return list(self._patches_by_gpu(opened))
+        except NotForGpu:  # one of them is damaged: decoding one by one finds which
+            return [_result(partial(self._patches_by_gpu, [each])) for each in opened]
+
+    def _patches_by_gpu(self, opened: Sequence[OpenedMedia]) -> list[torch.Tensor]:
         images = [each for each in opened if isinstance(each, _OpenedImage) and each.decodes_on_gpu]
-        if len(images) == len(opened):
-            with self._work():
-                try:
-                    decoded = decode_batch([each.image for each in images], self._work.device)
-                    return [each.patches_of(pixels) for each, pixels in zip(images, decoded, strict=True)]
-                except RuntimeError:
-                    pass  # one of them is damaged: decoding one by one finds which
-        return [_result(each.patches) for each in opened]
+        if len(images) != len(opened):
+            raise NotForGpu
+        with self._work():
+            try:
+                decoded = decode_on_gpu([each.image for each in images], self._work.device)
+            except RuntimeError as error:
+                raise NotForGpu from error
+            return [each.patches_of(pixels) for each, pixels in zip(images, decoded, strict=True)]
+
+
+class NotForGpu(Exception):
+    """The GPU cannot decode an item."""
 
 
 class _OpenedImage:
@@ -145,10 +186,11 @@ class _OpenedImage:
         grid_thw = _grid_thw(settings, 1, *self._size)
         self.layout = Layout("image", grid_thw, _num_tokens(settings, grid_thw))
         self.decodes_on_gpu = work.device.type == "cuda" and image.suits_nvjpeg
+        self.decode_work = image_work(image.header)
 
-    def patches(self) -> torch.Tensor:
-        with self._work():
-            return self.patches_of(self.image.decode(self._work.device))
+    def patches(self, decoder: MediaDecoder = _IN_PROCESS) -> torch.Tensor:
+        with self._work(), self.image.pixels(self._work.device, decoder) as pixels_CHW:
+            return self.patches_of(pixels_CHW)
 
     def patches_of(self, decoded_CHW: torch.Tensor) -> torch.Tensor:
         """Makes patches of pixels on the preprocessor's device; on a GPU the work is only launched."""
@@ -164,7 +206,7 @@ class _OpenedVideo:
     def __init__(
         self,
         settings: ProcessorSettings,
-        video: EncodedVideo | EncodedFrames,
+        video: OpenedVideo,
         options: MediaOptions,
         limits: MediaLimits,
         work: GpuWork,
@@ -195,13 +237,14 @@ class _OpenedVideo:
             timestamps_s(self._indices, video.fps, group),
             second_per_grid_t(len(self._indices), len(looked_at), video.fps, group),
         )
+        self.decode_work = video.work(self._indices)
 
-    def patches(self) -> torch.Tensor:
+    def patches(self, decoder: MediaDecoder = _IN_PROCESS) -> torch.Tensor:
         # Each frame is resized as it leaves the decoder: full-size frames of a long video would not fit in memory.
         num_padded = self.layout.grid_thw[0] * self._settings.temporal_patch_size
         with self._work():
             frames_FCHW = torch.empty((num_padded, 3, *self._size), dtype=torch.uint8, device=self._work.device)
-            for position, pixels_CHW in enumerate(self._video.frames(self._indices)):
+            for position, pixels_CHW in enumerate(self._video.frames(self._indices, decoder)):
                 frames_FCHW[position] = resize(pixels_CHW.to(self._work.device), *self._size)
             # A partial patch repeats the last frame.
             frames_FCHW[len(self._indices) :] = frames_FCHW[len(self._indices) - 1]
@@ -227,9 +270,9 @@ def _check_number(settings: ProcessorSettings, options: MediaOptions, limits: Me
         )
 
 
-def _result(make: Callable[[], torch.Tensor]) -> torch.Tensor | Exception:
+def _result(make: Callable[[], list[torch.Tensor]]) -> torch.Tensor | Exception:
     try:
-        return make()
+        return make()[0]
     except Exception as error:
         return error
 

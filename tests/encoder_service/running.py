@@ -20,6 +20,8 @@ from vitrine_vlm.embedding_transport.pools.shm_pool import ShmPool
 from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter
 from vitrine_vlm.embedding_transport.wire.message_bounds import MessageBounds
 from vitrine_vlm.encoder_service.codec import describe_to_proto, stats_to_proto
+from vitrine_vlm.encoder_service.decoding.media_decoder import InProcessDecoder
+from vitrine_vlm.encoder_service.decoding.work import DecodeWork
 from vitrine_vlm.encoder_service.engine.admission import Admission
 from vitrine_vlm.encoder_service.engine.batcher import Batcher
 from vitrine_vlm.encoder_service.engine.cache import EmbeddingCache
@@ -30,7 +32,7 @@ from vitrine_vlm.encoder_service.media.loader import MediaLoader
 from vitrine_vlm.encoder_service.metrics import EncoderMetrics
 from vitrine_vlm.encoder_service.models import VisionTower
 from vitrine_vlm.encoder_service.models.grids import GridTHW
-from vitrine_vlm.encoder_service.preprocess.preprocess_pool import PreprocessPool
+from vitrine_vlm.encoder_service.preprocess.preprocess_pool import Decoders, PreprocessPool
 from vitrine_vlm.encoder_service.preprocess.preprocessor import Preprocessor
 from vitrine_vlm.encoder_service.server import EncoderServer, EncoderServicer, ServiceState
 from vitrine_vlm.encoder_service.service import EncodeService
@@ -96,6 +98,23 @@ class RunningEncoder:
         return self.tower._tower.forward(opened.patches(), [opened.layout.grid_thw])
 
 
+class InProcessDecoders:
+    """Saves the tests that are not about decoding the start of processes."""
+
+    num_processes = 2
+
+    class Decoder(InProcessDecoder):
+        def kill(self) -> None:
+            """Does nothing: the pictures of these tests take no time."""
+
+    @asynccontextmanager
+    async def decoder(self, work: DecodeWork) -> AsyncIterator[Decoder]:
+        yield self.Decoder()
+
+    async def close(self) -> None:
+        pass
+
+
 @asynccontextmanager
 async def run_encoder(
     folder: Path,
@@ -110,6 +129,7 @@ async def run_encoder(
     cache_bytes: int = 0,
     loaded: bool = True,
     allowed_folder: Path | None = None,
+    decoders: Decoders | None = None,
 ) -> AsyncIterator[RunningEncoder]:
     checkpoint = open_checkpoint(str(folder))
     limits = MediaLimits(allow_private_addresses=True, timeout_s=20, allowed_folder=allowed_folder)
@@ -136,7 +156,7 @@ async def run_encoder(
     tickets = TicketTable(uuid.uuid4().hex, ticket_ttl_s)
     tickets.start(Supervisor())
     metrics.watch_tickets(lambda: len(tickets), lambda: tickets.nbytes)
-    preprocess_pool = PreprocessPool(preprocessor, revision=identity.revision, num_threads=2)
+    preprocess_pool = PreprocessPool(preprocessor, decoders or InProcessDecoders(), revision=identity.revision)
     preprocess_pool.start(Supervisor())
     service = EncodeService(
         loader, held, preprocess_pool, admission, batcher, cache, tickets, max_items=MAX_ITEMS, metrics=metrics

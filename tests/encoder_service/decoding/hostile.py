@@ -48,10 +48,3 @@ def png_of_chunks(kind: bytes, num_chunks: int) -> bytes:
     header = struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0)
     pixels = zlib.compress(bytes(8 * 25))
     return PNG_SIGNATURE + chunk(b"IHDR", header) + chunk(kind) * num_chunks + chunk(b"IDAT", pixels) + chunk(b"IEND")
-
-
-def blank_png(width: int, height: int) -> bytes:
-    """A black PNG of one bit a pixel: 1 KiB for a megapixel."""
-    file = io.BytesIO()
-    Image.new("1", (width, height)).save(file, "PNG")
-    return file.getvalue()

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tests.encoder_service.preprocess.samples import QWEN3_IMAGE, QWEN3_VIDEO, settings
 from tests.encoder_service.processed import given
 from tests.integration.media import clip
+from vitrine_vlm.encoder_service.decoding.image_decode import as_stored
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
-from vitrine_vlm.encoder_service.preprocess.image_decode import _UPRIGHT, _upright
+from vitrine_vlm.encoder_service.preprocess.encoded_image import upright
 from vitrine_vlm.encoder_service.preprocess.preprocessor import Preprocessor
 
 
@@ -22,9 +23,14 @@ from vitrine_vlm.encoder_service.preprocess.preprocessor import Preprocessor
 def test_a_tensor_is_turned_as_pillow_turns_a_picture(orientation: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
-    expected = image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
-    turned = _upright(torch.from_numpy(pixels).permute(2, 0, 1), orientation)
-    assert np.array_equal(turned.permute(1, 2, 0).numpy(), np.asarray(expected))
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    expected = np.asarray(ImageOps.exif_transpose(image))
+    turned = upright(torch.from_numpy(pixels).permute(2, 0, 1), orientation)
+    assert np.array_equal(turned.permute(1, 2, 0).numpy(), expected)
+    written = np.zeros_like(expected)
+    as_stored(written, orientation)[:] = pixels
+    assert np.array_equal(written, expected)
 
 
 def photograph(mode: str, orientation: int = 1) -> bytes:
@@ -63,8 +69,7 @@ def test_jpegs_decoded_together_are_those_decoded_alone(tmp_path: Path) -> None:
     together = preprocessor.patches_of_batch(opened)
     assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))  # type: ignore[arg-type]
 
-    # Scan data that ends early, in a file whose end marker is there: nvJPEG or Pillow may refuse it, the others are not
-    # touched by that.
+    # Scan data that ends early, in a file whose end marker is there: nvJPEG may refuse it, which touches no others.
     damaged = preprocessor.open("image", files[0][: len(files[0]) // 2] + b"\xff\xd9")
     beside = preprocessor.patches_of_batch([opened[0], damaged, opened[1]])
     assert torch.equal(alone[0], beside[0]) and torch.equal(alone[1], beside[2])  # type: ignore[arg-type]

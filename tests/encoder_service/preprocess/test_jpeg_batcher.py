@@ -19,10 +19,9 @@ from vitrine_vlm.service_runtime.supervisor import Supervisor
 
 
 class Gated:
-    """A real preprocessor's `patches_of_batch` that waits for `gate` and records the size of each batch."""
+    """Computes patches one by one; waits for `gate`, and records the size of each batch."""
 
-    def __init__(self, preprocessor: Preprocessor) -> None:
-        self._preprocessor = preprocessor
+    def __init__(self) -> None:
         self.gate, self.entered = threading.Event(), threading.Event()
         self.batch_sizes: list[int] = []
         self.error: Exception | None = None
@@ -33,7 +32,14 @@ class Gated:
         assert self.gate.wait(20), "the test never opened the gate"
         if self.error is not None:
             raise self.error
-        return self._preprocessor.patches_of_batch(opened)
+        return [self._patches(each) for each in opened]
+
+    @staticmethod
+    def _patches(opened: OpenedMedia) -> torch.Tensor | Exception:
+        try:
+            return opened.patches()
+        except MediaTruncated as error:
+            return error
 
 
 @pytest.fixture
@@ -45,7 +51,7 @@ async def test_what_waits_is_one_batch_and_only_damaged_items_fail(preprocessor:
     files = [encode(photo(300, 200, seed), "JPEG") for seed in range(20)]
     files[3] = files[3][:5000]
     opened = [preprocessor.open("image", file) for file in files]
-    compute = Gated(preprocessor)
+    compute = Gated()
     batcher = JpegBatcher(compute)
     batcher.start(Supervisor())
     first = asyncio.create_task(batcher.patches(opened[0]))
@@ -66,7 +72,7 @@ async def test_what_waits_is_one_batch_and_only_damaged_items_fail(preprocessor:
 
 
 async def test_a_batch_that_fails_does_not_fail_the_next(preprocessor: Preprocessor) -> None:
-    compute = Gated(preprocessor)
+    compute = Gated()
     compute.gate.set()
     compute.error = RuntimeError("no GPU any more")
     batcher = JpegBatcher(compute)
