@@ -223,7 +223,12 @@ class EncodeService:
         with source.reserved:
             layout, timings = source.layout, source.timings
             key = _cache_key(layout.content_hash, tenant)
-            admission = self._admission.admit(layout.grid_thw, deadline, reserve=not self._cache.has(key))
+            admission = self._admission.admit(
+                layout.grid_thw,
+                deadline,
+                preprocess_s=self._preprocess_pool.queue_seconds(source.opened),
+                reserve=not self._cache.has(key),
+            )
             with admission as reservation, replies.shipment(index) as shipment:
                 await replies.layout(index, layout)
                 compute = functools.partial(
@@ -254,6 +259,7 @@ class EncodeService:
         reservation.reserve()
         with self._stage("preprocess", index) as preprocess:
             patches_PX = await self._preprocess_pool.patches(opened)
+        reservation.end_preprocessing()
         encoded = await self._batcher.encode(patches_PX, layout.grid_thw, deadline, hook)
         queue_s, forward_s = encoded.queue_ms / 1e3, encoded.forward_ms / 1e3
         with harmless("a metric of the queue"):

@@ -1,4 +1,7 @@
-"""Admission of items: bounded in patches, which bounds memory, and in seconds of work, which bounds waiting."""
+"""Admission of items: bounded in patches, which bounds memory, and in seconds of work, which bounds waiting.
+
+Pixels are decoded beside the tower, not in front of it: the queue is as long as the longer of the two.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,8 @@ class Admission:
 
     Attributes:
         num_patches: patches of all items in work.
-        seconds: how long the tower needs for these items, by `cost`.
+        tower_s: how long the tower needs for these items, by `cost`.
+        preprocess_s: how long preprocessing needs for those whose patches are not there yet.
 
     Args:
         max_patches, max_s: bounds of the two.
@@ -27,23 +31,31 @@ class Admission:
 
     def __init__(self, cost: CostModel, *, max_patches: int, max_s: float) -> None:
         self.num_patches = 0
-        self.seconds = 0.0
+        self.tower_s = self.preprocess_s = 0.0
         self._cost = cost
         self._max_patches = max_patches
         self._max_s = max_s
 
+    @property
+    def seconds(self) -> float:
+        """How long a new item waits."""
+        return max(self.tower_s, self.preprocess_s)
+
     @contextmanager
-    def admit(self, grid_thw: GridTHW, deadline: float = math.inf, *, reserve: bool = True) -> Iterator[Reservation]:
+    def admit(
+        self, grid_thw: GridTHW, deadline: float = math.inf, *, preprocess_s: float = 0.0, reserve: bool = True
+    ) -> Iterator[Reservation]:
         """An item's reservation, which is released at the end of the context.
 
         Args:
+            preprocess_s: how much longer preprocessing takes by this item.
             deadline: when the item's request ends, seconds of the monotonic clock.
             reserve: whether to reserve at once; otherwise the caller calls `Reservation.reserve` when it has to.
 
         Raises:
             Overloaded: see `check`.
         """
-        reservation = Reservation(self, math.prod(grid_thw), self._cost.seconds(grid_thw), deadline)
+        reservation = Reservation(self, math.prod(grid_thw), self._cost.seconds(grid_thw), preprocess_s, deadline)
         if reserve:
             reservation.reserve()
         try:
@@ -51,16 +63,21 @@ class Admission:
         finally:
             reservation.release()
 
-    def check(self, num_patches: int, seconds: float, deadline: float) -> None:
+    def check(self, num_patches: int, tower_s: float, preprocess_s: float, deadline: float) -> None:
         """
         Raises:
             Overloaded: a bound would be exceeded, or the item could not be done in time.
         """
         if self.num_patches:
+            seconds = max(self.tower_s + tower_s, self.preprocess_s + preprocess_s) - self.seconds
             self._check_capacity(num_patches, seconds)
             self._check_deadline(seconds, deadline)
 
     def _check_capacity(self, num_patches: int, seconds: float) -> None:
+        """
+        Args:
+            seconds: by which the queue becomes longer.
+        """
         too_many = self.num_patches + num_patches - self._max_patches
         if too_many > 0:
             # The queue's seconds are about proportional to its patches.
@@ -91,9 +108,12 @@ class Admission:
 class Reservation:
     """One item's part of an admission."""
 
-    def __init__(self, admission: Admission, num_patches: int, seconds: float, deadline: float) -> None:
+    def __init__(
+        self, admission: Admission, num_patches: int, tower_s: float, preprocess_s: float, deadline: float
+    ) -> None:
         self._admission = admission
-        self._num_patches, self._seconds, self._deadline = num_patches, seconds, deadline
+        self._num_patches, self._tower_s, self._preprocess_s = num_patches, tower_s, preprocess_s
+        self._deadline = deadline
         self._reserved = False
 
     def reserve(self) -> None:
@@ -103,16 +123,27 @@ class Reservation:
             Overloaded: see `Admission.check`.
         """
         if not self._reserved:
-            self._admission.check(self._num_patches, self._seconds, self._deadline)
-            self._admission.num_patches += self._num_patches
-            self._admission.seconds += self._seconds
+            admission = self._admission
+            admission.check(self._num_patches, self._tower_s, self._preprocess_s, self._deadline)
+            admission.num_patches += self._num_patches
+            admission.tower_s += self._tower_s
+            admission.preprocess_s += self._preprocess_s
             self._reserved = True
+
+    def end_preprocessing(self) -> None:
+        """Takes the item's preprocessing out of the admission: its patches are there."""
+        if self._reserved:
+            admission = self._admission
+            admission.preprocess_s = max(0.0, admission.preprocess_s - self._preprocess_s)
+            self._preprocess_s = 0.0
 
     def release(self) -> None:
         """Takes the item's work out of the admission, if it is in it."""
         if self._reserved:
+            self.end_preprocessing()
             self._reserved = False
             admission = self._admission
             admission.num_patches -= self._num_patches
             # Adding and subtracting floats leaves rounding errors.
-            admission.seconds = max(0.0, admission.seconds - self._seconds) if admission.num_patches else 0.0
+            admission.tower_s = max(0.0, admission.tower_s - self._tower_s) if admission.num_patches else 0.0
+            admission.preprocess_s = admission.preprocess_s if admission.num_patches else 0.0

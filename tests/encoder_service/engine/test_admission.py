@@ -48,3 +48,24 @@ def test_what_cannot_be_done_in_time_is_refused_while_there_is_other_work() -> N
             pass
     with admission.admit((1, 8, 8), soon):  # 6.4 s, but the model may be wrong and nothing else is lost
         pass
+
+
+def test_preprocessing_counts_beside_the_tower() -> None:
+    admission = Admission(CostModel(0.0, 0.01, 0.0), max_patches=10_000, max_s=5.0)
+    with admission.admit((1, 10, 10), preprocess_s=4.0) as large:  # 1 s of the tower
+        assert admission.tower_s == pytest.approx(1.0)
+        assert admission.seconds == pytest.approx(4.0)
+        with (
+            pytest.raises(Overloaded, match=r"4\.0 s of work are queued and 2 s more"),
+            admission.admit((1, 10, 10), preprocess_s=2.0),
+        ):
+            pass
+        soon = time.monotonic() + 4.5
+        with pytest.raises(Overloaded, match="its request ends in"), admission.admit((1, 4, 4), soon, preprocess_s=0.9):
+            pass
+        with admission.admit((1, 10, 30), soon):  # the tower does it while the other's pixels are decoded
+            assert admission.seconds == pytest.approx(4.0)
+            large.end_preprocessing()
+            assert admission.seconds == pytest.approx(4.0)
+        assert admission.seconds == pytest.approx(1.0)
+    assert (admission.seconds, admission.preprocess_s) == (0.0, 0.0)
