@@ -18,6 +18,7 @@ from vitrine_vlm.llm_worker.prompt.sampling_defaults import SamplingDefaults
 from vitrine_vlm.llm_worker.wire import generation_from_proto
 from vitrine_vlm.protos.llm.v1 import llm_pb2
 from vitrine_vlm.service_runtime.json_limits import MAX_VALUES
+from vitrine_vlm.service_runtime.tenants import CacheScope
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 USER = {"role": "user", "content": "Hi"}
@@ -117,5 +118,6 @@ def test_limits_of_messages(name: str, values: Any, most: int) -> None:
             llm_pb2.Prompt(text="Hi"),
             llm_pb2.SamplingParams(**{name: values}),
             SamplingDefaults(1.0, 1.0, 0, frozenset()),
+            CacheScope(),
         )
     assert caught.value.param == name
