@@ -117,15 +117,15 @@ class DecoderPool:
         """Gives idle processes to the items that have waited longest, of those that may use one now."""
         # One that was killed from outside is there until its keeper has noticed.
         self._idle = [process for process in self._idle if not process.has_ended]
-        for entry in list(self._waiting):
-            if not self._idle:
-                return
+        for entry in list(self._waiting) if self._idle else ():
             work, taken = entry
             if not taken.done() and self._heavy.add(work):
                 self._waiting.remove(entry)
                 process = self._idle.pop()
                 process.is_used = True
                 taken.set_result(process)
+                if not self._idle:
+                    return
 
     async def _keep_process(self, index: int) -> None:
         """Runs a process, and another one whenever it has ended.

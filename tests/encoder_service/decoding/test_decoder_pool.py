@@ -98,10 +98,10 @@ async def test_a_process_decodes_the_same_pixels_and_sees_the_same_faults() -> N
 
 @pytest.mark.parametrize("kind", ["image", "video"])
 async def test_a_file_that_takes_too_long_is_the_senders_fault(kind: Any) -> None:
-    async with running(image_timeout_s=0.2, video_timeout_s=0.2) as pool:
+    async with running(image_timeout_s=0.1, video_timeout_s=0.1) as pool:
         pids = await started(pool)
         setting = "--decode-timeout-s" if kind == "image" else "--video-decode-timeout-s"
-        with pytest.raises(MediaTooLarge, match=f"takes more than 0.2 s.*{setting} is the limit"):
+        with pytest.raises(MediaTooLarge, match=f"takes more than 0.1 s.*{setting} is the limit"):
             await use(pool, lambda decoder: decode(decoder, SLOW), DecodeWork(kind, 1.0, 0))
         assert len(await started(pool, replacing=pids) - pids) == 1
 

@@ -65,7 +65,7 @@ def test_jpegs_decoded_together_are_those_decoded_alone(tmp_path: Path) -> None:
     opened = [preprocessor.open("image", file) for file in files]
     if not all(each.decodes_on_gpu for each in opened):
         pytest.skip("torchvision decodes no JPEG on this GPU")
-    alone = [each.patches() for each in opened]
+    alone = [preprocessor.patches_of_batch([each])[0] for each in opened]
     together = preprocessor.patches_of_batch(opened)
     assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))  # type: ignore[arg-type]
 
@@ -89,12 +89,17 @@ def test_patches_of_callers_become_the_same(tmp_path: Path, dtype: torch.dtype) 
 
 def compare(tmp_path: Path, kind: str, data: bytes) -> None:
     found = settings(tmp_path, "qwen3_vl", QWEN3_IMAGE, QWEN3_VIDEO)
-    on_cpu, on_gpu = (
-        Preprocessor(found, MediaLimits(), torch.device(device)).open(kind, data)  # type: ignore[arg-type]
-        for device in ("cpu", "cuda")
-    )
+    by_cpu, by_gpu = (Preprocessor(found, MediaLimits(), torch.device(device)) for device in ("cpu", "cuda"))
+    on_cpu, on_gpu = (each.open(kind, data) for each in (by_cpu, by_gpu))  # type: ignore[arg-type]
     assert on_gpu.layout == on_cpu.layout
-    expected, patches = on_cpu.patches(), on_gpu.patches()
+    compare_patches(on_cpu.patches(), on_gpu.patches())
+    if on_gpu.decodes_on_gpu:
+        [decoded_there] = by_gpu.patches_of_batch([on_gpu])
+        assert isinstance(decoded_there, torch.Tensor)
+        compare_patches(on_cpu.patches(), decoded_there)
+
+
+def compare_patches(expected: torch.Tensor, patches: torch.Tensor) -> None:
     assert patches.is_cuda
     # Of pixels scaled to -1..1, where a grey level is 1 / 127.5.
     difference = (patches.cpu() - expected).abs() * 127.5
