@@ -19,6 +19,15 @@ from vitrine_vlm.llm_worker.request_tracker import RequestTracker
 from vitrine_vlm.protos.llm.v1 import llm_pb2, llm_pb2_grpc
 from vitrine_vlm.sample_models.reference import Reference
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
+from vitrine_vlm.service_runtime.tenants import set_tenant
+
+
+class TenantServicer(LlmServicer):
+    """Sets the tenant where a port with keys does: in the task of the call."""
+
+    async def Prefill(self, request, context):  # type: ignore[no-untyped-def]
+        set_tenant(dict(context.invocation_metadata()).get("tenant", ""))
+        return await super().Prefill(request, context)
 
 
 @pytest.fixture
@@ -28,7 +37,7 @@ def calls() -> RunningCalls:
 
 @pytest.fixture
 def servicer(calls: RunningCalls) -> LlmServicer:
-    return LlmServicer(RequestTracker(LlmMetrics(), calls))
+    return TenantServicer(RequestTracker(LlmMetrics(), calls))
 
 
 @pytest.fixture
@@ -41,6 +50,19 @@ async def stub(servicer: LlmServicer, qwen3_vl_folder: Path) -> AsyncIterator[ll
             yield llm_pb2_grpc.LlmStub(channel)
     finally:
         await server.stop(0)
+
+
+async def test_tenants_and_salts_have_prefix_caches_of_their_own(stub: llm_pb2_grpc.LlmAsyncStub) -> None:
+    async def cached_tokens(tenant: str, cache_salt: str) -> int:
+        request = llm_pb2.PrefillRequest(prompt=llm_pb2.Prompt(text="The quick brown fox"), cache_salt=cache_salt)
+        return (await stub.Prefill(request, metadata=(("tenant", tenant),))).num_cached_tokens
+
+    for scope in (("", ""), ("red", ""), ("blue", ""), ("red", "salt"), ("", "salt")):
+        assert await cached_tokens(*scope) == 0
+        assert await cached_tokens(*scope) == 16
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await cached_tokens("", "s" * 1025)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_a_grammar_constrains_the_answer_or_is_refused(stub: llm_pb2_grpc.LlmAsyncStub) -> None:
