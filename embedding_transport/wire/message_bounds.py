@@ -57,13 +57,12 @@ class MessageBounds(grpc.aio.ServerInterceptor):
             return cast("grpc.RpcMethodHandler[Any, Any] | None", handler)
         serve = handler.unary_stream if handler.response_streaming else handler.unary_unary
 
-        async def bounded(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        # The iterator of requests keeps the last one until it is garbage-collected, so the context is read from.
+        async def bounded(_: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             with self._budget.item() as reserved:
                 replies = BoundedContext(context, self._budget, self._timeout_s)
                 # The request is the method's alone, which may discard it before it ends.
-                return await serve(
-                    await self._request(requests, context, handler.request_deserializer, reserved), replies
-                )
+                return await serve(await self._request(context, handler.request_deserializer, reserved), replies)
 
         # To a client there is no difference: a stream of one request is what it sends anyway.
         make = (
@@ -74,34 +73,30 @@ class MessageBounds(grpc.aio.ServerInterceptor):
         return make(cast(Any, bounded), None, handler.response_serializer)
 
     async def _request(
-        self,
-        requests: AsyncIterator[bytes],
-        context: grpc.aio.ServicerContext[Any, Any],
-        parse: _Parse,
-        reserved: ReservedBytes,
+        self, context: grpc.aio.ServicerContext[Any, Any], parse: _Parse, reserved: ReservedBytes
     ) -> Any:
         """Returns the call's request; ends the call where it cannot be had."""
         try:
-            return await self._read(requests, _host(context.peer()), parse, reserved)
+            return await self._read(context, parse, reserved)
         except Exception as error:
             await abort(context, error)
 
-    async def _read(self, requests: AsyncIterator[bytes], host: str, parse: _Parse, reserved: ReservedBytes) -> Any:
+    async def _read(self, context: grpc.aio.ServicerContext[Any, Any], parse: _Parse, reserved: ReservedBytes) -> Any:
         """
         Raises:
             BadRequest: the message does not arrive in time, or is none of the method's.
             Overloaded: too many others are read, or in memory.
         """
-        async with self._reading.slot(host, self._timeout_s):
+        async with self._reading.slot(_host(context.peer()), self._timeout_s):
             try:
                 async with asyncio.timeout(self._timeout_s):
-                    raw = await anext(requests, None)
+                    raw = await context.read()
             except TimeoutError:
                 raise BadRequest(
                     f"the request did not arrive within {self._timeout_s:g} s (--client-timeout-s): send it faster, or "
                     "URLs instead of bytes"
                 ) from None
-        if raw is None:
+        if not isinstance(raw, bytes):  # the end of the stream
             raise BadRequest("the call has no request: send one")
         if len(raw) > WINDOW_NBYTES:
             reserved.reserve(len(raw))
@@ -112,12 +107,11 @@ class MessageBounds(grpc.aio.ServerInterceptor):
 
 
 class _ReadingSlots:
-    """Who may read a request now."""
+    """Which calls read their request now. The newest comes first: a small request does not wait for many large ones."""
 
     def __init__(self) -> None:
-        self._all = asyncio.Semaphore(MAX_READING)
-        self._of_host: dict[str, asyncio.Semaphore] = {}
-        self._num_calls: Counter[str] = Counter()
+        self._num_of_host: Counter[str] = Counter()
+        self._waiting: list[tuple[str, asyncio.Future[None]]] = []
 
     @asynccontextmanager
     async def slot(self, host: str, timeout_s: float) -> AsyncIterator[None]:
@@ -125,31 +119,46 @@ class _ReadingSlots:
         Raises:
             Overloaded: no slot is free in time.
         """
-        of_host = self._of_host.setdefault(host, asyncio.Semaphore(_MAX_READING_OF_HOST))
-        self._num_calls[host] += 1
+        if self._has_room(host):
+            self._num_of_host[host] += 1
+        else:
+            await self._wait(host, timeout_s)
         try:
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await of_host.acquire()
-                    try:
-                        await self._all.acquire()
-                    except BaseException:
-                        of_host.release()
-                        raise
-            except TimeoutError:
-                raise Overloaded(
-                    f"the requests of {self._num_calls[host]} calls from {host} are read or wait for it: retry later",
-                    retry_after_s=timeout_s,
-                ) from None
-            try:
-                yield
-            finally:
-                self._all.release()
-                of_host.release()
+            yield
         finally:
-            self._num_calls[host] -= 1
-            if not self._num_calls[host]:
-                del self._num_calls[host], self._of_host[host]
+            self._release(host)
+
+    async def _wait(self, host: str, timeout_s: float) -> None:
+        granted = asyncio.get_running_loop().create_future()
+        self._waiting.append((host, granted))
+        try:
+            async with asyncio.timeout(timeout_s):
+                await granted
+        except BaseException as error:
+            if granted.done() and not granted.cancelled():
+                self._release(host)
+            else:
+                self._waiting.remove((host, granted))
+            if not isinstance(error, TimeoutError):
+                raise
+            raise Overloaded(
+                f"too many requests are read, those of {host} among them: retry later", retry_after_s=timeout_s
+            ) from None
+
+    def _release(self, host: str) -> None:
+        self._num_of_host[host] -= 1
+        if not self._num_of_host[host]:
+            del self._num_of_host[host]
+        for index in reversed(range(len(self._waiting))):
+            waiting_host, granted = self._waiting[index]
+            if not granted.done() and self._has_room(waiting_host):
+                del self._waiting[index]
+                self._num_of_host[waiting_host] += 1
+                granted.set_result(None)
+                return
+
+    def _has_room(self, host: str) -> bool:
+        return self._num_of_host.total() < MAX_READING and self._num_of_host[host] < _MAX_READING_OF_HOST
 
 
 class BoundedContext:

@@ -74,8 +74,13 @@ async def connected(serving: Any) -> AsyncIterator[grpc.aio.Channel]:
         yield channel
 
 
-def keep(channel: grpc.aio.Channel, nbytes: int, **options: Any) -> asyncio.Future[bytes]:
-    return asyncio.ensure_future(channel.unary_unary("/s/Keep")(b"a" * nbytes, **options))
+def method(kind: Any, name: str) -> Any:
+    """A method that takes and gives bytes."""
+    return kind(f"/s/{name}")
+
+
+def keep(channel: grpc.aio.Channel, nbytes: int, **options: Any) -> Any:
+    return asyncio.ensure_future(method(channel.unary_unary, "Keep")(b"a" * nbytes, **options))
 
 
 async def test_large_messages_share_the_budget_and_small_ones_pass(serving: Serving) -> None:
@@ -102,8 +107,9 @@ async def test_large_messages_share_the_budget_and_small_ones_pass(serving: Serv
 async def test_a_message_that_does_not_arrive_is_not_waited_for(serving: Serving) -> None:
     """A sender that opens calls and sends nothing has the slots of its address only until the time-out."""
     async with connected(serving) as channel:
-        open_calls = [channel.stream_unary("/s/Keep")() for _ in range(2 * MAX_READING)]
+        open_calls = [method(channel.stream_unary, "Keep")() for _ in range(2 * MAX_READING)]
         serving.gate.set()
+        await asyncio.sleep(TIMEOUT_S / 2)
         assert await keep(channel, 10, timeout=10 * TIMEOUT_S) == b"10"
         for call in open_calls:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -132,13 +138,13 @@ async def test_a_message_over_the_limit_is_refused(serving: Serving) -> None:
 async def test_what_is_no_message_is_an_invalid_request(serving: Serving) -> None:
     async with connected(serving) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await channel.unary_unary("/s/Parse")(b"\xff\xff")
+            await method(channel.unary_unary, "Parse")(b"\xff\xff")
         assert isinstance(error_from_rpc(caught.value), BadRequest)
 
 
 async def test_replies_that_are_not_read_end_and_are_counted_until_the_peer_leaves(serving: Serving) -> None:
     async with connected(serving) as channel:
-        calls = [channel.unary_stream("/s/Stream")(b"a") for _ in range(3)]
+        calls = [method(channel.unary_stream, "Stream")(b"a") for _ in range(3)]
         async with asyncio.timeout(20):
             while len(serving.ended) < 3:
                 await asyncio.sleep(0.05)
