@@ -35,7 +35,7 @@ NOTICED_S = 1.0
 
 # What must be among the names that are found, so that the test cannot pass for want of loops.
 ENCODER = {"batch builder", "batch runner", "batch finisher", "jpeg batcher 0", "jpeg batcher 1", "embedding cache"}
-ENCODER |= {"lease expiry", "metrics", "sglang registration ADDRESS", "sglang peers"}
+ENCODER |= {"lease expiry", "sglang registration ADDRESS", "sglang peers"}
 ENCODER |= {"encoder ADDRESS connection", "encoder ADDRESS releases"}
 WORKER = {"engine", "discovery", "health", "encoder ADDRESS connection", "encoder ADDRESS releases", "lease expiry"}
 GATEWAY = {"server ADDRESS health", "discovery of servers", "discovery of encoders", "health"}
@@ -72,7 +72,7 @@ def shown(name: str) -> str:
 
 
 def encoder_flags(folder: Path, peers: Path, language_server: str) -> list[str]:
-    flags = ["--model", str(folder), "--port", "0", "--metrics-port", str(free_port())]
+    flags = ["--model", str(folder), "--port", "0"]
     flags += ["--sglang-port", str(free_port()), "--sglang-version", "0.5.20", "--sglang-peers", f"file:{peers}"]
     flags += ["--sglang-register", language_server]
     return [*flags, "--allow-private-addresses", "--drain-timeout-s", str(DRAIN_TIMEOUT_S)]
