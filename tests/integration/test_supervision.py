@@ -35,7 +35,7 @@ NOTICED_S = 1.0
 
 # What must be among the names that are found, so that the test cannot pass for want of loops.
 ENCODER = {"batch builder", "batch runner", "batch finisher", "jpeg batcher 0", "jpeg batcher 1", "embedding cache"}
-ENCODER |= {"lease expiry", "sglang registration ADDRESS", "sglang peers"}
+ENCODER |= {"lease expiry", "sglang registration ADDRESS", "sglang peers", "decoder 0", "decoder 1"}
 ENCODER |= {"encoder ADDRESS connection", "encoder ADDRESS releases"}
 WORKER = {"engine", "discovery", "health", "encoder ADDRESS connection", "encoder ADDRESS releases", "lease expiry"}
 GATEWAY = {"server ADDRESS health", "discovery of servers", "discovery of encoders", "health"}
