@@ -11,7 +11,7 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from typing import Any, cast
 
 import grpc
@@ -87,15 +87,18 @@ class MessageBounds(grpc.aio.ServerInterceptor):
             BadRequest: the message does not arrive in time, or is none of the method's.
             Overloaded: too many others are read, or in memory.
         """
-        async with self._reading.slot(_host(context.peer()), self._timeout_s):
-            try:
-                async with asyncio.timeout(self._timeout_s):
-                    raw = await context.read()
-            except TimeoutError:
-                raise BadRequest(
-                    f"the request did not arrive within {self._timeout_s:g} s (--client-timeout-s): send it faster, or "
-                    "URLs instead of bytes"
-                ) from None
+        host = _host(context.peer())
+        await self._reading.acquire(host, self._timeout_s)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                raw = await context.read()
+        except TimeoutError:
+            raise BadRequest(
+                f"the request did not arrive within {self._timeout_s:g} s (--client-timeout-s): send it faster, or "
+                "URLs instead of bytes"
+            ) from None
+        finally:
+            self._reading.release(host)
         if not isinstance(raw, bytes):  # the end of the stream
             raise BadRequest("the call has no request: send one")
         if len(raw) > WINDOW_NBYTES:
@@ -113,22 +116,15 @@ class _ReadingSlots:
         self._num_of_host: Counter[str] = Counter()
         self._waiting: list[tuple[str, asyncio.Future[None]]] = []
 
-    @asynccontextmanager
-    async def slot(self, host: str, timeout_s: float) -> AsyncIterator[None]:
-        """
+    async def acquire(self, host: str, timeout_s: float) -> None:
+        """Waits for a slot, which the caller releases.
+
         Raises:
-            Overloaded: no slot is free in time.
+            Overloaded: none is free in time.
         """
         if self._has_room(host):
             self._num_of_host[host] += 1
-        else:
-            await self._wait(host, timeout_s)
-        try:
-            yield
-        finally:
-            self._release(host)
-
-    async def _wait(self, host: str, timeout_s: float) -> None:
+            return
         granted = asyncio.get_running_loop().create_future()
         self._waiting.append((host, granted))
         try:
@@ -136,7 +132,7 @@ class _ReadingSlots:
                 await granted
         except BaseException as error:
             if granted.done() and not granted.cancelled():
-                self._release(host)
+                self.release(host)
             else:
                 self._waiting.remove((host, granted))
             if not isinstance(error, TimeoutError):
@@ -145,7 +141,7 @@ class _ReadingSlots:
                 f"too many requests are read, those of {host} among them: retry later", retry_after_s=timeout_s
             ) from None
 
-    def _release(self, host: str) -> None:
+    def release(self, host: str) -> None:
         self._num_of_host[host] -= 1
         if not self._num_of_host[host]:
             del self._num_of_host[host]
