@@ -29,6 +29,13 @@ def replaced(chat: ChatBody) -> str:
     return chat.replaced(parts, {"id-0": {"ticket": "00"}}).decode()
 
 
+def test_a_body_that_takes_long_to_read_is_refused() -> None:
+    parts = [{"type": "text", "text": ""}] * 33_000
+    with pytest.raises(BadRequest, match="more than 65536 names of fields"):
+        parse_chat(body_of(*parts), 4)
+    assert not parse_chat(body_of(*parts[:32_000]), 4).parts
+
+
 @pytest.mark.parametrize(
     ("part", "item"),
     [

@@ -13,7 +13,7 @@ from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX a
 from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.llm_worker.prompt import client_text, text_pieces
 from vitrine_vlm.llm_worker.prompt.chat_template import Chat
-from vitrine_vlm.llm_worker.prompt.client_text import TextEncoder
+from vitrine_vlm.llm_worker.prompt.client_text import ChatText, TextEncoder
 from vitrine_vlm.llm_worker.prompt.text_bound import TextBound
 from vitrine_vlm.llm_worker.prompt.text_pieces import can_be_cut, pieces_of
 from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
@@ -106,11 +106,12 @@ def test_prompts_in_pieces_from_either_end(monkeypatch: pytest.MonkeyPatch) -> N
     for _ in range(100):
         text = hostile(random_, 100)
         chat = trained.render_chat(Chat([{"role": "user", "content": text}]))
-        whole = [trained.encode(text), trained.encode_chat(chat)]
+        prompts: list[tuple[str | ChatText, list[int]]]
+        prompts = [(text, trained.encode(text)), (chat, trained.encode_chat(chat))]
         with monkeypatch.context() as patch:
             patch.setattr(text_pieces, "PIECE_CHARS", 20)
             patch.setattr(client_text, "_SHORT_TEXT", 10)
-            for prompt, expected in zip((text, chat), whole, strict=True):
+            for prompt, expected in prompts:
                 pieces = list(trained.encode_in_pieces(prompt))
                 assert [each for ids in pieces for each in ids] == expected
                 assert list(trained.encode_in_pieces(prompt, from_end=True)) == pieces[::-1]
