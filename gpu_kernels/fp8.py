@@ -12,10 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-FP8 = torch.float8_e4m3fn
-FP8_MAX = torch.finfo(FP8).max
-# A row of zeros needs a scale, too.
-_SMALLEST_AMAX = 1e-12
+from vitrine_vlm.gpu_kernels.fp8_weight import FP8
 
 
 @dataclass(frozen=True)
@@ -46,12 +43,6 @@ def store_fp8(values, scales, row, at, value, stored_row, stored):
     scale = tl.maximum(tl.max(tl.abs(value), 1)[:, None], 1e-12) / 448.0
     tl.store(scales + row, scale, mask=stored_row)
     tl.store(values + at, (value / scale).to(values.dtype.element_ty), mask=stored)
-
-
-def quantized_weight(weight_OI: torch.Tensor) -> Fp8Rows:
-    """Quantizes a weight with one scale for each output channel, that is, each of its rows."""
-    scale = weight_OI.float().abs().amax(1, keepdim=True).clamp_min(_SMALLEST_AMAX) / FP8_MAX
-    return Fp8Rows((weight_OI.float() / scale).to(FP8), scale)
 
 
 def quantized(x_PC: torch.Tensor) -> Fp8Rows:

@@ -74,6 +74,11 @@ class LlmConfig(ServiceSettings, AccessSettings, EncoderSettings, PeerSettings):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of weights, KV cache and embeddings; auto: the checkpoint's on a GPU, float32 on the CPU"
     )
+    quantization: Literal["fp8"] | None = Field(
+        None,
+        description="fp8: the layers' weights in e4m3, one scale a channel; experts and lm_head stay as they are. "
+        "Checkpoints in FP8 need no flag",
+    )
     tp: int = Field(1, ge=1, description="tensor parallel: GPUs that share the decoder, one process each")
 
     max_model_len: int | None = Field(None, ge=1, description="longest prompt plus answer, tokens; default the model's")

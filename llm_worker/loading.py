@@ -90,7 +90,7 @@ def load_model(
     device = rank_device(config, group.rank)
     dtype_name = choose_dtype(config.dtype, device, stored_dtype(checkpoint))
     progress = ProgressLog("loading language weights", must_stop, partial(show, "weights"))
-    decoder = build_decoder(checkpoint, device, DTYPES[dtype_name], progress, group)
+    decoder = build_decoder(checkpoint, device, DTYPES[dtype_name], progress, group, config.quantization)
     vision = checkpoint.config["vision_config"]
     identity = ModelIdentity(
         model=checkpoint.model,

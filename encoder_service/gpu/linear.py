@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from vitrine_vlm.encoder_service.gpu.residual import ResidualStream
 from vitrine_vlm.gpu_kernels import fp8
 from vitrine_vlm.gpu_kernels.fp8 import Fp8Rows, Rows
+from vitrine_vlm.gpu_kernels.fp8_weight import Fp8Weight
 from vitrine_vlm.gpu_kernels.fused_gemm import Activation
 from vitrine_vlm.gpu_kernels.product import AddedProduct, Product
 
@@ -72,7 +73,7 @@ class Fp8BlockLinear:
     def __init__(
         self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None, activation: Activation | None = None
     ) -> None:
-        weight = fp8.quantized_weight(weight_OI)
+        weight = Fp8Weight.of(weight_OI)
         self._weight_IO, self._scale_1O = weight.values.t(), weight.scale.t().contiguous()
         self._bias_O = None if bias_O is None else bias_O.to(torch.bfloat16)
         self._activation = activation

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from vitrine_vlm.gpu_kernels.fp8_weight import Fp8Weight
 from vitrine_vlm.model_loading.checkpoint import Checkpoint, CheckpointError
 from vitrine_vlm.model_loading.dummy_weights import configured_dtype
+from vitrine_vlm.model_loading.fp8_weights import read_weights, scale_names
 
 
 @dataclass(frozen=True)
@@ -24,14 +26,16 @@ class VisualWeights:
     renamed: tuple[tuple[str, str], ...] = ()
 
     def names(self, checkpoint: Checkpoint) -> dict[str, str]:
-        """The checkpoint's names of all its visual tensors, by the tower's names.
+        """The checkpoint's names of all its visual tensors, by the tower's names, without the scales of FP8 weights.
 
         Raises:
             CheckpointError: there are none, or two for one tensor of the tower.
         """
         names: dict[str, str] = {}
-        for stored in checkpoint.tensor_names():
-            if not stored.startswith(self.prefixes):
+        visual = [name for name in checkpoint.tensor_names() if name.startswith(self.prefixes)]
+        scales = set(scale_names(visual).values())
+        for stored in visual:
+            if stored in scales:
                 continue
             name = self._tower_name(stored)
             if name in names:
@@ -60,7 +64,7 @@ def load_visual_weights(
     dtype: torch.dtype,
     on_progress: Callable[[int, int], None] = lambda num_loaded, num_tensors: None,
 ) -> None:
-    """Fills `tower`, built on the meta device, with the checkpoint's visual tensors.
+    """Fills `tower`, built on the meta device, with the checkpoint's visual tensors, dequantized where in FP8.
 
     Args:
         weights: the names of the tensors in the checkpoint.
@@ -68,7 +72,7 @@ def load_visual_weights(
         on_progress: called with (tensors loaded, tensors in all) after each.
 
     Raises:
-        CheckpointError: a tensor is missing or unexpected, or has another shape.
+        CheckpointError: a tensor is missing or unexpected, has another shape, or a scale that config.json contradicts.
     """
     expected = tower.state_dict()
     names = weights.names(checkpoint)
@@ -80,8 +84,9 @@ def load_visual_weights(
         )
     tower_names = {stored: name for name, stored in names.items()}
     loaded: dict[str, torch.Tensor] = {}
-    for stored, tensor in checkpoint.read_tensors(list(tower_names)):
+    for stored, weight in read_weights(checkpoint, list(tower_names)):
         name = tower_names[stored]
+        tensor = weight.dequantized(dtype) if isinstance(weight, Fp8Weight) else weight
         if tensor.shape != expected[name].shape:
             raise CheckpointError(
                 f"{stored} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected[name].shape)}"
@@ -92,12 +97,13 @@ def load_visual_weights(
 
 
 def stored_dtype(checkpoint: Checkpoint, weights: VisualWeights) -> torch.dtype:
-    """The dtype of the visual weights on disk, read from one tensor; for dummy weights, that of config.json.
+    """The dtype of the visual weights on disk, of one that is not in FP8; for dummy weights, that of config.json.
 
     Raises:
         CheckpointError: the checkpoint has no visual tensors.
     """
     if checkpoint.load_format == "dummy":
         return configured_dtype(checkpoint)
-    name = next(iter(weights.names(checkpoint).values()))
-    return next(checkpoint.read_tensors([name]))[1].dtype
+    scaled = scale_names(checkpoint.tensor_names())
+    names = [name for name in weights.names(checkpoint).values() if name not in scaled]
+    return next(checkpoint.read_tensors(names[:1]))[1].dtype

@@ -6,6 +6,7 @@ docs/add_a_model_family.md says how one is added.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
@@ -13,12 +14,14 @@ from vitrine_vlm.llm_worker.families import qwen2_5_vl, qwen3_vl, without_decode
 from vitrine_vlm.llm_worker.families.family import Family
 from vitrine_vlm.llm_worker.models.config import TextConfig
 from vitrine_vlm.llm_worker.models.decoder import TextDecoder
+from vitrine_vlm.llm_worker.models.quantization import round_to_fp8
 from vitrine_vlm.llm_worker.models.rank_group import RankGroup
 from vitrine_vlm.llm_worker.models.sharding import config_of_rank
 from vitrine_vlm.llm_worker.models.weights import load_language_weights
 from vitrine_vlm.llm_worker.prompt.config import PromptConfig
 from vitrine_vlm.model_loading.checkpoint import Checkpoint, CheckpointError
 from vitrine_vlm.model_loading.dummy_weights import draw_dummy_weights
+from vitrine_vlm.model_loading.fp8_weights import fp8_format
 
 __all__ = ["FAMILIES", "Family", "build_decoder", "family_of", "prompt_config", "text_config"]
 
@@ -64,11 +67,13 @@ def build_decoder(
     dtype: torch.dtype,
     on_progress: Callable[[int, int], None] = lambda num_loaded, num_tensors: None,
     group: RankGroup | None = None,
+    quantization: Literal["fp8"] | None = None,
 ) -> TextDecoder:
     """The checkpoint's text decoder with its weights (or dummies); the vision tower's tensors are not read.
 
     Args:
         group: the ranks that share the decoder, each of which reads only its part; None for one rank with all of it.
+        quantization: "fp8" rounds the weights of a checkpoint that is not in FP8.
 
     Raises:
         CheckpointError: a model type without a decoder here, weights that do not match config.json, or a model that
@@ -77,8 +82,12 @@ def build_decoder(
     config = text_config(checkpoint)
     with torch.device("meta"):
         decoder = TextDecoder(config_of_rank(config, group.size) if group is not None else config, group)
+    in_fp8 = False
     if checkpoint.load_format == "dummy":
         draw_dummy_weights(decoder, checkpoint, device, dtype, on_progress)
     else:
         load_language_weights(decoder, checkpoint, device, dtype, on_progress)
+        in_fp8 = fp8_format(checkpoint) is not None
+    if quantization == "fp8" and not in_fp8:
+        round_to_fp8(decoder)
     return decoder.eval().requires_grad_(False)

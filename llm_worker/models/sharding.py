@@ -76,7 +76,7 @@ def part_of_rank(
     whole = [*own_shape[:dim], own_size * group.size, *own_shape[dim + 1 :]]
     if list(stored_shape) != whole:
         # Released checkpoints store experts [num_experts, in, out].
-        if ".experts." not in name or list(stored_shape) != [whole[0], whole[2], whole[1]]:
+        if ".experts." not in name or len(whole) != 3 or list(stored_shape) != [whole[0], whole[2], whole[1]]:
             raise CheckpointError(f"{name} has shape {tuple(stored_shape)}, config.json asks for {tuple(whole)}")
         dim = 3 - dim
     if name.endswith(_GATE_UP):  # gate and up are concatenated, and each is cut by itself

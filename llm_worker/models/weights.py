@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from typing import NamedTuple
 
 import torch
 
+from vitrine_vlm.gpu_kernels.fp8_weight import Fp8Weight
 from vitrine_vlm.llm_worker.models.decoder import TextDecoder
 from vitrine_vlm.llm_worker.models.sharding import part_of_rank
 from vitrine_vlm.model_loading.checkpoint import Checkpoint, CheckpointError, TensorPart
 from vitrine_vlm.model_loading.dummy_weights import configured_dtype
+from vitrine_vlm.model_loading.fp8_weights import fp8_format, read_weights, scale_names
 
 # Prefixes of the decoder's tensors, the newest first; older checkpoints have them right below "model.".
 _PREFIXES = ("model.language_model.", "language_model.model.", "model.")
@@ -23,11 +26,13 @@ def load_language_weights(
     dtype: torch.dtype,
     on_progress: Callable[[int, int], None],
 ) -> None:
-    """Fills the decoder, which was built on the meta device.
+    """Fills the decoder, which was built on the meta device; weights in FP8 are dequantized.
 
     Raises:
-        CheckpointError: a tensor of the decoder is missing, has another shape, or is unknown.
+        CheckpointError: a tensor of the decoder is missing, has another shape, or is unknown; or a quantization that is
+            not supported.
     """
+    fp8_format(checkpoint)
     names = checkpoint.tensor_names()
     prefix = next((each for each in _PREFIXES if f"{each}embed_tokens.weight" in names), None)
     if prefix is None:
@@ -35,27 +40,65 @@ def load_language_weights(
     parameters = dict(decoder.named_parameters())
     if decoder.config.tie_word_embeddings:
         parameters.pop("lm_head.weight", None)  # it is the weight of the embeddings
-    stored_name = {name: name if name.startswith("lm_head.") else prefix + name for name in parameters}
+    targets = {
+        stored: target
+        for name, parameter in parameters.items()
+        for stored, target in _targets(name, parameter.shape, prefix, names)
+    }
+    scales = {scale for weight, scale in scale_names(names).items() if weight in targets}
     unknown = [
-        name for name in names if name.startswith(prefix) and "visual." not in name and name not in stored_name.values()
+        name
+        for name in names
+        if name.startswith(prefix) and "visual." not in name and name not in targets and name not in scales
     ]
     if unknown:
         raise CheckpointError(f"{len(unknown)} tensors of the language model are unknown, first: {unknown[:3]}")
-    own_name = {stored: name for name, stored in stored_name.items()}
 
     def part_of_stored(stored: str, shape: tuple[int, ...]) -> TensorPart | None:
-        name = own_name[stored]
-        return part_of_rank(name, shape, parameters[name].shape, decoder.group)
+        return part_of_rank(stored, shape, targets[stored].shape, decoder.group)
 
     loaded: dict[str, torch.Tensor] = {}
-    for stored, tensor in checkpoint.read_tensors(list(own_name), device, part_of_stored):
-        name = own_name[stored]
-        loaded[name] = _as_shaped(stored, tensor, parameters[name].shape).to(dtype)
-        on_progress(len(loaded), len(own_name))
+    weights = read_weights(checkpoint, list(targets), device, part_of_stored)
+    for num_loaded, (stored, weight) in enumerate(weights, 1):
+        target = targets[stored]
+        tensor = weight.dequantized(dtype) if isinstance(weight, Fp8Weight) else weight.to(dtype)
+        tensor = _as_shaped(stored, tensor, target.shape)
+        if target.expert is None:
+            loaded[target.name] = tensor
+        else:
+            experts = loaded.setdefault(target.name, tensor.new_empty(parameters[target.name].shape))
+            experts[target.expert, target.rows] = tensor
+        on_progress(num_loaded, len(targets))
     if decoder.config.tie_word_embeddings:
         # A view: this rank's part of the vocabulary.
         loaded["lm_head.weight"] = loaded["embed_tokens.weight"].chunk(decoder.group.size)[decoder.group.rank]
     decoder.load_state_dict(loaded, assign=True)
+
+
+class _Target(NamedTuple):
+    """Where a stored tensor goes: a parameter, or rows of one expert's part of it."""
+
+    name: str
+    shape: torch.Size
+    expert: int | None = None
+    rows: slice = slice(None)
+
+
+def _targets(name: str, shape: torch.Size, prefix: str, stored_names: Collection[str]) -> Iterator[tuple[str, _Target]]:
+    """The stored tensors that make a parameter: that of its name, or those of all experts one by one."""
+    stored = name if name.startswith("lm_head.") else prefix + name
+    experts, separator, kind = stored.rpartition(".experts.")
+    if not separator or stored in stored_names or f"{experts}.experts.0.down_proj.weight" not in stored_names:
+        yield stored, _Target(name, shape)
+        return
+    num_experts, num_rows, width = shape
+    parts = {"down_proj": slice(num_rows)}
+    if kind == "gate_up_proj":
+        parts = {"gate_proj": slice(num_rows // 2), "up_proj": slice(num_rows // 2, num_rows)}
+    for expert in range(num_experts):
+        for part, rows in parts.items():
+            part_shape = torch.Size((rows.stop - (rows.start or 0), width))
+            yield f"{experts}.experts.{expert}.{part}.weight", _Target(name, part_shape, expert, rows)
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -80,6 +123,6 @@ def _as_shaped(name: str, tensor: torch.Tensor, shape: torch.Size) -> torch.Tens
     if tensor.shape == shape:
         return tensor
     # Released MoE checkpoints store experts [num_experts, in, out]; transformers 5 writes [num_experts, out, in].
-    if ".experts." in name and tensor.transpose(1, 2).shape == shape:
+    if ".experts." in name and tensor.ndim == 3 and tensor.transpose(1, 2).shape == shape:
         return tensor.transpose(1, 2).contiguous()
     raise CheckpointError(f"{name} has shape {tuple(tensor.shape)}, config.json asks for {tuple(shape)}")

@@ -20,6 +20,7 @@ from vitrine_vlm.encoder_service.gpu import kernels, norms  # noqa: E402
 from vitrine_vlm.encoder_service.gpu.batch_tables import BatchTables, Layouts, TableShape  # noqa: E402
 from vitrine_vlm.encoder_service.gpu.residual import ResidualStream  # noqa: E402
 from vitrine_vlm.gpu_kernels import fp8  # noqa: E402
+from vitrine_vlm.gpu_kernels.fp8_weight import Fp8Weight  # noqa: E402
 from vitrine_vlm.gpu_kernels.rotary import apply_rope, rope_table  # noqa: E402
 
 GRIDS = [(1, 4, 6), (2, 2, 10), (1, 8, 8), (1, 14, 10)]
@@ -162,7 +163,8 @@ def assert_close_in_fp8(rows: fp8.Rows, expected: torch.Tensor) -> None:
 def test_rows_are_quantized() -> None:
     x = random(6, 72) * torch.tensor([[1e-3], [1.0], [1e3], [0.0], [1.0], [5.0]], device=DEVICE)
     assert_close_in_fp8(fp8.quantized(x), x)
-    assert_close_in_fp8(fp8.quantized_weight(x), x)
+    weight = Fp8Weight.of(x)
+    assert_close_in_fp8(fp8.Fp8Rows(weight.values, weight.scale), x)
     assert_close_in_fp8(fp8.quantized_gelu_tanh(x), F.gelu(x, approximate="tanh"))
     gate_up = random(5, 2 * 77)
     assert_close_in_fp8(fp8.quantized_gated_silu(gate_up), F.silu(gate_up[:, :77]) * gate_up[:, 77:])

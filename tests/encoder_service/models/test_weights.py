@@ -11,8 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vitrine_vlm.encoder_service.families import build_tower
+from tests.fp8_reference import dequantized_tensors
+from vitrine_vlm.encoder_service.families import build_tower, family_of
+from vitrine_vlm.encoder_service.models.weights import stored_dtype
 from vitrine_vlm.model_loading.checkpoint import Checkpoint, CheckpointError, ChoosePart, open_checkpoint
+from vitrine_vlm.sample_models.random_checkpoint import Fp8Layout, save_fp8_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -146,3 +149,25 @@ def test_another_model_type_is_refused(folder_copy: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "llava"}))
     with pytest.raises(CheckpointError, match="'llava' has no vision tower"):
         build_tower(open_checkpoint(str(folder_copy)), CPU, torch.float32)
+
+
+@pytest.mark.parametrize("layout", ["block", "channel"])
+@pytest.mark.parametrize("vision", [False, True])
+def test_the_half_of_a_checkpoint_in_fp8(
+    layout: Fp8Layout, vision: bool, qwen3_vl_folder: Path, tmp_path: Path
+) -> None:
+    folder = save_fp8_checkpoint(qwen3_vl_folder, tmp_path / "fp8", layout, vision=vision)
+    checkpoint = open_checkpoint(str(folder))
+    weights = family_of(checkpoint).weights
+    assert stored_dtype(checkpoint, weights) == torch.float32
+    loaded = build_tower(checkpoint, CPU, torch.float32).state_dict()
+    expected = dequantized_tensors(folder)
+    assert all(torch.equal(loaded[name], expected[stored]) for name, stored in weights.names(checkpoint).items())
+    assert len(load_file(folder / "model.safetensors")) > len(expected)
+
+
+def test_another_quantization_of_the_language_half_does_not_matter(qwen3_vl_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(qwen3_vl_folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    assert build_tower(open_checkpoint(str(tmp_path)), CPU, torch.float32)
