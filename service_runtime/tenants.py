@@ -23,7 +23,7 @@ def set_tenant(tenant: str) -> None:
 
 
 def current_tenant() -> str:
-    """Returns the tenant; "" where callers are not told apart."""
+    """Returns the tenant; "" where all callers are one."""
     return _tenant.get()
 
 

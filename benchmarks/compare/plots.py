@@ -18,7 +18,7 @@ _DPI = 110
 _SHOWN = ("requests_per_s", "ttft_p50_ms", "itl_p99_ms")
 _MAX_GROUPS = 3
 _RATIO_TICKS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by color-blind readers, too
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # also distinct for color-blind readers
 
 _Point = dict[str, Any]
 

@@ -101,7 +101,7 @@ class DecoderProcess:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the process has ended, or has been told to."""
+        """Whether the process has ended, or was killed here."""
         return self._killed or self._process.returncode is not None
 
     async def ended(self) -> str:
