@@ -192,7 +192,7 @@ async def test_tickets_fill_the_budget_of_media_bytes(qwen3_vl_folder: Path, tmp
         failed = failures(await encode(encoder, [item_to_proto(image(PICTURE))], layout_only=True))[0]
         assert (failed.code, "peer '127.0.0.1' hold" in failed.message) == ("overloaded", True)
         assert not failures(await encode(encoder, [item_to_proto(image(PICTURE))])), "a third of it is left"
-        assert failures(await encode(encoder, [item_to_proto(image(png(400, 300)))]))[0].code == "overloaded"
+        assert failures(await encode(encoder, [item_to_proto(image(png(100, 100)))]))[0].code == "overloaded"
         assert not failures(await encode(encoder, [*map(claim, tickets)])), "claims need no further bytes"
         await stub(encoder).Release(encoder_pb2.ReleaseRequest(tickets=tickets[:1]))
         assert not failures(await encode(encoder, [item_to_proto(image(PICTURE))], layout_only=True))
