@@ -52,7 +52,9 @@ def _refusing_malformed(handler: grpc.RpcMethodHandler[Any, Any], method: str) -
 
     async def respond(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
-            return await behaviour(check(request, method, context), context)
+            checked = [check(request, method, context)]
+            del request  # the message is the method's alone, which may discard it before it ends
+            return await behaviour(checked.pop(), context)
         except MalformedRequest as error:
             await _abort(context, error)
 

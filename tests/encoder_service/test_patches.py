@@ -83,8 +83,9 @@ async def test_a_grid_has_three_numbers(qwen3_vl_folder: Path, tmp_path: Path) -
 async def test_patches_are_cached_and_bounded_like_media(qwen3_vl_folder: Path, tmp_path: Path) -> None:
     item = MediaItem("image", patches=patches_of(qwen3_vl_folder, PICTURE, "uint8"))
     assert item.patches is not None
-    nbytes = len(item.patches.data)
-    async with run_encoder(qwen3_vl_folder, tmp_path, cache_bytes=1 << 20, max_held_bytes=nbytes) as encoder:
+    # An item counts twice, its message and itself: two items fit in their message and one of them besides.
+    held = 3 * len(item.patches.data) + 4096
+    async with run_encoder(qwen3_vl_folder, tmp_path, cache_bytes=1 << 20, max_held_bytes=held) as encoder:
         await encode(encoder, item)
         await encode(encoder, item)
         assert sum(map(len, encoder.tower.batches)) == 1

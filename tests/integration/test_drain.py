@@ -107,7 +107,7 @@ def slow_jpeg(side: int, num_scans: int) -> bytes:
     return data + data[data.rindex(b"\xff\xda") :] * num_scans + end
 
 
-async def test_an_encoder_ends_in_time_although_a_thread_still_decodes(
+async def test_an_encoder_ends_in_time_although_a_picture_is_still_decoded(
     qwen3_vl_folder: Path, services: list[ServiceProcess]
 ) -> None:
     flags = ["--model", str(qwen3_vl_folder), "--port", "0", "--drain-timeout-s", str(DRAIN_TIMEOUT_S)]
@@ -115,7 +115,7 @@ async def test_an_encoder_ends_in_time_although_a_thread_still_decodes(
     services.append(encoder)
     addresses = await asyncio.to_thread(encoder.wait_serving)
     async with grpc.aio.insecure_channel(addresses["grpc"]) as channel:
-        item = encoder_pb2.MediaItem(kind=encoder_pb2.MEDIA_KIND_IMAGE, data=slow_jpeg(8000, 500))
+        item = encoder_pb2.MediaItem(kind=encoder_pb2.MEDIA_KIND_IMAGE, data=slow_jpeg(8000, 9))
         call = encoder_pb2_grpc.EncoderStub(channel).Encode(encoder_pb2.EncodeRequest(items=[item]))
         response = await call.read()
         assert isinstance(response, encoder_pb2.EncodeResponse) and response.WhichOneof("event") == "layout"
@@ -127,5 +127,4 @@ async def test_an_encoder_ends_in_time_although_a_thread_still_decodes(
                 pass
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         assert dict(caught.value.trailing_metadata() or ())[ERROR_CODE_KEY] == "encoder_unavailable"
-    assert await ended(encoder, since) == 1
-    assert any("still there" in line and "encoder-preprocess" in line for line in encoder.lines)
+    assert await ended(encoder, since) == 0

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from vitrine_vlm.service_runtime.log_limits import BUDGET_CHARS, WINDOW_S, LimitedHandler
+from vitrine_vlm.service_runtime.log_limits import BUDGET_CHARS, WINDOW_S, LimitedHandler, printable
 from vitrine_vlm.service_runtime.logs import LogFormat, set_request_id, start_logging
 
 log = logging.getLogger("vitrine.test")
@@ -61,7 +61,8 @@ async def test_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert "ValueError: with its trace" in line["exception"]
 
 
-HOSTILE = "id\n2026-01-01 00:00:00,000 ERROR root forged\r\x1b[2J\x9b\u2028\u202e\x00\x7f\ud800"
+# Without a lone surrogate, which pytest-xdist could not report.
+HOSTILE = "id\n2026-01-01 00:00:00,000 ERROR root forged\r\x1b[2J\x9b\u2028\u202e\x00\x7f"
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
@@ -75,7 +76,8 @@ def test_text_of_clients_forges_no_line(log_format: LogFormat, capfd: pytest.Cap
         log.exception("failed")
     set_request_id("")
     written = capfd.readouterr().err
-    assert not set(written) & set("\r\x1b\x9b\u2028\u202e\x00\ud800")
+    assert not set(written) & set("\r\x1b\x9b\u2028\u202e\x00")
+    assert printable("\ud800") == "\\ud800"
     begins = [line for line in written.split("\n") if line and not line.startswith("    ")]
     assert len(begins) == 2 and not any(line.startswith("2026-01-01 00:00:00,000") for line in begins)
     assert written.count("forged") == 4
