@@ -41,8 +41,8 @@ async def metric(process: ServiceProcess, name: str) -> float:
     return float(found[1])
 
 
-async def until_metric(process: ServiceProcess, name: str, value: float) -> None:
-    async with asyncio.timeout(20):
+async def until_metric(process: ServiceProcess, name: str, value: float, timeout_s: float = 20.0) -> None:
+    async with asyncio.timeout(timeout_s):
         while await metric(process, name) != value:
             await asyncio.sleep(0.02)
 
