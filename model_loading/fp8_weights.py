@@ -1,6 +1,6 @@
 """Reads checkpoints that come in FP8: which of their tensors are, and with which scales.
 
-Two formats: `fp8`, that of Qwen's own models, with a scale a block of 128 x 128 (`X.weight_scale_inv` beside
+Two formats: `fp8`, that of publishers' own models, with a scale a block of 128 x 128 (`X.weight_scale_inv` beside
 `X.weight`), and `compressed-tensors`, mostly with a scale an output channel (`X.weight_scale`). Which tensors are in
 FP8 is read from their scales, and must agree with config.json. Activations have no scales: they are quantized while
 serving, if at all.

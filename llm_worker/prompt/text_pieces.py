@@ -1,6 +1,6 @@
 """Cuts a long text into pieces that have the tokens of the whole text, one after another.
 
-The pre-tokenizers of Qwen's checkpoints are one regular expression, which matches from left to right, looks at no
+The pre-tokenizers of the checkpoints that are served are one regular expression, which matches from left to right, looks at no
 character behind itself and at most at one ahead of itself (`\\s+(?!\\S)`). So what is matched from a place on depends
 on the text from there on only, and a text may be cut where one match ends and the next begins. These are such places:
 
@@ -37,7 +37,7 @@ _LETTERS_AND_MARKS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-# Of Qwen2 to Qwen3-Omni, and of Qwen3.5.
+# What tokenizer.json files of the served families have.
 _KNOWN_PATTERNS = (_LETTERS_ONLY, _LETTERS_AND_MARKS)
 
 
