@@ -1,8 +1,9 @@
 """Cuts a long text into pieces that have the tokens of the whole text, one after another.
 
 The pre-tokenizers of the checkpoints that are served are one regular expression, which matches from left to right,
-looks at no character behind itself and at most at one ahead of itself (`\\s+(?!\\S)`). So what is matched from a place on depends
-on the text from there on only, and a text may be cut where one match ends and the next begins. These are such places:
+looks at no character behind itself and at most at one ahead of itself (`\\s+(?!\\S)`). So what is matched from a place
+on depends on the text from there on only, and a text may be cut where one match ends and the next begins. These are
+such places:
 
 - In front of a space with no white space before it. A space is the first character of a match, or follows other white
   space in it.
