@@ -45,9 +45,8 @@ from vitrine_vlm.service_runtime.byte_budget import ByteBudget
 from vitrine_vlm.service_runtime.lifecycle import Lifecycle
 from vitrine_vlm.service_runtime.logs import log_at_any_level
 from vitrine_vlm.service_runtime.memory import freeze_gc
-from vitrine_vlm.service_runtime.metrics_port import MetricsPort, add_metrics
+from vitrine_vlm.service_runtime.metrics_port import start_metrics_port
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
-from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.types import DTYPES, ModelIdentity
 
 if TYPE_CHECKING:
@@ -160,7 +159,10 @@ async def serve(config: EncoderConfig) -> None:
         addresses = f"grpc={address}"
         stack.push_async_callback(server.stop, 0)
         if config.metrics_port:
-            addresses += f" metrics={await _serve_metrics(config, metrics, supervisor, stack)}"
+            address = await start_metrics_port(
+                config, config.host, web.Application(), metrics.registry, supervisor, stack
+            )
+            addresses += f" metrics={address}"
         sglang = _make_sglang_port(config, metrics, lifecycle) if config.sglang_port else None
         if sglang:
             addresses += f" sglang={await sglang.start(stack)}"
@@ -266,19 +268,3 @@ def _make_sglang_port(config: EncoderConfig, metrics: EncoderMetrics, lifecycle:
     from vitrine_vlm.encoder_service.sglang.port import SglangPort  # imports pyzmq
 
     return SglangPort(config, metrics, lifecycle)
-
-
-async def _serve_metrics(
-    config: EncoderConfig, metrics: EncoderMetrics, supervisor: Supervisor, stack: AsyncExitStack
-) -> str:
-    """Serves metrics to Prometheus on a port of their own; returns its address.
-
-    Raises:
-        OSError: the port cannot be listened on.
-    """
-    application = web.Application()
-    add_metrics(application, metrics.registry)
-    host = config.metrics_host or config.host
-    port = MetricsPort(application, config.port_limits())
-    stack.push_async_callback(port.close)
-    return await port.start(host, config.metrics_port, config.metrics_tls(), supervisor)

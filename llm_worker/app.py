@@ -53,7 +53,7 @@ from vitrine_vlm.service_runtime.byte_budget import ByteBudget
 from vitrine_vlm.service_runtime.http_port import HttpPort
 from vitrine_vlm.service_runtime.lifecycle import Lifecycle
 from vitrine_vlm.service_runtime.memory import freeze_gc
-from vitrine_vlm.service_runtime.metrics_port import MetricsPort, add_metrics
+from vitrine_vlm.service_runtime.metrics_port import start_metrics_port
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 
@@ -132,11 +132,7 @@ async def serve(config: LlmConfig) -> None:
         stack.push_async_callback(server.stop, 0)
         addresses = f"http={config.host}:{http_port} grpc={grpc_address}"
         if has_metrics_port:
-            add_metrics(internal, metrics.registry)
-            host = config.metrics_host or config.host
-            metrics_port = MetricsPort(internal, config.port_limits())
-            stack.push_async_callback(metrics_port.close)
-            address = await metrics_port.start(host, config.metrics_port, config.metrics_tls(), supervisor)
+            address = await start_metrics_port(config, config.host, internal, metrics.registry, supervisor, stack)
             addresses += f" metrics={address}"
         _log.info("LISTENING %s", addresses)
 

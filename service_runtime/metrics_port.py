@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
+
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget
 from vitrine_vlm.service_runtime.http_port import HttpPort
 from vitrine_vlm.service_runtime.port_limits import PortLimits
+from vitrine_vlm.service_runtime.settings import ServiceSettings
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.service_runtime.tls import ServerTls
 
@@ -41,3 +44,25 @@ class MetricsPort:
 
     async def close(self) -> None:
         await self._port.close()
+
+
+async def start_metrics_port(
+    config: ServiceSettings,
+    host: str,
+    application: web.Application,
+    registry: CollectorRegistry,
+    supervisor: Supervisor,
+    stack: AsyncExitStack,
+) -> str:
+    """Serves `/metrics`, and what the application has besides, until the stack is closed; returns "host:port".
+
+    Args:
+        host: the address to listen on where --metrics-host names none.
+
+    Raises:
+        OSError: see `MetricsPort.start`.
+    """
+    add_metrics(application, registry)
+    port = MetricsPort(application, config.port_limits())
+    stack.push_async_callback(port.close)
+    return await port.start(config.metrics_host or host, config.metrics_port, config.metrics_tls(), supervisor)

@@ -30,7 +30,7 @@ def peer_of(context: grpc.aio.ServicerContext[Any, Any]) -> Peer:
     """Returns who calls. gRPC has checked the certificate against the CA before the call begins."""
     properties = context.auth_context()
     identities = tuple(value.decode() for name in _SAN_PROPERTIES for value in properties.get(name, ()))
-    return Peer(identities[0] if identities else _host(context.peer()), identities)
+    return Peer(identities[0] if identities else host_of(context.peer()), identities)
 
 
 class PeerPatterns:
@@ -74,7 +74,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(any_part.join(map(re.escape, pattern.lower().split("*"))))
 
 
-def _host(address: str) -> str:
+def host_of(address: str) -> str:
     """The host of gRPC's form of an address, `ipv4:HOST:PORT`, `ipv6:[HOST]:PORT` with escapes, or `unix:PATH`."""
     kind, _, place = unquote(address).partition(":")
     return place.rpartition(":")[0] if kind in ("ipv4", "ipv6") else address

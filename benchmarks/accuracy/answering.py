@@ -59,10 +59,7 @@ async def _ask_all(base_url: str, questions: Sequence[AskedQuestion]) -> list[st
     in_flight = asyncio.Semaphore(_IN_FLIGHT)
 
     async def ask(session: aiohttp.ClientSession, question: AskedQuestion) -> str:
-        content: list[dict[str, Any]] = [_part(media) for media in question.media]
-        content.append({"type": "text", "text": question.text})
-        messages = [{"role": "user", "content": content}]
-        body = {"model": model, "messages": messages, "max_tokens": _MAX_TOKENS, "temperature": 0}
+        body = chat_body(model, question)
         async with in_flight, session.post(f"{base_url}/v1/chat/completions", json=body) as response:
             if response.status != 200:
                 raise AskFailed(f"HTTP {response.status}: {await response.text()}")
@@ -70,6 +67,14 @@ async def _ask_all(base_url: str, questions: Sequence[AskedQuestion]) -> list[st
 
     async with aiohttp.ClientSession() as session:
         return await asyncio.gather(*(ask(session, question) for question in questions))
+
+
+def chat_body(model: str, question: AskedQuestion) -> dict[str, Any]:
+    """Returns the greedy chat request that asks a question, with its media in it."""
+    content: list[dict[str, Any]] = [_part(media) for media in question.media]
+    content.append({"type": "text", "text": question.text})
+    messages = [{"role": "user", "content": content}]
+    return {"model": model, "messages": messages, "max_tokens": _MAX_TOKENS, "temperature": 0}
 
 
 def _part(media: Media) -> dict[str, Any]:

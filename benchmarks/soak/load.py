@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import random
 import time
@@ -13,12 +12,10 @@ from typing import Any
 
 import aiohttp
 
+from benchmarks.accuracy.answering import chat_body
 from benchmarks.accuracy.questions import AskedQuestion
 from vitrine_vlm.deploy.launcher.ask import AskFailed, served_model, server_sent_events
-from vitrine_vlm.sample_models.reference import Media
 
-_MAX_TOKENS = 48
-_MIME_TYPES = {"image": "image/png", "video": "video/mp4"}
 # Of the requests: parts that are streamed, that ask about one and the same picture, and whose client leaves early.
 _STREAMED, _VIRAL, _ABANDONED = 0.5, 0.1, 0.05
 _LONGEST_STAY_S = 0.3
@@ -53,7 +50,7 @@ class SoakLoad:
         self.outcomes: list[Outcome] = []
         self._session = session
         self._url = f"{url}/v1/chat/completions"
-        self._bodies = [_body(model, question) for question in questions]
+        self._bodies = [chat_body(model, question) for question in questions]
         self._answers: list[str] = []
         self._random = random.Random(seed)
 
@@ -134,15 +131,3 @@ class SoakLoad:
             if finish_reason is None:
                 raise AskFailed(f"a stream without an end, after {text!r}")
             return text
-
-
-def _body(model: str, question: AskedQuestion) -> dict[str, Any]:
-    content: list[dict[str, Any]] = [_part(media) for media in question.media]
-    content.append({"type": "text", "text": question.text})
-    messages = [{"role": "user", "content": content}]
-    return {"model": model, "messages": messages, "max_tokens": _MAX_TOKENS, "temperature": 0}
-
-
-def _part(media: Media) -> dict[str, Any]:
-    url = f"data:{_MIME_TYPES[media.kind]};base64,{base64.b64encode(media.data).decode()}"
-    return {"type": f"{media.kind}_url", f"{media.kind}_url": {"url": url}}

@@ -12,16 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
-import aiohttp
-import grpc
-
 from vitrine_vlm.deploy.launcher.stack import free_ports
-from vitrine_vlm.service_runtime.health import health_status
+from vitrine_vlm.deploy.ray_serve.probes import grpc_serving, http_ok
 
 IsReady: TypeAlias = Callable[[], Awaitable[bool]]
 
 _HOST = "127.0.0.1"
-_START_TIMEOUT_S, _POLL_S, _ANSWER_TIMEOUT_S = 120.0, 0.1, 5.0
+_START_TIMEOUT_S, _POLL_S = 120.0, 0.1
 _STOP_GRACE_S = 40.0
 _QUIET = ("--log-level", "warning")
 
@@ -104,22 +101,6 @@ class Service:
             return await self._process.wait()
 
 
-async def _is_serving(address: str) -> bool:
-    try:
-        return await health_status(address, _ANSWER_TIMEOUT_S) == "SERVING"
-    except grpc.aio.AioRpcError:
-        return False
-
-
-async def _answers_ok(url: str) -> bool:
-    timeout = aiohttp.ClientTimeout(total=_ANSWER_TIMEOUT_S)
-    try:
-        async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url) as response:
-            return response.status == 200
-    except (aiohttp.ClientError, OSError):  # a time-out is an OSError
-        return False
-
-
 class Services:
     """All services of a soak. Create it with `running`.
 
@@ -139,7 +120,7 @@ class Services:
                 f"encoder-{index}",
                 "vitrine_vlm.encoder_service",
                 ["--model", str(model), "--port", str(port), "--metrics-port", str(metrics_port)],
-                partial(_is_serving, f"{_HOST}:{port}"),
+                partial(grpc_serving, f"{_HOST}:{port}"),
                 f"http://{_HOST}:{metrics_port}/metrics",
                 logs / f"encoder-{index}.log",
             )
@@ -150,7 +131,7 @@ class Services:
                 f"worker-{index}",
                 "vitrine_vlm.llm_worker",
                 ["--model", str(model), "--encoders", encoders, "--port", str(port), "--grpc-port", str(grpc_port)],
-                partial(_answers_ok, f"http://{_HOST}:{port}/ready"),
+                partial(http_ok, f"http://{_HOST}:{port}/ready"),
                 f"http://{_HOST}:{port}/metrics",
                 logs / f"worker-{index}.log",
             )
@@ -158,7 +139,7 @@ class Services:
         ]
         flags = ["--servers", workers, "--health-path", "/ready", "--health-interval-s", "0.5"]
         flags += ["--port", str(ports[-2]), "--grpc-port", str(ports[-1])]
-        is_ready, metrics = partial(_answers_ok, f"{self.url}/ready"), f"{self.url}/metrics"
+        is_ready, metrics = partial(http_ok, f"{self.url}/ready"), f"{self.url}/metrics"
         self.gateway = Service("gateway", "vitrine_vlm.gateway", flags, is_ready, metrics, logs / "gateway.log")
 
     @property

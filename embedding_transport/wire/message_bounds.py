@@ -15,11 +15,12 @@ from contextlib import suppress
 from typing import Any, cast
 
 import grpc
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from vitrine_vlm.embedding_transport.wire.grpc_status import abort
 from vitrine_vlm.errors import BadRequest, Overloaded
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget, ReservedBytes
+from vitrine_vlm.service_runtime.peers import host_of
 
 _log = logging.getLogger(__name__)
 # Requests that are read at once, and those of them from one address, so that one that is sent slowly does not keep out
@@ -84,10 +85,10 @@ class MessageBounds(grpc.aio.ServerInterceptor):
     async def _read(self, context: grpc.aio.ServicerContext[Any, Any], parse: _Parse, reserved: ReservedBytes) -> Any:
         """
         Raises:
-            BadRequest: the message does not arrive in time, or is none of the method's.
+            BadRequest: the message does not arrive in time, or there is none.
             Overloaded: too many others are read, or in memory.
         """
-        host = _host(context.peer())
+        host = host_of(context.peer())
         await self._reading.acquire(host, self._timeout_s)
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -103,10 +104,7 @@ class MessageBounds(grpc.aio.ServerInterceptor):
             raise BadRequest("the call has no request: send one")
         if len(raw) > WINDOW_NBYTES:
             reserved.reserve(len(raw))
-        try:
-            return parse(raw)
-        except DecodeError as error:
-            raise BadRequest(f"{len(raw)} bytes are not the request of this method: {error}") from None
+        return parse(raw)
 
 
 class _ReadingSlots:
@@ -190,8 +188,3 @@ class BoundedContext:
             stuck.reserve(nbytes)
         if self._call is not None:
             weakref.finalize(self._call, stuck.release)
-
-
-def _host(peer: str) -> str:
-    """The address in "ipv4:1.2.3.4:567"; that of a Unix socket has no port."""
-    return peer.rpartition(":")[0] if peer.startswith("ip") else peer

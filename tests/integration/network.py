@@ -76,7 +76,7 @@ class Link:
     """Carries packets between two namespaces. Create it with `between`.
 
     delay_s: of each packet. loss: share of the packets that are lost.
-    is_cut: whether no packet passes; nothing tells either side.
+    is_cut: whether no packet passes, of which neither side is notified.
     """
 
     def __init__(self, seed: int) -> None:
