@@ -87,6 +87,7 @@ lint: $(VENV)/.dev-ready protos-check  ## Style, types, import contracts, stubs 
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python helm/docs.py --check
+	$(BIN)/python helm/settings.py --check
 	$(BIN)/python docs/api_fields.py --check
 	@! grep -RnE $(UNSAFE) --include=*.py vitrine_vlm benchmarks tests || { echo "no unpickling, not even with a noqa" >&2; exit 1; }
 
@@ -100,10 +101,11 @@ protos: $(VENV)/protos/.ready  ## Regenerate the stubs in protos/
 protos-check: $(VENV)/protos/.ready  ## Fail if the stubs in protos/ are not what the .proto files give
 	@$(VENV)/protos/bin/python protos/generate.py --check
 
-helm: $(VENV)/.dev-ready  ## Copy dashboard and rules into the chart, write its table of values
+helm: $(VENV)/.dev-ready  ## Copy dashboard and rules into the chart, write its table of values and list of settings
 	@cp deploy/observability/grafana/vitrine.json helm/vitrine/files/dashboards/
 	@cp deploy/observability/rules/vitrine.yaml helm/vitrine/files/rules/
 	@$(BIN)/python helm/docs.py
+	@$(BIN)/python helm/settings.py
 
 clean:  ## Remove .venv and all caches
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache .import_linter_cache build dist *.egg-info

@@ -15,6 +15,7 @@ from helm_python import Chart
 CHART = Path(__file__).parents[2] / "helm" / "vitrine"
 VALUES = {file.stem: file for file in sorted((Path(__file__).parent / "values").glob("*.yaml"))}
 NAMESPACE = "serving"
+REGISTRY = "registry.example.com/team"
 
 Manifest = dict[str, Any]
 
@@ -34,16 +35,21 @@ def _chart() -> Chart:
     return Chart.load(CHART)
 
 
+def with_registry(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with a registry for images, which the chart requires."""
+    return values | {"images": {"registry": REGISTRY} | values.get("images", {})}
+
+
 def render(values: dict[str, Any], release: str = "demo") -> list[Manifest]:
     """All objects of a release. Raises helm_python.HelmError where Helm refuses."""
-    files = _chart().render(values, name=release, namespace=NAMESPACE)
+    files = _chart().render(with_registry(values), name=release, namespace=NAMESPACE)
     manifests = [text for file, text in files.items() if file.endswith(".yaml")]
     return [document for text in manifests for document in yaml.load_all(text, _Loader) if document]
 
 
 def notes(values: dict[str, Any]) -> str:
     """What Helm says after installing."""
-    return _chart().render(values, name="demo", namespace=NAMESPACE)["vitrine/templates/NOTES.txt"]
+    return _chart().render(with_registry(values), name="demo", namespace=NAMESPACE)["vitrine/templates/NOTES.txt"]
 
 
 def values_of(name: str) -> dict[str, Any]:

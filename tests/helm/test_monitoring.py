@@ -10,7 +10,7 @@ import pytest
 import yaml
 from helm_python import Chart
 
-from tests.helm.rendering import CHART, Manifest, of_kind, pods, pods_selected, rendered, values_of
+from tests.helm.rendering import CHART, Manifest, of_kind, pods, pods_selected, rendered, values_of, with_registry
 from tests.helm.test_schemas import NEWEST, validate
 
 SOURCES = CHART.parents[1] / "deploy" / "observability"
@@ -54,9 +54,16 @@ def test_metrics_of_encoders_are_scraped_with_the_name_in_their_certificate() ->
         assert part["secret"]["name"] == "encoder-tls"
 
 
-@pytest.mark.parametrize("values", ["default", "rayservice"])
-def test_without_the_operator_nothing_of_it_is_made(values: str) -> None:
-    assert not of_kind(rendered(values), "ServiceMonitor")
+def test_without_the_operator_nothing_of_it_is_made() -> None:
+    assert not of_kind(rendered("default"), "ServiceMonitor", "PodMonitor")
+
+
+def test_rays_pods_are_scraped() -> None:
+    """KubeRay gives each container of Ray a port "metrics"."""
+    (monitor,) = of_kind(rendered("rayservice"), "PodMonitor").values()
+    assert [each["port"] for each in monitor["spec"]["podMetricsEndpoints"]] == ["metrics"]
+    selected = pods_selected(monitor["spec"]["selector"]["matchLabels"], rendered("rayservice"))
+    assert selected == pods("rayservice").keys()
 
 
 def test_ports_of_metrics_are_those_of_the_settings() -> None:
@@ -78,14 +85,14 @@ class TestFiles:
     @pytest.fixture
     def manifests(self, tmp_path: Path) -> list[Manifest]:
         chart = tmp_path / "vitrine"
-        shutil.copytree(CHART, chart, ignore=shutil.ignore_patterns("files"))
-        (chart / "files" / "dashboards").mkdir(parents=True)
+        shutil.copytree(CHART, chart, ignore=shutil.ignore_patterns("dashboards", "rules"))
+        (chart / "files" / "dashboards").mkdir()
         (chart / "files" / "dashboards" / "vitrine.json").write_text(self.DASHBOARD)
         (chart / "files" / "rules").mkdir()
         (chart / "files" / "rules" / "vitrine.yaml").write_text(
             yaml.safe_dump({"groups": [{"name": "g", "rules": [self.RULE]}]})
         )
-        files = Chart.load(chart).render(values_of("locked-down"), name="demo", namespace="serving")
+        files = Chart.load(chart).render(with_registry(values_of("locked-down")), name="demo", namespace="serving")
         return [each for each in yaml.safe_load_all(files["vitrine/templates/monitoring.yaml"]) if each]
 
     def test_rules_are_those_of_the_file(self, manifests: list[Manifest]) -> None:

@@ -56,15 +56,21 @@ class TestImages:
     @pytest.mark.parametrize(
         ("image", "expected"),
         [
-            ("host:5000/encoder", "host:5000/encoder:0.1.0"),
-            ("encoder@sha256:0123", "encoder@sha256:0123"),
-            ("host:5000/encoder:v1@sha256:0123", "host:5000/encoder:v1@sha256:0123"),
+            ("team/encoder", "host:5000/team/encoder:0.1.0"),
+            ("encoder@sha256:0123", "host:5000/encoder@sha256:0123"),
+            ("encoder:v1@sha256:0123", "host:5000/encoder:v1@sha256:0123"),
         ],
     )
     def test_tags_and_digests_of_their_own(self, image: str, expected: str) -> None:
-        found = pods_of(render({"model": "m", "images": {"encoder": image}}))
+        found = pods_of(render({"model": "m", "images": {"registry": "host:5000", "encoder": image}}))
         assert found[ENCODER].container["image"] == expected
-        assert found[LLM].container["image"] == "vitrine-llm:0.1.0"
+        assert found[LLM].container["image"] == "host:5000/vitrine-llm:0.1.0"
+
+    def test_repositories_may_have_registries_of_their_own(self) -> None:
+        images = {"registry": "", "encoder": "host:5000/encoder", "llm": "ghcr.io/team/llm"}
+        found = pods_of(render({"model": "m", "images": images}))
+        assert found[ENCODER].container["image"] == "host:5000/encoder:0.1.0"
+        assert found[LLM].container["image"] == "ghcr.io/team/llm:0.1.0"
 
 
 class TestEnd:

@@ -34,7 +34,7 @@ def arguments(values: dict[str, Any]) -> ServeArguments:
 
 def test_nothing_else_serves() -> None:
     kinds = {manifest["kind"] for manifest in rendered("rayservice")}
-    assert kinds == {"RayService", "ServiceAccount", "NetworkPolicy"}
+    assert kinds == {"RayService", "ServiceAccount", "NetworkPolicy", "PodMonitor"}
 
 
 def test_ray_serve_takes_the_configuration() -> None:

@@ -122,7 +122,7 @@ def test_workers_reach_workers_where_some_decode() -> None:
         ({"default": {"role": "decode"}}, "no pool of role prefill"),
         (ROLES | {"default": {"role": "decode", "prefillPools": ["slow"]}}, "are only fast"),
         ({"default": {"role": "answer"}}, "role"),
-        ({"default": {"config": {"role": "prefill"}}}, "invalid propertyName"),
+        ({"default": {"config": {"role": "prefill"}}}, r"config\.role is not for values: set role of the pool"),
     ],
     ids=["no pool to ask", "not there", "no such role", "past the chart"],
 )

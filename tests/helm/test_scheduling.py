@@ -62,10 +62,6 @@ class TestScheduling:
             assert constraint["labelSelector"]["matchLabels"].items() <= pod.metadata["labels"].items()
             assert constraint["labelSelector"]["matchLabels"]["vitrine/pool"] == name
 
-    def test_labels_of_the_chart_cannot_be_taken_away(self) -> None:
-        values = {"model": "m", "llm": {"defaults": {"podLabels": {"vitrine/pool": "other"}}}}
-        assert pods_of(render(values))[LLM].metadata["labels"]["vitrine/pool"] == "default"
-
     def test_by_default_pods_have_no_affinity(self) -> None:
         for pod in pods("default").values():
             assert not {"affinity", "topologySpreadConstraints", "runtimeClassName", "resourceClaims"} & pod.spec.keys()

@@ -48,12 +48,13 @@ def test_every_kind_that_the_chart_can_make_is_rendered_here() -> None:
     assert kinds >= {
         *("ConfigMap", "Deployment", "StatefulSet", "Service", "ServiceAccount", "Role", "RoleBinding"),
         *("PersistentVolumeClaim", "PodDisruptionBudget", "HorizontalPodAutoscaler", "NetworkPolicy", "ResourceClaim"),
-        *("ScaledObject", "ServiceMonitor", "PrometheusRule", "RayService"),
+        *("ScaledObject", "ServiceMonitor", "PodMonitor", "PrometheusRule", "RayService"),
     }
 
 
 @pytest.mark.parametrize(
-    ("kind", "values"), [("ScaledObject", "keda"), ("ServiceMonitor", "tls"), ("RayService", "rayservice")]
+    ("kind", "values"),
+    [("ScaledObject", "keda"), ("ServiceMonitor", "tls"), ("RayService", "rayservice"), ("PodMonitor", "rayservice")],
 )
 def test_a_misspelt_field_of_a_custom_resource_is_seen(kind: str, values: str) -> None:
     for manifest in of_kind(rendered(values), kind).values():

@@ -8,7 +8,7 @@ import pytest
 from helm_python import HelmError
 
 from tests.helm.flags import SGLANG_FLAGS
-from tests.helm.rendering import NAMESPACE, of_kind, pods, pods_selected, render, rendered
+from tests.helm.rendering import NAMESPACE, REGISTRY, of_kind, pods, pods_selected, render, rendered
 from tests.helm.test_config import config_files
 from tests.helm.test_network_policies import STRANGER, allowed
 from vitrine_vlm.encoder_service.config import EncoderConfig
@@ -32,7 +32,7 @@ def test_pods_start_sglang_of_the_version_that_encoders_are_set_to() -> None:
     container = pods("sglang")[LLM].container
     version = config_files(rendered("sglang"))[ENCODER]["sglang_version"]
     assert version == "0.5.20"
-    assert container["image"] == f"lmsysorg/sglang:v{version}"
+    assert container["image"] == f"{REGISTRY}/lmsysorg/sglang:v{version}"
     assert container["command"] == ["python3", "-m", "sglang.launch_server"]
     assert container["args"] == ["--config", "/etc/vitrine/config/config.yaml"]
     assert container["readinessProbe"]["httpGet"] == {"path": "/health", "port": "http", "scheme": "HTTPS"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 import yaml
 from helm_python import HelmRenderError, HelmValuesError, lint
 
-from tests.helm.rendering import CHART, VALUES, notes, of_kind, render, rendered, values_of
+from tests.helm.rendering import CHART, VALUES, notes, of_kind, render, rendered, values_of, with_registry
 
 
 def test_a_pool_that_is_null_is_not_there() -> None:
@@ -47,8 +48,6 @@ def test_workers_name_pools_that_are_there() -> None:
         {"encoders": {"defaults": {"autoscaling": {"kind": "vpa"}}}},
         {"encoders": {"defaults": {"autoscaling": {"minReplicas": 0}}}},
         {"encoders": {"pools": {"default": {"encoderPools": ["default"]}}}},
-        {"encoders": {"defaults": {"config": {"port": 1}}}},
-        {"llm": {"defaults": {"config": {"encoders": "a:1"}}}},
         {"llm": {"defaults": {"config": {"max-items": 1}}}},
         {"encoders": {"defaults": {"resources": {"limit": {}}}}},
         {"encoders": {"defaults": {"resources": {"limits": {"memory": "24 GB"}}}}},
@@ -69,13 +68,9 @@ def test_workers_name_pools_that_are_there() -> None:
         {"monitoring": {"serviceMonitor": {"enabled": "yes"}}},
         {"engine": "tgi"},
         {"vllm": {"mode": "m"}},
-        {"vllm": {"connector": {"encoders": "a:1"}}},
-        {"vllm": {"connector": {"tenant": "t"}}},
-        {"llm": {"defaults": {"config": {"ec_transfer_config": {}}}}},
         {"sglang": {"version": "latest"}},
         {"sglang": {"receivers": "10.0.0.0/8"}},
         {"gateway": {"gpu": {"count": 1}}},
-        {"gateway": {"config": {"servers": "a:1"}}},
     ],
 )
 def test_misspelt_values_fail(values: dict[str, Any]) -> None:
@@ -94,7 +89,8 @@ def test_the_schema_knows_every_value() -> None:
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     missing = [path for path in _paths_of_schema(schema, schema) if not _has(values, path)]
     # `global` is Helm's own, for charts that include this one; the others are of workers alone.
-    assert missing == ["global", *(f"encoders.defaults.{key}" for key in ("role", "encoderPools", "prefillPools"))]
+    of_workers = ("role", "encoderPools", "prefillPools", "sharedMemorySize")
+    assert missing == ["global", *(f"encoders.defaults.{key}" for key in of_workers)]
 
 
 def _paths_of_schema(part: dict[str, Any], schema: dict[str, Any], path: str = "") -> Iterator[str]:
@@ -136,9 +132,15 @@ def test_the_table_of_values_is_up_to_date() -> None:
     subprocess.run([sys.executable, CHART.parent / "docs.py", "--check"], check=True)
 
 
+def test_the_settings_that_the_chart_knows_are_the_services() -> None:
+    known = runpy.run_path(str(CHART.parent / "settings.py"))["known"]
+    assert (CHART / "files" / "checks" / "known.yaml").read_text() == known(), "run python helm/settings.py"
+
+
 @pytest.mark.parametrize("values", [None, *VALUES])
 def test_helm_lint_has_no_complaints(values: str | None) -> None:
-    report = lint(CHART, values_of(values) if values else None, strict=True, kube_version="v1.34.0")
+    given = with_registry(values_of(values)) if values else None
+    report = lint(CHART, given, strict=True, kube_version="v1.34.0")
     assert report["errors"] == []
     assert [each for each in report["messages"] if each["severity"] > 1] == []
 

@@ -8,7 +8,18 @@ import pytest
 from helm_python import HelmError
 
 from tests.helm.flags import VLLM_FLAGS
-from tests.helm.rendering import NAMESPACE, VALUES, Manifest, of_kind, pods, pods_selected, render, rendered, values_of
+from tests.helm.rendering import (
+    NAMESPACE,
+    REGISTRY,
+    VALUES,
+    Manifest,
+    of_kind,
+    pods,
+    pods_selected,
+    render,
+    rendered,
+    values_of,
+)
 from tests.helm.test_config import config_files
 from tests.helm.test_network_policies import NODE, PROMETHEUS, STRANGER, allowed
 from vitrine_vlm.vllm_connector.settings import ConnectorSettings
@@ -197,7 +208,7 @@ def test_memory_and_gpus_are_shared_as_with_workers() -> None:
 
 def test_pods_start_vllm_with_the_file() -> None:
     container = pods("vllm")[LLM].container
-    assert container["image"] == "vitrine-vllm:0.1.0"
+    assert container["image"] == f"{REGISTRY}/vitrine-vllm:0.1.0"
     assert "command" not in container, "the image's entrypoint is vllm serve"
     (mount,) = (each for each in container["volumeMounts"] if each["name"] == "config")
     assert container["args"] == ["--config", f"{mount['mountPath']}/config.yaml"]

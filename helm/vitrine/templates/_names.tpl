@@ -24,10 +24,13 @@ and KubeRay takes no more than 47. What is too long is cut and gets a hash, so t
 {{- $base }}{{ $end -}}
 {{- end -}}
 
-{{/* Labels that selectors use: (list $ component), component may be empty. */}}
+{{/*
+Labels that selectors use: (list $ component), component may be empty. No value changes them: Kubernetes refuses another
+selector for a Deployment that is there.
+*/}}
 {{- define "vitrine.selectorLabels" -}}
 {{- $root := index . 0 -}}
-app.kubernetes.io/name: {{ default $root.Chart.Name $root.Values.nameOverride | trunc 63 | trimSuffix "-" }}
+app.kubernetes.io/name: {{ $root.Chart.Name }}
 app.kubernetes.io/instance: {{ $root.Release.Name }}
 {{- with index . 1 }}
 app.kubernetes.io/component: {{ . }}

@@ -88,7 +88,21 @@ args:
 {{- end }}
 {{- end -}}
 
-{{/* Folders to write to. The gateway keeps nothing; vLLM and SGLang pass data between their processes through /dev/shm. */}}
+{{/*
+Size of the volume at /dev/shm, or nothing: vLLM, SGLang and workers on several GPUs pass data between their processes there, and
+Kubernetes gives 64 MiB.
+*/}}
+{{- define "vitrine.sharedMemorySize" -}}
+{{- $program := (index . 1).program -}}
+{{- $settings := (index . 1).settings -}}
+{{- if has $program (list "vllm" "sglang") -}}
+{{- default (index (index . 0).Values $program).sharedMemorySize $settings.sharedMemorySize -}}
+{{- else if eq $program "llm" -}}
+{{- default (ternary "4Gi" "" (gt (int (default 1 $settings.config.tp)) 1)) $settings.sharedMemorySize -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Folders to write to. The gateway keeps nothing. */}}
 {{- define "vitrine.volumeMounts" -}}
 {{- $program := (index . 1).program -}}
 {{- if eq $program "gateway" -}}
@@ -96,7 +110,7 @@ args:
 {{- else -}}
 {{ include "vitrine.commonVolumeMounts" (index . 0) }}
 {{- end }}
-{{- if has $program (list "vllm" "sglang") }}
+{{- if include "vitrine.sharedMemorySize" . }}
 - {name: dev-shm, mountPath: /dev/shm}
 {{- end }}
 {{- end -}}
@@ -110,12 +124,11 @@ args:
 {{- else -}}
 {{ include "vitrine.commonVolumes" $root }}
 {{- end }}
-{{- if has $program (list "vllm" "sglang") }}
-# Kubernetes gives 64 MiB.
+{{- with include "vitrine.sharedMemorySize" . }}
 - name: dev-shm
   emptyDir:
     medium: Memory
-    sizeLimit: {{ (index $root.Values $program).sharedMemorySize }}
+    sizeLimit: {{ . }}
 {{- end }}
 {{- end -}}
 

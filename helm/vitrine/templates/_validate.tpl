@@ -1,0 +1,195 @@
+{{/* Fail, in words, where values contradict each other or would be taken and do nothing. Types and patterns are in values.schema.json. */}}
+
+{{/* Names that Kubernetes refuses: those of Services are DNS labels, and begin with a letter. */}}
+{{- define "vitrine.checkNames" -}}
+{{- if and .Values.fullnameOverride .Values.nameOverride -}}
+{{- fail "nameOverride does nothing beside fullnameOverride, which is the whole name: leave one of them out" -}}
+{{- end -}}
+{{- $base := include "vitrine.base" . -}}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $base) -}}
+{{- fail (printf "Kubernetes refuses Services named %q: names begin with a letter and have only a-z, 0-9 and -; set fullnameOverride" $base) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* No image of ours is published, and one without a registry would be looked for on Docker Hub. */}}
+{{- define "vitrine.checkImages" -}}
+{{- $root := . -}}
+{{- $images := list -}}
+{{- if eq .Values.mode "rayservice" -}}
+{{- $images = list .Values.images.ray -}}
+{{- else -}}
+{{- range (include "vitrine.pools" . | fromYaml).pools -}}
+{{- $images = append $images (default (index $root.Values.images .program) .settings.image) -}}
+{{- end -}}
+{{- end -}}
+{{- range uniq $images -}}
+{{- if not (or $root.Values.images.registry (contains "/" .)) -}}
+{{- fail (printf "images.registry is required, as there is no published image %s: build it with deploy/docker, push it, and --set images.registry=registry.example.com/team (docker.io/library for images that nodes have already)" .) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Values that count only together with another. */}}
+{{- define "vitrine.checkUnused" -}}
+{{- $values := .Values -}}
+{{- $policy := $values.networkPolicy -}}
+{{- if ne (include "vitrine.hasNetworkPolicy" .) "true" -}}
+{{- range list "clients" "encoderClients" "metricsFrom" "probesFrom" "extraEgress" -}}
+{{- if index $policy . }}{{ fail (printf "networkPolicy.%s does nothing without networkPolicy.enabled: set that, or leave it out" .) }}{{ end -}}
+{{- end -}}
+{{- end -}}
+{{- $encoders := $values.tls.encoders -}}
+{{- if and $encoders.clientSecretName (not $encoders.secretName) -}}
+{{- fail "tls.encoders.clientSecretName does nothing without tls.encoders.secretName: encoders serve without TLS" -}}
+{{- end -}}
+{{- if and (or $encoders.allowedPeers (ne $encoders.sharedPoolPeers "*")) (not $encoders.clientAuth) -}}
+{{- fail "tls.encoders.allowedPeers and sharedPoolPeers are names in certificates of clients, and nothing without tls.encoders.clientAuth" -}}
+{{- end -}}
+{{- $cache := $values.modelCache -}}
+{{- if and $cache.hostPath (ne $cache.kind "hostPath") -}}
+{{- fail (printf "modelCache.hostPath does nothing with modelCache.kind %s: set hostPath there" $cache.kind) -}}
+{{- end -}}
+{{- if and (or $cache.existingClaim $cache.storageClassName) (ne $cache.kind "persistentVolumeClaim") -}}
+{{- fail (printf "modelCache.existingClaim and storageClassName do nothing with modelCache.kind %s: set persistentVolumeClaim there" $cache.kind) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Settings that a service does not have, or that the chart sets itself: (list $ where program settings). */}}
+{{- define "vitrine.checkSettings" -}}
+{{- $root := index . 0 -}}
+{{- $where := index . 1 -}}
+{{- $program := index . 2 -}}
+{{- $settings := index . 3 -}}
+{{- include "vitrine.checkConfig" (list $root (printf "%s.config" $where) $program $settings.config) -}}
+{{- range $settings.extraArgs -}}
+{{- $name := regexReplaceAll "^--(no-)?" (splitList "=" . | first) "" | replace "-" "_" -}}
+{{- if hasPrefix "--" . }}{{ include "vitrine.checkSetting" (list $root (printf "%s.extraArgs: %s" $where .) $name) }}{{ end -}}
+{{- end -}}
+{{- $prefix := printf "VITRINE_%s_" (upper $program) -}}
+{{- range $variable, $_ := $settings.env -}}
+{{- if hasPrefix $prefix $variable -}}
+{{- include "vitrine.checkSetting" (list $root (printf "%s.env.%s" $where $variable) (trimPrefix $prefix $variable | lower)) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* (list $ where program config) */}}
+{{- define "vitrine.checkConfig" -}}
+{{- $root := index . 0 -}}
+{{- $where := index . 1 -}}
+{{- $program := index . 2 -}}
+{{- $known := index ($root.Files.Get "files/checks/known.yaml" | fromYaml).settings $program -}}
+{{- $list := ternary "docs/vllm.md has all" (printf "vitrine-%s --print-config shows all" $program) (eq $program "connector") -}}
+{{- range $name, $_ := index . 3 -}}
+{{- include "vitrine.checkSetting" (list $root (printf "%s.%s" $where $name) $name) -}}
+{{- if and $known (not (has $name ($known | default list))) }}{{ fail (printf "%s.%s: there is no such setting; %s" $where $name $list) }}{{ end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* (list $ where name) */}}
+{{- define "vitrine.checkSetting" -}}
+{{- $own := (index . 0).Files.Get "files/checks/own_settings.yaml" | fromYaml -}}
+{{- with index $own (index . 2) }}{{ fail (printf "%s is not for values: %s" (index $ 1) .) }}{{ end -}}
+{{- end -}}
+
+{{/* Labels that selectors use: (list $ where labels). */}}
+{{- define "vitrine.checkLabels" -}}
+{{- $where := index . 1 -}}
+{{- $ours := concat (include "vitrine.labels" (list (index . 0) "any") | fromYaml | keys) (list "vitrine/pool" "vitrine/users") -}}
+{{- range $name, $_ := index . 2 -}}
+{{- if has $name $ours }}{{ fail (printf "%s: label %s is the chart's own, by which pods are found: take another name" $where $name) }}{{ end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* A pod has as many GPUs as its program uses: (list where program gpuSharing settings). */}}
+{{- define "vitrine.checkGpus" -}}
+{{- $where := index . 0 -}}
+{{- $program := index . 1 -}}
+{{- $settings := index . 3 -}}
+{{- $names := index (dict "encoder" list "llm" (list "tp") "vllm" (list "tensor_parallel_size" "pipeline_parallel_size" "data_parallel_size") "sglang" (list "tp_size" "pp_size")) $program -}}
+{{- $used := 1 -}}
+{{- range $names }}{{ $used = mul $used (index $settings.config . | default 1 | int) }}{{ end -}}
+{{- /* Replicas of SGLang's attention may share GPUs or not. A claim has its own count. */ -}}
+{{- $isCountable := and (ne (index . 2) "resourceClaim") (not (hasKey $settings.config "dp_size")) -}}
+{{- $count := $settings.gpu.count -}}
+{{- if and $isCountable $count (ne (int $count) (int $used)) -}}
+{{- $advice := ternary "an encoder uses one GPU: set gpu.count 1, and replicas for more" (printf "set config.%s and gpu.count alike" (first $names)) (eq $program "encoder") -}}
+{{- fail (printf "%s has gpu.count %v, but its pods use %d: %s" $where $count (int $used) $advice) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* (list where autoscaling) */}}
+{{- define "vitrine.checkScaling" -}}
+{{- $scaling := index . 1 -}}
+{{- if and (ne $scaling.kind "none") (gt (int $scaling.minReplicas) (int $scaling.maxReplicas)) -}}
+{{- fail (printf "%s.autoscaling: minReplicas %v is more than maxReplicas %v" (index . 0) $scaling.minReplicas $scaling.maxReplicas) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* (list where workload) */}}
+{{- define "vitrine.checkRole" -}}
+{{- $where := index . 0 -}}
+{{- $workload := index . 1 -}}
+{{- $settings := $workload.settings -}}
+{{- if and (eq $workload.gpuSharing "runtimeClass") $settings.runtimeClassName -}}
+{{- fail (printf "%s.runtimeClassName does nothing with colocation.gpuSharing runtimeClass: set colocation.runtimeClassName" $where) -}}
+{{- end -}}
+{{- if eq $workload.component "llm" -}}
+{{- if and (eq $settings.role "decode") $settings.encoderPools -}}
+{{- fail (printf "%s.encoderPools: a pool of role decode uses no encoders, its prefill pools do; leave it out" $where) -}}
+{{- end -}}
+{{- if and (ne $settings.role "decode") $settings.prefillPools -}}
+{{- fail (printf "%s.prefillPools: only pools of role decode use prefill pools, this one has role %s; leave it out" $where $settings.role) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* What mode rayservice does not use, and more GPUs than its pods may have. */}}
+{{- define "vitrine.checkRay" -}}
+{{- $root := . -}}
+{{- $values := .Values -}}
+{{- $workers := $values.ray.workers -}}
+{{- if gt (int $workers.minReplicas) (int $workers.maxReplicas) -}}
+{{- fail (printf "ray.workers.minReplicas %v is more than maxReplicas %v" $workers.minReplicas $workers.maxReplicas) -}}
+{{- end -}}
+{{- $defaults := (.Files.Get "files/checks/known.yaml" | fromYaml).defaults -}}
+{{- range list "discovery" "service" "preStopSleepSeconds" "keda" -}}
+{{- if ne (index $values . | toYaml) (index $defaults . | toYaml) -}}
+{{- fail (printf "mode rayservice does not use %s: Services, addresses and the end of pods are KubeRay's; leave it out" .) -}}
+{{- end -}}
+{{- end -}}
+{{- $gpus := 0 -}}
+{{- range $key, $program := dict "encoders" "encoder" "llm" "llm" -}}
+{{- $pool := include "vitrine.rayPool" (list $root $key) | fromYaml -}}
+{{- include "vitrine.checkRayPool" (list $key $pool (index $defaults $key).defaults) -}}
+{{- include "vitrine.checkSettings" (list $root $key $program $pool) -}}
+{{- include "vitrine.checkGpus" (list $key $program "none" $pool) -}}
+{{- include "vitrine.checkScaling" (list $key $pool.autoscaling) -}}
+{{- $replicas := ternary $pool.autoscaling.minReplicas $pool.replicas (eq $pool.autoscaling.kind "ray") -}}
+{{- $gpus = add $gpus (mul (int $replicas) (int $pool.gpu.count)) -}}
+{{- end -}}
+{{- $there := mul (int $workers.maxReplicas) (int $workers.gpu.count) -}}
+{{- if gt $gpus $there -}}
+{{- fail (printf "mode rayservice: replicas of encoders and llm need %d GPUs, but ray.workers have %d: %v pods with %v each" $gpus $there $workers.maxReplicas $workers.gpu.count) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* A pool's keys that are for pods of its own, which Ray's replicas do not have: (list key pool defaults). */}}
+{{- define "vitrine.checkRayPool" -}}
+{{- $key := index . 0 -}}
+{{- $pool := omit (index . 1) "replicas" "config" "drainTimeoutSeconds" -}}
+{{- $defaults := index . 2 -}}
+{{- range $name, $value := $pool -}}
+{{- $default := index $defaults $name -}}
+{{- if eq $name "gpu" -}}
+{{- $value = omit $value "count" -}}
+{{- $default = omit $default "count" -}}
+{{- else if eq $name "autoscaling" -}}
+{{- $value = pick $value "behavior" -}}
+{{- $default = pick $default "behavior" -}}
+{{- end -}}
+{{- if and (or $value $default) (ne (toYaml $value) (toYaml $default)) -}}
+{{- fail (printf "mode rayservice does not use %s.%s: its replicas run in pods of ray.workers and ray.head; set it there, where they have it" $key $name) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
