@@ -1,6 +1,7 @@
-"""Writes the table of values in vitrine/README.md from the comments in vitrine/values.yaml.
+"""Writes the table of values in vitrine/README.md and the descriptions in vitrine/values.schema.json.
 
-A comment line that begins with `# --` describes the key below it, with all that is inside of that key.
+Both come from the comments in vitrine/values.yaml: a comment line that begins with `# --` describes the key below it,
+with all that is inside of that key.
 
     python helm/docs.py [--check]
 """
@@ -55,21 +56,79 @@ def table(values_yaml: str) -> str:
     return "\n".join(rows)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Write the table of values in the chart's README.md.")
-    parser.add_argument("--check", action="store_true", help="write nothing, fail if the table is out of date")
-    check = parser.parse_args().check
-    readme = CHART / "README.md"
-    text = readme.read_text()
-    before, rest = text.split(_BEGIN)
+def with_descriptions(schema: dict[str, Any], values_yaml: str) -> dict[str, Any]:
+    """The schema with the comments as descriptions. Where several keys have one definition, it has the texts of all."""
+    schema = _without_descriptions(schema)
+    texts: dict[int, dict[str, str]] = {}
+    parts: dict[int, dict[str, Any]] = {}
+    for path, description in described(values_yaml).items():
+        part = schema
+        for name in path.split("."):
+            part = _resolved(part, schema)["properties"][name]
+        parts[id(part)] = part
+        texts.setdefault(id(part), {})[path] = description
+    for key, part in parts.items():
+        distinct = set(texts[key].values())
+        lines = distinct if len(distinct) == 1 else [f"{path}: {text}" for path, text in texts[key].items()]
+        rest = dict(part)
+        part.clear()
+        part |= {"description": "\n".join(lines), **rest}
+    return schema
+
+
+def _without_descriptions(part: Any, *, is_properties: bool = False) -> Any:
+    if isinstance(part, list):
+        return [_without_descriptions(each) for each in part]
+    if not isinstance(part, dict):
+        return part
+    return {
+        name: _without_descriptions(value, is_properties=name in ("properties", "definitions") and not is_properties)
+        for name, value in part.items()
+        if is_properties or name != "description"
+    }
+
+
+def _resolved(part: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    while "properties" not in part:
+        part = part["allOf"][0] if "allOf" in part else schema["definitions"][part["$ref"].split("/")[-1]]
+    return part
+
+
+def as_json(value: Any, indent: int = 0) -> str:
+    """JSON in which what fits onto a line is on one."""
+    flat = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, dict | list) or not value or len(flat) + indent <= 110:
+        return flat
+    inner = "  " * (indent // 2 + 1)
+    if isinstance(value, dict):
+        items = [f"{inner}{json.dumps(name)}: {as_json(each, len(inner))}" for name, each in value.items()]
+        return "{\n" + ",\n".join(items) + "\n" + inner[2:] + "}"
+    return "[\n" + ",\n".join(inner + as_json(each, len(inner)) for each in value) + "\n" + inner[2:] + "]"
+
+
+def made() -> dict[Path, str]:
+    """The files' texts as they should be."""
+    values_yaml = (CHART / "values.yaml").read_text()
+    readme, schema = CHART / "README.md", CHART / "values.schema.json"
+    before, rest = readme.read_text().split(_BEGIN)
     _, after = rest.split(_END)
-    new = f"{before}{_BEGIN}\n{table((CHART / 'values.yaml').read_text())}\n{_END}{after}"
-    if check and new != text:
-        print(f"{readme} is out of date: run python helm/docs.py", file=sys.stderr)
-        return 1
-    if not check:
-        readme.write_text(new)
-    return 0
+    return {
+        readme: f"{before}{_BEGIN}\n{table(values_yaml)}\n{_END}{after}",
+        schema: as_json(with_descriptions(json.loads(schema.read_text()), values_yaml)) + "\n",
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Write the table of values and the schema's descriptions.")
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if one of them is out of date")
+    check = parser.parse_args().check
+    out_of_date = {file: text for file, text in made().items() if file.read_text() != text}
+    for file, text in out_of_date.items():
+        if check:
+            print(f"{file} is out of date: run python helm/docs.py", file=sys.stderr)
+        else:
+            file.write_text(text)
+    return 1 if check and out_of_date else 0
 
 
 if __name__ == "__main__":

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from helm_python import HelmRenderError, HelmValuesError, lint
+from helm_python import Chart, HelmRenderError, HelmValuesError, lint
 
 from tests.helm.rendering import CHART, VALUES, notes, of_kind, render, rendered, values_of, with_registry
 
@@ -71,6 +73,11 @@ def test_workers_name_pools_that_are_there() -> None:
         {"sglang": {"version": "latest"}},
         {"sglang": {"receivers": "10.0.0.0/8"}},
         {"gateway": {"gpu": {"count": 1}}},
+        {"accessKeys": {"secretName": "My_Keys"}},
+        {"llm": {"defaults": {"priorityClassName": "High"}}},
+        {"llm": {"defaults": {"podLabels": {"team": "a b"}}}},
+        {"encoders": {"defaults": {"nodeSelector": {"-gpu": "x"}}}},
+        {"images": {"pullSecrets": ["a_b"]}},
     ],
 )
 def test_misspelt_values_fail(values: dict[str, Any]) -> None:
@@ -91,6 +98,26 @@ def test_the_schema_knows_every_value() -> None:
     # `global` is Helm's own, for charts that include this one; the others are of workers alone.
     of_workers = ("role", "encoderPools", "prefillPools", "sharedMemorySize")
     assert missing == ["global", *(f"encoders.defaults.{key}" for key in of_workers)]
+
+
+def test_the_schema_describes_every_value() -> None:
+    """Editors show it."""
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    assert schema["properties"]["model"]["description"].startswith("Checkpoint that encoders and workers load")
+    of_pools = schema["definitions"]["pool"]["properties"]
+    assert "encoders.defaults.image: Image of a pool" in of_pools["image"]["description"]
+    assert [name for name, part in of_pools.items() if not _is_described(part, schema)] == []
+    assert [name for name, part in schema["properties"].items() if not _is_described(part, schema)] == ["global"]
+
+
+def _is_described(part: dict[str, Any], schema: dict[str, Any]) -> bool:
+    if "description" in part:
+        return True
+    while "properties" not in part:
+        if not (inner := part.get("allOf", [part])[0].get("$ref")):
+            return False
+        part = schema["definitions"][inner.split("/")[-1]]
+    return all(_is_described(each, schema) for each in part["properties"].values())
 
 
 def _paths_of_schema(part: dict[str, Any], schema: dict[str, Any], path: str = "") -> Iterator[str]:
@@ -145,6 +172,20 @@ def test_helm_lint_has_no_complaints(values: str | None) -> None:
     assert [each for each in report["messages"] if each["severity"] > 1] == []
 
 
+@pytest.mark.parametrize(("version", "is_refused"), [("v3.9.4", True), ("v3.10.0", False), ("v4.0.0-rc.1", False)])
+def test_an_old_helm_is_refused(version: str, is_refused: bool, tmp_path: Path) -> None:
+    chart = tmp_path / "vitrine"
+    shutil.copytree(CHART, chart)
+    checks = chart / "templates" / "_validate.tpl"
+    checks.write_text(checks.read_text().replace(".Capabilities.HelmVersion.Version", f'"{version}"'))
+    values = with_registry({"model": "m"})
+    if is_refused:
+        with pytest.raises(HelmRenderError, match=rf"this is Helm {version}: the chart needs 3\.10 or newer"):
+            Chart.load(chart).render(values, name="demo", namespace="serving")
+    else:
+        assert Chart.load(chart).render(values, name="demo", namespace="serving")
+
+
 @pytest.mark.parametrize("values", VALUES)
 def test_notes_say_how_to_call_it(values: str) -> None:
     text = notes(values_of(values))
@@ -154,5 +195,8 @@ def test_notes_say_how_to_call_it(values: str) -> None:
     assert set(called) <= services
     request = json.loads(text.split("--data '")[1].split("'")[0])
     assert request["model"] in ("Qwen/Qwen3-VL-8B-Instruct", "qwen3-vl-8b", "checkpoint")
+    has_keys = bool(values_of(values).get("accessKeys"))
+    assert ("Bearer YOUR-KEY" in text) == ("Secret api-keys" in text) == ("no authentication" not in text) == has_keys
+    assert f"--tag {with_registry(values_of(values))['images']['registry']}/vitrine-" in text
     has_tls = bool(values_of(values).get("tls", {}).get("llm", {}).get("secretName"))
     assert ("https://demo-vitrine-" in text) == has_tls

@@ -1,5 +1,11 @@
 {{/* Fail, in words, where values contradict each other or would be taken and do nothing. Types and patterns are in values.schema.json. */}}
 
+{{/* Older ones evaluate all of what stands behind `and` and `or`, also where the first settles it. */}}
+{{- define "vitrine.checkHelm" -}}
+{{- $version := .Capabilities.HelmVersion.Version -}}
+{{- if semverCompare "<3.10.0-0" $version }}{{ fail (printf "this is Helm %s: the chart needs 3.10 or newer" $version) }}{{ end -}}
+{{- end -}}
+
 {{/* Names that Kubernetes refuses: those of Services are DNS labels, and begin with a letter. */}}
 {{- define "vitrine.checkNames" -}}
 {{- if and .Values.fullnameOverride .Values.nameOverride -}}
