@@ -76,8 +76,8 @@ class PodTemplate:
 
     @property
     def container(self) -> dict[str, Any]:
-        (container,) = self.spec["containers"]
-        return dict(container)
+        """The service's; others stand behind it."""
+        return dict(self.spec["containers"][0])
 
     @property
     def program(self) -> str:

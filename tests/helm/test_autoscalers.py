@@ -53,6 +53,12 @@ def test_scaled_objects() -> None:
     assert "advanced" not in scalers["demo-vitrine-llm-default"]["spec"]
 
 
+def test_a_pool_may_have_no_pods_where_something_else_starts_the_first() -> None:
+    spec = of_kind(rendered("keda"), "ScaledObject")["demo-vitrine-encoder-daytime"]["spec"]
+    assert (spec["minReplicaCount"], spec["cooldownPeriod"]) == (0, 300)
+    assert [each["type"] for each in spec["triggers"]] == ["cron"]
+
+
 def test_kedas_query_is_for_pods_of_the_pool() -> None:
     spec = of_kind(rendered("keda"), "ScaledObject")["demo-vitrine-encoder-default"]["spec"]
     query = spec["triggers"][0]["metadata"]["query"]
@@ -64,10 +70,26 @@ def test_kedas_query_is_for_pods_of_the_pool() -> None:
     assert not re.fullmatch(pod, "demo-vitrine-encoder-default-two-7c9f6d5b4d-x2x7k")
 
 
+def llm(autoscaling: dict[str, Any]) -> dict[str, Any]:
+    return {"llm": {"defaults": {"autoscaling": autoscaling}}}
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"encoders": {"defaults": {"autoscaling": {"kind": "keda"}}}}, r"keda\.prometheusUrl is required"),
+        (
+            {"llm": {"defaults": {"autoscaling": {"kind": "hpa", "minReplicas": 0}}}},
+            "has no metric that could start one",
+        ),
+        (
+            {"llm": {"defaults": {"autoscaling": {"kind": "keda", "minReplicas": 0}}}},
+            "has no metric that could start one",
+        ),
+        (
+            {"llm": {"defaults": {"autoscaling": {"kind": "hpa", "triggers": [{"type": "cron"}]}}}},
+            "triggers are KEDA's",
+        ),
         ({"llm": {"defaults": {"autoscaling": {"kind": "ray"}}}}, "kind ray of llm pool .* is for mode rayservice"),
     ],
 )

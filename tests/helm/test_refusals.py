@@ -90,6 +90,13 @@ def test_names_that_kubernetes_refuses(release: str, values: dict[str, Any]) -> 
         ({"tls": {"encoders": {"secretName": "s", "allowedPeers": "a"}}}, "nothing without tls.encoders.clientAuth"),
         ({"modelCache": {"existingClaim": "c"}}, r"modelCache\.existingClaim .* modelCache\.kind emptyDir"),
         ({"modelCache": {"hostPath": "/models"}}, r"modelCache\.hostPath does nothing with modelCache\.kind emptyDir"),
+        ({"service": {"nodePorts": {"http": 30000}}}, "do nothing with service.type ClusterIP"),
+        ({"service": {"type": "NodePort", "loadBalancerSourceRanges": ["10.0.0.0/8"]}}, "with service.type NodePort"),
+        (
+            {"engine": "vllm", "service": {"type": "NodePort", "nodePorts": {"grpc": 30001}}},
+            "users of engine vllm have HTTP alone",
+        ),
+        ({"commonLabels": {"helm.sh/chart": "mine"}}, r"commonLabels: label helm\.sh/chart is the chart's own"),
         (llm(prefillPools=["p"]), "only pools of role decode use prefill pools"),
         (llm(podLabels={"vitrine/pool": "other"}), r"label vitrine/pool is the chart's own"),
         (
@@ -119,6 +126,8 @@ def test_values_that_would_do_nothing(values: dict[str, Any], message: str) -> N
         ({"llm": {"pools": {"default": {"priorityClassName": "p"}}}}, r"does not use llm\.priorityClassName"),
         (llm(gpu={"resource": "nvidia.com/mig-1g.10gb"}), r"does not use llm\.gpu"),
         (llm(autoscaling={"behavior": {"scaleUp": {}}}), r"does not use llm\.autoscaling"),
+        (llm(initContainers=[{"name": "c"}]), r"does not use llm\.initContainers"),
+        ({"ray": {"head": {"podLabels": {"vitrine/pool": "p"}}}}, r"ray\.head\.podLabels: label vitrine/pool"),
         ({"discovery": "dns"}, "does not use discovery"),
         ({"service": {"type": "LoadBalancer"}}, "does not use service"),
         ({"ray": {"workers": {"minReplicas": 3, "maxReplicas": 2}}}, r"minReplicas 3 is more than maxReplicas 2"),

@@ -48,13 +48,29 @@ def test_every_kind_that_the_chart_can_make_is_rendered_here() -> None:
     assert kinds >= {
         *("ConfigMap", "Deployment", "StatefulSet", "Service", "ServiceAccount", "Role", "RoleBinding"),
         *("PersistentVolumeClaim", "PodDisruptionBudget", "HorizontalPodAutoscaler", "NetworkPolicy", "ResourceClaim"),
-        *("ScaledObject", "ServiceMonitor", "PodMonitor", "PrometheusRule", "RayService"),
+        *(
+            "ScaledObject",
+            "ServiceMonitor",
+            "PodMonitor",
+            "PrometheusRule",
+            "RayService",
+            "Ingress",
+            "HTTPRoute",
+            "Job",
+            "Pod",
+        ),
     }
 
 
 @pytest.mark.parametrize(
     ("kind", "values"),
-    [("ScaledObject", "keda"), ("ServiceMonitor", "tls"), ("RayService", "rayservice"), ("PodMonitor", "rayservice")],
+    [
+        ("ScaledObject", "keda"),
+        ("ServiceMonitor", "tls"),
+        ("RayService", "rayservice"),
+        ("PodMonitor", "rayservice"),
+        ("HTTPRoute", "extras"),
+    ],
 )
 def test_a_misspelt_field_of_a_custom_resource_is_seen(kind: str, values: str) -> None:
     for manifest in of_kind(rendered(values), kind).values():

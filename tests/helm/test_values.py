@@ -48,7 +48,7 @@ def test_workers_name_pools_that_are_there() -> None:
         {"llm": {"pools": {"Large": {}}}},
         {"llm": {"pools": {"a-name-of-more-than-20": {}}}},
         {"encoders": {"defaults": {"autoscaling": {"kind": "vpa"}}}},
-        {"encoders": {"defaults": {"autoscaling": {"minReplicas": 0}}}},
+        {"encoders": {"defaults": {"autoscaling": {"minReplicas": -1}}}},
         {"encoders": {"pools": {"default": {"encoderPools": ["default"]}}}},
         {"llm": {"defaults": {"config": {"max-items": 1}}}},
         {"encoders": {"defaults": {"resources": {"limit": {}}}}},

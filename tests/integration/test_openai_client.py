@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -44,6 +47,16 @@ def user(*content: dict[str, Any] | str) -> list[Any]:
 
 def test_models(client: openai.OpenAI, small_fleet: Fleet) -> None:
     assert [each.id for each in client.models.list()] == [small_fleet.folder.name]
+
+
+@pytest.mark.parametrize(("model", "code"), [("", 0), ("another", 1)])
+def test_what_helm_test_runs_gets_an_answer(small_fleet: Fleet, model: str, code: int) -> None:
+    script = Path(__file__).parents[2] / "helm" / "vitrine" / "files" / "ask.py"
+    url = f"http://{small_fleet.worker_processes['shm'].addresses['http']}"
+    command = [sys.executable, "-I", script, f"--url={url}", f"--model={model or small_fleet.folder.name}"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == code, ended.stdout + ended.stderr
+    assert ended.stdout.startswith("404 " if model else "200 ")
 
 
 @pytest.mark.parametrize("kinds", [(), ("image",), ("image", "image"), ("video",)])

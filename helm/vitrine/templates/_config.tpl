@@ -1,7 +1,23 @@
 {{/* Our services' configuration files. What the chart sets may not be set in a pool's `config`: see values.schema.json. */}}
 
+{{/* Where services find the model: a hub id or a folder. */}}
 {{- define "vitrine.model" -}}
-{{- required "model is required, for example --set model=Qwen/Qwen3-VL-8B-Instruct" .Values.model -}}
+{{- $model := required "model is required, for example --set model=Qwen/Qwen3-VL-8B-Instruct" .Values.model -}}
+{{- if include "vitrine.modelClaim" . -}}
+{{- printf "/models/%s" (regexReplaceAll "^pvc://[^/]+/" $model "") -}}
+{{- else -}}
+{{- $model -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Claim of a model that is pvc://CLAIM/FOLDER, else nothing. */}}
+{{- define "vitrine.modelClaim" -}}
+{{- if hasPrefix "pvc:" .Values.model -}}
+{{- if not (regexMatch "^pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[^/].*$" .Values.model) -}}
+{{- fail (printf "model %s: a folder of a claim is written pvc://CLAIM/FOLDER" .Values.model) -}}
+{{- end -}}
+{{- index (splitList "/" .Values.model) 2 -}}
+{{- end -}}
 {{- end -}}
 
 {{/* What users call the model. */}}

@@ -44,6 +44,18 @@ app.kubernetes.io/component: {{ . }}
 app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" }}
+{{- with $root.Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{/* Name of the Service that users call. In mode rayservice KubeRay makes it. */}}
+{{- define "vitrine.usersService" -}}
+{{- if eq .Values.mode "rayservice" -}}
+{{- include "vitrine.name" (list . "") }}-serve-svc
+{{- else -}}
+{{- include "vitrine.name" (list . (ternary "gateway" "llm" (eq (include "vitrine.hasGateway" .) "true"))) -}}
+{{- end -}}
 {{- end -}}
 
 {{/* Name of a component's ServiceAccount: (list $ component). */}}

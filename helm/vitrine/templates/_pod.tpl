@@ -13,7 +13,7 @@
 metadata:
   labels:
     # Not the chart's version: another chart alone must not restart pods.
-    {{- merge (include "vitrine.poolSelectorLabels" . | fromYaml) $settings.podLabels | toYaml | nindent 4 }}
+    {{- merge (include "vitrine.poolSelectorLabels" . | fromYaml) $settings.podLabels $values.commonLabels | toYaml | nindent 4 }}
     {{- if $isUsers }}
     vitrine/users: "true"
     {{- end }}
@@ -45,17 +45,7 @@ spec:
     - name: gpus
       resourceClaimName: {{ include "vitrine.resourceClaimName" $root }}
   {{- end }}
-  {{- with $settings.priorityClassName }}
-  priorityClassName: {{ . }}
-  {{- end }}
-  {{- with $settings.nodeSelector }}
-  nodeSelector:
-    {{- toYaml . | nindent 4 }}
-  {{- end }}
-  {{- with $settings.tolerations }}
-  tolerations:
-    {{- toYaml . | nindent 4 }}
-  {{- end }}
+  {{- include "vitrine.podFields" $settings | nindent 2 }}
   {{- with include "vitrine.affinity" . }}
   affinity:
     {{- . | nindent 4 }}
@@ -71,6 +61,10 @@ spec:
       {{- include "vitrine.command" . | nindent 6 }}
       env:
         {{- include "vitrine.env" . | nindent 8 }}
+      {{- with $settings.envFrom }}
+      envFrom:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
       ports:
         {{- range include "vitrine.ports" . | fromYamlArray }}
         - {name: {{ .name }}, containerPort: {{ .port }}}
@@ -104,6 +98,9 @@ spec:
         {{- with $settings.extraVolumeMounts }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
+    {{- with $settings.extraContainers }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
   volumes:
     - name: config
       configMap:
@@ -140,6 +137,15 @@ spec:
     {{- with $settings.extraVolumes }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
+{{- end -}}
+
+{{/* What a pod's spec has as the values say it, also in a RayService: the settings. */}}
+{{- define "vitrine.podFields" -}}
+{{- range $name := list "priorityClassName" "schedulerName" "nodeSelector" "tolerations" "hostAliases" "dnsConfig" "initContainers" }}
+{{- with index $ $name }}
+{{ dict $name . | toYaml }}
+{{- end }}
+{{- end }}
 {{- end -}}
 
 {{/* Only the file of keys, whatever else the Secret has. */}}
@@ -205,6 +211,9 @@ secret:
 {{- define "vitrine.commonVolumeMounts" -}}
 - {name: tmp, mountPath: /tmp}
 - {name: cache, mountPath: /cache}
+{{- if include "vitrine.modelClaim" . }}
+- {name: models, mountPath: /models, readOnly: true}
+{{- end }}
 {{- end -}}
 
 {{- define "vitrine.commonVolumes" -}}
@@ -223,4 +232,10 @@ secret:
   emptyDir:
     sizeLimit: {{ $cache.size }}
   {{- end }}
+{{- with include "vitrine.modelClaim" . }}
+- name: models
+  persistentVolumeClaim:
+    claimName: {{ . }}
+    readOnly: true
+{{- end }}
 {{- end -}}

@@ -11,6 +11,27 @@ All take (list $ workload). Their configuration files are in _config.tpl, their 
 {{- include "vitrine.image" (list $root (default (index $root.Values.images $workload.program) $workload.settings.image) $tag) -}}
 {{- end -}}
 
+{{/* Image of the pods that Helm's hooks run: one of ours that each mode has. */}}
+{{- define "vitrine.hookImage" -}}
+{{- $image := ternary .Values.images.ray .Values.images.encoder (eq .Values.mode "rayservice") -}}
+{{- include "vitrine.image" (list . $image (default .Chart.AppVersion .Values.images.tag)) -}}
+{{- end -}}
+
+{{/* What these pods have in common, but for containers and volumes. */}}
+{{- define "vitrine.hookPodFields" -}}
+restartPolicy: Never
+automountServiceAccountToken: false
+enableServiceLinks: false
+securityContext:
+  {{- toYaml .Values.podSecurityContext | nindent 2 }}
+{{- with .Values.images.pullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
+{{- end -}}
+
 {{/* Command and arguments. Our images start their program; a variable then names the configuration file, but to vLLM. */}}
 {{- define "vitrine.command" -}}
 {{- $workload := index . 1 -}}

@@ -18,7 +18,7 @@ applications:
     route_prefix: /
     import_path: vitrine_vlm.deploy.ray_serve.application:build
     args:
-      model: {{ required "model is required, for example --set model=Qwen/Qwen3-VL-8B-Instruct" .Values.model | quote }}
+      model: {{ include "vitrine.model" . | quote }}
       encoders:
         {{- include "vitrine.servePool" (list . "encoders" "target_queue_s") | nindent 8 }}
       llm:
@@ -89,7 +89,11 @@ settings:
 {{- $values := $root.Values -}}
 metadata:
   labels:
-    {{- include "vitrine.selectorLabels" (list $root "ray") | nindent 4 }}
+    {{- merge (include "vitrine.selectorLabels" (list $root "ray") | fromYaml) $group.podLabels $values.commonLabels | toYaml | nindent 4 }}
+  {{- with $group.podAnnotations }}
+  annotations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
 spec:
   serviceAccountName: {{ include "vitrine.serviceAccountName" (list $root "ray") }}
   # KubeRay's autoscaler runs in the head's pod and asks the API server for pods.
@@ -107,12 +111,12 @@ spec:
     - name: {{ . }}
     {{- end }}
   {{- end }}
-  {{- with $group.nodeSelector }}
-  nodeSelector:
-    {{- toYaml . | nindent 4 }}
+  {{- with $group.runtimeClassName }}
+  runtimeClassName: {{ . }}
   {{- end }}
-  {{- with $group.tolerations }}
-  tolerations:
+  {{- include "vitrine.podFields" $group | nindent 2 }}
+  {{- with $group.topologySpreadConstraints }}
+  topologySpreadConstraints:
     {{- toYaml . | nindent 4 }}
   {{- end }}
   {{- with $group.affinity }}
@@ -128,6 +132,10 @@ spec:
         {{- with $group.env }}
         {{- include "vitrine.envOf" . | nindent 8 | trimPrefix "\n        " }}
         {{- end }}
+      {{- with $group.envFrom }}
+      envFrom:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
       {{- with index . 3 }}
       ports:
         {{- toYaml . | nindent 8 }}
@@ -148,6 +156,12 @@ spec:
         {{- if $values.accessKeys.secretName }}
         - {name: keys, mountPath: /etc/vitrine/keys, readOnly: true}
         {{- end }}
+        {{- with $group.extraVolumeMounts }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+    {{- with $group.extraContainers }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
   volumes:
     {{- include "vitrine.commonVolumes" $root | nindent 4 }}
     # Ray's object store and the encoders' pools; Kubernetes gives 64 MiB.
@@ -158,5 +172,8 @@ spec:
     {{- if $values.accessKeys.secretName }}
     - name: keys
       {{- include "vitrine.keysVolume" $root | nindent 6 }}
+    {{- end }}
+    {{- with $group.extraVolumes }}
+    {{- toYaml . | nindent 4 }}
     {{- end }}
 {{- end -}}

@@ -24,6 +24,8 @@
 {{- if eq .Values.mode "rayservice" -}}
 {{- $images = list .Values.images.ray -}}
 {{- else -}}
+{{- /* Hooks of Helm run the encoder's. */ -}}
+{{- $images = list .Values.images.encoder -}}
 {{- range (include "vitrine.pools" . | fromYaml).pools -}}
 {{- $images = append $images (default (index $root.Values.images .program) .settings.image) -}}
 {{- end -}}
@@ -57,6 +59,38 @@
 {{- end -}}
 {{- if and (or $cache.existingClaim $cache.storageClassName) (ne $cache.kind "persistentVolumeClaim") -}}
 {{- fail (printf "modelCache.existingClaim and storageClassName do nothing with modelCache.kind %s: set persistentVolumeClaim there" $cache.kind) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Where the model is, and whether it can be downloaded there before pods start. */}}
+{{- define "vitrine.checkModel" -}}
+{{- $model := include "vitrine.model" . -}}
+{{- $cache := .Values.modelCache -}}
+{{- if $cache.download.enabled -}}
+{{- if not (and (eq $cache.kind "persistentVolumeClaim") $cache.existingClaim) -}}
+{{- fail "modelCache.download needs a claim that is there before the release: set modelCache.kind persistentVolumeClaim and existingClaim" -}}
+{{- end -}}
+{{- if hasPrefix "/" $model -}}
+{{- fail (printf "modelCache.download: model %s is a folder, which needs no download; leave it off" .Values.model) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Fields of the users' Service that its type does not have, and a route from nowhere. */}}
+{{- define "vitrine.checkService" -}}
+{{- $service := .Values.service -}}
+{{- if and .Values.httpRoute.enabled (not .Values.httpRoute.parentRefs) -}}
+{{- fail "httpRoute.parentRefs is required with httpRoute.enabled, for example [{name: my-gateway}]" -}}
+{{- end -}}
+{{- $nodePorts := or $service.nodePorts.http $service.nodePorts.grpc -}}
+{{- if and (eq $service.type "ClusterIP") (or $nodePorts $service.externalTrafficPolicy) -}}
+{{- fail "service.nodePorts and externalTrafficPolicy do nothing with service.type ClusterIP: set NodePort or LoadBalancer" -}}
+{{- end -}}
+{{- if and $service.nodePorts.grpc (ne .Values.engine "vitrine") -}}
+{{- fail (printf "service.nodePorts.grpc: users of engine %s have HTTP alone; leave it out" .Values.engine) -}}
+{{- end -}}
+{{- if and (or $service.loadBalancerClass $service.loadBalancerSourceRanges) (ne $service.type "LoadBalancer") -}}
+{{- fail (printf "service.loadBalancerClass and loadBalancerSourceRanges do nothing with service.type %s: set LoadBalancer" $service.type) -}}
 {{- end -}}
 {{- end -}}
 
@@ -98,11 +132,12 @@
 {{- with index $own (index . 2) }}{{ fail (printf "%s is not for values: %s" (index $ 1) .) }}{{ end -}}
 {{- end -}}
 
-{{/* Labels that selectors use: (list $ where labels). */}}
+{{/* Labels that the chart sets: (list where labels). */}}
 {{- define "vitrine.checkLabels" -}}
-{{- $where := index . 1 -}}
-{{- $ours := concat (include "vitrine.labels" (list (index . 0) "any") | fromYaml | keys) (list "vitrine/pool" "vitrine/users") -}}
-{{- range $name, $_ := index . 2 -}}
+{{- $ours := list "helm.sh/chart" "vitrine/pool" "vitrine/users" "vitrine/scrape" -}}
+{{- range list "name" "instance" "component" "version" "managed-by" }}{{ $ours = append $ours (printf "app.kubernetes.io/%s" .) }}{{ end -}}
+{{- $where := index . 0 -}}
+{{- range $name, $_ := index . 1 -}}
 {{- if has $name $ours }}{{ fail (printf "%s: label %s is the chart's own, by which pods are found: take another name" $where $name) }}{{ end -}}
 {{- end -}}
 {{- end -}}
@@ -124,9 +159,18 @@
 {{- end -}}
 {{- end -}}
 
-{{/* (list where autoscaling) */}}
+{{/*
+(list where autoscaling). A pool without pods has no metrics by which it could be scaled, so that something else must show that
+there are requests.
+*/}}
 {{- define "vitrine.checkScaling" -}}
 {{- $scaling := index . 1 -}}
+{{- if and $scaling.triggers (ne $scaling.kind "keda") -}}
+{{- fail (printf "%s.autoscaling.triggers are KEDA's: set kind keda, or leave them out" (index . 0)) -}}
+{{- end -}}
+{{- if not (or $scaling.minReplicas (and (eq $scaling.kind "keda") $scaling.triggers)) -}}
+{{- fail (printf "%s.autoscaling.minReplicas 0: a pool without pods has no metric that could start one; set kind keda, and in triggers something that sees requests outside of the pool, such as an ingress' metric or a cron" (index . 0)) -}}
+{{- end -}}
 {{- if and (ne $scaling.kind "none") (gt (int $scaling.minReplicas) (int $scaling.maxReplicas)) -}}
 {{- fail (printf "%s.autoscaling: minReplicas %v is more than maxReplicas %v" (index . 0) $scaling.minReplicas $scaling.maxReplicas) -}}
 {{- end -}}
@@ -164,6 +208,8 @@
 {{- fail (printf "mode rayservice does not use %s: Services, addresses and the end of pods are KubeRay's; leave it out" .) -}}
 {{- end -}}
 {{- end -}}
+{{- include "vitrine.checkLabels" (list "ray.head.podLabels" $values.ray.head.podLabels) -}}
+{{- include "vitrine.checkLabels" (list "ray.workers.podLabels" $workers.podLabels) -}}
 {{- $gpus := 0 -}}
 {{- range $key, $program := dict "encoders" "encoder" "llm" "llm" -}}
 {{- $pool := include "vitrine.rayPool" (list $root $key) | fromYaml -}}
@@ -191,8 +237,8 @@
 {{- $value = omit $value "count" -}}
 {{- $default = omit $default "count" -}}
 {{- else if eq $name "autoscaling" -}}
-{{- $value = pick $value "behavior" -}}
-{{- $default = pick $default "behavior" -}}
+{{- $value = pick $value "behavior" "triggers" -}}
+{{- $default = pick $default "behavior" "triggers" -}}
 {{- end -}}
 {{- if and (or $value $default) (ne (toYaml $value) (toYaml $default)) -}}
 {{- fail (printf "mode rayservice does not use %s.%s: its replicas run in pods of ray.workers and ray.head; set it there, where they have it" $key $name) -}}
