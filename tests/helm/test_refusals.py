@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import yaml
 from helm_python import HelmRenderError
 
-from tests.helm.rendering import of_kind, pods_of, render
+from tests.helm.rendering import CHART, of_kind, pods_of, render
+from vitrine_vlm.deploy.ray_serve.config import EncoderPool, LlmPool
 
 
 def encoders(**settings: Any) -> dict[str, Any]:
@@ -128,6 +130,8 @@ def test_values_that_would_do_nothing(values: dict[str, Any], message: str) -> N
         (llm(autoscaling={"behavior": {"scaleUp": {}}}), r"does not use llm\.autoscaling"),
         (llm(initContainers=[{"name": "c"}]), r"does not use llm\.initContainers"),
         ({"ray": {"head": {"podLabels": {"vitrine/pool": "p"}}}}, r"ray\.head\.podLabels: label vitrine/pool"),
+        (llm(config={"metrics_host": "::"}), r"llm\.config\.metrics_host is not for values in mode rayservice"),
+        ({"networkPolicy": {"encoderClients": [{"podSelector": {}}]}}, r"does not use networkPolicy\.encoderClients"),
         ({"discovery": "dns"}, "does not use discovery"),
         ({"service": {"type": "LoadBalancer"}}, "does not use service"),
         ({"ray": {"workers": {"minReplicas": 3, "maxReplicas": 2}}}, r"minReplicas 3 is more than maxReplicas 2"),
@@ -170,6 +174,14 @@ def test_workers_on_several_gpus_have_memory_for_what_they_share() -> None:
     two = {"gpu": {"count": 2}, "config": {"tp": 2}}
     assert shared(two) == {"medium": "Memory", "sizeLimit": "4Gi"}
     assert shared(two | {"sharedMemorySize": "1Gi"}) == {"medium": "Memory", "sizeLimit": "1Gi"}
+
+
+def test_the_application_refuses_no_setting_that_the_chart_takes() -> None:
+    """It would say so only in Ray's log."""
+    checks = (CHART / "templates" / "_validate.tpl").read_text()
+    own = yaml.safe_load((CHART / "files" / "checks" / "own_settings.yaml").read_text()).keys()
+    for name in EncoderPool.chosen_here | LlmPool.chosen_here:
+        assert name in own or f'"{name}"' in checks, name
 
 
 def test_rays_ports_are_closed_by_default() -> None:

@@ -53,7 +53,7 @@ def test_models(client: openai.OpenAI, small_fleet: Fleet) -> None:
 def test_what_helm_test_runs_gets_an_answer(small_fleet: Fleet, model: str, code: int) -> None:
     script = Path(__file__).parents[2] / "helm" / "vitrine" / "files" / "ask.py"
     url = f"http://{small_fleet.worker_processes['shm'].addresses['http']}"
-    command = [sys.executable, "-I", script, f"--url={url}", f"--model={model or small_fleet.folder.name}"]
+    command = [sys.executable, "-I", str(script), f"--url={url}", f"--model={model or small_fleet.folder.name}"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == code, ended.stdout + ended.stderr
     assert ended.stdout.startswith("404 " if model else "200 ")

@@ -1,4 +1,4 @@
-{{/* Our services' configuration files. What the chart sets may not be set in a pool's `config`: see values.schema.json. */}}
+{{/* Our services' configuration files. What the chart sets may not be set in a pool's `config`: see files/checks/own_settings.yaml. */}}
 
 {{/* Where services find the model: a hub id or a folder. */}}
 {{- define "vitrine.model" -}}

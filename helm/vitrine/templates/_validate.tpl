@@ -208,6 +208,9 @@ there are requests.
 {{- fail (printf "mode rayservice does not use %s: Services, addresses and the end of pods are KubeRay's; leave it out" .) -}}
 {{- end -}}
 {{- end -}}
+{{- if .Values.networkPolicy.encoderClients -}}
+{{- fail "mode rayservice does not use networkPolicy.encoderClients: name in networkPolicy.clients who may call port 9000" -}}
+{{- end -}}
 {{- include "vitrine.checkLabels" (list "ray.head.podLabels" $values.ray.head.podLabels) -}}
 {{- include "vitrine.checkLabels" (list "ray.workers.podLabels" $workers.podLabels) -}}
 {{- $gpus := 0 -}}
@@ -215,6 +218,9 @@ there are requests.
 {{- $pool := include "vitrine.rayPool" (list $root $key) | fromYaml -}}
 {{- include "vitrine.checkRayPool" (list $key $pool (index $defaults $key).defaults) -}}
 {{- include "vitrine.checkSettings" (list $root $key $program $pool) -}}
+{{- range list "metrics_host" "metrics_client_auth" -}}
+{{- if hasKey $pool.config . }}{{ fail (printf "%s.config.%s is not for values in mode rayservice: each replica has its own port of metrics" $key .) }}{{ end -}}
+{{- end -}}
 {{- include "vitrine.checkGpus" (list $key $program "none" $pool) -}}
 {{- include "vitrine.checkScaling" (list $key $pool.autoscaling) -}}
 {{- $replicas := ternary $pool.autoscaling.minReplicas $pool.replicas (eq $pool.autoscaling.kind "ray") -}}
