@@ -1,4 +1,4 @@
 """Vitrine's connector for vLLM: an encoder-cache connector that lands embeddings of Vitrine's encoders in its workers.
 
-Only `connector`, `metrics`, `plugin` and `qwen3_vl` may import vllm.
+A contract in pyproject.toml names the modules that may import vllm.
 """

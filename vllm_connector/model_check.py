@@ -89,8 +89,8 @@ def served_model(model_config: Any, load_format: str, check_revision: bool) -> S
     vision: Any = getattr(getattr(config, "thinker_config", config), "vision_config", None)  # Omni models: a thinker
     if not hasattr(vision, "out_hidden_size") or not hasattr(vision, "spatial_merge_size"):
         raise ValueError(
-            f"VitrineConnector serves models with a vision tower of Qwen's, not {config.model_type!r}: leave out "
-            "--ec-transfer-config"
+            f"VitrineConnector serves models with a vision tower that encoders have, not {config.model_type!r}: leave "
+            "out --ec-transfer-config"
         )
     return ServedModel(
         model_type=config.model_type,
