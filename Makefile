@@ -24,10 +24,13 @@ FUZZ ?= $(shell sed -n 's/^        \([a-z_]*\),$$/\1/p' tests/fuzz/targets.py)
 VENV := .venv
 VLLM_VENV := $(VENV)/vllm-$(VLLM)
 CLIENTS := $(VENV)/clients
-CLIENT_INSTALL := install --quiet --no-compile --disable-pip-version-check --no-deps --only-binary :all:
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
-VLLM_PIP = $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint tests/vllm/requirements-$(VLLM).txt
+# Python compiles a module when it is first imported, which few of those installed are; each process would do so again if it
+# were not to keep the result.
+unexport PYTHONDONTWRITEBYTECODE
+PIP_INSTALL := install --quiet --no-compile --disable-pip-version-check
+PIP := $(BIN)/pip $(PIP_INSTALL) --constraint constraints.txt
+VLLM_PIP = $(VLLM_VENV)/bin/python -m pip $(PIP_INSTALL) --constraint tests/vllm/requirements-$(VLLM).txt
 # With a working NVIDIA driver the GPU extra comes too; torch's own default for Linux is already its CUDA build.
 comma := ,
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu)
@@ -38,7 +41,7 @@ LAUNCH_ARGS = $(if $(MODEL),--model "$(MODEL)") $(if $(IMAGE),--image "$(IMAGE)"
 UNSAFE := '^[^\#]*((import|from) +(c?[Pp]ickle|dill|cloudpickle|shelve|marshal)\b|torch\.load\(|allow_pickle *= *True)'
 
 .DEFAULT_GOAL := help
-.PHONY: help run serve test test-vllm helm-test eval soak compare fuzz sbom audit lint format protos protos-check helm clean
+.PHONY: help run serve environments test test-vllm helm-test eval soak compare fuzz sbom audit lint format protos protos-check helm clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,11 +53,13 @@ run: $(VENV)/.run-ready  ## Start an encoder and an LLM worker, ask about a pict
 serve: $(VENV)/.run-ready  ## The same services, staying up with an OpenAI endpoint on PORT, gRPC on GRPC_PORT
 	@$(LAUNCH) serve --port $(PORT) --grpc-port $(GRPC_PORT) $(if $(MODEL),--model "$(MODEL)")
 
+environments: $(VENV)/.dev-ready $(CLIENTS)/.ready $(VLLM_VENV)/.ready $(VENV)/protos/.ready  ## Make what test, test-vllm and lint run in (-j2)
+
 test: $(VENV)/.dev-ready $(CLIENTS)/.ready  ## Run all tests, two files at a time (TESTS=path for some of them)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 test-vllm: $(VENV)/.dev-ready $(VLLM_VENV)/.ready  ## Run the tests beside unmodified vLLM, on the CPU (VLLM=version)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 600 --vllm-python $(VLLM_VENV)/bin/python $(or $(TESTS),tests/vllm)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --timeout 600 --vllm-python $(VLLM_VENV)/bin/python $(or $(TESTS),tests/vllm)
 
 helm-test: $(VENV)/.dev-ready  ## Render the chart with many values and validate it against Kubernetes' schemas
 	$(BIN)/python -m pytest tests/helm
@@ -141,13 +146,13 @@ $(VENV)/.compare-ready: $(VENV)/.run-ready
 	@touch $@
 
 # Clients that tests call, in environments of their own, as their pins quarrel; Node's where there is npm.
-$(CLIENTS)/.ready: $(VENV)/.dev-ready $(wildcard tests/clients/requirements*.txt tests/clients/node/package*.json)
+$(CLIENTS)/.ready: $(VENV)/.venv-ready $(wildcard tests/clients/requirements*.txt tests/clients/node/package*.json)
 	@echo "installing the clients that tests call"
 	@mkdir -p $(CLIENTS)/node
 	@$(PYTHON) -m venv --without-pip $(CLIENTS)/python
-	@$(BIN)/pip --python $(CLIENTS)/python $(CLIENT_INSTALL) --requirement tests/clients/requirements.txt
+	@$(BIN)/pip --python $(CLIENTS)/python $(PIP_INSTALL) --no-deps --only-binary :all: --requirement tests/clients/requirements.txt
 	@$(PYTHON) -m venv --without-pip $(CLIENTS)/instructor
-	@$(BIN)/pip --python $(CLIENTS)/instructor $(CLIENT_INSTALL) --requirement tests/clients/requirements-instructor.txt
+	@$(BIN)/pip --python $(CLIENTS)/instructor $(PIP_INSTALL) --no-deps --only-binary :all: --requirement tests/clients/requirements-instructor.txt
 	@cp tests/clients/node/package*.json $(CLIENTS)/node
 	@npm ci --prefix $(CLIENTS)/node --ignore-scripts --no-audit --no-fund --fetch-retries 1 --silent || \
 		echo "npm could not install Node's clients: their tests are skipped" >&2
@@ -155,19 +160,19 @@ $(CLIENTS)/.ready: $(VENV)/.dev-ready $(wildcard tests/clients/requirements*.txt
 
 # Beside the others, as a package that only this uses.
 $(VENV)/fuzz/.ready: $(VENV)/.dev-ready tests/fuzz/requirements.txt
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/fuzz --requirement tests/fuzz/requirements.txt
+	@$(BIN)/pip $(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/fuzz --requirement tests/fuzz/requirements.txt
 	@touch $@
 
 # In an environment of its own, which must not be part of what it lists.
 $(VENV)/supply-chain/.ready: $(VENV)/.dev-ready tests/packaging/requirements.txt
 	@$(PYTHON) -m venv $(VENV)/supply-chain
-	@$(VENV)/supply-chain/bin/pip install --quiet --disable-pip-version-check --requirement tests/packaging/requirements.txt
+	@$(VENV)/supply-chain/bin/pip $(PIP_INSTALL) --requirement tests/packaging/requirements.txt
 	@touch $@
 
 $(VENV)/protos/.ready: $(VENV)/.venv-ready protos/requirements.txt
 	@echo "installing the stub generator"
 	@$(PYTHON) -m venv $(VENV)/protos
-	@$(VENV)/protos/bin/pip install --quiet --disable-pip-version-check --requirement protos/requirements.txt
+	@$(VENV)/protos/bin/pip $(PIP_INSTALL) --requirement protos/requirements.txt
 	@touch $@
 
 # vLLM's versions exactly as pinned, its torchvision made importable beside torch's CPU build, then vitrine-vlm, which must

@@ -28,8 +28,9 @@ VLLM_FLAGS = [
     *("--block-size", "32", "--enable-prefix-caching"),
 ]
 IDLE_TIMEOUT_S = 30.0  # shorter than tickets live, so that one which stays behind is seen
-# A lease whose Ready crosses the cancellation of its call on the wire is held until it expires, after 60 s.
-LEASES_GONE_TIMEOUT_S = 75.0
+# A lease whose Ready crosses the cancellation of its call on the wire is held until it expires.
+LEASE_TTL_S = 20.0
+LEASES_GONE_TIMEOUT_S = LEASE_TTL_S + 15.0
 TENANT_HEADER = "X-Tenant"
 TRANSPORTS: dict[CheckpointName, str] = {"qwen3_vl": "shm", "qwen2_5_vl": "grpc", "tiny": "shm"}
 
@@ -140,7 +141,8 @@ def start_fleet(
     folder = folders[name]
     with contextlib.ExitStack() as stack:
         shm_folder = stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm"))
-        encoder = stack.enter_context(start_encoder(folder, "--shm-folder", shm_folder))
+        encoder_flags = ["--shm-folder", shm_folder, "--lease-ttl-s", str(LEASE_TTL_S)]
+        encoder = stack.enter_context(start_encoder(folder, *encoder_flags))
         encoder.wait_serving()
         connector = ec_transfer_config(encoder.address, shm_folder=shm_folder, transport=TRANSPORTS[name])
         vllm = stack.enter_context(start_vllm(python, folder, cache, [*VLLM_FLAGS, *vllm_flags, *connector]))
