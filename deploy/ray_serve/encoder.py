@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from vitrine_vlm.deploy.ray_serve.closing import Closing
 from vitrine_vlm.deploy.ray_serve.config import environment_variables
 from vitrine_vlm.deploy.ray_serve.node import free_ports, node_host
 from vitrine_vlm.deploy.ray_serve.probes import grpc_serving, read_gauge
@@ -14,7 +15,7 @@ from vitrine_vlm.service_runtime.supervisor import Supervisor
 QUEUE_SECONDS = "queue_seconds"
 
 
-class EncoderReplica:
+class EncoderReplica(Closing):
     """Reports to Ray Serve; pictures and rows go directly to and from the service process."""
 
     async def __init__(self, environment: Mapping[str, str], stop_grace_s: float) -> None:  # type: ignore[misc]
@@ -64,8 +65,8 @@ class EncoderReplica:
         if not await self._serving():
             raise RuntimeError(f"the encoder at {self._address} runs, but its gRPC health check is not SERVING")
 
-    async def __del__(self) -> None:
-        """Drains the encoder; Ray Serve awaits this before it ends the actor."""
+    async def close(self) -> None:
+        """Drains the encoder."""
         await self._process.stop(self._stop_grace_s)
 
     async def _serving(self) -> bool:

@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from vitrine_vlm.deploy.ray_serve.closing import Closing
 from vitrine_vlm.deploy.ray_serve.encode_forwarder import EncodeForwarder
 from vitrine_vlm.deploy.ray_serve.encoder import EncoderReplica
 from vitrine_vlm.deploy.ray_serve.http_forwarder import HttpForwarder
@@ -38,7 +39,7 @@ _ONE_ENCODER = TransportUnavailable(
 )
 
 
-class Gateway:
+class Gateway(Closing):
     def __init__(
         self,
         encoders: DeploymentHandle[EncoderReplica],
@@ -62,8 +63,8 @@ class Gateway:
         self._encoding = EncodeForwarder(encoders, max_items, retry_s)
         self._http = HttpForwarder(workers, retry_s)
 
-    async def __del__(self) -> None:
-        """Closes the HTTP client; Ray Serve awaits this before it ends the actor."""
+    async def close(self) -> None:
+        """Closes the HTTP client."""
         await self._http.close()
         await self._supervisor.close()
 

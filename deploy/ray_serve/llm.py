@@ -12,6 +12,7 @@ from pathlib import Path
 import ray
 from ray.serve.handle import DeploymentHandle
 
+from vitrine_vlm.deploy.ray_serve.closing import Closing
 from vitrine_vlm.deploy.ray_serve.config import environment_variables
 from vitrine_vlm.deploy.ray_serve.encoder import EncoderReplica
 from vitrine_vlm.deploy.ray_serve.node import free_ports, node_host, num_gpus_of_node
@@ -27,7 +28,7 @@ _ADDRESS_TIMEOUT_S = 5.0
 _log = logging.getLogger("ray.serve")
 
 
-class LlmReplica:
+class LlmReplica(Closing):
     """Reports to Ray Serve; prompts and tokens go directly to and from the service process."""
 
     async def __init__(  # type: ignore[misc]
@@ -75,8 +76,8 @@ class LlmReplica:
         if not await http_ok(f"http://{self._address}/health"):
             raise RuntimeError(f"the LLM worker at {self._address} runs, but /health does not answer")
 
-    async def __del__(self) -> None:
-        """Drains the worker; Ray Serve awaits this before it ends the actor."""
+    async def close(self) -> None:
+        """Drains the worker."""
         await self._process.stop(self._stop_grace_s)
         await self._supervisor.close()
         self._folder.cleanup()

@@ -21,11 +21,15 @@ QUESTION = "What shapes and colors are in this picture?"
 _numbers = itertools.count()
 
 
-def next_picture() -> bytes:
-    """One that no encoder has seen: of another color than all before."""
+def next_picture(size: tuple[int, int] = (448, 320)) -> bytes:
+    """One that no encoder has seen: of another color than all before.
+
+    Args:
+        size: width and height, in pixels.
+    """
     number = next(_numbers)
     file = io.BytesIO()
-    Image.new("RGB", (448, 320), (number % 256, number // 256 % 256, 128)).save(file, "PNG")
+    Image.new("RGB", size, (number % 256, number // 256 % 256, 128)).save(file, "PNG")
     return file.getvalue()
 
 
@@ -64,6 +68,7 @@ class Load:
 
     model: str
     pause_s: float
+    size: tuple[int, int]
     num_encoded: int = 0
     num_chats: int = 0
     errors: list[str] = field(default_factory=list)
@@ -72,15 +77,23 @@ class Load:
     @classmethod
     @contextlib.asynccontextmanager
     async def running(
-        cls, application: Running, model: str, *, num_encoding: int, num_chatting: int, pause_s: float = 0.0
+        cls,
+        application: Running,
+        model: str,
+        *,
+        num_encoding: int,
+        num_chatting: int,
+        pause_s: float = 0.0,
+        size: tuple[int, int] = (448, 320),
     ) -> AsyncIterator[Load]:
         """At the end every request that was begun is waited for.
 
         Args:
             num_encoding, num_chatting: clients of the two ingresses, each with one request at a time.
             pause_s: of a client between its requests.
+            size: of the pictures, in pixels.
         """
-        load = cls(model, pause_s)
+        load = cls(model, pause_s, size)
         async with (
             grpc.aio.insecure_channel(application.grpc_address) as channel,
             aiohttp.ClientSession(application.base_url, timeout=aiohttp.ClientTimeout(None)) as session,
@@ -96,7 +109,7 @@ class Load:
     async def _encode(self, channel: grpc.aio.Channel) -> None:
         while not self.stopping:
             with self._noting_errors():
-                [(layout, rows)] = await encode(channel, [next_picture()])
+                [(layout, rows)] = await encode(channel, [next_picture(self.size)])
                 assert rows and len(rows) % layout.num_tokens == 0, f"{len(rows)} bytes for {layout}"
                 self.num_encoded += 1
             await asyncio.sleep(self.pause_s)
@@ -104,7 +117,7 @@ class Load:
     async def _chat(self, session: aiohttp.ClientSession) -> None:
         while not self.stopping:
             with self._noting_errors():
-                assert await chat(session, next_picture(), self.model), "no answer"
+                assert await chat(session, next_picture(self.size), self.model), "no answer"
                 self.num_chats += 1
             await asyncio.sleep(self.pause_s)
 
