@@ -46,7 +46,7 @@ async def wait_serving(channel: grpc.aio.Channel) -> None:
 async def test_the_process_encodes_a_picture_as_transformers_does(qwen3_vl_folder: Path, tmp_path: Path) -> None:
     metrics_port = free_port()
     flags = ["--model", str(qwen3_vl_folder), "--port", "0", "--shm-folder", str(tmp_path), "--pool-bytes", "4194304"]
-    encoder = ServiceProcess("vitrine_vlm.encoder_service", *flags, "--metrics-port", str(metrics_port))
+    encoder = ServiceProcess("vitrine_vlm.encoder_service", *flags, "--metrics-port", str(metrics_port), fork=False)
     try:
         address = (await asyncio.to_thread(encoder.wait_listening))["grpc"]
         async with grpc.aio.insecure_channel(address) as channel:
@@ -84,7 +84,7 @@ async def test_the_process_encodes_a_picture_as_transformers_does(qwen3_vl_folde
 
 async def test_a_stopping_process_waits_for_its_leases(qwen3_vl_folder: Path, tmp_path: Path) -> None:
     flags = ["--model", str(qwen3_vl_folder), "--port", "0", "--shm-folder", str(tmp_path), "--pool-bytes", "4194304"]
-    encoder = ServiceProcess("vitrine_vlm.encoder_service", *flags)
+    encoder = ServiceProcess("vitrine_vlm.encoder_service", *flags, fork=False)
     try:
         address = (await asyncio.to_thread(encoder.wait_listening))["grpc"]
         client = EncoderClient([address], None, transport="shm", shm_folder=tmp_path)
@@ -136,7 +136,7 @@ def test_what_cannot_start_says_why(
 
 async def test_a_stopping_process_does_not_wait_for_tickets(qwen3_vl_folder: Path, tmp_path: Path) -> None:
     flags = ["--model", str(qwen3_vl_folder), "--port", "0", "--shm-folder", str(tmp_path), "--pool-bytes", "4194304"]
-    encoder = ServiceProcess("vitrine_vlm.encoder_service", *flags, "--ticket-ttl-s", "77")
+    encoder = ServiceProcess("vitrine_vlm.encoder_service", *flags, "--ticket-ttl-s", "77", fork=False)
     try:
         address = (await asyncio.to_thread(encoder.wait_serving))["grpc"]
         async with grpc.aio.insecure_channel(address) as channel:

@@ -74,7 +74,9 @@ async def test_ranks_share_the_items_and_a_dead_one_is_replaced(qwen3_vl_folder:
     port = free_port()
     flags = ["--model", str(qwen3_vl_folder), "--port", str(port), "--dp", str(DP), "--shm-folder", str(tmp_path)]
     # Ranks are seen to serve at any level of the log: one that was not would end them all when it dies.
-    encoder = ServiceProcess("vitrine_vlm.encoder_service", *flags, "--pool-bytes", "8388608", "--log-level", "error")
+    encoder = ServiceProcess(
+        "vitrine_vlm.encoder_service", *flags, "--pool-bytes", "8388608", "--log-level", "error", fork=False
+    )
     client = EncoderClient([f"127.0.0.1:{port + rank}" for rank in range(DP)], None, shm_folder=tmp_path)
     try:
         await client.start()

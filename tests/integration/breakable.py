@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import importlib
-import multiprocessing
 import os
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Generator
@@ -19,13 +16,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from tests.integration.forked import CONTEXT, run_module
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 
-# Imports the services once, and is copied for each process.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["vitrine_vlm.encoder_service.app", "vitrine_vlm.llm_worker.app", "vitrine_vlm.gateway.app", __name__]
-)
 _TIMEOUT_S = 60.0
 
 
@@ -42,8 +35,8 @@ class BreakableService:
 
     def __init__(self, module: str, flags: list[str], log: Path) -> None:
         self.log = log
-        self._connection, theirs = _context.Pipe()
-        self.process = _context.Process(target=_run, args=(module, flags, log, theirs), daemon=True)
+        self._connection, theirs = CONTEXT.Pipe()
+        self.process = CONTEXT.Process(target=_run, args=(module, flags, log, theirs), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -63,6 +56,7 @@ class BreakableService:
     def break_loop(self, name: str) -> None:
         """Has it raise `Injected` at what it waits for just now."""
         self._connection.send(name)
+        self.broken_at = time.monotonic()
 
     def stop(self) -> None:
         self.process.kill()
@@ -104,13 +98,8 @@ class _Breakable:
 
 def _run(module: str, flags: list[str], log: Path, connection: Connection) -> None:
     fd = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(fd, 1)
-    os.dup2(fd, 2)
-    sys.stdout = os.fdopen(1, "w", buffering=1)
-    sys.stderr = os.fdopen(2, "w", buffering=1)
-    sys.argv = [module, *flags]
     _wrap(connection)
-    sys.exit(importlib.import_module(f"{module}.__main__").main())
+    run_module(module, flags, fd)
 
 
 def _wrap(connection: Connection) -> None:

@@ -20,6 +20,7 @@ import grpc
 import pytest
 import torch
 
+from tests.integration.forked import ForkedProcess
 from vitrine_vlm.protos.llm.v1 import llm_pb2, llm_pb2_grpc
 from vitrine_vlm.sample_models.reference import Media
 
@@ -33,22 +34,28 @@ _KINDS = {"image": llm_pb2.MEDIA_KIND_IMAGE, "video": llm_pb2.MEDIA_KIND_VIDEO}
 class ServiceProcess:
     """One `python -m <module>` with its log kept; `addresses` are the ones its LISTENING line names."""
 
-    def __init__(self, module: str, *flags: str, prefix: Sequence[str] = ()) -> None:
+    process: ForkedProcess | subprocess.Popen[str]
+
+    def __init__(self, module: str, *flags: str, prefix: Sequence[str] = (), fork: bool = True) -> None:
         """
         Args:
-            prefix: what the command begins with.
+            prefix: what the command begins with; it is executed then.
+            fork: whether the process is a copy of one that has imported the service; otherwise it is executed.
         """
         self.lines: list[str] = []
         self.addresses: dict[str, str] = {}
         self._listening = threading.Event()
         self._serving = threading.Event()
-        self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", module, *flags],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        if fork and not prefix:
+            self.process = ForkedProcess(module, flags)
+        else:
+            self.process = subprocess.Popen(
+                [*prefix, sys.executable, "-m", module, *flags],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
         threading.Thread(target=self._read, daemon=True).start()
 
     def wait_listening(self) -> dict[str, str]:

@@ -12,6 +12,9 @@ import torch
 
 from tests.integration.fleet import CHUNK_TOKENS, Fleet, ServiceProcess
 
+# Of the KV. A lease whose Ready crosses the cancellation of its call on the wire is held until it expires.
+LEASE_TTL_S = 20.0
+
 
 @dataclass
 class Split:
@@ -23,6 +26,7 @@ class Split:
 
 def prefill_worker(folder: Path, encoder: str, *flags: str) -> ServiceProcess:
     ports = ["--port", "0", "--grpc-port", "0", "--max-num-batched-tokens", str(CHUNK_TOKENS)]
+    ports += ["--lease-ttl-s", str(LEASE_TTL_S)]
     return ServiceProcess(
         "vitrine_vlm.llm_worker", "--role", "prefill", "--model", str(folder), "--encoders", encoder, *ports, *flags
     )

@@ -15,7 +15,7 @@ import pytest
 
 from tests.integration.fleet import TRANSPORTS, Fleet, ServiceProcess
 from tests.integration.media_server import MediaServer, serve_media
-from tests.integration.split import Split, decode_worker, prefill_worker, start_split
+from tests.integration.split import LEASE_TTL_S, Split, decode_worker, prefill_worker, start_split
 from tests.integration.test_parity import CASES
 from tests.integration.test_worker_process import base_url, metric, post, until_metric
 from vitrine_vlm.protos.llm.v1 import llm_pb2, llm_pb2_grpc
@@ -23,8 +23,6 @@ from vitrine_vlm.sample_models.random_checkpoint import save_random_checkpoint
 from vitrine_vlm.sample_models.reference import Reference
 
 NUM_TOKENS = 32
-LEASE_TTL_S = 60.0  # --lease-ttl-s
-
 
 one_family = pytest.mark.parametrize("checkpoint_folder", ["qwen3_vl"], indirect=True)
 
@@ -206,7 +204,6 @@ async def test_a_client_that_goes_away_frees_everything_on_both(split: Split, me
     for process in (decoding, prefilling):
         await until_metric(process, "vitrine_llm_running", 0)
         await until_metric(process, "vitrine_llm_kv_blocks_used", 0)
-    # A lease whose Ready crosses the cancellation lives until it expires.
     await until_metric(prefilling, "vitrine_llm_kv_leases_live", 0, LEASE_TTL_S + 15)
 
 

@@ -82,7 +82,9 @@ def test_a_port_in_use_is_reported(start: Callable[..., tuple[int, str]], qwen3_
 
 def test_without_any_encoder_text_is_served_and_ready_says_why_not(qwen3_vl_folder: Path) -> None:
     flags = ["--model", str(qwen3_vl_folder), "--port", "0", "--grpc-port", "0", *NO_ENCODER]
-    worker = ServiceProcess("vitrine_vlm.llm_worker", *flags, "--served-model-name", "mine", "--connect-timeout-s", "1")
+    worker = ServiceProcess(
+        "vitrine_vlm.llm_worker", *flags, "--served-model-name", "mine", "--connect-timeout-s", "1", fork=False
+    )
     try:
         base = f"http://{worker.wait_serving()['http']}"
         with pytest.raises(urllib.error.HTTPError) as not_ready:
@@ -106,7 +108,7 @@ def test_without_any_encoder_text_is_served_and_ready_says_why_not(qwen3_vl_fold
 async def test_a_prefill_worker_finishes_its_own_answers_before_it_ends(qwen3_vl_folder: Path) -> None:
     """The gRPC server cannot wait for all calls, as sessions of decode workers never end."""
     flags = ["--model", str(qwen3_vl_folder), "--role", "prefill", "--port", "0", "--grpc-port", "0", *NO_ENCODER]
-    worker = ServiceProcess("vitrine_vlm.llm_worker", *flags, "--connect-timeout-s", "1")
+    worker = ServiceProcess("vitrine_vlm.llm_worker", *flags, "--connect-timeout-s", "1", fork=False)
     try:
         address = worker.wait_serving()["grpc"]
         sampling = llm_pb2.SamplingParams(max_tokens=1500, ignore_eos=True)
