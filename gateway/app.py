@@ -102,7 +102,7 @@ async def serve(config: GatewayConfig) -> None:
         servers = ServerFleet(
             session,
             supervisor,
-            tls=config.server_ca_file is not None,
+            tls=config.tls_to_servers(),
             health_path=config.health_path,
             health_interval_s=config.health_interval_s,
             connect_timeout_s=config.connect_timeout_s,
@@ -145,12 +145,12 @@ def _encoders(config: GatewayConfig, supervisor: Supervisor) -> EncoderClient:
 
 def _session(config: GatewayConfig) -> aiohttp.ClientSession:
     """Connections to servers, which pass on bodies as they are."""
-    ssl = config.server_ssl()
+    tls = config.tls_to_servers()
     timeout = aiohttp.ClientTimeout(
         total=None, sock_connect=config.connect_timeout_s, sock_read=config.server_timeout_s
     )
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S, ssl=ssl if ssl is not None else True),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S, ssl=tls.context() if tls else True),
         timeout=timeout,
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,

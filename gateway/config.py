@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import ssl
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from vitrine_vlm.embedding_transport.clients.settings import EncoderFleetSettings
 from vitrine_vlm.embedding_transport.fleet.discovery import parse_sources
 from vitrine_vlm.service_runtime.access_settings import AccessSettings
 from vitrine_vlm.service_runtime.settings import ServiceSettings
+from vitrine_vlm.service_runtime.tls import ClientTls
 
 
 class GatewayConfig(ServiceSettings, AccessSettings, EncoderFleetSettings):
@@ -24,6 +25,11 @@ class GatewayConfig(ServiceSettings, AccessSettings, EncoderFleetSettings):
 
     servers: str = Field(description="HTTP addresses of the vLLM servers or LLM workers, in the forms of --encoders")
     server_ca_file: Path | None = Field(None, description="CA that signs servers' certificates (PEM); none: no TLS")
+    server_cert_file: Path | None = Field(None, description="certificate (PEM) for servers that ask for one")
+    server_key_file: Path | None = Field(None, description="its private key (PEM)")
+    server_name: str | None = Field(
+        None, description="name in servers' certificates, where they are reached by another one or by IP address"
+    )
     server_timeout_s: float = Field(
         600.0, gt=0, description="longest wait for the next bytes of a server's answer, also for its first ones, s"
     )
@@ -53,10 +59,16 @@ class GatewayConfig(ServiceSettings, AccessSettings, EncoderFleetSettings):
         parse_sources(specs)
         return specs
 
-    def server_ssl(self) -> ssl.SSLContext | None:
-        """Returns the context of connections to servers, or None without TLS.
+    @model_validator(mode="after")
+    def _check_tls_to_servers(self) -> Self:
+        given = [name for name in ("cert_file", "key_file", "name") if getattr(self, f"server_{name}") is not None]
+        if given and self.server_ca_file is None:
+            raise ValueError(f"server_{given[0]} needs server_ca_file: without it there is no TLS to servers")
+        if (self.server_cert_file is None) != (self.server_key_file is None):
+            raise ValueError("server_cert_file and server_key_file need each other")
+        return self
 
-        Raises:
-            OSError: the file cannot be read, or is not a certificate.
-        """
-        return ssl.create_default_context(cafile=self.server_ca_file) if self.server_ca_file else None
+    def tls_to_servers(self) -> ClientTls | None:
+        if self.server_ca_file is None:
+            return None
+        return ClientTls(self.server_ca_file, self.server_cert_file, self.server_key_file, self.server_name)

@@ -141,6 +141,7 @@ class Forwarder:
                 headers=request.headers,
                 data=request.body or None,
                 allow_redirects=False,
+                server_hostname=server.name,
                 skip_auto_headers=_SKIPPED_HEADERS,
             )
         except (aiohttp.SocketTimeoutError, aiohttp.ClientResponseError, aiohttp.ClientPayloadError) as error:

@@ -14,6 +14,7 @@ from vitrine_vlm.embedding_transport.fleet.content_routing import ranked
 from vitrine_vlm.errors import Overloaded, WorkerUnavailable
 from vitrine_vlm.service_runtime.backoff import Backoff
 from vitrine_vlm.service_runtime.supervisor import Supervisor
+from vitrine_vlm.service_runtime.tls import ClientTls
 
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.2, 5.0
 RETRY_AFTER_S = 1
@@ -32,11 +33,15 @@ class ServerStatus:
 
 
 class Server:
-    """One server. It gets requests while `error` is None; `attempted` is set after the first health check."""
+    """One server. It gets requests while `error` is None; `attempted` is set after the first health check.
 
-    def __init__(self, address: str, scheme: str, health_path: str) -> None:
+    name: the name that its certificate must have; None for the host of its address.
+    """
+
+    def __init__(self, address: str, tls: ClientTls | None, health_path: str) -> None:
         self.address = address
-        self.url = f"{scheme}://{address}"
+        self.url = f"{'http' if tls is None else 'https'}://{address}"
+        self.name = None if tls is None else tls.server_name
         self._health_path = health_path
         self.in_flight = 0
         self.error: str | None = "its health was not checked yet"
@@ -80,7 +85,8 @@ class Server:
         """Returns what is wrong, or None."""
         try:
             url = self.url + self._health_path
-            async with asyncio.timeout(timeout_s), session.get(url, allow_redirects=False) as response:
+            get = session.get(url, allow_redirects=False, server_hostname=self.name)
+            async with asyncio.timeout(timeout_s), get as response:
                 return None if response.status == 200 else f"{self._health_path} answers {response.status}"
         except TimeoutError:
             return f"{self._health_path} does not answer within {timeout_s:g} s"
@@ -93,7 +99,7 @@ class ServerFleet:
 
     Args:
         session: for health checks. supervisor: owns the loops that make them.
-        tls: whether servers are reached by https. health_path: what they are asked for their health.
+        tls: to servers; None for plain HTTP. health_path: what they are asked for their health.
         max_in_flight: requests at one server.
     """
 
@@ -102,7 +108,7 @@ class ServerFleet:
         session: aiohttp.ClientSession,
         supervisor: Supervisor,
         *,
-        tls: bool,
+        tls: ClientTls | None,
         health_path: str,
         health_interval_s: float,
         connect_timeout_s: float,
@@ -110,7 +116,7 @@ class ServerFleet:
     ) -> None:
         self._session = session
         self._supervisor = supervisor
-        self._scheme = "https" if tls else "http"
+        self._tls = tls
         self._health_path = health_path
         self._health_interval_s, self._connect_timeout_s = health_interval_s, connect_timeout_s
         self._max_in_flight = max_in_flight
@@ -135,7 +141,7 @@ class ServerFleet:
             task.cancel()
         for address in addresses:
             if address not in self._servers:
-                server = Server(address, self._scheme, self._health_path)
+                server = Server(address, self._tls, self._health_path)
                 checks = server.keep_checked(self._session, self._health_interval_s, self._connect_timeout_s)
                 self._servers[address] = server, self._supervisor.start_task(f"server {address} health", checks)
 

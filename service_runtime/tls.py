@@ -102,6 +102,17 @@ class ClientTls:
         key, cert = (file.read_bytes() if file else None for file in (self.key_file, self.cert_file))
         return grpc.ssl_channel_credentials(self.ca_file.read_bytes(), key, cert)
 
+    def context(self) -> ssl.SSLContext:
+        """Returns the context of connections to HTTPS servers; each must be given `server_name`.
+
+        Raises:
+            OSError: a file cannot be read, or is not a certificate.
+        """
+        context = ssl.create_default_context(cafile=self.ca_file)
+        if self.cert_file is not None:
+            context.load_cert_chain(self.cert_file, self.key_file)
+        return context
+
 
 def _configuration(read: tuple[bytes, bytes, bytes | None]) -> grpc.ServerCertificateConfiguration:
     key, cert, ca = read

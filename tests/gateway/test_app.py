@@ -133,6 +133,8 @@ async def test_without_encoders_and_servers_it_answers_and_is_not_ready() -> Non
         [*NEEDED, "--tenant-header", "two words"],
         [*NEEDED, "--max-in-flight", "0"],
         [*NEEDED, "--transport", "shm"],
+        [*NEEDED, "--server-name", "servers.svc"],
+        [*NEEDED, "--server-ca-file", "ca.pem", "--server-cert-file", "cert.pem"],
     ],
 )
 def test_wrong_settings_are_refused(flags: list[str]) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 
 from aiohttp import web
 
+from vitrine_vlm.service_runtime.tls import ServerTls
+
 TOKENS = ("One", " two", " three")
 # What vLLM answers where the connector has not got the rows.
 FAILED = {"error": {"message": "Internal server error", "type": "InternalServerError", "param": None, "code": 500}}
@@ -47,6 +49,7 @@ class Upstream:
     health: status of /health. statuses: of the next answers, 200 where there are no more.
     fails_in_stream: the number of streams that end with an error behind the role.
     gate: answers wait for it, streams behind their first token.
+    tls: its certificate, where it is reached by https.
     """
 
     port: int = 0
@@ -58,6 +61,7 @@ class Upstream:
     seen: list[Seen] = field(default_factory=list)
     num_cancelled: int = 0
     runner: web.AppRunner | None = None
+    tls: ServerTls | None = None
 
     @property
     def address(self) -> str:
@@ -72,7 +76,8 @@ class Upstream:
         app.router.add_route("*", "/{path:.*}", self._echo)
         self.runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self.runner.setup()
-        await web.TCPSite(self.runner, "127.0.0.1", self.port).start()
+        context = self.tls.context() if self.tls else None
+        await web.TCPSite(self.runner, "127.0.0.1", self.port, ssl_context=context).start()
         self.port = self.runner.addresses[0][1]
 
     async def stop(self) -> None:
@@ -178,8 +183,8 @@ def refusal(seen: Seen, video_fields: tuple[str, ...]) -> str | None:
 
 
 @contextlib.asynccontextmanager
-async def serve_upstreams(number: int) -> AsyncIterator[list[Upstream]]:
-    upstreams = [Upstream() for _ in range(number)]
+async def serve_upstreams(number: int, tls: ServerTls | None = None) -> AsyncIterator[list[Upstream]]:
+    upstreams = [Upstream(tls=tls) for _ in range(number)]
     try:
         for upstream in upstreams:
             await upstream.start()

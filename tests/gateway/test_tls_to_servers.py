@@ -1,0 +1,54 @@
+"""Servers that are found by their pods' addresses, and have one certificate for all."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from tests.gateway.conftest import start_gateway
+from tests.gateway.upstream import TOKENS, serve_upstreams
+from tests.service_runtime.authority import Files, authority
+from vitrine_vlm.service_runtime.tls import ServerTls
+
+NAME = "vllm.media.svc"
+BODY = {"messages": [{"role": "user", "content": "Hello"}]}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    return authority(tmp_path / "named", NAME)
+
+
+async def test_requests_and_health_checks_expect_the_name_and_show_a_certificate(files: Files) -> None:
+    asks_for_certificates = ServerTls(files.cert, files.key, files.ca)
+    shown = ["--server-cert-file", str(files.cert), "--server-key-file", str(files.key)]
+    flags = ["--server-ca-file", str(files.ca), "--server-name", NAME, *shown]
+    async with (
+        serve_upstreams(1, asks_for_certificates) as upstreams,
+        start_gateway(None, flags, upstreams) as gateway,
+    ):
+        async with gateway.client.post("/v1/chat/completions", json=BODY) as response:
+            assert (await response.json())["choices"][0]["message"]["content"] == "".join(TOKENS)
+        async with gateway.client.get("/ready") as response:
+            assert response.status == 200
+        # Also where a request finds a server that is new under the address of an old one.
+        await upstreams[0].stop()
+        await upstreams[0].start()
+        async with asyncio.timeout(5):
+            while (await gateway.client.post("/v1/chat/completions", json=BODY)).status != 200:
+                await asyncio.sleep(0.05)
+
+
+async def test_without_the_name_it_is_refused(files: Files) -> None:
+    flags = ["--server-ca-file", str(files.ca)]
+    async with (
+        serve_upstreams(1, ServerTls(files.cert, files.key)) as upstreams,
+        start_gateway(None, flags, upstreams) as gateway,
+        gateway.client.get("/ready") as response,
+    ):
+        (server,) = (await response.json())["servers"]
+        assert response.status == 503
+        assert "certificate is not valid for" in server["error"]
+        assert not upstreams[0].seen
