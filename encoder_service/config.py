@@ -100,7 +100,9 @@ class EncoderConfig(ServiceSettings, PeerSettings):
         ":PORT or :FIRST-LAST behind it or none for all ports; empty allows none",
     )
     sglang_register: str = Field(
-        "", description="language servers to register with, separated by commas: http://HOST:8997"
+        "",
+        description="language servers to register with, separated by commas: http://HOST:8997, or a form of a worker's "
+        "--encoders with that port",
     )
     sglang_advertise_host: str = Field("", description="host that language servers reach this one by; default: --host")
     sglang_timeout_s: float = Field(

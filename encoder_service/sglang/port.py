@@ -19,7 +19,7 @@ from vitrine_vlm.encoder_service.sglang.fleet import FleetPartEncoder
 from vitrine_vlm.encoder_service.sglang.http_port import Delivery, SglangHttp
 from vitrine_vlm.encoder_service.sglang.part_encoder import LocalPartEncoder, PartEncoder
 from vitrine_vlm.encoder_service.sglang.receivers import AllowedReceivers
-from vitrine_vlm.encoder_service.sglang.registration import Registration, parse_servers
+from vitrine_vlm.encoder_service.sglang.registration import Registration, parse_server_sources
 from vitrine_vlm.encoder_service.sglang.versions import receiver_class
 from vitrine_vlm.encoder_service.sglang.zmq_push import ZmqPush
 from vitrine_vlm.errors import EncoderUnavailable, VitrineError
@@ -56,7 +56,7 @@ class SglangPort:
         lifecycle.supervisor.on_failure(
             lambda failure: self._calls.end(lambda: _unavailable(f"has failed ({failure})"))
         )
-        self._registration = Registration(_own_url(config), parse_servers(config.sglang_register))
+        self._registration = Registration(_own_url(config), parse_server_sources(config.sglang_register))
         receiver, allowed = receiver_class(config.sglang_version), AllowedReceivers(config.sglang_receivers)
         if not config.sglang_receivers:
             _log.warning("--sglang-receivers is empty: rows may be sent nowhere, and every part will be refused")

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 
 import aiohttp
 from yarl import URL
 
+from vitrine_vlm.embedding_transport.fleet.discovery import Source, parse_sources, watch_sources
 from vitrine_vlm.service_runtime.backoff import Backoff
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 
@@ -22,8 +23,33 @@ _REPEAT_S = 10.0
 _REQUEST_TIMEOUT_S = 5.0
 
 
+class FixedUrl:
+    """One language server, as a source of addresses."""
+
+    def __init__(self, url: URL) -> None:
+        self._url = url
+
+    async def watch(self) -> AsyncGenerator[list[str]]:
+        yield [str(self._url)]
+
+
+def parse_server_sources(specs: str) -> list[Source]:
+    """Reads URLs of language servers and forms of discovery, separated by commas.
+
+    Raises:
+        ValueError: one of them is neither.
+    """
+    sources: list[Source] = []
+    for spec in filter(None, map(str.strip, specs.split(","))):
+        try:
+            sources += map(FixedUrl, parse_servers(spec)) if "://" in spec else parse_sources(spec)
+        except ValueError as error:
+            raise ValueError(f"--sglang-register: {error}") from error
+    return sources
+
+
 def parse_servers(specs: str) -> list[URL]:
-    """Reads the addresses of language servers, separated by commas.
+    """Reads URLs of language servers, separated by commas.
 
     Raises:
         ValueError: one of them is no http: or https: URL of a host and a port.
@@ -31,7 +57,7 @@ def parse_servers(specs: str) -> list[URL]:
     servers = [URL(spec.strip()) for spec in specs.split(",") if spec.strip()]
     for server in servers:
         if server.scheme not in ("http", "https") or not server.raw_host or server.path not in ("", "/"):
-            raise ValueError(f"--sglang-register: {str(server)!r} is not like http://HOST:8997")
+            raise ValueError(f"{str(server)!r} is not like http://HOST:8997")
     return servers
 
 
@@ -40,20 +66,32 @@ class Registration:
 
     Args:
         own_url: where they reach this encoder.
-        servers: see `parse_servers`.
+        sources: of their addresses, see `parse_server_sources`.
     """
 
-    def __init__(self, own_url: str, servers: Sequence[URL]) -> None:
+    def __init__(self, own_url: str, sources: Sequence[Source]) -> None:
         self._body = {"url": own_url}
-        self._servers = servers
-        self._keeping: list[asyncio.Task[None]] = []
+        self._sources = sources
+        self._discovery: list[asyncio.Task[None]] = []
+        self._keeping: dict[URL, asyncio.Task[None]] = {}
 
     def start(self, supervisor: Supervisor) -> None:
-        """Starts a loop for each server, which the supervisor owns."""
+        """Starts the discovery, and with it a loop for each server, all of which the supervisor owns."""
         self._supervisor = supervisor
-        for server in self._servers:
+        if self._sources:
+            watch = watch_sources(self._sources, self._set_servers)
+            # A job, which may end by itself: fixed addresses do not change.
+            self._discovery.append(supervisor.start_job("sglang discovery", watch))
+
+    def _set_servers(self, addresses: Iterable[str]) -> None:
+        servers = {URL(each if "://" in each else f"http://{each}") for each in addresses}
+        for server in self._keeping.keys() - servers:  # it has ended, and its list with it
+            task = self._keeping.pop(server)
+            self._supervisor.expect_end(task)
+            task.cancel()
+        for server in servers - self._keeping.keys():
             name = f"sglang registration {server.host}:{server.port}"
-            self._keeping.append(supervisor.start_task(name, self._keep(server)))
+            self._keeping[server] = self._supervisor.start_task(name, self._keep(server))
 
     async def end(self, timeout_s: float) -> None:
         """Stops the loops and removes this encoder from all lists, except those of servers that do not answer in time.
@@ -61,14 +99,17 @@ class Registration:
         Args:
             timeout_s: more than 0.
         """
-        if not self._keeping:
+        if self._discovery:
+            await self._supervisor.stop(*self._discovery)
+        servers = list(self._keeping)
+        if not servers:
             return
-        await self._supervisor.stop(*self._keeping)
+        await self._supervisor.stop(*self._keeping.values())
         self._keeping.clear()
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout_s)) as session:
-            urls = [server / "unregister_encoder_url" for server in self._servers]
+            urls = [server / "unregister_encoder_url" for server in servers]
             problems = await asyncio.gather(*(self._problem(session, "DELETE", url) for url in urls))
-        for server, problem in zip(self._servers, problems, strict=True):
+        for server, problem in zip(servers, problems, strict=True):
             if problem:
                 _log.warning("language server %s still lists this encoder: %s", server, problem)
 

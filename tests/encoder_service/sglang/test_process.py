@@ -149,7 +149,8 @@ async def test_a_part_that_does_not_end_is_cut_off_at_the_deadline(qwen3_vl_fold
     [
         ({"sglang_version": ""}, "--sglang-version is ''"),
         ({"sglang_receivers": "10.0.0.1/8"}, "--sglang-receivers"),
-        ({"sglang_register": "host:8997"}, "--sglang-register: 'host:8997' is not like http://HOST:8997"),
+        ({"sglang_register": "http://"}, "--sglang-register: 'http://' is not like http://HOST:8997"),
+        ({"sglang_register": "http://a:1,host"}, "--sglang-register: 'host' is neither host:port nor"),
         ({"host": "0.0.0.0", "sglang_register": "http://127.0.0.1:1"}, "--sglang-advertise-host"),
         ({"sglang_peers": "dns:"}, "dns:"),
         ({"tls_cert_file": "c", "tls_key_file": "k", "tls_client_ca_file": "ca"}, "--tls-client-ca-file"),
