@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
 from vitrine_vlm.errors import BadRequest, EncoderUnavailable, InternalError, MediaError
-from vitrine_vlm.gateway.families import POSITIONS_PER_S, takes_times
+from vitrine_vlm.gateway.families import takes_interval
 from vitrine_vlm.gateway.media_parts import MediaPart
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.types import Layout, MediaItem, Ticket
@@ -49,7 +49,9 @@ class MeasuredPart:
 
     def _metadata(self) -> dict[str, object]:
         fields: dict[str, object] = {f"{self.layout.kind}_grid_thw": list(self.layout.grid_thw)}
-        if self.layout.kind == "video" and takes_times(self.model_type):
+        if self.layout.kind == "video" and takes_interval(self.model_type):
+            fields["second_per_grid_ts"] = [self.layout.second_per_grid_t]
+        elif self.layout.kind == "video":
             fields["timestamps"] = list(self.layout.timestamps_s)
         return fields
 
@@ -117,23 +119,4 @@ class MediaLayouts:
         identity = self._encoders.identity_of(layout.ticket.encoder_id)
         if identity is None:
             raise EncoderUnavailable(f"encoder {layout.ticket.encoder_id} was lost right after its layout: try again")
-        if layout.kind == "video" and not takes_times(identity.model_type):
-            _check_interval(part, layout)
         return MeasuredPart(part, layout, layout.ticket, identity.model_type, tenant)
-
-
-def _check_interval(part: MediaPart, layout: Layout) -> None:
-    """Refuses a video to which vLLM would give other positions than the model was trained with (see `families`).
-
-    Raises:
-        BadRequest: its temporal patches are not one second apart.
-    """
-    interval_s = layout.second_per_grid_t
-    positions = (int(index * (interval_s * POSITIONS_PER_S)) for index in range(layout.grid_thw[0]))
-    if any(position != index * POSITIONS_PER_S for index, position in enumerate(positions)):
-        error = BadRequest(
-            f"{part.param}: the temporal patches of this video are {interval_s:.3f} s apart, and vLLM takes one second "
-            "only with embeddings of this model: cut the video to whole seconds, or choose its fps accordingly"
-        )
-        error.param = part.param
-        raise error

@@ -31,6 +31,7 @@ OF_FAMILIES = (
     ROOT / "gateway" / "families.py",  # what vLLM takes of each
     # Subclasses of vLLM's own models, which have these names, and where they are registered with vLLM.
     ROOT / "vllm_connector" / "qwen3_vl.py",
+    ROOT / "vllm_connector" / "qwen2_5_vl.py",
     ROOT / "vllm_connector" / "plugin.py",
 )
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from vllm import ModelRegistry
 
-_MODULE = "vitrine_vlm.vllm_connector.qwen3_vl"
+_PACKAGE = "vitrine_vlm.vllm_connector"
+_MODELS = {
+    "Qwen3VLForConditionalGeneration": "qwen3_vl",
+    "Qwen3VLMoeForConditionalGeneration": "qwen3_vl",
+    "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
+}
 
 
 def register() -> None:
-    """Registers the models that keep deepstack where their tower is not loaded; with a tower they are vLLM's own."""
-    for name in ("Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration"):
-        ModelRegistry.register_model(name, f"{_MODULE}:{name}")
+    """Registers models that take from elsewhere all that they would have from their own tower and processor."""
+    for name, module in _MODELS.items():
+        ModelRegistry.register_model(name, f"{_PACKAGE}.{module}:{name}")

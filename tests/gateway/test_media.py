@@ -307,7 +307,7 @@ async def test_lost_embeddings_are_asked_for_again(gateway: Gateway, encoder: Se
     await all_released(encoder)
 
 
-async def test_videos_of_a_family_without_times(qwen2_5_vl_folder: Path) -> None:
+async def test_videos_of_a_family_that_takes_the_interval(qwen2_5_vl_folder: Path) -> None:
     encoder = ServiceProcess("vitrine_vlm.encoder_service", "--model", str(qwen2_5_vl_folder), "--port", "0")
     try:
         await asyncio.to_thread(encoder.wait_serving)
@@ -315,12 +315,12 @@ async def test_videos_of_a_family_without_times(qwen2_5_vl_folder: Path) -> None
             serve_upstreams(1) as upstreams,
             start_gateway(encoder.addresses["grpc"], upstreams=upstreams) as gateway,
         ):
-            upstreams[0].video_fields = ("video_grid_thw",)
-            seen = await answer(gateway, ask(video(clip(1, 64, 64, 32).data), image(PICTURES[0])))
-            assert set(seen.media[0]["video_embeds"]) == {"video_grid_thw"}, "32 frames of 8 a second: 4 s, 8 frames"
-            # Of 63 frames 14 are sampled: 1.125 s lie between temporal patches, 6.75 s up to the last one.
-            status, code, param = await refused(gateway, ask(video(clip(1, 64, 64, 63).data)))
-            assert (status, code, param) == (400, "invalid_request", "messages[0].content[0]")
+            upstreams[0].video_fields = ("video_grid_thw", "second_per_grid_ts")
+            # Of 8 frames a second two are sampled: 8 of 32; 14 of 63, as their number is even.
+            for num_frames, grid_t, interval_s in ((32, 4, 1.0), (63, 7, 1.125)):
+                seen = await answer(gateway, ask(video(clip(1, 64, 64, num_frames).data), image(PICTURES[0])))
+                metadata = seen.media[0]["video_embeds"]
+                assert (metadata["video_grid_thw"][0], metadata["second_per_grid_ts"]) == (grid_t, [interval_s])
             await all_released(encoder)
     finally:
         encoder.stop()

@@ -218,3 +218,17 @@ async def test_requests_whose_rows_cannot_come_fail_alone(
     assert [answer.status for answer in failed] == [500] * 4
     assert right.token_ids == question.expected(references[fleet.name])
     assert fleet.vllm.healthy()
+
+
+@pytest.mark.parametrize("fleet", ["qwen2_5_vl"], indirect=True)
+@pytest.mark.parametrize("interval_s", [[1e9], [-1.0], [1.0, 1.0], None])
+async def test_times_of_videos_that_vllm_cannot_position_are_refused(
+    fleet: VllmFleet, interval_s: list[float] | None
+) -> None:
+    """Positions beyond vLLM's table would end its engine."""
+    metadata = {"video_grid_thw": [2, 4, 4]} | ({} if interval_s is None else {"second_per_grid_ts": interval_s})
+    part = {"type": "video_embeds", "video_embeds": metadata, "uuid": "a"}
+    async with fleet.vllm_client() as client:
+        answer = await client.ask(Question(()), messages=[{"role": "user", "content": [part]}])
+    assert answer.status == 400
+    assert "second_per_grid_ts" in answer.error
