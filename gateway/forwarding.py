@@ -135,18 +135,25 @@ class Forwarder:
             WorkerUnavailable: the server does not answer in time, or what it answers is not HTTP.
         """
         try:
-            return await self._session.request(
-                request.method,
-                URL(server.url + request.path, encoded=True),
-                headers=request.headers,
-                data=request.body or None,
-                allow_redirects=False,
-                server_hostname=server.name,
-                skip_auto_headers=_SKIPPED_HEADERS,
-            )
+            try:
+                return await self._request(request, server)
+            except (aiohttp.ServerDisconnectedError, ConnectionResetError):
+                # vLLM closes a connection after some errors without announcing it: the next request on it meets this.
+                return await self._request(request, server)
         except (aiohttp.SocketTimeoutError, aiohttp.ClientResponseError, aiohttp.ClientPayloadError) as error:
             raise WorkerUnavailable(f"server {server.address} has not answered the request: {error!r}") from error
         except (aiohttp.ClientConnectionError, OSError) as error:
             failures[server.address] = f"it is lost: {error}"
             server.lost(str(error))
             return None
+
+    async def _request(self, request: OutgoingRequest, server: Server) -> aiohttp.ClientResponse:
+        return await self._session.request(
+            request.method,
+            URL(server.url + request.path, encoded=True),
+            headers=request.headers,
+            data=request.body or None,
+            allow_redirects=False,
+            server_hostname=server.name,
+            skip_auto_headers=_SKIPPED_HEADERS,
+        )

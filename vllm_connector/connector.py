@@ -86,6 +86,7 @@ class VitrineConnector(ECConnectorBase):
             row_format=model.row_format,
             pixels_normalized=not vllm_config.model_config.multimodal_config.mm_device_do_normalize,
             step_tokens=vllm_config.scheduler_config.max_num_batched_tokens + 1 + vllm_config.num_speculative_tokens,
+            merge_size=model.merge_size,
         )
         deliveries = Deliveries(self._fetcher, settings.max_landed_bytes, self._stats)
         self._scheduler = SchedulerSide(settings, facts, deliveries)

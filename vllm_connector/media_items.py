@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -72,6 +73,29 @@ def has_pixels(feature: Feature) -> bool:
     """Whether vLLM has preprocessed the item, so that its own tower can encode it."""
     pixels = _field(feature, _PIXELS.get(feature.modality, ""))
     return isinstance(pixels, torch.Tensor)
+
+
+def check_grid(feature: Feature, merge_size: int) -> None:
+    """Checks the grid of an item whose sender gave vLLM no pixels: vLLM computes positions from it, and ends the engine
+    where they are not as many as the item's tokens.
+
+    Raises:
+        BadRequest: it is none of an image or video with these tokens.
+    """
+    if feature.modality not in _GRIDS or feature.data is None or has_pixels(feature):
+        return
+    grid, num_tokens = _field(feature, _GRIDS[feature.modality]), feature.mm_position.get_num_embeds()
+    sides = [] if grid is None else torch.as_tensor(grid).flatten().tolist()
+    if (
+        len(sides) != 3
+        or min(sides) < 1
+        or any(side % merge_size for side in sides[1:])
+        or (feature.modality == "image" and sides[0] != 1)
+        or math.prod(sides) != num_tokens * merge_size**2
+    ):
+        raise BadRequest(
+            f"item {feature.identifier}: no {feature.modality} of {num_tokens} tokens has a grid of {sides} patches"
+        )
 
 
 def patches_item(feature: Feature, normalized: bool) -> MediaItem:

@@ -15,7 +15,7 @@ from vitrine_vlm.service_runtime.tenants import CacheScope
 from vitrine_vlm.types import DTYPES, MediaItem
 from vitrine_vlm.vllm_connector.deliveries import Deliveries, Delivery, Status
 from vitrine_vlm.vllm_connector.fetching import FetchOrder, RowFormat
-from vitrine_vlm.vllm_connector.media_items import has_pixels, needs_tower, patches_item, ticket_params
+from vitrine_vlm.vllm_connector.media_items import check_grid, has_pixels, needs_tower, patches_item, ticket_params
 from vitrine_vlm.vllm_connector.messages import StepCommands
 from vitrine_vlm.vllm_connector.settings import ConnectorSettings
 from vitrine_vlm.vllm_connector.vllm_types import Feature, VllmRequest
@@ -30,11 +30,13 @@ class EngineFacts:
     row_format: of the rows in the encoder cache.
     pixels_normalized: whether pixels are scaled and normalized before they get here.
     step_tokens: no step computes more tokens of one request than this.
+    merge_size: patches along a side of one token.
     """
 
     row_format: RowFormat
     pixels_normalized: bool
     step_tokens: int
+    merge_size: int
 
     @property
     def row_nbytes(self) -> int:
@@ -53,6 +55,7 @@ class SchedulerSide:
         self._cached: set[str] = set()
         self._loads: dict[str, int] = {}
         self._unavailable: set[str] = set()
+        self._checked: set[str] = set()  # requests whose grids are those of images and videos
         self._last_error = ""
 
     def ensure_available(self, request: VllmRequest, num_computed_tokens: int) -> bool:
@@ -62,6 +65,9 @@ class SchedulerSide:
         `has_rows` is False for it, and that vLLM's own tower encodes it.
         """
         request_id, features, deliveries = request.request_id, request.mm_features, self._deliveries
+        if not self._is_well_formed(request):
+            self._unavailable.add(request_id)
+            return False
         needed: dict[str, Feature] = {}
         for feature in features:
             if _end(feature) > num_computed_tokens and needs_tower(feature):
@@ -123,11 +129,25 @@ class SchedulerSide:
         self._deliveries.receive_results()
         self._deliveries.admit()
         self._unavailable.discard(request_id)
+        self._checked.discard(request_id)
 
     def take_unavailable(self) -> set[str]:
         """Returns the ids of requests that cannot go on, because an item without another source has failed."""
         unavailable, self._unavailable = self._unavailable, set()
         return unavailable
+
+    def _is_well_formed(self, request: VllmRequest) -> bool:
+        """Also of what the prefix cache covers: vLLM positions the whole prompt once it computes any of it."""
+        if request.request_id in self._checked:
+            return True
+        try:
+            for feature in request.mm_features:
+                check_grid(feature, self._facts.merge_size)
+        except BadRequest as error:
+            _log.warning("request %s: %s; the request fails", request.request_id, error)
+            return False
+        self._checked.add(request.request_id)
+        return True
 
     def _begin(self, request: VllmRequest, feature: Feature) -> Delivery:
         settings, facts = self._settings, self._facts

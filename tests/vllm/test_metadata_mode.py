@@ -220,6 +220,21 @@ async def test_requests_whose_rows_cannot_come_fail_alone(
     assert fleet.vllm.healthy()
 
 
+@on_both_families
+async def test_grids_that_vllm_cannot_position_fail_alone(
+    fleet: VllmFleet, measured: list[tuple[Question, Measured]]
+) -> None:
+    """They have as many patches as the ticket's [1, 8, 10], so that nothing else refuses them."""
+    grids = ([2, 4, 10], [1, 5, 16], [1, -8, -10], [1, 1, 80])
+    async with fleet.vllm_client() as client:
+        for (_, picture), grid in zip(measured, grids, strict=False):
+            assert picture.grid_thw == [1, 8, 10]
+            picture.grid_thw = grid
+            assert (await picture.ask(client)).status == 500
+        (_, right) = measured[-1]
+        assert (await right.ask(client)).status == 200
+
+
 @pytest.mark.parametrize("fleet", ["qwen2_5_vl"], indirect=True)
 @pytest.mark.parametrize("interval_s", [[1e9], [-1.0], [1.0, 1.0], None])
 async def test_times_of_videos_that_vllm_cannot_position_are_refused(

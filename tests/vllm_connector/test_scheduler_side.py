@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 
-from tests.vllm_connector.vllm_requests import Feature, Place, Request, metadata, plain, ticket
+from tests.vllm_connector.vllm_requests import Elem, Feature, Place, Request, metadata, plain, ticket
 from vitrine_vlm.errors import EncoderUnavailable
 from vitrine_vlm.service_runtime.tenants import CacheScope
 from vitrine_vlm.vllm_connector.deliveries import Deliveries
@@ -17,7 +18,7 @@ from vitrine_vlm.vllm_connector.settings import ConnectorSettings
 from vitrine_vlm.vllm_connector.stats import StatsCollector
 
 # Four rows of an item are 160 bytes.
-FACTS = EngineFacts(RowFormat("float32", 10), pixels_normalized=False, step_tokens=100)
+FACTS = EngineFacts(RowFormat("float32", 10), pixels_normalized=False, step_tokens=100, merge_size=2)
 SETTINGS = ConnectorSettings(encoders="localhost:1", deliver_timeout_s=5.0, encode_timeout_s=50.0, tenant="plain")
 
 
@@ -209,6 +210,37 @@ def test_metadata_without_a_good_ticket_fails_its_request_alone(
     assert scheduler.items == {"failed": 1}
     assert not side.ensure_available(Request("s", [metadata("u", 0)], {"u": ticket()}), 0), "another one may"
     assert side.take_unavailable() == set() and len(scheduler.fetcher.orders) == 1
+
+
+@pytest.mark.parametrize("num_computed_tokens", [0, 4])  # 4: the prefix cache has it all
+@pytest.mark.parametrize(
+    ("modality", "grid"),
+    [
+        ("image", (2, 2, 4)),
+        ("image", (1, 1, 16)),
+        ("image", (1, -4, -4)),
+        ("image", (1, 4, 8)),
+        ("image", (4, 4)),
+        ("image", ()),
+        ("video", (0, 4, 4)),
+        ("video", (1, 3, 5)),
+    ],
+)
+def test_a_grid_that_vllm_cannot_position_fails_its_request_alone(
+    scheduler: Scheduler, modality: str, grid: tuple[int, ...], num_computed_tokens: int
+) -> None:
+    """In vLLM's workers it would end the engine."""
+    side = scheduler.side
+    feature = Feature("u", Place(0, 4), {f"{modality}_grid_thw": Elem(torch.tensor(grid))}, modality)
+    assert not side.ensure_available(Request("r", [feature], {"u": ticket(kind=modality)}), num_computed_tokens)
+    assert side.take_unavailable() == {"r"} and scheduler.fetcher.orders == {}
+    side.finished("r")
+
+
+def test_a_video_has_a_grid_of_several_frames(scheduler: Scheduler) -> None:
+    video = Feature("u", Place(0, 9, 4), {"video_grid_thw": Elem(torch.tensor((2, 2, 4)))}, "video")
+    assert not scheduler.side.ensure_available(Request("r", [video], {"u": ticket(kind="video")}), 0)
+    assert scheduler.side.take_unavailable() == set() and len(scheduler.fetcher.orders) == 1
 
 
 def test_items_without_a_tower_are_left_to_vllm(scheduler: Scheduler) -> None:
