@@ -50,6 +50,10 @@ def factor_of(folder: Path) -> int:
     return int(vision["patch_size"] * vision["spatial_merge_size"])
 
 
+def model_type_of(folder: Path) -> str:
+    return str(_config(folder)["model_type"])
+
+
 def _config(folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return config

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.media import picture
+from tests.integration.media import clip, picture
 from tests.vllm.checkpoints import CHECKPOINTS, Folders, factor_of
 from tests.vllm.fleet import (
     LEASES_GONE_TIMEOUT_S,
@@ -233,6 +233,18 @@ async def test_grids_that_vllm_cannot_position_fail_alone(
             assert (await picture.ask(client)).status == 500
         (_, right) = measured[-1]
         assert (await right.ask(client)).status == 200
+
+
+@pytest.mark.parametrize("fleet", ["qwen2_5_vl"], indirect=True)
+async def test_videos_have_the_positions_of_their_times(fleet: VllmFleet, references: References) -> None:
+    """Of 8 frames a second every fourth is sampled, but their number is even: the intervals are 0.8 to 1.3 s."""
+    factor = factor_of(fleet.folder)
+    lengths = (9, 13, 17, 20, 22, 27)
+    clips = [clip(960 + length, 3 * factor, 4 * factor, num_frames=length) for length in lengths]
+    asked = [Question((each, "Then", picture(950, 3 * factor, 3 * factor), "Tell what happens.")) for each in clips]
+    async with fleet.client() as client:
+        answers = await client.ask_all(asked)
+    assert [answer.token_ids for answer in answers] == [question.expected(references[fleet.name]) for question in asked]
 
 
 @pytest.mark.parametrize("fleet", ["qwen2_5_vl"], indirect=True)
