@@ -137,7 +137,9 @@ class Forwarder:
         try:
             try:
                 return await self._request(request, server)
-            except (aiohttp.ServerDisconnectedError, ConnectionResetError):
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionResetError) as error:
+                if isinstance(error, aiohttp.ClientConnectorError):
+                    raise
                 # vLLM closes a connection after some errors without announcing it: the next request on it meets this.
                 return await self._request(request, server)
         except (aiohttp.SocketTimeoutError, aiohttp.ClientResponseError, aiohttp.ClientPayloadError) as error:
