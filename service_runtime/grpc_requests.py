@@ -9,6 +9,7 @@ import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NoReturn
 
 import grpc
@@ -18,6 +19,9 @@ from vitrine_vlm.errors import BadRequest
 
 # The trailing metadata in which the stable code of an error is sent.
 ERROR_CODE_KEY = "vitrine-error-code"
+# So many handlers are kept with what an interceptor made of them, as gRPC asks for one with each call: more
+# than there are methods, and bounded, as a check of keys makes new ones.
+MAX_WRAPPED_HANDLERS = 64
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +40,9 @@ class _Malformed:
 class RefusingMalformed(grpc.aio.ServerInterceptor):
     """Ends calls whose messages cannot be parsed with INVALID_ARGUMENT and `invalid_request`."""
 
+    def __init__(self) -> None:
+        self._wrapped = lru_cache(MAX_WRAPPED_HANDLERS)(_refusing_malformed)
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
@@ -43,7 +50,7 @@ class RefusingMalformed(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         handler = await continuation(handler_call_details)
         # None: there is no such method, and gRPC answers that.
-        return handler and _refusing_malformed(handler, handler_call_details.method)
+        return handler and self._wrapped(handler, handler_call_details.method)
 
 
 def _refusing_malformed(handler: grpc.RpcMethodHandler[Any, Any], method: str) -> grpc.RpcMethodHandler[Any, Any]:

@@ -81,7 +81,7 @@ async def body_pieces(http: web.Request) -> AsyncIterator[bytes]:
     """
     loop, timeout_s = asyncio.get_running_loop(), _body(http).limits.client_timeout_s
     begin, nbytes = loop.time(), 0
-    while True:
+    while not http.content.at_eof():
         slowest = begin + timeout_s + nbytes / _LEAST_BYTES_PER_S
         try:
             async with asyncio.timeout_at(min(loop.time() + timeout_s, slowest)):

@@ -12,6 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any, cast
 
 import grpc
@@ -20,7 +21,9 @@ from google.protobuf.message import Message
 from vitrine_vlm.embedding_transport.wire.grpc_status import abort
 from vitrine_vlm.errors import BadRequest, Overloaded
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget, ReservedBytes
+from vitrine_vlm.service_runtime.grpc_requests import MAX_WRAPPED_HANDLERS
 from vitrine_vlm.service_runtime.peers import host_of
+from vitrine_vlm.service_runtime.shared_timeout import SharedTimeout
 
 _log = logging.getLogger(__name__)
 # Requests that are read at once, and those of them from one address, so that one that is sent slowly does not keep out
@@ -45,25 +48,30 @@ class MessageBounds(grpc.aio.ServerInterceptor):
 
     def __init__(self, budget: ByteBudget, timeout_s: float) -> None:
         self._budget = budget
-        self._timeout_s = timeout_s
+        self._timeout = SharedTimeout(timeout_s)
         self._reading = _ReadingSlots()
+        self._wrapped = lru_cache(MAX_WRAPPED_HANDLERS)(self._bounded)
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        handler = cast(Any, await continuation(handler_call_details))
+        handler = await continuation(handler_call_details)
         if handler is None or handler.request_streaming:
-            return cast("grpc.RpcMethodHandler[Any, Any] | None", handler)
-        serve = handler.unary_stream if handler.response_streaming else handler.unary_unary
+            return handler
+        return self._wrapped(handler)
+
+    def _bounded(self, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
+        serve: Any = handler.unary_stream if handler.response_streaming else handler.unary_unary
+        parse = cast(_Parse, handler.request_deserializer)
 
         # The iterator of requests keeps the last one until it is garbage-collected, so the context is read from.
         async def bounded(_: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             with self._budget.item() as reserved:
-                replies = BoundedContext(context, self._budget, self._timeout_s)
+                replies = BoundedContext(context, self._budget, self._timeout)
                 # The request is the method's alone, which may discard it before it ends.
-                return await serve(await self._request(context, handler.request_deserializer, reserved), replies)
+                return await serve(await self._request(context, parse, reserved), replies)
 
         # To a client there is no difference: a stream of one request is what it sends anyway.
         make = (
@@ -89,14 +97,14 @@ class MessageBounds(grpc.aio.ServerInterceptor):
             Overloaded: too many others are read, or in memory.
         """
         host = host_of(context.peer())
-        await self._reading.acquire(host, self._timeout_s)
+        await self._reading.acquire(host, self._timeout.seconds)
         try:
-            async with asyncio.timeout(self._timeout_s):
+            with self._timeout():
                 raw = await context.read()
         except TimeoutError:
             raise BadRequest(
-                f"the request did not arrive within {self._timeout_s:g} s (--client-timeout-s): send it faster, or "
-                "URLs instead of bytes"
+                f"the request did not arrive within {self._timeout.seconds:g} s (--client-timeout-s): send it faster, "
+                "or URLs instead of bytes"
             ) from None
         finally:
             self._reading.release(host)
@@ -158,10 +166,10 @@ class _ReadingSlots:
 class BoundedContext:
     """A call's context whose writes end, with the call, when the peer does not read."""
 
-    def __init__(self, context: grpc.aio.ServicerContext[Any, Any], budget: ByteBudget, timeout_s: float) -> None:
+    def __init__(self, context: grpc.aio.ServicerContext[Any, Any], budget: ByteBudget, timeout: SharedTimeout) -> None:
         self._context = context
         self._budget = budget
-        self._timeout_s = timeout_s
+        self._timeout = timeout
         self._call = asyncio.current_task()
 
     def __getattr__(self, name: str) -> Any:
@@ -173,12 +181,12 @@ class BoundedContext:
             CancelledError: the peer has not read for too long, as if it had disconnected.
         """
         try:
-            async with asyncio.timeout(self._timeout_s):
+            with self._timeout():
                 await self._context.write(message)
         except TimeoutError:
             nbytes = len(message) if isinstance(message, bytes) else message.ByteSize()
             self._count_stuck(nbytes)
-            _log.info("a call ends: %s has not read %d bytes within %g s", self.peer(), nbytes, self._timeout_s)
+            _log.info("a call ends: %s has not read %d bytes within %g s", self.peer(), nbytes, self._timeout.seconds)
             raise asyncio.CancelledError("the peer does not read") from None
 
     def _count_stuck(self, nbytes: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from google.protobuf.message import Message
@@ -62,7 +62,7 @@ def needed_minor_version(item: MediaItem) -> int:
 
 def options_to_fields(options: MediaOptions) -> dict[str, Any]:
     """The fields of a message of options, by their names in both protocols; `fps` is a field of the item."""
-    return {name: value for name, value in asdict(options).items() if name != "fps" and value is not None}
+    return {name: value for name, value in vars(options).items() if name != "fps" and value is not None}
 
 
 def options_from_message(message: Message, fps: float) -> MediaOptions:

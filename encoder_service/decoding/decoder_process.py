@@ -15,6 +15,7 @@ from vitrine_vlm.encoder_service.decoding import decoder_main
 from vitrine_vlm.encoder_service.decoding.arena import NUM_SLOTS, Arena
 from vitrine_vlm.encoder_service.decoding.media_decoder import ImageHeader, Pixels, VideoHeader
 from vitrine_vlm.encoder_service.decoding.messages import ConnectionEnded, Fields, receive_message, send_message
+from vitrine_vlm.encoder_service.decoding.plain_header import plain_header
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
 from vitrine_vlm.errors import MediaError, MediaTooLarge, error_from_code
 from vitrine_vlm.service_runtime.child_process import ChildFailed, bound_command
@@ -129,8 +130,9 @@ class DecoderProcess:
         self._arena.release()
 
     def open_image(self, data: bytes, limits: MediaLimits) -> ImageHeader:
-        """See `MediaDecoder`."""
-        return ImageHeader(**self._ask("open_image", data, max_pixels=limits.max_pixels))
+        """See `MediaDecoder`. The plainest files are not sent for it."""
+        header = plain_header(data, limits.max_pixels)
+        return header or ImageHeader(**self._ask("open_image", data, max_pixels=limits.max_pixels))
 
     @contextmanager
     def image_pixels(self, data: bytes, header: ImageHeader) -> Iterator[Pixels]:

@@ -70,7 +70,7 @@ def check_jpeg(data: bytes, max_pixels: int) -> JpegStructure:
         if code == _SOS:
             _check_scans(structure, max_pixels)
             num_components = data[position + 2] if position + 2 < len(data) else 0
-            if num_components == structure.num_components and _is_last_scan(data, position):
+            if num_components == structure.num_components and is_last_scan(data, position):
                 break
         position += max(2, int.from_bytes(data[position : position + 2], "big"))
     else:
@@ -87,7 +87,7 @@ def _next_marker(data: bytes, start: int, num_scans: int) -> int:
     return match.start() if match else -1
 
 
-def _is_last_scan(data: bytes, start: int) -> bool:
+def is_last_scan(data: bytes, start: int) -> bool:
     """Whether no marker of a scan follows, which takes a tenth of the time of looking for any marker."""
     marker = int.from_bytes(bytes((0xFF, _SOS)), "little")
     pairs = (np.frombuffer(data, "<u2", (len(data) - at) // 2, at) for at in (start, start + 1) if len(data) - at > 1)

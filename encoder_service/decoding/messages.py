@@ -24,9 +24,13 @@ def send_message(connection: socket.socket, fields: Fields, file: bytes = b"") -
         OSError: the other side has ended, or does not read within the connection's timeout.
     """
     encoded = json.dumps(fields).encode()
-    connection.sendall(_HEAD.pack(len(encoded), len(file)) + encoded)
-    if file:
-        connection.sendall(file)
+    head = _HEAD.pack(len(encoded), len(file)) + encoded
+    # At once, so that the other side wakes up once.
+    num_sent = connection.sendmsg((head, file)) if file else 0
+    if num_sent < len(head):
+        connection.sendall(head[num_sent:])
+    if num_sent < len(head) + len(file):
+        connection.sendall(memoryview(file)[max(0, num_sent - len(head)) :])
 
 
 def receive_message(connection: socket.socket, max_file_nbytes: int = 0) -> tuple[Fields, bytes]:

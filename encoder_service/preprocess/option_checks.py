@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 
 from vitrine_vlm.errors import MediaError
 from vitrine_vlm.types import MediaKind, MediaOptions
@@ -23,7 +22,7 @@ def check_options(kind: MediaKind, options: MediaOptions, *, is_list: bool = Fal
         MediaError: a value that is no size, number, rate or time, options that contradict each other, or one that an
             item of this kind does not have.
     """
-    given = {name: value for name, value in asdict(options).items() if value is not None}
+    given = {name: value for name, value in vars(options).items() if value is not None}
     _check_kind(given, kind, is_list)
     for name in _COUNTS:
         if given.get(name, 1) < 1:
