@@ -16,7 +16,10 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["vitrine_vlm"]):
+# Pillow's readers of formats are Python, too; which of them an input reaches leads to others.
+INSTRUMENTED = ["vitrine_vlm", "PIL"]
+
+with atheris.instrument_imports(include=INSTRUMENTED):
     from tests.fuzz.seeds import seeds
     from tests.fuzz.targets import TARGETS
 
@@ -41,7 +44,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for number, data in enumerate(seeds()[name]):
             Path(folder, str(number)).write_bytes(data)
-            target(data)  # loads what is loaded once
+            with atheris.instrument_imports(include=INSTRUMENTED):
+                target(data)  # loads what is loaded once; decoders are imported where they are used
         atheris.Setup([sys.argv[0], *LIMITS, f"-max_total_time={seconds}", folder], run)
         atheris.Fuzz()
 

@@ -33,6 +33,8 @@ from vitrine_vlm.embedding_transport.wire.data_url import read_data_url
 from vitrine_vlm.embedding_transport.wire.frame_list_url import frames_of_url
 from vitrine_vlm.embedding_transport.wire.messages import describe_identity
 from vitrine_vlm.encoder_service.codec import item_from_proto
+from vitrine_vlm.encoder_service.decoding.image_decode import open_image
+from vitrine_vlm.encoder_service.decoding.plain_header import plain_header
 from vitrine_vlm.encoder_service.families import processor_settings
 from vitrine_vlm.encoder_service.media.http_url import parse_url
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
@@ -71,6 +73,9 @@ CHECKPOINT = Path(vitrine_vlm.sample_models.tiny_vlm.__file__).parent / "vitrine
 SEPARATOR = b"\xfe\xed"
 LIMITS = MediaLimits(max_bytes=1 << 20, max_pixels=1 << 20, max_frames=1000, max_video_pixels=4 << 20)
 DEFAULTS = SamplingDefaults(1.0, 1.0, 0, frozenset({1}))
+# What decoding media may raise. A decoder's process answers a MemoryError with MediaTooLarge; FFmpeg also reports one
+# where a damaged file states a length that no memory has.
+OF_DECODERS = (VitrineError, MemoryError)
 _VOCAB_SIZE = 512
 _MAX_ITEMS = 64
 _POOL_NBYTES = 1 << 16
@@ -113,7 +118,7 @@ def open_item(item: MediaItem) -> None:
 def encode_request(data: bytes) -> None:
     request = parsed(encoder_pb2.EncodeRequest, data)
     for index, message in enumerate(request.items[:_MAX_ITEMS] if request else ()):
-        with suppress(VitrineError):
+        with suppress(*OF_DECODERS):
             open_item(item_from_proto(index, message))
 
 
@@ -292,12 +297,15 @@ def sglang_json(data: bytes) -> None:
 
 
 def picture(data: bytes) -> None:
-    with suppress(VitrineError):
+    """Also compares the two readers of headers."""
+    plain = plain_header(data, LIMITS.max_pixels)
+    with suppress(*OF_DECODERS):
+        assert plain in (None, open_image(data, LIMITS.max_pixels))
         preprocessor().open("image", data).patches()
 
 
 def video(data: bytes) -> None:
-    with suppress(VitrineError):
+    with suppress(*OF_DECODERS):
         preprocessor().open("video", data).patches()
 
 
