@@ -1,6 +1,9 @@
 """Admission of items: bounded in patches, which bounds memory, and in seconds of work, which bounds waiting.
 
 Pixels are decoded beside the tower, not in front of it: the queue is as long as the longer of the two.
+
+An encoder whose CPU was short while it measured its tower takes its work for much more than it is. So while its cost
+model is provisional, the tower's seconds refuse an item only once another one has really waited.
 """
 
 from __future__ import annotations
@@ -14,6 +17,9 @@ from vitrine_vlm.encoder_service.engine.cost_model import CostModel
 from vitrine_vlm.encoder_service.models.grids import GridTHW
 from vitrine_vlm.errors import Overloaded
 
+# With a provisional cost model the tower's queue is short until an item has been in work for this long.
+_SHORT_WAIT_S = 1.0
+
 
 class Admission:
     """Counts the work of all items, from before their pixels are decoded until their rows have been shipped.
@@ -22,7 +28,8 @@ class Admission:
 
     Attributes:
         num_patches: patches of all items in work.
-        tower_s: how long the tower needs for these items, by `cost`.
+        uncorrected_s: how long the tower needs for these items by `cost`, without its correction: a better one counts
+            for the items in work, too.
         preprocess_s: how long preprocessing needs for those whose patches are not there yet.
 
     Args:
@@ -31,10 +38,17 @@ class Admission:
 
     def __init__(self, cost: CostModel, *, max_patches: int, max_s: float) -> None:
         self.num_patches = 0
-        self.tower_s = self.preprocess_s = 0.0
+        self.uncorrected_s = self.preprocess_s = 0.0
+        # Since when each item has been in work, the first of them first.
+        self.since: dict[Reservation, float] = {}
         self._cost = cost
         self._max_patches = max_patches
         self._max_s = max_s
+
+    @property
+    def tower_s(self) -> float:
+        """How long the tower needs for the items in work, by the cost model."""
+        return self._cost.correction * self.uncorrected_s
 
     @property
     def seconds(self) -> float:
@@ -55,7 +69,8 @@ class Admission:
         Raises:
             Overloaded: see `check`.
         """
-        reservation = Reservation(self, math.prod(grid_thw), self._cost.seconds(grid_thw), preprocess_s, deadline)
+        uncorrected_s = self._cost.uncorrected_seconds(grid_thw)
+        reservation = Reservation(self, math.prod(grid_thw), uncorrected_s, preprocess_s, deadline)
         if reserve:
             reservation.reserve()
         try:
@@ -63,21 +78,24 @@ class Admission:
         finally:
             reservation.release()
 
-    def check(self, num_patches: int, tower_s: float, preprocess_s: float, deadline: float) -> None:
+    def check(self, num_patches: int, uncorrected_s: float, preprocess_s: float, deadline: float) -> None:
         """
         Raises:
             Overloaded: a bound would be exceeded, or the item could not be done in time.
         """
         if self.num_patches:
-            seconds = max(self.tower_s + tower_s, self.preprocess_s + preprocess_s) - self.seconds
-            self._check_capacity(num_patches, seconds)
-            self._check_deadline(seconds, deadline)
+            self._check_patches(num_patches)
+            correction = 0.0 if self._is_short else self._cost.correction
+            queued_s = max(correction * self.uncorrected_s, self.preprocess_s)
+            with_item_s = max(correction * (self.uncorrected_s + uncorrected_s), self.preprocess_s + preprocess_s)
+            self._check_seconds(queued_s, with_item_s - queued_s, deadline)
 
-    def _check_capacity(self, num_patches: int, seconds: float) -> None:
-        """
-        Args:
-            seconds: by which the queue becomes longer.
-        """
+    @property
+    def _is_short(self) -> bool:
+        """Whether the tower's queue is short whatever the cost model, which is provisional, takes it for."""
+        return self._cost.is_provisional and time.monotonic() - next(iter(self.since.values())) < _SHORT_WAIT_S
+
+    def _check_patches(self, num_patches: int) -> None:
         too_many = self.num_patches + num_patches - self._max_patches
         if too_many > 0:
             # The queue's seconds are about proportional to its patches.
@@ -87,21 +105,25 @@ class Admission:
                 f"{self._max_patches}: retry in {retry_after_s:.1f} s or add encoders",
                 retry_after_s=retry_after_s,
             )
-        too_much_s = self.seconds + seconds - self._max_s
+
+    def _check_seconds(self, queued_s: float, seconds: float, deadline: float) -> None:
+        """
+        Args:
+            seconds: by which the queue becomes longer.
+        """
+        too_much_s = queued_s + seconds - self._max_s
         if too_much_s > 0:
             raise Overloaded(
-                f"{self.seconds:.1f} s of work are queued and {seconds:.2g} s more would pass the limit of "
+                f"{queued_s:.1f} s of work are queued and {seconds:.2g} s more would pass the limit of "
                 f"{self._max_s:g} s: retry in {too_much_s:.1f} s or add encoders",
                 retry_after_s=too_much_s,
             )
-
-    def _check_deadline(self, seconds: float, deadline: float) -> None:
         left_s = deadline - time.monotonic()
-        if self.seconds + seconds > left_s:
+        if queued_s + seconds > left_s:
             raise Overloaded(
-                f"{self.seconds:.2g} s of work are queued and the item takes {seconds:.2g} s more, but its request "
+                f"{queued_s:.2g} s of work are queued and the item takes {seconds:.2g} s more, but its request "
                 f"ends in {left_s:.2g} s: give it more time or add encoders",
-                retry_after_s=self.seconds,
+                retry_after_s=queued_s,
             )
 
 
@@ -109,10 +131,10 @@ class Reservation:
     """One item's part of an admission."""
 
     def __init__(
-        self, admission: Admission, num_patches: int, tower_s: float, preprocess_s: float, deadline: float
+        self, admission: Admission, num_patches: int, uncorrected_s: float, preprocess_s: float, deadline: float
     ) -> None:
         self._admission = admission
-        self._num_patches, self._tower_s, self._preprocess_s = num_patches, tower_s, preprocess_s
+        self._num_patches, self._uncorrected_s, self._preprocess_s = num_patches, uncorrected_s, preprocess_s
         self._deadline = deadline
         self._reserved = False
 
@@ -124,10 +146,11 @@ class Reservation:
         """
         if not self._reserved:
             admission = self._admission
-            admission.check(self._num_patches, self._tower_s, self._preprocess_s, self._deadline)
+            admission.check(self._num_patches, self._uncorrected_s, self._preprocess_s, self._deadline)
             admission.num_patches += self._num_patches
-            admission.tower_s += self._tower_s
+            admission.uncorrected_s += self._uncorrected_s
             admission.preprocess_s += self._preprocess_s
+            admission.since[self] = time.monotonic()
             self._reserved = True
 
     def end_preprocessing(self) -> None:
@@ -143,7 +166,9 @@ class Reservation:
             self.end_preprocessing()
             self._reserved = False
             admission = self._admission
+            del admission.since[self]
             admission.num_patches -= self._num_patches
             # Adding and subtracting floats leaves rounding errors.
-            admission.tower_s = max(0.0, admission.tower_s - self._tower_s) if admission.num_patches else 0.0
+            left_s = max(0.0, admission.uncorrected_s - self._uncorrected_s)
+            admission.uncorrected_s = left_s if admission.num_patches else 0.0
             admission.preprocess_s = admission.preprocess_s if admission.num_patches else 0.0

@@ -28,6 +28,13 @@ _PROBES: tuple[tuple[GridTHW, int], ...] = (
     ((1, 128, 128), 1),
 )
 _LONGEST_PROBE_S = 0.1
+# Each probe counts as the least of what it took in so many rounds: a machine that is busy otherwise only adds time.
+# Rounds, and not one repetition behind the other, because a pause of the machine would last through all of these.
+_ROUNDS = 4
+# After this time no further round begins, except for the second: the first forward initializes what later ones use.
+_MEASURE_S = 1.0
+# So many batches after a start are like further rounds: one that took less than expected corrects the model at once.
+_PROVISIONAL_BATCHES = 8
 # Weight of the newest batch in the factor that corrects the measurements of the start.
 _CORRECTION_RATE = 0.1
 _CORRECTION_BOUNDS = (0.02, 50.0)
@@ -42,14 +49,21 @@ class Measurement:
 
 
 class CostModel:
-    """seconds = fixed + per_patch * patches + per_pair * pairs of patches that attend to each other."""
+    """seconds = correction * (fixed + per_patch * patches + per_pair * pairs of patches that attend to each other).
 
-    def __init__(self, fixed_s: float, per_patch_s: float, per_pair_s: float) -> None:
+    correction: a factor by the batches that have run.
+
+    Args:
+        provisional_batches: batches until the model is no longer provisional; 0 for one that may be relied on.
+    """
+
+    def __init__(self, fixed_s: float, per_patch_s: float, per_pair_s: float, *, provisional_batches: int = 0) -> None:
         self.fixed_s, self.per_patch_s, self.per_pair_s = fixed_s, per_patch_s, per_pair_s
-        self._correction = 1.0
+        self.correction = 1.0
+        self._provisional_batches = provisional_batches
 
     @classmethod
-    def fit(cls, measured: Sequence[Measurement]) -> CostModel:
+    def fit(cls, measured: Sequence[Measurement], *, provisional_batches: int = 0) -> CostModel:
         """Fits the coefficients by least squares of relative errors, none of them negative.
 
         Raises:
@@ -70,43 +84,56 @@ class CostModel:
             used.remove(max(negative))
         coefficients = np.zeros(3)
         coefficients[used] = solution
-        return cls(*(float(value) for value in coefficients))
+        return cls(*(float(value) for value in coefficients), provisional_batches=provisional_batches)
+
+    @property
+    def is_provisional(self) -> bool:
+        """Whether too few batches have run to tell whether the measurements of the start were disturbed."""
+        return self._provisional_batches > 0
+
+    def uncorrected_seconds(self, grid_thw: GridTHW) -> float:
+        """Seconds that one item adds to a batch, by the measurements of the start alone."""
+        patches, pairs = _patches_and_pairs((grid_thw,))
+        return self.per_patch_s * patches + self.per_pair_s * pairs
 
     def seconds(self, grid_thw: GridTHW) -> float:
         """Seconds that one item adds to a batch."""
-        patches, pairs = _patches_and_pairs((grid_thw,))
-        return self._correction * (self.per_patch_s * patches + self.per_pair_s * pairs)
+        return self.correction * self.uncorrected_seconds(grid_thw)
 
     def batch_seconds(self, grid_thw: Sequence[GridTHW]) -> float:
         """Seconds that a batch takes."""
-        return self.fixed_s + sum(map(self.seconds, grid_thw))
+        return self.correction * self.fixed_s + sum(map(self.seconds, grid_thw))
 
     def observe(self, grid_thw: Sequence[GridTHW], seconds: float) -> None:
-        """Corrects the model, slowly, by how long a batch really took."""
+        """Corrects the model by how long a batch really took: slowly, but the first ones may lower it at once."""
         expected = self.batch_seconds(grid_thw)
         if expected > 0:
-            corrected = self._correction * (1 + _CORRECTION_RATE * (min(seconds / expected, 2.0) - 1))
-            self._correction = min(max(corrected, _CORRECTION_BOUNDS[0]), _CORRECTION_BOUNDS[1])
+            ratio = min(seconds / expected, 2.0)
+            rate = 1.0 if self.is_provisional and ratio < 1.0 else _CORRECTION_RATE
+            corrected = self.correction * (1 + rate * (ratio - 1))
+            self.correction = min(max(corrected, _CORRECTION_BOUNDS[0]), _CORRECTION_BOUNDS[1])
+        self._provisional_batches = max(0, self._provisional_batches - 1)
 
 
 def measure_cost(tower: VisionTower, patch_width: int, device: torch.device) -> CostModel:
-    """Fits a cost model to batches of growing size, which takes about a second.
+    """Fits a cost model to batches of growing size, which takes about a second; it is provisional.
 
     Args:
         patch_width: pixel values of one patch.
     """
-    measured: list[Measurement] = []
-    for grid, count in _PROBES:
-        grids = [grid] * count
-        patches_PX = torch.zeros((math.prod(grid) * count, patch_width), device=device)
-        seconds = _time(tower, patches_PX, grids)
-        if seconds < _LONGEST_PROBE_S or not measured:
-            # The first forward initializes what later ones use, and a pause of the machine must not count.
-            seconds = min(seconds, _time(tower, patches_PX, grids))
-        measured.append(Measurement(tuple(grids), seconds))
-        if seconds > _LONGEST_PROBE_S:
+    least_s: dict[tuple[GridTHW, int], float] = {}
+    started = time.perf_counter()
+    for num_round in range(_ROUNDS):
+        if num_round >= 2 and time.perf_counter() - started > _MEASURE_S:
             break
-    cost = CostModel.fit(measured)
+        for grid, count in _PROBES:
+            patches_PX = torch.zeros((math.prod(grid) * count, patch_width), device=device)
+            seconds = min(_time(tower, patches_PX, [grid] * count), least_s.get((grid, count), math.inf))
+            least_s[grid, count] = seconds
+            if seconds > _LONGEST_PROBE_S:
+                break
+    measured = [Measurement((grid,) * count, seconds) for (grid, count), seconds in least_s.items()]
+    cost = CostModel.fit(measured, provisional_batches=_PROVISIONAL_BATCHES)
     _log.info(
         "cost of a batch: %.2g s + %.3g s a patch + %.3g s a pair", cost.fixed_s, cost.per_patch_s, cost.per_pair_s
     )

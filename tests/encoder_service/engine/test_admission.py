@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import ExitStack
 
 import pytest
 
@@ -69,3 +70,25 @@ def test_preprocessing_counts_beside_the_tower() -> None:
             assert admission.seconds == pytest.approx(4.0)
         assert admission.seconds == pytest.approx(1.0)
     assert (admission.seconds, admission.preprocess_s) == (0.0, 0.0)
+
+
+def test_a_provisional_cost_model_refuses_nothing_while_the_queue_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = (1, 10, 10)  # 10 s by measurements of a busy machine, 0.5 s in truth
+    cost = CostModel(0.0, 0.1, 0.0, provisional_batches=1)
+    admission = Admission(cost, max_patches=1000, max_s=30.0)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with ExitStack() as items:
+        for _ in range(5):
+            items.enter_context(admission.admit(grid, now + 5.0))
+        assert admission.seconds == pytest.approx(50.0)
+        now += 1.5  # nothing has ended meanwhile: it may be true
+        with pytest.raises(Overloaded, match=r"50\.0 s of work are queued"), admission.admit(grid):
+            pass
+        cost.observe([grid], 0.5)
+        assert admission.seconds == pytest.approx(2.5)  # for the items in work, too
+        items.enter_context(admission.admit(grid, now + 5.0))
+        with pytest.raises(Overloaded, match="600 patches are queued"), admission.admit((1, 30, 30)):
+            pass
+        now += 60.0
+        items.enter_context(admission.admit(grid))
