@@ -166,6 +166,11 @@ class _EngineCollector(Collector):
         )
         yield GaugeMetricFamily("vitrine_llm_waiting", "Requests that wait for KV blocks.", stats.waiting)
         yield GaugeMetricFamily(
+            "vitrine_llm_load",
+            "Computing and waiting requests as a part of --max-num-seqs, or KV blocks as a part of all: the larger.",
+            stats.load,
+        )
+        yield GaugeMetricFamily(
             "vitrine_llm_queued_prefill_tokens", "Prompt tokens that are not computed yet.", stats.queued_prefill_tokens
         )
         yield GaugeMetricFamily("vitrine_llm_kv_blocks_used", "KV blocks in use.", stats.kv_blocks_used)

@@ -32,6 +32,7 @@ class EngineStats:
     """Requests and KV blocks now; steps, tokens, preemptions and evicted blocks since the start.
 
     running: requests that hold KV blocks, or wait for their media's sizes; waiting: requests that wait for KV blocks.
+    num_computing: of the running ones those that do not wait for another service. max_num_seqs: see `EngineConfig`.
     queued_prefill_tokens: prompt tokens that are not computed yet. kv_blocks_kept: without users, with content that can
     be used again. num_cached_tokens: prompt tokens whose KV was in the cache. num_itl_missed, num_ttft_missed: see
     `StepGoals`; step_cost_correction: see `StepCosts`.
@@ -39,6 +40,8 @@ class EngineStats:
 
     running: int
     waiting: int
+    num_computing: int
+    max_num_seqs: int
     queued_prefill_tokens: int
     kv_blocks_used: int
     kv_blocks_kept: int
@@ -52,6 +55,18 @@ class EngineStats:
     num_itl_missed: int
     num_ttft_missed: int
     step_cost_correction: float
+
+    @property
+    def load(self) -> float:
+        """The wanted part of sequences in a step or of KV blocks, whichever is larger; above 1 requests have to wait.
+
+        Requests that wait for encoders or prefill workers count for the KV blocks that they hold alone: what they wait
+        for is scaled by itself. Waiting requests count as if they held as many blocks as running ones do.
+        """
+        if not self.kv_blocks_total:
+            return 0.0
+        kv_blocks = self.kv_blocks_used * (1 + self.waiting / max(1, self.running))
+        return max((self.num_computing + self.waiting) / self.max_num_seqs, kv_blocks / self.kv_blocks_total)
 
 
 class Engine:
@@ -290,6 +305,8 @@ class Engine:
         return EngineStats(
             running=len(scheduler.running) + num_waiting_for_prompt,
             waiting=len(scheduler.waiting) - num_waiting_for_prompt,
+            num_computing=scheduler.num_computing,
+            max_num_seqs=self._config.max_num_seqs,
             queued_prefill_tokens=scheduler.num_queued_prefill_tokens,
             kv_blocks_used=kv_cache.num_blocks - kv_cache.num_free,
             kv_blocks_kept=kv_cache.num_cached_free,

@@ -68,6 +68,12 @@ class Scheduler:
         running = (each for each in self.running if each.status is not decoding)
         return _num_uncomputed(self.waiting) + _num_uncomputed(running)
 
+    @property
+    def num_computing(self) -> int:
+        """Running requests that wait neither for embeddings nor for KV of a prefill worker."""
+        computing = (RequestStatus.DECODING, RequestStatus.PREFILLING)
+        return sum(each.status in computing for each in self.running)
+
     def add(self, request: RequestState) -> None:
         insort(self.waiting, request, key=lambda each: each.key)
 

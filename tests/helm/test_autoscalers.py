@@ -43,6 +43,18 @@ def test_horizontal_pod_autoscalers() -> None:
     assert metric == "vitrine_llm_queued_prefill_tokens"
 
 
+def test_decode_pools_do_not_scale_on_what_prefill_pools_have_queued() -> None:
+    scaling = {"kind": "hpa", "minReplicas": 1, "maxReplicas": 4}
+    pools = {name: {"role": name, "autoscaling": scaling} for name in ("decode", "prefill")}
+    scalers = of_kind(render({"model": "m", "llm": {"pools": pools}}), "HorizontalPodAutoscaler")
+    metrics = {
+        name: scalers[f"demo-vitrine-llm-{name}"]["spec"]["metrics"][0]["pods"] for name in ("decode", "prefill")
+    }
+    assert metrics["prefill"]["metric"]["name"] == "vitrine_llm_queued_prefill_tokens"
+    assert metrics["decode"]["metric"]["name"] == "vitrine_llm_load"
+    assert metrics["decode"]["target"]["averageValue"] == "0.7"
+
+
 def test_scaled_objects() -> None:
     scalers = of_kind(rendered("keda"), "ScaledObject")
     spec = scalers["demo-vitrine-encoder-default"]["spec"]

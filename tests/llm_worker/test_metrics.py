@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
@@ -77,10 +78,12 @@ async def test_leaving_is_cancelled_before_the_end_and_ok_after_it() -> None:
     assert value(metrics, "requests_total", outcome="ok") == 1
 
 
-def test_engine_and_encoders_are_read_at_each_scrape() -> None:
-    engine_stats = EngineStats(
+def _engine_stats() -> EngineStats:
+    return EngineStats(
         running=1,
         waiting=2,
+        num_computing=1,
+        max_num_seqs=6,
         queued_prefill_tokens=17,
         kv_blocks_used=3,
         kv_blocks_kept=13,
@@ -95,12 +98,33 @@ def test_engine_and_encoders_are_read_at_each_scrape() -> None:
         num_ttft_missed=19,
         step_cost_correction=1.5,
     )
+
+
+@pytest.mark.parametrize(
+    ("stats", "load"),
+    [
+        ({"running": 3, "num_computing": 3, "waiting": 0, "kv_blocks_used": 1}, 0.5),
+        ({"running": 3, "num_computing": 0, "waiting": 0, "kv_blocks_used": 1}, 0.25),  # all wait for other services
+        ({"running": 3, "num_computing": 3, "waiting": 0, "kv_blocks_used": 3}, 0.75),
+        ({"running": 3, "num_computing": 3, "waiting": 6, "kv_blocks_used": 3}, 2.25),
+        ({"running": 6, "num_computing": 6, "waiting": 12, "kv_blocks_used": 1}, 3.0),
+        ({"running": 0, "num_computing": 0, "waiting": 0, "kv_blocks_used": 0}, 0.0),
+        ({"running": 0, "num_computing": 0, "waiting": 0, "kv_blocks_used": 0, "kv_blocks_total": 0}, 0.0),
+    ],
+)
+def test_load_is_by_what_is_short(stats: dict[str, int], load: float) -> None:
+    assert replace(_engine_stats(), queued_prefill_tokens=100_000, **stats).load == pytest.approx(load)
+
+
+def test_engine_and_encoders_are_read_at_each_scrape() -> None:
+    engine_stats = _engine_stats()
     client_stats = ClientStats(requests=8, retries=9, fallbacks=10, received_nbytes={"shm": 11, "grpc": 12})
     metrics = LlmMetrics()
     metrics.watch_engine(lambda: engine_stats)
     metrics.watch_encoders(lambda: client_stats)
     assert value(metrics, "running") == engine_stats.running
     assert value(metrics, "waiting") == engine_stats.waiting
+    assert value(metrics, "load") == engine_stats.load
     assert value(metrics, "queued_prefill_tokens") == engine_stats.queued_prefill_tokens
     assert value(metrics, "kv_blocks_used") == engine_stats.kv_blocks_used
     assert value(metrics, "kv_blocks") == engine_stats.kv_blocks_total

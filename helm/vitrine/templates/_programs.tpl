@@ -159,8 +159,11 @@ Kubernetes gives 64 MiB.
 {{- $metrics := dict
   "encoder" (dict "metric" "vitrine_encoder_queue_seconds" "target" "1")
   "llm" (dict "metric" "vitrine_llm_queued_prefill_tokens" "target" "16384")
+  "decode" (dict "metric" "vitrine_llm_load" "target" "0.7")
   "vllm" (dict "metric" "vllm:num_requests_waiting" "target" "4") -}}
-{{- $scaling := index $metrics $workload.program -}}
+{{- /* Prompts that decode workers have not computed are those that prefill workers have not. */ -}}
+{{- $isDecode := and (eq $workload.program "llm") (eq ($workload.settings.role | default "") "decode") -}}
+{{- $scaling := index $metrics (ternary "decode" $workload.program $isDecode) -}}
 metric: {{ $scaling.metric }}
 target: {{ default $scaling.target $workload.settings.autoscaling.target | quote }}
 {{- end -}}

@@ -210,6 +210,8 @@ async def test_cancelling_while_the_kv_is_requested_frees_everything(qwen3_vl_fo
         done = await prefilled(first, text, greedy(8))
         continued = Continued(second, text, greedy(8), done, limit=0)
         await until(lambda: second.stats().running == 1)
+        assert second.stats().queued_prefill_tokens > 0, "it mirrors what the prefill worker has not computed"
+        assert second.stats().num_computing == 0
         continued.handle.cancel()
         await until(lambda: is_idle(second))
         late = TensorRows(done.kv)
