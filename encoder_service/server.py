@@ -20,7 +20,7 @@ from vitrine_vlm.embedding_transport.shipping.encoder_rpc import SERVICE, encode
 from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter
 from vitrine_vlm.embedding_transport.shipping.peer_rules import PeerRules
 from vitrine_vlm.embedding_transport.shipping.session_rpc import ReleaseContext, SessionServicer, check_release
-from vitrine_vlm.embedding_transport.wire.grpc_status import abort, send
+from vitrine_vlm.embedding_transport.wire.grpc_status import abort, logged_call, send
 from vitrine_vlm.embedding_transport.wire.message_bounds import WINDOW_NBYTES
 from vitrine_vlm.embedding_transport.wire.messages import layout_to_proto
 from vitrine_vlm.encoder_service.codec import failed_to_proto, item_from_proto
@@ -28,6 +28,7 @@ from vitrine_vlm.encoder_service.metrics import EncoderMetrics
 from vitrine_vlm.encoder_service.service import EncodeService
 from vitrine_vlm.errors import EncoderUnavailable, InternalError, VitrineError
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from vitrine_vlm.service_runtime.access_log import report, report_more, report_slowest
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget, ReservedBytes
 from vitrine_vlm.service_runtime.cancellation import is_own_cancellation
 from vitrine_vlm.service_runtime.grpc_server import ServiceServer
@@ -115,7 +116,12 @@ class EncoderServicer(SessionServicer, encoder_pb2_grpc.EncoderServicer):  # typ
         caller = metadata_carrier(context.invocation_metadata())
         num_items = len(request.items)
         try:
-            with self._calls.track(), serving_span("encode", caller, **{"vitrine.num_items": num_items}):
+            with (
+                serving_span("encode", caller, **{"vitrine.num_items": num_items}),
+                logged_call("Encode"),
+                self._calls.track(),
+            ):
+                report(model=self._loaded().description.model, items=num_items)
                 call = _Call.of(request, self._loaded())
                 del request  # it has a second copy of the items' bytes
                 await self._encode(call, self._loaded(), context)
@@ -204,6 +210,7 @@ class _Replies:
         is_large = nbytes > WINDOW_NBYTES and layout.ticket is None
         if is_large and self._exporter.sends_bytes(self._session_id, nbytes):
             self._reserved.reserve(nbytes)
+        report_more(tokens=layout.num_tokens)
         await self._write(encoder_pb2.EncodeResponse(layout=layout_to_proto(item_index, layout)))
 
     @contextmanager
@@ -213,9 +220,11 @@ class _Replies:
 
     async def failed(self, item_index: int, error: VitrineError) -> None:
         _log.info("item %d: %s: %s", item_index, error.code, error)
+        report_more(failed_items=1)
         await self._write(failed_to_proto(item_index, error))
 
     async def ship(self, item_index: int, early: AsyncPoolWrite, rows_TW: torch.Tensor, timings: ItemTimings) -> None:
+        report_slowest(vars(timings))
         responses = self._exporter.export(self._session_id, item_index, TensorSource(rows_TW), timings, early)
         async with aclosing(responses):
             async for response in responses:

@@ -15,6 +15,7 @@ from vitrine_vlm.gateway.client_stream import EVENT_STREAM, ClientStream
 from vitrine_vlm.gateway.first_events import read_first_events
 from vitrine_vlm.gateway.headers import passed_on
 from vitrine_vlm.gateway.servers import RETRY_AFTER_S, Server, ServerFleet
+from vitrine_vlm.service_runtime.access_log import report_peer
 
 _BUSY = (429, 503)
 # Not sent on: the client has sent none, and aiohttp would add its own.
@@ -112,6 +113,7 @@ class Forwarder:
         failures: dict[str, str] = {}
         while True:
             server = self._servers.choose(request.key, failures, avoided)
+            report_peer("server", server.address)
             with server.request():
                 response = await self._send(request, server, failures)
                 if response is None:

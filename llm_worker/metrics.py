@@ -17,6 +17,7 @@ from vitrine_vlm.embedding_transport.shipping.exporter import ExporterStats
 from vitrine_vlm.errors import InternalError, VitrineError
 from vitrine_vlm.llm_worker.engine.engine import EngineStats
 from vitrine_vlm.llm_worker.generation.events import Delta, Finished, GenerationEvent, Observe, Started
+from vitrine_vlm.service_runtime.access_log import report
 from vitrine_vlm.service_runtime.logs import harmless
 
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -135,6 +136,7 @@ class LlmMetrics:
                 outcome = error.code if isinstance(error, VitrineError) else InternalError.code
             raise
         finally:
+            report(outcome=outcome)
             with harmless("a metric of requests"):
                 self._requests.labels(outcome).inc()
 

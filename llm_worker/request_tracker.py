@@ -6,8 +6,9 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from typing import TypeAlias, TypeVar
 
-from vitrine_vlm.llm_worker.generation.events import Observe
+from vitrine_vlm.llm_worker.generation.events import Finished, GenerationEvent, Observe, Started
 from vitrine_vlm.llm_worker.metrics import LlmMetrics
+from vitrine_vlm.service_runtime.access_log import report_more, report_slowest
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 
 EventT = TypeVar("EventT")
@@ -37,5 +38,14 @@ class RequestTracker:
             WorkerUnavailable: the worker is ending, or ends in the middle of the request.
         """
         with self._metrics.measure_request() as observe, self._calls.track():
-            async with aclosing(start(observe)) as events:
+
+            def observe_and_report(event: GenerationEvent, answer: int = 0) -> None:
+                observe(event, answer)
+                if isinstance(event, Started):
+                    report_more(prompt_tokens=event.num_prompt_tokens, media_tokens=event.num_media_tokens)
+                elif isinstance(event, Finished):
+                    report_more(completion_tokens=event.num_completion_tokens, cached_tokens=event.num_cached_tokens)
+                    report_slowest(vars(event.timings))
+
+            async with aclosing(start(observe_and_report)) as events:
                 yield events

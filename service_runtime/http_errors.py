@@ -10,6 +10,8 @@ from typing import Any
 from aiohttp import web
 
 from vitrine_vlm.errors import BadRequest, Unauthenticated, VitrineError, as_vitrine_error
+from vitrine_vlm.service_runtime.access_log import report
+from vitrine_vlm.service_runtime.http_requests import CLIENT_CLOSED_REQUEST
 
 STATUS_BY_CODE: dict[str, int] = {
     "invalid_request": 400,
@@ -44,7 +46,6 @@ STATUS_BY_CODE: dict[str, int] = {
 }
 _LEAST_RETRY_S = 1
 _BODY_HEADERS = ("content-type", "content-length")
-_CLIENT_CLOSED_REQUEST = 499  # nginx's
 _TYPE_BY_STATUS = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
 
@@ -62,6 +63,7 @@ def error_body(error: VitrineError) -> dict[str, Any]:
 
 def error_response(error: VitrineError) -> web.Response:
     status = STATUS_BY_CODE[error.code]
+    report(outcome=error.code)
     # HTTP allows whole seconds only.
     retry_after_s = max(_LEAST_RETRY_S, math.ceil(error.retry_after_s))
     headers = {"Retry-After": str(retry_after_s)} if status in (429, 503) else {}
@@ -88,5 +90,5 @@ async def errors_as_openai(
         )
     except Exception as error:
         if is_client_gone(request, error):
-            return web.Response(status=_CLIENT_CLOSED_REQUEST)  # which the client does not receive
+            return web.Response(status=CLIENT_CLOSED_REQUEST)  # which the client does not receive
         return error_response(as_vitrine_error(error))

@@ -10,6 +10,7 @@ from typing import Any
 from aiohttp import web
 
 from vitrine_vlm.errors import BadRequest
+from vitrine_vlm.service_runtime.access_log import access_line, report
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget, ReservedBytes
 from vitrine_vlm.service_runtime.port_limits import DEFAULT_LIMITS, PortLimits
 from vitrine_vlm.service_runtime.traces import serving_span
@@ -19,6 +20,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 # A body counts as so many times its length until its request ends: what was sent, its strings, and the messages that
 # are made of it (measured, docs/reliability.md).
 BODY_COPIES = 3
+CLIENT_CLOSED_REQUEST = 499  # nginx's
+_SHOWN_PATH_CHARS = 200
 # A body that comes more slowly is not waited for, even if a piece of it comes now and then.
 _LEAST_BYTES_PER_S = 64 * 1024
 
@@ -37,11 +40,20 @@ _BODY = web.RequestKey("body", _Body)
 
 @web.middleware
 async def traced(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Opens the span of a POST request, which continues the trace of its headers."""
-    if request.method != "POST":  # probes, metrics and pages
-        return await handler(request)
-    with serving_span(f"POST {request.path}", header_carrier(request)):
-        return await handler(request)
+    """Opens the span of a POST request, which continues the trace of its headers; logs that and others to the API."""
+    if request.method == "POST" and request.path != "/ping":
+        with serving_span(f"POST {request.path}", header_carrier(request)):
+            return await _logged(request, handler)
+    if request.path.startswith("/v1/"):
+        return await _logged(request, handler)
+    return await handler(request)  # probes, metrics and pages
+
+
+async def _logged(request: web.Request, handler: Handler) -> web.StreamResponse:
+    with access_line(f"{request.method} {request.path[:_SHOWN_PATH_CHARS]}", cancelled=CLIENT_CLOSED_REQUEST):
+        response = await handler(request)
+        report(status=response.status)
+        return response
 
 
 def header_carrier(request: web.Request) -> dict[str, str]:

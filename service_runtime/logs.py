@@ -68,12 +68,14 @@ class _TextFormatter(logging.Formatter):
 
 class _JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        line = {
+        line: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": message_of(record),
         }
+        if fields := getattr(record, "fields", None):
+            line |= fields
         if request_id := _request_id.get():
             line["request_id"] = request_id
         if name := _key_name.get():

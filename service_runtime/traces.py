@@ -60,6 +60,12 @@ def serving_span(name: str, carrier: Mapping[str, str], **attributes: AttributeV
         yield
 
 
+def annotate_span(attributes: Mapping[str, AttributeValue]) -> None:
+    """Adds attributes to the span of the current request, if there is one."""
+    if _tracer is not None:
+        trace.get_current_span().set_attributes(attributes)
+
+
 @contextmanager
 def span(name: str, **attributes: AttributeValue) -> Iterator[None]:
     """The span of a part of the current request. Unlike `serving_span` it may be exited in another task."""

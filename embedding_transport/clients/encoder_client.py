@@ -71,6 +71,8 @@ class EncoderClient(FleetClient[EncoderPeer]):
         check: compares what an encoder describes, see `EncoderPeer`.
     """
 
+    peer_kind = "encoder"
+
     def __init__(
         self,
         addresses: Sequence[str],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import grpc
 
@@ -16,6 +16,7 @@ from vitrine_vlm.embedding_transport.receiving.received_rows import HostBufferPo
 from vitrine_vlm.embedding_transport.receiving.row_stream import RowStream
 from vitrine_vlm.embedding_transport.wire.grpc_status import error_from_rpc
 from vitrine_vlm.errors import VitrineError, soonest_overloaded
+from vitrine_vlm.service_runtime.access_log import report_peer
 from vitrine_vlm.service_runtime.cancellation import is_own_cancellation
 from vitrine_vlm.service_runtime.retry import Attempts, RetryPolicy
 from vitrine_vlm.service_runtime.supervisor import Supervisor
@@ -44,11 +45,15 @@ class ClientStats:
 class FleetClient(PeerFleet[PeerT]):
     """The common part of the clients of encoders and of prefill workers.
 
+    peer_kind: what a peer is called in the log.
+
     Args:
         addresses, make_peer, supervisor: see PeerFleet.
         policy: must have a budget of 0: every peer is tried once.
         timeout_s: seconds for one request on one peer.
     """
+
+    peer_kind: ClassVar[str]
 
     def __init__(
         self,
@@ -102,6 +107,7 @@ class FleetClient(PeerFleet[PeerT]):
         connection = peer.connection
         if connection is None:  # lost since the peer was chosen
             raise peer.unavailable(str(peer.error))
+        report_peer(self.peer_kind, peer.address)
         method, message, stream = exchange(connection)
         call: grpc.aio.UnaryStreamCall[Any, bytes] | None = None
         try:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 import grpc
 
-from vitrine_vlm.errors import Overloaded, VitrineError, as_vitrine_error, error_from_code
+from vitrine_vlm.errors import InternalError, Overloaded, VitrineError, as_vitrine_error, error_from_code
+from vitrine_vlm.service_runtime.access_log import access_line, report
 from vitrine_vlm.service_runtime.grpc_requests import ERROR_CODE_KEY as ERROR_CODE_KEY
 
 ResponseT = TypeVar("ResponseT")
@@ -53,6 +56,21 @@ STATUS_BY_CODE: dict[str, grpc.StatusCode] = {
     "ticket_expired": _Status.ABORTED,
     "internal_error": _Status.INTERNAL,
 }
+
+
+@contextmanager
+def logged_call(method: str) -> Iterator[None]:
+    """Logs a line about the current call at the end of the context; errors are those that `abort` sends."""
+    with access_line(method):
+        try:
+            yield
+        except Exception as error:
+            if is_peer_gone(error):
+                report(status=grpc.StatusCode.CANCELLED.name)
+            else:
+                code = error.code if isinstance(error, VitrineError) else InternalError.code
+                report(status=STATUS_BY_CODE[code].name, outcome=code)
+            raise
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:

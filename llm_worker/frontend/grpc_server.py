@@ -9,7 +9,7 @@ from typing import TypeAlias
 import grpc
 
 from vitrine_vlm.embedding_transport.wire.grpc_access import GrpcAccess
-from vitrine_vlm.embedding_transport.wire.grpc_status import abort, send
+from vitrine_vlm.embedding_transport.wire.grpc_status import abort, logged_call, send
 from vitrine_vlm.errors import WorkerUnavailable
 from vitrine_vlm.llm_worker.generation.events import (
     Delta,
@@ -34,6 +34,7 @@ from vitrine_vlm.llm_worker.wire import (
 )
 from vitrine_vlm.protos.llm.v1 import llm_pb2, llm_pb2_grpc
 from vitrine_vlm.service_runtime.access import Access
+from vitrine_vlm.service_runtime.access_log import report
 from vitrine_vlm.service_runtime.grpc_server import ServiceServer
 from vitrine_vlm.service_runtime.port_limits import DEFAULT_LIMITS, PortLimits
 from vitrine_vlm.service_runtime.tenants import CacheScope, current_tenant
@@ -58,9 +59,12 @@ class LlmServicer(llm_pb2_grpc.LlmServicer):
     # A coroutine that writes, not a generator: a cancellation by the client is raised inside a coroutine.
     async def Generate(self, request: llm_pb2.GenerateRequest, context: GenerateContext) -> None:  # type: ignore[override]
         try:
-            served = self._loaded()
-            generation = _generation(request, served)
-            with serving_span("generate", metadata_carrier(context.invocation_metadata())):
+            with (
+                serving_span("generate", metadata_carrier(context.invocation_metadata())),
+                logged_call("Generate"),
+            ):
+                served = self._loaded()
+                generation = _generation(request, served)
                 if max(request.n, request.best_of) > 1:
                     answers = partial(generate_answers, served.generator, [generation], request.n, request.best_of)
                     async with self._requests.track(answers) as answer_events:
@@ -75,13 +79,13 @@ class LlmServicer(llm_pb2_grpc.LlmServicer):
 
     async def Prefill(self, request: llm_pb2.PrefillRequest, context: PrefillContext) -> llm_pb2.PrefillResponse:
         try:
-            served = self._loaded()
-            request.sampling.max_tokens = 1
-            request.sampling.min_tokens = min(request.sampling.min_tokens, 1)
-            if not request.sampling.HasField("logprobs"):
-                request.sampling.logprobs = 0
-            generation = _generation(request, served)
-            with serving_span("prefill", metadata_carrier(context.invocation_metadata())):
+            with serving_span("prefill", metadata_carrier(context.invocation_metadata())), logged_call("Prefill"):
+                served = self._loaded()
+                request.sampling.max_tokens = 1
+                request.sampling.min_tokens = min(request.sampling.min_tokens, 1)
+                if not request.sampling.HasField("logprobs"):
+                    request.sampling.logprobs = 0
+                generation = _generation(request, served)
                 async with self._requests.track(partial(served.generator.generate, generation)) as events:
                     delta, finished = await _first_token(events)
         except Exception as error:
@@ -97,6 +101,7 @@ class LlmServicer(llm_pb2_grpc.LlmServicer):
     def _loaded(self) -> ServedModel:
         if self._served is None:
             raise WorkerUnavailable("the worker is still loading its model: try again when it is SERVING")
+        report(model=self._served.name)
         return self._served
 
 

@@ -9,6 +9,7 @@ from aiohttp import web
 
 from vitrine_vlm.errors import UnknownModel, WorkerUnavailable
 from vitrine_vlm.llm_worker.generation.served_model import ServedModel
+from vitrine_vlm.service_runtime.access_log import report
 
 
 class ServedModels:
@@ -28,6 +29,7 @@ class ServedModels:
         """
         if self._served is None:
             raise WorkerUnavailable("the worker is still loading its model: try again when /ready answers 200")
+        report(model=self._served.name)
         return self._served
 
     def named(self, name: str) -> ServedModel:

@@ -48,6 +48,8 @@ class PrefillClient(FleetClient[PrefillPeer]):
         supervisor: owns the loops of this client; None for one of its own. Once a loop has failed, `prefill` fails.
     """
 
+    peer_kind = "prefill_worker"
+
     def __init__(
         self,
         kv_format: KvFormat,

@@ -11,7 +11,7 @@ import grpc
 
 from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter
 from vitrine_vlm.embedding_transport.shipping.session_rpc import SessionServicer
-from vitrine_vlm.embedding_transport.wire.grpc_status import abort, send
+from vitrine_vlm.embedding_transport.wire.grpc_status import abort, logged_call, send
 from vitrine_vlm.embedding_transport.wire.messages import layout_to_proto
 from vitrine_vlm.errors import BadRequest, PrefillUnavailable, WorkerUnavailable
 from vitrine_vlm.llm_worker.generation.events import FirstToken, GenerationRequest, Started
@@ -21,6 +21,7 @@ from vitrine_vlm.llm_worker.prefill.wire import format_from_proto, format_to_pro
 from vitrine_vlm.llm_worker.request_tracker import RequestTracker
 from vitrine_vlm.llm_worker.wire import checked_salt, generation_from_proto
 from vitrine_vlm.protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
+from vitrine_vlm.service_runtime.access_log import report
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget
 from vitrine_vlm.service_runtime.tenants import CacheScope, current_tenant
 from vitrine_vlm.service_runtime.traces import metadata_carrier, serving_span
@@ -66,12 +67,13 @@ class PrefillServicer(SessionServicer, prefill_pb2_grpc.PrefillServicer):  # typ
     # A coroutine that writes instead of a generator, for the reason given at SessionServicer.
     async def Prefill(self, request: prefill_pb2.PrefillRequest, context: PrefillContext) -> None:  # type: ignore[override]
         try:
-            prefilling = self._loaded()
-            check_format("the decode worker", format_from_proto(request.format), prefilling.kv_format)
-            generation = generation_from_proto(
-                request.request_id, request.prompt, request.sampling, prefilling.served.defaults, _scope(request)
-            )
-            with serving_span("prefill", metadata_carrier(context.invocation_metadata())):
+            with serving_span("prefill", metadata_carrier(context.invocation_metadata())), logged_call("Prefill"):
+                prefilling = self._loaded()
+                report(model=prefilling.served.name)
+                check_format("the decode worker", format_from_proto(request.format), prefilling.kv_format)
+                generation = generation_from_proto(
+                    request.request_id, request.prompt, request.sampling, prefilling.served.defaults, _scope(request)
+                )
                 await self._prefill(generation, request, prefilling, context)
         except WorkerUnavailable as error:  # clients know this worker as a prefill worker
             await abort(context, PrefillUnavailable(str(error)))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import grpc
@@ -90,5 +92,30 @@ async def test_a_callers_trace_goes_through_worker_and_encoder(
     assert own["prefill"].end_time_unix_nano == pytest.approx(own["decode"].start_time_unix_nano, abs=1e6)
     root = next(span for span in roots if span.span_id == encodes[0].parent_span_id)
     assert root.start_time_unix_nano <= starts[0] and order[-1].end_time_unix_nano <= root.end_time_unix_nano
-    failed = [line for line in encoder.lines if "not_an_image" in line]
-    assert len(failed) == 1 and '"request_id": "chatcmpl-' in failed[0]
+    failed = [line for line in _logged(encoder) if "not_an_image" in line["message"]]
+    assert len(failed) == 1 and failed[0]["request_id"].startswith("chatcmpl-")
+    _check_access_lines(_logged(worker), _logged(encoder), address)
+    values = {each.key: each.value for each in root.attributes}
+    assert (values["vitrine.status"].int_value, values["vitrine.completion_tokens"].int_value) == (200, 4)
+    assert [each.string_value for each in values["vitrine.encoder"].array_value.values] == [address]
+
+
+def _logged(process: ServiceProcess) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in process.lines if line.startswith("{")]
+
+
+def _check_access_lines(worker: list[dict[str, Any]], encoder: list[dict[str, Any]], address: str) -> None:
+    answered, refused = (line for line in worker if "status" in line)
+    assert answered["message"].startswith("POST /v1/chat/completions: 200 in ")
+    assert answered["request_id"].startswith("chatcmpl-")
+    wanted = {"status": 200, "outcome": "ok", "encoder": [address], "completion_tokens": 4}
+    assert wanted.items() <= answered.items()
+    assert answered["prompt_tokens"] > answered["media_tokens"] > 0
+    assert min(answered[stage] for stage in ("ttft_ms", "encode_ms", "prefill_ms", "decode_ms", "elapsed_ms")) > 0
+    assert (refused["status"], refused["outcome"]) == (400, "not_an_image")
+    encoded, failed = (line for line in encoder if "status" in line)
+    assert encoded["request_id"] == answered["request_id"]
+    assert (encoded["status"], encoded["items"], encoded["tokens"]) == ("OK", 1, answered["media_tokens"])
+    assert encoded["model"] == answered["model"]
+    assert min(encoded[stage] for stage in ("load_ms", "preprocess_ms", "forward_ms")) > 0
+    assert (failed["status"], failed["failed_items"]) == ("OK", 1)

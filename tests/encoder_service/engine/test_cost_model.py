@@ -64,7 +64,6 @@ def test_the_first_batches_correct_what_a_busy_machine_measured() -> None:
     cost = CostModel(22 * FIXED_S, 22 * PER_PATCH_S, 22 * PER_PAIR_S, provisional_batches=3)
     batch = [(1, 64, 64)]
     cost.observe(batch, 22 * truth(batch))  # still busy
-    assert cost.is_provisional
     cost.observe(batch, truth(batch))
     assert cost.batch_seconds(batch) == pytest.approx(truth(batch))
     cost.observe(batch, 2 * truth(batch))

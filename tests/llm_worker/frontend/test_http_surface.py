@@ -39,6 +39,25 @@ async def test_the_official_client_shows_a_model_with_a_slash_in_its_name(worker
         assert (await official.models.retrieve("org/model")).id == "org/model"
 
 
+async def test_requests_to_the_api_are_logged_and_probes_are_not(
+    client: Client, worker: LocalWorker, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    for path in ("/health", "/ready", "/ping", "/metrics", "/version", "/none"):
+        await client.get(path)
+    await client.post("/ping")
+    await (await client.post(CHAT, json=body(worker, stream=True))).text()
+    await client.post(CHAT, json=body(worker, model="other"))
+    await client.get("/v1/models")
+    lines = [record.fields for record in caplog.records if hasattr(record, "fields")]
+    assert [(line["status"], line.get("outcome")) for line in lines] == [
+        (200, "ok"),
+        (404, "model_not_found"),
+        (200, None),
+    ]
+    assert {"model": worker.served.name, "completion_tokens": 8}.items() <= lines[0].items()
+
+
 async def test_tokens_of_text_and_back(client: Client, worker: LocalWorker) -> None:
     answer = await (await client.post("/tokenize", json={"prompt": "naïve 猫", "return_token_strs": True})).json()
     tokenizer = worker.generator.tokenizer
