@@ -10,7 +10,7 @@ import pytest
 import yaml
 from helm_python import Chart
 
-from tests.helm.rendering import CHART, Manifest, of_kind, pods, pods_selected, rendered, values_of, with_registry
+from tests.helm.rendering import CHART, Manifest, of_kind, pods, pods_selected, render, rendered, values_of, with_registry
 from tests.helm.test_schemas import NEWEST, validate
 
 SOURCES = CHART.parents[1] / "deploy" / "observability"
@@ -106,6 +106,16 @@ class TestFiles:
         validate(config, NEWEST)
         assert config["data"] == {"vitrine.json": self.DASHBOARD}
         assert config["metadata"]["labels"]["grafana_dashboard"] == "1"
+
+
+def test_runbooks_are_where_the_operator_shows_them() -> None:
+    shown = "https://git.example/docs/operations.md"
+    rules = {"enabled": True, "runbookUrl": shown}
+    (made,) = of_kind(render({"model": "m", "monitoring": {"prometheusRule": rules}}), "PrometheusRule").values()
+    alerts = [rule for group in made["spec"]["groups"] for rule in group["rules"] if "alert" in rule]
+    assert alerts
+    for alert in alerts:
+        assert alert["annotations"]["runbook_url"] == f"{shown}#{alert['alert'].lower()}"
 
 
 def _groups(file: Path) -> Any:

@@ -74,9 +74,9 @@ def test_a_mistake_in_an_expression_is_found(expression: str, problem: str) -> N
 @EACH_ALERT
 def test_an_alert_says_how_bad_it_is_and_what_to_do(alert: dict[str, Any]) -> None:
     assert alert["labels"]["severity"] in {"critical", "warning", "info"}
-    assert set(alert["annotations"]) == {"summary", "description", "runbook"}
+    assert set(alert["annotations"]) == {"summary", "description", "runbook_url"}
     assert len(alert["annotations"]["summary"]) < 100
-    assert alert["annotations"]["runbook"] == f"docs/operations.md#{alert['alert'].lower()}"
+    assert alert["annotations"]["runbook_url"] == f"docs/operations.md#{alert['alert'].lower()}"
 
 
 @EACH_ALERT
