@@ -11,7 +11,7 @@ from grpc_reflection.v1alpha import reflection
 
 from vitrine_vlm.service_runtime.grpc_channel import CHANNEL_OPTIONS
 from vitrine_vlm.service_runtime.grpc_requests import RefusingMalformed
-from vitrine_vlm.service_runtime.port_limits import DEFAULT_LIMITS, PortLimits
+from vitrine_vlm.service_runtime.port_limits import DEFAULT_LIMITS, PortLimits, shown_address
 from vitrine_vlm.service_runtime.tls import ServerTls
 
 _MAX_STREAMS_OF_CONNECTION = 1024
@@ -52,8 +52,7 @@ class ServiceServer:
         Raises:
             OSError: the address is in use or invalid, or a file of `tls` cannot be read.
         """
-        shown_host = f"[{host}]" if ":" in host else host
-        address = f"{shown_host}:{port}"
+        address = shown_address(host, port)
         credentials = tls.credentials() if tls else None
         try:
             if credentials is None:
@@ -70,7 +69,7 @@ class ServiceServer:
             except RuntimeError as error:
                 raise OSError(f"cannot listen on {health_socket}: does its folder exist?") from error
             await self._local.start()
-        return f"{shown_host}:{actual_port}"
+        return shown_address(host, actual_port)
 
     async def set_serving(self, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING

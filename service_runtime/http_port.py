@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import ssl
 
 from aiohttp import web
@@ -10,7 +12,7 @@ from aiohttp import web
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget
 from vitrine_vlm.service_runtime.connection_guard import ConnectionGuard
 from vitrine_vlm.service_runtime.http_requests import bodies_within
-from vitrine_vlm.service_runtime.port_limits import PortLimits
+from vitrine_vlm.service_runtime.port_limits import PortLimits, shown_address
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 
 # How long a connection without a request stays open: longer than usual proxies keep theirs (60 s).
@@ -61,14 +63,18 @@ class HttpPort:
         """
         await self._runner.setup()
         assert self._runner.server is not None
-        self._server = await asyncio.get_running_loop().create_server(
-            self._guard.wrap(self._runner.server),
-            host,
-            port,
-            ssl=ssl_context,
-            ssl_handshake_timeout=self._limits.client_timeout_s if ssl_context else None,
-            backlog=_BACKLOG,
-        )
+        try:
+            self._server = await asyncio.get_running_loop().create_server(
+                self._guard.wrap(self._runner.server),
+                host,
+                port,
+                ssl=ssl_context,
+                ssl_handshake_timeout=self._limits.client_timeout_s if ssl_context else None,
+                backlog=_BACKLOG,
+            )
+        except OSError as error:  # which does not always name the port
+            reason = os.strerror(error.errno) if error.errno in errno.errorcode else error.strerror or error
+            raise OSError(f"cannot listen on {shown_address(host, port)}: {reason}") from error
         actual_port = int(self._server.sockets[0].getsockname()[1])
         supervisor.start_task(f"connections of port {actual_port}", self._guard.watch())
         return actual_port

@@ -9,7 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget
 from vitrine_vlm.service_runtime.http_port import HttpPort
-from vitrine_vlm.service_runtime.port_limits import PortLimits
+from vitrine_vlm.service_runtime.port_limits import PortLimits, shown_address
 from vitrine_vlm.service_runtime.settings import ServiceSettings
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.service_runtime.tls import ServerTls
@@ -40,7 +40,8 @@ class MetricsPort:
         Raises:
             OSError: the port cannot be listened on, or a file of `tls` cannot be read.
         """
-        return f"{host}:{await self._port.start(host, port, tls.context() if tls else None, supervisor)}"
+        actual_port = await self._port.start(host, port, tls.context() if tls else None, supervisor)
+        return shown_address(host, actual_port)
 
     async def close(self) -> None:
         await self._port.close()

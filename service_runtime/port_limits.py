@@ -25,3 +25,8 @@ class PortLimits:
 
 
 DEFAULT_LIMITS = PortLimits()
+
+
+def shown_address(host: str, port: int) -> str:
+    """Returns "host:port", with an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
