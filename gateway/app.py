@@ -126,7 +126,8 @@ async def serve(config: GatewayConfig) -> None:
 
         await lifecycle.ending()
         await lifecycle.drain()
-        await asyncio.gather(port.close(), server.stop(_STOP_GRACE_S))
+        # New connections get 503 until the process ends: the port closes with the stack.
+        await asyncio.gather(port.answered(), server.stop(_STOP_GRACE_S))
         lifecycle.raise_failure()
     _log.info("stopped")
 

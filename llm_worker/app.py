@@ -193,7 +193,8 @@ async def serve(config: LlmConfig) -> None:
         await lifecycle.drain()
         if exporter is not None and not await exporter.drained(lifecycle.left_s):
             _log.warning("%d leases were not released in time", exporter.stats().live_leases)
-        await asyncio.gather(port.close(), server.stop(_STOP_GRACE_S))
+        # New connections get 503 until the process ends: the port closes with the stack.
+        await asyncio.gather(port.answered(), server.stop(_STOP_GRACE_S))
         lifecycle.raise_failure()
     _log.info("stopped")
 

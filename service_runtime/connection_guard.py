@@ -35,10 +35,17 @@ class ConnectionGuard:
         self._clock = clock
         self._connections: dict[asyncio.BaseTransport, GuardedConnection] = {}
         self._num_of_client: Counter[str] = Counter()
+        self._num_in_request = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     def __len__(self) -> int:
         """The number of open connections."""
         return len(self._connections)
+
+    async def idle(self) -> None:
+        """Waits until no request is handled."""
+        await self._idle.wait()
 
     def wrap(self, make_protocol: Callable[[], asyncio.Protocol]) -> Callable[[], asyncio.Protocol]:
         """Returns a factory of protocols that this guard watches, for `create_server`."""
@@ -53,10 +60,15 @@ class ConnectionGuard:
         if connection is None:  # closed meanwhile
             return await handler(request)
         connection.head_since, connection.in_request = None, True
+        self._num_in_request += 1
+        self._idle.clear()
         try:
             return await handler(request)
         finally:
             connection.in_request = False
+            self._num_in_request -= 1
+            if not self._num_in_request:
+                self._idle.set()
 
     async def watch(self) -> None:
         """Closes what is too slow; runs until it is cancelled."""

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import ssl
+from contextlib import suppress
 
 from aiohttp import web
 
@@ -29,7 +30,7 @@ class HttpPort:
         application: its own middlewares are called between the port's: one that marks the request's connection as in
             use, and one that bounds its body.
         budget: of which bodies are a part.
-        stop_grace_s: longest wait for requests in flight at `close`, seconds.
+        stop_grace_s: longest wait for requests in flight at `answered` and `close`, seconds.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class HttpPort:
     ) -> None:
         self._limits = limits
         self._guard = ConnectionGuard(limits)
+        self._stop_grace_s = stop_grace_s
         application.middlewares.insert(0, self._guard.middleware)
         application.middlewares.append(bodies_within(limits, budget))
         # handler_cancellation: a request is cancelled everywhere when its client disconnects.
@@ -78,6 +80,15 @@ class HttpPort:
         actual_port = int(self._server.sockets[0].getsockname()[1])
         supervisor.start_task(f"connections of port {actual_port}", self._guard.watch())
         return actual_port
+
+    async def answered(self) -> None:
+        """Waits for requests in flight. New connections are accepted, and their requests get an answer, until `close`.
+
+        A service that is ending refuses requests (503), which tells clients more than a connection that is refused.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._stop_grace_s):
+                await self._guard.idle()
 
     async def close(self) -> None:
         """Accepts no new connections, and ends those that are open."""

@@ -62,8 +62,9 @@ async def test_a_worker_cuts_its_requests_off_with_errors_that_can_be_tried_agai
             await asyncio.sleep(0.2)
             async with session.get(f"{url}/ready") as response:
                 assert (response.status, (await response.json())["reason"]) == (503, "shutting down")
-            async with session.post(f"{url}/v1/completions", json=body) as response:
+            async with aiohttp.ClientSession() as another, another.post(f"{url}/v1/completions", json=body) as response:
                 assert (response.status, (await response.json())["error"]["code"]) == (503, "worker_unavailable")
+                assert int(response.headers["Retry-After"]) > 0
             events = (await stream.content.read()).decode().strip().split("\n\n")
         assert DRAIN_TIMEOUT_S - 0.1 < time.monotonic() - since < DRAIN_TIMEOUT_S + 0.5
         assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "worker_unavailable"

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
-from aiohttp import ClientError, ClientSession, web
+from aiohttp import ClientConnectorError, ClientError, ClientSession, web
 
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget
 from vitrine_vlm.service_runtime.http_errors import errors_as_openai
@@ -217,3 +217,41 @@ async def test_bodies_of_all_requests_share_the_budget() -> None:
         assert (await kept).status == 200
         assert (await echo(served, large))[0] == 200
         assert served.budget.reserved_nbytes == 0
+
+
+async def test_a_port_accepts_connections_until_it_is_closed() -> None:
+    release = asyncio.Event()
+
+    async def slow(request: web.Request) -> web.Response:
+        await release.wait()
+        return web.Response(text="answered")
+
+    async def refused(request: web.Request) -> web.Response:
+        raise web.HTTPServiceUnavailable(headers={"Retry-After": "5"})
+
+    application = web.Application()
+    application.router.add_get("/slow", slow)
+    application.router.add_get("/refused", refused)
+    supervisor = Supervisor()
+    port = HttpPort(application, LIMITS, ByteBudget(1 << 20), stop_grace_s=5.0)
+    url = f"http://127.0.0.1:{await port.start('127.0.0.1', 0, None, supervisor)}"
+
+    async def status(path: str) -> int:
+        async with ClientSession() as session, session.get(url + path) as response:
+            return response.status
+
+    try:
+        in_flight = asyncio.create_task(status("/slow"))
+        await asyncio.sleep(0.1)
+        answered = asyncio.create_task(port.answered())
+        assert await status("/refused") == 503
+        assert not answered.done()
+        release.set()
+        assert await in_flight == 200
+        await answered
+        assert await status("/refused") == 503
+    finally:
+        await port.close()
+        await supervisor.close()
+    with pytest.raises(ClientConnectorError):
+        await status("/refused")
