@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 import ssl
 from contextlib import suppress
@@ -75,7 +74,8 @@ class HttpPort:
                 backlog=_BACKLOG,
             )
         except OSError as error:  # which does not always name the port
-            reason = os.strerror(error.errno) if error.errno in errno.errorcode else error.strerror or error
+            # Those of name resolution are negative.
+            reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or error
             raise OSError(f"cannot listen on {shown_address(host, port)}: {reason}") from error
         actual_port = int(self._server.sockets[0].getsockname()[1])
         supervisor.start_task(f"connections of port {actual_port}", self._guard.watch())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Coroutine, Sequence
@@ -13,12 +14,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, SettingsConfigDict
 
 from vitrine_vlm import __version__
 from vitrine_vlm.service_runtime.http_log import shorten_bad_requests
 from vitrine_vlm.service_runtime.lifecycle import exit_now
+from vitrine_vlm.service_runtime.log_limits import printable
 from vitrine_vlm.service_runtime.logs import LogFormat, LogLevel, start_logging
 from vitrine_vlm.service_runtime.memory import reuse_message_memory
 from vitrine_vlm.service_runtime.open_files import raise_open_files_limit
@@ -46,7 +48,9 @@ class ServiceSettings(BaseSettings):
     )
 
     config: Path | None = Field(None, description="YAML file with settings, named as here with underscores")
-    print_config: bool = Field(False, description="print the settings in force as such a file, and end")
+    print_config: bool = Field(
+        False, description="print the settings in force as such a file, each with where it is from, and end"
+    )
     tls_cert_file: Path | None = Field(None, description="certificate chain (PEM) to serve with; none: no TLS")
     tls_key_file: Path | None = Field(None, description="its private key (PEM)")
     tls_client_ca_file: Path | None = Field(
@@ -87,6 +91,9 @@ class ServiceSettings(BaseSettings):
         "", description="collector for traces, http(s)://host:port (OTLP over gRPC); empty: none"
     )
 
+    # Of settings that are no defaults.
+    _sources: dict[str, str] = PrivateAttr(default_factory=dict)
+
     @model_validator(mode="after")
     def _check_metrics_port(self) -> Self:
         if self.metrics_host is not None and not self.metrics_port:
@@ -113,8 +120,13 @@ class ServiceSettings(BaseSettings):
         given = {name: value for name, value in in_file.items() if name not in in_environment}
         flags: CliSettingsSource[Any] = CliSettingsSource(cls)
         flags.root_parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-        settings = cls(_cli_settings_source=flags(args=list(arguments)), **given)
+        in_flags = flags(args=list(arguments))
+        settings = cls(_cli_settings_source=in_flags, **given)
         cls._check_environment()
+        prefix = cls.model_config.get("env_prefix", "")
+        settings._sources.update(dict.fromkeys(in_file, f"file {file}"))
+        settings._sources.update({name: f"environment {prefix}{name.upper()}" for name in in_environment})
+        settings._sources.update({name: f"flag --{name.replace('_', '-')}" for name in in_flags()})
         return settings
 
     @classmethod
@@ -161,9 +173,15 @@ class ServiceSettings(BaseSettings):
         return PortLimits(self.max_body_bytes, self.client_timeout_s, self.max_connections, self.max_client_connections)
 
     def as_yaml(self) -> str:
-        """Returns the settings as a file for `--config`."""
+        """Returns the settings as a file for `--config`, in which a comment says where each value is from."""
         own = self.model_dump(mode="json", exclude={"config", "print_config"})
-        return yaml.safe_dump(own, sort_keys=False, allow_unicode=True)
+        lines = []
+        for name, value in own.items():
+            # A value of several lines has its comment in front.
+            text = yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=True, width=math.inf).rstrip("\n")
+            source = printable(self._sources.get(name, "default"))
+            lines.append(f"# {source}\n{text}" if "\n" in text else f"{text}  # {source}")
+        return "\n".join(lines) + "\n"
 
     def as_environment(self, **changed: object) -> dict[str, str]:
         """Returns environment variables that give another process the same settings, except for those in `changed`.

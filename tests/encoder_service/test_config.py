@@ -61,6 +61,28 @@ def test_what_is_in_force_can_be_printed_and_read_back(
     assert again.model_dump(exclude={"config"}) == expected.model_dump(exclude={"config"})
 
 
+def test_what_is_printed_says_where_each_value_is_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "encoder.yaml"
+    file.write_text("model: m\nport: 1\nmax_items: 3\nlog_level: error\n")
+    monkeypatch.setenv("VITRINE_ENCODER_LOG_LEVEL", "debug")
+    monkeypatch.setenv("VITRINE_ENCODER_PORT", "2")
+    monkeypatch.setattr(
+        "sys.argv", ["encoder", "--config", str(file), "--port", "7", "--no-cuda-graphs", "--print-config"]
+    )
+    assert main() == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert {
+        f"model: m  # file {file}",
+        f"max_items: 3  # file {file}",
+        "log_level: debug  # environment VITRINE_ENCODER_LOG_LEVEL",
+        "port: 7  # flag --port",
+        "cuda_graphs: false  # flag --cuda-graphs",
+        "log_format: text  # default",
+    } <= set(printed)
+
+
 @pytest.mark.parametrize("flags", [["--tls-cert-file", "c"], ["--tls-key-file", "k"], ["--tls-client-ca-file", "a"]])
 def test_half_of_a_certificate_is_refused(flags: list[str]) -> None:
     with pytest.raises(ValueError, match="both --tls-cert-file and --tls-key-file"):
