@@ -17,6 +17,7 @@ import torch
 from aiohttp import web
 
 from vitrine_vlm.embedding_transport.pools.cuda_ipc_pool import gpu_uuids
+from vitrine_vlm.embedding_transport.pools.shm_pool import remove_stale_pools
 from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter, export_pools
 from vitrine_vlm.embedding_transport.wire.message_bounds import MessageBounds
 from vitrine_vlm.encoder_service.codec import describe_to_proto, stats_to_proto
@@ -167,6 +168,9 @@ async def serve(config: EncoderConfig) -> None:
         if sglang:
             addresses += f" sglang={await sglang.start(stack)}"
         _log.info("LISTENING %s", addresses)
+        if config.shm_folder:
+            # Before the model is loaded, for which their memory may be needed.
+            remove_stale_pools(Path(config.shm_folder))
 
         try:
             model = await asyncio.to_thread(load_model, config, lambda: lifecycle.is_ending, metrics.show_progress)

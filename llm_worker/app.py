@@ -16,6 +16,7 @@ from aiohttp import web
 from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
 from vitrine_vlm.embedding_transport.fleet.discovery import watch_sources
 from vitrine_vlm.embedding_transport.fleet.row_peer import ConnectOptions
+from vitrine_vlm.embedding_transport.pools.shm_pool import remove_stale_pools
 from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter, export_pools
 from vitrine_vlm.embedding_transport.wire.message_bounds import MessageBounds
 from vitrine_vlm.errors import VitrineError, WorkerUnavailable
@@ -135,6 +136,7 @@ async def serve(config: LlmConfig) -> None:
             address = await start_metrics_port(config, config.host, internal, metrics.registry, supervisor, stack)
             addresses += f" metrics={address}"
         _log.info("LISTENING %s", addresses)
+        remove_stale_pools(Path(config.shm_folder))
 
         tp_workers = await _start_tp_workers(config, supervisor, stack) if config.tp > 1 else None
         try:

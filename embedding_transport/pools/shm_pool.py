@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import mmap
 import os
 import re
@@ -22,6 +23,8 @@ from vitrine_vlm.embedding_transport.pools.pool import (
 )
 from vitrine_vlm.embedding_transport.pools.row_source import RowSource, TensorSource
 from vitrine_vlm.errors import TransportUnavailable
+
+_log = logging.getLogger(__name__)
 
 _PREFIX = "vitrine-"
 _NAME = re.compile(r"vitrine-[0-9a-f]{32}")
@@ -42,7 +45,7 @@ class ShmPool(ExportPool):
 
     def __init__(self, folder: Path, nbytes: int) -> None:
         super().__init__(nbytes)
-        _remove_stale_files(folder)
+        remove_stale_pools(folder)
         self.name = _PREFIX + secrets.token_hex(16)
         self._path = folder / self.name
         try:
@@ -135,8 +138,11 @@ class ShmMapping(PoolMapping):
         return torch.frombuffer(self._memory, dtype=dtype, count=shape[0] * shape[1], offset=offset).view(shape)
 
 
-def _remove_stale_files(folder: Path) -> None:
-    """Removes pools whose owner was killed: their lock is free."""
+def remove_stale_pools(folder: Path) -> None:
+    """Removes pools whose owner was killed: their lock is free.
+
+    Every service does this at its start, also one that makes no pool: the memory is the host's, and no owner may come.
+    """
     for path in folder.glob(_PREFIX + "*"):
         if not _NAME.fullmatch(path.name):
             continue  # another program's file
@@ -145,5 +151,6 @@ def _remove_stale_files(folder: Path) -> None:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
+                _log.info("removed the pool %s, whose owner was killed", path)
             finally:
                 os.close(fd)

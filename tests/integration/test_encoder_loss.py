@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,9 @@ def encoder(start: Start, folder: Path, port: int = 0) -> ServiceProcess:
     )
 
 
-def worker(start: Start, folder: Path, *addresses: str) -> ServiceProcess:
-    flags = ["--model", str(folder), "--encoders", ",".join(addresses), "--port", "0", "--grpc-port", "0"]
-    process = start("vitrine_vlm.llm_worker", *flags)
+def worker(start: Start, folder: Path, *addresses: str, flags: Sequence[str] = ()) -> ServiceProcess:
+    own = ["--model", str(folder), "--encoders", ",".join(addresses), "--port", "0", "--grpc-port", "0"]
+    process = start("vitrine_vlm.llm_worker", *own, *flags)
     process.wait_serving()
     return process
 
@@ -131,8 +131,13 @@ async def test_killed_encoder_is_replaced_by_its_sibling_within_the_request(
         assert status == 200, body
 
 
-async def test_unreachable_encoder_is_an_error_that_names_it(start: Start, qwen3_vl_folder: Path) -> None:
-    llm = worker(start, qwen3_vl_folder, "127.0.0.1:9")
+async def test_unreachable_encoder_is_an_error_that_names_it(
+    start: Start, tmp_path: Path, qwen3_vl_folder: Path
+) -> None:
+    pool_of_a_killed_encoder = tmp_path / f"vitrine-{'0' * 32}"
+    pool_of_a_killed_encoder.touch()
+    llm = worker(start, qwen3_vl_folder, "127.0.0.1:9", flags=["--shm-folder", str(tmp_path)])
+    assert not pool_of_a_killed_encoder.exists(), "every service's start removes it"
     status, text = await get(llm, "/ready")
     assert status == 503
     assert "127.0.0.1:9" in text
