@@ -2,8 +2,10 @@
 
 # No `from __future__ import annotations`: Ray Serve reads that of `build` to check the arguments.
 
+import logging
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
@@ -14,6 +16,8 @@ from vitrine_vlm.deploy.ray_serve.encoder import QUEUE_SECONDS, EncoderReplica
 from vitrine_vlm.deploy.ray_serve.gateway import Gateway
 from vitrine_vlm.deploy.ray_serve.llm import QUEUED_TOKENS, LlmReplica
 
+_log = logging.getLogger("ray.serve")
+
 # The services themselves refuse requests above their capacity, with a time after which to retry.
 _MAX_ONGOING_REQUESTS = 100_000
 # On top of the time that a service may take to drain.
@@ -22,6 +26,7 @@ _STOP_MARGIN_S = 5.0
 
 def build(arguments: ServeArguments) -> serve.Application:
     """Builds encoders, LLM workers, and the gateway in front of both."""
+    _warn_of_missing_resources(arguments)
     model, encoders, llm, gateway = arguments.model, arguments.encoders, arguments.llm, arguments.gateway
     encoder_settings, llm_settings = encoders.service_settings(model), llm.service_settings(model)
 
@@ -50,6 +55,22 @@ def build(arguments: ServeArguments) -> serve.Application:
         keys_file,
         llm_settings.tenant_header,
     )
+
+
+def _warn_of_missing_resources(arguments: ServeArguments) -> None:
+    """Logs at once why replicas will wait, which Ray Serve says after half a minute, and not of how much."""
+    if not ray.is_initialized():  # a file is built
+        return
+    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    for name, needed in arguments.needed.items():
+        if needed > there.get(name, 0.0):
+            _log.warning(
+                "the application needs %g %ss, the cluster has %g: replicas wait until nodes are added; lower num_%ss",
+                needed,
+                name,
+                there.get(name, 0.0),
+                name.lower(),
+            )
 
 
 def _options(pool: Pool, stat: str, target: float, stop_grace_s: float) -> dict[str, Any]:

@@ -35,7 +35,8 @@ class Pool(_Strict):
     settings: dict[str, Any] = Field(default={}, description="of the service, named as in its --config file")
     min_replicas: int = Field(default=1, ge=1)
     max_replicas: int = Field(default=1, ge=1)
-    num_cpus: float = Field(default=1.0, gt=0, description="of a replica")
+    # Together with the gateway's less than 2 CPUs, the least that most machines have.
+    num_cpus: float = Field(default=0.5, gt=0, description="of a replica")
     num_gpus: float = Field(default=0.0, ge=0, description="of a replica; 0.5 puts two on one")
     look_back_s: float = Field(default=10.0, gt=0, description="seconds over which queues are averaged")
     upscale_delay_s: float = Field(default=5.0, ge=0, description="seconds of long queues before replicas are added")
@@ -93,7 +94,7 @@ class GatewaySettings(_Strict):
     """Settings of the gateway between Ray Serve's proxies and the replicas."""
 
     num_replicas: int = Field(default=1, ge=1)
-    num_cpus: float = Field(default=1.0, gt=0, description="of a replica")
+    num_cpus: float = Field(default=0.5, gt=0, description="of a replica")
     retry_s: float = Field(
         default=60.0, ge=0, description="seconds that a request waits for another replica if one dies"
     )
@@ -106,6 +107,16 @@ class ServeArguments(_Strict):
     encoders: EncoderPool = EncoderPool()
     llm: LlmPool = LlmPool()
     gateway: GatewaySettings = GatewaySettings()
+
+    @property
+    def needed(self) -> dict[str, float]:
+        """What the fewest replicas need together of Ray's resources."""
+        pools = (self.encoders, self.llm)
+        num_cpus = sum(pool.min_replicas * pool.num_cpus for pool in pools)
+        return {
+            "CPU": num_cpus + self.gateway.num_replicas * self.gateway.num_cpus,
+            "GPU": sum(pool.min_replicas * pool.num_gpus for pool in pools),
+        }
 
     @model_validator(mode="before")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 
 pytest.importorskip("ray", reason="Ray is not installed: it comes with the extra `serve`")
 
+import ray
 from click.testing import CliRunner
 from ray._common.utils import import_attr
 from ray.serve import scripts
@@ -134,3 +136,19 @@ def test_a_worker_runs_on_its_own_gpu_and_sees_the_others(
     own: list[int | str], num_on_node: int, expected: str | None
 ) -> None:
     assert gpu_environment(own, num_on_node).get("CUDA_VISIBLE_DEVICES") == expected
+
+
+def test_the_smallest_application_fits_two_cpus(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
+    build(ServeArguments(model="some/model"))
+    assert not caplog.messages
+    build(ServeArguments.model_validate({"model": "some/model", "llm": {"num_cpus": 2, "num_gpus": 1}}))
+    said = dict.fromkeys(message.partition(":")[0] for message in caplog.messages)  # Ray adds handlers of its own
+    assert list(said) == [
+        "the application needs 3 CPUs, the cluster has 2",
+        "the application needs 1 GPUs, the cluster has 0",
+    ]
