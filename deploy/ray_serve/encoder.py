@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from vitrine_vlm.deploy.ray_serve.closing import Closing
 from vitrine_vlm.deploy.ray_serve.config import environment_variables
+from vitrine_vlm.deploy.ray_serve.metrics_targets import MetricsTarget, metrics_target
 from vitrine_vlm.deploy.ray_serve.node import free_ports, node_host
 from vitrine_vlm.deploy.ray_serve.probes import grpc_serving, read_gauge
 from vitrine_vlm.deploy.ray_serve.service_process import ServiceProcess
@@ -29,7 +30,8 @@ class EncoderReplica(Closing):
         host = node_host()
         port, metrics_port = free_ports(host, 2)
         self._address = f"{host}:{port}"
-        self._metrics_url = f"http://{host}:{metrics_port}/metrics"
+        self._metrics_address = f"{host}:{metrics_port}"
+        self._metrics_url = f"http://{self._metrics_address}/metrics"
         own = environment_variables(EncoderConfig, {"host": host, "port": port, "metrics_port": metrics_port})
         self._supervisor = Supervisor()
         self._process = await ServiceProcess.start(
@@ -49,6 +51,10 @@ class EncoderReplica(Closing):
     async def record_replica_metadata(self) -> dict[str, str]:
         """Returns the address, by which requests are routed."""
         return {"address": self._address}
+
+    async def metrics_target(self) -> MetricsTarget:
+        """Returns where Prometheus finds this encoder's metrics."""
+        return metrics_target("vitrine-encoder", self._metrics_address)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Returns the seconds of queued work, by the encoder's measured cost model."""

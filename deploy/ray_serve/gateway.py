@@ -6,23 +6,28 @@ is slow: clients that need many rows should connect to encoders directly.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+import grpc
+from grpc_health.v1 import health_pb2
 from prometheus_client import CollectorRegistry
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from vitrine_vlm.deploy.ray_serve.closing import Closing
 from vitrine_vlm.deploy.ray_serve.encode_forwarder import EncodeForwarder
 from vitrine_vlm.deploy.ray_serve.encoder import EncoderReplica
-from vitrine_vlm.deploy.ray_serve.http_forwarder import HttpForwarder
+from vitrine_vlm.deploy.ray_serve.http_forwarder import PROBES, HttpForwarder, path_of
 from vitrine_vlm.deploy.ray_serve.llm import LlmReplica
+from vitrine_vlm.deploy.ray_serve.metrics_targets import all_targets
 from vitrine_vlm.embedding_transport.wire.grpc_status import STATUS_BY_CODE
 from vitrine_vlm.errors import TransportUnavailable, VitrineError
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
@@ -33,6 +38,9 @@ from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.service_runtime.tenants import current_tenant
 from vitrine_vlm.service_runtime.traces import metadata_carrier
 
+METRICS_TARGETS = "/metrics/targets"
+ENCODER_SERVICE = encoder_pb2.DESCRIPTOR.services_by_name["Encoder"].full_name
+_CHECK_TIMEOUT_S = 5.0
 _TRACE_CONTEXT = ("traceparent", "tracestate")
 _ONE_ENCODER = TransportUnavailable(
     "this call is for one encoder, and there may be several: connect to that encoder directly"
@@ -60,6 +68,7 @@ class Gateway(Closing):
         self._access = settings.make_access(CollectorRegistry(), "vitrine_ray_gateway")
         self._supervisor = Supervisor()
         self._access.start(self._supervisor)
+        self._encoders, self._workers = encoders, workers
         self._encoding = EncodeForwarder(encoders, max_items, retry_s)
         self._http = HttpForwarder(workers, retry_s)
 
@@ -77,7 +86,12 @@ class Gateway(Closing):
         self._supervisor.check()
 
     async def __call__(self, request: Request) -> Response:
-        """Answers an OpenAI request over HTTP."""
+        """Answers a request over HTTP."""
+        path = path_of(request)
+        if path == METRICS_TARGETS:
+            return JSONResponse(await all_targets([self._encoders, self._workers]))
+        if path in PROBES:
+            return _Forwarded(self._http, Access(), request)
         return _Forwarded(self._http, self._access, request)
 
     # The methods of vitrine.encoder.v1.Encoder; Ray Serve finds them by their names.
@@ -104,6 +118,20 @@ class Gateway(Closing):
                         yield response
         except VitrineError as error:
             _fail(grpc_context, error)
+
+    async def Check(
+        self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
+    ) -> health_pb2.HealthCheckResponse:
+        """Answers grpc.health.v1: SERVING while an encoder does."""
+        if request.service not in ("", ENCODER_SERVICE):
+            grpc_context.set_code(grpc.StatusCode.NOT_FOUND)
+            raise ValueError(f"no service {request.service!r}")
+        try:
+            async with asyncio.timeout(_CHECK_TIMEOUT_S):
+                await self._encoding.describe()
+        except (VitrineError, DeploymentUnavailableError, TimeoutError):
+            return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.NOT_SERVING)
+        return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
 
     async def Connect(
         self, requests: object, grpc_context: RayServegRPCContext

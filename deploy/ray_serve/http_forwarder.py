@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from urllib.parse import quote
 
 import aiohttp
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -17,6 +19,11 @@ from vitrine_vlm.errors import BadRequest, WorkerUnavailable
 from vitrine_vlm.service_runtime.retry import Attempts, RetryPolicy
 
 _PATHS = "/v1/"
+# Of any worker, without a key and without another attempt.
+PROBES = frozenset(["/health", "/ready", "/version"])
+_PROBE_TIMEOUT_S = 5.0
+# On the port of a worker's metrics. All of its requests go to one worker, as long as that has no more load than others.
+_DASHBOARD = "/dashboard"
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10)
 # Headers of one connection, which are not forwarded.
 _HOP_BY_HOP = frozenset(
@@ -43,22 +50,37 @@ class HttpForwarder:
 
     async def forward(self, request: Request, send: Send) -> None:
         """Sends a worker's answer as it arrives. If the worker is lost in the middle of it, the answer is truncated."""
-        path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
-        if not path.startswith(_PATHS) or ".." in path.split("/"):
-            message = f"{request.method} {path}: only paths below {_PATHS} are served here"
+        path = path_of(request)
+        if path in PROBES:
+            return await self._probe(path, request, send)
+        is_dashboard = path == _DASHBOARD or path.startswith(f"{_DASHBOARD}/")
+        if not (path.startswith(_PATHS) or is_dashboard) or ".." in path.split("/"):
+            message = f"{request.method} {path}: only probes, {_DASHBOARD} and paths below {_PATHS} are served here"
             return await _error(404, BadRequest.code, message)(request.scope, request.receive, send)
         body = await request.body()
         attempts = Attempts(self._policy)
         while True:
             # Any worker: a request does not tell which worker has its beginning in the prefix cache.
-            async with self._workers.choose_replica(os.urandom(8), sorted(attempts.failures)) as replica:
-                address = replica.replica_metadata["address"]
+            key = _DASHBOARD.encode() if is_dashboard else os.urandom(8)
+            async with self._workers.choose_replica(key, sorted(attempts.failures)) as replica:
+                address = replica.replica_metadata["metrics" if is_dashboard else "address"]
                 try:
                     return await self._attempt(address, path, request, body, send)
                 except attempts.elsewhere as error:
                     attempts.failed(address, error)
             if not await attempts.pause():
                 return await attempts.failures[address].answer(request.scope, request.receive, send)
+
+    async def _probe(self, path: str, request: Request, send: Send) -> None:
+        """Sends one worker's answer, or 503 if there is none in time: a probe must not wait for a replica to come."""
+        try:
+            async with asyncio.timeout(_PROBE_TIMEOUT_S), self._workers.choose_replica(os.urandom(8), []) as replica:
+                return await self._attempt(replica.replica_metadata["address"], path, request, b"", send)
+        except _WorkerUnavailable as error:
+            answer = error.answer
+        except (TimeoutError, DeploymentUnavailableError):
+            answer = _error(_UNAVAILABLE, WorkerUnavailable.code, "no LLM worker serves; try again")
+        return await answer(request.scope, request.receive, send)
 
     async def _attempt(self, address: str, path: str, request: Request, body: bytes, send: Send) -> None:
         """Sends one worker's answer.
@@ -91,6 +113,11 @@ class _WorkerUnavailable(Exception):
 
     def __init__(self, answer: Response) -> None:
         self.answer = answer
+
+
+def path_of(request: Request) -> str:
+    """Returns the path below the application's route prefix."""
+    return str(request.scope["path"]).removeprefix(request.scope.get("root_path", ""))
 
 
 def _error(status: int, code: str, message: str) -> Response:

@@ -15,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from vitrine_vlm.deploy.ray_serve.closing import Closing
 from vitrine_vlm.deploy.ray_serve.config import environment_variables
 from vitrine_vlm.deploy.ray_serve.encoder import EncoderReplica
+from vitrine_vlm.deploy.ray_serve.metrics_targets import MetricsTarget, metrics_target
 from vitrine_vlm.deploy.ray_serve.node import free_ports, node_host, num_gpus_of_node
 from vitrine_vlm.deploy.ray_serve.probes import http_ok, read_gauge
 from vitrine_vlm.deploy.ray_serve.service_process import ServiceProcess
@@ -44,7 +45,8 @@ class LlmReplica(Closing):
         host = node_host()
         port, grpc_port, metrics_port = free_ports(host, 3)
         self._address = f"{host}:{port}"
-        self._metrics_url = f"http://{host}:{metrics_port}/metrics"
+        self._metrics_address = f"{host}:{metrics_port}"
+        self._metrics_url = f"http://{self._metrics_address}/metrics"
         self._folder = tempfile.TemporaryDirectory(prefix="vitrine-encoders-")
         addresses = Path(self._folder.name) / "addresses"
         addresses.touch()
@@ -57,8 +59,12 @@ class LlmReplica(Closing):
         await self._process.wait_until(lambda: http_ok(f"http://{self._address}/ready"))
 
     async def record_replica_metadata(self) -> dict[str, str]:
-        """Returns the address to which the gateway sends requests."""
-        return {"address": self._address}
+        """Returns the address to which the gateway sends requests, and that of metrics and dashboard."""
+        return {"address": self._address, "metrics": self._metrics_address}
+
+    async def metrics_target(self) -> MetricsTarget:
+        """Returns where Prometheus finds this worker's metrics."""
+        return metrics_target("vitrine-llm", self._metrics_address)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Returns the number of prompt tokens that are not computed yet."""

@@ -12,7 +12,9 @@ proxy_location: EveryNode
 http_options: {host: 0.0.0.0, port: 8000}
 grpc_options:
   port: 9000
-  grpc_servicer_functions: [vitrine_vlm.protos.encoder.v1.encoder_pb2_grpc.add_EncoderServicer_to_server]
+  grpc_servicer_functions:
+    - vitrine_vlm.protos.encoder.v1.encoder_pb2_grpc.add_EncoderServicer_to_server
+    - grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server
 applications:
   - name: vitrine
     route_prefix: /

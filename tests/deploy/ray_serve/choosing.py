@@ -12,10 +12,14 @@ from vitrine_vlm.embedding_transport.fleet.content_routing import ranked
 
 @dataclass
 class Replicas:
-    """addresses: of the replicas that there are now; chosen: of every choice so far; num_held: choices not yet left."""
+    """addresses: of the replicas that there are now; chosen: of every choice so far; num_held: choices not yet left.
+
+    metrics: the address of their metrics.
+    """
 
     addresses: list[str]
     chosen: list[str] = field(default_factory=list)
+    metrics: str = ""
     num_held: int = 0
 
     @contextlib.asynccontextmanager
@@ -24,6 +28,6 @@ class Replicas:
         self.chosen.append(address)
         self.num_held += 1
         try:
-            yield SimpleNamespace(replica_metadata={"address": address})
+            yield SimpleNamespace(replica_metadata={"address": address, "metrics": self.metrics})
         finally:
             self.num_held -= 1

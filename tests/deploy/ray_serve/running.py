@@ -25,6 +25,7 @@ from vitrine_vlm.deploy.ray_serve.config import ServeArguments
 APPLICATION = "vitrine"
 # Ray takes 127.0.0.1 for a name of this host and listens on another address; this one is loopback, too.
 HOST = "127.0.0.2"
+_HEALTH = "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server"
 _SERVICER = "vitrine_vlm.protos.encoder.v1.encoder_pb2_grpc.add_EncoderServicer_to_server"
 _MARK = "VITRINE_TEST_RUN"
 _GONE_TIMEOUT_S = 30.0
@@ -83,7 +84,7 @@ def running_application(arguments: dict[str, Any]) -> Iterator[Running]:
         serve.start(
             proxy_location="HeadOnly",
             http_options={"host": HOST, "port": http_port},
-            grpc_options={"port": grpc_port, "grpc_servicer_functions": [_SERVICER]},
+            grpc_options={"port": grpc_port, "grpc_servicer_functions": [_SERVICER, _HEALTH]},
         )
         serve.run(build(ServeArguments.model_validate(arguments)), name=APPLICATION)
         yield Running(f"http://{HOST}:{http_port}", f"{HOST}:{grpc_port}", mark)

@@ -14,6 +14,7 @@ import aiohttp
 import grpc
 import pytest
 import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 pytest.importorskip("ray", reason="Ray is not installed: it comes with the extra `serve`")
 
@@ -86,13 +87,30 @@ async def test_chat_over_http_streams_the_right_answer(application: Running) -> 
 
 async def test_http_passes_errors_on_and_other_paths_not_in(application: Running) -> None:
     async with aiohttp.ClientSession(application.base_url) as session:
-        async with session.get("/metrics") as response:
+        async with session.get("/elsewhere") as response:
             assert response.status == 404
             assert (await response.json())["error"]["code"] == "invalid_request"
         messages = [{"role": "user", "content": "Hello"}]
         async with session.post("/v1/chat/completions", json={"model": "other", "messages": messages}) as response:
             assert response.status == 404
             assert (await response.json())["error"]["code"] == "model_not_found"
+
+
+async def test_the_door_has_probes_and_says_where_metrics_are(application: Running) -> None:
+    async with aiohttp.ClientSession(application.base_url) as session:
+        for path in ("/health", "/ready", "/version", "/dashboard"):
+            async with session.get(path) as response:
+                assert response.status == 200, path
+        async with session.get("/metrics/targets") as response:
+            found = {target["labels"]["job"]: target for target in await response.json()}
+        for job, series in (("vitrine-encoder", "vitrine_encoder_queue_seconds"), ("vitrine-llm", "vitrine_llm_load")):
+            assert found[job]["labels"]["pod"]
+            async with session.get(f"http://{found[job]['targets'][0]}/metrics") as response:
+                assert f"\n{series} " in await response.text()
+    async with grpc.aio.insecure_channel(application.grpc_address) as channel:
+        for service in ("", "vitrine.encoder.v1.Encoder"):
+            answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service))
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
 async def test_encode_over_grpc_gives_the_rows_of_an_encoder(application: Running, tmp_path: Path) -> None:

@@ -163,10 +163,32 @@ async def test_errors_of_the_request_are_passed_on_at_once() -> None:
     assert (asked.status, asked.headers["retry-after"], len(worker.asked)) == (429, "3", 1)
 
 
-@pytest.mark.parametrize("path", ["/metrics", "/health", "/v1", "/dashboard", "/v1/../metrics", "/v1/%2e%2e/metrics"])
-async def test_only_openai_paths_are_forwarded(path: str) -> None:
+@pytest.mark.parametrize(
+    "path", ["/metrics", "/v1", "/dashboards", "/dashboard/../x", "/v1/../metrics", "/v1/%2e%2e/metrics"]
+)
+async def test_only_paths_of_the_api_the_page_and_probes_are_forwarded(path: str) -> None:
     worker = Worker()
     async with serving(worker) as addresses, forwarding(Replicas(addresses)) as forwarder:
         asked = await Asked(path).forward(forwarder)
     assert asked.status == 404 or path.startswith("/v1/")
     assert {path for _, path, _, _ in worker.asked} <= {"/v1/%252e%252e/metrics?a=b%20c"}
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/version"])
+async def test_a_probe_gets_the_answer_of_a_worker_at_once(path: str) -> None:
+    worker = Worker(503)
+    async with serving(worker) as addresses, forwarding(Replicas(addresses)) as forwarder:
+        asked = await Asked(path).forward(forwarder)
+        assert (asked.status, asked.headers["retry-after"]) == (503, "3")
+        asked = await Asked(path).forward(forwarder)
+    assert asked.status == 200
+    assert [each[1] for each in worker.asked] == [f"{path}?a=b%20c"] * 2
+
+
+async def test_the_page_is_on_the_port_of_a_workers_metrics() -> None:
+    worker, metrics = Worker(), Worker()
+    async with serving(worker, metrics) as addresses:
+        replicas = Replicas(addresses[:1], metrics=addresses[1])
+        async with forwarding(replicas) as forwarder:
+            assert (await Asked("/dashboard").forward(forwarder)).status == 200
+    assert (worker.asked, len(metrics.asked)) == ([], 1)
