@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -102,4 +103,11 @@ class Child:
         # Where our own output is closed, or cannot encode the line, it is lost: that is no reason to end a service, nor
         # to leave off reading, which would bring it to a halt.
         with suppress(OSError, ValueError):
-            print(f"[{self.name}] {text}", flush=True)
+            print(_named(self.name, text), flush=True)
+
+
+def _named(name: str, line: str) -> str:
+    """A line of a child's with the child's name: in front of text, in JSON as a key, so that it still can be parsed."""
+    if line.startswith('{"'):
+        return f'{{"process": {json.dumps(name)}, {line[1:]}'
+    return f"[{name}] {line}"

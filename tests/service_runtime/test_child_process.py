@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -40,6 +41,14 @@ async def test_output_is_prefixed_and_failure_named(module: Path, capsys: pytest
     await child.stop(1.0)
     assert "[encoder] no weights\n" in capsys.readouterr().out
     assert "encoder ended with exit code 3" in str(failure)
+
+
+async def test_lines_of_json_stay_json(module: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (module / "logging_json.py").write_text("""print('{"message": "[up]", "status": 200}')""")
+    child = await Child.start("rank 0", ["logging_json"])
+    await child.failed()
+    await child.stop(1.0)
+    assert json.loads(capsys.readouterr().out) == {"process": "rank 0", "message": "[up]", "status": 200}
 
 
 async def test_a_line_beyond_the_limit_does_not_end_the_reading(
