@@ -10,7 +10,17 @@ import pytest
 import yaml
 from helm_python import Chart
 
-from tests.helm.rendering import CHART, Manifest, of_kind, pods, pods_selected, render, rendered, values_of, with_registry
+from tests.helm.rendering import (
+    CHART,
+    Manifest,
+    of_kind,
+    pods,
+    pods_selected,
+    render,
+    rendered,
+    values_of,
+    with_registry,
+)
 from tests.helm.test_schemas import NEWEST, validate
 
 SOURCES = CHART.parents[1] / "deploy" / "observability"
