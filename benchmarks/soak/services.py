@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -104,16 +104,20 @@ class Service:
 class Services:
     """All services of a soak. Create it with `running`.
 
-    url: the gateway's, without /v1.
+    url: the gateway's, without /v1; worker_urls: likewise. encoder_addresses: of gRPC, host:port.
     """
 
-    def __init__(self, model: Path, num_encoders: int, num_workers: int, logs: Path) -> None:
+    def __init__(
+        self, model: Path, num_encoders: int, num_workers: int, logs: Path, worker_flags: Sequence[str] = ()
+    ) -> None:
         ports = free_ports(2 * num_encoders + 2 * num_workers + 2)
         of_encoders, of_metrics = ports[:num_encoders], ports[num_encoders : 2 * num_encoders]
         of_workers = ports[2 * num_encoders : 2 * num_encoders + num_workers]
         of_grpc = ports[2 * num_encoders + num_workers : -2]
         self.url = f"http://{_HOST}:{ports[-2]}"
-        encoders = ",".join(f"{_HOST}:{port}" for port in of_encoders)
+        self.worker_urls = [f"http://{_HOST}:{port}" for port in of_workers]
+        self.encoder_addresses = [f"{_HOST}:{port}" for port in of_encoders]
+        encoders = ",".join(self.encoder_addresses)
         workers = ",".join(f"{_HOST}:{port}" for port in of_workers)
         self.encoders = [
             Service(
@@ -130,7 +134,8 @@ class Services:
             Service(
                 f"worker-{index}",
                 "vitrine_vlm.llm_worker",
-                ["--model", str(model), "--encoders", encoders, "--port", str(port), "--grpc-port", str(grpc_port)],
+                ["--model", str(model), "--encoders", encoders, *worker_flags]
+                + ["--port", str(port), "--grpc-port", str(grpc_port)],
                 partial(http_ok, f"http://{_HOST}:{port}/ready"),
                 f"http://{_HOST}:{port}/metrics",
                 logs / f"worker-{index}.log",
@@ -148,13 +153,18 @@ class Services:
 
     @classmethod
     @asynccontextmanager
-    async def running(cls, model: Path, num_encoders: int, num_workers: int, logs: Path) -> AsyncIterator[Services]:
+    async def running(
+        cls, model: Path, num_encoders: int, num_workers: int, logs: Path, worker_flags: Sequence[str] = ()
+    ) -> AsyncIterator[Services]:
         """Starts all inside the context, and stops them at its end.
+
+        Args:
+            worker_flags: more flags for each worker.
 
         Raises:
             ServiceEnded: see `Service.wait_ready`.
         """
-        services = cls(model, num_encoders, num_workers, logs)
+        services = cls(model, num_encoders, num_workers, logs, worker_flags)
         started: list[Service] = []
         try:
             for service in services.all:

@@ -1,0 +1,101 @@
+"""Attacks real services while a victim sends small pictures and texts, and prints how long the victim waits.
+
+    python -m benchmarks.attacks [NAME...] [--through gateway]
+
+Starts an encoder, an LLM worker and a gateway with the shipped model. Before each attack the victim is alone for a
+time, then the attack runs beside it. An attack is a function of `over_http`, `over_grpc` or `by_media`; without names
+all run, one after the other. Attackers have an address and a process of their own, of low priority, as the machine is
+shared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from benchmarks.attacks.attacker import ATTACKS
+from benchmarks.attacks.memory import peak_mib, reset_peaks, resident_mib
+from benchmarks.attacks.victim import Victim, Waits
+from benchmarks.line_process import LineProcess
+from benchmarks.soak.services import Services
+from vitrine_vlm.deploy.launcher.ask import served_model
+from vitrine_vlm.sample_models.tiny_vlm import MODEL_FOLDER
+
+_WARM_UP_S, _SETTLE_S = 5.0, 3.0
+_COLUMNS = ("text", "picture", "health")
+
+
+async def attacked(name: str, services: Services, url: str, options: argparse.Namespace) -> str:
+    """Returns a line of the table: what the victim waited without the attack, and with it."""
+    model = await served_model(url)
+    victim = Victim(url, model, options.every_s)
+    watched = [services.encoders[0], services.workers[0], services.gateway]
+    target = (name, url, services.encoder_addresses[0], model)
+    async with LineProcess.started("benchmarks.attacks.attacker", *target) as attacker:
+        await attacker.read_line()
+        before = await victim.run(options.seconds)
+        pids = [service.pid for service in watched]
+        reset_peaks(pids)
+        await attacker.send_line("begin")
+        beside = await victim.run(options.seconds)
+        await attacker.send_line("end")
+        outcomes = json.loads(await attacker.read_line())
+    await asyncio.sleep(_SETTLE_S)
+    memory = [f"{peak_mib(pid):.0f}, {resident_mib(pid):.0f}" for pid in pids]
+    failures = ", ".join(f"{count} x {text}" for text, count in (before.failures + beside.failures).items())
+    cells = [name, *(_times(kind, before, beside) for kind in _COLUMNS), *memory, failures or "none", str(outcomes)]
+    return f"| {' | '.join(cells)} |"
+
+
+def _times(kind: str, before: Waits, beside: Waits) -> str:
+    return " → ".join(
+        f"{each.percentile_ms(kind, 50):.0f}, {each.percentile_ms(kind, 99):.0f}" for each in (before, beside)
+    )
+
+
+async def run(options: argparse.Namespace, logs: Path) -> None:
+    """
+    Raises:
+        ServiceEnded: a service did not start.
+    """
+    running = Services.running(options.model, 1, 1, logs, ["--trust-request-chat-template"])
+    async with running as services:
+        url = services.url if options.through == "gateway" else services.worker_urls[0]
+        await Victim(url, await served_model(url), options.every_s).run(_WARM_UP_S)
+        print(
+            "| attack | text: p50, p99 ms | picture | /health | encoder: peak, left MiB | worker | gateway | ", end=""
+        )
+        print("victim's failures | attacker |\n|---|---|---|---|---|---|---|---|---|", flush=True)
+        for name in options.names or ATTACKS:
+            print(await attacked(name, services, url, options), flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"attacks: {', '.join(ATTACKS)}; default: all")
+    parser.add_argument("--through", choices=("worker", "gateway"), default="worker", help="where HTTP is sent to")
+    parser.add_argument(
+        "--seconds", type=float, default=30.0, help="without, and with the attack; default: %(default)s"
+    )
+    parser.add_argument("--every-s", type=float, default=0.5, help="the victim's period; default: %(default)s")
+    parser.add_argument("--model", type=Path, default=MODEL_FOLDER, help="checkpoint folder; default: the shipped one")
+    parser.add_argument("--logs", type=Path, help="folder for the services' output; default: a temporary one")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.names) - set(ATTACKS):
+        parser.error(f"no such attacks: {', '.join(sorted(unknown))}")
+    with tempfile.TemporaryDirectory() as scratch:
+        logs = options.logs or Path(scratch)
+        logs.mkdir(parents=True, exist_ok=True)
+        asyncio.run(run(options, logs))
+    return 0
+
+
+if __name__ == "__main__":
+    with suppress(KeyboardInterrupt):
+        sys.exit(main())
