@@ -24,6 +24,8 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's
 _SHOWN_PATH_CHARS = 200
 # A body that comes more slowly is not waited for, even if a piece of it comes now and then.
 _LEAST_BYTES_PER_S = 64 * 1024
+# A body from this size on takes longer to copy than other requests should wait.
+_LARGE_NBYTES = 4 * 1024 * 1024
 
 
 @dataclass
@@ -123,7 +125,11 @@ async def read_body(http: web.Request) -> bytes:
         if body.reserved is not None:
             body.reserved.reserve(BODY_COPIES * len(piece))
         pieces.append(piece)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    if len(pieces) == 1:
+        return pieces[0]
+    if body.nbytes < _LARGE_NBYTES:
+        return b"".join(pieces)
+    return await asyncio.to_thread(b"".join, pieces)  # without the interpreter's lock
 
 
 def body_nbytes(http: web.Request) -> int:

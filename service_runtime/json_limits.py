@@ -46,8 +46,8 @@ def num_values(body: bytes, enough: int) -> int:
     than a little above `enough`."""
     num = 1
     for begin in range(0, len(body), _SLICE_BYTES):
-        part = body[begin : begin + _SLICE_BYTES]
-        num += part.count(b",") + part.count(b"[") + part.count(b"{")
+        end = begin + _SLICE_BYTES
+        num += body.count(b",", begin, end) + body.count(b"[", begin, end) + body.count(b"{", begin, end)
         if num > enough:
             break
     return num

@@ -50,7 +50,7 @@ async def main(name: str, target: Target) -> None:
 
 if __name__ == "__main__":
     # Attackers usually have machines of their own: here they have what the services leave.
-    os.nice(10)
+    os.nice(5)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     asyncio.run(main(sys.argv[1], Target(*sys.argv[2:5])))

@@ -1,4 +1,4 @@
-"""Encode as a client calls it: the responses stay serialized, because `chunk_codec` reads chunks without a copy."""
+"""Encode as a client calls it: messages are serialized already, see `request_codec` and `chunk_codec`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ _SERVICE = encoder_pb2.DESCRIPTOR.services_by_name["Encoder"].full_name
 
 def encode_method(
     channel: grpc.aio.Channel,
-) -> grpc.aio.UnaryStreamMultiCallable[encoder_pb2.EncodeRequest, bytes]:
-    """Returns Encode on this channel; a call yields serialized responses, for `parse_response`."""
+) -> grpc.aio.UnaryStreamMultiCallable[bytes, bytes]:
+    """Returns Encode on this channel; a call takes what `serialize_request` returns, and yields serialized responses,
+    for `parse_response`."""
     return channel.unary_stream(
         f"/{_SERVICE}/Encode",
-        request_serializer=encoder_pb2.EncodeRequest.SerializeToString,
+        request_serializer=None,
         # grpc logs what a deserializer raises and returns None instead: bytes that are not a response must be an error.
         response_deserializer=None,
     )

@@ -21,7 +21,8 @@ from vitrine_vlm.embedding_transport.clients.encoder_peer import DescriptionChec
 from vitrine_vlm.embedding_transport.clients.fleet_client import Exchange, FleetClient
 from vitrine_vlm.embedding_transport.fleet.pool_mapper import PoolMapper
 from vitrine_vlm.embedding_transport.fleet.row_peer import Connection, ConnectOptions, TransportChoice
-from vitrine_vlm.embedding_transport.wire.messages import item_to_proto, needed_minor_version
+from vitrine_vlm.embedding_transport.wire.messages import needed_minor_version
+from vitrine_vlm.embedding_transport.wire.request_codec import serialize_request
 from vitrine_vlm.errors import (
     EncoderMismatch,
     EncoderUnavailable,
@@ -272,17 +273,17 @@ class EncoderClient(FleetClient[EncoderPeer]):
         if request.failure is not None and not request.num_calls:
             raise request.failure
 
-    def _exchange(
+    async def _exchange(
         self, request: Request, share: Share, connection: Connection[EncoderDescription]
     ) -> Exchange[EncodeEvent]:
         items = {index: request.items[index] for index in sorted(share.pending)}
-        message = encoder_pb2.EncodeRequest(
+        head = encoder_pb2.EncodeRequest(
             request_id=request.request_id,
             session_id=connection.session_id,
             tenant=request.tenant,
-            items=map(item_to_proto, items.values()),
             layout_only=request.layout_only,
         )
+        message = await serialize_request(head, items.values())
         stream = EncodeStream(share.peer, connection, items, self._buffers, layout_only=request.layout_only)
         return encode_method(connection.channel), message, stream
 

@@ -96,7 +96,7 @@ class FleetClient(PeerFleet[PeerT]):
     async def _receive(
         self,
         peer: PeerT,
-        exchange: Callable[[Connection[Any]], Exchange[EventT]],
+        exchange: Callable[[Connection[Any]], Awaitable[Exchange[EventT]]],
         emit: Callable[[EventT], Awaitable[None]],
     ) -> None:
         """Makes one call on one peer and emits its events.
@@ -108,7 +108,7 @@ class FleetClient(PeerFleet[PeerT]):
         if connection is None:  # lost since the peer was chosen
             raise peer.unavailable(str(peer.error))
         report_peer(self.peer_kind, peer.address)
-        method, message, stream = exchange(connection)
+        method, message, stream = await exchange(connection)
         call: grpc.aio.UnaryStreamCall[Any, bytes] | None = None
         try:
             call = method(message, timeout=self._timeout_s, metadata=outgoing_metadata())

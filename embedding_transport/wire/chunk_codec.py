@@ -44,14 +44,14 @@ def encode_chunk(
         offset: the position of `data` within the item's rows, in bytes.
         data: contiguous bytes.
     """
-    head = _varint(_ITEM_INDEX) + _varint(item_index) + _varint(_OFFSET) + _varint(offset)
+    head = varint(_ITEM_INDEX) + varint(item_index) + varint(_OFFSET) + varint(offset)
     tail = b""
     if timings is not None:
         encoded = timings.SerializeToString()
-        tail = _varint(_TIMINGS) + _varint(len(encoded)) + encoded
-    head += _varint(_DATA) + _varint(data.nbytes)
+        tail = varint(_TIMINGS) + varint(len(encoded)) + encoded
+    head += varint(_DATA) + varint(data.nbytes)
     chunk_nbytes = len(head) + data.nbytes + len(tail)
-    return b"".join((_varint(_RESPONSE_CHUNK), _varint(chunk_nbytes), head, data, tail))
+    return b"".join((varint(_RESPONSE_CHUNK), varint(chunk_nbytes), head, data, tail))
 
 
 def serialize_response(response: Message | bytes) -> bytes:
@@ -101,7 +101,8 @@ def _parse_chunk(raw: memoryview) -> ChunkView:
     return ChunkView(numbers[_ITEM_INDEX], numbers[_OFFSET], data, timings)
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
+    """A number as protobuf writes it: seven bits a byte, the lowest first."""
     encoded = bytearray()
     while value > 0x7F:
         encoded.append(value & 0x7F | 0x80)

@@ -6,7 +6,7 @@ base64, with commas between them.
 
 from __future__ import annotations
 
-from vitrine_vlm.embedding_transport.wire.data_url import is_data_url, split_data_url
+from vitrine_vlm.embedding_transport.wire.data_url import DataUrl, is_data_url
 from vitrine_vlm.errors import MediaTooLarge
 from vitrine_vlm.types import MAX_LISTED_FRAMES, MediaItem, MediaKind
 
@@ -22,10 +22,10 @@ def frames_of_url(kind: MediaKind, url: str) -> tuple[MediaItem, ...] | None:
     """
     if kind != "video" or not is_data_url(url):
         return None
-    media_type, is_base64, payload = split_data_url(url)
-    if media_type != _TYPE or not is_base64:
+    parts = DataUrl.parse(url)
+    if parts.media_type != _TYPE or not parts.is_base64:
         return None
-    num_frames = payload.count(",") + 1
+    num_frames = url.count(",", parts.begin, parts.end) + 1
     if num_frames > MAX_LISTED_FRAMES:
         raise MediaTooLarge(f"a list of {num_frames} frames: at most {MAX_LISTED_FRAMES} are accepted, send fewer")
-    return tuple(MediaItem("image", url=f"data:image/jpeg;base64,{frame}") for frame in payload.split(","))
+    return tuple(MediaItem("image", url=f"data:image/jpeg;base64,{frame}") for frame in parts.payload.split(","))

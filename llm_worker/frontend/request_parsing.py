@@ -42,7 +42,8 @@ async def read_request(kind: type[RequestT], http: web.Request, count: Count) ->
         BadRequest: the body is declared to be something else.
     """
     body = await json_body(http)
-    http[_NUM_VALUES] = num_values(body, _MANY_VALUES)
+    counted = partial(num_values, body, _MANY_VALUES)
+    http[_NUM_VALUES] = counted() if len(body) <= _SMALL_BODY_BYTES else await asyncio.to_thread(counted)
     return await with_body(http, partial(parse_request, kind, body, count))
 
 

@@ -122,7 +122,9 @@ class PrefillClient(FleetClient[PrefillPeer]):
             finally:
                 peer.in_flight -= 1
 
-    def _begin(self, prompt: _Prompt, peer: PrefillPeer, connection: Connection[KvFormat]) -> Exchange[PrefillEvent]:
+    async def _begin(
+        self, prompt: _Prompt, peer: PrefillPeer, connection: Connection[KvFormat]
+    ) -> Exchange[PrefillEvent]:
         request = prompt.request
         if not prompt.needs_token:
             request = replace(request, sampling=_ANY_TOKEN)

@@ -9,6 +9,7 @@ from urllib.parse import quote, quote_from_bytes
 
 import pytest
 
+from vitrine_vlm.embedding_transport.wire import data_url
 from vitrine_vlm.embedding_transport.wire.data_url import decode_base64, is_data_url, read_data_url
 from vitrine_vlm.errors import MediaError, MediaTooLarge
 
@@ -27,7 +28,9 @@ def forgiving(payload: str) -> bytes | None:
     return base64.b64decode(text + "=" * (-len(text) % 4))
 
 
-def test_base64_is_decoded_as_browsers_do() -> None:
+@pytest.mark.parametrize("piece_chars", [4, 8, 1 << 20])
+def test_base64_is_decoded_as_browsers_do(piece_chars: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_url, "_PIECE_CHARS", piece_chars)
     made = ["".join(characters) for length in range(6) for characters in itertools.product("AQ/=-\n", repeat=length)]
     made += ["".join(characters) for characters in itertools.product("Q/=_", repeat=8) if characters[0] == "Q"]
     made += [BASE64, BASE64 * 2, BASE64.rstrip("="), BASE64.replace("/", "_"), "é" * 4, "QUJé", " Q U I\r\n = ", "QUI"]
@@ -57,7 +60,9 @@ def test_base64_is_decoded_as_browsers_do() -> None:
         ("data:text/plain;name=base64,QUJD", b"QUJD"),
     ],
 )
-def test_data_urls(url: str, expected: bytes) -> None:
+@pytest.mark.parametrize("piece_chars", [4, 1 << 20])
+def test_data_urls(url: str, expected: bytes, piece_chars: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_url, "_PIECE_CHARS", piece_chars)
     assert is_data_url(url)
     assert read_data_url(url, 256) == read_data_url(url) == expected
 
@@ -66,9 +71,11 @@ def test_data_urls(url: str, expected: bytes) -> None:
     "url",
     ["data:image/png;base64", "data:;base64,AAAAA", "data:;base64,AA==AA", "data:;base64,AA=", "data:;base64,-_==",
      "data:;base64,A*A=", "data:;base64,AA%4", "data:,%4", "data:,%zz", "data:,\u00e9", "data:;base64,\u00e9\u00e9==",
-     "data:,%41\ud800"],
+     "data:,%41\ud800", "data:,abc%4", "data:,ab%%41"],
 )  # fmt: skip
-def test_malformed_data_urls(url: str) -> None:
+@pytest.mark.parametrize("piece_chars", [4, 1 << 20])
+def test_malformed_data_urls(url: str, piece_chars: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_url, "_PIECE_CHARS", piece_chars)
     with pytest.raises(MediaError) as caught:
         read_data_url(url, 256)
     assert type(caught.value) is MediaError
