@@ -45,7 +45,7 @@ from vitrine_vlm.model_loading.loading import LoadingStopped, ProgressLog, choos
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget
 from vitrine_vlm.service_runtime.lifecycle import Lifecycle
 from vitrine_vlm.service_runtime.logs import log_at_any_level
-from vitrine_vlm.service_runtime.memory import freeze_gc
+from vitrine_vlm.service_runtime.memory import freeze_gc, return_memory_after_peaks
 from vitrine_vlm.service_runtime.metrics_port import start_metrics_port
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 from vitrine_vlm.types import DTYPES, ModelIdentity
@@ -155,6 +155,7 @@ async def serve(config: EncoderConfig) -> None:
     supervisor = lifecycle.supervisor
     async with AsyncExitStack() as stack:
         stack.push_async_callback(supervisor.close)
+        return_memory_after_peaks(held, supervisor)
         # The port answers (NOT_SERVING) before anything slow begins, so that probes see progress, not refusal.
         address = await server.start(config.host, config.port, config.server_tls(), config.health_socket)
         addresses = f"grpc={address}"

@@ -27,7 +27,7 @@ from vitrine_vlm.service_runtime.byte_budget import ByteBudget
 from vitrine_vlm.service_runtime.grpc_server import ServiceServer
 from vitrine_vlm.service_runtime.http_port import HttpPort
 from vitrine_vlm.service_runtime.lifecycle import Lifecycle
-from vitrine_vlm.service_runtime.memory import freeze_gc
+from vitrine_vlm.service_runtime.memory import freeze_gc, return_memory_after_peaks
 from vitrine_vlm.service_runtime.metrics_port import start_metrics_port
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 from vitrine_vlm.service_runtime.supervisor import Supervisor
@@ -83,6 +83,7 @@ async def serve(config: GatewayConfig) -> None:
     http = GatewayHttp(config, metrics, readiness, calls, access)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(supervisor.close)
+        return_memory_after_peaks(held, supervisor)
         access.start(supervisor)
         port = HttpPort(http.application(), config.port_limits(), held, stop_grace_s=_STOP_GRACE_S)
         stack.push_async_callback(port.close)

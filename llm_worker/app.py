@@ -53,7 +53,7 @@ from vitrine_vlm.model_loading.loading import LoadingStopped, ProgressLog
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget
 from vitrine_vlm.service_runtime.http_port import HttpPort
 from vitrine_vlm.service_runtime.lifecycle import Lifecycle
-from vitrine_vlm.service_runtime.memory import freeze_gc
+from vitrine_vlm.service_runtime.memory import freeze_gc, return_memory_after_peaks
 from vitrine_vlm.service_runtime.metrics_port import start_metrics_port
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 from vitrine_vlm.service_runtime.supervisor import Supervisor
@@ -123,6 +123,7 @@ async def serve(config: LlmConfig) -> None:
         dashboard.add_routes(internal)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(supervisor.close)
+        return_memory_after_peaks(held, supervisor)
         access.start(supervisor)
         # The ports answer before anything slow begins, so that probes get an answer and no refused connection.
         port = HttpPort(application, config.port_limits(), held, stop_grace_s=_STOP_GRACE_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -44,6 +45,13 @@ class ByteBudget:
         self._held, self._setting = held, setting
         self._clock = clock
         self._mean_hold_s = 0.0
+        self._peak_nbytes = 0
+        self._least_fall_nbytes: float = math.inf
+        self._on_fall: Callable[[], None] = lambda: None
+
+    def notify_falls(self, least_nbytes: int, on_fall: Callable[[], None]) -> None:
+        """Has a function called each time that the bytes have fallen from a peak to half, and by `least_nbytes`."""
+        self._least_fall_nbytes, self._on_fall = least_nbytes, on_fall
 
     @property
     def left_nbytes(self) -> int:
@@ -78,12 +86,17 @@ class ByteBudget:
         """
         self.check(nbytes, to)
         self.reserved_nbytes += nbytes
+        self._peak_nbytes = max(self._peak_nbytes, self.reserved_nbytes)
 
     def free(self, nbytes: int, reserved_at: float) -> None:
         """Releases all bytes of an item."""
         self.reserved_nbytes -= nbytes
         weight = min(1.0, _WEIGHT_OF_ALL * nbytes / self._max_nbytes)
         self._mean_hold_s += weight * (self._clock() - reserved_at - self._mean_hold_s)
+        fall = self._peak_nbytes - self.reserved_nbytes
+        if fall >= self._least_fall_nbytes and 2 * fall >= self._peak_nbytes:
+            self._peak_nbytes = self.reserved_nbytes
+            self._on_fall()
 
 
 class ReservedBytes:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import ctypes
 import gc
 import logging
 
+from vitrine_vlm.service_runtime.byte_budget import ByteBudget
+from vitrine_vlm.service_runtime.supervisor import Supervisor
+
 _log = logging.getLogger(__name__)
 # From glibc's malloc.h: parameters of mallopt.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _MIB = 1024 * 1024
+# The fall from a peak after which memory is returned, and how long after it.
+_LEAST_FALL_NBYTES = 128 * _MIB
+_SETTLE_S = 2.0
 
 
 def reuse_message_memory() -> None:
@@ -25,6 +32,29 @@ def reuse_message_memory() -> None:
 def reuse_picture_memory() -> None:
     """Likewise blocks of up to 32 MiB, a decoded picture of 8 million pixels; up to 64 MiB are kept."""
     _mallopt({_M_MMAP_THRESHOLD: 32 * _MIB, _M_TRIM_THRESHOLD: 64 * _MIB})
+
+
+def return_memory_after_peaks(budget: ByteBudget, supervisor: Supervisor) -> None:
+    """Returns freed memory to the system once the budget has fallen from a peak.
+
+    malloc keeps what gRPC has freed of large messages, in pieces between others: gigabytes, and for good
+    (docs/reliability.md). glibc only; with other C libraries this does nothing.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    jobs: set[asyncio.Task[None]] = set()
+
+    async def trim_later() -> None:
+        await asyncio.sleep(_SETTLE_S)
+        await asyncio.to_thread(trim, 0)
+
+    def start() -> None:
+        if not jobs:
+            job = supervisor.start_job("memory", trim_later())
+            jobs.add(job)
+            job.add_done_callback(jobs.discard)
+
+    if trim is not None:
+        budget.notify_falls(_LEAST_FALL_NBYTES, start)
 
 
 def _mallopt(parameters: dict[int, int]) -> None:

@@ -27,7 +27,7 @@ from benchmarks.soak.services import Services
 from vitrine_vlm.deploy.launcher.ask import served_model
 from vitrine_vlm.sample_models.tiny_vlm import MODEL_FOLDER
 
-_WARM_UP_S, _SETTLE_S = 5.0, 3.0
+_WARM_UP_S, _SETTLE_S = 5.0, 8.0
 _COLUMNS = ("text", "picture", "health")
 
 

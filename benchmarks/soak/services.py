@@ -134,8 +134,8 @@ class Services:
             Service(
                 f"worker-{index}",
                 "vitrine_vlm.llm_worker",
-                ["--model", str(model), "--encoders", encoders, *worker_flags]
-                + ["--port", str(port), "--grpc-port", str(grpc_port)],
+                ["--model", str(model), "--encoders", encoders, "--port", str(port)]
+                + ["--grpc-port", str(grpc_port), *worker_flags],
                 partial(http_ok, f"http://{_HOST}:{port}/ready"),
                 f"http://{_HOST}:{port}/metrics",
                 logs / f"worker-{index}.log",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 
 from vitrine_vlm.encoder_service.decoding.decoder_process import DecoderProcess
 from vitrine_vlm.encoder_service.decoding.work import DecodeWork
@@ -16,13 +17,27 @@ from vitrine_vlm.service_runtime.supervisor import Supervisor
 
 _log = logging.getLogger(__name__)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 10.0
+# What any use of a decoder takes at least.
+_LEAST_S = 2e-3
+
+
+@dataclass(eq=False)
+class _WaitingItem:
+    work: DecodeWork
+    taken: asyncio.Future[DecoderProcess]
+    since: float = field(default_factory=time.monotonic)
+
+    def response_ratio(self, now: float) -> float:
+        """How many times its own work the item has waited."""
+        return (now - self.since) / max(_LEAST_S, self.work.seconds)
 
 
 class DecoderPool:
     """Processes that decode, each for one item at a time. It belongs to one event loop.
 
     All but one of them may be used by items that take long; those share a budget of memory. So a picture that takes
-    little never waits for a whole item that takes much.
+    little never waits for a whole item that takes much. The next one is the one that has waited longest for what it
+    takes (highest response ratio next): of many that take more, one that takes little passes by most.
     """
 
     def __init__(
@@ -50,7 +65,7 @@ class DecoderPool:
         self._heavy = _HeavyItems(num_processes - 1, max_decoded_nbytes)
         self._processes: list[DecoderProcess] = []
         self._idle: list[DecoderProcess] = []
-        self._waiting: deque[tuple[DecodeWork, asyncio.Future[DecoderProcess]]] = deque()
+        self._waiting: list[_WaitingItem] = []
         self._keepers: list[asyncio.Task[None]] = []
 
     @property
@@ -91,17 +106,16 @@ class DecoderPool:
             self._put(process, work)
 
     async def _take(self, work: DecodeWork) -> DecoderProcess:
-        taken: asyncio.Future[DecoderProcess] = asyncio.get_running_loop().create_future()
-        entry = (work, taken)
-        self._waiting.append(entry)
+        item = _WaitingItem(work, asyncio.get_running_loop().create_future())
+        self._waiting.append(item)
         self._dispatch()
         try:
-            return await taken
+            return await item.taken
         except asyncio.CancelledError:
-            if taken.cancelled():
-                self._waiting.remove(entry)
+            if item.taken.cancelled():
+                self._waiting.remove(item)
             else:
-                self._put(taken.result(), work)
+                self._put(item.taken.result(), work)
             raise
 
     def _put(self, process: DecoderProcess, work: DecodeWork) -> None:
@@ -114,16 +128,17 @@ class DecoderPool:
         self._dispatch()
 
     def _dispatch(self) -> None:
-        """Gives idle processes to the items that have waited longest, of those that may use one now."""
+        """Gives idle processes to the items that have waited longest for their work, of those that may use one now."""
         # One that was killed from outside is there until its keeper has noticed.
         self._idle = [process for process in self._idle if not process.has_ended]
-        for entry in list(self._waiting) if self._idle else ():
-            work, taken = entry
-            if not taken.done() and self._heavy.add(work):
-                self._waiting.remove(entry)
+        now = time.monotonic()
+        waiting = sorted(self._waiting, key=lambda item: item.response_ratio(now), reverse=True) if self._idle else ()
+        for item in waiting:
+            if not item.taken.done() and self._heavy.add(item.work):
+                self._waiting.remove(item)
                 process = self._idle.pop()
                 process.is_used = True
-                taken.set_result(process)
+                item.taken.set_result(process)
                 if not self._idle:
                     return
 

@@ -13,8 +13,8 @@ _SECONDS_A_PIXEL = {"JPEG": 8e-9, "PNG": 60e-9, "WEBP": 25e-9, "AVIF": 21e-9}
 _OTHER_SECONDS_A_PIXEL = 20e-9
 _SECONDS_A_PIXEL_AND_PASS = 1e-9
 _SECONDS_A_VIDEO_PIXEL, _SECONDS_A_SAMPLED_PIXEL = 4e-9, 1e-9
-# Reading the structure and the header: the parts of a file are bounded, its bytes are looked over.
-_SECONDS_A_BYTE = 2e-9
+# Passing a file on and looking over its bytes: its parts are bounded.
+_SECONDS_A_BYTE = 4e-9
 # A decoder's own picture in 4 bytes a pixel, and RGB; some have another copy, or the coefficients of all scans.
 _NBYTES_A_PIXEL, _NBYTES_A_PIXEL_WITH_COPY = 7, 13
 # Reference frames and those that threads decode, in 1.5 bytes a pixel, and two in RGB.
@@ -48,11 +48,12 @@ def opening_work(kind: MediaKind, files: Sequence[bytes]) -> DecodeWork:
     return DecodeWork(kind, seconds, 2 * max(map(len, files), default=0))
 
 
-def image_work(header: ImageHeader) -> DecodeWork:
+def image_work(header: ImageHeader, file_nbytes: int) -> DecodeWork:
     """Of an image's pixels."""
     num_pixels = header.height * header.width
     seconds_a_pixel = _SECONDS_A_PIXEL.get(header.format, _OTHER_SECONDS_A_PIXEL)
     seconds = num_pixels * (seconds_a_pixel + (header.num_passes - 1) * _SECONDS_A_PIXEL_AND_PASS)
+    seconds += file_nbytes * _SECONDS_A_BYTE
     with_copy = header.num_passes > 1 or header.format in _FORMATS_WITH_COPY
     return DecodeWork("image", seconds, num_pixels * (_NBYTES_A_PIXEL_WITH_COPY if with_copy else _NBYTES_A_PIXEL))
 

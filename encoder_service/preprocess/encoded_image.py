@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from vitrine_vlm.encoder_service.decoding.media_decoder import MediaDecoder
+from vitrine_vlm.encoder_service.decoding.work import DecodeWork, image_work
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
 from vitrine_vlm.encoder_service.preprocess import nvjpeg
 
@@ -25,6 +26,11 @@ class EncodedImage:
         self._data = data
         self.header = decoder.open_image(data, limits)
         self.height, self.width = self.header.height, self.header.width
+
+    @property
+    def decode_work(self) -> DecodeWork:
+        """What decoding its pixels takes."""
+        return image_work(self.header, len(self._data))
 
     @property
     def suits_nvjpeg(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from vitrine_vlm.encoder_service.decoding.media_decoder import MediaDecoder
-from vitrine_vlm.encoder_service.decoding.work import DecodeWork, image_work, video_work
+from vitrine_vlm.encoder_service.decoding.work import DecodeWork, video_work
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
 from vitrine_vlm.encoder_service.preprocess.encoded_image import EncodedImage
 from vitrine_vlm.errors import MediaError
@@ -101,5 +101,5 @@ class EncodedFrames:
 
     def work(self, indices: list[int]) -> DecodeWork:
         """See `OpenedVideo`."""
-        each = [image_work(self._images[index].header) for index in indices]
+        each = [self._images[index].decode_work for index in indices]
         return DecodeWork("video", sum(work.seconds for work in each), max(work.nbytes for work in each))

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from vitrine_vlm.encoder_service.decoding.media_decoder import InProcessDecoder, MediaDecoder
-from vitrine_vlm.encoder_service.decoding.work import DecodeWork, image_work
+from vitrine_vlm.encoder_service.decoding.work import DecodeWork
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
 from vitrine_vlm.encoder_service.preprocess.encoded_image import EncodedImage, decode_on_gpu
 from vitrine_vlm.encoder_service.preprocess.encoded_video import EncodedFrames, EncodedVideo, OpenedVideo
@@ -186,7 +186,7 @@ class _OpenedImage:
         grid_thw = _grid_thw(settings, 1, *self._size)
         self.layout = Layout("image", grid_thw, _num_tokens(settings, grid_thw))
         self.decodes_on_gpu = work.device.type == "cuda" and image.suits_nvjpeg
-        self.decode_work = image_work(image.header)
+        self.decode_work = image.decode_work
 
     def patches(self, decoder: MediaDecoder = _IN_PROCESS) -> torch.Tensor:
         with self._work(), self.image.pixels(self._work.device, decoder) as pixels_CHW:

@@ -213,6 +213,26 @@ async def test_items_that_take_long_share_a_budget_of_memory_and_wait_in_turn() 
         assert order == ["first", "light", "third"]
 
 
+async def test_many_files_that_take_more_keep_no_small_one_waiting() -> None:
+    """Each of them takes less than what only some decoders may do."""
+    order: list[str] = []
+
+    async def item(pool: DecoderPool, name: str, work: DecodeWork, wait_s: float) -> None:
+        async with pool.decoder(work):
+            order.append(name)
+            await asyncio.sleep(wait_s)
+
+    async with running() as pool:
+        await started(pool)
+        larger = DecodeWork("image", 0.2, 1 << 20)
+        tasks = [asyncio.create_task(item(pool, f"larger {number}", larger, 0.1)) for number in range(8)]
+        await asyncio.sleep(0.15)
+        tasks.append(asyncio.create_task(item(pool, "small", LIGHT, 0.0)))
+        await asyncio.gather(*tasks)
+    assert order.index("small") <= 5, order
+    assert [each for each in order if each != "small"] == [f"larger {number}" for number in range(8)]
+
+
 async def test_large_pictures_leave_no_memory_in_use() -> None:
     data = encode(photo(64, 48).resize((4000, 4000)), "JPEG")
     async with running() as pool:
