@@ -130,12 +130,12 @@ class Services:
             )
             for index, (port, metrics_port) in enumerate(zip(of_encoders, of_metrics, strict=True))
         ]
+        shared = ["--model", str(model), "--encoders", encoders, *worker_flags]
         self.workers = [
             Service(
                 f"worker-{index}",
                 "vitrine_vlm.llm_worker",
-                ["--model", str(model), "--encoders", encoders, "--port", str(port)]
-                + ["--grpc-port", str(grpc_port), *worker_flags],
+                [*shared, "--port", str(port), "--grpc-port", str(grpc_port)],
                 partial(http_ok, f"http://{_HOST}:{port}/ready"),
                 f"http://{_HOST}:{port}/metrics",
                 logs / f"worker-{index}.log",

@@ -26,10 +26,10 @@ from vitrine_vlm.service_runtime.peers import host_of
 from vitrine_vlm.service_runtime.shared_timeout import SharedTimeout
 
 _log = logging.getLogger(__name__)
-# Requests that are read at once, and those of them from one address, so that one that is sent slowly does not keep out
-# other clients'.
+# Requests that are read at once, those of them from one address, and those on one connection, so that what is sent
+# slowly does not keep out other clients, also where they are on one host.
 MAX_READING = 6
-_MAX_READING_OF_HOST = 4
+_MAX_READING_OF_HOST, _MAX_READING_OF_CONNECTION = 4, 2
 # What flow control lets through anyway. So much is not counted: health checks and releases must pass.
 WINDOW_NBYTES = 64 * 1024
 
@@ -50,6 +50,7 @@ class MessageBounds(grpc.aio.ServerInterceptor):
         self._budget = budget
         self._timeout = SharedTimeout(timeout_s)
         self._reading = _ReadingSlots()
+        self._parsing = asyncio.Lock()
         self._wrapped = lru_cache(MAX_WRAPPED_HANDLERS)(self._bounded)
 
     async def intercept_service(
@@ -96,8 +97,24 @@ class MessageBounds(grpc.aio.ServerInterceptor):
             BadRequest: the message does not arrive in time, or there is none.
             Overloaded: too many others are read, or in memory.
         """
-        host = host_of(context.peer())
-        await self._reading.acquire(host, self._timeout.seconds)
+        peer = context.peer()
+        await self._reading.acquire(peer, self._timeout.seconds)
+        try:
+            raw = await self._received(context)
+            if len(raw) <= WINDOW_NBYTES:
+                return parse(raw)
+            reserved.reserve(len(raw))
+            # It is copied while the interpreter's lock is held: on a thread, and not several at once.
+            async with self._parsing:
+                return await asyncio.to_thread(parse, raw)
+        finally:
+            self._reading.release(peer)
+
+    async def _received(self, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
+        """
+        Raises:
+            BadRequest: see `_read`.
+        """
         try:
             with self._timeout():
                 raw = await context.read()
@@ -106,61 +123,71 @@ class MessageBounds(grpc.aio.ServerInterceptor):
                 f"the request did not arrive within {self._timeout.seconds:g} s (--client-timeout-s): send it faster, "
                 "or URLs instead of bytes"
             ) from None
-        finally:
-            self._reading.release(host)
         if not isinstance(raw, bytes):  # the end of the stream
             raise BadRequest("the call has no request: send one")
-        if len(raw) > WINDOW_NBYTES:
-            reserved.reserve(len(raw))
-        return parse(raw)
+        return raw
 
 
 class _ReadingSlots:
-    """Which calls read their request now. The newest comes first: a small request does not wait for many large ones."""
+    """Which calls read their request now. The newest comes first: a small request does not wait for many large ones.
+
+    Peers are addresses as gRPC writes them, with the port: one each connection.
+    """
 
     def __init__(self) -> None:
+        self._num_of_peer: Counter[str] = Counter()
         self._num_of_host: Counter[str] = Counter()
         self._waiting: list[tuple[str, asyncio.Future[None]]] = []
 
-    async def acquire(self, host: str, timeout_s: float) -> None:
+    async def acquire(self, peer: str, timeout_s: float) -> None:
         """Waits for a slot, which the caller releases.
 
         Raises:
             Overloaded: none is free in time.
         """
-        if self._has_room(host):
-            self._num_of_host[host] += 1
+        if self._has_room(peer):
+            self._count(peer)
             return
         granted = asyncio.get_running_loop().create_future()
-        self._waiting.append((host, granted))
+        self._waiting.append((peer, granted))
         try:
             async with asyncio.timeout(timeout_s):
                 await granted
         except BaseException as error:
             if granted.done() and not granted.cancelled():
-                self.release(host)
+                self.release(peer)
             else:
-                self._waiting.remove((host, granted))
+                self._waiting.remove((peer, granted))
             if not isinstance(error, TimeoutError):
                 raise
             raise Overloaded(
-                f"too many requests are read, those of {host} among them: retry later", retry_after_s=timeout_s
+                f"too many requests are read, those of {host_of(peer)} among them: retry later",
+                retry_after_s=timeout_s,
             ) from None
 
-    def release(self, host: str) -> None:
-        self._num_of_host[host] -= 1
-        if not self._num_of_host[host]:
-            del self._num_of_host[host]
+    def release(self, peer: str) -> None:
+        for counter, name in ((self._num_of_peer, peer), (self._num_of_host, host_of(peer))):
+            counter[name] -= 1
+            if not counter[name]:
+                del counter[name]
         for index in reversed(range(len(self._waiting))):
-            waiting_host, granted = self._waiting[index]
-            if not granted.done() and self._has_room(waiting_host):
+            waiting_peer, granted = self._waiting[index]
+            if not granted.done() and self._has_room(waiting_peer):
                 del self._waiting[index]
-                self._num_of_host[waiting_host] += 1
+                self._count(waiting_peer)
                 granted.set_result(None)
                 return
 
-    def _has_room(self, host: str) -> bool:
-        return self._num_of_host.total() < MAX_READING and self._num_of_host[host] < _MAX_READING_OF_HOST
+    def _count(self, peer: str) -> None:
+        self._num_of_peer[peer] += 1
+        self._num_of_host[host_of(peer)] += 1
+
+    def _has_room(self, peer: str) -> bool:
+        return (
+            self._num_of_host.total() < MAX_READING
+            and self._num_of_host[host_of(peer)] < _MAX_READING_OF_HOST
+            and self._num_of_peer[peer] < _MAX_READING_OF_CONNECTION
+        )
 
 
 class BoundedContext:
