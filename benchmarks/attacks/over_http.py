@@ -78,7 +78,7 @@ def gzip_bodies(target: Target) -> Callable[[], Awaitable[None]]:
 
 def template(target: Target) -> Callable[[], Awaitable[None]]:
     """Two clients whose chat template, which the worker trusts, computes a number for ever."""
-    return posting(target, chat_body(target, "Hello", chat_template="{{ 9**9**9 }}"), 2)
+    return posting(target, chat_body(target, "Hello", chat_template="{{ 9**(9**9) }}"), 2)
 
 
 def half_sent(target: Target) -> Callable[[], Awaitable[None]]:

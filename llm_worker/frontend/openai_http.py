@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ from vitrine_vlm.llm_worker.frontend.http_headers import AllowedOrigins, request
 from vitrine_vlm.llm_worker.frontend.openai_answers import AnswerKind, AnswerOptions, AnswerWriter, TokenTexts
 from vitrine_vlm.llm_worker.frontend.openai_prompt import chat_to_generation, completion_to_generations
 from vitrine_vlm.llm_worker.frontend.openai_types import ChatRequest, CompletionBody, CompletionRequest
-from vitrine_vlm.llm_worker.frontend.request_parsing import add_body_thread, read_request, with_body
+from vitrine_vlm.llm_worker.frontend.request_parsing import add_body_threads, read_request, with_body, with_template
 from vitrine_vlm.llm_worker.frontend.responses_route import ResponsesRoute
 from vitrine_vlm.llm_worker.frontend.served_models import ServedModels
 from vitrine_vlm.llm_worker.frontend.service_routes import ServiceRoutes
@@ -69,7 +68,7 @@ class OpenAiHttp:
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[with_request_id, traced, errors_as_openai])
-        add_body_thread(app)
+        add_body_threads(app)
         self._origins.add_to(app)
         add_access(app, self._access)
         app.router.add_post("/v1/chat/completions", self._chat)
@@ -82,8 +81,7 @@ class OpenAiHttp:
         request = await read_request(ChatRequest, http, self._metrics.count_unused_fields)
         served = self._models.named(request.model)
         prepare = partial(chat_to_generation, request, served.generator.tokenizer, served.defaults, request_id())
-        # A request's own template may take as long as it is allowed to.
-        generation = await (with_body(http, prepare) if request.chat_template is None else asyncio.to_thread(prepare))
+        generation = await (with_body if request.chat_template is None else with_template)(http, prepare)
         return await self._answer(http, "chat", request, [generation], served)
 
     async def _complete(self, http: web.Request) -> web.StreamResponse:

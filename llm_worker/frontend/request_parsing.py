@@ -28,6 +28,8 @@ _FEW_VALUES = 1000
 _MANY_VALUES = 10_000
 _NUM_VALUES = web.RequestKey("number of values", int)
 _MANY_VALUES_THREAD = web.AppKey("thread of bodies with many values", ThreadPoolExecutor)
+_TEMPLATE_THREADS = web.AppKey("threads of requests' own templates", ThreadPoolExecutor)
+_NUM_TEMPLATE_THREADS = 2
 
 # Is called with the names of a request's fields that change nothing: informative ones, unknown ones.
 Count: TypeAlias = Callable[[Iterable[str], Iterable[str]], None]
@@ -62,14 +64,22 @@ async def with_body(http: web.Request, work: Callable[[], ResultT]) -> ResultT:
     return await asyncio.get_running_loop().run_in_executor(thread, copy_context().run, work)
 
 
-def add_body_thread(application: web.Application) -> None:
-    """Adds the thread that `with_body` needs to an application, which ends it."""
-    thread = ThreadPoolExecutor(1, thread_name_prefix="large bodies")
+async def with_template(http: web.Request, work: Callable[[], ResultT]) -> ResultT:
+    """Runs work that renders the request's own template, which takes as long as a template may: on its own threads."""
+    threads = http.app[_TEMPLATE_THREADS]
+    return await asyncio.get_running_loop().run_in_executor(threads, copy_context().run, work)
+
+
+def add_body_threads(application: web.Application) -> None:
+    """Adds the threads that `with_body` and `with_template` need to an application, which ends them."""
+    many_values = ThreadPoolExecutor(1, thread_name_prefix="large bodies")
+    templates = ThreadPoolExecutor(_NUM_TEMPLATE_THREADS, thread_name_prefix="request templates")
 
     async def end(application: web.Application) -> None:
-        thread.shutdown(wait=False, cancel_futures=True)
+        for threads in (many_values, templates):
+            threads.shutdown(wait=False, cancel_futures=True)
 
-    application[_MANY_VALUES_THREAD] = thread
+    application[_MANY_VALUES_THREAD], application[_TEMPLATE_THREADS] = many_values, templates
     application.on_cleanup.append(end)
 
 

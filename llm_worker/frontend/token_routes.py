@@ -11,7 +11,7 @@ from aiohttp import web
 from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.llm_worker.frontend.openai_prompt import request_chat
 from vitrine_vlm.llm_worker.frontend.openai_types import DetokenizeRequest, TemplateBody, TokenizeRequest
-from vitrine_vlm.llm_worker.frontend.request_parsing import read_request, with_body
+from vitrine_vlm.llm_worker.frontend.request_parsing import read_request, with_body, with_template
 from vitrine_vlm.llm_worker.frontend.served_models import ServedModels
 from vitrine_vlm.llm_worker.generation.served_model import ServedModel
 from vitrine_vlm.llm_worker.metrics import LlmMetrics
@@ -34,7 +34,8 @@ class TokenRoutes:
         request = await read_request(TokenizeRequest, http, self._metrics.count_unused_fields)
         served = self._served(request.model)
         tokenizer = _tokenizer(served)
-        prompt = await with_body(http, partial(_prompt, request, tokenizer))
+        run = with_body if request.chat_template is None else with_template
+        prompt = await run(http, partial(_prompt, request, tokenizer))
         assert served.generator.tokenization is not None  # as there is a tokenizer
         served.generator.tokenization.check_length(prompt)
         tokens = await served.generator.tokenization.all_ids(prompt)

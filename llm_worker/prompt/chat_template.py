@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from types import FrameType
 from typing import Any
 
 from jinja2 import Environment
@@ -18,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.llm_worker.prompt.client_text import ChatText, TextMarks, strings_in, with_strings
+from vitrine_vlm.llm_worker.prompt.template_renderer import TemplateRenderer
 
-# What a template of a request may take; a checkpoint's own is trusted.
+# CPU time that a template of a request may take; a checkpoint's own is trusted.
 _MAX_RENDER_S = 5.0
-_MAX_RENDERED_LENGTH = 8 * 1024 * 1024
 # Of all strings that a template may write; each is looked through for the beginnings of control tokens first.
 _MAX_TEXT_CHARS = 16 * 1024 * 1024
 # Names of what a request sets by fields of their own, and of how transformers renders.
@@ -73,6 +69,7 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._source = source
         self._trusts_requests = trusts_requests
+        self._renderer = TemplateRenderer(_MAX_RENDER_S)
         added = tokenizer.added_tokens_decoder.values()
         self._firsts = "".join(sorted({token.content[0] for token in added})) if marks_text else ""
         in_answers = sorted((token.content for token in added if not token.special), key=len, reverse=True)
@@ -88,24 +85,37 @@ class ChatTemplate:
         source = self._source_for(chat)
         self._check_names(chat, source)
         marked, marks = self._marked(chat)
+        text = self._rendered(marked, source) if chat.template is None else self._rendered_apart(marked, source)
+        return ChatText(text, marks)
+
+    def _rendered(self, chat: Chat, source: str) -> str:
         try:
-            with _time_limit(_MAX_RENDER_S if chat.template is not None else None):
-                text: str = self._tokenizer.apply_chat_template(
-                    list(marked.messages),
-                    tools=list(marked.tools) or None,
-                    documents=list(marked.documents) or None,
-                    chat_template=source,
-                    add_generation_prompt=marked.add_generation_prompt and not marked.continue_final_message,
-                    continue_final_message=marked.continue_final_message,
-                    tokenize=False,
-                    **marked.variables,
-                )
+            text: str = self._tokenizer.apply_chat_template(
+                list(chat.messages),
+                tools=list(chat.tools) or None,
+                documents=list(chat.documents) or None,
+                chat_template=source,
+                add_generation_prompt=chat.add_generation_prompt and not chat.continue_final_message,
+                continue_final_message=chat.continue_final_message,
+                tokenize=False,
+                **chat.variables,
+            )
         except Exception as error:  # templates may raise any exception
             message = str(error).partition("\n")[0]  # transformers repeats the whole prompt below
-            raise BadRequest(f"the chat template refuses these messages: {message}", _param(chat)) from error
-        if chat.template is not None and len(text) > _MAX_RENDERED_LENGTH:
-            raise BadRequest(f"chat_template: it wrote more than {_MAX_RENDERED_LENGTH} characters", "chat_template")
-        return ChatText(text, marks)
+            raise BadRequest(f"the chat template refuses these messages: {message}") from error
+        return text
+
+    def _rendered_apart(self, chat: Chat, source: str) -> str:
+        """Renders in another process; the arguments are those that `apply_chat_template` would make."""
+        return self._renderer.render(
+            conversations=[list(chat.messages)],
+            tools=list(chat.tools) or None,
+            documents=list(chat.documents) or None,
+            chat_template=source,
+            add_generation_prompt=chat.add_generation_prompt and not chat.continue_final_message,
+            continue_final_message=chat.continue_final_message,
+            **{**self._tokenizer.special_tokens_map, **chat.variables},
+        )
 
     def _source_for(self, chat: Chat) -> str:
         if chat.template is not None:
@@ -180,28 +190,3 @@ def _names_in(source: str) -> frozenset[str]:
 
 def _param(chat: Chat) -> str | None:
     return "chat_template" if chat.template is not None else None
-
-
-@contextmanager
-def _time_limit(seconds: float | None) -> Iterator[None]:
-    """Ends the block after a time, by a look at the clock at each line of Python; None for no limit.
-
-    Raises:
-        TimeoutError: it took longer.
-    """
-    if seconds is None:
-        yield
-        return
-    ends_at = time.monotonic() + seconds
-
-    def check(frame: FrameType, event: str, argument: Any) -> Any:
-        if time.monotonic() > ends_at:
-            raise TimeoutError(f"it takes longer than {seconds:g} s")
-        return check
-
-    before = sys.gettrace()
-    sys.settrace(check)
-    try:
-        yield
-    finally:
-        sys.settrace(before)

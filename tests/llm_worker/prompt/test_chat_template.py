@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from vitrine_vlm.errors import BadRequest
-from vitrine_vlm.llm_worker.prompt import chat_template
 from vitrine_vlm.llm_worker.prompt.chat_template import Chat
 from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
 from vitrine_vlm.model_loading.checkpoint import open_checkpoint
@@ -29,6 +28,13 @@ def folder(tmp_path: Path, qwen3_vl_folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def trusting(qwen3_vl_folder: Path) -> PromptTokenizer:
     return PromptTokenizer(open_checkpoint(str(qwen3_vl_folder)), trust_request_templates=True)
+
+
+def test_a_process_renders_as_the_tokenizer_does(folder: Path, trusting: PromptTokenizer) -> None:
+    template = "{{ eos_token }}{% for each in messages %}{{ each.role }} {{ each.content }} {{ name }}\n{% endfor %}"
+    own = with_template(folder, template)
+    for fields in ({}, {"continue_final_message": True}, {"variables": {"name": "\u00e9<|im_end|>"}}):
+        assert rendered(trusting, template=template, **fields) == rendered(own, **fields)
 
 
 def with_template(folder: Path, template: str) -> PromptTokenizer:
@@ -102,17 +108,19 @@ def test_a_template_of_the_request_needs_the_operators_trust(qwen3_vl_folder: Pa
         ("{{ ''.__class__.__mro__ }}", "unsafe|refuses"),
         ("{{ raise_exception('no') }}", "no"),
         ("{{ nothing.at.all }}", "undefined"),
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "longer than 0.3 s"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "more than 0.3 s"),
+        ("{{ 9**(9**9) }}", "more than 0.3 s"),
+        ("{{ range(99999)|map('string')|list|batch(1)|list|string * 99999 }}", "too much memory"),
         ("{% for a in range(99999) %}{{ 'x' * 999 }}{% endfor %}", "more than"),
     ],
 )
 def test_what_a_template_of_the_request_may_not(
     trusting: PromptTokenizer, monkeypatch: pytest.MonkeyPatch, template: str, message: str
 ) -> None:
-    endless = "longer" in message
-    monkeypatch.setattr(chat_template, "_MAX_RENDER_S", 0.3 if endless else 30.0)
+    endless = "0.3 s" in message
+    monkeypatch.setattr(trusting._template._renderer, "_cpu_s", 0.3 if endless else 30.0)
     started = time.monotonic()
     error = refused(trusting, template=template)
     assert error.param == "chat_template"
     assert any(each in str(error) for each in message.split("|"))
-    assert not endless or time.monotonic() - started < 10
+    assert not endless or time.monotonic() - started < 60  # most of it is the start of a process
