@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,7 +18,10 @@ from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.service_runtime.tls import ClientTls
 
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.2, 5.0
+# Where the server that refused does not say when.
 RETRY_AFTER_S = 1
+_MAX_RETRY_AFTER_S = 60.0
+_WEIGHT_OF_LAST = 0.1
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +40,7 @@ class Server:
     """One server. It gets requests while `error` is None; `attempted` is set after the first health check.
 
     name: the name that its certificate must have; None for the host of its address.
+    mean_request_s: how long its last requests took, seconds.
     """
 
     def __init__(self, address: str, tls: ClientTls | None, health_path: str) -> None:
@@ -44,6 +49,7 @@ class Server:
         self.name = None if tls is None else tls.server_name
         self._health_path = health_path
         self.in_flight = 0
+        self.mean_request_s = 0.0
         self.error: str | None = "its health was not checked yet"
         self.attempted = asyncio.Event()
         self._lost = asyncio.Event()
@@ -52,10 +58,12 @@ class Server:
     def request(self) -> Iterator[None]:
         """Counts a request as in flight inside the context."""
         self.in_flight += 1
+        begin = time.monotonic()
         try:
             yield
         finally:
             self.in_flight -= 1
+            self.mean_request_s += _WEIGHT_OF_LAST * (time.monotonic() - begin - self.mean_request_s)
 
     def lost(self, reason: str) -> None:
         """A request could not be sent: none is sent any more until a health check, which follows at once, succeeds."""
@@ -167,7 +175,8 @@ class ServerFleet:
             return usable[ranked(key, loads, avoided)[0]]
         if usable:
             message = f"all {len(usable)} servers have {self._max_in_flight} requests: try again later"
-            raise Overloaded(message, RETRY_AFTER_S)
+            soonest_s = min(each.mean_request_s for each in usable.values())
+            raise Overloaded(message, min(max(RETRY_AFTER_S, soonest_s), _MAX_RETRY_AFTER_S))
         reasons = {each.address: each.error for each in self.servers} | dict(failures)
         listed = "; ".join(f"server {address}: {reason}" for address, reason in reasons.items()) or "none was found"
         raise WorkerUnavailable(f"no server can be used: {listed}; start one, or wait until one is healthy")

@@ -40,12 +40,14 @@ def return_memory_after_peaks(budget: ByteBudget, supervisor: Supervisor) -> Non
     malloc keeps what gRPC has freed of large messages, in pieces between others: gigabytes, and for good
     (docs/reliability.md). glibc only; with other C libraries this does nothing.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    c_library = ctypes.CDLL(None)
+    if not hasattr(c_library, "malloc_trim"):
+        return
     jobs: set[asyncio.Task[None]] = set()
 
     async def trim_later() -> None:
         await asyncio.sleep(_SETTLE_S)
-        await asyncio.to_thread(trim, 0)
+        await asyncio.to_thread(c_library.malloc_trim, 0)
 
     def start() -> None:
         if not jobs:
@@ -53,8 +55,7 @@ def return_memory_after_peaks(budget: ByteBudget, supervisor: Supervisor) -> Non
             jobs.add(job)
             job.add_done_callback(jobs.discard)
 
-    if trim is not None:
-        budget.notify_falls(_LEAST_FALL_NBYTES, start)
+    budget.notify_falls(_LEAST_FALL_NBYTES, start)
 
 
 def _mallopt(parameters: dict[int, int]) -> None:

@@ -46,3 +46,19 @@ def test_bytes_are_free_once_their_last_user_has_released_them() -> None:
     assert (one.nbytes, budget.reserved_nbytes) == (8, 8)
     one.release()
     assert budget.reserved_nbytes == 0
+
+
+def test_a_fall_from_a_peak_is_notified_once() -> None:
+    budget, falls = ByteBudget(1000), []
+    budget.notify_falls(100, lambda: falls.append(budget.reserved_nbytes))
+    with budget.item() as lasting:
+        lasting.reserve(300)
+        with budget.item() as large:
+            large.reserve(200)
+        assert falls == [], "more than half is left"
+        with budget.item() as larger:
+            larger.reserve(400)
+        assert falls == [300]
+        with budget.item() as small:
+            small.reserve(50)
+    assert falls == [300, 0]

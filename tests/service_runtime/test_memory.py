@@ -34,6 +34,38 @@ def test_blocks_of_a_megabyte_are_used_again() -> None:
     assert num_faults("reuse") < 1_000
 
 
+RETURNED = """
+import asyncio, ctypes
+from vitrine_vlm.service_runtime import memory
+from vitrine_vlm.service_runtime.byte_budget import ByteBudget
+from vitrine_vlm.service_runtime.supervisor import Supervisor
+memory._SETTLE_S = 0.1
+def resident_mib():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
+async def main():
+    memory.reuse_message_memory()
+    budget, supervisor = ByteBudget(1 << 30), Supervisor()
+    memory.return_memory_after_peaks(budget, supervisor)
+    with budget.item() as item:
+        item.reserve(256 << 20)
+        pieces = [bytes(64 * 1024) for _ in range(4096)]
+        kept = pieces[::128]
+        del pieces
+        before = resident_mib()
+    await asyncio.sleep(0.5)
+    print(before - resident_mib())
+    await supervisor.close()
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+def test_what_is_freed_between_other_blocks_is_returned_after_a_peak() -> None:
+    done = subprocess.run([sys.executable, "-c", RETURNED], capture_output=True, text=True, check=True)
+    assert float(done.stdout) > 150
+
+
 COLLECTED = """
 import gc
 from vitrine_vlm.service_runtime.memory import freeze_gc
