@@ -53,4 +53,5 @@ if __name__ == "__main__":
     os.nice(5)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    asyncio.run(main(sys.argv[1], Target(*sys.argv[2:5])))
+    attack_name, url, encoder, model = sys.argv[1:]
+    asyncio.run(main(attack_name, Target(url, encoder, model)))

@@ -77,7 +77,9 @@ def sessions(target: Target) -> Callable[[], Awaitable[None]]:
 
     async def attack() -> None:
         async with _channel(target) as channel:
-            connect = channel.stream_stream(f"/{SERVICE}/Connect", None, bytes)
+            connect: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(
+                f"/{SERVICE}/Connect", None, bytes
+            )
 
             async def call() -> str:
                 stream = connect()
