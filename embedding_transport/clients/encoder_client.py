@@ -19,6 +19,7 @@ from vitrine_vlm.embedding_transport.clients.encode_request import Request, Shar
 from vitrine_vlm.embedding_transport.clients.encode_stream import EncodeStream
 from vitrine_vlm.embedding_transport.clients.encoder_peer import DescriptionCheck, EncoderDescription, EncoderPeer
 from vitrine_vlm.embedding_transport.clients.fleet_client import Exchange, FleetClient
+from vitrine_vlm.embedding_transport.fleet.connected_peers import ConnectedPeers
 from vitrine_vlm.embedding_transport.fleet.pool_mapper import PoolMapper
 from vitrine_vlm.embedding_transport.fleet.row_peer import Connection, ConnectOptions, TransportChoice
 from vitrine_vlm.embedding_transport.wire.messages import needed_minor_version
@@ -195,18 +196,18 @@ class EncoderClient(FleetClient[EncoderPeer]):
         # All that waits or raises comes first: the items of a share count as in flight.
         issuers = {index: await self._issuer(request, ticket) for index in indices if (ticket := items[index].ticket)}
         others = [index for index in indices if index not in issuers]
-        usable = await self._usable(request.attempts) if others else {}
+        connected = await self._usable(request.attempts) if others else ConnectedPeers[EncoderPeer]([])
         needed = {
             index: max(needed_minor_version(items[index]), _FIRST_WITH_LAYOUTS if request.layout_only else 0)
             for index in others
         }
-        suited = {minor: self._with_version(minor, request, usable) for minor in sorted(set(needed.values()))}
+        suited = {minor: self._with_version(minor, request, connected) for minor in sorted(set(needed.values()))}
         shares: dict[str, Share] = {}
         for index, peer in issuers.items():
             shares.setdefault(peer.address, Share(peer)).add(index)
         # The largest items are assigned first; the size of an item at a URL is unknown.
         for index in sorted(others, key=lambda index: -_nbytes(items[index])):
-            peer = self._choose(request.keys[index], suited[needed[index]])
+            peer = suited[needed[index]].choose(request.keys[index], request.attempts.failures)
             shares.setdefault(peer.address, Share(peer)).add(index)
         request.num_calls += len(shares)
         for share in shares.values():
@@ -235,21 +236,26 @@ class EncoderClient(FleetClient[EncoderPeer]):
             )
         return peer
 
-    def _with_version(self, minor: int, request: Request, usable: Mapping[str, EncoderPeer]) -> dict[str, EncoderPeer]:
+    def _with_version(
+        self, minor: int, request: Request, connected: ConnectedPeers[EncoderPeer]
+    ) -> ConnectedPeers[EncoderPeer]:
         """Returns those encoders whose protocol has this minor version or a later one.
 
         Raises:
             EncoderMismatch: none has; Overloaded: those that have are overloaded.
         """
+        if not minor:
+            return connected
+        failures = request.attempts.failures
         minors = {
             address: peer.connection.description.minor_version
-            for address, peer in usable.items()
-            if peer.connection is not None
+            for address, peer in connected.by_address.items()
+            if peer.connection is not None and address not in failures
         }
-        suited = {address: usable[address] for address, each in minors.items() if each >= minor}
-        if not suited:
+        suited = ConnectedPeers(connected.by_address[address] for address, each in minors.items() if each >= minor)
+        if not len(suited):
             found = ", ".join(f"{address} has {PROTOCOL_VERSION}.{each}" for address, each in minors.items())
-            raise soonest_overloaded(request.attempts.failures.values()) or EncoderMismatch(
+            raise soonest_overloaded(failures.values()) or EncoderMismatch(
                 f"{_ADDITIONS[minor]} need encoders with version {PROTOCOL_VERSION}.{minor} of the protocol, "
                 f"but {found}: update them"
             )

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import grpc
 
-from vitrine_vlm.embedding_transport.fleet.content_routing import ranked
+from vitrine_vlm.embedding_transport.fleet.connected_peers import ConnectedPeers
 from vitrine_vlm.embedding_transport.fleet.peer_fleet import PeerFleet, PeerT
 from vitrine_vlm.embedding_transport.fleet.row_peer import Connection
 from vitrine_vlm.embedding_transport.receiving.received_rows import HostBufferPool, LeasedRows
@@ -74,24 +74,20 @@ class FleetClient(PeerFleet[PeerT]):
     def stats(self) -> ClientStats:
         return ClientStats(self._num_requests, self._num_retries, self.num_fallbacks, dict(self._received_nbytes))
 
-    async def _usable(self, attempts: Attempts[VitrineError]) -> dict[str, PeerT]:
-        """Returns the connected peers that have not failed this request, by address. Choose one without awaiting.
+    async def _usable(self, attempts: Attempts[VitrineError]) -> ConnectedPeers[PeerT]:
+        """Returns the connected peers, of which some have not failed this request. Choose one without awaiting.
 
         Raises:
             VitrineError: none is left; Overloaded, with the shortest retry time, if any was overloaded.
         """
         await self._wait_until_attempted()
         failures = attempts.failures
-        usable = {peer.address: peer for peer in self._peers if peer.connection and peer.address not in failures}
-        if not usable:
+        connected = self._connected
+        if not connected.has_usable(failures):
             raise soonest_overloaded(failures.values()) or self._unavailable(failures)
         if failures:
             self._num_retries += 1
-        return usable
-
-    def _choose(self, key: bytes, usable: dict[str, PeerT]) -> PeerT:
-        """Returns the peer that this content is routed to."""
-        return usable[ranked(key, {address: peer.in_flight for address, peer in usable.items()})[0]]
+        return connected
 
     async def _receive(
         self,

@@ -7,17 +7,16 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic
 
-from vitrine_vlm.embedding_transport.fleet.row_peer import RowPeer
+from vitrine_vlm.embedding_transport.fleet.connected_peers import ConnectedPeers, PeerT
+from vitrine_vlm.embedding_transport.fleet.row_peer import InFlightCount
 from vitrine_vlm.errors import VitrineError
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 
 _LEAVING_POLL_S = 0.1
 
 _log = logging.getLogger(__name__)
-
-PeerT = TypeVar("PeerT", bound=RowPeer[Any])
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ class PeerFleet(ABC, Generic[PeerT]):
         self._peers: list[PeerT] = []
         self._leaving: dict[asyncio.Task[None], PeerT] = {}
         self._changed = asyncio.Event()
+        self._connected_peers: ConnectedPeers[PeerT] | None = None  # None once a connection has changed
 
     async def start(self) -> None:
         """Starts to connect to every service and waits for the first attempt of each.
@@ -70,14 +70,14 @@ class PeerFleet(ABC, Generic[PeerT]):
         for address in addresses:
             if address not in known:
                 peer = self._make_peer(address)
-                peer.start(self._changed.set, self._supervisor)
+                peer.start(self._notice_change, self._supervisor)
                 self._peers.append(peer)
-        for address in known.keys() - set(addresses):
+        for address in sorted(known.keys() - set(addresses)):
             self._peers.remove(known[address])
             leaving = self._supervisor.start_job(f"leaving {address}", self._disconnect_when_idle(known[address]))
             self._leaving[leaving] = known[address]
             leaving.add_done_callback(self._leaving.pop)
-        self._changed.set()
+        self._notice_change()
 
     async def close(self) -> None:
         """Sends the pending releases and disconnects."""
@@ -89,7 +89,7 @@ class PeerFleet(ABC, Generic[PeerT]):
     @property
     def ready(self) -> bool:
         """Whether at least one service is connected."""
-        return any(peer.connection is not None for peer in self._peers)
+        return len(self._connected) > 0
 
     @property
     def num_fallbacks(self) -> int:
@@ -118,6 +118,20 @@ class PeerFleet(ABC, Generic[PeerT]):
             reason = str(self._supervisor.failure)
             raise self._unavailable({peer.address: peer.unavailable(reason) for peer in self._peers})
         await self._wait_until(lambda: self.ready or all(peer.attempted.is_set() for peer in self._peers))
+
+    @property
+    def _connected(self) -> ConnectedPeers[PeerT]:
+        if self._connected_peers is None:
+            connected = [peer for peer in self._peers if peer.connection is not None]
+            count = InFlightCount(sum(peer.in_flight for peer in connected))
+            for peer in connected:
+                peer.counted_in = count
+            self._connected_peers = ConnectedPeers(connected, count)
+        return self._connected_peers
+
+    def _notice_change(self) -> None:
+        self._connected_peers = None
+        self._changed.set()
 
     async def _wait_until(self, condition: Callable[[], bool]) -> None:
         while not condition():

@@ -14,6 +14,7 @@ from typing import ClassVar, Generic, Literal, Protocol, TypeVar
 import grpc
 import torch
 
+from vitrine_vlm.embedding_transport.fleet.content_routing import address_hash
 from vitrine_vlm.embedding_transport.fleet.pool_mapper import LocalMapper, PoolMapper
 from vitrine_vlm.embedding_transport.pools.pool import PoolMapping
 from vitrine_vlm.embedding_transport.wire.grpc_status import error_from_rpc
@@ -92,6 +93,13 @@ class ConnectOptions:
         return ["cuda_ipc", *on_host] if self.gpu is not None else on_host
 
 
+@dataclass
+class InFlightCount:
+    """What is in flight on several peers together."""
+
+    total: int = 0
+
+
 class RowPeer(ABC, Generic[DescriptionT]):
     """Keeps one service connected and releases its leases. It belongs to one event loop.
 
@@ -100,6 +108,8 @@ class RowPeer(ABC, Generic[DescriptionT]):
     connection: for new requests; None while the service is not connected or drains.
     has_session: whether requests in flight and leases are still valid, also while the service drains.
     in_flight: items or requests that the service is working on for this client.
+    address_hash: the address's part in routing.
+    counted_in: a fleet's count of what is in flight on the peers that are connected, where this one is or was.
     num_leases: leases that this client holds and has not released.
     """
 
@@ -108,7 +118,9 @@ class RowPeer(ABC, Generic[DescriptionT]):
 
     def __init__(self, address: str, options: ConnectOptions) -> None:
         self.address = address
-        self.in_flight = 0
+        self.address_hash = address_hash(address)
+        self.counted_in: InFlightCount | None = None
+        self._in_flight = 0
         self.num_leases = 0
         self.num_fallbacks = 0
         self.connection: Connection[DescriptionT] | None = None
@@ -121,6 +133,16 @@ class RowPeer(ABC, Generic[DescriptionT]):
         self._on_change: Callable[[], None] = lambda: None
         self._to_release: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def in_flight(self) -> int:
+        return self._in_flight
+
+    @in_flight.setter
+    def in_flight(self, number: int) -> None:
+        if self.counted_in is not None:
+            self.counted_in.total += number - self._in_flight
+        self._in_flight = number
 
     def start(self, on_change: Callable[[], None], supervisor: Supervisor) -> None:
         """Connects, and connects again after a loss; calls `on_change` whenever readiness has changed."""
