@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
 import torch
@@ -24,13 +24,11 @@ from vitrine_vlm.encoder_service.engine.admission import Admission, Reservation
 from vitrine_vlm.encoder_service.engine.batch import PostForwardHook
 from vitrine_vlm.encoder_service.engine.batcher import Batcher
 from vitrine_vlm.encoder_service.engine.cache import EmbeddingCache, EncodedRows
-from vitrine_vlm.encoder_service.media.loader import MediaLoader
 from vitrine_vlm.encoder_service.metrics import EncoderMetrics
-from vitrine_vlm.encoder_service.preprocess.preprocess_pool import PreprocessPool
 from vitrine_vlm.encoder_service.preprocess.preprocessor import OpenedMedia
 from vitrine_vlm.encoder_service.tickets import OpenedItem, TicketTable
 from vitrine_vlm.errors import BadRequest, InternalError, TooManyItems, VitrineError
-from vitrine_vlm.service_runtime.byte_budget import ByteBudget
+from vitrine_vlm.service_runtime.byte_budget import ByteBudget, Reserve
 from vitrine_vlm.service_runtime.logs import harmless
 from vitrine_vlm.service_runtime.traces import past_span, span
 from vitrine_vlm.types import ItemTimings, Layout, MediaItem
@@ -71,14 +69,38 @@ class Shipment(Protocol):
         ...
 
 
+class Loader(Protocol):
+    """Loads media, see `MediaLoader`."""
+
+    async def load_files(self, item: MediaItem, reserve: Reserve) -> Sequence[bytes]:
+        """The encoded files of an item."""
+        ...
+
+
+class Preprocessing(Protocol):
+    """Turns files into patches, see `PreprocessPool`."""
+
+    async def open(self, item: MediaItem, files: Sequence[bytes]) -> tuple[OpenedMedia, Layout]:
+        """An item whose size is known, and its layout with its content hash."""
+        ...
+
+    async def patches(self, opened: OpenedMedia) -> torch.Tensor:
+        """Its patches, see `OpenedMedia.patches`."""
+        ...
+
+    def queue_seconds(self, opened: OpenedMedia) -> float:
+        """How much longer others wait for their patches because of this item."""
+        ...
+
+
 class EncodeService:
     """Turns media items into rows. It belongs to one event loop; any number of requests run at once."""
 
     def __init__(
         self,
-        loader: MediaLoader,
+        loader: Loader,
         media_budget: ByteBudget,
-        preprocess_pool: PreprocessPool,
+        preprocess_pool: Preprocessing,
         admission: Admission,
         batcher: Batcher,
         cache: EmbeddingCache,
@@ -86,11 +108,13 @@ class EncodeService:
         *,
         max_items: int,
         metrics: EncoderMetrics,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
             media_budget: bounds the encoded media of all items in work and of all tickets.
             max_items: items accepted in one request.
+            clock: seconds, by which stages are timed.
         """
         self._loader = loader
         self._media_budget = media_budget
@@ -101,6 +125,7 @@ class EncodeService:
         self._tickets = tickets
         self._max_items = max_items
         self._metrics = metrics
+        self._clock = clock
 
     async def encode(
         self, items: Sequence[MediaItem], replies: Replies, tenant: str = "", deadline: float = math.inf
@@ -271,17 +296,16 @@ class EncodeService:
     @contextmanager
     def _stage(self, name: str, index: int) -> Iterator[_Stopwatch]:
         """Times one stage of an item, for its answer, the metrics and the trace; metrics leave out stages that fail."""
-        stopwatch = _Stopwatch()
+        stopwatch, started = _Stopwatch(), self._clock()
         with span(name, **{_ITEM: index}):
             yield stopwatch
-        stopwatch.elapsed_ms = (time.monotonic() - stopwatch.started) * 1e3
+        stopwatch.elapsed_ms = (self._clock() - started) * 1e3
         with harmless("a metric of stages"):
             self._metrics.stage_seconds.labels(name).observe(stopwatch.elapsed_ms / 1e3)
 
 
 @dataclass
 class _Stopwatch:
-    started: float = field(default_factory=time.monotonic)
     elapsed_ms: float = 0.0
 
 

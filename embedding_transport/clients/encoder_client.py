@@ -71,6 +71,7 @@ class EncoderClient(FleetClient[EncoderPeer]):
         supervisor: owns the loops of this client; by default a new one. Once a loop has failed, `encode` fails.
         mapper: maps the encoders' pools; by default this process does.
         check: compares what an encoder describes, see `EncoderPeer`.
+        make_peer: creates the peer of an address; by default one that connects over gRPC.
     """
 
     peer_kind = "encoder"
@@ -89,11 +90,12 @@ class EncoderClient(FleetClient[EncoderPeer]):
         supervisor: Supervisor | None = None,
         mapper: PoolMapper | None = None,
         check: DescriptionCheck | None = None,
+        make_peer: Callable[[str], EncoderPeer] | None = None,
     ) -> None:
         options = ConnectOptions(transport, shm_folder, connect_timeout_s, gpu, tls, mapper)
         super().__init__(
             addresses,
-            lambda address: EncoderPeer(address, options, expected, check),
+            make_peer or (lambda address: EncoderPeer(address, options, expected, check)),
             ENCODE_RETRIES,
             encode_timeout_s,
             supervisor,

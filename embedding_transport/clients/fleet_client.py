@@ -9,8 +9,8 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import grpc
 
-from vitrine_vlm.embedding_transport.fleet.connected_peers import ConnectedPeers
-from vitrine_vlm.embedding_transport.fleet.peer_fleet import PeerFleet, PeerT
+from vitrine_vlm.embedding_transport.fleet.connected_peers import ConnectedPeers, PeerT
+from vitrine_vlm.embedding_transport.fleet.peer_fleet import PeerFleet
 from vitrine_vlm.embedding_transport.fleet.row_peer import Connection
 from vitrine_vlm.embedding_transport.receiving.received_rows import HostBufferPool, LeasedRows
 from vitrine_vlm.embedding_transport.receiving.row_stream import RowStream

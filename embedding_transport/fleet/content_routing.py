@@ -96,7 +96,7 @@ class RendezvousTable:
 
     def _scores(self, key: bytes) -> _Scores:
         key_hash = np.frombuffer(hashlib.sha256(key).digest()[:_HASH_NBYTES], dtype="<u8")
-        scores = self._hashes ^ key_hash
+        scores: _Scores = self._hashes ^ key_hash
         scores *= _FIRST_FACTOR
         scores ^= scores >> _SHIFT
         scores *= _SECOND_FACTOR

@@ -27,7 +27,7 @@ def copy_to_host(rows_TW: torch.Tensor) -> torch.Tensor:
 
 def clone_rows(rows_TW: torch.Tensor) -> torch.Tensor:
     """Returns a contiguous copy on the same device. Blocks; `rows_TW` must be complete, as for `copy_to_host`."""
-    if rows_TW.device.type == "cpu":
+    if not rows_TW.is_cuda:
         return rows_TW.clone(memory_format=torch.contiguous_format)
     with on_copy_stream(rows_TW.device):
         own = rows_TW.clone(memory_format=torch.contiguous_format)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from vitrine_vlm.encoder_service.engine.cost_model import CostModel
@@ -34,9 +34,12 @@ class Admission:
 
     Args:
         max_patches, max_s: bounds of the two.
+        clock: seconds, that of deadlines.
     """
 
-    def __init__(self, cost: CostModel, *, max_patches: int, max_s: float) -> None:
+    def __init__(
+        self, cost: CostModel, *, max_patches: int, max_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.num_patches = 0
         self.uncorrected_s = self.preprocess_s = 0.0
         # Since when each item has been in work, the first of them first.
@@ -44,6 +47,7 @@ class Admission:
         self._cost = cost
         self._max_patches = max_patches
         self._max_s = max_s
+        self.clock = clock
 
     @property
     def tower_s(self) -> float:
@@ -93,7 +97,7 @@ class Admission:
     @property
     def _is_short(self) -> bool:
         """Whether the tower's queue is short whatever the cost model, which is provisional, takes it for."""
-        return self._cost.is_provisional and time.monotonic() - next(iter(self.since.values())) < _SHORT_WAIT_S
+        return self._cost.is_provisional and self.clock() - next(iter(self.since.values())) < _SHORT_WAIT_S
 
     def _check_patches(self, num_patches: int) -> None:
         too_many = self.num_patches + num_patches - self._max_patches
@@ -118,7 +122,7 @@ class Admission:
                 f"{self._max_s:g} s: retry in {too_much_s:.1f} s or add encoders",
                 retry_after_s=too_much_s,
             )
-        left_s = deadline - time.monotonic()
+        left_s = deadline - self.clock()
         if queued_s + seconds > left_s:
             raise Overloaded(
                 f"{queued_s:.2g} s of work are queued and the item takes {seconds:.2g} s more, but its request "
@@ -150,7 +154,7 @@ class Reservation:
             admission.num_patches += self._num_patches
             admission.uncorrected_s += self._uncorrected_s
             admission.preprocess_s += self._preprocess_s
-            admission.since[self] = time.monotonic()
+            admission.since[self] = admission.clock()
             self._reserved = True
 
     def end_preprocessing(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -82,12 +83,14 @@ class Batch:
         patches = [item.patches_PX for item in items]
         return cls(items, torch.cat(patches) if len(patches) > 1 else patches[0])
 
-    def launch(self, tower: VisionTower, device: torch.device) -> LaunchedBatch:
+    def launch(
+        self, tower: VisionTower, device: torch.device, clock: Callable[[], float] = time.monotonic
+    ) -> LaunchedBatch:
         """Runs the batch through the tower, which is on `device`; on a GPU its work is only queued on return."""
-        started_at = time.monotonic()
+        started_at = clock()
         if device.type == "cpu":
             rows = self._forward(tower)
-            return LaunchedBatch(rows, started_at, time.monotonic())
+            return LaunchedBatch(rows, started_at, clock())
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         try:
@@ -97,7 +100,7 @@ class Batch:
             torch.cuda.current_stream(device).synchronize()
             raise
         end.record()
-        return LaunchedBatch(rows, started_at, time.monotonic(), start, end)
+        return LaunchedBatch(rows, started_at, clock(), start, end)
 
     def notify_hooks(self) -> None:
         """Calls `batch_ended` of every item's hook."""

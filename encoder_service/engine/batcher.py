@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -58,6 +59,7 @@ class Batcher:
         device: torch.device = _CPU,
         on_batch: Callable[[BatchReport], None] = lambda report: None,
         on_gpu_lost: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
@@ -67,13 +69,15 @@ class Batcher:
             device: the tower's; on a GPU two batches are launched at once.
             on_batch: called on the event loop after each batch.
             on_gpu_lost: called on the event loop if the GPU can run no further batch after one that failed.
+            clock: seconds, that of deadlines.
         """
         self._tower = tower
         self._cost = cost
         self._on_batch = on_batch
         self._on_gpu_lost = on_gpu_lost
-        self._queue = WaitingQueue(cost, max_batch_patches)
-        self._in_flight = InFlightBatches()
+        self._clock = clock
+        self._queue = WaitingQueue(cost, max_batch_patches, clock)
+        self._in_flight = InFlightBatches(clock)
         self._unfinished: set[QueuedItem] = set()
         self._arrived = asyncio.Event()
         self._builds_later = False  # the builder waits for the tower, not for an item
@@ -132,7 +136,9 @@ class Batcher:
         """
         if self._closed:
             raise _closed_error()
-        item = QueuedItem(patches_PX, grid_thw, asyncio.get_running_loop().create_future(), deadline, hook)
+        item = QueuedItem(
+            patches_PX, grid_thw, asyncio.get_running_loop().create_future(), deadline, hook, self._clock()
+        )
         self._queue.add(item)
         self._unfinished.add(item)
         if not self._builds_later or self._queue.is_full:
@@ -191,7 +197,9 @@ class Batcher:
                 self._release_tower(batch)
                 continue
             try:
-                launched = await loop.run_in_executor(self._forward_thread, batch.launch, self._tower, self._device)
+                launched = await loop.run_in_executor(
+                    self._forward_thread, batch.launch, self._tower, self._device, self._clock
+                )
             except Exception:
                 await self._fail_batch(batch.items)
                 self._release_tower(batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from bisect import insort
+from collections.abc import Callable
 
 from vitrine_vlm.encoder_service.engine.batch import QueuedItem
 from vitrine_vlm.encoder_service.engine.cost_model import CostModel
@@ -15,11 +16,13 @@ class WaitingQueue:
 
     Args:
         max_batch_patches: patches in a batch at most; a larger item runs alone.
+        clock: seconds, that of deadlines.
     """
 
-    def __init__(self, cost: CostModel, max_batch_patches: int) -> None:
+    def __init__(self, cost: CostModel, max_batch_patches: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._cost = cost
         self._max_batch_patches = max_batch_patches
+        self._clock = clock
         self._items: list[QueuedItem] = []  # sorted by when they are due
 
     @property
@@ -53,13 +56,12 @@ class WaitingQueue:
                 num_patches += len(item.patches_PX)
                 if popped and (num_patches > self._max_batch_patches or seconds > slack_s):
                     break
-                slack_s = slack_s - seconds if popped else _slack_s(item, seconds)
+                slack_s = slack_s - seconds if popped else self._slack_s(item, seconds)
                 popped.append(item)
             self._items.pop(0)
         return popped
 
-
-def _slack_s(item: QueuedItem, seconds: float) -> float:
-    """How much work besides the item's own `seconds` its batch may do; without limit if the item is late anyway."""
-    slack_s = item.deadline - time.monotonic() - seconds
-    return slack_s if slack_s > 0 else math.inf
+    def _slack_s(self, item: QueuedItem, seconds: float) -> float:
+        """How much work besides the item's own `seconds` its batch may do; without limit if it is late anyway."""
+        slack_s = item.deadline - self._clock() - seconds
+        return slack_s if slack_s > 0 else math.inf

@@ -21,17 +21,7 @@ from vitrine_vlm.llm_worker.engine.scheduler import Scheduler
 from vitrine_vlm.llm_worker.engine.step_costs import StepCosts, StepSize
 from vitrine_vlm.llm_worker.engine.step_goals import StepGoals
 from vitrine_vlm.llm_worker.models.config import TextConfig
-
-# Qwen3-VL-8B in bfloat16 on one H200, docs/performance.md: decode steps of 1, 32 and 128, prefill of 128 to 8192.
-_DECODE_S = {1: 4.6e-3, 16: 5.2e-3, 32: 6.1e-3, 64: 7.6e-3, 128: 9.8e-3}
-_MIXED_S = {8: 4.9e-3, 128: 5.7e-3, 256: 8.0e-3, 512: 12.2e-3, 1024: 22.6e-3, 2048: 43.6e-3, 8192: 180e-3}
-_PER_KEY_S, _PER_PAIR_S = 35e-9, 0.7e-9
-
-
-def h200_costs(factor: float = 1.0) -> StepCosts:
-    """factor: of all seconds."""
-    decode_s, mixed_s = ({size: factor * s for size, s in each.items()} for each in (_DECODE_S, _MIXED_S))
-    return StepCosts(decode_s, mixed_s, factor * _PER_KEY_S, factor * _PER_PAIR_S)
+from vitrine_vlm.simulation.costs import step_costs
 
 
 @dataclass
@@ -101,12 +91,12 @@ class Simulation:
         """
         self.now = 0.0
         self.outcomes: list[Outcome] = []
-        self.costs = costs if costs is not None else h200_costs()
+        self.costs = costs if costs is not None else step_costs()
         self.goals = StepGoals(self.costs, target_itl_s, 0.5, max_mixed_tokens)
         smallest = replace(config, num_hidden_layers=1, num_key_value_heads=1)
         self._cache = KvCache(smallest, num_blocks, 16, torch.device("cpu"), torch.float32)
         self.scheduler = Scheduler(self._cache, 8192, 64, 32768, self.goals, prefix_cache=False, clock=lambda: self.now)
-        self._really = really if really is not None else h200_costs()
+        self._really = really if really is not None else step_costs()
         self._live: dict[RequestState, Outcome] = {}
         self._encoding: deque[Encoding] = deque()
         for load in loads:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.llm_worker.engine.harness import request_state
-from tests.llm_worker.engine.simulated_steps import Load, Outcome, Simulation, h200_costs
+from tests.llm_worker.engine.simulated_steps import Load, Outcome, Simulation
 from vitrine_vlm.llm_worker.engine.config import EngineConfig
 from vitrine_vlm.llm_worker.engine.cost_probes import measure_step_costs
 from vitrine_vlm.llm_worker.engine.forward_pass import ForwardPass
@@ -22,6 +22,7 @@ from vitrine_vlm.llm_worker.engine.step_goals import StepGoals
 from vitrine_vlm.llm_worker.families import build_decoder, text_config
 from vitrine_vlm.llm_worker.models.config import TextConfig
 from vitrine_vlm.model_loading.checkpoint import open_checkpoint
+from vitrine_vlm.simulation.costs import step_costs
 
 # Pictures of Qwen3-VL: 560x560, 720p and 1080p, and seconds of its tower on one H200.
 SMALL, LARGE, LARGEST = (324, 2.6e-3), (920, 9.3e-3), (2040, 31e-3)
@@ -117,7 +118,7 @@ def test_light_load_is_gentle(config: TextConfig) -> None:
 @pytest.mark.parametrize("factor", [0.3, 3.0])
 def test_steps_correct_wrong_costs(config: TextConfig, factor: float) -> None:
     (load,) = loads = [Load(32, 2000, 64)]
-    simulation = trace(config, loads, costs=h200_costs(factor))
+    simulation = trace(config, loads, costs=step_costs(factor))
     assert simulation.costs.correction == pytest.approx(1 / factor, rel=0.1)
     assert quantile(gaps(simulation.begun(load, after_s=3)), 0.99) <= 0.033
 
@@ -136,7 +137,7 @@ def test_every_request_proceeds_in_random_traces(config: TextConfig, seed: int) 
         for _ in range(generator.randint(1, 4))
     ]
     goal_s = generator.choice([0.008, 0.03, 0.1])
-    simulation = trace(config, loads, really=h200_costs(generator.uniform(0.5, 2)), target_itl_s=goal_s)
+    simulation = trace(config, loads, really=step_costs(generator.uniform(0.5, 2)), target_itl_s=goal_s)
     for outcome in simulation.outcomes:
         if not outcome.token_times:
             assert simulation.now - outcome.submitted_at < 8, (seed, outcome.load)
@@ -171,11 +172,11 @@ def choose(goals: StepGoals, num_decoding: int, *prompts: RequestState, now: flo
 
 def seconds(num_decoding: int, num_prompt_tokens: int, start: int = 0) -> float:
     pairs = causal_pairs(start, start + num_prompt_tokens)
-    return h200_costs().seconds(StepSize(num_decoding, 499 * num_decoding, num_prompt_tokens, pairs))
+    return step_costs().seconds(StepSize(num_decoding, 499 * num_decoding, num_prompt_tokens, pairs))
 
 
 def test_prompt_tokens_that_cost_little_are_always_taken() -> None:
-    goals = StepGoals(h200_costs(), 0.03, 0.5, 8192)
+    goals = StepGoals(step_costs(), 0.03, 0.5, 8192)
     taken = choose(goals, 16, ready(4000, ready_at=0.0))
     assert 64 <= taken <= 192
     assert seconds(16, taken) <= 1.25 * seconds(16, 0)
@@ -183,7 +184,7 @@ def test_prompt_tokens_that_cost_little_are_always_taken() -> None:
 
 
 def test_as_many_tokens_as_the_first_token_needs() -> None:
-    goals = StepGoals(h200_costs(), 0.03, 0.5, 8192)
+    goals = StepGoals(step_costs(), 0.03, 0.5, 8192)
     relaxed, urgent, late = (choose(goals, 1, ready(4000, ready_at=0.0), now=now) for now in (0.0, 0.1, 1.0))
     assert relaxed < urgent < late
     for taken, left_s in ((relaxed, 0.5), (urgent, 0.4)):
@@ -194,7 +195,7 @@ def test_as_many_tokens_as_the_first_token_needs() -> None:
 
 
 def test_few_prompts_do_not_delay_many_streams() -> None:
-    goals = StepGoals(h200_costs(), 0.03, 0.5, 8192)
+    goals = StepGoals(step_costs(), 0.03, 0.5, 8192)
     late = [ready(4000, ready_at=-1.0) for _ in range(16)]
     few, some, many = (choose(goals, 16, *late[:count]) for count in (4, 12, 16))
     assert few < some < many
@@ -206,17 +207,17 @@ def test_few_prompts_do_not_delay_many_streams() -> None:
 
 def test_limits() -> None:
     late = ready(4000, ready_at=-1.0)
-    assert choose(StepGoals(h200_costs(), 0.03, 0.5, 128), 1, late) == 127
+    assert choose(StepGoals(step_costs(), 0.03, 0.5, 128), 1, late) == 127
     # However many decode, and however short the goal, prompts proceed.
-    assert choose(StepGoals(h200_costs(), 0.03, 0.5, 128), 128, late) == 32
-    impossible = StepGoals(h200_costs(), 0.001, 0.5, 8192)
+    assert choose(StepGoals(step_costs(), 0.03, 0.5, 128), 128, late) == 32
+    impossible = StepGoals(step_costs(), 0.001, 0.5, 8192)
     assert choose(impossible, 16, late) >= 32
     assert impossible.num_itl_missed == 1
     assert choose(StepGoals(StepCosts.unknown(), 0.03, 0.5, 64), 16, late) == 48
 
 
 def test_longer_contexts_leave_room_for_fewer_tokens() -> None:
-    goals = StepGoals(h200_costs(), 0.03, 0.5, 8192)
+    goals = StepGoals(step_costs(), 0.03, 0.5, 8192)
     near, far = (choose(goals, 1, ready(60000, start, ready_at=-1.0)) for start in (0, 50000))
     assert far < near
 

@@ -1,0 +1,273 @@
+"""The connections between workers and encoders: calls, sessions and leases as the product's client sees them."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Callable
+from typing import Any, cast
+
+import grpc
+
+from vitrine_vlm.embedding_transport.clients.encoder_peer import EncoderDescription, EncoderPeer
+from vitrine_vlm.embedding_transport.fleet.row_peer import Connection, ConnectOptions
+from vitrine_vlm.embedding_transport.pools.fair_share import Holder
+from vitrine_vlm.embedding_transport.wire.grpc_status import ERROR_CODE_KEY, STATUS_BY_CODE
+from vitrine_vlm.errors import VitrineError
+from vitrine_vlm.protos.encoder.v1 import encoder_pb2
+from vitrine_vlm.service_runtime.supervisor import Supervisor
+from vitrine_vlm.simulation.costs import IDENTITY, MERGE_SIZE
+from vitrine_vlm.simulation.encoder import SimulatedEncoder
+from vitrine_vlm.simulation.network import Link, Port, transfer
+from vitrine_vlm.simulation.tower import SimulatedMapping
+from vitrine_vlm.simulation.virtual_loop import VirtualLoop
+from vitrine_vlm.types import PROTOCOL_MINOR_VERSION
+
+# The product's: leases released within this time go together; a lost encoder is tried again after up to two seconds.
+_RELEASE_BATCH_S = 0.01
+_RECONNECT_S = (1.0, 2.0)
+
+
+class SimulatedCall:
+    """One Encode call: what the client reads, and what the encoder sends."""
+
+    def __init__(self, connection: SimulatedConnection, message: encoder_pb2.EncodeRequest, timeout_s: float) -> None:
+        self.connection = connection
+        self._received: deque[bytes] = deque()
+        self._over: object = None  # EOF, or the error with which the call ends
+        self._reader: asyncio.Future[None] | None = None
+        self._serving: asyncio.Task[None] | None = None
+        self._cancelled = False
+        self._last_at = 0.0  # when the last message to the worker arrives: the next one comes behind it
+        loop = connection.loop
+        self._deadline = loop.call_later(timeout_s, self._expire)
+        connection.to_encoder(lambda: self._serve(message, timeout_s))
+
+    # The client's side.
+
+    async def read(self) -> object:
+        while True:
+            if self._received:
+                return self._received.popleft()
+            if isinstance(self._over, grpc.aio.AioRpcError):
+                raise self._over
+            if self._over is not None:
+                return self._over
+            self._reader = self.connection.loop.create_future()
+            await self._reader
+
+    def cancel(self) -> None:
+        self._deadline.cancel()
+        if not self._cancelled and self._over is None:
+            self._over = grpc.aio.EOF
+            self.connection.to_encoder(self.stop)
+        self._cancelled = True
+        self.connection.calls.pop(self, None)
+
+    # The encoder's side.
+
+    def send(self, response: encoder_pb2.EncodeResponse) -> None:
+        raw = response.SerializeToString()
+        self._to_worker(lambda: self._receive(raw))
+
+    async def send_rows(self, response: encoder_pb2.EncodeResponse, nbytes: int) -> None:
+        connection, raw = self.connection, response.SerializeToString()
+        loop, link = connection.loop, connection.link
+        left_at = transfer(link, connection.encoder.port, connection.port, nbytes, loop.time())
+        self._to_worker(lambda: self._receive(raw), left_at)
+        if link.holds_encoder:
+            await asyncio.sleep(left_at - loop.time())
+
+    def end(self) -> None:
+        self._to_worker(lambda: self._end(grpc.aio.EOF))
+
+    def fail(self, error: VitrineError) -> None:
+        failed = _error(STATUS_BY_CODE[error.code], str(error), error.code)
+        self._to_worker(lambda: self._end(failed))
+
+    def _to_worker(self, arrive: Callable[[], None], at: float = 0.0) -> None:
+        connection = self.connection
+        self._last_at = max(self._last_at, at, connection.loop.time() + connection.link.latency_s)
+        connection.to_worker(arrive, self._last_at)
+
+    def stop(self) -> None:
+        """Ends the encoder's work on it."""
+        if self._serving is not None:
+            self._serving.cancel()
+
+    def _expire(self) -> None:
+        self._end(_error(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded"))
+        self.connection.to_encoder(self.stop)
+
+    def lose(self) -> None:
+        """The connection was lost."""
+        self._end(_error(grpc.StatusCode.UNAVAILABLE, "the connection was lost"))
+
+    def _serve(self, message: encoder_pb2.EncodeRequest, timeout_s: float) -> None:
+        if not self._cancelled:
+            connection = self.connection
+            serving = connection.encoder.serve(self, message, timeout_s)
+            self._serving = connection.loop.create_task(serving)
+            connection.serving[self] = None
+            self._serving.add_done_callback(lambda _: connection.serving.pop(self, None))
+
+    def _receive(self, raw: bytes) -> None:
+        if self._over is None:
+            self._received.append(raw)
+            self._wake()
+
+    def _end(self, over: object) -> None:
+        if self._over is None:
+            self._over = over
+            self._deadline.cancel()
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+
+class SimulatedConnection:
+    """One connection between a worker and an encoder, as long as it lasts. It is the worker's gRPC channel, too.
+
+    A cut holds messages back, as TCP does, until it is healed or the connection is lost.
+    """
+
+    __slots__ = ("_held", "calls", "encoder", "holder", "is_alive", "is_cut", "link", "loop", "port", "serving")
+
+    def __init__(self, loop: VirtualLoop, encoder: SimulatedEncoder, link: Link, port: Port, session_id: str) -> None:
+        self.loop, self.encoder, self.link, self.port = loop, encoder, link, port
+        self.holder = Holder(session_id.split(" ")[0], session_id)
+        self.is_alive = True
+        # Calls that the worker has open, and those that the encoder serves: dicts, as a set has no order.
+        self.calls: dict[SimulatedCall, None] = {}
+        self.serving: dict[SimulatedCall, None] = {}
+        self.is_cut = False
+        self._held: list[Callable[[], None]] = []
+
+    def unary_stream(self, method: str, **codecs: object) -> Callable[..., SimulatedCall]:
+        """As `grpc.aio.Channel.unary_stream`; there is one method."""
+        return self._call
+
+    def _call(self, message: encoder_pb2.EncodeRequest, *, timeout: float, metadata: object) -> SimulatedCall:
+        call = SimulatedCall(self, message, timeout)
+        self.calls[call] = None
+        return call
+
+    def to_encoder(self, arrive: Callable[[], None]) -> None:
+        self.loop.call_later(self.link.latency_s, self._arrive, arrive)
+
+    def to_worker(self, arrive: Callable[[], None], at: float) -> None:
+        self.loop.call_at(at, self._arrive, arrive)
+
+    def cut(self) -> None:
+        self.is_cut = True
+
+    def heal(self) -> None:
+        self.is_cut = False
+        held, self._held = self._held, []
+        for arrive in held:
+            self._arrive(arrive)
+
+    def lose(self) -> None:
+        """Both sides have noticed that the connection is lost."""
+        self.is_alive = False
+        self._held.clear()
+        for call in list(self.calls):
+            call.lose()
+        for call in list(self.serving):
+            call.stop()
+        self.encoder.close_session(self)
+
+    def _arrive(self, arrive: Callable[[], None]) -> None:
+        if self.is_cut and self.is_alive:
+            self._held.append(arrive)
+        elif self.is_alive:
+            arrive()
+
+
+class SimulatedPeer(EncoderPeer):
+    """A worker's peer whose connections the fleet makes and breaks."""
+
+    def __init__(
+        self, loop: VirtualLoop, address: str, worker: str, port: Port, link: Link, rng: random.Random
+    ) -> None:
+        super().__init__(address, _OPTIONS, IDENTITY)
+        self.simulated: SimulatedConnection | None = None
+        self._virtual, self._worker, self._port, self._link, self._rng = loop, worker, port, link, rng
+        self._num_sessions = 0
+        self._released: list[int] = []
+
+    def start(self, on_change: Callable[[], None], supervisor: Supervisor) -> None:
+        self._on_change = on_change
+
+    async def close(self) -> None:
+        self.lose()
+
+    def release(self, session_id: str, lease_id: int) -> None:
+        simulated = self.simulated
+        if simulated is None or simulated.holder.session_id != session_id:
+            self.num_leases -= 1  # the lease has ended with its session
+            return
+        if not self._released:
+            self._virtual.call_later(_RELEASE_BATCH_S, self._flush, simulated)
+        self._released.append(lease_id)
+
+    def connect(self, encoder: SimulatedEncoder) -> None:
+        """Connects to a process of the encoder that is up and reachable."""
+        self._num_sessions += 1
+        session_id = f"{self._worker} {self._num_sessions}"
+        self.simulated = simulated = SimulatedConnection(self._virtual, encoder, self._link, self._port, session_id)
+        encoder.open_session(simulated)
+        mapping = SimulatedMapping(encoder.pool.mapped_nbytes)
+        description = EncoderDescription(IDENTITY, MERGE_SIZE, PROTOCOL_MINOR_VERSION, encoder.address)
+        channel = cast("grpc.aio.Channel", simulated)
+        self.connection = Connection(channel, description, session_id, "cuda_ipc", mapping)
+        self.has_session = True
+        self.attempted.set()
+        self._on_change()
+
+    def reconnect_later(self, encoder: SimulatedEncoder, may_connect: Callable[[], bool]) -> None:
+        """Connects after a part of the backoff, if it may by then."""
+        self._virtual.call_later(
+            self._rng.uniform(*_RECONNECT_S),
+            lambda: self.connect(encoder) if self.simulated is None and may_connect() else None,
+        )
+
+    def lose_process(self, encoder: SimulatedEncoder) -> None:
+        """Loses the connection to this process, if there is one."""
+        if self.simulated is not None and self.simulated.encoder is encoder:
+            self.lose()
+
+    def lose_cut(self, simulated: SimulatedConnection) -> None:
+        """Loses this connection, if it is still the peer's and still cut."""
+        if self.simulated is simulated and simulated.is_cut:
+            self.lose()
+
+    def lose(self) -> None:
+        """The connection is lost; without one it does nothing."""
+        simulated, self.simulated = self.simulated, None
+        self.connection, self.has_session = None, False
+        self.attempted.set()
+        if simulated is not None:
+            self.error = self.unavailable(f"encoder {self.address} was lost")
+            self._on_change()
+            self.num_leases -= len(self._released)
+            self._released.clear()
+            simulated.lose()
+
+    def _flush(self, simulated: SimulatedConnection) -> None:
+        if self.simulated is simulated:
+            lease_ids, self._released = self._released, []
+            self.num_leases -= len(lease_ids)
+            leases, session_id = simulated.encoder.leases, simulated.holder.session_id
+            simulated.to_encoder(lambda: cast("Any", leases.release(session_id, lease_ids)))
+
+
+_OPTIONS = ConnectOptions(transport="cuda_ipc")
+
+
+def _error(status: grpc.StatusCode, details: str, code: str = "") -> grpc.aio.AioRpcError:
+    trailing = grpc.aio.Metadata((ERROR_CODE_KEY, code)) if code else grpc.aio.Metadata()
+    return grpc.aio.AioRpcError(status, grpc.aio.Metadata(), trailing, details)

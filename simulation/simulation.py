@@ -1,0 +1,82 @@
+"""Runs a scenario from its first request until everything has ended."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vitrine_vlm.simulation.fleet import Fleet
+from vitrine_vlm.simulation.network import LINKS
+from vitrine_vlm.simulation.scenario import Scenario
+from vitrine_vlm.simulation.virtual_loop import VirtualLoop, new_virtual_loop
+from vitrine_vlm.simulation.worker import Outcome, SimulatedWorker
+from vitrine_vlm.simulation.workload import SimulatedRequest
+
+# Within this time after the last request all leases are released, or have expired.
+_MAX_SETTLE_S = 120
+
+
+@dataclass(frozen=True)
+class Run:
+    """What came of a scenario.
+
+    outcomes: of the requests, in the order of their arrival. virtual_s: until the last request had ended; cpu_s: CPU
+    time that the simulation took. num_callbacks: of the event loop.
+    """
+
+    scenario: Scenario
+    requests: Sequence[SimulatedRequest]
+    outcomes: list[Outcome]
+    fleet: Fleet
+    virtual_s: float
+    cpu_s: float
+    num_callbacks: int
+
+
+def simulate(scenario: Scenario, seed: int, requests: Sequence[SimulatedRequest] | None = None) -> Run:
+    """
+    Args:
+        requests: in the order of their arrival; by default those of the scenario's traffic.
+
+    Raises:
+        NothingLeft: a request can never end.
+        RuntimeError: a task of the product has failed.
+    """
+    if requests is None:
+        requests = scenario.traffic.requests(seed)
+    loop = new_virtual_loop()
+    start = time.process_time()
+    outcomes, fleet, virtual_s = loop.run(_run(loop, scenario, seed, requests))
+    cpu_s = time.process_time() - start
+    return Run(scenario, requests, outcomes, fleet, virtual_s, cpu_s, loop.num_callbacks)
+
+
+async def _run(
+    loop: VirtualLoop, scenario: Scenario, seed: int, requests: Sequence[SimulatedRequest]
+) -> tuple[list[Outcome], Fleet, float]:
+    fleet = Fleet(
+        loop,
+        num_encoders=scenario.num_encoders,
+        num_workers=scenario.num_workers,
+        num_zones=scenario.num_zones,
+        link=LINKS[scenario.transport],
+        encoder_limits=scenario.encoder_limits,
+        worker_limits=scenario.worker_limits,
+        seed=seed,
+    )
+    fleet.plan(scenario.faults)
+    serving: list[asyncio.Task[Outcome]] = []
+    for number, request in enumerate(requests):
+        await asyncio.sleep(request.at - loop.time())
+        # A front that sends requests to workers in turns.
+        worker: SimulatedWorker = fleet.workers[number % len(fleet.workers)]
+        serving.append(loop.create_task(worker.serve(request)))
+    outcomes = [await each for each in serving]
+    virtual_s = loop.time()
+    for _ in range(_MAX_SETTLE_S):
+        await asyncio.sleep(1.0)
+        if not fleet.left_behind():
+            break
+    return outcomes, fleet, virtual_s
