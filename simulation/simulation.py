@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from vitrine_vlm.simulation.fleet import Fleet
 from vitrine_vlm.simulation.network import LINKS
 from vitrine_vlm.simulation.scenario import Scenario
-from vitrine_vlm.simulation.virtual_loop import VirtualLoop, new_virtual_loop
+from vitrine_vlm.simulation.virtual_loop import NothingLeft, VirtualLoop, new_virtual_loop
 from vitrine_vlm.simulation.worker import Outcome, SimulatedWorker
 from vitrine_vlm.simulation.workload import SimulatedRequest
 
 # Within this time after the last request all leases are released, or have expired.
 _MAX_SETTLE_S = 120
+# No request may take longer than this behind the last one's arrival: services' own loops never end, so that the clock
+# would run on.
+_MAX_SERVING_S = 3600
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,12 @@ async def _run(
         # A front that sends requests to workers in turns.
         worker: SimulatedWorker = fleet.workers[number % len(fleet.workers)]
         serving.append(loop.create_task(worker.serve(request)))
-    outcomes = [await each for each in serving]
+    try:
+        async with asyncio.timeout(_MAX_SERVING_S):
+            outcomes = [await each for each in serving]
+    except TimeoutError:
+        waiting = sum(not each.done() for each in serving)
+        raise NothingLeft(f"{waiting} requests have not ended {_MAX_SERVING_S} s after the last one came") from None
     virtual_s = loop.time()
     for _ in range(_MAX_SETTLE_S):
         await asyncio.sleep(1.0)

@@ -240,4 +240,5 @@ class SimulatedWorker:
         if self._running.pop(state, None) is not None:
             self._scheduler.remove(state)
             self._cache.release(state.table)
+            self._changed.set()  # its blocks may be what another one waits for
         state.finish()
