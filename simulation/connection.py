@@ -32,7 +32,7 @@ _RECONNECT_S = (1.0, 2.0)
 class SimulatedCall:
     """One Encode call: what the client reads, and what the encoder sends."""
 
-    def __init__(self, connection: SimulatedConnection, message: encoder_pb2.EncodeRequest, timeout_s: float) -> None:
+    def __init__(self, connection: SimulatedConnection, message: bytes, timeout_s: float) -> None:
         self.connection = connection
         self._received: deque[bytes] = deque()
         self._over: object = None  # EOF, or the error with which the call ends
@@ -104,7 +104,7 @@ class SimulatedCall:
         """The connection was lost."""
         self._end(_error(grpc.StatusCode.UNAVAILABLE, "the connection was lost"))
 
-    def _serve(self, message: encoder_pb2.EncodeRequest, timeout_s: float) -> None:
+    def _serve(self, message: bytes, timeout_s: float) -> None:
         if not self._cancelled:
             connection = self.connection
             serving = connection.encoder.serve(self, message, timeout_s)
@@ -150,7 +150,7 @@ class SimulatedConnection:
         """As `grpc.aio.Channel.unary_stream`; there is one method."""
         return self._call
 
-    def _call(self, message: encoder_pb2.EncodeRequest, *, timeout: float, metadata: object) -> SimulatedCall:
+    def _call(self, message: bytes, *, timeout: float, metadata: object) -> SimulatedCall:
         call = SimulatedCall(self, message, timeout)
         self.calls[call] = None
         return call

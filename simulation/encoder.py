@@ -88,11 +88,12 @@ class SimulatedEncoder:
         for part in (batcher, self.cache, self.leases):
             part.start(self._supervisor)
 
-    async def serve(self, call: SimulatedCall, request: encoder_pb2.EncodeRequest, timeout_s: float) -> None:
+    async def serve(self, call: SimulatedCall, message: bytes, timeout_s: float) -> None:
         """Answers one Encode call, as the product's servicer does."""
         deadline = self._loop.time() + timeout_s
         try:
-            items = [item_from_proto(index, message) for index, message in enumerate(request.items)]
+            request = encoder_pb2.EncodeRequest.FromString(message)
+            items = [item_from_proto(index, item) for index, item in enumerate(request.items)]
             with _Replies(self, call) as replies:
                 await self.service.encode(items, replies, request.tenant, deadline)
         except VitrineError as error:

@@ -72,12 +72,11 @@ def test_preprocessing_counts_beside_the_tower() -> None:
     assert (admission.seconds, admission.preprocess_s) == (0.0, 0.0)
 
 
-def test_a_provisional_cost_model_refuses_nothing_while_the_queue_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_provisional_cost_model_refuses_nothing_while_the_queue_is_short() -> None:
     grid = (1, 10, 10)  # 10 s by measurements of a busy machine, 0.5 s in truth
     cost = CostModel(0.0, 0.1, 0.0, provisional_batches=1)
-    admission = Admission(cost, max_patches=1000, max_s=30.0)
-    now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now)
+    now = 0.0
+    admission = Admission(cost, max_patches=1000, max_s=30.0, clock=lambda: now)
     with ExitStack() as items:
         for _ in range(5):
             items.enter_context(admission.admit(grid, now + 5.0))
