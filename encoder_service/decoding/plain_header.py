@@ -90,10 +90,12 @@ def _jpeg_header_of(frame: bytes) -> ImageHeader | None:
 
 def _png_header(data: bytes) -> ImageHeader | None:
     """Follows the chunks to the end."""
+    position = len(_PNG_START) + _PNG_SIZE.size + 4
+    if position > len(data):
+        return None
     width, height, depth, colour, compression, filtering, interlace = _PNG_SIZE.unpack_from(data, len(_PNG_START))
     if depth not in _PNG_DEPTHS.get(colour, ()) or compression or filtering or interlace > 1:
         return None
-    position = len(_PNG_START) + _PNG_SIZE.size + 4
     for _ in range(_MAX_PARTS):
         if position + 12 > len(data):
             return None
