@@ -168,7 +168,7 @@ async def test_cancelling_ends_the_decoder(tmp_path: Path, monkeypatch: pytest.M
         # One that has nearly finished is kept.
         monkeypatch.setattr("vitrine_vlm.encoder_service.preprocess.preprocess_pool._CANCEL_GRACE_S", 20.0)
         pids = await started(pool)
-        soon = asyncio.create_task(open_item(preprocess_pool, PICTURE))
+        soon = asyncio.create_task(open_item(preprocess_pool, encode(photo(200, 150), "WEBP")))
         await asyncio.sleep(0)
         soon.cancel()
         await asyncio.gather(soon, return_exceptions=True)
