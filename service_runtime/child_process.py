@@ -7,8 +7,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # Not a `preexec_fn`: with one, Python forks instead of using vfork, and gRPC's handlers for fork() restart its
@@ -41,6 +41,7 @@ class Child:
     def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
         self.name = name
         self._process = process
+        self._held: list[str] | None = None  # lines that are printed later
         # The owner of the child waits for the end of this task by `failed`.
         self._output = asyncio.create_task(self._print_output(), name=f"{name} output")
 
@@ -68,6 +69,18 @@ class Child:
             env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(environment or {}),
         )
         return cls(name, process)
+
+    @contextmanager
+    def output_held(self) -> Iterator[None]:
+        """Prints what the service writes meanwhile at the end of the context: this process writes something else."""
+        held: list[str] = []
+        self._held = held
+        try:
+            yield
+        finally:
+            self._held = None
+            for text in held:
+                self._print(text)
 
     async def failed(self) -> ChildFailed:
         """Waits until the service ends by itself; returns the error that describes it."""
@@ -100,6 +113,9 @@ class Child:
             self._print(line.decode(errors="replace").rstrip())
 
     def _print(self, text: str) -> None:
+        if self._held is not None:
+            self._held.append(text)
+            return
         # Where our own output is closed, or cannot encode the line, it is lost: that is no reason to end a service, nor
         # to leave off reading, which would bring it to a halt.
         with suppress(OSError, ValueError):

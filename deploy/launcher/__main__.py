@@ -77,10 +77,11 @@ async def _run(options: argparse.Namespace) -> None:
         await _wait_ready(stack)
         _say(f"picture: {options.image or DRAWN_PICTURE}")
         _say(f"question: {options.prompt}")
-        print("\nanswer: ", end="", flush=True)
-        asking = ask(stack.base_url, url, options.prompt, max_tokens=options.max_tokens, show=_show_piece)
-        answer = await stack.unless_failed(asking)
-        print(f"\n\n{stage_table(answer)}\n", flush=True)
+        with stack.output_held():
+            print("\nanswer: ", end="", flush=True)
+            asking = ask(stack.base_url, url, options.prompt, max_tokens=options.max_tokens, show=_show_piece)
+            answer = await stack.unless_failed(asking)
+            print(f"\n\n{stage_table(answer)}\n", flush=True)
         _say("stopping the services")
 
 

@@ -7,7 +7,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,10 +32,11 @@ class Stack:
     base_url: the worker's HTTP endpoint, without /v1; grpc_address: its gRPC endpoint.
     """
 
-    def __init__(self, base_url: str, grpc_address: str, supervisor: Supervisor) -> None:
+    def __init__(self, base_url: str, grpc_address: str, supervisor: Supervisor, children: Sequence[Child]) -> None:
         self.base_url = base_url
         self.grpc_address = grpc_address
         self._supervisor = supervisor
+        self._children = children
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -80,7 +81,7 @@ class Stack:
             children.append(await Child.start("llm", [*worker, *ports, *worker_flags], environment))
             for child in children:
                 supervisor.watch_child(child)
-            yield cls(f"http://{_HOST}:{port}", f"{_HOST}:{grpc_port}", supervisor)
+            yield cls(f"http://{_HOST}:{port}", f"{_HOST}:{grpc_port}", supervisor, children)
         finally:
             await supervisor.close()
             deadline = time.monotonic() + _STOP_GRACE_S
@@ -97,6 +98,14 @@ class Stack:
             ChildFailed: a service ended instead.
         """
         await self.unless_failed(self._poll_ready())
+
+    @contextlib.contextmanager
+    def output_held(self) -> Iterator[None]:
+        """See `Child.output_held`, of all services."""
+        with contextlib.ExitStack() as stack:
+            for child in self._children:
+                stack.enter_context(child.output_held())
+            yield
 
     async def unless_failed(self, work: Coroutine[Any, Any, T]) -> T:
         """Returns the result of `work`, which is cancelled as soon as a service ends by itself.

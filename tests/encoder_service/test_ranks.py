@@ -14,8 +14,8 @@ import torch
 
 from tests.deploy.proc import children_of, is_running
 from tests.encoder_service.running import image, png
-from tests.encoder_service.test_command_line import free_port
 from tests.integration.fleet import ServiceProcess
+from vitrine_vlm.deploy.launcher.stack import free_ports
 from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
 from vitrine_vlm.encoder_service.config import EncoderConfig
 from vitrine_vlm.encoder_service.ranks import rank_environment
@@ -71,7 +71,7 @@ async def wait_ready(client: EncoderClient, num_ready: int) -> None:
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc")
 async def test_ranks_share_the_items_and_a_dead_one_is_replaced(qwen3_vl_folder: Path, tmp_path: Path) -> None:
-    port = free_port()
+    port = free_ports(DP, in_a_row=True)[0]
     flags = ["--model", str(qwen3_vl_folder), "--port", str(port), "--dp", str(DP), "--shm-folder", str(tmp_path)]
     # Ranks are seen to serve at any level of the log: one that was not would end them all when it dies.
     encoder = ServiceProcess(
