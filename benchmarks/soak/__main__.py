@@ -83,6 +83,7 @@ async def soak(options: argparse.Namespace, logs: Path) -> Result:
                 sampling.cancel()
         # Its connections are closed: only what the services keep by themselves is left.
         busy = await wait_idle(services.all, _IDLE_TIMEOUT_S)
+        await asyncio.sleep(_SETTLE_S)  # longer than the gateway keeps connections without a request
         after = samples_by_name(lasting)
         of_lasting = [each for each in samples if each.service in before]
         found = checks(load.outcomes, disturbances, of_lasting, before, after, busy)
