@@ -84,7 +84,7 @@ class HttpPort:
     async def answered(self) -> None:
         """Waits for requests in flight. New connections are accepted, and their requests get an answer, until `close`.
 
-        A service that is ending refuses requests (503), which tells clients more than a connection that is refused.
+        A service that drains answers 503 with Retry-After; a refused connection would not say when to retry.
         """
         with suppress(TimeoutError):
             async with asyncio.timeout(self._stop_grace_s):

@@ -12,6 +12,7 @@ from pathlib import Path
 import ray
 from ray.serve.handle import DeploymentHandle
 
+from vitrine_vlm.deploy.ray_serve.broadcasts import answers_of_all
 from vitrine_vlm.deploy.ray_serve.closing import Closing
 from vitrine_vlm.deploy.ray_serve.config import environment_variables
 from vitrine_vlm.deploy.ray_serve.encoder import EncoderReplica
@@ -115,13 +116,7 @@ async def _update_addresses(encoders: DeploymentHandle[EncoderReplica], file: Pa
 
 
 async def _addresses(encoders: DeploymentHandle[EncoderReplica]) -> list[str]:
-    try:
-        answers = await encoders.broadcast("address").results_async(
-            timeout_s=_ADDRESS_TIMEOUT_S, return_exceptions=True
-        )
-    except Exception as error:  # none runs yet, or Ray Serve's controller is being replaced
-        _log.debug("no encoder reports its address: %s", error)
-        return []
+    answers = await answers_of_all(encoders, "address", _ADDRESS_TIMEOUT_S)
     return sorted(answer for answer in answers if isinstance(answer, str))
 
 

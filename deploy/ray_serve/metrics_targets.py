@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
@@ -11,8 +10,9 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from vitrine_vlm.deploy.ray_serve.broadcasts import answers_of_all
+
 _TIMEOUT_S = 5.0
-_log = logging.getLogger("ray.serve")
 
 
 class MetricsTarget(TypedDict):
@@ -37,16 +37,5 @@ def metrics_target(job: str, address: str) -> MetricsTarget:
 
 async def all_targets(deployments: Sequence[DeploymentHandle[Any]]) -> list[MetricsTarget]:
     """Returns the targets of all replicas that serve and answer in time."""
-    answers = await asyncio.gather(*map(_targets, deployments))
+    answers = await asyncio.gather(*(answers_of_all(each, "metrics_target", _TIMEOUT_S) for each in deployments))
     return [target for targets in answers for target in targets]
-
-
-async def _targets(deployment: DeploymentHandle[Any]) -> list[MetricsTarget]:
-    try:
-        answers = await deployment.broadcast("metrics_target").results_async(
-            timeout_s=_TIMEOUT_S, return_exceptions=True
-        )
-    except Exception as error:  # none runs yet, or Ray Serve's controller is being replaced
-        _log.debug("no replica reports its metrics: %s", error)
-        return []
-    return [answer for answer in answers if not isinstance(answer, BaseException)]
