@@ -22,18 +22,27 @@ def add_rms_norm(
     weight_C: torch.Tensor,
     eps: float,
     out_TC: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Adds up to two tensors to `x` in place, and returns the RMS norm of the sum, in `out_TC` or new memory."""
-    out_TC = torch.empty_like(x_TC) if out_TC is None else out_TC
+    *,
+    fp8: bool = False,
+) -> Rows:
+    """Adds up to two tensors to `x` in place, and returns the RMS norm of the sum.
+
+    Args:
+        out_TC: where to write it; None for new memory, which is `Fp8Rows` if `fp8`.
+    """
     num_tokens, width = x_TC.shape
+    out: Rows = torch.empty_like(x_TC) if out_TC is None else out_TC
+    if fp8:
+        out = Fp8Rows.empty(num_tokens, width, x_TC.device)
+    values, scales = (out.values, out.scale) if isinstance(out, Fp8Rows) else (out, out)
     first, second = (*added, x_TC, x_TC)[:2]
     block, pdl = triton.next_power_of_2(width), has_dependent_launch(x_TC.device)
     _norm_rows[(num_tokens,)](
-        x_TC, first, second, x_TC, weight_C, weight_C, out_TC, out_TC, num_tokens, x_TC, 0, eps,
-        WIDTH=width, SHIFT_WIDTH=0, NUM_ADDED=len(added), ROUND_SUMS=True, LAYER_NORM=False, QUANTIZED=False, ROWS=1,
+        x_TC, first, second, x_TC, weight_C, weight_C, values, scales, num_tokens, x_TC, 0, eps,
+        WIDTH=width, SHIFT_WIDTH=0, NUM_ADDED=len(added), ROUND_SUMS=True, LAYER_NORM=False, QUANTIZED=fp8, ROWS=1,
         BLOCK=block, PDL=pdl, num_warps=min(8, max(1, block // 512)), launch_pdl=pdl,
     )  # fmt: skip
-    return out_TC
+    return out
 
 
 def add_shifted_norm(

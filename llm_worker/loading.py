@@ -16,6 +16,7 @@ from vitrine_vlm.llm_worker.engine.kv_memory import kv_tokens_that_fit
 from vitrine_vlm.llm_worker.engine.runner import MakeRunner, PlainRunner
 from vitrine_vlm.llm_worker.families import build_decoder, family_of
 from vitrine_vlm.llm_worker.models.decoder import TextDecoder
+from vitrine_vlm.llm_worker.models.fp8_linear import Fp8Linear
 from vitrine_vlm.llm_worker.models.rank_group import OneRank, RankGroup
 from vitrine_vlm.llm_worker.models.weights import stored_dtype
 from vitrine_vlm.llm_worker.prompt.config import PromptConfig
@@ -100,6 +101,8 @@ def load_model(
         deepstack_visual_indexes=tuple(vision.get("deepstack_visual_indexes") or ()),
         dtype=dtype_name,
     )
+    if num_in_fp8 := sum(isinstance(each, Fp8Linear) for each in decoder.modules()):
+        _log.info("%d products of the decoder have their weights in FP8", num_in_fp8)
     _log.info("loaded %s, revision %s, %s on %s", identity.model, identity.revision[:12], dtype_name, device)
     return LoadedModel(
         identity,

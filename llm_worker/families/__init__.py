@@ -14,7 +14,7 @@ from vitrine_vlm.llm_worker.families import qwen2_5_vl, qwen3_vl, without_decode
 from vitrine_vlm.llm_worker.families.family import Family
 from vitrine_vlm.llm_worker.models.config import TextConfig
 from vitrine_vlm.llm_worker.models.decoder import TextDecoder
-from vitrine_vlm.llm_worker.models.quantization import round_to_fp8
+from vitrine_vlm.llm_worker.models.quantization import has_fp8_products, quantize
 from vitrine_vlm.llm_worker.models.rank_group import RankGroup
 from vitrine_vlm.llm_worker.models.sharding import config_of_rank
 from vitrine_vlm.llm_worker.models.weights import load_language_weights
@@ -68,12 +68,14 @@ def build_decoder(
     on_progress: Callable[[int, int], None] = lambda num_loaded, num_tensors: None,
     group: RankGroup | None = None,
     quantization: Literal["fp8"] | None = None,
+    keep_fp8: bool | None = None,
 ) -> TextDecoder:
     """The checkpoint's text decoder with its weights (or dummies); the vision tower's tensors are not read.
 
     Args:
         group: the ranks that share the decoder, each of which reads only its part; None for one rank with all of it.
-        quantization: "fp8" rounds the weights of a checkpoint that is not in FP8.
+        quantization: "fp8" quantizes a checkpoint that is not in FP8.
+        keep_fp8: whether linear layers in FP8 become `Fp8Linear`; None where the device multiplies them as they are.
 
     Raises:
         CheckpointError: a model type without a decoder here, weights that do not match config.json, or a model that
@@ -82,12 +84,13 @@ def build_decoder(
     config = text_config(checkpoint)
     with torch.device("meta"):
         decoder = TextDecoder(config_of_rank(config, group.size) if group is not None else config, group)
+    keep_fp8 = has_fp8_products(device, dtype) if keep_fp8 is None else keep_fp8
     in_fp8 = False
     if checkpoint.load_format == "dummy":
         draw_dummy_weights(decoder, checkpoint, device, dtype, on_progress)
     else:
-        load_language_weights(decoder, checkpoint, device, dtype, on_progress)
+        load_language_weights(decoder, checkpoint, device, dtype, on_progress, keep_fp8=keep_fp8)
         in_fp8 = fp8_format(checkpoint) is not None
     if quantization == "fp8" and not in_fp8:
-        round_to_fp8(decoder)
+        quantize(decoder, keep=keep_fp8)
     return decoder.eval().requires_grad_(False)

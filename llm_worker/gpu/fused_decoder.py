@@ -9,12 +9,12 @@ Shapes: T tokens, C hidden size, H query heads, D head dim, S slots.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
+from vitrine_vlm.gpu_kernels.fp8 import Rows
+from vitrine_vlm.gpu_kernels.fp8_product import Epilogue
 from vitrine_vlm.gpu_kernels.norms import add_rms_norm
-from vitrine_vlm.gpu_kernels.product import Product
 from vitrine_vlm.gpu_kernels.rotary import rope_and_store_kv, rope_table
-from vitrine_vlm.gpu_kernels.skinny_gemm import SKINNY_ROWS, skinny_gated_silu, skinny_linear, skinny_linear_add
+from vitrine_vlm.llm_worker.gpu.projections import Projection, projection
 from vitrine_vlm.llm_worker.models.decoder import DecoderLayer, Mlp, RMSNorm, TextDecoder
 from vitrine_vlm.llm_worker.models.rotary import axis_of_frequency
 
@@ -26,13 +26,12 @@ class FusedDecoder:
         """
         Args:
             decoder: shares its weights; those that are multiplied together are concatenated.
-            sizes: numbers of tokens that steps will have, ascending; see `Product`.
+            sizes: numbers of tokens that steps will have, ascending; see `projection`.
         """
         config = decoder.config
         self._axis = axis_of_frequency(config).to(decoder.device, torch.int32)
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=decoder.device) / config.head_dim
         self._inverse_frequencies = 1.0 / config.rope_theta**exponents
-        sizes = tuple(size for size in sizes if size not in SKINNY_ROWS)  # for which there are other kernels
         self.layers = [FusedLayer(layer, sizes) for layer in decoder.layers if isinstance(layer, DecoderLayer)]
         self._norm = decoder.norm
 
@@ -54,20 +53,18 @@ class FusedLayer:
 
     def __init__(self, layer: DecoderLayer, sizes: tuple[int, ...]) -> None:
         self._group = layer.group
-        attention = layer.self_attn
-        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-        self._qkv_weight = _side_by_side(projections)
-        has_bias = attention.q_proj.bias is not None
-        self._qkv_bias = torch.cat([each.bias for each in projections]) if has_bias else None
+        attention, dtype = layer.self_attn, layer.input_layernorm.weight.dtype
+        self._qkv = projection([attention.q_proj, attention.k_proj, attention.v_proj], dtype, sizes)
         norms = [each for each in (attention.q_norm, attention.k_norm) if isinstance(each, RMSNorm)]
         self._q_weight: torch.Tensor | None = norms[0].weight if norms else None
         self._k_weight: torch.Tensor | None = norms[1].weight if norms else None
         self._head_eps = norms[0].eps if norms else 0.0
-        self._o_weight = attention.o_proj.weight
+        adds: Epilogue = "add" if layer.group.size == 1 else "none"
+        self._o = projection([attention.o_proj], dtype, sizes, adds, quantizes=True)
         self._mlp = layer.mlp
         if isinstance(layer.mlp, Mlp):
-            self._gate_up_weight = _side_by_side([layer.mlp.gate_proj, layer.mlp.up_proj])
-            self._gate_up = Product(self._gate_up_weight, activation="gated_silu", sizes=sizes)
+            self._gate_up = projection([layer.mlp.gate_proj, layer.mlp.up_proj], dtype, sizes, "gated_silu")
+            self._down = projection([layer.mlp.down_proj], dtype, sizes, adds)
         self._input_norm, self._post_norm = layer.input_layernorm, layer.post_attention_layernorm
 
     def before_attention(
@@ -81,9 +78,8 @@ class FusedLayer:
         q_THD: torch.Tensor,
     ) -> None:
         """Adds `added` to the residual stream, and writes queries, keys and values."""
-        normed_TC = add_rms_norm(x_TC, added, self._input_norm.weight, self._input_norm.eps)
-        linear = skinny_linear if len(x_TC) in SKINNY_ROWS else F.linear
-        qkv_TX = linear(normed_TC, self._qkv_weight, self._qkv_bias)
+        norm, fp8 = self._input_norm, self._qkv.takes_fp8(len(x_TC))
+        qkv_TX = self._qkv(add_rms_norm(x_TC, added, norm.weight, norm.eps, fp8=fp8))
         rope_and_store_kv(
             qkv_TX,
             cos_sin_T2F,
@@ -96,32 +92,17 @@ class FusedLayer:
             q_THD,
         )
 
-    def after_attention(self, x_TC: torch.Tensor, attended_TX: torch.Tensor) -> None:
-        """Adds the outputs of attention and MLP to the residual stream."""
-        self._add_product(x_TC, attended_TX, self._o_weight)
-        normed_TC = add_rms_norm(x_TC, (), self._post_norm.weight, self._post_norm.eps)
-        if not isinstance(self._mlp, Mlp):
-            x_TC.add_(self._group.all_reduce(self._mlp(normed_TC)))
-        elif len(x_TC) in SKINNY_ROWS:
-            self._add_product(x_TC, skinny_gated_silu(normed_TC, self._gate_up_weight), self._mlp.down_proj.weight)
-        else:
-            self._add_product(x_TC, self._gate_up(normed_TC), self._mlp.down_proj.weight)
+    def after_attention(self, x_TC: torch.Tensor, attended_TX: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Adds the outputs of attention and MLP to the residual stream, and returns what is left for the next norm."""
+        pending = self._add_product(x_TC, self._o, attended_TX)
+        norm, is_dense = self._post_norm, isinstance(self._mlp, Mlp)
+        fp8 = is_dense and self._gate_up.takes_fp8(len(x_TC))
+        normed_TC = add_rms_norm(x_TC, pending, norm.weight, norm.eps, fp8=fp8)
+        if not is_dense:
+            return (self._group.all_reduce(self._mlp(normed_TC)),)
+        inner_TX = self._gate_up.gated_silu(normed_TC, quantized=self._down.takes_fp8(len(x_TC)))
+        return self._add_product(x_TC, self._down, inner_TX)
 
-    def _add_product(self, to_TC: torch.Tensor, x_TX: torch.Tensor, weight: torch.Tensor) -> None:
-        """Adds x @ weight.T, summed over all ranks, in place."""
-        skinny = len(x_TX) in SKINNY_ROWS
-        if self._group.size > 1:
-            to_TC.add_(self._group.all_reduce((skinny_linear if skinny else F.linear)(x_TX, weight)))
-        elif skinny:
-            skinny_linear_add(x_TX, weight, to_TC)
-        else:
-            to_TC.addmm_(x_TX, weight.t())
-
-
-def _side_by_side(projections: list[torch.nn.Linear]) -> torch.Tensor:
-    """Concatenates weights; the projections keep views of the result, so that nothing is in memory twice."""
-    weight = torch.cat([each.weight for each in projections])
-    parts = weight.split([each.out_features for each in projections])
-    for projection, part in zip(projections, parts, strict=True):
-        projection.weight.data = part
-    return weight
+    def _add_product(self, to_TC: torch.Tensor, by: Projection, x_TX: Rows) -> tuple[torch.Tensor, ...]:
+        """Adds a product, summed over all ranks, in place, or returns what the next norm has to add."""
+        return by.add_to(to_TC, x_TX) if self._group.size == 1 else (self._group.all_reduce(by(x_TX)),)

@@ -110,15 +110,16 @@ class StepWork:
         added = (self._buffer.deepstack_NMC[index - 1, :size],) if deepstack else ()
 
         def run() -> None:
+            pending: tuple[torch.Tensor, ...] = ()
             if index == 0:
                 self._fused.write_rope_table(self._buffer.positions_3M[:, :size], cos_sin_T2F)
             else:
-                layers[index - 1].after_attention(x_TC, self.attended_MHD[:size].flatten(1))
+                pending = layers[index - 1].after_attention(x_TC, self.attended_MHD[:size].flatten(1))
             if index == len(layers):
-                self._fused.last_norm(x_TC, added, self.hidden_MC[:size])
+                self._fused.last_norm(x_TC, (*pending, *added), self.hidden_MC[:size])
             else:
                 k_cache, v_cache = self._kv_cache.layers[index]
-                layers[index].before_attention(x_TC, added, cos_sin_T2F, slots_T, k_cache, v_cache, q_THD)
+                layers[index].before_attention(x_TC, (*pending, *added), cos_sin_T2F, slots_T, k_cache, v_cache, q_THD)
 
         return run
 

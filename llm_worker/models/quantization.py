@@ -1,25 +1,89 @@
-"""Quantizes a decoder whose checkpoint is not in FP8."""
+"""Which of a decoder's linear layers are in FP8, and how they get there.
+
+A GPU with FP8 products keeps their weights as they are; elsewhere they are dequantized at load.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
 
 from vitrine_vlm.gpu_kernels.fp8_weight import Fp8Weight
 from vitrine_vlm.llm_worker.models.decoder import Attention, Mlp, TextDecoder
+from vitrine_vlm.llm_worker.models.fp8_linear import Fp8Linear
+
+# Blocks that the kernels take, if no weight ends inside one; widths of weights with scales a channel are in multiples
+# of what one load reads.
+_KERNELS_BLOCK, _KERNELS_WIDTH = (128, 128), 16
+_MULTIPLIED_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("o_proj",), ("down_proj",))
+_FIRST_WITH_FP8 = (8, 9)
 
 
-def projections(decoder: TextDecoder) -> Iterator[nn.Linear]:
-    """The linear layers that are in FP8: those of attention and dense MLPs, not experts, their gate or lm_head."""
-    for module in decoder.modules():
-        if isinstance(module, Attention | Mlp):
-            yield from (each for each in module.children() if isinstance(each, nn.Linear))
+def has_fp8_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether weights in FP8 are multiplied as they are, with rows of this dtype."""
+    return (
+        device.type == "cuda"
+        and dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(device) >= _FIRST_WITH_FP8
+    )
 
 
-@torch.no_grad()
-def round_to_fp8(decoder: TextDecoder) -> None:
-    """Rounds the projections' weights to e4m3 with one scale for each output channel, and keeps their dtype."""
-    for linear in projections(decoder):
-        linear.weight.copy_(Fp8Weight.of(linear.weight).dequantized(linear.weight.dtype))
+def projection_weights(decoder: TextDecoder) -> frozenset[str]:
+    """The names of the weights that may stay in FP8."""
+    modules = {module: name for name, module in decoder.named_modules()}
+    return frozenset(
+        f"{modules[module]}.{name}.weight"
+        for module in _modules(decoder)
+        for name, linear in module.named_children()
+        if isinstance(linear, nn.Linear)
+    )
+
+
+def quantize(decoder: TextDecoder, *, keep: bool) -> None:
+    """Quantizes the projections with one scale for each output channel.
+
+    Args:
+        keep: whether the weights stay in FP8; otherwise they are rounded to it and keep their dtype.
+    """
+    for module in _modules(decoder):
+        for name, linear in list(module.named_children()):
+            if isinstance(linear, nn.Linear):
+                weight = Fp8Weight.of(linear.weight.data)
+                if keep and _fits_kernels(weight):
+                    setattr(module, name, Fp8Linear(weight, linear.bias))
+                else:
+                    linear.weight.data.copy_(weight.dequantized(linear.weight.dtype))
+
+
+def set_fp8_weights(decoder: TextDecoder, weights: Mapping[str, Fp8Weight], dtype: torch.dtype) -> None:
+    """Puts weights that came in FP8 in place of linear layers' own: as they are where the kernels can take all that are
+    multiplied together, and dequantized otherwise.
+
+    Args:
+        weights: by the names of the decoder's parameters.
+    """
+    names = {module: name for name, module in decoder.named_modules()}
+    for module in _modules(decoder):
+        for group in _MULTIPLIED_TOGETHER:
+            linears = {name: getattr(module, name) for name in group if hasattr(module, name)}
+            found = {name: weights.get(f"{names[module]}.{name}.weight") for name in linears}
+            kept = all(weight is not None and _fits_kernels(weight) for weight in found.values())
+            for name, weight in found.items():
+                if weight is not None and kept:
+                    setattr(module, name, Fp8Linear(weight, linears[name].bias))
+                elif weight is not None:
+                    linears[name].weight = nn.Parameter(weight.dequantized(dtype), requires_grad=False)
+
+
+def _modules(decoder: TextDecoder) -> Iterator[Attention | Mlp]:
+    """The modules whose linear layers may be in FP8, not experts, their gate or lm_head."""
+    return (module for module in decoder.modules() if isinstance(module, Attention | Mlp))
+
+
+def _fits_kernels(weight: Fp8Weight) -> bool:
+    outputs, inputs = weight.values.shape
+    if weight.is_per_channel:
+        return outputs % _KERNELS_WIDTH == 0 and inputs % _KERNELS_WIDTH == 0
+    return weight.block == _KERNELS_BLOCK and outputs % weight.block[0] == 0 and inputs % weight.block[1] == 0

@@ -9,6 +9,7 @@ import torch
 
 from vitrine_vlm.gpu_kernels.fp8_weight import Fp8Weight
 from vitrine_vlm.llm_worker.models.decoder import TextDecoder
+from vitrine_vlm.llm_worker.models.quantization import projection_weights, set_fp8_weights
 from vitrine_vlm.llm_worker.models.sharding import part_of_rank
 from vitrine_vlm.model_loading.checkpoint import Checkpoint, CheckpointError, TensorPart
 from vitrine_vlm.model_loading.dummy_weights import configured_dtype
@@ -25,8 +26,13 @@ def load_language_weights(
     device: torch.device,
     dtype: torch.dtype,
     on_progress: Callable[[int, int], None],
+    *,
+    keep_fp8: bool = False,
 ) -> None:
-    """Fills the decoder, which was built on the meta device; weights in FP8 are dequantized.
+    """Fills the decoder, which was built on the meta device.
+
+    Args:
+        keep_fp8: whether linear layers whose weights are in FP8 become `Fp8Linear`; all others are dequantized.
 
     Raises:
         CheckpointError: a tensor of the decoder is missing, has another shape, or is unknown; or a quantization that is
@@ -58,9 +64,16 @@ def load_language_weights(
         return part_of_rank(stored, shape, targets[stored].shape, decoder.group)
 
     loaded: dict[str, torch.Tensor] = {}
+    in_fp8: dict[str, Fp8Weight] = {}
+    kept = projection_weights(decoder) if keep_fp8 else frozenset()
     weights = read_weights(checkpoint, list(targets), device, part_of_stored)
     for num_loaded, (stored, weight) in enumerate(weights, 1):
         target = targets[stored]
+        on_progress(num_loaded, len(targets))
+        if isinstance(weight, Fp8Weight) and target.name in kept:
+            _as_shaped(stored, weight.values, target.shape)
+            in_fp8[target.name] = weight
+            continue
         tensor = weight.dequantized(dtype) if isinstance(weight, Fp8Weight) else weight.to(dtype)
         tensor = _as_shaped(stored, tensor, target.shape)
         if target.expert is None:
@@ -68,11 +81,12 @@ def load_language_weights(
         else:
             experts = loaded.setdefault(target.name, tensor.new_empty(parameters[target.name].shape))
             experts[target.expert, target.rows] = tensor
-        on_progress(num_loaded, len(targets))
     if decoder.config.tie_word_embeddings:
         # A view: this rank's part of the vocabulary.
         loaded["lm_head.weight"] = loaded["embed_tokens.weight"].chunk(decoder.group.size)[decoder.group.rank]
-    decoder.load_state_dict(loaded, assign=True)
+    set_fp8_weights(decoder, in_fp8, dtype)
+    set_already = {name: tensor for name, tensor in decoder.state_dict().items() if not tensor.is_meta}
+    decoder.load_state_dict(set_already | loaded, assign=True)
 
 
 class _Target(NamedTuple):
