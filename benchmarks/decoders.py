@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
@@ -14,18 +14,27 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
 from benchmarks.checkpoints import QWEN3_VL_8B_TEXT, save_qwen3_vl_8b
 from benchmarks.vit import QWEN3_VL_8B, draw_weights
+from vitrine_vlm.gpu_kernels.fp8_weight import FP8, FP8_MAX, Fp8Weight
 from vitrine_vlm.llm_worker.families import text_config
 from vitrine_vlm.llm_worker.models.decoder import TextDecoder
+from vitrine_vlm.llm_worker.models.quantization import projection_weights, quantize, set_fp8_weights
 from vitrine_vlm.model_loading.checkpoint import open_checkpoint
 
+_BLOCK = 128
 NUM_DEEPSTACK = len(QWEN3_VL_8B["deepstack_visual_indexes"])
 
 
-def qwen3_vl_8b_decoder(device: torch.device, num_layers: int | None = None) -> TextDecoder:
+Scales: TypeAlias = Literal["channel", "block"]
+
+
+def qwen3_vl_8b_decoder(
+    device: torch.device, num_layers: int | None = None, fp8_scales: Scales | None = None
+) -> TextDecoder:
     """Returns a seeded decoder in bfloat16, with weights at scales that keep the residual stream from vanishing.
 
     Args:
         num_layers: the number of layers; None for all 36.
+        fp8_scales: whether the same weights are in FP8, with a scale a channel or a block of 128 x 128.
     """
     with tempfile.TemporaryDirectory() as folder:
         config = text_config(open_checkpoint(str(save_qwen3_vl_8b(Path(folder))), load_format="dummy"))
@@ -35,7 +44,22 @@ def qwen3_vl_8b_decoder(device: torch.device, num_layers: int | None = None) -> 
     decoder.to_empty(device=device)
     torch.manual_seed(0)
     draw_weights(decoder)
+    if fp8_scales == "channel":
+        quantize(decoder, keep=True)
+    elif fp8_scales == "block":
+        set_fp8_weights(
+            decoder,
+            {name: _by_block(decoder.get_parameter(name).data) for name in projection_weights(decoder)},
+            torch.bfloat16,
+        )
     return decoder.eval()
+
+
+def _by_block(weight_OI: torch.Tensor) -> Fp8Weight:
+    blocks = weight_OI.float().unflatten(1, (-1, _BLOCK)).unflatten(0, (-1, _BLOCK))
+    scale = blocks.abs().amax((1, 3)) / FP8_MAX
+    values = (blocks / scale[:, None, :, None]).flatten(2).flatten(0, 1)
+    return Fp8Weight(values.to(FP8), scale, (_BLOCK, _BLOCK))
 
 
 class TransformersDecoder(nn.Module):

@@ -3,13 +3,15 @@
 The decoder is Qwen3-VL-8B's with random weights in bfloat16. A time is that of a whole step as the engine runs it:
 inputs to the GPU, landing, the decoder, logits, the next tokens back on the host. For decoding it is the time from one
 step's tokens to the next step's: each step starts before the previous one has ended. The floor is the larger of two
-times: that of the operations at 790 TFLOP/s, which a large bf16 product reaches on an H200, and that of reading weights
-and KV at 4.8 TB/s.
+times: that of the operations at 790 TFLOP/s, which a large bf16 product reaches on an H200, and twice that in FP8, and
+that of reading weights and KV at 4.8 TB/s. With `--quantization` the same weights are measured in bfloat16 and in FP8,
+with a scale a channel or a block, one after the other.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import statistics
 import sys
@@ -21,7 +23,7 @@ from itertools import pairwise
 
 import torch
 
-from benchmarks.decoders import NUM_DEEPSTACK, TransformersDecoder, qwen3_vl_8b_decoder
+from benchmarks.decoders import NUM_DEEPSTACK, Scales, TransformersDecoder, qwen3_vl_8b_decoder
 from benchmarks.exported_rows import exported_rows
 from vitrine_vlm.embedding_transport.receiving.received_rows import copy_rows
 from vitrine_vlm.gpu_kernels.packed_attention import installed_attention
@@ -34,6 +36,7 @@ from vitrine_vlm.llm_worker.engine.request_state import RequestState
 from vitrine_vlm.llm_worker.engine.sampler import ChoiceOnHost, choose
 from vitrine_vlm.llm_worker.gpu.gpu_runner import GpuRunner
 from vitrine_vlm.llm_worker.models.decoder import TextDecoder
+from vitrine_vlm.llm_worker.models.fp8_linear import Fp8Linear
 from vitrine_vlm.types import ItemTimings
 
 _CEILING_FLOP_PER_S, _CEILING_BYTES_PER_S = 790e12, 4.8e12
@@ -41,6 +44,7 @@ _PROMPTS = (128, 512, 2048, 8192)
 _BATCHES, _CONTEXT = (1, 32, 128), 1024
 _MAX_TOKENS, _MAX_NUM_SEQS, _BLOCK_SIZE = 8192, 128, 16
 _TEXT_TOKENS, _MEDIA_TOKENS = 6, 324  # 560x560
+_HIDDEN_OF = (1, 32, 512)  # tokens whose hidden states are compared
 _LANDED_TOKENS = 2040  # 1920x1080
 _WARM_UPS, _REPEATS, _SLOW_REPEATS, _DECODE_STEPS = 3, 20, 5, 50
 
@@ -48,11 +52,16 @@ _WARM_UPS, _REPEATS, _SLOW_REPEATS, _DECODE_STEPS = 3, 20, 5, 50
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=36, help="layers of the decoder; default: %(default)s")
+    parser.add_argument(
+        "--quantization", nargs="+", choices=["channel", "block"], default=[], help="measure FP8 decoders, too"
+    )
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("this benchmark needs an NVIDIA GPU", file=sys.stderr)
         return 1
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    if options.quantization:
+        return _compare_fp8(options.layers, options.quantization)
     with torch.inference_mode():
         rows = list(_rows(options.layers))
     print("\n| figure | ours, ms | floor, ms | compared with | its ms | times faster |")
@@ -70,11 +79,66 @@ def _rows(num_layers: int) -> list[str]:
     return rows
 
 
+@torch.inference_mode()
+def _compare_fp8(num_layers: int, scales: Sequence[Scales]) -> int:
+    """Measures the same steps in bfloat16 and in FP8, and how far hidden states are from each other."""
+    worker = _Worker(num_layers)
+    expected = {num_tokens: _hidden_states(worker, num_tokens) for num_tokens in _HIDDEN_OF}
+    figures = _figures_of_steps(worker)
+    columns = [[f"{ms:.2f} ({floor_ms:.2f})" for ms, floor_ms in figures.values()]]
+    for each in scales:
+        del worker
+        gc.collect()
+        torch.cuda.empty_cache()
+        worker = _Worker(num_layers, each)
+        found = _figures_of_steps(worker)
+        pairs = zip(found.values(), figures.values(), strict=True)
+        columns.append([f"{ms:.2f} ({floor:.2f}), {bf16_ms / ms:.2f}" for (ms, floor), (bf16_ms, _) in pairs])
+        for num_tokens, hidden_TC in expected.items():
+            cosine = torch.nn.functional.cosine_similarity(_hidden_states(worker, num_tokens), hidden_TC, dim=-1)
+            print(f"{each}, {num_tokens} tokens: cosine to bfloat16 {cosine.min():.5f}, mean {cosine.mean():.5f}")
+    print(f"\n| step | bfloat16, ms (floor) | {' | '.join(f'FP8 a {each}, times faster' for each in scales)} |")
+    print("|---" * (2 + len(scales)) + "|")
+    for name, *cells in zip(figures, *columns, strict=True):
+        print(f"| {name} | {' | '.join(cells)} |")
+    return 0
+
+
+def _figures_of_steps(worker: _Worker) -> dict[str, tuple[float, float]]:
+    """Time and floor of each kind of step, ms."""
+    figures = {}
+    for batch in _BATCHES:
+        requests = [worker.decoding(_CONTEXT) for _ in range(batch)]
+        ms = worker.decode_ms(requests, _DECODE_STEPS)
+        worker.release(requests)
+        figures[f"decode of {batch}, {_CONTEXT} tokens of context"] = (
+            ms,
+            _floor_ms(worker.decoder, [1] * batch, [_CONTEXT] * batch),
+        )
+    for num_tokens in _PROMPTS:
+        request = worker.prompt(num_tokens)
+        chunks = [Chunk(request, 0, num_tokens, True)]
+        ms = _median_ms(partial(worker.step, chunks, worker.graphed), _REPEATS)
+        worker.release([request])
+        figures[f"prefill of {num_tokens} tokens"] = (ms, _floor_ms(worker.decoder, [num_tokens], [0]))
+    return figures
+
+
+def _hidden_states(worker: _Worker, num_tokens: int) -> torch.Tensor:
+    """Hidden states of a seeded prompt, [T, C] float32."""
+    torch.manual_seed(num_tokens)
+    request = worker.prompt(num_tokens)
+    prepared = worker.graphed.buffer.write([Chunk(request, 0, num_tokens, True)])
+    hidden_TC = worker.graphed._run_decoder(prepared.inputs).float().clone()
+    worker.release([request])
+    return hidden_TC
+
+
 class _Worker:
     """The parts of the engine that run a step."""
 
-    def __init__(self, num_layers: int) -> None:
-        self.decoder = qwen3_vl_8b_decoder(torch.device("cuda"), num_layers)
+    def __init__(self, num_layers: int, fp8_scales: Scales | None = None) -> None:
+        self.decoder = qwen3_vl_8b_decoder(torch.device("cuda"), num_layers, fp8_scales)
         self.graphed = self._forward_pass(graphs=True)
         self._kv_cache = self.graphed.kv_cache
         self._kv_cache.layers.normal_()
@@ -241,14 +305,17 @@ class _TensorRows:
 def _floor_ms(decoder: TextDecoder, num_new: list[int], num_past: list[int]) -> float:
     """Returns the floor for sequences with these numbers of new tokens and of tokens with KV; one logits row each."""
     config = decoder.config
-    layer_weights = sum(each.numel() for each in decoder.layers.parameters() if each.ndim == 2)
+    weights = [each for name, each in decoder.layers.named_parameters() if name.endswith("_proj.weight")]
+    layer_weights = sum(each.numel() for each in weights)
     head_weights = decoder.lm_head.weight.numel()
     queries = config.num_attention_heads * config.head_dim
     pairs = sum(new * past + new * (new + 1) / 2 for new, past in zip(num_new, num_past, strict=True))
-    operations: float = 2 * layer_weights * sum(num_new) + 2 * head_weights * len(num_new)
+    in_fp8 = any(isinstance(each, Fp8Linear) for each in decoder.modules())
+    # Tensor cores multiply twice as fast in FP8.
+    operations: float = 2 * layer_weights * sum(num_new) / (2 if in_fp8 else 1) + 2 * head_weights * len(num_new)
     operations += 4 * pairs * queries * config.num_hidden_layers
     kv_elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    nbytes = 2 * (layer_weights + head_weights) + 2 * kv_elements * (sum(num_new) + sum(num_past))
+    nbytes = sum(each.nbytes for each in weights) + 2 * head_weights + 2 * kv_elements * (sum(num_new) + sum(num_past))
     return max(operations / _CEILING_FLOP_PER_S, nbytes / _CEILING_BYTES_PER_S) * 1e3
 
 

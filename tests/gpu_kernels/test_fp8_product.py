@@ -15,6 +15,8 @@ from vitrine_vlm.gpu_kernels.fp8_product import Epilogue, Fp8Product, Gemm, Scal
 from vitrine_vlm.gpu_kernels.fp8_weight import FP8, Fp8Weight  # noqa: E402
 from vitrine_vlm.gpu_kernels.norms import add_rms_norm  # noqa: E402
 
+# Tiles of float32 rows would not fit a GPU's shared memory, and the interpreter gets bfloat16 wrong.
+DTYPE, TOLERANCE = (torch.bfloat16, 2e-2) if DEVICE.type == "cuda" else (torch.float32, 1e-4)
 # Triton's interpreter halves the few values that should round up to a power of two.
 MIN_COSINE = 0.998 if DEVICE.type == "cuda" else 0.98
 # Qwen3-VL-8B's: query/key/value, attention's output, gate and up, down.
@@ -44,12 +46,12 @@ def expected(x: torch.Tensor, by: Fp8Weight, bias: torch.Tensor | None = None) -
     return F.linear(x.float(), by.dequantized(torch.float32), None if bias is None else bias.float())
 
 
-def assert_close(found: torch.Tensor, right: torch.Tensor) -> None:
-    torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-4)
+def assert_close(found: torch.Tensor, right: torch.Tensor, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(found.float(), right, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("layout", ["channel", "block"])
-@pytest.mark.parametrize("num_rows", [1, 2, 4])
+@pytest.mark.parametrize("num_rows", [1, 4])
 def test_skinny_gemms(num_rows: int, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE.type == "cpu":
         monkeypatch.setattr(skinny_gemm, "_OUTPUTS_A_PROGRAM", 64)
@@ -64,42 +66,41 @@ def test_skinny_gemms(num_rows: int, layout: str, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("layout", ["channel", "block"])
-@pytest.mark.parametrize("num_rows", [5, 70])
 @pytest.mark.parametrize("tile", [*FEW_ROWS, *MANY_ROWS], ids=str)
-def test_tiles(tile: Tile, num_rows: int, layout: str) -> None:
-    x, by, bias = random(num_rows, 384), weight(layout), random(256)
+def test_tiles(tile: Tile, layout: str) -> None:
+    x, by, bias = random(70, 384, dtype=DTYPE), weight(layout), random(256)
     if tile in MANY_ROWS:
         rows = fp8.quantized(x)
-        assert_close(fp8_gemm(tile, rows, by, bias, torch.float32), expected(rows.to_float(), by, bias))
+        assert_close(fp8_gemm(tile, rows, by, bias, torch.float32), expected(rows.to_float(), by, bias), TOLERANCE)
     else:
-        assert_close(fp8_gemm(tile, x, by), expected(x, by))
+        assert_close(fp8_gemm(tile, x, by), expected(x, by), TOLERANCE)
 
 
 def test_a_width_that_no_step_divides() -> None:
-    x, by = random(20, 208), weight("channel", 80, 208)
-    assert_close(fp8_gemm(FEW_ROWS[0], x, by), expected(x, by))
+    x, by = random(20, 208, dtype=DTYPE), weight("channel", 80, 208)
+    assert_close(fp8_gemm(FEW_ROWS[0], x, by), expected(x, by), TOLERANCE)
 
 
 @pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("layout", ["channel", "block"])
 def test_products(layout: str, few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fp8_product, "_MOST_FEW_ROWS", 128 if few else 0)
-    x, by, bias, to = random(7, 384), weight(layout), random(256), random(7, 256)
-    product = Fp8Product(by, bias, dtype=torch.float32)
+    x, by = random(7, 384, dtype=DTYPE), weight(layout)
+    bias, to = random(256, dtype=DTYPE), random(7, 256, dtype=DTYPE)
+    product = Fp8Product(by, bias, dtype=DTYPE)
     assert product.takes_fp8(7) is not few
     rows = fp8.quantized(x)
     given, seen = (x, x) if few else (rows, rows.to_float())
-    tolerance = 1e-4 if few else 2e-2  # torch's own product is rounded to bfloat16
-    torch.testing.assert_close(product(given), expected(seen, by, bias), atol=tolerance, rtol=tolerance)
-    adding = Fp8Product(by, epilogue="add", dtype=torch.float32)
+    tolerance = TOLERANCE if few else 2e-2  # torch's own product is rounded to bfloat16
+    assert_close(product(given), expected(seen, by, bias), tolerance)
+    adding = Fp8Product(by, epilogue="add", dtype=DTYPE)
     right = to + expected(seen, by)
-    found = sum(adding.add_to(to, given), to)
-    torch.testing.assert_close(found, right, atol=tolerance, rtol=tolerance)
+    assert_close(sum(adding.add_to(to, given), to), right, tolerance)
     gate, up = expected(seen, by).chunk(2, 1)
-    gated = Fp8Product(by, epilogue="gated_silu", dtype=torch.float32)
+    gated = Fp8Product(by, epilogue="gated_silu", dtype=DTYPE)
     inner = gated.gated_silu(given, quantized=False)
     assert isinstance(inner, torch.Tensor)
-    torch.testing.assert_close(inner, F.silu(gate) * up, atol=tolerance, rtol=tolerance)
+    assert_close(inner, F.silu(gate) * up, tolerance)
     inner = gated.gated_silu(given, quantized=True)
     assert isinstance(inner, fp8.Fp8Rows)
     assert F.cosine_similarity(inner.to_float(), F.silu(gate) * up, dim=1).min() > MIN_COSINE
@@ -146,8 +147,8 @@ def test_all_implementations_at_true_dims(num_rows: int, shape: tuple[int, int, 
         found = gemm.multiply(rows if gemm.takes_fp8 else x, by, None).float()
         right = expected(rows.to_float() if gemm.takes_fp8 else x, by)
         error = (found - right).norm() / right.norm()
-        # bfloat16 rounds results by 0.2 %; CUTLASS with scales a channel sums in fewer bits.
-        assert error < (2e-2 if isinstance(gemm, ScaledMm) and layout == "channel" else 4e-3), (gemm, error)
+        # bfloat16 rounds results by 0.2 %; tensor cores sum FP8 in fewer bits than float32 has.
+        assert error < (2e-2 if gemm.takes_fp8 and layout == "channel" else 4e-3), (gemm, error)
 
 
 @pytest.mark.gpu

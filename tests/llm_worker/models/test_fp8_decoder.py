@@ -21,7 +21,7 @@ from vitrine_vlm.sample_models.reference import Reference
 
 CPU = torch.device("cpu")
 LAYOUTS: tuple[Fp8Layout, ...] = ("block", "channel")
-NUM_TOKENS = 32
+NUM_TOKENS = 12
 
 
 @dataclass
