@@ -248,12 +248,13 @@ def _tuned_part(
 ) -> Tuned[Gemm]:
     if not sizes:
         return Tuned((), [next(iter(implementations.values()))])
-    run, able = work(sizes[0]), {}
+    able: dict[str, Gemm] = {}
     for name, each in implementations.items():
         try:
-            run(each)
+            for size in (sizes[0], sizes[-1]):
+                work(size)(each)
         except Exception as error:  # the others are used
             _log.info("%s: not by %s: %s", what, name, error)
         else:
             able[name] = each
-    return autotune(what, able, work, sizes)
+    return autotune(what, able or implementations, work, sizes)

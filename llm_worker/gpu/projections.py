@@ -88,8 +88,9 @@ def projection(
         epilogue, quantizes: see `Fp8Product`.
     """
     in_fp8 = [each for each in linears if isinstance(each, Fp8Linear)]
-    if len(in_fp8) < len(linears):
+    if not in_fp8:
         return HalfProjection([each for each in linears if isinstance(each, nn.Linear)], sizes, epilogue)
+    assert len(in_fp8) == len(linears), "the loader dequantizes where only some of these are in FP8"
     biases = [each.bias for each in in_fp8 if each.bias is not None]
     bias = torch.cat(biases) if biases else None
     return Fp8Product(side_by_side(in_fp8), bias, epilogue, sizes, quantizes=quantizes, dtype=dtype)

@@ -48,13 +48,14 @@ def quantize(decoder: TextDecoder, *, keep: bool) -> None:
         keep: whether the weights stay in FP8; otherwise they are rounded to it and keep their dtype.
     """
     for module in _modules(decoder):
-        for name, linear in list(module.named_children()):
-            if isinstance(linear, nn.Linear):
-                weight = Fp8Weight.of(linear.weight.data)
-                if keep and _fits_kernels(weight):
-                    setattr(module, name, Fp8Linear(weight, linear.bias))
-                else:
-                    linear.weight.data.copy_(weight.dequantized(linear.weight.dtype))
+        linears = {name: each for name, each in module.named_children() if isinstance(each, nn.Linear)}
+        weights = {name: Fp8Weight.of(each.weight.data) for name, each in linears.items()}
+        kept = keep and all(map(_fits_kernels, weights.values()))
+        for name, linear in linears.items():
+            if kept:
+                setattr(module, name, Fp8Linear(weights[name], linear.bias))
+            else:
+                linear.weight.data.copy_(weights[name].dequantized(linear.weight.dtype))
 
 
 def set_fp8_weights(decoder: TextDecoder, weights: Mapping[str, Fp8Weight], dtype: torch.dtype) -> None:
