@@ -83,6 +83,13 @@ class Tiled(Gemm):
     dtype: torch.dtype = torch.bfloat16
 
     def multiply(self, x_PI: Rows, weight_OI: Fp8Weight, bias_O: torch.Tensor | None) -> torch.Tensor:
+        out_SPO = self._parts(x_PI, weight_OI, bias_O)
+        return out_SPO[0] if len(out_SPO) == 1 else out_SPO.sum(0)
+
+    def add(self, to_PO: torch.Tensor, x_PI: Rows, weight_OI: Fp8Weight) -> tuple[torch.Tensor, ...]:
+        return self._parts(x_PI, weight_OI, None).unbind()
+
+    def _parts(self, x_PI: Rows, weight_OI: Fp8Weight, bias_O: torch.Tensor | None) -> torch.Tensor:
         x_PI = _in_fp8(x_PI) if self.takes_fp8 else _half(x_PI)
         return fp8_gemm(self.tile, x_PI, weight_OI, bias_O, self.dtype)
 
@@ -98,7 +105,7 @@ class ScaledMm(Gemm):
         rows = _in_fp8(x_PI)
         if not weight_OI.is_per_channel:
             if len(rows.values) % _CUBLAS_ROWS:
-                return fp8_gemm(MANY_ROWS[0], rows, weight_OI, bias_O, self.dtype)
+                return fp8_gemm(MANY_ROWS[0], rows, weight_OI, bias_O, self.dtype)[0]
             # A row's scale once for each block of its inputs, which lie together for all rows.
             num_blocks = weight_OI.scale.shape[1]
             row_scale = rows.scale.t().expand(num_blocks, -1).contiguous().t()
