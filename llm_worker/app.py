@@ -65,6 +65,8 @@ _log = logging.getLogger(__name__)
 _READY_POLL_S = 0.1
 # For the last answers only: sessions of decode workers last until the server ends them.
 _STOP_GRACE_S = 0.5
+# For a GPU to be quiet when steps are measured: an encoder's start on the same one takes about a minute.
+_PROBES_PATIENCE_S = 10.0
 
 # The client of the fleet that this worker gets its inputs from.
 WorkerFleetClient: TypeAlias = EncoderClient | PrefillClient
@@ -217,7 +219,9 @@ async def _prepare(
     make_runner = choose_runner(model.decoder, limits, progress)
     make_forward_pass = tp_workers.forward_pass if tp_workers is not None else ForwardPass
     forward_pass = await asyncio.to_thread(make_forward_pass, model.decoder, limits, make_runner)
-    costs = await asyncio.to_thread(measure_step_costs, forward_pass, limits)
+    # A CPU is never quiet: the corrections by later steps have to do there.
+    patience_s = _PROBES_PATIENCE_S if model.decoder.device.type == "cuda" else 0.0
+    costs = await asyncio.to_thread(measure_step_costs, forward_pass, limits, patience_s)
     return model, forward_pass, limits, costs
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from vitrine_vlm.llm_worker.engine.chunk import Chunk
 
-# Weight of the newest step in the factor that corrects the measurements of the start.
+# Least weight of the newest step in the factor that corrects the measurements of the start.
 _CORRECTION_RATE = 0.05
 _CORRECTION_BOUNDS = (0.05, 20.0)
 
@@ -67,6 +67,7 @@ class StepCosts:
         self.decode_s, self.mixed_s = dict(sorted(decode_s.items())), dict(sorted(mixed_s.items()))
         self.per_key_s, self.per_pair_s = per_key_s, per_pair_s
         self.correction = 1.0
+        self._num_observed = 0
         self._decode, self._mixed = _Line(self.decode_s), _Line(self.mixed_s)
 
     @classmethod
@@ -80,11 +81,13 @@ class StepCosts:
         return self.correction * (of_tokens + self.per_key_s * size.num_keys + self.per_pair_s * size.num_pairs)
 
     def observe(self, size: StepSize, seconds: float) -> None:
-        """Corrects the model, slowly, by how long a step really took."""
+        """Corrects the model by how long a step really took: by the mean of the first steps, slowly from then on."""
         expected = self.seconds(size)
         if expected > 0:
+            self._num_observed += 1
+            rate = max(_CORRECTION_RATE, 1 / self._num_observed)
             # A pause of the host is no cost: a step counts as twice as long as expected at most.
-            corrected = self.correction * (1 + _CORRECTION_RATE * (min(seconds / expected, 2.0) - 1))
+            corrected = self.correction * (1 + rate * (min(seconds / expected, 2.0) - 1))
             self.correction = min(max(corrected, _CORRECTION_BOUNDS[0]), _CORRECTION_BOUNDS[1])
 
 

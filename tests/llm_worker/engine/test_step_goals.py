@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -12,9 +13,10 @@ import torch
 
 from tests.llm_worker.engine.harness import request_state
 from tests.llm_worker.engine.simulated_steps import Load, Outcome, Simulation
+from vitrine_vlm.llm_worker.engine.chunk import Chunk
 from vitrine_vlm.llm_worker.engine.config import EngineConfig
 from vitrine_vlm.llm_worker.engine.cost_probes import measure_step_costs
-from vitrine_vlm.llm_worker.engine.forward_pass import ForwardPass
+from vitrine_vlm.llm_worker.engine.forward_pass import ForwardPass, StepOutput
 from vitrine_vlm.llm_worker.engine.request import ExpandedPrompt
 from vitrine_vlm.llm_worker.engine.request_state import RequestState, RequestStatus
 from vitrine_vlm.llm_worker.engine.step_costs import StepCosts, StepSize, causal_pairs
@@ -234,3 +236,24 @@ def test_costs_are_measured_at_start(qwen3_vl_folder: Path) -> None:
     tiny = EngineConfig(max_num_batched_tokens=3, num_blocks=1, block_size=4, max_num_seqs=64)
     costs = measure_step_costs(ForwardPass(decoder, tiny), tiny)
     assert (set(costs.decode_s), set(costs.mixed_s)) == ({1}, {3})
+
+
+def test_costs_are_those_of_a_quiet_device(qwen3_vl_folder: Path) -> None:
+    decoder = build_decoder(open_checkpoint(str(qwen3_vl_folder)), torch.device("cpu"), torch.float32)
+    config = EngineConfig(max_num_batched_tokens=64, num_blocks=16, block_size=16, max_num_seqs=4)
+    disturbed_s = 0.1
+
+    class Disturbed(ForwardPass):
+        """A forward pass that shares its device with another process for a round and a half: 17 steps."""
+
+        num_left = 17
+
+        def __call__(self, chunks: Sequence[Chunk]) -> StepOutput:
+            self.num_left -= 1
+            time.sleep(disturbed_s if self.num_left >= 0 else 0)
+            return super().__call__(chunks)
+
+    costs = measure_step_costs(Disturbed(decoder, config), config, patience_s=20.0)
+    assert max(costs.decode_s.values()) < disturbed_s and max(costs.mixed_s.values()) < disturbed_s
+    for seconds in (costs.decode_s, costs.mixed_s):
+        assert all(smaller <= larger for smaller, larger in pairwise(seconds.values()))
