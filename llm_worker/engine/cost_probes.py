@@ -47,8 +47,10 @@ def measure_step_costs(forward_pass: ForwardPass, config: EngineConfig, patience
     batch = min(config.max_num_seqs, config.max_num_batched_tokens, config.num_blocks)
     num_decodes = min(_NUM_LONG_DECODES, batch)
     keys = max(1, context // config.block_size // num_decodes * config.block_size)
-    few_keys, many_keys = (((stop - 1, stop),) * num_decodes for stop in (1, keys))
-    few_pairs, many_pairs = (((stop - chunk, stop),) for stop in (chunk, context))
+    few_keys: _Spans = ((0, 1),) * num_decodes
+    many_keys: _Spans = ((keys - 1, keys),) * num_decodes
+    few_pairs: _Spans = ((0, chunk),)
+    many_pairs: _Spans = ((context - chunk, context),)
     decodes: dict[int, _Spans] = {size: ((0, 1),) * size for size in _up_to(batch, _DECODE_SIZES)}
     longest = min(config.max_num_batched_tokens, context)
     prompts: dict[int, _Spans] = {size: ((0, size),) for size in _up_to(longest, _PROMPT_SIZES)}
