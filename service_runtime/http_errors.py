@@ -9,7 +9,7 @@ from typing import Any
 
 from aiohttp import web
 
-from vitrine_vlm.errors import BadRequest, Unauthenticated, VitrineError, as_vitrine_error
+from vitrine_vlm.errors import BadRequest, Unauthenticated, VitrineError, WorkerUnavailable, as_vitrine_error
 from vitrine_vlm.service_runtime.access_log import report
 from vitrine_vlm.service_runtime.http_requests import CLIENT_CLOSED_REQUEST
 
@@ -69,7 +69,11 @@ def error_response(error: VitrineError) -> web.Response:
     headers = {"Retry-After": str(retry_after_s)} if status in (429, 503) else {}
     if isinstance(error, Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"  # RFC 9110, section 15.5.2
-    return web.json_response(error_body(error), status=status, headers=headers)
+    response = web.json_response(error_body(error), status=status, headers=headers)
+    if isinstance(error, WorkerUnavailable):
+        # Behind a Kubernetes Service a client reaches another process by another connection only.
+        response.force_close()
+    return response
 
 
 @web.middleware

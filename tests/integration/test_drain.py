@@ -65,6 +65,7 @@ async def test_a_worker_cuts_its_requests_off_with_errors_that_can_be_tried_agai
             async with aiohttp.ClientSession() as another, another.post(f"{url}/v1/completions", json=body) as response:
                 assert (response.status, (await response.json())["error"]["code"]) == (503, "worker_unavailable")
                 assert int(response.headers["Retry-After"]) > 0
+                assert response.headers["Connection"] == "close", "the next try would come to this worker again"
             events = (await stream.content.read()).decode().strip().split("\n\n")
         assert DRAIN_TIMEOUT_S - 0.1 < time.monotonic() - since < DRAIN_TIMEOUT_S + 0.5
         assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "worker_unavailable"

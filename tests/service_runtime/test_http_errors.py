@@ -10,7 +10,7 @@ import pytest
 
 from tests.embedding_transport.wire.test_grpc_status import ERRORS
 from vitrine_vlm.embedding_transport.wire.grpc_status import STATUS_BY_CODE as GRPC_STATUS_BY_CODE
-from vitrine_vlm.errors import Overloaded, VitrineError, as_vitrine_error
+from vitrine_vlm.errors import Overloaded, VitrineError, WorkerUnavailable, as_vitrine_error
 from vitrine_vlm.service_runtime.http_errors import STATUS_BY_CODE, error_response
 
 DOCS = Path(__file__).parents[2] / "docs" / "errors.md"
@@ -29,6 +29,8 @@ def test_answers_are_in_openais_form(error: type[VitrineError]) -> None:
     assert (body["message"], body["code"], body["param"]) == ("what was wrong", error.code, None)
     assert body["type"] in ("invalid_request_error", "rate_limit_error", "server_error")
     assert ("Retry-After" in response.headers) == (response.status in (429, 503))
+    # Requests that are sent again must not come back over the same connection.
+    assert (response.keep_alive is False) == (error is WorkerUnavailable)
 
 
 def test_foreign_exceptions_keep_their_text_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
