@@ -70,6 +70,10 @@ eval: $(VENV)/.dev-ready  ## Ask 500 held-out questions through the whole split 
 soak: $(VENV)/.dev-ready  ## Load a small fleet for MINUTES while encoders are killed and workers replaced
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 
+.PHONY: cluster
+cluster: $(VENV)/.dev-ready  ## Run the rendered chart for real, pods as processes, through upgrade, drain and losses; needs root
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.cluster
+
 compare: $(VENV)/.compare-ready  ## Start Vitrine and other servers one by one, measure the same loads, write comparison/
 	@$(BIN)/python -m benchmarks.compare --servers $(SERVERS) $(if $(MODEL),--model "$(MODEL)") $(COMPARE)
 
