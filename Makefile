@@ -9,6 +9,9 @@
 #   PYTHON=python3.12              interpreter to make .venv with
 #   MINUTES=3                      how long soak loads the services; default: 30
 #   SECONDS=60  FUZZ="chunk url"   how long fuzz runs each of its targets, and which; default: 20 s, all of them
+#   IMAGES="encoder llm" BASE=cpu  which images to build, on what (cuda); default: all that there are on cuda
+#   REGISTRY=ghcr.io/me  PUSH=1    in front of the images' names, and whether to push them there
+#   BUILDER=buildah                default: docker where it answers, else buildah; BASE_IMAGE=name for another base
 #   VLLM=0.30.0                    version of vLLM for test-vllm; default: the newest one tested
 #   TORCH_INDEX_URL=url            pip index for torch alone, e.g. PyTorch's CPU wheels: without an NVIDIA GPU they
 #                                  save several GB, as the usual Linux wheel brings CUDA with it
@@ -19,6 +22,7 @@ GRPC_PORT ?= 50052
 VLLM ?= 0.32.0
 MINUTES ?= 30
 SERVERS ?= vitrine vllm
+BASE ?= cuda
 SECONDS := 20
 FUZZ ?= $(shell sed -n 's/^        \([a-z_]*\),$$/\1/p' tests/fuzz/targets.py)
 VENV := .venv
@@ -41,7 +45,7 @@ LAUNCH_ARGS = $(if $(MODEL),--model "$(MODEL)") $(if $(IMAGE),--image "$(IMAGE)"
 UNSAFE := '^[^\#]*((import|from) +(c?[Pp]ickle|dill|cloudpickle|shelve|marshal)\b|torch\.load\(|allow_pickle *= *True)'
 
 .DEFAULT_GOAL := help
-.PHONY: help run serve environments test test-vllm helm-test eval soak compare fuzz sbom audit lint format protos protos-check helm clean
+.PHONY: help run serve environments test test-vllm helm-test eval soak compare fuzz images dist sbom audit lint format protos protos-check helm clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -83,11 +87,18 @@ fuzz: $(VENV)/fuzz/.ready  ## Change bytes that strangers may send, led by what 
 			{ tail -n 40 $$log; exit 1; }; \
 		grep -E '^(stat::number|stat::peak|stat::slowest)' $$log; done
 
-sbom: $(VENV)/supply-chain/.ready  ## Write sbom.json, a CycloneDX list of all that is installed for the services
+images:  ## Build the container images with docker or buildah, write images/: digests, and what is in each
+	@$(PYTHON) deploy/docker/images.py --base $(BASE) $(if $(BASE_IMAGE),--base-image "$(BASE_IMAGE)") $(if $(REGISTRY),--registry "$(REGISTRY)") \
+		$(if $(PUSH),--push) $(if $(BUILDER),--builder $(BUILDER)) $(IMAGES)
+
+dist: $(VENV)/supply-chain/.ready  ## Build the wheel and the source distribution into dist/
+	@PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(VENV)/supply-chain/bin/python -m build --outdir dist
+
+sbom: $(VENV)/.dev-ready $(VENV)/supply-chain/.ready  ## Write sbom.json, a CycloneDX list of all that is installed for the services
 	@$(VENV)/supply-chain/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-format JSON \
 		--output-file sbom.json $(BIN)/python && echo "wrote sbom.json"
 
-audit: $(VENV)/supply-chain/.ready  ## Look for known vulnerabilities in the pinned versions
+audit: $(VENV)/.dev-ready $(VENV)/supply-chain/.ready  ## Look for known vulnerabilities in the pinned versions
 	@$(BIN)/python -m tests.packaging.audit $(VENV)/supply-chain/bin/pip-audit
 
 lint: $(VENV)/.dev-ready protos-check  ## Style, types, import contracts, stubs up to date
@@ -117,7 +128,7 @@ helm: $(VENV)/.dev-ready  ## Copy dashboard and rules into the chart, write its 
 	@$(BIN)/python helm/settings.py
 
 clean:  ## Remove .venv and all caches
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache .import_linter_cache build dist *.egg-info
+	rm -rf $(VENV) images .cache .pytest_cache .ruff_cache .mypy_cache .import_linter_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.venv-ready:
@@ -168,7 +179,7 @@ $(VENV)/fuzz/.ready: $(VENV)/.dev-ready tests/fuzz/requirements.txt
 	@touch $@
 
 # In an environment of its own, which must not be part of what it lists.
-$(VENV)/supply-chain/.ready: $(VENV)/.dev-ready tests/packaging/requirements.txt
+$(VENV)/supply-chain/.ready: $(VENV)/.venv-ready tests/packaging/requirements.txt
 	@$(PYTHON) -m venv $(VENV)/supply-chain
 	@$(VENV)/supply-chain/bin/pip $(PIP_INSTALL) --requirement tests/packaging/requirements.txt
 	@touch $@
