@@ -107,7 +107,8 @@ def build_arguments(image: str, base: str, version: str, base_image: str | None)
 def build_command(builder: str, target: str, reference: str, arguments: dict[str, str]) -> list[str]:
     command = [builder, "build", "--file", str(FOLDER / "Dockerfile"), "--target", target, "--tag", reference]
     if builder == "buildah":
-        command += ["--format", "docker"]  # OCI's has no health checks
+        # Images share their stages, as docker's do without being asked; OCI's format has no health checks.
+        command += ["--layers", "--format", "docker"]
     return [*command, *(f"--build-arg={name}={value}" for name, value in arguments.items()), str(ROOT)]
 
 

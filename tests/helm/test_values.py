@@ -186,6 +186,24 @@ def test_an_old_helm_is_refused(version: str, is_refused: bool, tmp_path: Path) 
         assert Chart.load(chart).render(values, name="demo", namespace="serving")
 
 
+@pytest.mark.parametrize(
+    ("values", "commands"),
+    [
+        ({}, ['IMAGES="encoder llm" REGISTRY=r PUSH=1']),
+        ({"images": {"registry": "r", "tag": "1.2.3-cpu"}}, ['IMAGES="encoder llm" REGISTRY=r PUSH=1 BASE=cpu']),
+        ({"engine": "sglang", "sglang": {"receivers": ["10.0.0.0/8"]}}, ['IMAGES="encoder" REGISTRY=r PUSH=1']),
+        (
+            {"engine": "vllm"},
+            ['IMAGES="encoder vllm" REGISTRY=r PUSH=1', "IMAGES=gateway BASE=cpu REGISTRY=r PUSH=1"],
+        ),
+        ({"mode": "rayservice"}, ['IMAGES="ray" REGISTRY=r PUSH=1']),
+    ],
+)
+def test_notes_say_how_to_build_the_images_that_the_pods_have(values: dict[str, Any], commands: list[str]) -> None:
+    text = notes({"model": "m", "images": {"registry": "r"}} | values)
+    assert re.findall(r"(?m)^  make images (.*)$", text) == commands
+
+
 @pytest.mark.parametrize("values", VALUES)
 def test_notes_say_how_to_call_it(values: str) -> None:
     text = notes(values_of(values))
@@ -197,6 +215,6 @@ def test_notes_say_how_to_call_it(values: str) -> None:
     assert request["model"] in ("Qwen/Qwen3-VL-8B-Instruct", "qwen3-vl-8b", "checkpoint")
     has_keys = bool(values_of(values).get("accessKeys"))
     assert ("Bearer YOUR-KEY" in text) == ("Secret api-keys" in text) == ("no authentication" not in text) == has_keys
-    assert f"--tag {with_registry(values_of(values))['images']['registry']}/vitrine-" in text
+    assert f"REGISTRY={with_registry(values_of(values))['images']['registry']} PUSH=1" in text
     has_tls = bool(values_of(values).get("tls", {}).get("llm", {}).get("secretName"))
     assert ("https://demo-vitrine-" in text) == has_tls
