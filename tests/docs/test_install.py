@@ -34,7 +34,7 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """HTTP port of the worker, once the services of compose.cpu.yaml run as their containers would start them."""
     http_port, grpc_port, encoder_port, metrics_port = free_ports(4)
     shared = tmp_path_factory.mktemp("shared")
-    own = {
+    own: dict[str, dict[str, int | str]] = {
         "encoder": {"PORT": encoder_port, "METRICS_PORT": metrics_port},
         "llm": {"PORT": http_port, "GRPC_PORT": grpc_port, "ENCODERS": f"127.0.0.1:{encoder_port}"},
     }
