@@ -14,6 +14,7 @@ import torch
 
 from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
 from vitrine_vlm.encoder_service.sglang.part_encoder import EncodedPart, PartRows
+from vitrine_vlm.service_runtime.access_log import report_slowest
 from vitrine_vlm.service_runtime.byte_budget import Reserve
 from vitrine_vlm.types import DTYPES, EmbeddingRows, LayoutEvent, MediaItem, ModelIdentity
 
@@ -39,6 +40,7 @@ class FleetPartEncoder:
                 if isinstance(event, LayoutEvent):
                     part.set_layout(event.item_index, event.layout)
                     continue
+                report_slowest(vars(event.rows.timings))
                 try:
                     part.set_rows(event.item_index, await asyncio.to_thread(self._copy, event.rows))
                 finally:

@@ -23,11 +23,11 @@ from vitrine_vlm.encoder_service.sglang.receivers import AllowedReceivers
 from vitrine_vlm.encoder_service.sglang.versions import ReceiverClass
 from vitrine_vlm.encoder_service.sglang.zmq_push import ZmqPush
 from vitrine_vlm.errors import BadRequest, EncoderUnavailable, InternalError, VitrineError, as_vitrine_error
+from vitrine_vlm.service_runtime.access_log import report
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget, Reserve
-from vitrine_vlm.service_runtime.http_requests import header_carrier
+from vitrine_vlm.service_runtime.http_requests import traced
 from vitrine_vlm.service_runtime.logs import harmless, set_request_id
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
-from vitrine_vlm.service_runtime.traces import serving_span
 
 _log = logging.getLogger(__name__)
 _MAX_BODY_NBYTES = 256 * 1024 * 1024
@@ -70,13 +70,14 @@ class SglangHttp:
         self._parts = PartTable(delivery.timeout_s)
         self._encoder: PartEncoder | None = None
         self._loader: MediaLoader | None = None
+        self._model = ""
 
-    def open(self, encoder: PartEncoder, loader: MediaLoader) -> None:
-        """Begins to serve."""
-        self._encoder, self._loader = encoder, loader
+    def open(self, encoder: PartEncoder, loader: MediaLoader, model: str) -> None:
+        """Begins to serve parts of this model."""
+        self._encoder, self._loader, self._model = encoder, loader, model
 
     def application(self) -> web.Application:
-        app = web.Application(middlewares=[_errors_as_sglang])
+        app = web.Application(middlewares=[traced, _errors_as_sglang])
         app.router.add_post("/encode", self._encode)
         app.router.add_post("/scheduler_receive_url", self._register_receiver)
         app.router.add_get("/health", self._health)
@@ -94,6 +95,7 @@ class SglangHttp:
         async with self._until(time.monotonic() + self._delivery.timeout_s, "the body did not arrive"):
             body = await read_body(http, ReceiverBody, _MAX_RECEIVER_BODY_NBYTES, lambda nbytes: None)
         _req_id.set(body.req_id)
+        set_request_id(body.req_id)
         self._loaded()
         part = self._parts.get(body.req_id)
         try:
@@ -110,9 +112,8 @@ class SglangHttp:
 
     async def _encode(self, http: web.Request) -> web.Response:
         outcome = "cancelled"
-        span = serving_span("sglang encode", header_carrier(http))
         try:
-            with self._calls.track(), self._budget.item() as reserved, span:
+            with self._calls.track(), self._budget.item() as reserved:
                 await self._serve(http, reserved.reserve)
             outcome = "ok"
             return web.json_response(None)
@@ -132,6 +133,7 @@ class SglangHttp:
             body = await read_body(http, EncodeBody, _MAX_BODY_NBYTES, reserve)
         _req_id.set(body.req_id)
         set_request_id(body.req_id)
+        report(model=self._model, items=len(body.mm_items))
         if body.part_idx >= body.num_parts:
             raise BadRequest(f"part_idx is {body.part_idx} of {body.num_parts} parts: the first one is 0")
         part_id = PartId(body.req_id, body.num_parts, body.part_idx, body.modality)
@@ -215,7 +217,9 @@ async def _errors_as_sglang(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
     """Answers every error of a handler, aiohttp's own included, as SGLang's encoders do."""
-    _req_id.set(None)  # a connection's requests have one task
+    # A connection's requests have one task.
+    _req_id.set(None)
+    set_request_id("")
     try:
         return await handler(request)
     except web.HTTPException as error:
@@ -223,5 +227,6 @@ async def _errors_as_sglang(
     except Exception as error:
         error = as_vitrine_error(error)
         status, message = http_status(error), str(error)
+        report(outcome=error.code)
     _log.info("%s: status %d: %s", request.path, status, message)
     return web.json_response({"status": "error", "message": message, "req_id": _req_id.get()}, status=status)

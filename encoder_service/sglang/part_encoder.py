@@ -13,6 +13,7 @@ import torch
 from vitrine_vlm.embedding_transport.pools.row_copies import copy_to_host
 from vitrine_vlm.encoder_service.service import EncodeService
 from vitrine_vlm.errors import VitrineError
+from vitrine_vlm.service_runtime.access_log import report_more, report_slowest
 from vitrine_vlm.service_runtime.byte_budget import Reserve
 from vitrine_vlm.service_runtime.cancellation import running_until
 from vitrine_vlm.types import ItemTimings, Layout, MediaItem
@@ -59,6 +60,7 @@ class PartRows:
             Overloaded: there is no room for its rows.
         """
         self._reserve(layout.num_tokens * self._row_nbytes)
+        report_more(tokens=layout.num_tokens)
         self._layouts[item_index] = layout
 
     def set_rows(self, item_index: int, rows_TW: torch.Tensor) -> None:
@@ -127,4 +129,5 @@ class _Shipment:
         pass
 
     async def send(self, rows_TW: torch.Tensor, timings: ItemTimings) -> None:
+        report_slowest(vars(timings))
         self._rows.set_rows(self._item_index, await asyncio.to_thread(copy_to_host, rows_TW))

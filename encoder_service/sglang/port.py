@@ -91,7 +91,7 @@ class SglangPort:
             with suppress(VitrineError):  # some come later
                 await self._lifecycle.unless_ending(client.wait_ready(_WAIT_FOR_PEERS_S))
             encoder = FleetPartEncoder(client, identity)
-        self._http.open(encoder, loader)
+        self._http.open(encoder, loader, identity.model)
         if not self._lifecycle.is_ending:
             self._registration.start(self._lifecycle.supervisor)
 

@@ -110,7 +110,7 @@ async def run_port(
     http = SglangHttp(delivery, calls, budget, encoder.metrics, lambda: reasons[0])
     loader = MediaLoader(MediaLimits(allow_private_addresses=True, allowed_folder=folder))
     if loaded:
-        http.open(LocalPartEncoder(encoder.service, encoder.identity.row_nbytes), loader)
+        http.open(LocalPartEncoder(encoder.service, encoder.identity.row_nbytes), loader, encoder.identity.model)
     runner = web.AppRunner(http.application(), handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()

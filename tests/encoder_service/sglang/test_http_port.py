@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
@@ -359,6 +360,27 @@ async def test_other_transfer_backends_and_paths_are_refused(port: Port) -> None
     for path in ("/send", "/scheduler_receive_meta_data"):
         assert failed(await port.post(path, {"req_id": PART}), 400, "zmq_to_scheduler")
     assert failed(await port.post("/generate", {}), 404, "POST /generate")
+
+
+async def test_each_request_is_a_line_in_the_log(
+    encoder: RunningEncoder, port: Port, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    receiver = port.receiver()
+    assert await port.register(PART, receiver) == Answer(200, None)
+    assert await port.post("/encode", encode_body(data_uri(png(96, 64, 1)))) == Answer(200, None)
+    assert failed(await port.post("/encode", encode_body("data:,")), 400, "")
+    async with port.session.get(f"{port.url}/health"):
+        pass
+    registered, encoded, refused = (
+        {"line": record.getMessage(), **record.fields} for record in caplog.records if hasattr(record, "fields")
+    )
+    assert registered["line"].startswith("POST /scheduler_receive_url: 200 in ")
+    assert encoded["line"].startswith("POST /encode: 200 in ")
+    wanted = {"status": 200, "model": encoder.identity.model, "items": 1, "tokens": 3 * 2}
+    assert wanted.items() <= encoded.items()
+    assert min(encoded[stage] for stage in ("preprocess_ms", "forward_ms", "elapsed_ms")) > 0
+    assert (refused["status"], refused["outcome"], refused["items"]) == (400, "not_an_image", 1)
 
 
 async def test_a_body_that_breaks_off_leaves_nothing(port: Port) -> None:
