@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -38,9 +38,12 @@ def bound_command(arguments: Sequence[str]) -> list[str]:
 class Child:
     """One running service. Create it with `start`, and always call `stop`."""
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
+    def __init__(
+        self, name: str, process: asyncio.subprocess.Process, write: Callable[[str], None] | None = None
+    ) -> None:
         self.name = name
         self._process = process
+        self._write = write or self._write_named
         self._held: list[str] | None = None  # lines that are printed later
         # The owner of the child waits for the end of this task by `failed`.
         self._output = asyncio.create_task(self._print_output(), name=f"{name} output")
@@ -52,12 +55,14 @@ class Child:
         arguments: Sequence[str],
         environment: Mapping[str, str] | None = None,
         pass_fds: Sequence[int] = (),
+        write: Callable[[str], None] | None = None,
     ) -> Child:
         """Starts `python -P -m arguments...` in this process group, with the same interpreter.
 
         Args:
             environment: variables to add to this process's environment.
             pass_fds: file descriptors that the child inherits under the same numbers.
+            write: called with each line of the child's output; by default it is printed with the child's name.
         """
         process = await asyncio.create_subprocess_exec(
             *bound_command(arguments),
@@ -68,7 +73,7 @@ class Child:
             pass_fds=pass_fds,
             env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(environment or {}),
         )
-        return cls(name, process)
+        return cls(name, process, write)
 
     @contextmanager
     def output_held(self) -> Iterator[None]:
@@ -119,7 +124,10 @@ class Child:
         # Where our own output is closed, or cannot encode the line, it is lost: that is no reason to end a service, nor
         # to leave off reading, which would bring it to a halt.
         with suppress(OSError, ValueError):
-            print(_named(self.name, text), flush=True)
+            self._write(text)
+
+    def _write_named(self, text: str) -> None:
+        print(_named(self.name, text), flush=True)
 
 
 def _named(name: str, line: str) -> str:

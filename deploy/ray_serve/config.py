@@ -83,6 +83,7 @@ class LlmPool(Pool):
     chosen_here = _CHOSEN_HERE | _ENCODER_TLS | {"grpc_port", "encoders", "role", "prefill_workers"}
 
     target_queued_tokens: int = Field(default=8192, ge=1, description="of prompts, that a replica should have queued")
+    target_load: float = Field(default=0.7, gt=0, description="vitrine_llm_load that a replica should have")
 
     def service_settings(self, model: str) -> LlmConfig:
         if "api_key" in self.settings:

@@ -8,7 +8,9 @@ from vitrine_vlm.deploy.ray_serve.closing import Closing
 from vitrine_vlm.deploy.ray_serve.config import environment_variables
 from vitrine_vlm.deploy.ray_serve.metrics_targets import MetricsTarget, metrics_target
 from vitrine_vlm.deploy.ray_serve.node import free_ports, node_host
-from vitrine_vlm.deploy.ray_serve.probes import grpc_serving, read_gauge
+from vitrine_vlm.deploy.ray_serve.placement import warn_of_shortages
+from vitrine_vlm.deploy.ray_serve.probes import grpc_serving, read_gauges
+from vitrine_vlm.deploy.ray_serve.service_log import LOG_FORMAT
 from vitrine_vlm.deploy.ray_serve.service_process import ServiceProcess
 from vitrine_vlm.encoder_service.config import EncoderConfig
 from vitrine_vlm.service_runtime.supervisor import Supervisor
@@ -19,20 +21,25 @@ QUEUE_SECONDS = "queue_seconds"
 class EncoderReplica(Closing):
     """Reports to Ray Serve; pictures and rows go directly to and from the service process."""
 
-    async def __init__(self, environment: Mapping[str, str], stop_grace_s: float) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, environment: Mapping[str, str], stop_grace_s: float, needed: Mapping[str, float]
+    ) -> None:
         """Returns once the encoder serves; Ray Serve awaits it.
 
         Args:
             environment: the encoder's settings.
             stop_grace_s: seconds that the encoder may drain.
+            needed: see `warn_of_shortages`.
         """
+        warn_of_shortages(needed)
         self._stop_grace_s = stop_grace_s
         host = node_host()
         port, metrics_port = free_ports(host, 2)
         self._address = f"{host}:{port}"
         self._metrics_address = f"{host}:{metrics_port}"
         self._metrics_url = f"http://{self._metrics_address}/metrics"
-        own = environment_variables(EncoderConfig, {"host": host, "port": port, "metrics_port": metrics_port})
+        addresses = {"host": host, "port": port, "metrics_port": metrics_port}
+        own = environment_variables(EncoderConfig, addresses | {"log_format": LOG_FORMAT})
         self._supervisor = Supervisor()
         self._process = await ServiceProcess.start(
             "vitrine_vlm.encoder_service", {**environment, **own}, self._supervisor
@@ -58,7 +65,8 @@ class EncoderReplica(Closing):
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Returns the seconds of queued work, by the encoder's measured cost model."""
-        return {QUEUE_SECONDS: await read_gauge(self._metrics_url, "vitrine_encoder_queue_seconds")}
+        (queue_s,) = await read_gauges(self._metrics_url, ["vitrine_encoder_queue_seconds"])
+        return {QUEUE_SECONDS: queue_s}
 
     async def check_health(self) -> None:
         """Checks that the encoder serves.

@@ -7,7 +7,7 @@ is slow: clients that need many rows should connect to encoders directly.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -15,6 +15,7 @@ from typing import NoReturn
 import grpc
 from grpc_health.v1 import health_pb2
 from prometheus_client import CollectorRegistry
+from ray import serve
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
@@ -22,12 +23,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from vitrine_vlm.deploy.ray_serve.all_metrics import AllMetrics
 from vitrine_vlm.deploy.ray_serve.closing import Closing
 from vitrine_vlm.deploy.ray_serve.encode_forwarder import EncodeForwarder
 from vitrine_vlm.deploy.ray_serve.encoder import EncoderReplica
 from vitrine_vlm.deploy.ray_serve.http_forwarder import PROBES, HttpForwarder, path_of
 from vitrine_vlm.deploy.ray_serve.llm import LlmReplica
 from vitrine_vlm.deploy.ray_serve.metrics_targets import all_targets
+from vitrine_vlm.deploy.ray_serve.placement import outlive, warn_of_shortages, watch
 from vitrine_vlm.embedding_transport.wire.grpc_status import STATUS_BY_CODE
 from vitrine_vlm.errors import TransportUnavailable, VitrineError
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
@@ -38,7 +41,7 @@ from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.service_runtime.tenants import current_tenant
 from vitrine_vlm.service_runtime.traces import metadata_carrier
 
-METRICS_TARGETS = "/metrics/targets"
+METRICS, METRICS_TARGETS = "/metrics", "/metrics/targets"
 ENCODER_SERVICE = encoder_pb2.DESCRIPTOR.services_by_name["Encoder"].full_name
 _CHECK_TIMEOUT_S = 5.0
 _TRACE_CONTEXT = ("traceparent", "tracestate")
@@ -56,6 +59,7 @@ class Gateway(Closing):
         retry_s: float,
         keys_file: str | None = None,
         tenant_header: str | None = None,
+        needed: Mapping[str, float] | None = None,
     ) -> None:
         """
         Args:
@@ -63,19 +67,28 @@ class Gateway(Closing):
             retry_s: seconds that a request waits for another replica if one died.
             keys_file: the API keys of both doors, those of the workers.
             tenant_header: as the workers'.
+            needed: see `warn_of_shortages`; None without Ray.
         """
         settings = AccessSettings(api_keys_file=Path(keys_file) if keys_file else None, tenant_header=tenant_header)
         self._access = settings.make_access(CollectorRegistry(), "vitrine_ray_gateway")
         self._supervisor = Supervisor()
         self._access.start(self._supervisor)
+        self._application: str | None = None
+        if needed is not None:
+            warn_of_shortages(needed)
+            self._application = serve.get_replica_context().app_name
+            self._supervisor.start_task("placement", watch(self._application))
         self._encoders, self._workers = encoders, workers
         self._encoding = EncodeForwarder(encoders, max_items, retry_s)
         self._http = HttpForwarder(workers, retry_s)
+        self._metrics = AllMetrics([encoders, workers])
 
     async def close(self) -> None:
         """Closes the HTTP client."""
         await self._http.close()
         await self._supervisor.close()
+        if self._application is not None:
+            await asyncio.to_thread(outlive, self._application)
 
     def check_health(self) -> None:
         """Checks that changes of the keys are noticed; Ray Serve replaces a gateway of which this fails.
@@ -90,6 +103,8 @@ class Gateway(Closing):
         path = path_of(request)
         if path == METRICS_TARGETS:
             return JSONResponse(await all_targets([self._encoders, self._workers]))
+        if path == METRICS:
+            return _Forwarded(self._metrics, self._access, request)
         if path in PROBES:
             return _Forwarded(self._http, Access(), request)
         return _Forwarded(self._http, self._access, request)
@@ -160,9 +175,9 @@ class Gateway(Closing):
 
 
 class _Forwarded(Response):
-    """A worker's answer. The worker is called when this is sent, so that cancelling the response cancels the call."""
+    """Replicas' answer. They are called when this is sent, so that cancelling the response cancels the calls."""
 
-    def __init__(self, forwarder: HttpForwarder, access: Access, request: Request) -> None:
+    def __init__(self, forwarder: HttpForwarder | AllMetrics, access: Access, request: Request) -> None:
         super().__init__()
         self._forwarder, self._access, self._request = forwarder, access, request
 

@@ -55,7 +55,8 @@ class HttpForwarder:
             return await self._probe(path, request, send)
         is_dashboard = path == _DASHBOARD or path.startswith(f"{_DASHBOARD}/")
         if not (path.startswith(_PATHS) or is_dashboard) or ".." in path.split("/"):
-            message = f"{request.method} {path}: only probes, {_DASHBOARD} and paths below {_PATHS} are served here"
+            served = f"probes, /metrics, {_DASHBOARD} and paths below {_PATHS}"
+            message = f"{request.method} {path}: only {served} are served here"
             return await _error(404, BadRequest.code, message)(request.scope, request.receive, send)
         body = await request.body()
         attempts = Attempts(self._policy)

@@ -18,12 +18,14 @@ from vitrine_vlm.deploy.ray_serve.config import environment_variables
 from vitrine_vlm.deploy.ray_serve.encoder import EncoderReplica
 from vitrine_vlm.deploy.ray_serve.metrics_targets import MetricsTarget, metrics_target
 from vitrine_vlm.deploy.ray_serve.node import free_ports, node_host, num_gpus_of_node
-from vitrine_vlm.deploy.ray_serve.probes import http_ok, read_gauge
+from vitrine_vlm.deploy.ray_serve.placement import warn_of_shortages
+from vitrine_vlm.deploy.ray_serve.probes import http_ok, read_gauges
+from vitrine_vlm.deploy.ray_serve.service_log import LOG_FORMAT
 from vitrine_vlm.deploy.ray_serve.service_process import ServiceProcess
 from vitrine_vlm.llm_worker.config import LlmConfig
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 
-QUEUED_TOKENS = "queued_prefill_tokens"
+QUEUED_TOKENS, LOAD = "queued_prefill_tokens", "load"
 _ADDRESS_INTERVAL_S = 1.0
 _ADDRESS_TIMEOUT_S = 5.0
 
@@ -34,14 +36,20 @@ class LlmReplica(Closing):
     """Reports to Ray Serve; prompts and tokens go directly to and from the service process."""
 
     async def __init__(  # type: ignore[misc]
-        self, environment: Mapping[str, str], stop_grace_s: float, encoders: DeploymentHandle[EncoderReplica]
+        self,
+        environment: Mapping[str, str],
+        stop_grace_s: float,
+        needed: Mapping[str, float],
+        encoders: DeploymentHandle[EncoderReplica],
     ) -> None:
         """Returns once the worker serves and is connected to an encoder; Ray Serve awaits it.
 
         Args:
             environment: the worker's settings.
             stop_grace_s: seconds that the worker may drain.
+            needed: see `warn_of_shortages`.
         """
+        warn_of_shortages(needed)
         self._stop_grace_s = stop_grace_s
         host = node_host()
         port, grpc_port, metrics_port = free_ports(host, 3)
@@ -54,7 +62,8 @@ class LlmReplica(Closing):
         self._supervisor = Supervisor()
         self._supervisor.start_task("encoder addresses", _update_addresses(encoders, addresses))
         ports = {"port": port, "grpc_port": grpc_port, "metrics_port": metrics_port}
-        own = environment_variables(LlmConfig, {"host": host, **ports, "encoders": f"file:{addresses}"})
+        chosen = {"host": host, **ports, "encoders": f"file:{addresses}", "log_format": LOG_FORMAT}
+        own = environment_variables(LlmConfig, chosen)
         own |= gpu_environment(ray.get_gpu_ids(), num_gpus_of_node())
         self._process = await ServiceProcess.start("vitrine_vlm.llm_worker", {**environment, **own}, self._supervisor)
         await self._process.wait_until(lambda: http_ok(f"http://{self._address}/ready"))
@@ -68,8 +77,10 @@ class LlmReplica(Closing):
         return metrics_target("vitrine-llm", self._metrics_address)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Returns the number of prompt tokens that are not computed yet."""
-        return {QUEUED_TOKENS: await read_gauge(self._metrics_url, "vitrine_llm_queued_prefill_tokens")}
+        """Returns the number of prompt tokens that are not computed yet, and the worker's load, see `EngineStats`."""
+        names = ["vitrine_llm_queued_prefill_tokens", "vitrine_llm_load"]
+        tokens, load = await read_gauges(self._metrics_url, names)
+        return {QUEUED_TOKENS: tokens, LOAD: load}
 
     async def check_health(self) -> None:
         """Checks that the worker answers. It need not be ready: a new replica would have no encoder, either.

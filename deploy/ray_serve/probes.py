@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import aiohttp
 import grpc
 from prometheus_client.parser import text_string_to_metric_families
@@ -29,15 +31,15 @@ async def http_ok(url: str) -> bool:
         return False
 
 
-async def read_gauge(url: str, name: str) -> float:
-    """Returns the value of a Prometheus metric.
+async def read_gauges(url: str, names: Sequence[str]) -> list[float]:
+    """Returns the values of Prometheus metrics.
 
     Raises:
         aiohttp.ClientError, TimeoutError: the service does not answer.
-        KeyError: the service has no such metric.
+        KeyError: the service lacks a metric.
     """
     timeout = aiohttp.ClientTimeout(_TIMEOUT_S)
     async with aiohttp.ClientSession(timeout=timeout, raise_for_status=True) as session, session.get(url) as response:
         text = await response.text()
     values = {sample.name: sample.value for family in text_string_to_metric_families(text) for sample in family.samples}
-    return values[name]
+    return [values[name] for name in names]

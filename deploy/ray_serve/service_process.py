@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 
+from vitrine_vlm.deploy.ray_serve import service_log
 from vitrine_vlm.service_runtime.child_process import Child
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 
@@ -29,10 +30,13 @@ class ServiceProcess:
     async def start(cls, module: str, environment: Mapping[str, str], supervisor: Supervisor) -> ServiceProcess:
         """Starts `python -P -m module` with these variables added to this process's environment.
 
+        Its output goes to the replica's log, see `service_log`.
+
         Args:
             supervisor: the replica's, to which the end of the process is a failure.
         """
-        return cls(await Child.start(module, [module], environment), supervisor)
+        child = await Child.start(module, [module], environment, write=service_log.write)
+        return cls(child, supervisor)
 
     async def wait_until(self, ready: Callable[[], Awaitable[bool]]) -> None:
         """Polls `ready`. There is no time limit: a large checkpoint may take long to download.

@@ -39,17 +39,21 @@ def test_horizontal_pod_autoscalers() -> None:
         "target": {"type": "AverageValue", "averageValue": "0.5"},
     }
     assert encoder["behavior"]["scaleDown"]["stabilizationWindowSeconds"] == 300
-    metric = scalers["demo-vitrine-llm-default"]["spec"]["metrics"][0]["pods"]["metric"]["name"]
-    assert metric == "vitrine_llm_queued_prefill_tokens"
+    worker = [each["pods"] for each in scalers["demo-vitrine-llm-default"]["spec"]["metrics"]]
+    assert [(each["metric"]["name"], each["target"]["averageValue"]) for each in worker] == [
+        ("vitrine_llm_queued_prefill_tokens", "16384"),
+        ("vitrine_llm_load", "0.7"),  # long answers fill a worker without a prompt that waits
+    ]
 
 
 def test_decode_pools_do_not_scale_on_what_prefill_pools_have_queued() -> None:
     scaling = {"kind": "hpa", "minReplicas": 1, "maxReplicas": 4}
     pools = {name: {"role": name, "autoscaling": scaling} for name in ("decode", "prefill")}
     scalers = of_kind(render({"model": "m", "llm": {"pools": pools}}), "HorizontalPodAutoscaler")
-    metrics = {
-        name: scalers[f"demo-vitrine-llm-{name}"]["spec"]["metrics"][0]["pods"] for name in ("decode", "prefill")
-    }
+    metrics = {}
+    for name in ("decode", "prefill"):
+        [metric] = scalers[f"demo-vitrine-llm-{name}"]["spec"]["metrics"]
+        metrics[name] = metric["pods"]
     assert metrics["prefill"]["metric"]["name"] == "vitrine_llm_queued_prefill_tokens"
     assert metrics["decode"]["metric"]["name"] == "vitrine_llm_load"
     assert metrics["decode"]["target"]["averageValue"] == "0.7"
@@ -62,7 +66,10 @@ def test_scaled_objects() -> None:
     assert trigger["metadata"]["serverAddress"] == "http://prometheus-operated.monitoring:9090"
     assert trigger["metadata"]["threshold"] == "1"
     assert trigger["authenticationRef"] == {"name": "prometheus"}
-    assert "advanced" not in scalers["demo-vitrine-llm-default"]["spec"]
+    worker = scalers["demo-vitrine-llm-default"]["spec"]
+    assert "advanced" not in worker
+    queries = [each["metadata"]["query"].partition("{")[0] for each in worker["triggers"]]
+    assert queries == ["sum(vitrine_llm_queued_prefill_tokens", "sum(vitrine_llm_load"]
 
 
 def test_a_pool_may_have_no_pods_where_something_else_starts_the_first() -> None:

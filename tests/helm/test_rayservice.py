@@ -60,7 +60,7 @@ def test_pods_end_no_sooner_than_the_replicas_in_them() -> None:
     found = arguments(values_of("rayservice"))
     settings = [pool.service_settings(found.model).model_dump() for pool in (found.encoders, found.llm)]
     drain_s = max(each["drain_timeout_s"] for each in settings)
-    options = _options(found.llm, QUEUED_TOKENS, 1.0, drain_s + _STOP_MARGIN_S)
+    options = _options(found.llm, {"stat": QUEUED_TOKENS, "target": 1.0}, drain_s + _STOP_MARGIN_S)
     for pod in pods("rayservice").values():
         assert pod.spec["terminationGracePeriodSeconds"] > options["graceful_shutdown_timeout_s"] > 2 * drain_s
 

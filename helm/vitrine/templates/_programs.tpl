@@ -153,7 +153,10 @@ Kubernetes gives 64 MiB.
 {{- end }}
 {{- end -}}
 
-{{/* What the program's pods are scaled by, and how much of it a pod should have. */}}
+{{/*
+What the program's pods are scaled by, and how much of it a pod should have: {metrics: [{metric, target}]}, of which the largest
+number of pods counts. `autoscaling.target` is the first one's.
+*/}}
 {{- define "vitrine.scaling" -}}
 {{- $workload := index . 1 -}}
 {{- $metrics := dict
@@ -164,6 +167,12 @@ Kubernetes gives 64 MiB.
 {{- /* Prompts that decode workers have not computed are those that prefill workers have not. */ -}}
 {{- $isDecode := and (eq $workload.program "llm") (eq ($workload.settings.role | default "") "decode") -}}
 {{- $scaling := index $metrics (ternary "decode" $workload.program $isDecode) -}}
-metric: {{ $scaling.metric }}
-target: {{ default $scaling.target $workload.settings.autoscaling.target | quote }}
+metrics:
+- metric: {{ $scaling.metric }}
+  target: {{ default $scaling.target $workload.settings.autoscaling.target | quote }}
+{{- if and (eq $workload.program "llm") (eq ($workload.settings.role | default "both") "both") }}
+{{- /* Long answers fill a worker without a prompt that waits. */}}
+- metric: vitrine_llm_load
+  target: "0.7"
+{{- end }}
 {{- end -}}

@@ -52,7 +52,7 @@ num_gpus: {{ $pool.gpu.count }}
 {{- if eq $scaling.kind "ray" }}
 min_replicas: {{ $scaling.minReplicas }}
 max_replicas: {{ $scaling.maxReplicas }}
-{{ index . 2 }}: {{ (include "vitrine.scaling" (list $root (dict "program" (ternary "encoder" "llm" (eq $key "encoders")) "settings" $pool)) | fromYaml).target }}
+{{ index . 2 }}: {{ (first (include "vitrine.scaling" (list $root (dict "program" (ternary "encoder" "llm" (eq $key "encoders")) "settings" $pool)) | fromYaml).metrics).target }}
 {{- else }}
 min_replicas: {{ $pool.replicas }}
 max_replicas: {{ $pool.replicas }}

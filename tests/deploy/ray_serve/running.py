@@ -35,11 +35,12 @@ _PROXY_TIMEOUT_VARIABLE, _PROXY_TIMEOUT_S = "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT
 
 @dataclass(frozen=True)
 class Running:
-    """base_url, grpc_address: of Ray Serve's proxies; mark: in the environment of every process."""
+    """base_url, grpc_address: of Ray Serve's proxies; mark: in the environment of every process; logs: Ray Serve's."""
 
     base_url: str
     grpc_address: str
     mark: str
+    logs: Path
 
     def num_running(self, deployment: str) -> int:
         """Replicas that serve."""
@@ -86,8 +87,9 @@ def running_application(arguments: dict[str, Any]) -> Iterator[Running]:
             http_options={"host": HOST, "port": http_port},
             grpc_options={"port": grpc_port, "grpc_servicer_functions": [_SERVICER, _HEALTH]},
         )
+        logs = Path(folder, "session_latest", "logs", "serve")
         serve.run(build(ServeArguments.model_validate(arguments)), name=APPLICATION)
-        yield Running(f"http://{HOST}:{http_port}", f"{HOST}:{grpc_port}", mark)
+        yield Running(f"http://{HOST}:{http_port}", f"{HOST}:{grpc_port}", mark, logs)
     finally:
         serve.shutdown()
         ray.shutdown()

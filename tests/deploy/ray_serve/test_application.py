@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import grpc
@@ -19,12 +22,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 pytest.importorskip("ray", reason="Ray is not installed: it comes with the extra `serve`")
 
 from ray import serve
+from ray.serve._private.common import ReplicaState
 
 from tests.deploy.ray_serve.load import QUESTION, Load, encode, next_picture
 from tests.deploy.ray_serve.running import APPLICATION, Running, running_application
 from tests.encoder_service.running import run_encoder
 from vitrine_vlm.deploy.launcher.ask import ask
 from vitrine_vlm.deploy.launcher.picture import picture_url
+from vitrine_vlm.deploy.ray_serve.application import build
+from vitrine_vlm.deploy.ray_serve.config import ServeArguments
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from vitrine_vlm.sample_models.tiny_vlm import MODEL_FOLDER
 
@@ -45,8 +51,8 @@ def application() -> Iterator[Running]:
     encoders = QUICK | {"max_replicas": 2, "target_queue_s": 0.3, "downscale_delay_s": 2.0}
     arguments = {
         "model": str(MODEL_FOLDER),
-        "encoders": encoders | {"settings": {"drain_timeout_s": 5, "pool_bytes": 8 << 20}},
-        "llm": QUICK | {"settings": {"drain_timeout_s": 5}},
+        "encoders": encoders | {"settings": {"drain_timeout_s": 5, "pool_bytes": 8 << 20, "log_format": "json"}},
+        "llm": QUICK | {"settings": {"drain_timeout_s": 5, "log_format": "json"}},
         "gateway": {"num_cpus": 0.1, "retry_s": PATIENCE_S},
     }
     with running_application(arguments) as running:
@@ -97,20 +103,50 @@ async def test_http_passes_errors_on_and_other_paths_not_in(application: Running
 
 
 async def test_the_door_has_probes_and_says_where_metrics_are(application: Running) -> None:
+    wanted = {"vitrine-encoder": "vitrine_encoder_queue_seconds", "vitrine-llm": "vitrine_llm_load"}
     async with aiohttp.ClientSession(application.base_url) as session:
         for path in ("/health", "/ready", "/version", "/dashboard"):
             async with session.get(path) as response:
                 assert response.status == 200, path
+        # As Prometheus takes it: HTTP service discovery ends with an error on anything else.
         async with session.get("/metrics/targets") as response:
-            found = {target["labels"]["job"]: target for target in await response.json()}
-        for job, series in (("vitrine-encoder", "vitrine_encoder_queue_seconds"), ("vitrine-llm", "vitrine_llm_load")):
-            assert found[job]["labels"]["pod"]
+            assert (response.status, response.content_type) == (200, "application/json")
+            targets = await response.json()
+        for target in targets:
+            assert target.keys() == {"targets", "labels"}
+            assert all(re.fullmatch(r"[a-zA-Z_]\w*", label) for label in target["labels"])
+            assert all(isinstance(value, str) and value for value in target["labels"].values())
+        found = {target["labels"]["job"]: target for target in targets}
+        assert found.keys() == wanted.keys() and len(targets) == 2
+        async with session.get("/metrics") as response:
+            at_the_door = await response.text()
+        for job, series in wanted.items():
             async with session.get(f"http://{found[job]['targets'][0]}/metrics") as response:
                 assert f"\n{series} " in await response.text()
+            [line] = [each for each in at_the_door.splitlines() if each.startswith(f"{series}{{")]
+            assert f'pod="{found[job]["labels"]["pod"]}"' in line and f'job="{job}"' in line
     async with grpc.aio.insecure_channel(application.grpc_address) as channel:
         for service in ("", "vitrine.encoder.v1.Encoder"):
             answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service))
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_lines_of_services_are_in_the_logs_of_their_replicas(application: Running) -> None:
+    await ask(application.base_url, picture_url(None), QUESTION, max_tokens=4, show=lambda piece: None)
+
+    def lines(deployment: str) -> list[dict[str, Any]]:
+        files = application.logs.glob(f"replica_{APPLICATION}_{deployment}_*.log")
+        return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+    def is_logged() -> bool:
+        return any(line.get("status") == 200 for line in lines("LlmWorker"))
+
+    await wait_until(is_logged, "the line of a request")
+    answered = next(line for line in lines("LlmWorker") if line.get("status") == 200)
+    assert answered["message"].startswith("POST /v1/chat/completions: 200 in ")
+    assert answered["request_id"].startswith("chatcmpl-") and answered["completion_tokens"] > 0
+    encoded = next(line for line in lines("Encoder") if line.get("request_id") == answered["request_id"])
+    assert (encoded["levelname"], encoded["deployment"]) == ("INFO", f"{APPLICATION}_Encoder")
 
 
 async def test_encode_over_grpc_gives_the_rows_of_an_encoder(application: Running, tmp_path: Path) -> None:
@@ -172,3 +208,25 @@ async def test_killed_encoder_is_replaced_and_no_request_is_lost(application: Ru
         )
     print(f"replaced after {replaced_s:.1f} s; load {load}")
     assert not load.errors
+
+
+async def test_replicas_that_were_never_placed_are_gone_at_once(application: Running) -> None:
+    pool = {"num_gpus": 1, "settings": {"drain_timeout_s": 120}}
+    arguments = {"model": str(MODEL_FOLDER), "encoders": pool, "llm": pool, "gateway": {"num_cpus": 0.1}}
+    target = serve.RunTarget(build(ServeArguments.model_validate(arguments)), name="no-room", route_prefix="/no-room")
+    waits = {"wait_for_ingress_deployment_creation": False, "wait_for_applications_running": False}
+    await asyncio.to_thread(serve.run_many, [target], **waits)
+
+    def are_waiting() -> bool:
+        found = serve.status().applications["no-room"].deployments
+        return all(
+            name in found and found[name].replica_states == {ReplicaState.STARTING: 1}
+            for name in ("Encoder", "LlmWorker")
+        )
+
+    await wait_until(are_waiting, "replicas that wait for a GPU")
+    begin = time.monotonic()
+    await asyncio.to_thread(serve.delete, "no-room")
+    gone_s = time.monotonic() - begin
+    print(f"gone after {gone_s:.1f} s")
+    assert gone_s < 60, "Ray Serve alone waits for twice the 125 s that they may take to drain"

@@ -67,6 +67,24 @@ def test_as_many_replicas_as_have_the_target_each(now: int, queues: list[float] 
     assert in_ray_serve(context(now, queues))[0] == wanted
 
 
+@pytest.mark.parametrize(
+    ("loads", "wanted"),
+    [
+        ([0.7, 0.7, 0.7, 0.7], 4),  # short queues, and yet none is to spare
+        ([0.6, 0.6, 0.6, 0.6], 4),  # 3.4 are enough, but only just
+        ([0.3, 0.3, 0.3, 0.3], 2),
+        ([0.9, 0.9, 0.9, 0.9], 6),
+        ([0.0, 0.0, 0.0, 0.0], 1),
+    ],
+)
+def test_no_more_replicas_are_removed_than_the_load_allows(loads: list[float], wanted: int) -> None:
+    policy = QueuedWork("queue_seconds", 2.0, "load", 0.7)
+    given = context(4, [0.01] * 4)
+    assert given.aggregated_metrics is not None
+    given.aggregated_metrics["load"] = dict(zip(given.running_replicas, loads, strict=True))
+    assert _apply_autoscaling_config(policy)(given)[0] == wanted
+
+
 def test_other_statistics_do_not_count() -> None:
     assert QueuedWork("queued_prefill_tokens", 100.0)(context(2, [50.0, 50.0])) == (2, {})
 

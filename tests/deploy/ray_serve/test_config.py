@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from pydantic import ValidationError
 
 pytest.importorskip("ray", reason="Ray is not installed: it comes with the extra `serve`")
 
-import ray
 from click.testing import CliRunner
 from ray._common.utils import import_attr
 from ray.serve import scripts
@@ -24,6 +22,7 @@ from vitrine_vlm.deploy.ray_serve import config as config_module
 from vitrine_vlm.deploy.ray_serve.application import build
 from vitrine_vlm.deploy.ray_serve.config import ServeArguments
 from vitrine_vlm.deploy.ray_serve.llm import gpu_environment
+from vitrine_vlm.deploy.ray_serve.placement import shortages, stopping
 from vitrine_vlm.encoder_service.config import EncoderConfig
 from vitrine_vlm.llm_worker.config import LlmConfig
 
@@ -80,6 +79,9 @@ def test_arguments_of_the_command_line_reach_the_deployments() -> None:
     assert (scaling.min_replicas, scaling.max_replicas) == (1, 4)
     assert scaling.policy.policy_function == "vitrine_vlm.deploy.ray_serve.autoscaling.QueuedWork"
     assert scaling.policy.policy_kwargs == {"stat": "queue_seconds", "target": 1.5}
+    scaling = made["LlmWorker"]._deployment_config.autoscaling_config
+    queue, load = {"stat": "queued_prefill_tokens", "target": 8192}, {"load_stat": "load", "target_load": 0.7}
+    assert scaling.policy.policy_kwargs == queue | load
     router = encoder._deployment_config.request_router_config.request_router_class
     assert router == "vitrine_vlm.deploy.ray_serve.content_router.ContentRouter"
     assert made["LlmWorker"]._deployment_config.graceful_shutdown_timeout_s > 60
@@ -138,17 +140,20 @@ def test_a_worker_runs_on_its_own_gpu_and_sees_the_others(
     assert gpu_environment(own, num_on_node).get("CUDA_VISIBLE_DEVICES") == expected
 
 
-def test_the_smallest_application_fits_two_cpus(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
-    monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
-    build(ServeArguments(model="some/model"))
-    assert not caplog.messages
-    build(ServeArguments.model_validate({"model": "some/model", "llm": {"num_cpus": 2, "num_gpus": 1}}))
-    said = dict.fromkeys(message.partition(":")[0] for message in caplog.messages)  # Ray adds handlers of its own
-    assert list(said) == [
+def test_the_smallest_application_fits_two_cpus() -> None:
+    assert not shortages(ServeArguments(model="some/model").needed, {"CPU": 2.0})
+    larger = ServeArguments.model_validate({"model": "some/model", "llm": {"num_cpus": 2, "num_gpus": 1}})
+    assert [shortage.partition(":")[0] for shortage in shortages(larger.needed, {"CPU": 2.0})] == [
         "the application needs 3 CPUs, the cluster has 2",
         "the application needs 1 GPUs, the cluster has 0",
     ]
+
+
+def test_which_of_the_replicas_without_a_process_are_to_stop() -> None:
+    replicas = [{"actor_name": name, "state": state} for name, state in (("a", "STARTING"), ("b", "STOPPING"))]
+    replicas.append({"actor_name": "has a process", "state": "STOPPING"})
+    running = {"status": "RUNNING", "deployments": {"Encoder": {"replicas": replicas}}}
+    assert stopping({"applications": {"vitrine": running}}, "vitrine", {"a", "b"}) == ["b"]
+    deleting = {"status": "DELETING", "deployments": {}}  # as Ray Serve lists it then
+    assert stopping({"applications": {"vitrine": deleting}}, "vitrine", {"a", "b"}) == ["a", "b"]
+    assert stopping({"applications": {}}, "vitrine", {"a"}) == ["a"]
