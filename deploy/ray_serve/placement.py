@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import ray
@@ -76,11 +76,11 @@ def end_never_placed(application: str) -> bool:
         pending = {name for name in waiting if name.startswith(f"SERVE_REPLICA::{application}#")}
         if not pending:
             return False
-        controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-        details = ray.get(controller.get_serve_instance_details.remote())
-        for name in stopping(details, application, pending):
+        controller: Any = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        get: Callable[..., Any] = ray.get  # its overloads take an actor's answer for a list
+        for name in stopping(get(controller.get_serve_instance_details.remote()), application, pending):
+            _log.info("%s is to stop and was never placed: it is ended", name)
             ray.kill(ray.get_actor(name, namespace=SERVE_NAMESPACE))
-            _log.info("%s was to stop and had never been placed: it is ended", name)
     except (RayError, ValueError) as error:  # the controller is being replaced, or the replica is gone
         _log.debug("replicas that were never placed: %s", error)
     return True
@@ -93,7 +93,6 @@ async def watch(application: str) -> None:
         await asyncio.sleep(_INTERVAL_S)
 
 
-@ray.remote(num_cpus=0)
 class LastRounds:
     """An actor that ends never placed replicas of an application that is deleted, and then itself.
 
@@ -118,4 +117,5 @@ def outlive(application: str) -> None:
     if end_never_placed(application):
         name = f"vitrine_placement_{application}"
         options = {"name": name, "namespace": SERVE_NAMESPACE, "lifetime": "detached", "get_if_exists": True}
-        LastRounds.options(**options).remote(application)
+        actor: Any = ray.remote(LastRounds)
+        actor.options(num_cpus=0, **options).remote(application)

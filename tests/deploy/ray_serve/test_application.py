@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,14 +139,19 @@ async def test_lines_of_services_are_in_the_logs_of_their_replicas(application: 
         files = application.logs.glob(f"replica_{APPLICATION}_{deployment}_*.log")
         return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
-    def is_logged() -> bool:
-        return any(line.get("status") == 200 for line in lines("LlmWorker"))
+    def answered_chats() -> list[dict[str, Any]]:
+        return [line for line in lines("LlmWorker") if line["message"].startswith("POST /v1/chat/completions: 200 in ")]
 
-    await wait_until(is_logged, "the line of a request")
-    answered = next(line for line in lines("LlmWorker") if line.get("status") == 200)
-    assert answered["message"].startswith("POST /v1/chat/completions: 200 in ")
+    await wait_until(lambda: bool(answered_chats()), "the line of a request")
+    answered = answered_chats()[0]
+    assert answered["status"] == 200
     assert answered["request_id"].startswith("chatcmpl-") and answered["completion_tokens"] > 0
-    encoded = next(line for line in lines("Encoder") if line.get("request_id") == answered["request_id"])
+
+    def encoded_lines() -> list[dict[str, Any]]:
+        return [line for line in lines("Encoder") if line.get("request_id") == answered["request_id"]]
+
+    await wait_until(lambda: bool(encoded_lines()), "the line of the encoder's call")
+    encoded = encoded_lines()[0]
     assert (encoded["levelname"], encoded["deployment"]) == ("INFO", f"{APPLICATION}_Encoder")
 
 
@@ -214,8 +220,8 @@ async def test_replicas_that_were_never_placed_are_gone_at_once(application: Run
     pool = {"num_gpus": 1, "settings": {"drain_timeout_s": 120}}
     arguments = {"model": str(MODEL_FOLDER), "encoders": pool, "llm": pool, "gateway": {"num_cpus": 0.1}}
     target = serve.RunTarget(build(ServeArguments.model_validate(arguments)), name="no-room", route_prefix="/no-room")
-    waits = {"wait_for_ingress_deployment_creation": False, "wait_for_applications_running": False}
-    await asyncio.to_thread(serve.run_many, [target], **waits)
+    deploy = partial(serve.run_many, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+    await asyncio.to_thread(deploy, [target])
 
     def are_waiting() -> bool:
         found = serve.status().applications["no-room"].deployments
