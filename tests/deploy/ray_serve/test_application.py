@@ -228,7 +228,7 @@ async def test_replicas_that_were_never_placed_are_gone_at_once(application: Run
         return all(
             name in found and found[name].replica_states == {ReplicaState.STARTING: 1}
             for name in ("Encoder", "LlmWorker")
-        )
+        ) and found["Gateway"].replica_states == {ReplicaState.RUNNING: 1}
 
     await wait_until(are_waiting, "replicas that wait for a GPU")
     begin = time.monotonic()
