@@ -14,6 +14,7 @@ from aiohttp import web
 
 from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
 from vitrine_vlm.embedding_transport.fleet.discovery import parse_sources, watch_sources
+from vitrine_vlm.embedding_transport.wire.client_calls import ClientCalls
 from vitrine_vlm.embedding_transport.wire.grpc_access import GrpcAccess
 from vitrine_vlm.embedding_transport.wire.message_bounds import MessageBounds
 from vitrine_vlm.errors import VitrineError, WorkerUnavailable
@@ -75,7 +76,9 @@ async def serve(config: GatewayConfig) -> None:
     access = config.make_access(metrics.registry, "vitrine_gateway", config.tenant)
     held = ByteBudget(config.max_held_bytes)
     bounds = MessageBounds(held, config.client_timeout_s)
-    server = ServiceServer(limits=config.port_limits(), interceptors=[GrpcAccess(access), bounds])
+    limits = config.port_limits()
+    interceptors = [GrpcAccess(access), ClientCalls(limits.max_client_connections), bounds]
+    server = ServiceServer(limits=limits, interceptors=interceptors)
     unavailable = lambda message: WorkerUnavailable(f"the gateway {message}")  # noqa: E731
     lifecycle = Lifecycle(server, calls, unavailable, config.drain_timeout_s)
     supervisor = lifecycle.supervisor
@@ -85,7 +88,7 @@ async def serve(config: GatewayConfig) -> None:
         stack.push_async_callback(supervisor.close)
         return_memory_after_peaks(held, supervisor)
         access.start(supervisor)
-        port = HttpPort(http.application(), config.port_limits(), held, stop_grace_s=_STOP_GRACE_S)
+        port = HttpPort(http.application(), limits, held, stop_grace_s=_STOP_GRACE_S)
         stack.push_async_callback(port.close)
         tls = config.server_tls()
         http_port = await port.start(config.host, config.port, tls.context() if tls else None, supervisor)

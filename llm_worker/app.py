@@ -18,6 +18,7 @@ from vitrine_vlm.embedding_transport.fleet.discovery import watch_sources
 from vitrine_vlm.embedding_transport.fleet.row_peer import ConnectOptions
 from vitrine_vlm.embedding_transport.pools.shm_pool import remove_stale_pools
 from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter, export_pools
+from vitrine_vlm.embedding_transport.wire.client_calls import ClientCalls
 from vitrine_vlm.embedding_transport.wire.message_bounds import MessageBounds
 from vitrine_vlm.errors import VitrineError, WorkerUnavailable
 from vitrine_vlm.llm_worker.config import LlmConfig
@@ -107,7 +108,9 @@ async def serve(config: LlmConfig) -> None:
     bounds = MessageBounds(held, config.client_timeout_s)
     others = [PREFILL_SERVICE] if prefill else []
     peer_rules = config.peer_rules(config.tls_client_ca_file is not None)
-    server = LlmServer(servicer, *others, access=access, limits=config.port_limits(), interceptors=[bounds])
+    port_limits = config.port_limits()
+    interceptors = [ClientCalls(port_limits.max_client_connections), bounds]
+    server = LlmServer(servicer, *others, access=access, limits=port_limits, interceptors=interceptors)
     if prefill:
         server.grpc.add_generic_rpc_handlers((prefill_handlers(prefill, peer_rules),))
     unavailable = lambda message: WorkerUnavailable(f"the worker {message}")  # noqa: E731
@@ -128,7 +131,7 @@ async def serve(config: LlmConfig) -> None:
         return_memory_after_peaks(held, supervisor)
         access.start(supervisor)
         # The ports answer before anything slow begins, so that probes get an answer and no refused connection.
-        port = HttpPort(application, config.port_limits(), held, stop_grace_s=_STOP_GRACE_S)
+        port = HttpPort(application, port_limits, held, stop_grace_s=_STOP_GRACE_S)
         stack.push_async_callback(port.close)
         tls = config.server_tls()
         http_port = await port.start(config.host, config.port, tls.context() if tls else None, supervisor)

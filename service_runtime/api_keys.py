@@ -164,6 +164,11 @@ def set_account(account: KeyAccount | None) -> None:
     _account.set(account)
 
 
+def has_account() -> bool:
+    """Whether the current task's request came with a key."""
+    return _account.get() is not None
+
+
 def take_media(nbytes: int) -> None:
     """Counts bytes of media that the current task's request has sent, against its key if it came with one.
 

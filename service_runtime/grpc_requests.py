@@ -54,7 +54,7 @@ class RefusingMalformed(grpc.aio.ServerInterceptor):
 
 
 def _refusing_malformed(handler: grpc.RpcMethodHandler[Any, Any], method: str) -> grpc.RpcMethodHandler[Any, Any]:
-    behaviour: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+    behaviour = behaviour_of(handler)
     check = _checked_stream if handler.request_streaming else _checked_message
 
     async def respond(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
@@ -72,18 +72,29 @@ def _refusing_malformed(handler: grpc.RpcMethodHandler[Any, Any], method: str) -
         except MalformedRequest as error:
             await _abort(context, error)
 
+    chosen = respond_by_generator if inspect.isasyncgenfunction(behaviour) else respond
+    return handler_of_kind(handler, chosen, _tolerant(handler.request_deserializer))
+
+
+def behaviour_of(handler: grpc.RpcMethodHandler[Any, Any]) -> Any:
+    """Returns what a handler of any kind calls: with a request, or an iterator of requests, and the context."""
+    return handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+
+
+def handler_of_kind(
+    handler: grpc.RpcMethodHandler[Any, Any], behaviour: Any, deserialize: Any
+) -> grpc.RpcMethodHandler[Any, Any]:
+    """Returns a handler of the same kind that calls something else."""
     made: dict[tuple[bool, bool], Any] = {
         (False, False): grpc.unary_unary_rpc_method_handler,
         (False, True): grpc.unary_stream_rpc_method_handler,
         (True, False): grpc.stream_unary_rpc_method_handler,
         (True, True): grpc.stream_stream_rpc_method_handler,
     }
-    checked: grpc.RpcMethodHandler[Any, Any] = made[handler.request_streaming, handler.response_streaming](
-        respond_by_generator if inspect.isasyncgenfunction(behaviour) else respond,
-        _tolerant(handler.request_deserializer),
-        handler.response_serializer,
+    of_kind: grpc.RpcMethodHandler[Any, Any] = made[handler.request_streaming, handler.response_streaming](
+        behaviour, deserialize, handler.response_serializer
     )
-    return checked
+    return of_kind
 
 
 def _tolerant(deserialize: Any) -> Callable[[bytes], Any]:

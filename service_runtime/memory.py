@@ -37,17 +37,18 @@ def reuse_picture_memory() -> None:
 def return_memory_after_peaks(budget: ByteBudget, supervisor: Supervisor) -> None:
     """Returns freed memory to the system once the budget has fallen from a peak.
 
-    malloc keeps what gRPC has freed of large messages, in pieces between others: gigabytes, and for good
-    (docs/reliability.md). glibc only; with other C libraries this does nothing.
+    Garbage is collected first: an error and the frames of its traceback refer to each other, and keep the messages of
+    requests that have failed until a collection, which a service without requests never makes. And malloc keeps what
+    gRPC has freed of large messages, in pieces between others: gigabytes, and for good (docs/reliability.md); other C
+    libraries than glibc have no function that returns it.
     """
-    c_library = ctypes.CDLL(None)
-    if not hasattr(c_library, "malloc_trim"):
-        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad_nbytes: None)
     jobs: set[asyncio.Task[None]] = set()
 
     async def trim_later() -> None:
         await asyncio.sleep(_SETTLE_S)
-        await asyncio.to_thread(c_library.malloc_trim, 0)
+        gc.collect()  # what was there at the start is frozen: few objects
+        await asyncio.to_thread(trim, 0)
 
     def start() -> None:
         if not jobs:

@@ -15,7 +15,8 @@ class PortLimits:
     max_body_nbytes: bytes of one HTTP body or gRPC message.
     client_timeout_s: seconds in which a head must be complete, the next piece of a body must come, and a reply that
         fills the buffers must be read on.
-    max_connections: open connections in all; max_client_connections: of one address.
+    max_connections: open connections in all; max_client_connections: of one address, and likewise its
+        calls in flight over gRPC without a key.
     """
 
     max_body_nbytes: int = MAX_BODY_BYTES

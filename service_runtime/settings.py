@@ -84,7 +84,7 @@ class ServiceSettings(BaseSettings):
         description="longest wait for a client: for a request's head, for its body to go on, for a reply to be read, s",
     )
     max_connections: int = Field(4096, ge=1, description="open connections of one port")
-    max_client_connections: int = Field(2048, ge=1, description="of these from one address (HTTP only)")
+    max_client_connections: int = Field(2048, ge=1, description="of these, or calls over gRPC, from one address")
     log_level: LogLevel = Field("info", description="least severe messages to log")
     log_format: LogFormat = Field("text", description="json: one object a line")
     otlp_endpoint: str = Field(

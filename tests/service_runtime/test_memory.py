@@ -51,7 +51,9 @@ async def main():
         item.reserve(256 << 20)
         pieces = [bytes(64 * 1024) for _ in range(4096)]
         kept = pieces[::128]
-        del pieces
+        garbage = [pieces]
+        garbage.append(garbage)  # as an error and the frames of its traceback
+        del pieces, garbage
         before = resident_mib()
     await asyncio.sleep(0.5)
     print(before - resident_mib())
@@ -61,7 +63,7 @@ asyncio.run(main())
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
-def test_what_is_freed_between_other_blocks_is_returned_after_a_peak() -> None:
+def test_what_is_freed_between_other_blocks_is_returned_after_a_peak_and_garbage_is_collected() -> None:
     done = subprocess.run([sys.executable, "-c", RETURNED], capture_output=True, text=True, check=True)
     assert float(done.stdout) > 150
 

@@ -11,7 +11,9 @@ import grpc
 import pytest
 
 from vitrine_vlm.embedding_transport.wire.grpc_status import abort, error_from_rpc, send
-from vitrine_vlm.embedding_transport.wire.message_bounds import MAX_READING, MessageBounds
+from vitrine_vlm.embedding_transport.wire.message_bounds import MessageBounds
+from vitrine_vlm.embedding_transport.wire.reading_slots import MAX_READING
+from vitrine_vlm.embedding_transport.wire.unread_replies import MAX_UNREAD
 from vitrine_vlm.errors import BadRequest, Overloaded
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget
@@ -28,12 +30,13 @@ class Serving:
 
     def __init__(self) -> None:
         self.budget = ByteBudget(BUDGET)
+        self.bounds = MessageBounds(self.budget, TIMEOUT_S)
         self.gate = asyncio.Event()
         self.num_kept = 0
         self.ended: list[str] = []
         self.server = ServiceServer(
             limits=PortLimits(max_body_nbytes=8 * MIB, client_timeout_s=TIMEOUT_S, max_connections=8),
-            interceptors=[MessageBounds(self.budget, TIMEOUT_S)],
+            interceptors=[self.bounds],
         )
         handlers: dict[str, Any] = {
             "Keep": grpc.unary_unary_rpc_method_handler(self._keep, bytes, bytes),
@@ -155,6 +158,41 @@ async def test_replies_that_are_not_read_end_and_are_counted_until_the_peer_leav
         async with asyncio.timeout(10):
             while serving.budget.reserved_nbytes:
                 await asyncio.sleep(0.05)
+
+
+async def test_a_connection_with_unread_replies_is_refused_and_others_are_not(serving: Serving) -> None:
+    serving.gate.set()
+    async with connected(serving) as channel, connected(serving) as other:
+        calls = [method(channel.unary_stream, "Stream")(b"a") for _ in range(MAX_UNREAD)]
+        assert await keep(channel, 10, timeout=5) == b"10", "what waits for a moment is not unread"
+        async with asyncio.timeout(10):
+            while True:
+                try:
+                    await keep(channel, 10)
+                except grpc.aio.AioRpcError as refused:
+                    error = error_from_rpc(refused)
+                    break
+                await asyncio.sleep(0.02)
+        assert isinstance(error, Overloaded) and "have not been read" in str(error)
+        assert await keep(other, 10) == b"10"
+        for call in calls:
+            call.cancel()
+        await asyncio.sleep(0.2)
+        assert await keep(channel, 10) == b"10"
+
+
+async def test_slots_that_have_read_large_messages_pause(serving: Serving) -> None:
+    """Meanwhile requests of other connections are read."""
+    serving.gate.set()
+    serving.bounds._copy_s_per_byte = 2e-8  # 4 MiB: 0.34 s for each slot in use
+    async with connected(serving) as channel, connected(serving) as other:
+        begin = asyncio.get_running_loop().time()
+        large = [keep(channel, 4 * MIB) for _ in range(4)]
+        await asyncio.sleep(0.1)
+        assert await keep(other, 10) == b"10"
+        assert asyncio.get_running_loop().time() - begin < 0.3
+        await asyncio.gather(*large)
+        assert asyncio.get_running_loop().time() - begin > 0.3, "the third began once a slot had paused"
 
 
 async def test_connections_are_limited(serving: Serving) -> None:
