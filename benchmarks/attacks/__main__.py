@@ -1,6 +1,8 @@
 """Attacks real services while a victim sends small pictures and texts, and prints how long the victim waits.
 
-    python -m benchmarks.attacks [NAME...] [--through gateway]
+    OMP_NUM_THREADS=1 python -m benchmarks.attacks [NAME...] [--through gateway]
+
+All of them take 22 minutes, and as long again through the gateway. The lines are those of docs/reliability.md.
 
 Starts an encoder, an LLM worker and a gateway with the shipped model. Before each attack the victim is alone for a
 time, then the attack runs beside it. An attack is a function of `over_http`, `over_grpc` or `by_media`; without names
@@ -15,7 +17,7 @@ import asyncio
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,7 +34,11 @@ _COLUMNS = ("text", "picture", "health")
 
 
 async def attacked(name: str, services: Services, url: str, options: argparse.Namespace) -> str:
-    """Returns a line of the table: what the victim waited without the attack, and with it."""
+    """Returns a line of the table: what the victim waited without the attack, and with it.
+
+    Raises:
+        RuntimeError: the attacker ended.
+    """
     model = await served_model(url)
     victim = Victim(url, model, options.every_s)
     watched = [services.encoders[0], services.workers[0], services.gateway]
@@ -48,15 +54,30 @@ async def attacked(name: str, services: Services, url: str, options: argparse.Na
         outcomes = json.loads(await attacker.read_line())
     await asyncio.sleep(_SETTLE_S)
     memory = [f"{peak_mib(pid):.0f}, {resident_mib(pid):.0f}" for pid in pids]
-    failures = ", ".join(f"{count} x {text}" for text, count in (before.failures + beside.failures).items())
-    cells = [name, *(_times(kind, before, beside) for kind in _COLUMNS), *memory, failures or "none", str(outcomes)]
+    failures = _counts(before.failures + beside.failures)
+    cells = [
+        f"`{name}`: {_title(name)}",
+        *(_times(kind, before, beside) for kind in _COLUMNS),
+        *memory,
+        failures or "none",
+        _counts(outcomes),
+    ]
     return f"| {' | '.join(cells)} |"
+
+
+def _title(name: str) -> str:
+    """What the attack sends, as its docstring says."""
+    return (ATTACKS[name].__doc__ or "").partition("\n")[0].rstrip(".")
 
 
 def _times(kind: str, before: Waits, beside: Waits) -> str:
     return " → ".join(
         f"{each.percentile_ms(kind, 50):.0f}, {each.percentile_ms(kind, 99):.0f}" for each in (before, beside)
     )
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} x {text}" for text, count in counts.items())
 
 
 async def run(options: argparse.Namespace, logs: Path) -> None:

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-import base64
 import io
+import os
 from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
 
 import av
 import numpy as np
 from PIL import Image
 
-from benchmarks.attacks.over_http import chat_body, picture_parts, posting
-from benchmarks.attacks.target import Target
+from benchmarks.attacks.over_http import CHAT, chat_body, data_url, picture_parts
+from benchmarks.attacks.target import Target, keep_posting
 from tests.encoder_service.decoding import hostile
 
 _MIB = 1024 * 1024
 _SIDE = 8192
+_SALT_NBYTES = 8
+
+
+def _posting(
+    target: Target, make_parts: Callable[[str], list[dict[str, Any]]], file: bytes, kind: str, in_flight: int
+) -> Callable[[], Awaitable[None]]:
+    """Keeps this file in flight, each time with other bytes behind its end: what is decoded is found in no cache."""
+
+    def make_body() -> bytes:
+        return chat_body(target, make_parts(data_url(file + os.urandom(_SALT_NBYTES), kind)))
+
+    return partial(keep_posting, target, CHAT, make_body, in_flight, None)
 
 
 def _picture(target: Target, file: bytes, kind: str, in_flight: int = 2) -> Callable[[], Awaitable[None]]:
-    url = f"data:{kind};base64,{base64.b64encode(file).decode()}"
-    return posting(target, chat_body(target, picture_parts(url)), in_flight)
+    return _posting(target, picture_parts, file, kind, in_flight)
 
 
 def scans(target: Target) -> Callable[[], Awaitable[None]]:
@@ -62,5 +75,6 @@ def video(target: Target) -> Callable[[], Awaitable[None]]:
             frame.pts = None
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    url = f"data:video/mp4;base64,{base64.b64encode(file.getvalue()).decode()}"
-    return posting(target, chat_body(target, [{"type": "video_url", "video_url": {"url": url}}]), 4)
+    free = (8 + _SALT_NBYTES).to_bytes(4, "big") + b"free"  # a box whose content is skipped
+    parts = lambda url: [{"type": "video_url", "video_url": {"url": url}}]  # noqa: E731
+    return _posting(target, parts, file.getvalue() + free, "video/mp4", 4)

@@ -17,15 +17,15 @@ import numpy as np
 from benchmarks.attacks.target import Target, keep_posting
 
 _MIB = 1024 * 1024
-_CHAT = "/v1/chat/completions"
+CHAT = "/v1/chat/completions"
 _NUM_HALF_SENT = 3000
 _ATTACKER = "127.0.0.2"
 
 
 def posting(
-    target: Target, body: bytes, in_flight: int, path: str = _CHAT, headers: dict[str, str] | None = None
+    target: Target, body: bytes, in_flight: int, path: str = CHAT, headers: dict[str, str] | None = None
 ) -> Callable[[], Awaitable[None]]:
-    return partial(keep_posting, target, path, body, in_flight, headers)
+    return partial(keep_posting, target, path, lambda: body, in_flight, headers)
 
 
 def chat_body(target: Target, content: Any, **fields: Any) -> bytes:
@@ -33,9 +33,13 @@ def chat_body(target: Target, content: Any, **fields: Any) -> bytes:
     return json.dumps({"model": target.model, "messages": messages, "max_tokens": 1} | fields).encode()
 
 
-def data_url(nbytes: int, kind: str = "image/png") -> str:
-    noise = np.random.default_rng(0).integers(0, 256, nbytes // 4 * 3, dtype=np.uint8).tobytes()
-    return f"data:{kind};base64,{base64.b64encode(noise).decode()}"
+def data_url(file: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(file).decode()}"
+
+
+def _noise_url(nbytes: int) -> str:
+    """A data: URL of so many characters, which is said to be a picture."""
+    return data_url(np.random.default_rng(0).integers(0, 256, nbytes // 4 * 3, dtype=np.uint8).tobytes(), "image/png")
 
 
 def picture_parts(*urls: str) -> list[dict[str, Any]]:
@@ -62,12 +66,12 @@ def tools(target: Target) -> Callable[[], Awaitable[None]]:
 
 def bodies(target: Target) -> Callable[[], Awaitable[None]]:
     """Eight clients with bodies of 200 MiB, each a data: URL."""
-    return posting(target, chat_body(target, picture_parts(data_url(200 * _MIB))), 8)
+    return posting(target, chat_body(target, picture_parts(_noise_url(200 * _MIB))), 8)
 
 
 def data_urls(target: Target) -> Callable[[], Awaitable[None]]:
     """Two clients with a data: URL of 60 MB."""
-    return posting(target, chat_body(target, picture_parts(data_url(60_000_000))), 2)
+    return posting(target, chat_body(target, picture_parts(_noise_url(60_000_000))), 2)
 
 
 def gzip_bodies(target: Target) -> Callable[[], Awaitable[None]]:

@@ -34,14 +34,16 @@ def attacker_session() -> aiohttp.ClientSession:
     return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
 
 
-async def keep_posting(target: Target, path: str, body: bytes, in_flight: int, headers: dict[str, str] | None) -> None:
-    """Keeps requests with this body in flight; each client waits half a second behind an answer."""
+async def keep_posting(
+    target: Target, path: str, make_body: Callable[[], bytes], in_flight: int, headers: dict[str, str] | None
+) -> None:
+    """Keeps requests in flight, each with a new body; each client waits half a second behind an answer."""
     sent = {"Content-Type": "application/json"} | (headers or {})
 
     async def client(session: aiohttp.ClientSession) -> None:
         while True:
             try:
-                async with session.post(target.url + path, data=body, headers=sent) as response:
+                async with session.post(target.url + path, data=make_body(), headers=sent) as response:
                     await response.read()
                     target.outcomes[f"HTTP {response.status}"] += 1
             except aiohttp.ClientError as error:

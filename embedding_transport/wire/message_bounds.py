@@ -25,9 +25,10 @@ from vitrine_vlm.service_runtime.grpc_requests import MAX_WRAPPED_HANDLERS
 WINDOW_NBYTES = 64 * 1024
 # gRPC puts a message together on the event loop, and nothing else runs there meanwhile: with what is made of it, about
 # as long as four copies take. Behind a large message its slot stays taken for as many copies as the message has MiB, at
-# most for twelve, so that all large messages together take a third of the loop.
+# most for four, so that all large messages together take half of the loop. Longer pauses would make small requests on
+# the same connection, those of a worker's other users, wait for a slot: how long a request is shows when it is read.
 _LARGE_NBYTES = 1024 * 1024
-_MAX_COPIES_OF_PAUSE = 12
+_MAX_COPIES_OF_PAUSE = 4
 
 _Parse = Callable[[bytes], Any]
 
@@ -86,7 +87,6 @@ class MessageBounds(grpc.aio.ServerInterceptor):
     ) -> Any:
         """Returns the call's request; ends the call where it cannot be had."""
         try:
-            self._replies.check(peer)
             return await self._read(context, peer, parse, reserved)
         except Exception as error:
             await abort(context, error)
@@ -97,11 +97,13 @@ class MessageBounds(grpc.aio.ServerInterceptor):
         """
         Raises:
             BadRequest: the message does not arrive in time, or there is none.
-            Overloaded: too many others are read, or in memory.
+            Overloaded: too many others are read, or in memory, or the connection does not read its replies.
         """
+        self._replies.check(peer)
         await self._reading.acquire(peer, self._timeout.seconds)
         pause_s = 0.0
         try:
+            self._replies.check(peer)  # of those that began together all but the first have waited
             raw = await self._received(context)
             if len(raw) <= WINDOW_NBYTES:
                 return parse(raw)

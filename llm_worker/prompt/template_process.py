@@ -12,9 +12,8 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
-
-from transformers.utils.chat_template_utils import render_jinja_template
 
 MAX_MEMORY_BYTES = 512 * 2**20
 MAX_RENDERED_LENGTH = 8 * 1024 * 1024
@@ -22,9 +21,9 @@ MAX_RENDERED_LENGTH = 8 * 1024 * 1024
 _NICENESS = 10
 
 
-def _render(arguments: dict[str, Any]) -> dict[str, str]:
+def _render(render: Callable[..., tuple[list[str], Any]], arguments: dict[str, Any]) -> dict[str, str]:
     try:
-        texts, _ = render_jinja_template(**arguments)
+        texts, _ = render(**arguments)
     except MemoryError:
         return {"error": "chat_template: it takes too much memory: send a simpler one"}
     except Exception as error:  # templates may raise any exception
@@ -38,11 +37,14 @@ def _render(arguments: dict[str, Any]) -> dict[str, str]:
 def main() -> None:
     """Answers until stdin ends."""
     os.nice(_NICENESS)
+    # Only now: its import takes seconds of CPU time, and a template that is ended costs the next one a new process.
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     for line in sys.stdin:
         arguments = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, arguments.pop("cpu_s"))  # SIGPROF ends a process, also in native code
-        answer = _render(arguments)
+        answer = _render(render_jinja_template, arguments)
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(answer), flush=True)
 

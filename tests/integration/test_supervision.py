@@ -25,6 +25,7 @@ from tests.gateway.upstream import Upstream, serve_upstreams
 from tests.integration.breakable import BreakableService
 from tests.integration.fleet import ServiceProcess
 from tests.integration.media_server import MediaServer, serve_media
+from tests.service_runtime.test_api_keys import ALICE, bearer, entry
 from vitrine_vlm.embedding_transport.wire.grpc_status import ERROR_CODE_KEY
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from vitrine_vlm.protos.llm.v1 import llm_pb2, llm_pb2_grpc
@@ -38,7 +39,8 @@ ENCODER = {"batch builder", "batch runner", "batch finisher", "jpeg batcher 0", 
 ENCODER |= {"lease expiry", "sglang registration ADDRESS", "sglang peers", "decoder 0", "decoder 1"}
 ENCODER |= {"encoder ADDRESS connection", "encoder ADDRESS releases"}
 WORKER = {"engine", "discovery", "health", "encoder ADDRESS connection", "encoder ADDRESS releases", "lease expiry"}
-GATEWAY = {"server ADDRESS health", "discovery of servers", "discovery of encoders", "health"}
+WORKER |= {"API keys"}
+GATEWAY = {"server ADDRESS health", "discovery of servers", "discovery of encoders", "health", "API keys"}
 GATEWAY |= {"encoder ADDRESS connection", "encoder ADDRESS releases"}
 DECODE = {"prefill worker ADDRESS connection", "prefill worker ADDRESS releases"}
 
@@ -81,6 +83,13 @@ def encoder_flags(folder: Path, peers: Path, language_server: str) -> list[str]:
 def worker_flags(folder: Path, *flags: str) -> list[str]:
     ports = ["--port", "0", "--grpc-port", "0", "--drain-timeout-s", str(DRAIN_TIMEOUT_S)]
     return ["--model", str(folder), *ports, *flags]
+
+
+def keys_flags(folder: Path) -> list[str]:
+    """Flags by which ALICE's key is needed."""
+    file = folder / "keys"
+    file.write_text(json.dumps({"keys": [entry(ALICE, "alice")]}))
+    return ["--api-keys-file", str(file)]
 
 
 async def refused(call: Any, code: str, name: str) -> None:
@@ -149,10 +158,12 @@ async def break_worker(service: BreakableService, addresses: dict[str, str], nam
     body = {"model": model, "prompt": "Hello", "max_tokens": 3000, "ignore_eos": True}
     sampling = llm_pb2.SamplingParams(max_tokens=3000, ignore_eos=True)
     request = llm_pb2.GenerateRequest(prompt=llm_pb2.Prompt(text="Hello"), sampling=sampling)
-    async with aiohttp.ClientSession() as session, grpc.aio.insecure_channel(addresses["grpc"]) as channel:
+    session = aiohttp.ClientSession(headers=bearer(ALICE))
+    metadata = tuple(bearer(ALICE).items())
+    async with session, grpc.aio.insecure_channel(addresses["grpc"]) as channel:
         stub: llm_pb2_grpc.LlmAsyncStub = llm_pb2_grpc.LlmStub(channel)
         whole = asyncio.create_task(session.post(f"{url}/v1/completions", json=body).__aenter__())
-        call = stub.Generate(request)
+        call = stub.Generate(request, metadata=metadata)
         assert await call.read() and await call.read()
         async with session.post(f"{url}/v1/completions", json={**body, "stream": True}) as stream:
             await stream.content.readuntil(b"\n\n")
@@ -168,7 +179,7 @@ async def break_worker(service: BreakableService, addresses: dict[str, str], nam
             assert response.status == 503 and name in (await response.json())["reason"]
         await until_not_serving(addresses["grpc"])
         assert time.monotonic() - service.broken_at < NOTICED_S
-        await refused(stub.Generate(request), "worker_unavailable", name)
+        await refused(stub.Generate(request, metadata=metadata), "worker_unavailable", name)
         async with session.post(f"{url}/v1/completions", json=body) as response:
             assert (response.status, (await response.json())["error"]["code"]) == (503, "worker_unavailable")
         async with session.get(f"{url}/health") as response:
@@ -180,7 +191,7 @@ async def break_gateway(service: BreakableService, addresses: dict[str, str], na
     upstream.gate.clear()
     url = f"http://{addresses['http']}"
     body = {"messages": [{"role": "user", "content": "Hello"}]}
-    async with aiohttp.ClientSession() as session:
+    async with aiohttp.ClientSession(headers=bearer(ALICE)) as session:
         whole = asyncio.create_task(session.post(f"{url}/v1/chat/completions", json=body).__aenter__())
         async with session.post(f"{url}/v1/chat/completions", json={**body, "stream": True}) as stream:
             await stream.content.readuntil(b"\n\n")
@@ -224,7 +235,9 @@ async def test_each_loop_of_an_encoder(
 async def test_each_loop_of_a_worker(qwen3_vl_folder: Path, tmp_path: Path, encoder: ServiceProcess) -> None:
     addresses = tmp_path / "encoders"
     addresses.write_text(encoder.addresses["grpc"])
-    flags = partial(worker_flags, qwen3_vl_folder, "--role", "prefill", "--encoders", f"file:{addresses}")
+    flags = partial(
+        worker_flags, qwen3_vl_folder, "--role", "prefill", "--encoders", f"file:{addresses}", *keys_flags(tmp_path)
+    )
     async with broken("vitrine_vlm.llm_worker", flags, tmp_path, WORKER) as services:
         async for service, found, name in services:
             await break_worker(service, found, name, qwen3_vl_folder.name)
@@ -236,6 +249,7 @@ async def test_each_loop_of_a_gateway(tmp_path: Path, encoder: ServiceProcess) -
         (tmp_path / "encoders").write_text(encoder.addresses["grpc"])
         sources = ["--servers", f"file:{tmp_path / 'servers'}", "--encoders", f"file:{tmp_path / 'encoders'}"]
         flags = [*sources, "--port", "0", "--grpc-port", "0", "--drain-timeout-s", str(DRAIN_TIMEOUT_S)]
+        flags += keys_flags(tmp_path)
         async with broken("vitrine_vlm.gateway", lambda: flags, tmp_path, GATEWAY) as services:
             async for service, found, name in services:
                 await break_gateway(service, found, name, upstream)

@@ -181,6 +181,23 @@ async def test_a_connection_with_unread_replies_is_refused_and_others_are_not(se
         assert await keep(channel, 10) == b"10"
 
 
+async def test_calls_that_wait_for_a_slot_are_refused_once_replies_are_unread(serving: Serving) -> None:
+    async with connected(serving) as channel:
+        streams = [method(channel.unary_stream, "Stream")(b"a") for _ in range(MAX_UNREAD)]
+        await asyncio.sleep(0.05)
+        reading = [method(channel.stream_unary, "Keep")() for _ in range(2)]
+        await asyncio.sleep(0.02)
+        waiting = keep(channel, 10)
+        await asyncio.sleep(0.4 * TIMEOUT_S)
+        assert not waiting.done()
+        await reading[0].write(b"a")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await waiting
+        assert "have not been read" in (caught.value.details() or "")
+        for call in streams + reading:
+            call.cancel()
+
+
 async def test_slots_that_have_read_large_messages_pause(serving: Serving) -> None:
     """Meanwhile requests of other connections are read."""
     serving.gate.set()
