@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 import grpc
 
@@ -75,6 +75,10 @@ def sessions(target: Target) -> Callable[[], Awaitable[None]]:
     """500 sessions of one peer, each opened again when it ends."""
     hello = encoder_pb2.ConnectRequest(hello=encoder_pb2.Hello(protocol_version=1, transports=["grpc"]))
 
+    async def only_hello() -> AsyncIterator[bytes]:
+        yield hello.SerializeToString()
+        await asyncio.Event().wait()
+
     async def attack() -> None:
         async with _channel(target) as channel:
             connect: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(
@@ -82,10 +86,7 @@ def sessions(target: Target) -> Callable[[], Awaitable[None]]:
             )
 
             async def call() -> str:
-                stream = connect()
-                with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                    await stream.write(hello.SerializeToString())
-                return (await stream.code()).name
+                return (await connect(only_hello()).code()).name
 
             await _repeated(call, target, _NUM_SESSIONS, _PAUSE_S)
 
