@@ -39,10 +39,9 @@ ENCODER = {"batch builder", "batch runner", "batch finisher", "jpeg batcher 0", 
 ENCODER |= {"lease expiry", "sglang registration ADDRESS", "sglang peers", "decoder 0", "decoder 1"}
 ENCODER |= {"encoder ADDRESS connection", "encoder ADDRESS releases"}
 WORKER = {"engine", "discovery", "health", "encoder ADDRESS connection", "encoder ADDRESS releases", "lease expiry"}
-WORKER |= {"API keys"}
 GATEWAY = {"server ADDRESS health", "discovery of servers", "discovery of encoders", "health", "API keys"}
 GATEWAY |= {"encoder ADDRESS connection", "encoder ADDRESS releases"}
-DECODE = {"prefill worker ADDRESS connection", "prefill worker ADDRESS releases"}
+DECODE = {"prefill worker ADDRESS connection", "prefill worker ADDRESS releases", "API keys"}
 
 
 @pytest.fixture(scope="module")
@@ -235,9 +234,7 @@ async def test_each_loop_of_an_encoder(
 async def test_each_loop_of_a_worker(qwen3_vl_folder: Path, tmp_path: Path, encoder: ServiceProcess) -> None:
     addresses = tmp_path / "encoders"
     addresses.write_text(encoder.addresses["grpc"])
-    flags = partial(
-        worker_flags, qwen3_vl_folder, "--role", "prefill", "--encoders", f"file:{addresses}", *keys_flags(tmp_path)
-    )
+    flags = partial(worker_flags, qwen3_vl_folder, "--role", "prefill", "--encoders", f"file:{addresses}")
     async with broken("vitrine_vlm.llm_worker", flags, tmp_path, WORKER) as services:
         async for service, found, name in services:
             await break_worker(service, found, name, qwen3_vl_folder.name)
@@ -259,7 +256,7 @@ async def test_each_loop_of_a_worker_that_only_decodes(
     qwen3_vl_folder: Path, tmp_path: Path, prefill_worker: ServiceProcess
 ) -> None:
     decode = ["--role", "decode", "--prefill-workers", prefill_worker.addresses["grpc"]]
-    flags = partial(worker_flags, qwen3_vl_folder, *decode)
+    flags = partial(worker_flags, qwen3_vl_folder, *decode, *keys_flags(tmp_path))
     async with broken("vitrine_vlm.llm_worker", flags, tmp_path, DECODE) as services:
         async for service, found, name in services:
             await break_worker(service, found, name, qwen3_vl_folder.name)
