@@ -16,6 +16,7 @@ from vitrine_vlm.encoder_service.engine.batcher import BatchReport
 from vitrine_vlm.encoder_service.engine.cache import CacheStats
 from vitrine_vlm.encoder_service.gpu.stats import GpuStats
 
+_STAGES = ("load", "open", "preprocess", "queue", "ship")
 _STAGE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _PATCH_BUCKETS = (16, 64, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 _ITEM_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -46,6 +47,8 @@ class EncoderMetrics:
             buckets=_STAGE_BUCKETS,
             registry=self.registry,
         )
+        # Found once, as the library looks each up behind a lock.
+        self._stages = {name: self.stage_seconds.labels(name) for name in _STAGES}
         self.batch_patches = Histogram(
             "vitrine_encoder_batch_patches", "Patches in a batch.", buckets=_PATCH_BUCKETS, registry=self.registry
         )
@@ -72,6 +75,10 @@ class EncoderMetrics:
     def show_progress(self, stage: str, part: float) -> None:
         """Sets which part of a stage of the start is done, 0 to 1."""
         self.start_progress.labels(stage).set(part)
+
+    def observe_stage(self, stage: str, seconds: float) -> None:
+        """Counts the time of one item in a stage."""
+        self._stages[stage].observe(seconds)
 
     def observe_batch(self, report: BatchReport) -> None:
         """Counts one batch that ran."""

@@ -13,9 +13,10 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from types import TracebackType
 from typing import Protocol, TypeAlias
 
 import torch
@@ -288,25 +289,41 @@ class EncodeService:
         encoded = await self._batcher.encode(patches_PX, layout.grid_thw, deadline, hook)
         queue_s, forward_s = encoded.queue_ms / 1e3, encoded.forward_ms / 1e3
         with harmless("a metric of the queue"):
-            self._metrics.stage_seconds.labels("queue").observe(queue_s)
+            self._metrics.observe_stage("queue", queue_s)
             past_span("queue", queue_s + forward_s, queue_s, **{_ITEM: index})
             past_span("forward", forward_s, forward_s, **{_ITEM: index})
         return EncodedRows(encoded.rows_TW, preprocess.elapsed_ms, encoded.queue_ms, encoded.forward_ms)
 
-    @contextmanager
-    def _stage(self, name: str, index: int) -> Iterator[_Stopwatch]:
-        """Times one stage of an item, for its answer, the metrics and the trace; metrics leave out stages that fail."""
-        stopwatch, started = _Stopwatch(), self._clock()
-        with span(name, **{_ITEM: index}):
-            yield stopwatch
-        stopwatch.elapsed_ms = (self._clock() - started) * 1e3
-        with harmless("a metric of stages"):
-            self._metrics.stage_seconds.labels(name).observe(stopwatch.elapsed_ms / 1e3)
+    def _stage(self, name: str, index: int) -> _Stage:
+        return _Stage(name, index, self._clock, self._metrics)
 
 
-@dataclass
-class _Stopwatch:
-    elapsed_ms: float = 0.0
+class _Stage:
+    """Times one stage of an item, for its answer, the metrics and the trace; metrics leave out stages that fail.
+
+    elapsed_ms: how long it took, once it has ended well.
+    """
+
+    # No generator as a context manager: items have five stages, and each would cost them three of these.
+
+    def __init__(self, name: str, index: int, clock: Callable[[], float], metrics: EncoderMetrics) -> None:
+        self.elapsed_ms = 0.0
+        self._name, self._clock, self._metrics = name, clock, metrics
+        self._span = span(name, **{_ITEM: index})
+
+    def __enter__(self) -> _Stage:
+        self._started = self._clock()
+        self._span.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._span.__exit__(kind, error, traceback)
+        if kind is None:
+            self.elapsed_ms = (self._clock() - self._started) * 1e3
+            with harmless("a metric of stages"):
+                self._metrics.observe_stage(self._name, self.elapsed_ms / 1e3)
 
 
 def _cache_key(content_hash: bytes, tenant: str) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from opentelemetry import context, propagate, trace
 from opentelemetry.util.types import AttributeValue
@@ -13,6 +13,7 @@ from vitrine_vlm import __version__
 
 # None unless `start_tracing` has a collector: without one no spans are created.
 _tracer: trace.Tracer | None = None
+_NO_SPAN = nullcontext()
 _TRACE_CONTEXT = "traceparent"
 
 
@@ -66,17 +67,9 @@ def annotate_span(attributes: Mapping[str, AttributeValue]) -> None:
         trace.get_current_span().set_attributes(attributes)
 
 
-@contextmanager
-def span(name: str, **attributes: AttributeValue) -> Iterator[None]:
+def span(name: str, **attributes: AttributeValue) -> AbstractContextManager[None]:
     """The span of a part of the current request. Unlike `serving_span` it may be exited in another task."""
-    if _tracer is None:
-        yield
-        return
-    part = _tracer.start_span(name, attributes=attributes)
-    try:
-        yield
-    finally:
-        part.end()
+    return _NO_SPAN if _tracer is None else _part(_tracer, name, attributes)
 
 
 def past_span(name: str, started_s_ago: float, duration_s: float, **attributes: AttributeValue) -> None:
@@ -88,8 +81,19 @@ def past_span(name: str, started_s_ago: float, duration_s: float, **attributes: 
     part.end(start_ns + int(duration_s * 1e9))
 
 
+@contextmanager
+def _part(tracer: trace.Tracer, name: str, attributes: Mapping[str, AttributeValue]) -> Iterator[None]:
+    part = tracer.start_span(name, attributes=attributes)
+    try:
+        yield
+    finally:
+        part.end()
+
+
 def outgoing_metadata() -> list[tuple[str, str]]:
     """Returns the metadata that propagates the current trace to the called service."""
+    if not context.get_current():  # injecting nothing takes as long as a message of the protocol
+        return []
     carrier: dict[str, str] = {}
     propagate.inject(carrier)
     return list(carrier.items())

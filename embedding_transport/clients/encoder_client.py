@@ -17,6 +17,7 @@ import torch
 from vitrine_vlm.embedding_transport.clients.encode_method import encode_method
 from vitrine_vlm.embedding_transport.clients.encode_request import Request, Share
 from vitrine_vlm.embedding_transport.clients.encode_stream import EncodeStream
+from vitrine_vlm.embedding_transport.clients.encoder_index import EncoderIndex
 from vitrine_vlm.embedding_transport.clients.encoder_peer import DescriptionCheck, EncoderDescription, EncoderPeer
 from vitrine_vlm.embedding_transport.clients.fleet_client import Exchange, FleetClient
 from vitrine_vlm.embedding_transport.fleet.connected_peers import ConnectedPeers
@@ -52,6 +53,8 @@ T = TypeVar("T")
 # The first protocol_minor_version that has layouts alone.
 _FIRST_WITH_LAYOUTS = 1
 _ADDITIONS = {1: "patches and tickets", 2: "options of media and lists of frames"}
+# Hashing fewer bytes takes less than a thread takes to start.
+_LARGE_NBYTES = 64 * 1024
 # The encoder cannot be reached, shuts down or has no capacity. All other errors are about the item itself.
 ENCODE_RETRIES = RetryPolicy[VitrineError](elsewhere=(EncoderUnavailable, Overloaded))
 
@@ -100,6 +103,7 @@ class EncoderClient(FleetClient[EncoderPeer]):
             encode_timeout_s,
             supervisor,
         )
+        self._last_index: EncoderIndex | None = None
 
     async def encoder_stats(self, timeout_s: float = 1.0) -> dict[str, encoder_pb2.GetStatsResponse]:
         """Returns each encoder's statistics by address, without encoders that do not answer in time."""
@@ -150,7 +154,7 @@ class EncoderClient(FleetClient[EncoderPeer]):
         by_encoder: dict[str, list[bytes]] = {}
         for ticket in tickets:
             by_encoder.setdefault(ticket.encoder_id, []).append(ticket.value)
-        issuers = self._by_instance()
+        issuers = self._index.by_instance
         calls = [
             _try(connection, partial(release, values=values))
             for encoder_id, values in by_encoder.items()
@@ -160,7 +164,7 @@ class EncoderClient(FleetClient[EncoderPeer]):
 
     def identity_of(self, encoder_id: str) -> ModelIdentity | None:
         """Returns what the encoder with this instance_id serves; None if it is not connected."""
-        peer = self._by_instance().get(encoder_id)
+        peer = self._index.by_instance.get(encoder_id)
         return peer.connection.description.identity if peer is not None and peer.connection is not None else None
 
     def _run(self, request: Request) -> AsyncGenerator[EncodeEvent]:
@@ -173,19 +177,19 @@ class EncoderClient(FleetClient[EncoderPeer]):
         elif event.layout.ticket is not None:
             self._supervisor.start_job("ticket release", self.release_tickets([event.layout.ticket]))
 
-    def _by_instance(self) -> dict[str, EncoderPeer]:
-        """The connected encoders that have tickets, by their instance_id."""
-        connected = ((peer, peer.connection) for peer in self._peers)
-        return {
-            connection.description.instance_id: peer
-            for peer, connection in connected
-            if connection is not None and connection.description.instance_id
-        }
+    @property
+    def _index(self) -> EncoderIndex:
+        connected = self._connected
+        if self._last_index is None or self._last_index.connected is not connected:
+            self._last_index = EncoderIndex(connected)
+        return self._last_index
 
     async def _encode_all(self, request: Request) -> None:
         if len(self._peers) > 1:  # with one encoder there is nothing to choose
-            # In a thread: hashing a long video takes a while.
-            request.keys = await asyncio.to_thread(lambda: [item.content_key for item in request.items])
+            if sum(item.nbytes + len(item.url or "") for item in request.items) < _LARGE_NBYTES:
+                request.keys = [item.content_key for item in request.items]
+            else:
+                request.keys = await asyncio.to_thread(lambda: [item.content_key for item in request.items])
         await self._encode(request, range(len(request.items)))
 
     async def _encode(self, request: Request, indices: Sequence[int]) -> None:
@@ -198,12 +202,13 @@ class EncoderClient(FleetClient[EncoderPeer]):
         # All that waits or raises comes first: the items of a share count as in flight.
         issuers = {index: await self._issuer(request, ticket) for index in indices if (ticket := items[index].ticket)}
         others = [index for index in indices if index not in issuers]
-        connected = await self._usable(request.attempts) if others else ConnectedPeers[EncoderPeer]([])
+        if others:
+            await self._usable(request.attempts)
         needed = {
             index: max(needed_minor_version(items[index]), _FIRST_WITH_LAYOUTS if request.layout_only else 0)
             for index in others
         }
-        suited = {minor: self._with_version(minor, request, connected) for minor in sorted(set(needed.values()))}
+        suited = {minor: self._with_version(minor, request) for minor in sorted(set(needed.values()))}
         shares: dict[str, Share] = {}
         for index, peer in issuers.items():
             shares.setdefault(peer.address, Share(peer)).add(index)
@@ -224,10 +229,10 @@ class EncoderClient(FleetClient[EncoderPeer]):
         await self._wait_until_attempted()
 
         def is_known() -> bool:
-            return ticket.encoder_id in self._by_instance()
+            return ticket.encoder_id in self._index.by_instance
 
         await self._wait_until(lambda: is_known() or all(peer.attempted.is_set() for peer in self._peers))
-        peer = self._by_instance().get(ticket.encoder_id)
+        peer = self._index.by_instance.get(ticket.encoder_id)
         failure = request.attempts.failures.get(peer.address) if peer is not None else None
         if isinstance(failure, Overloaded):
             raise failure
@@ -238,24 +243,16 @@ class EncoderClient(FleetClient[EncoderPeer]):
             )
         return peer
 
-    def _with_version(
-        self, minor: int, request: Request, connected: ConnectedPeers[EncoderPeer]
-    ) -> ConnectedPeers[EncoderPeer]:
-        """Returns those encoders whose protocol has this minor version or a later one.
+    def _with_version(self, minor: int, request: Request) -> ConnectedPeers[EncoderPeer]:
+        """Returns those encoders whose protocol has this minor version or a later one; some have not failed.
 
         Raises:
             EncoderMismatch: none has; Overloaded: those that have are overloaded.
         """
-        if not minor:
-            return connected
-        failures = request.attempts.failures
-        minors = {
-            address: peer.connection.description.minor_version
-            for address, peer in connected.by_address.items()
-            if peer.connection is not None and address not in failures
-        }
-        suited = ConnectedPeers(connected.by_address[address] for address, each in minors.items() if each >= minor)
-        if not len(suited):
+        failures, index = request.attempts.failures, self._index
+        suited = index.with_version(minor)
+        if not suited.has_usable(failures):
+            minors = {address: each for address, each in index.minors.items() if address not in failures}
             found = ", ".join(f"{address} has {PROTOCOL_VERSION}.{each}" for address, each in minors.items())
             raise soonest_overloaded(failures.values()) or EncoderMismatch(
                 f"{_ADDITIONS[minor]} need encoders with version {PROTOCOL_VERSION}.{minor} of the protocol, "

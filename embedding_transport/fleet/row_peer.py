@@ -131,7 +131,6 @@ class RowPeer(ABC, Generic[DescriptionT]):
         self._options = options
         self._mapper = options.mapper or LocalMapper(options.shm_folder, options.gpu)
         self._on_change: Callable[[], None] = lambda: None
-        self._to_release: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -149,6 +148,7 @@ class RowPeer(ABC, Generic[DescriptionT]):
         self._on_change = on_change
         self._loop = asyncio.get_running_loop()
         self._supervisor = supervisor
+        self._to_release: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
         self._task = supervisor.start_task(f"{self.service} {self.address} connection", self._keep_connected())
 
     async def close(self) -> None:

@@ -11,7 +11,7 @@ import secrets
 import struct
 import threading
 from abc import ABC, abstractmethod
-from bisect import insort
+from bisect import bisect
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -44,6 +44,7 @@ class FreeList:
     """First-fit allocation of [0, nbytes). Adjacent free ranges are joined; sizes are rounded up to the alignment."""
 
     def __init__(self, nbytes: int) -> None:
+        self.free_nbytes = nbytes
         self._free: list[tuple[int, int]] = [(0, nbytes)]  # start, length; sorted by start
 
     def allocate(self, nbytes: int) -> int | None:
@@ -55,22 +56,21 @@ class FreeList:
                     del self._free[index]
                 else:
                     self._free[index] = (start + nbytes, length - nbytes)
+                self.free_nbytes -= nbytes
                 return start
         return None
 
     def release(self, start: int, nbytes: int) -> None:
-        insort(self._free, (start, _aligned(nbytes)))
-        joined: list[tuple[int, int]] = []
-        for begin, length in self._free:
-            if joined and sum(joined[-1]) == begin:
-                joined[-1] = (joined[-1][0], joined[-1][1] + length)
-            else:
-                joined.append((begin, length))
-        self._free = joined
-
-    @property
-    def free_nbytes(self) -> int:
-        return sum(length for _, length in self._free)
+        length = _aligned(nbytes)
+        self.free_nbytes += length
+        index = bisect(self._free, (start, 0))
+        if index < len(self._free) and start + length == self._free[index][0]:
+            length += self._free.pop(index)[1]
+        if index and sum(self._free[index - 1]) == start:
+            index -= 1
+            start, before = self._free.pop(index)
+            length += before
+        self._free.insert(index, (start, length))
 
 
 class ExportPool(ABC):

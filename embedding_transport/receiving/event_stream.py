@@ -54,9 +54,10 @@ class EventStream(Generic[T]):
                     num_ended += 1
         finally:
             event = None  # otherwise the error and this frame would refer to each other
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            if num_ended < len(self._tasks):
+                for task in self._tasks:
+                    task.cancel()
+                await asyncio.gather(*self._tasks, return_exceptions=True)
             while not self._waiting.empty():
                 unread = self._waiting.get_nowait()
                 if not isinstance(unread, _End):

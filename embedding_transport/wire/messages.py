@@ -55,7 +55,8 @@ def item_to_proto(item: MediaItem) -> encoder_pb2.MediaItem:
 
 def needed_minor_version(item: MediaItem) -> int:
     """The protocol's first minor version whose encoders understand all of an item."""
-    if item.frames is not None or replace(item.options, fps=None) != NO_OPTIONS:
+    options = item.options
+    if item.frames is not None or (options != NO_OPTIONS and replace(options, fps=None) != NO_OPTIONS):
         return 2
     return 1 if item.patches is not None or item.ticket is not None else 0
 
@@ -72,7 +73,7 @@ def options_from_message(message: Message, fps: float) -> MediaOptions:
 
 def _options_to_proto(options: MediaOptions) -> encoder_pb2.MediaOptions | None:
     """The message, or None where nothing is in it: an item without options stays as older encoders know it."""
-    fields = options_to_fields(options)
+    fields = options_to_fields(options) if options != NO_OPTIONS else {}
     return encoder_pb2.MediaOptions(**fields) if fields else None
 
 

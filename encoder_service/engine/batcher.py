@@ -173,8 +173,11 @@ class Batcher:
                 return items
             self._arrived.clear()
             self._builds_later = not may_build
+            if not self._builds_later:
+                await self._arrived.wait()
+                continue
             with suppress(TimeoutError):
-                async with asyncio.timeout(spare_s if self._builds_later else None):
+                async with asyncio.timeout(spare_s):
                     await self._arrived.wait()
 
     def _end(self, items: list[QueuedItem]) -> None:

@@ -14,6 +14,8 @@ from vitrine_vlm.encoder_service.engine.cost_model import CostModel
 class WaitingQueue:
     """Items run in the order in which they are due: that of arrival, unless a deadline is near.
 
+    num_patches: of all items in the queue.
+
     Args:
         max_batch_patches: patches in a batch at most; a larger item runs alone.
         clock: seconds, that of deadlines.
@@ -23,11 +25,9 @@ class WaitingQueue:
         self._cost = cost
         self._max_batch_patches = max_batch_patches
         self._clock = clock
+        self.num_patches = 0
         self._items: list[QueuedItem] = []  # sorted by when they are due
-
-    @property
-    def num_patches(self) -> int:
-        return sum(len(item.patches_PX) for item in self._items)
+        self._present: set[QueuedItem] = set()  # the same: most items that are discarded have left it
 
     @property
     def is_full(self) -> bool:
@@ -36,11 +36,14 @@ class WaitingQueue:
 
     def add(self, item: QueuedItem) -> None:
         insort(self._items, item, key=lambda each: each.due)
+        self._present.add(item)
+        self.num_patches += len(item.patches_PX)
 
     def discard(self, item: QueuedItem) -> None:
         """Removes an item, and so releases its patches, unless it is in a batch already."""
-        if item in self._items:
+        if item in self._present:
             self._items.remove(item)
+            self._left(item)
 
     def pop_batch(self) -> list[QueuedItem]:
         """Removes and returns the items of the next batch: as they are due, without cancelled ones, while they fit.
@@ -58,8 +61,12 @@ class WaitingQueue:
                     break
                 slack_s = slack_s - seconds if popped else self._slack_s(item, seconds)
                 popped.append(item)
-            self._items.pop(0)
+            self._left(self._items.pop(0))
         return popped
+
+    def _left(self, item: QueuedItem) -> None:
+        self._present.remove(item)
+        self.num_patches -= len(item.patches_PX)
 
     def _slack_s(self, item: QueuedItem, seconds: float) -> float:
         """How much work besides the item's own `seconds` its batch may do; without limit if it is late anyway."""

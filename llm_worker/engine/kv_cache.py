@@ -71,7 +71,7 @@ class KvCache:
         if needed + num_reserved > self.num_free:
             self.release(table)
             return False
-        table.blocks.extend(self._allocate_block() for _ in range(needed))
+        table.blocks.extend(self._allocate_blocks(needed))
         table.set_slots(self.block_size)
         return True
 
@@ -81,7 +81,7 @@ class KvCache:
         if needed > self.num_free:
             return False
         if needed > 0:
-            table.blocks.extend(self._allocate_block() for _ in range(needed))
+            table.blocks.extend(self._allocate_blocks(needed))
             table.set_slots(self.block_size)
         return True
 
@@ -108,12 +108,16 @@ class KvCache:
         table.blocks.clear()
         table.set_slots(self.block_size)
 
-    def _allocate_block(self) -> int:
-        if self._empty:
-            block = self._empty.pop()
-        else:
+    def _allocate_blocks(self, number: int) -> list[int]:
+        first_empty = max(0, len(self._empty) - number)
+        blocks = self._empty[first_empty:]
+        blocks.reverse()  # the last one released is the first one used again
+        del self._empty[first_empty:]
+        while len(blocks) < number:
             block, _ = self._cached_free.popitem(last=False)
             self._prefixes.discard(block)
             self.num_evicted += 1
-        self._ref_counts[block] = 1
-        return block
+            blocks.append(block)
+        for block in blocks:
+            self._ref_counts[block] = 1
+        return blocks

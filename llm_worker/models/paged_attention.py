@@ -21,19 +21,26 @@ _versions = itertools.count()
 class BlockTable:
     """The cache blocks of one sequence, in order.
 
-    slots: cache slots of the blocks, one for each token, in order, int64, on the host.
     version: a number that changes with the blocks, and that no other table ever has.
     """
 
     blocks: list[int] = field(default_factory=list)
-    slots: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     version: int = field(default_factory=lambda: next(_versions))
+    _block_size: int = 1
+    _slots: torch.Tensor | None = None
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """Cache slots of the blocks, one for each token, in order, int64, on the host."""
+        if self._slots is None:
+            # NumPy, as torch takes ten times as long for so few numbers.
+            first_slots = np.array(self.blocks, dtype=np.int64)[:, None] * self._block_size
+            self._slots = torch.from_numpy((first_slots + np.arange(self._block_size)).reshape(-1))
+        return self._slots
 
     def set_slots(self, block_size: int) -> None:
         """Updates slots and version; must be called when `blocks` have changed."""
-        # NumPy, as torch takes ten times as long for so few numbers.
-        first_slots = np.array(self.blocks, dtype=np.int64)[:, None] * block_size
-        self.slots = torch.from_numpy((first_slots + np.arange(block_size)).reshape(-1))
+        self._block_size, self._slots = block_size, None  # made once they are read: a released table's never are
         self.version = next(_versions)
 
 

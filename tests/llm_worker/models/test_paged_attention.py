@@ -39,7 +39,7 @@ def test_equals_plain_attention_whatever_lies_in_other_slots(name: str) -> None:
         q_THD = torch.randn(length, NUM_HEADS, HEAD_DIM, generator=generator)
         k_LKD, v_LKD = torch.randn(2, context_length, NUM_KV_HEADS, HEAD_DIM, generator=generator)
         k_cache_SKD[slots], v_cache_SKD[slots] = k_LKD, v_LKD
-        sequences.append(SequenceSlice(start, length, context_length, BlockTable(slots=slots)))
+        sequences.append(SequenceSlice(start, length, context_length, BlockTable(slots.tolist())))
         queries.append(q_THD)
         expected.append(plainly(q_THD, k_LKD, v_LKD))
         start += length

@@ -119,6 +119,6 @@ def test_layer_at_true_dims(name: str) -> None:
         deepstack_NTC if num_deepstack else None,
         positions_3T,
         slots,
-        [SequenceSlice(0, NUM_TOKENS, NUM_TOKENS, BlockTable(slots=slots))],
+        [SequenceSlice(0, NUM_TOKENS, NUM_TOKENS, BlockTable(slots.tolist()))],
     )
     assert (decoder(inputs, torch.zeros(kv_shape)) - expected_TC).abs().max() <= 1e-3
