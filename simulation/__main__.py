@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from vitrine_vlm.simulation.checks import violations
+from vitrine_vlm.simulation.costs import GPUS
 from vitrine_vlm.simulation.report import digest, report
 from vitrine_vlm.simulation.scenario import NAMES, scenario_of
 from vitrine_vlm.simulation.simulation import simulate
@@ -27,9 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--encoders", type=int, help="number of encoders, instead of the scenario's")
     parser.add_argument("--workers", type=int, help="number of workers, instead of the scenario's")
     parser.add_argument("--trace", type=Path, help="JSON lines of requests, instead of the scenario's traffic")
+    parser.add_argument("--gpu", choices=sorted(GPUS), help="whose costs are taken; only the H200's are measured")
+    parser.add_argument("--decoder", choices=["bf16", "fp8"], help="the decoder's weights")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.ERROR)
+    logging.basicConfig(level=logging.CRITICAL)  # what processes log on faults is expected
     scenario = scenario_of(options.scenario, options.seed)
     traffic = replace(
         scenario.traffic,
@@ -41,6 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         traffic=traffic,
         num_encoders=options.encoders or scenario.num_encoders,
         num_workers=options.workers or scenario.num_workers,
+        hardware=replace(
+            scenario.hardware,
+            gpu=options.gpu or scenario.hardware.gpu,
+            decoder=options.decoder or scenario.hardware.decoder,
+        ),
     )
     run = simulate(scenario, options.seed, read_trace(options.trace) if options.trace else None)
     figures, failed = report(run), violations(run)

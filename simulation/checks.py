@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from vitrine_vlm.errors import InternalError
 from vitrine_vlm.simulation.simulation import Run
 
 # Errors with which a request may be refused: there was no encoder, no room or no time for it.
 _REFUSALS = {"encoder_unavailable", "overloaded", "deadline_exceeded", "prompt_too_long"}
+# What a broken version of the encoder answers.
+_FAULT_OF_ENCODER = InternalError.code
 # Beyond what admission promises: the batch that runs, and one that is built.
 _SLACK_S = 2.0
 # By how much less the caches may hit than the places of the items allow.
@@ -22,12 +25,14 @@ def violations(run: Run) -> list[str]:
 
 def _answers(run: Run) -> list[str]:
     found: list[str] = []
+    is_broken = any(fault.kind == "bad_deploy" for fault in run.scenario.faults)
+    allowed = _REFUSALS | {_FAULT_OF_ENCODER} if is_broken else _REFUSALS
     if len(run.outcomes) != len(run.requests):
         found.append(f"{len(run.requests)} requests have {len(run.outcomes)} outcomes")
     for outcome in run.outcomes:
         if outcome.num_answers != 1:
             found.append(f"{outcome.request} was answered {outcome.num_answers} times")
-        elif outcome.error is not None and outcome.error not in _REFUSALS:
+        elif outcome.error is not None and outcome.error not in allowed:
             found.append(f"{outcome.request} failed with {outcome.error}")
         elif outcome.error is None and outcome.num_tokens != outcome.request.num_generated:
             found.append(f"{outcome.request} got {outcome.num_tokens} tokens")

@@ -10,19 +10,17 @@ from typing import Any, cast
 
 import grpc
 
-from vitrine_vlm.embedding_transport.clients.encoder_peer import EncoderDescription, EncoderPeer
+from vitrine_vlm.embedding_transport.clients.encoder_peer import EncoderPeer, check_identity
 from vitrine_vlm.embedding_transport.fleet.row_peer import Connection, ConnectOptions
 from vitrine_vlm.embedding_transport.pools.fair_share import Holder
 from vitrine_vlm.embedding_transport.wire.grpc_status import ERROR_CODE_KEY, STATUS_BY_CODE
-from vitrine_vlm.errors import VitrineError
+from vitrine_vlm.errors import EncoderMismatch, VitrineError
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 from vitrine_vlm.service_runtime.supervisor import Supervisor
-from vitrine_vlm.simulation.costs import IDENTITY, MERGE_SIZE
+from vitrine_vlm.simulation.costs import IDENTITY
 from vitrine_vlm.simulation.encoder import SimulatedEncoder
 from vitrine_vlm.simulation.network import Link, Port, transfer
-from vitrine_vlm.simulation.tower import SimulatedMapping
 from vitrine_vlm.simulation.virtual_loop import VirtualLoop
-from vitrine_vlm.types import PROTOCOL_MINOR_VERSION
 
 # The product's: leases released within this time go together; a lost encoder is tried again after up to two seconds.
 _RELEASE_BATCH_S = 0.01
@@ -77,7 +75,7 @@ class SimulatedCall:
         left_at = transfer(link, connection.encoder.port, connection.port, nbytes, loop.time())
         self._to_worker(lambda: self._receive(raw), left_at)
         if link.holds_encoder:
-            await asyncio.sleep(left_at - loop.time())
+            await asyncio.sleep(left_at + link.latency_s - loop.time())
 
     def end(self) -> None:
         self._to_worker(lambda: self._end(grpc.aio.EOF))
@@ -86,9 +84,10 @@ class SimulatedCall:
         failed = _error(STATUS_BY_CODE[error.code], str(error), error.code)
         self._to_worker(lambda: self._end(failed))
 
-    def _to_worker(self, arrive: Callable[[], None], at: float = 0.0) -> None:
+    def _to_worker(self, arrive: Callable[[], None], left_at: float = 0.0) -> None:
         connection = self.connection
-        self._last_at = max(self._last_at, at, connection.loop.time() + connection.link.latency_s)
+        sent_at = max(left_at, connection.loop.time())
+        self._last_at = max(self._last_at, sent_at + connection.encoder.port.latency_s(connection.link))
         connection.to_worker(arrive, self._last_at)
 
     def stop(self) -> None:
@@ -156,7 +155,7 @@ class SimulatedConnection:
         return call
 
     def to_encoder(self, arrive: Callable[[], None]) -> None:
-        self.loop.call_later(self.link.latency_s, self._arrive, arrive)
+        self.loop.call_later(self.encoder.port.latency_s(self.link), self._arrive, arrive)
 
     def to_worker(self, arrive: Callable[[], None], at: float) -> None:
         self.loop.call_at(at, self._arrive, arrive)
@@ -215,15 +214,20 @@ class SimulatedPeer(EncoderPeer):
         self._released.append(lease_id)
 
     def connect(self, encoder: SimulatedEncoder) -> None:
-        """Connects to a process of the encoder that is up and reachable."""
+        """Connects to a process of the encoder that is up and reachable, if it serves the worker's checkpoint."""
+        try:
+            check_identity(self.address, encoder.description.identity, IDENTITY)
+        except EncoderMismatch as error:
+            self.error = error
+            self.attempted.set()
+            self._on_change()
+            return
         self._num_sessions += 1
         session_id = f"{self._worker} {self._num_sessions}"
         self.simulated = simulated = SimulatedConnection(self._virtual, encoder, self._link, self._port, session_id)
         encoder.open_session(simulated)
-        mapping = SimulatedMapping(encoder.pool.mapped_nbytes)
-        description = EncoderDescription(IDENTITY, MERGE_SIZE, PROTOCOL_MINOR_VERSION, encoder.address)
         channel = cast("grpc.aio.Channel", simulated)
-        self.connection = Connection(channel, description, session_id, "cuda_ipc", mapping)
+        self.connection = Connection(channel, encoder.description, session_id, "cuda_ipc", encoder.mapping)
         self.has_session = True
         self.attempted.set()
         self._on_change()

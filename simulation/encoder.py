@@ -6,11 +6,12 @@ import asyncio
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
+from vitrine_vlm.embedding_transport.clients.encoder_peer import EncoderDescription
 from vitrine_vlm.embedding_transport.pools.lease_manager import LeaseManager, PoolBlock
 from vitrine_vlm.embedding_transport.wire.messages import layout_to_proto, timings_to_proto
 from vitrine_vlm.encoder_service.codec import failed_to_proto, item_from_proto
@@ -25,14 +26,23 @@ from vitrine_vlm.errors import VitrineError
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget
 from vitrine_vlm.service_runtime.supervisor import Supervisor
-from vitrine_vlm.simulation.costs import tower_cost
+from vitrine_vlm.simulation.costs import IDENTITY, MEASURED, MERGE_SIZE, Hardware, tower_cost
 from vitrine_vlm.simulation.network import Port
-from vitrine_vlm.simulation.tower import SimulatedLoader, SimulatedPool, SimulatedPreprocessing, SimulatedTower
+from vitrine_vlm.simulation.tower import (
+    SimulatedLoader,
+    SimulatedMapping,
+    SimulatedPool,
+    SimulatedPreprocessing,
+    SimulatedTower,
+)
 from vitrine_vlm.simulation.virtual_loop import VirtualLoop
-from vitrine_vlm.types import ItemTimings, Layout
+from vitrine_vlm.types import PROTOCOL_MINOR_VERSION, ItemTimings, Layout
 
 if TYPE_CHECKING:
     from vitrine_vlm.simulation.connection import SimulatedCall, SimulatedConnection
+
+# What a process was started from: a broken one serves, and every batch of it fails.
+Version: TypeAlias = Literal["good", "broken", "another checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -53,23 +63,37 @@ class EncoderLimits:
 class SimulatedEncoder:
     """One process of an encoder, from its start to its end; after an end a new one is made.
 
-    num_asked, num_computed: items that came, and those of them that were not in the cache. contents: their distinct
-    content hashes. longest_queue_s: the longest that an item waited for its batch.
+    contents: distinct content hashes of the items that came. longest_queue_s: the longest that an item waited for its
+    batch.
     """
 
-    def __init__(self, loop: VirtualLoop, address: str, zone: int, limits: EncoderLimits, seed: int) -> None:
+    def __init__(
+        self,
+        loop: VirtualLoop,
+        address: str,
+        zone: int,
+        limits: EncoderLimits,
+        seed: int,
+        hardware: Hardware = MEASURED,
+        version: Version = "good",
+    ) -> None:
         self.address, self.zone = address, zone
-        self.port = Port()
-        self.tower = SimulatedTower(loop, random.Random(f"{seed} {address}"))
+        identity = replace(IDENTITY, revision="another") if version == "another checkpoint" else IDENTITY
+        rng = random.Random(f"{seed} {address}")
+        self.port = Port(rng)
+        self.tower = SimulatedTower(loop, rng, hardware, is_broken=version == "broken")
         self.contents: set[bytes] = set()
         self.longest_queue_s = 0.0
         self._loop = loop
         self._supervisor = Supervisor()
-        cost, clock = tower_cost(), loop.time
+        cost, clock = tower_cost(hardware), loop.time
         self.held = ByteBudget(limits.max_held_nbytes, clock=clock)
         self.admission = Admission(cost, max_patches=limits.max_queued_patches, max_s=limits.max_queued_s, clock=clock)
         self.cache = EmbeddingCache(gpu_nbytes=0, host_nbytes=limits.cache_nbytes)
         self.pool = SimulatedPool(limits.pool_nbytes)
+        # Of all its connections.
+        self.mapping = SimulatedMapping(self.pool.mapped_nbytes)
+        self.description = EncoderDescription(identity, MERGE_SIZE, PROTOCOL_MINOR_VERSION, address)
         self.leases = LeaseManager([self.pool], limits.lease_ttl_s, clock)
         self._tickets = TicketTable(address, limits.ticket_ttl_s, clock)
         batcher = Batcher(self.tower, cost, max_batch_patches=limits.max_batch_patches, clock=clock)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from functools import partial
+from typing import Literal, TypeAlias, get_args
 
-from vitrine_vlm.simulation.encoder import EncoderLimits, SimulatedEncoder
+from vitrine_vlm.simulation.costs import MEASURED, Hardware
+from vitrine_vlm.simulation.encoder import EncoderLimits, SimulatedEncoder, Version
 from vitrine_vlm.simulation.network import Link
 from vitrine_vlm.simulation.virtual_loop import VirtualLoop
 from vitrine_vlm.simulation.worker import SimulatedWorker, WorkerLimits
 
-FaultKind: TypeAlias = Literal["kill", "hang", "slow"]
+FaultKind: TypeAlias = Literal["kill", "hang", "slow", "partition", "link", "bad_deploy", "wrong_checkpoint"]
+FAULT_KINDS: tuple[FaultKind, ...] = get_args(FaultKind)
 
 # gRPC's keepalive, as the product sets it: a ping every ten seconds, which has ten seconds.
 _KEEPALIVE_S = (10.0, 20.0)
@@ -23,10 +27,16 @@ START_S = 49.0
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to encoders. A killed one starts again; one that hangs, or is cut off, goes on at the end.
+    """What happens to encoders.
 
-    encoders: their numbers. at: seconds from the start; seconds: until the process is started again, or it ends.
-    factor: by which a slow tower takes longer.
+    kill: the process ends, and another one serves `seconds` and a start later. hang: it neither sends nor receives.
+    slow: its tower takes `factor` times as long. partition: it and these workers do not reach each other. link: its
+    messages take `factor` times as long, and a part of them is lost and sent again. bad_deploy, wrong_checkpoint: it
+    is replaced by a process whose tower fails, or that serves another revision of the checkpoint, and replaced again
+    after `seconds`. Except for a kill, all is well again after `seconds`, or in the process that comes next.
+
+    at: seconds from the start. encoders, workers: their numbers. every_s: from one encoder to the next one. loss: part
+    of the messages.
     """
 
     kind: FaultKind
@@ -34,6 +44,9 @@ class Fault:
     encoders: tuple[int, ...]
     seconds: float = 0.0
     factor: float = 10.0
+    workers: tuple[int, ...] = ()
+    every_s: float = 0.0
+    loss: float = 0.0
 
 
 class Fleet:
@@ -52,17 +65,20 @@ class Fleet:
         encoder_limits: EncoderLimits,
         worker_limits: WorkerLimits,
         seed: int,
+        hardware: Hardware = MEASURED,
     ) -> None:
-        self._loop, self._limits, self._seed = loop, encoder_limits, seed
+        self._loop, self._limits, self._seed, self._hardware = loop, encoder_limits, seed, hardware
         self._rng = random.Random(f"{seed} fleet")
         self._addresses = [f"encoder-{number}:50051" for number in range(num_encoders)]
         self._zones = {address: number % num_zones for number, address in enumerate(self._addresses)}
-        self._cut: set[str] = set()
+        # How many faults keep a worker and a process from reaching each other.
+        self._cuts: Counter[tuple[SimulatedWorker, SimulatedEncoder]] = Counter()
         self._tasks: list[asyncio.Task[None]] = []
         self.ended: list[SimulatedEncoder] = []
         self.encoders: dict[str, SimulatedEncoder] = {}
         self.workers = [
-            SimulatedWorker(loop, f"worker-{number}", link, worker_limits, seed) for number in range(num_workers)
+            SimulatedWorker(loop, f"worker-{number}", link, worker_limits, seed, hardware)
+            for number in range(num_workers)
         ]
         for worker in self.workers:
             worker.client.set_addresses(self._addresses)
@@ -85,8 +101,8 @@ class Fleet:
     def plan(self, faults: Iterable[Fault]) -> None:
         """Has the faults happen at their moments."""
         for fault in faults:
-            addresses = [self._addresses[number] for number in fault.encoders]
-            self._loop.call_at(fault.at, self._begin, fault, addresses)
+            for place, number in enumerate(fault.encoders):
+                self._loop.call_at(fault.at + place * fault.every_s, self._begin, fault, self._addresses[number])
 
     async def close(self) -> None:
         """Ends all processes; none has anything in flight."""
@@ -96,62 +112,87 @@ class Fleet:
         for encoder in self.encoders.values():
             await encoder.close()
 
-    def _begin(self, fault: Fault, addresses: list[str]) -> None:
-        for address in addresses:
-            encoder = self.encoders.get(address)
-            if encoder is None:
-                continue
-            if fault.kind == "kill":
-                self._kill(encoder)
-                self._loop.call_later(fault.seconds + START_S, self._start_again, address)
-            elif fault.kind == "hang":
-                self._cut_off(encoder)
-                self._loop.call_later(fault.seconds, self._heal, encoder)
-            else:
-                encoder.tower.factor *= fault.factor
-                self._loop.call_later(fault.seconds, self._recover, encoder, fault.factor)
+    def _begin(self, fault: Fault, address: str) -> None:
+        encoder = self.encoders.get(address)
+        if encoder is None:
+            return
+        later = self._loop.call_later
+        if fault.kind == "kill":
+            self._end_process(encoder)
+            later(fault.seconds + START_S, self._start_again, address)
+        elif fault.kind == "hang":
+            self._cut_off(encoder, self.workers)
+            later(fault.seconds, self._heal, encoder, self.workers)
+        elif fault.kind == "partition":
+            workers = [self.workers[number] for number in fault.workers]
+            self._cut_off(encoder, workers)
+            later(fault.seconds, self._heal, encoder, workers)
+        elif fault.kind == "slow":
+            encoder.tower.factor *= fault.factor
+            later(fault.seconds, self._recover, encoder, fault.factor)
+        elif fault.kind == "link":
+            encoder.port.latency_factor *= fault.factor
+            encoder.port.loss += fault.loss
+            later(fault.seconds, self._mend_link, encoder, fault)
+        else:
+            self._replace(address, "broken" if fault.kind == "bad_deploy" else "another checkpoint")
+            later(fault.seconds, self._replace, address, "good")
 
-    def _start(self, address: str) -> None:
-        self.encoders[address] = SimulatedEncoder(self._loop, address, self._zones[address], self._limits, self._seed)
+    def _start(self, address: str, version: Version = "good") -> None:
+        self.encoders[address] = SimulatedEncoder(
+            self._loop, address, self._zones[address], self._limits, self._seed, self._hardware, version
+        )
 
     def _start_again(self, address: str) -> None:
         self._start(address)
-        self._reconnect(self.encoders[address])
+        self._reconnect(self.encoders[address], self.workers)
 
-    def _kill(self, encoder: SimulatedEncoder) -> None:
+    def _replace(self, address: str, version: Version) -> None:
+        """Ends the process where another one, which has started meanwhile, serves already."""
+        encoder = self.encoders.get(address)
+        if encoder is not None:
+            self._end_process(encoder)
+            self._start(address, version)
+            self._reconnect(self.encoders[address], self.workers)
+
+    def _end_process(self, encoder: SimulatedEncoder) -> None:
         del self.encoders[encoder.address]
-        self._cut.discard(encoder.address)
         self.ended.append(encoder)
         for worker in self.workers:
+            self._cuts.pop((worker, encoder), None)
             peer = worker.peer(encoder.address)
             self._loop.call_later(0.0, peer.lose_process, encoder)
         self._tasks.append(self._loop.create_task(encoder.close()))
 
-    def _cut_off(self, encoder: SimulatedEncoder) -> None:
+    def _cut_off(self, encoder: SimulatedEncoder, workers: Iterable[SimulatedWorker]) -> None:
         """Messages are held back until the keepalive of a connection notices."""
-        self._cut.add(encoder.address)
-        for worker in self.workers:
+        for worker in workers:
+            self._cuts[worker, encoder] += 1
             peer = worker.peer(encoder.address)
             if peer.simulated is not None:
                 peer.simulated.cut()
                 self._loop.call_later(self._rng.uniform(*_KEEPALIVE_S), peer.lose_cut, peer.simulated)
 
-    def _heal(self, encoder: SimulatedEncoder) -> None:
+    def _heal(self, encoder: SimulatedEncoder, workers: Sequence[SimulatedWorker]) -> None:
         if self.encoders.get(encoder.address) is not encoder:
             return
-        self._cut.discard(encoder.address)
-        for worker in self.workers:
+        for worker in workers:
+            self._cuts[worker, encoder] -= 1
             peer = worker.peer(encoder.address)
-            if peer.simulated is not None:
+            if not self._cuts[worker, encoder] and peer.simulated is not None:
                 peer.simulated.heal()
-        self._reconnect(encoder)
+        self._reconnect(encoder, workers)
 
     def _recover(self, encoder: SimulatedEncoder, factor: float) -> None:
         encoder.tower.factor /= factor
 
-    def _reconnect(self, encoder: SimulatedEncoder) -> None:
-        def may_connect() -> bool:
-            return self.encoders.get(encoder.address) is encoder and encoder.address not in self._cut
+    def _mend_link(self, encoder: SimulatedEncoder, fault: Fault) -> None:
+        encoder.port.latency_factor /= fault.factor
+        encoder.port.loss -= fault.loss
 
-        for worker in self.workers:
-            worker.peer(encoder.address).reconnect_later(encoder, may_connect)
+    def _reconnect(self, encoder: SimulatedEncoder, workers: Iterable[SimulatedWorker]) -> None:
+        def may_connect(worker: SimulatedWorker) -> bool:
+            return self.encoders.get(encoder.address) is encoder and not self._cuts[worker, encoder]
+
+        for worker in workers:
+            worker.peer(encoder.address).reconnect_later(encoder, partial(may_connect, worker))

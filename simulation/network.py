@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 
 
@@ -25,17 +26,35 @@ LINKS = {
 }
 
 
+# TCP sends what was lost again after 200 ms at the earliest, where nothing behind it arrives (RFC 6298 and Linux's
+# least timeout).
+_SENT_AGAIN_S = 0.2
+
+
 class Port:
-    """One host's port: rows pass it one behind the other."""
+    """One host's port: rows pass it one behind the other.
 
-    __slots__ = ("free_at",)
+    latency_factor: by which messages take longer than the link's latency; loss: part of them that is sent again.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_rng", "free_at", "latency_factor", "loss")
+
+    def __init__(self, rng: random.Random) -> None:
         self.free_at = 0.0
+        self.latency_factor = 1.0
+        self.loss = 0.0
+        self._rng = rng
+
+    def latency_s(self, link: Link) -> float:
+        """Of the next message over the link from or to this port, one way."""
+        seconds = link.latency_s * self.latency_factor
+        if self.loss and self._rng.random() < self.loss:
+            seconds += _SENT_AGAIN_S
+        return seconds
 
 
 def transfer(link: Link, source: Port, target: Port, nbytes: int, now: float) -> float:
-    """The moment at which so many bytes have left the source and arrived at the target."""
+    """The moment at which so many bytes have left the source and passed the target's port."""
     begin = max(now, source.free_at, target.free_at)
     source.free_at = target.free_at = end = begin + nbytes / link.bytes_a_second
-    return end + link.latency_s
+    return end

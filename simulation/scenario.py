@@ -6,8 +6,9 @@ import random
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from vitrine_vlm.simulation.costs import GPUS, MEASURED, Hardware
 from vitrine_vlm.simulation.encoder import EncoderLimits
-from vitrine_vlm.simulation.fleet import Fault, FaultKind
+from vitrine_vlm.simulation.fleet import FAULT_KINDS, Fault
 from vitrine_vlm.simulation.network import LINKS
 from vitrine_vlm.simulation.worker import WorkerLimits
 from vitrine_vlm.simulation.workload import (
@@ -65,7 +66,7 @@ class Traffic:
 class Scenario:
     """One run, which depends on nothing but this and a seed.
 
-    transport: a name of LINKS. num_zones: encoders are spread over so many, in turns.
+    transport: a name of LINKS. num_zones: encoders are spread over so many, in turns. hardware: of all GPUs.
     """
 
     num_encoders: int
@@ -76,6 +77,7 @@ class Scenario:
     num_zones: int = 3
     encoder_limits: EncoderLimits = field(default_factory=EncoderLimits)
     worker_limits: WorkerLimits = field(default_factory=WorkerLimits)
+    hardware: Hardware = MEASURED
 
 
 def _zone(number: int, num_encoders: int, num_zones: int = 3) -> tuple[int, ...]:
@@ -97,6 +99,12 @@ SCENARIOS: dict[str, Scenario] = {
     "hang": replace(_FLEET, faults=(Fault("hang", 10, (3,), 15),)),
     "slow": replace(_FLEET, faults=(Fault("slow", 5, (3,), 20),)),
     "zone_loss": replace(_FLEET, faults=(Fault("kill", 10, _zone(0, 10)),)),
+    # Five of the ten workers do not reach three encoders for 25 s.
+    "partition": replace(_FLEET, faults=(Fault("partition", 5, (0, 1, 2), 25, workers=tuple(range(5))),)),
+    "link": replace(_FLEET, faults=(Fault("link", 5, _zone(0, 10), 20, factor=20.0, loss=0.01),)),
+    # A rollout that is stopped and undone: three encoders have the new version for 15 s each.
+    "bad_deploy": replace(_FLEET, faults=(Fault("bad_deploy", 5, (0, 1, 2), 15, every_s=3.0),)),
+    "wrong_checkpoint": replace(_FLEET, faults=(Fault("wrong_checkpoint", 5, (0, 1, 2), 15, every_s=3.0),)),
     "grpc": replace(_FLEET, transport="grpc"),
     # One token an answer: the fleet of encoders is what is looked at.
     "scale": Scenario(1000, 300, Traffic(rate=10_000, seconds=1, num_generated=1)),
@@ -108,7 +116,7 @@ NAMES = (*SCENARIOS, "random")
 def random_scenario(seed: int) -> Scenario:
     """A small scenario with anything in it."""
     rng = random.Random(f"{seed} scenario")
-    num_encoders, seconds = rng.randint(1, 6), rng.choice([0.5, 1.0, 2.0])
+    num_encoders, num_workers, seconds = rng.randint(1, 6), rng.randint(1, 4), rng.choice([0.5, 1.0, 2.0])
     traffic = Traffic(
         rate=rng.choice([2, 5, 10, 20]),
         seconds=seconds,
@@ -118,7 +126,9 @@ def random_scenario(seed: int) -> Scenario:
         viral=rng.choice([0.0, 0.0, 0.5]),
         num_generated=rng.choice([1, 4, 16]),
     )
-    faults = tuple(_random_fault(rng, num_encoders, seconds) for _ in range(rng.choice([0, 0, 1, 1, 2, 4])))
+    faults = tuple(
+        _random_fault(rng, num_encoders, num_workers, seconds) for _ in range(rng.choice([0, 0, 1, 1, 2, 4]))
+    )
     limits = EncoderLimits()
     limits = replace(
         limits,
@@ -135,19 +145,32 @@ def random_scenario(seed: int) -> Scenario:
     )
     return Scenario(
         num_encoders=num_encoders,
-        num_workers=rng.randint(1, 4),
+        num_workers=num_workers,
         traffic=traffic,
         faults=faults,
         transport=rng.choice(sorted(LINKS)),
         encoder_limits=limits,
         worker_limits=workers,
+        hardware=Hardware(rng.choice(sorted(GPUS)), rng.choice(["bf16", "fp8"])),
     )
 
 
-def _random_fault(rng: random.Random, num_encoders: int, seconds: float) -> Fault:
-    kinds: list[FaultKind] = ["kill", "hang", "slow"]
-    hit = tuple(sorted(rng.sample(range(num_encoders), rng.randint(1, num_encoders))))
-    return Fault(rng.choice(kinds), rng.uniform(0, seconds), hit, rng.choice([0.5, 5.0, 30.0]), rng.choice([3.0, 50.0]))
+def _random_fault(rng: random.Random, num_encoders: int, num_workers: int, seconds: float) -> Fault:
+    return Fault(
+        rng.choice(FAULT_KINDS),
+        rng.uniform(0, seconds),
+        _some(rng, num_encoders),
+        rng.choice([0.5, 5.0, 30.0]),
+        rng.choice([3.0, 50.0]),
+        workers=_some(rng, num_workers),
+        every_s=rng.choice([0.0, 0.3]),
+        loss=rng.choice([0.0, 0.1]),
+    )
+
+
+def _some(rng: random.Random, number: int) -> tuple[int, ...]:
+    """One or more of the numbers below this one."""
+    return tuple(sorted(rng.sample(range(number), rng.randint(1, number))))
 
 
 def scenario_of(name: str, seed: int) -> Scenario:

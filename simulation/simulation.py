@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from vitrine_vlm.simulation.virtual_loop import NothingLeft, VirtualLoop, new_vi
 from vitrine_vlm.simulation.worker import Outcome, SimulatedWorker
 from vitrine_vlm.simulation.workload import SimulatedRequest
 
+# Requests leave few cycles, and every collection looks through all that is in flight.
+_GC_THRESHOLDS = (50_000, 20, 20)
 # Within this time after the last request all leases are released, or have expired.
 _MAX_SETTLE_S = 120
 # No request may take longer than this behind the last one's arrival: services' own loops never end, so that the clock
@@ -51,7 +54,13 @@ def simulate(scenario: Scenario, seed: int, requests: Sequence[SimulatedRequest]
         requests = scenario.traffic.requests(seed)
     loop = new_virtual_loop()
     start = time.process_time()
-    outcomes, fleet, virtual_s = loop.run(_run(loop, scenario, seed, requests))
+    thresholds = gc.get_threshold()
+    gc.set_threshold(*_GC_THRESHOLDS)
+    try:
+        outcomes, fleet, virtual_s = loop.run(_run(loop, scenario, seed, requests))
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*thresholds)
     cpu_s = time.process_time() - start
     return Run(scenario, requests, outcomes, fleet, virtual_s, cpu_s, loop.num_callbacks)
 
@@ -68,20 +77,28 @@ async def _run(
         encoder_limits=scenario.encoder_limits,
         worker_limits=scenario.worker_limits,
         seed=seed,
+        hardware=scenario.hardware,
     )
     fleet.plan(scenario.faults)
-    serving: list[asyncio.Task[Outcome]] = []
+    gc.freeze()  # the fleet stays as long as the run: no collection of garbage should look through it again
+    outcomes: list[Outcome] = []
+    serving: set[asyncio.Task[None]] = set()
     for number, request in enumerate(requests):
         await asyncio.sleep(request.at - loop.time())
         # A front that sends requests to workers in turns.
         worker: SimulatedWorker = fleet.workers[number % len(fleet.workers)]
-        serving.append(loop.create_task(worker.serve(request)))
+        outcomes.append(Outcome(request))
+        task = loop.create_task(worker.serve(outcomes[-1]))
+        serving.add(task)
+        task.add_done_callback(serving.discard)
     try:
         async with asyncio.timeout(_MAX_SERVING_S):
-            outcomes = [await each for each in serving]
+            while serving:
+                await asyncio.wait(serving)
     except TimeoutError:
-        waiting = sum(not each.done() for each in serving)
-        raise NothingLeft(f"{waiting} requests have not ended {_MAX_SERVING_S} s after the last one came") from None
+        raise NothingLeft(
+            f"{len(serving)} requests have not ended {_MAX_SERVING_S} s after the last one came"
+        ) from None
     virtual_s = loop.time()
     for _ in range(_MAX_SETTLE_S):
         await asyncio.sleep(1.0)

@@ -8,6 +8,8 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import cast
 
 import torch
 
@@ -17,7 +19,7 @@ from vitrine_vlm.encoder_service.decoding.media_decoder import MediaDecoder
 from vitrine_vlm.encoder_service.decoding.work import DecodeWork
 from vitrine_vlm.encoder_service.preprocess.preprocessor import OpenedMedia
 from vitrine_vlm.service_runtime.byte_budget import Reserve
-from vitrine_vlm.simulation.costs import IDENTITY, MERGE_SIZE, OPEN_S, preprocess_s, tower_cost
+from vitrine_vlm.simulation.costs import IDENTITY, MERGE_SIZE, OPEN_S, Hardware, preprocess_s, tower_cost
 from vitrine_vlm.simulation.virtual_loop import VirtualLoop
 from vitrine_vlm.simulation.workload import Picture
 from vitrine_vlm.types import DTYPES, Layout, MediaItem
@@ -26,8 +28,7 @@ from vitrine_vlm.types import DTYPES, Layout, MediaItem
 _NBYTES_A_PIXEL = 0.2
 # By how much one batch differs from another of the same size.
 _NOISE = 0.02
-_META = torch.device("meta")  # tensors with sizes and without memory
-_DTYPE = DTYPES[IDENTITY.dtype]
+_ROW_NBYTES = IDENTITY.row_width * DTYPES[IDENTITY.dtype].itemsize
 
 
 def item_of(picture: Picture) -> MediaItem:
@@ -37,15 +38,41 @@ def item_of(picture: Picture) -> MediaItem:
 
 def _picture_of(item: MediaItem) -> Picture:
     assert item.url is not None
-    _, size, key = item.url.split(":", 2)
+    return _picture_at(item.url)
+
+
+@lru_cache(1000)  # each is asked for twice
+def _picture_at(url: str) -> Picture:
+    _, size, key = url.split(":", 2)
     height, width = map(int, size.split("x"))
     return Picture(key, height, width)
+
+
+class SizedRows:
+    """What stands for rows: as much of a tensor as the services use. torch's own without memory take far longer."""
+
+    __slots__ = ("nbytes", "shape")
+
+    is_cuda = False
+
+    def __init__(self, num_rows: int) -> None:
+        self.shape = (num_rows, IDENTITY.row_width)
+        self.nbytes = num_rows * _ROW_NBYTES
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def split(self, numbers: Sequence[int]) -> tuple[SizedRows, ...]:
+        return tuple(map(SizedRows, numbers))
+
+    def clone(self, memory_format: torch.memory_format) -> SizedRows:
+        return self
 
 
 class SimulatedTower:
     """Takes as long as the measured cost model says, `factor` times, and a little more or less.
 
-    busy_s: seconds in which it has computed.
+    busy_s: seconds in which it has computed. is_broken: whether every batch fails.
     """
 
     out_hidden_size = IDENTITY.out_hidden_size
@@ -53,17 +80,20 @@ class SimulatedTower:
     row_width = IDENTITY.row_width
     merge_unit = MERGE_SIZE**2
 
-    def __init__(self, loop: VirtualLoop, rng: random.Random) -> None:
+    def __init__(self, loop: VirtualLoop, rng: random.Random, hardware: Hardware, *, is_broken: bool) -> None:
         self.factor = 1.0
+        self.is_broken = is_broken
         self.busy_s = 0.0
         self._loop, self._rng = loop, rng
-        self._cost = tower_cost()
+        self._cost = tower_cost(hardware)
 
     def forward(self, patches_PX: torch.Tensor, grid_thw: list[tuple[int, int, int]]) -> torch.Tensor:
+        if self.is_broken:
+            raise RuntimeError("this version of the encoder fails")
         seconds = self.factor * self._cost.batch_seconds(grid_thw) * (1 + _NOISE * self._rng.uniform(-1, 1))
         self._loop.block(seconds)
         self.busy_s += seconds
-        return torch.empty((len(patches_PX) // self.merge_unit, self.row_width), dtype=_DTYPE, device=_META)
+        return cast("torch.Tensor", SizedRows(len(patches_PX) // self.merge_unit))
 
 
 @dataclass(frozen=True)
@@ -137,4 +167,4 @@ class SimulatedMapping(PoolMapping):
         return bytes(nbytes)
 
     def _view(self, offset: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=_META)
+        return cast("torch.Tensor", SizedRows(shape[0]))

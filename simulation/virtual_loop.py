@@ -13,7 +13,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
-from contextvars import Context
+from contextvars import Context, copy_context
 from typing import Any, TypeVar, TypeVarTuple, Unpack
 
 T = TypeVar("T")
@@ -29,6 +29,30 @@ class NothingLeft(RuntimeError):
     """The main task waits for something that nothing will bring about."""
 
 
+class _Handle:
+    """A callback that is to run: what tasks and timeouts use of asyncio's own, which takes several times as long.
+
+    loop: that of a timer which has not fired.
+    """
+
+    __slots__ = ("args", "callback", "context", "loop")
+
+    def __init__(
+        self, callback: Callable[..., object], args: tuple[Any, ...], context: Context, loop: VirtualLoop | None = None
+    ) -> None:
+        self.callback: Callable[..., object] | None = callback
+        self.args, self.context, self.loop = args, context, loop
+
+    def cancel(self) -> None:
+        if self.callback is not None:
+            self.callback, self.args = None, ()  # what they refer to is free at once
+            if self.loop is not None:
+                self.loop.count_cancelled_timer()
+
+    def cancelled(self) -> bool:
+        return self.callback is None
+
+
 class VirtualLoop(asyncio.AbstractEventLoop):
     """
     num_callbacks: callbacks that have run.
@@ -38,8 +62,8 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         self.num_callbacks = 0
         self._now = 0.0
         self._job_s = 0.0  # how far the executor's job that runs just now is ahead
-        self._ready: deque[asyncio.Handle] = deque()
-        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._ready: deque[_Handle] = deque()
+        self._timers: list[tuple[float, int, _Handle]] = []
         self._numbers = itertools.count()
         self._num_cancelled = 0
         self._errors: list[dict[str, Any]] = []
@@ -77,25 +101,29 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         if not self._ready:
             self._advance()
         self._now += _TICK_S
-        for _ in range(len(self._ready)):
-            handle = self._ready.popleft()
-            if not handle.cancelled():
-                self.num_callbacks += 1
-                handle._run()
+        ready, num_now = self._ready, len(self._ready)
+        self.num_callbacks += num_now
+        for _ in range(num_now):
+            handle = ready.popleft()
+            if handle.callback is not None:
+                try:
+                    handle.context.run(handle.callback, *handle.args)
+                except Exception as error:
+                    self.call_exception_handler({"message": f"{handle.callback} has failed", "exception": error})
 
     def _advance(self) -> None:
         """Moves the clock to the next timer, and makes all timers of that moment ready, in the order of their calls."""
         timers = self._timers
         while timers:
-            when, _, handle = heapq.heappop(timers)
-            handle._scheduled = False  # type: ignore[attr-defined]
-            if handle.cancelled():
+            when, _, handle = timers[0]
+            if handle.callback is None:
+                heapq.heappop(timers)
                 self._num_cancelled -= 1
                 continue
             if self._ready and when > self._now:
-                handle._scheduled = True  # type: ignore[attr-defined]
-                heapq.heappush(timers, (when, _, handle))
                 return
+            heapq.heappop(timers)
+            handle.loop = None
             self._now = max(self._now, when)
             self._ready.append(handle)
         if not self._ready:
@@ -106,9 +134,9 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     def call_soon(
         self, callback: Callable[[Unpack[Args]], object], *args: *Args, context: Context | None = None
     ) -> asyncio.Handle:
-        handle = asyncio.Handle(callback, args, self, context)
+        handle = _Handle(callback, args, copy_context() if context is None else context)
         self._ready.append(handle)
-        return handle
+        return handle  # type: ignore[return-value]
 
     def call_soon_threadsafe(
         self, callback: Callable[[Unpack[Args]], object], *args: *Args, context: Context | None = None
@@ -122,7 +150,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         *args: *Args,
         context: Context | None = None,
     ) -> asyncio.TimerHandle:
-        return self.call_at(self.time() + delay, callback, *args, context=context)
+        return self.call_at(self._now + self._job_s + delay, callback, *args, context=context)
 
     def call_at(
         self,
@@ -131,12 +159,12 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         *args: *Args,
         context: Context | None = None,
     ) -> asyncio.TimerHandle:
-        handle = asyncio.TimerHandle(when, callback, args, self, context)
-        handle._scheduled = True  # type: ignore[attr-defined]
+        handle = _Handle(callback, args, copy_context() if context is None else context, self)
         heapq.heappush(self._timers, (when, next(self._numbers), handle))
-        return handle
+        return handle  # type: ignore[return-value]
 
-    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+    def count_cancelled_timer(self) -> None:
+        """Counts a timer that was cancelled before it fired."""
         self._num_cancelled += 1
         if self._num_cancelled > max(_MAX_CANCELLED, len(self._timers) // 2):
             self._timers = [each for each in self._timers if not each[2].cancelled()]

@@ -23,7 +23,7 @@ from vitrine_vlm.llm_worker.engine.step_goals import StepGoals
 from vitrine_vlm.llm_worker.models.config import TextConfig
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.simulation.connection import SimulatedPeer
-from vitrine_vlm.simulation.costs import IDENTITY, step_costs
+from vitrine_vlm.simulation.costs import IDENTITY, MEASURED, Hardware, step_costs
 from vitrine_vlm.simulation.network import Link, Port
 from vitrine_vlm.simulation.tower import item_of
 from vitrine_vlm.simulation.virtual_loop import VirtualLoop
@@ -35,6 +35,7 @@ _BLOCK_SIZE = 16
 _NOISE = 0.02
 # Nothing is computed, so the cache has one head of one element.
 _CONFIG = cast("TextConfig", SimpleNamespace(num_hidden_layers=1, num_key_value_heads=1, head_dim=1))
+_NO_POSITIONS = torch.empty(3, 0)
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class WorkerLimits:
     encode_timeout_s: float = 300.0
 
 
-@dataclass
+@dataclass(slots=True)
 class Outcome:
     """What became of a request. error: the code with which it was refused; None while it runs or once it is done.
 
@@ -87,12 +88,20 @@ class SimulatedWorker:
     num_steps: steps since the start.
     """
 
-    def __init__(self, loop: VirtualLoop, name: str, link: Link, limits: WorkerLimits, seed: int) -> None:
+    def __init__(
+        self,
+        loop: VirtualLoop,
+        name: str,
+        link: Link,
+        limits: WorkerLimits,
+        seed: int,
+        hardware: Hardware = MEASURED,
+    ) -> None:
         self.name = name
-        self.port = Port()
         self.num_steps = 0
         self._loop = loop
         self._rng = random.Random(f"{seed} {name}")
+        self.port = Port(self._rng)
         self._link = link
         self._peers: dict[str, SimulatedPeer] = {}
         self._supervisor = Supervisor()
@@ -103,7 +112,7 @@ class SimulatedWorker:
             supervisor=self._supervisor,
             make_peer=self._make_peer,
         )
-        self._costs, self._really = step_costs(), step_costs()
+        self._costs, self._really = step_costs(hardware), step_costs(hardware)
         self._cache = KvCache(
             _CONFIG, limits.kv_tokens // _BLOCK_SIZE, _BLOCK_SIZE, torch.device("meta"), torch.bfloat16
         )
@@ -134,16 +143,14 @@ class SimulatedWorker:
         self._peers[address] = peer
         return peer
 
-    async def serve(self, request: SimulatedRequest) -> Outcome:
-        """Answers a request; the outcome says how."""
-        outcome = Outcome(request)
+    async def serve(self, outcome: Outcome) -> None:
+        """Answers the outcome's request, and writes down how."""
         self._num_requests += 1
         key = self._num_requests
         try:
             await self._generate(outcome, key)
         except VitrineError as error:
             outcome.end(self._loop.time(), error.code)
-        return outcome
 
     async def close(self) -> None:
         await self._supervisor.close()
@@ -196,8 +203,8 @@ class SimulatedWorker:
             spans.append(MediaSpan(item, length, num_tokens[item], 0))
             length += num_tokens[item]
         length += request.num_text - request.num_text // 2
-        positions = torch.empty(0).expand(3, 0)  # nothing is computed with them
-        state.set_prompt(ExpandedPrompt([0] * length, positions, length, tuple(spans)), range(len(num_tokens)))
+        prompt = ExpandedPrompt([0] * length, _NO_POSITIONS, length, tuple(spans))
+        state.set_prompt(prompt, range(len(num_tokens)))
         self._scheduler.limit_length(state)
         self._scheduler.add(state)
         self._running[state] = running

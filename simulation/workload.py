@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TypeAlias
 
@@ -18,7 +19,7 @@ _SIDE = PATCH_SIZE * MERGE_SIZE
 Rate: TypeAlias = Callable[[float], float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Picture:
     """A picture; equal keys are equal bytes. height, width: pixels."""
 
@@ -29,15 +30,14 @@ class Picture:
     @property
     def grid_thw(self) -> tuple[int, int, int]:
         """As Qwen3-VL's processor cuts it: sides are rounded to whole tokens."""
-        rows, columns = (max(1, round(side / _SIDE)) * MERGE_SIZE for side in (self.height, self.width))
-        return 1, rows, columns
+        return _grid_thw(self.height, self.width)
 
     @property
     def num_tokens(self) -> int:
         return math.prod(self.grid_thw) // MERGE_SIZE**2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SimulatedRequest:
     """A user's request. at: seconds from the start; num_text, num_generated: tokens."""
 
@@ -49,6 +49,12 @@ class SimulatedRequest:
 
 # Pixels (height, width) of pictures, and how often each size comes.
 SIZES: dict[tuple[int, int], float] = {(280, 280): 2, (560, 560): 4, (720, 1280): 3, (1080, 1920): 1}
+
+
+@cache
+def _grid_thw(height: int, width: int) -> tuple[int, int, int]:
+    rows, columns = (max(1, round(side / _SIDE)) * MERGE_SIZE for side in (height, width))
+    return 1, rows, columns
 
 
 def steady(rate: float) -> Rate:
