@@ -14,6 +14,7 @@ from vitrine_vlm.embedding_transport.shipping.exporter import ExporterStats
 from vitrine_vlm.encoder_service.engine.admission import Admission
 from vitrine_vlm.encoder_service.engine.batcher import BatchReport
 from vitrine_vlm.encoder_service.engine.cache import CacheStats
+from vitrine_vlm.encoder_service.engine.tower_load import TowerLoad
 from vitrine_vlm.encoder_service.gpu.stats import GpuStats
 
 _STAGES = ("load", "open", "preprocess", "queue", "ship")
@@ -64,7 +65,7 @@ class EncoderMetrics:
         self.batch_items = Histogram(
             "vitrine_encoder_batch_items", "Items in a batch.", buckets=_ITEM_BUCKETS, registry=self.registry
         )
-
+        self.tower_load = TowerLoad()
         self.start_progress = Gauge(
             "vitrine_encoder_start_progress",
             "How much of a stage of the start is done.",
@@ -85,6 +86,7 @@ class EncoderMetrics:
         self.batch_patches.observe(report.num_patches)
         self.batch_items.observe(report.num_items)
         self.stage_seconds.labels("forward").observe(report.forward_s)
+        self.tower_load.add(report.forward_s)
 
     def watch_queue(
         self, admission: Admission, held_bytes: Callable[[], int], waiting_patches: Callable[[], int]
@@ -96,6 +98,7 @@ class EncoderMetrics:
             "Work between admission and the end of shipping, by the cost model.",
             lambda: admission.seconds,
         )
+        gauge("load", "Part of the last 30 s in which the tower has computed.", lambda: self.tower_load.value)
         gauge(
             "admitted_patches",
             "Patches of items between admission and the end of shipping.",

@@ -10,6 +10,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from vitrine_vlm.deploy.ray_serve.autoscaling import QueuedWork
 from vitrine_vlm.deploy.ray_serve.config import Pool, ServeArguments
 from vitrine_vlm.deploy.ray_serve.content_router import ContentRouter
+from vitrine_vlm.deploy.ray_serve.encoder import LOAD as TOWER_LOAD
 from vitrine_vlm.deploy.ray_serve.encoder import QUEUE_SECONDS, EncoderReplica
 from vitrine_vlm.deploy.ray_serve.gateway import Gateway
 from vitrine_vlm.deploy.ray_serve.llm import LOAD, QUEUED_TOKENS, LlmReplica
@@ -27,7 +28,8 @@ def build(arguments: ServeArguments) -> serve.Application:
     encoder_settings, llm_settings = encoders.service_settings(model), llm.service_settings(model)
 
     grace_s = encoder_settings.drain_timeout_s + _STOP_MARGIN_S
-    options = _options(encoders, {"stat": QUEUE_SECONDS, "target": encoders.target_queue_s}, grace_s)
+    policy = {"stat": QUEUE_SECONDS, "target": encoders.target_queue_s}
+    options = _options(encoders, {**policy, "load_stat": TOWER_LOAD, "target_load": encoders.target_load}, grace_s)
     encoder = serve.deployment(name="Encoder", **options)(EncoderReplica)
     bound_encoder = encoder.bind(encoders.environment(model), grace_s, arguments.needed)
 

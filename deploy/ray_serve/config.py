@@ -74,6 +74,9 @@ class EncoderPool(Pool):
     chosen_here = _CHOSEN_HERE | {"dp"}
 
     target_queue_s: float = Field(default=2.0, gt=0, description="queued work that a replica should have, s")
+    target_load: float = Field(
+        default=0.7, gt=0, le=1, description="part of time that a replica's tower should compute"
+    )
 
     def service_settings(self, model: str) -> EncoderConfig:
         return EncoderConfig(**self._given(model))

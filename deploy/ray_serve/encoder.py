@@ -15,7 +15,7 @@ from vitrine_vlm.deploy.ray_serve.service_process import ServiceProcess
 from vitrine_vlm.encoder_service.config import EncoderConfig
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 
-QUEUE_SECONDS = "queue_seconds"
+QUEUE_SECONDS, LOAD = "queue_seconds", "load"
 
 
 class EncoderReplica(Closing):
@@ -64,9 +64,10 @@ class EncoderReplica(Closing):
         return metrics_target("vitrine-encoder", self._metrics_address)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Returns the seconds of queued work, by the encoder's measured cost model."""
-        (queue_s,) = await read_gauges(self._metrics_url, ["vitrine_encoder_queue_seconds"])
-        return {QUEUE_SECONDS: queue_s}
+        """Returns the seconds of queued work, by the encoder's measured cost model, and the tower's load."""
+        names = ["vitrine_encoder_queue_seconds", "vitrine_encoder_load"]
+        queue_s, load = await read_gauges(self._metrics_url, names)
+        return {QUEUE_SECONDS: queue_s, LOAD: load}
 
     async def check_health(self) -> None:
         """Checks that the encoder serves.

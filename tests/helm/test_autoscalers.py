@@ -38,6 +38,10 @@ def test_horizontal_pod_autoscalers() -> None:
         "metric": {"name": "vitrine_encoder_queue_seconds"},
         "target": {"type": "AverageValue", "averageValue": "0.5"},
     }
+    assert encoder["metrics"][1]["pods"] == {
+        "metric": {"name": "vitrine_encoder_load"},
+        "target": {"type": "AverageValue", "averageValue": "0.7"},
+    }
     assert encoder["behavior"]["scaleDown"]["stabilizationWindowSeconds"] == 300
     worker = [each["pods"] for each in scalers["demo-vitrine-llm-default"]["spec"]["metrics"]]
     assert [(each["metric"]["name"], each["target"]["averageValue"]) for each in worker] == [
@@ -62,10 +66,10 @@ def test_decode_pools_do_not_scale_on_what_prefill_pools_have_queued() -> None:
 def test_scaled_objects() -> None:
     scalers = of_kind(rendered("keda"), "ScaledObject")
     spec = scalers["demo-vitrine-encoder-default"]["spec"]
-    (trigger,) = spec["triggers"]
-    assert trigger["metadata"]["serverAddress"] == "http://prometheus-operated.monitoring:9090"
-    assert trigger["metadata"]["threshold"] == "1"
-    assert trigger["authenticationRef"] == {"name": "prometheus"}
+    for trigger, threshold in zip(spec["triggers"], ("1", "0.7"), strict=True):
+        assert trigger["metadata"]["serverAddress"] == "http://prometheus-operated.monitoring:9090"
+        assert trigger["metadata"]["threshold"] == threshold
+        assert trigger["authenticationRef"] == {"name": "prometheus"}
     worker = scalers["demo-vitrine-llm-default"]["spec"]
     assert "advanced" not in worker
     queries = [each["metadata"]["query"].partition("{")[0] for each in worker["triggers"]]
@@ -80,13 +84,14 @@ def test_a_pool_may_have_no_pods_where_something_else_starts_the_first() -> None
 
 def test_kedas_query_is_for_pods_of_the_pool() -> None:
     spec = of_kind(rendered("keda"), "ScaledObject")["demo-vitrine-encoder-default"]["spec"]
-    query = spec["triggers"][0]["metadata"]["query"]
-    match = re.fullmatch(r'sum\((\w+)\{namespace="(.*)",pod=~"(.*)"\}\)', query)
-    assert match is not None
-    metric, namespace, pod = match.groups()
-    assert (metric, namespace) == ("vitrine_encoder_queue_seconds", NAMESPACE)
-    assert re.fullmatch(pod, "demo-vitrine-encoder-default-7c9f6d5b4d-x2x7k")
-    assert not re.fullmatch(pod, "demo-vitrine-encoder-default-two-7c9f6d5b4d-x2x7k")
+    metrics = ("vitrine_encoder_queue_seconds", "vitrine_encoder_load")
+    for trigger, expected in zip(spec["triggers"], metrics, strict=True):
+        match = re.fullmatch(r'sum\((\w+)\{namespace="(.*)",pod=~"(.*)"\}\)', trigger["metadata"]["query"])
+        assert match is not None
+        metric, namespace, pod = match.groups()
+        assert (metric, namespace) == (expected, NAMESPACE)
+        assert re.fullmatch(pod, "demo-vitrine-encoder-default-7c9f6d5b4d-x2x7k")
+        assert not re.fullmatch(pod, "demo-vitrine-encoder-default-two-7c9f6d5b4d-x2x7k")
 
 
 def llm(autoscaling: dict[str, Any]) -> dict[str, Any]:

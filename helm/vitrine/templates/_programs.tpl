@@ -175,4 +175,9 @@ metrics:
 - metric: vitrine_llm_load
   target: "0.7"
 {{- end }}
+{{- if eq $workload.program "encoder" }}
+{{- /* A queue is short however many pods are idle: without their load too many would end, and then be missing. */}}
+- metric: vitrine_encoder_load
+  target: "0.7"
+{{- end }}
 {{- end -}}

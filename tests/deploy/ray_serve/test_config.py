@@ -78,9 +78,10 @@ def test_arguments_of_the_command_line_reach_the_deployments() -> None:
     scaling = encoder._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas) == (1, 4)
     assert scaling.policy.policy_function == "vitrine_vlm.deploy.ray_serve.autoscaling.QueuedWork"
-    assert scaling.policy.policy_kwargs == {"stat": "queue_seconds", "target": 1.5}
+    queue, load = {"stat": "queue_seconds", "target": 1.5}, {"load_stat": "load", "target_load": 0.7}
+    assert scaling.policy.policy_kwargs == queue | load
     scaling = made["LlmWorker"]._deployment_config.autoscaling_config
-    queue, load = {"stat": "queued_prefill_tokens", "target": 8192}, {"load_stat": "load", "target_load": 0.7}
+    queue = {"stat": "queued_prefill_tokens", "target": 8192}
     assert scaling.policy.policy_kwargs == queue | load
     router = encoder._deployment_config.request_router_config.request_router_class
     assert router == "vitrine_vlm.deploy.ray_serve.content_router.ContentRouter"
