@@ -239,6 +239,11 @@ class SimulatedPeer(EncoderPeer):
             lambda: self.connect(encoder) if self.simulated is None and may_connect() else None,
         )
 
+    def drain(self) -> None:
+        """The encoder drains: no further item is sent to it, and what is in flight goes on."""
+        self.connection = None
+        self._on_change()
+
     def lose_process(self, encoder: SimulatedEncoder) -> None:
         """Loses the connection to this process, if there is one."""
         if self.simulated is not None and self.simulated.encoder is encoder:

@@ -74,6 +74,7 @@ class Fleet:
         # How many faults keep a worker and a process from reaching each other.
         self._cuts: Counter[tuple[SimulatedWorker, SimulatedEncoder]] = Counter()
         self._tasks: list[asyncio.Task[None]] = []
+        self._clocks: dict[str, VirtualLoop] = {}
         self.ended: list[SimulatedEncoder] = []
         self.encoders: dict[str, SimulatedEncoder] = {}
         self.workers = [
@@ -97,6 +98,25 @@ class Fleet:
         """What the processes have not released; nothing, where no request is in flight."""
         of_workers = [each for worker in self.workers for each in worker.left_behind()]
         return of_workers + [each for encoder in self.all_encoders for each in encoder.left_behind()]
+
+    def add(self, address: str, zone: int, clock: VirtualLoop | None = None) -> None:
+        """A process serves at a new address; workers do not know of it yet.
+
+        Args:
+            clock: its own; by default that of all.
+        """
+        self._zones[address] = zone
+        if clock is not None:
+            self._clocks[address] = clock
+        self._start(address)
+
+    def remove(self, address: str) -> None:
+        """The process at an address ends for good; what is in flight on it is lost."""
+        encoder = self.encoders.pop(address)
+        self.ended.append(encoder)
+        for peer in [peer for worker in self.workers for peer in worker.peers if peer.address == address]:
+            self._loop.call_later(0.0, peer.lose_process, encoder)
+        self._tasks.append(self._loop.create_task(encoder.close()))
 
     def plan(self, faults: Iterable[Fault]) -> None:
         """Has the faults happen at their moments."""
@@ -139,8 +159,9 @@ class Fleet:
             later(fault.seconds, self._replace, address, "good")
 
     def _start(self, address: str, version: Version = "good") -> None:
+        loop = self._clocks.get(address, self._loop)
         self.encoders[address] = SimulatedEncoder(
-            self._loop, address, self._zones[address], self._limits, self._seed, self._hardware, version
+            loop, address, self._zones[address], self._limits, self._seed, self._hardware, version
         )
 
     def _start_again(self, address: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vitrine_vlm.simulation.fleet import Fleet
@@ -41,9 +41,15 @@ class Run:
     num_callbacks: int
 
 
-def simulate(scenario: Scenario, seed: int, requests: Sequence[SimulatedRequest] | None = None) -> Run:
+def simulate(
+    scenario: Scenario,
+    seed: int,
+    requests: Sequence[SimulatedRequest] | None = None,
+    begin: Callable[[Fleet], None] = lambda fleet: None,
+) -> Run:
     """
     Args:
+        begin: called on the event loop before the first request, to plan what else happens to the fleet.
         requests: in the order of their arrival; by default those of the scenario's traffic.
 
     Raises:
@@ -57,7 +63,7 @@ def simulate(scenario: Scenario, seed: int, requests: Sequence[SimulatedRequest]
     thresholds = gc.get_threshold()
     gc.set_threshold(*_GC_THRESHOLDS)
     try:
-        outcomes, fleet, virtual_s = loop.run(_run(loop, scenario, seed, requests))
+        outcomes, fleet, virtual_s = loop.run(_run(loop, scenario, seed, requests, begin))
     finally:
         gc.unfreeze()
         gc.set_threshold(*thresholds)
@@ -66,7 +72,11 @@ def simulate(scenario: Scenario, seed: int, requests: Sequence[SimulatedRequest]
 
 
 async def _run(
-    loop: VirtualLoop, scenario: Scenario, seed: int, requests: Sequence[SimulatedRequest]
+    loop: VirtualLoop,
+    scenario: Scenario,
+    seed: int,
+    requests: Sequence[SimulatedRequest],
+    begin: Callable[[Fleet], None],
 ) -> tuple[list[Outcome], Fleet, float]:
     fleet = Fleet(
         loop,
@@ -80,6 +90,7 @@ async def _run(
         hardware=scenario.hardware,
     )
     fleet.plan(scenario.faults)
+    begin(fleet)
     gc.freeze()  # the fleet stays as long as the run: no collection of garbage should look through it again
     outcomes: list[Outcome] = []
     serving: set[asyncio.Task[None]] = set()

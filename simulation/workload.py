@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -86,13 +86,22 @@ class Pictures:
     """Draws pictures: new ones, some that were drawn before, and one that all send.
 
     repeated: part of the pictures that came before, one of the last `num_known`. viral: part that is the same picture.
+    sizes: as SIZES.
     """
 
-    def __init__(self, rng: random.Random, *, repeated: float = 0.0, viral: float = 0.0, num_known: int = 1000) -> None:
+    def __init__(
+        self,
+        rng: random.Random,
+        *,
+        repeated: float = 0.0,
+        viral: float = 0.0,
+        num_known: int = 1000,
+        sizes: Mapping[tuple[int, int], float] = SIZES,
+    ) -> None:
         self._rng, self._repeated, self._viral, self._num_known = rng, repeated, viral, num_known
         self._known: list[Picture] = []
         self._num_drawn = 0
-        self._sizes, self._weights = list(SIZES), list(SIZES.values())
+        self._sizes, self._weights = list(sizes), list(sizes.values())
 
     def draw(self) -> Picture:
         part = self._rng.random()
