@@ -16,7 +16,6 @@ from vitrine_vlm.embedding_transport.pools.fair_share import Holder
 from vitrine_vlm.embedding_transport.wire.grpc_status import ERROR_CODE_KEY, STATUS_BY_CODE
 from vitrine_vlm.errors import EncoderMismatch, VitrineError
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
-from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.simulation.costs import IDENTITY
 from vitrine_vlm.simulation.encoder import SimulatedEncoder
 from vitrine_vlm.simulation.network import Link, Port, transfer
@@ -198,8 +197,16 @@ class SimulatedPeer(EncoderPeer):
         self._num_sessions = 0
         self._released: list[int] = []
 
-    def start(self, on_change: Callable[[], None], supervisor: Supervisor) -> None:
-        self._on_change = on_change
+    @property
+    def is_idle(self) -> bool:
+        """The fleet connects all."""
+        return False
+
+    def open(self) -> None:
+        """Does nothing, see `is_idle`."""
+
+    def disconnect(self) -> None:
+        """Does nothing: connections stay open."""
 
     async def close(self) -> None:
         self.lose()

@@ -22,6 +22,7 @@ import torch
 from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
 from vitrine_vlm.embedding_transport.clients.encoder_peer import DescriptionCheck
 from vitrine_vlm.embedding_transport.fleet.discovery import parse_sources, watch_sources
+from vitrine_vlm.embedding_transport.fleet.peer_fleet import ALL_CONNECTED
 from vitrine_vlm.embedding_transport.receiving.received_rows import HostRows, LeasedRows
 from vitrine_vlm.errors import (
     EncoderUnavailable,
@@ -192,6 +193,7 @@ class Fetcher:
                 supervisor=supervisor,
                 mapper=RemoteMapper(self._hub, settings.connect_timeout_s),
                 check=self._check,
+                connections=ALL_CONNECTED,  # a ticket names the process of an encoder
             )
             stack.push_async_callback(self._client.close)
             await self._discover(supervisor)

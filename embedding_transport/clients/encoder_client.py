@@ -17,12 +17,12 @@ import torch
 from vitrine_vlm.embedding_transport.clients.encode_method import encode_method
 from vitrine_vlm.embedding_transport.clients.encode_request import Request, Share
 from vitrine_vlm.embedding_transport.clients.encode_stream import EncodeStream
-from vitrine_vlm.embedding_transport.clients.encoder_index import EncoderIndex
 from vitrine_vlm.embedding_transport.clients.encoder_peer import DescriptionCheck, EncoderDescription, EncoderPeer
 from vitrine_vlm.embedding_transport.clients.fleet_client import Exchange, FleetClient
 from vitrine_vlm.embedding_transport.fleet.connected_peers import ConnectedPeers
+from vitrine_vlm.embedding_transport.fleet.peer_fleet import ConnectionPolicy
 from vitrine_vlm.embedding_transport.fleet.pool_mapper import PoolMapper
-from vitrine_vlm.embedding_transport.fleet.row_peer import Connection, ConnectOptions, TransportChoice
+from vitrine_vlm.embedding_transport.fleet.row_peer import Connection, ConnectOptions, InFlightCount, TransportChoice
 from vitrine_vlm.embedding_transport.wire.messages import needed_minor_version
 from vitrine_vlm.embedding_transport.wire.request_codec import serialize_request
 from vitrine_vlm.errors import (
@@ -55,6 +55,8 @@ _FIRST_WITH_LAYOUTS = 1
 _ADDITIONS = {1: "patches and tickets", 2: "options of media and lists of frames"}
 # Hashing fewer bytes takes less than a thread takes to start.
 _LARGE_NBYTES = 64 * 1024
+# More are not asked for their statistics at once.
+_MAX_ASKED = 64
 # The encoder cannot be reached, shuts down or has no capacity. All other errors are about the item itself.
 ENCODE_RETRIES = RetryPolicy[VitrineError](elsewhere=(EncoderUnavailable, Overloaded))
 
@@ -75,9 +77,11 @@ class EncoderClient(FleetClient[EncoderPeer]):
         mapper: maps the encoders' pools; by default this process does.
         check: compares what an encoder describes, see `EncoderPeer`.
         make_peer: creates the peer of an address; by default one that connects over gRPC.
+        connections: which encoders are connected.
     """
 
     peer_kind = "encoder"
+    _issuers: dict[str, EncoderPeer] | None = None  # None once a connection has changed
 
     def __init__(
         self,
@@ -94,6 +98,7 @@ class EncoderClient(FleetClient[EncoderPeer]):
         mapper: PoolMapper | None = None,
         check: DescriptionCheck | None = None,
         make_peer: Callable[[str], EncoderPeer] | None = None,
+        connections: ConnectionPolicy | None = None,
     ) -> None:
         options = ConnectOptions(transport, shm_folder, connect_timeout_s, gpu, tls, mapper)
         super().__init__(
@@ -102,16 +107,21 @@ class EncoderClient(FleetClient[EncoderPeer]):
             ENCODE_RETRIES,
             encode_timeout_s,
             supervisor,
+            connections,
         )
-        self._last_index: EncoderIndex | None = None
 
     async def encoder_stats(self, timeout_s: float = 1.0) -> dict[str, encoder_pb2.GetStatsResponse]:
-        """Returns each encoder's statistics by address, without encoders that do not answer in time."""
+        """Returns the statistics of connected encoders by address, without those that do not answer in time.
+
+        Of a large fleet the busiest are asked.
+        """
 
         def get_stats(stub: encoder_pb2_grpc.EncoderAsyncStub) -> Awaitable[encoder_pb2.GetStatsResponse]:
             return stub.GetStats(encoder_pb2.GetStatsRequest(), timeout=timeout_s)
 
-        connected = {peer.address: peer.connection for peer in self._peers if peer.connection is not None}
+        peers = [peer for peer in self._peers if peer.connection is not None]
+        peers.sort(key=lambda peer: peer.in_flight, reverse=True)
+        connected = {peer.address: peer.connection for peer in peers[:_MAX_ASKED] if peer.connection is not None}
         answers = await asyncio.gather(*(_try(connection, get_stats) for connection in connected.values()))
         return {address: answer for address, answer in zip(connected, answers, strict=True) if answer is not None}
 
@@ -154,18 +164,27 @@ class EncoderClient(FleetClient[EncoderPeer]):
         by_encoder: dict[str, list[bytes]] = {}
         for ticket in tickets:
             by_encoder.setdefault(ticket.encoder_id, []).append(ticket.value)
-        issuers = self._index.by_instance
         calls = [
             _try(connection, partial(release, values=values))
             for encoder_id, values in by_encoder.items()
-            if encoder_id in issuers and (connection := issuers[encoder_id].connection) is not None
+            if (peer := self._by_instance().get(encoder_id)) is not None
+            and (connection := peer.connection) is not None
+            and connection.description.instance_id == encoder_id
         ]
         await asyncio.gather(*calls)
 
     def identity_of(self, encoder_id: str) -> ModelIdentity | None:
         """Returns what the encoder with this instance_id serves; None if it is not connected."""
-        peer = self._index.by_instance.get(encoder_id)
+        peer = self._by_instance().get(encoder_id)
         return peer.connection.description.identity if peer is not None and peer.connection is not None else None
+
+    def _notice_change(self, peer: EncoderPeer) -> None:
+        super()._notice_change(peer)
+        self._issuers = None
+
+    def set_addresses(self, addresses: Sequence[str]) -> None:
+        self._issuers = None
+        super().set_addresses(addresses)
 
     def _run(self, request: Request) -> AsyncGenerator[EncodeEvent]:
         self._num_requests += 1
@@ -177,12 +196,16 @@ class EncoderClient(FleetClient[EncoderPeer]):
         elif event.layout.ticket is not None:
             self._supervisor.start_job("ticket release", self.release_tickets([event.layout.ticket]))
 
-    @property
-    def _index(self) -> EncoderIndex:
-        connected = self._connected
-        if self._last_index is None or self._last_index.connected is not connected:
-            self._last_index = EncoderIndex(connected)
-        return self._last_index
+    def _by_instance(self) -> dict[str, EncoderPeer]:
+        """The encoders that have tickets, by the instance_id that they have, or had while they were connected."""
+        if self._issuers is None:
+            described = ((peer, peer.description) for peer in self._peers)
+            self._issuers = {
+                description.instance_id: peer
+                for peer, description in described
+                if description is not None and description.instance_id
+            }
+        return self._issuers
 
     async def _encode_all(self, request: Request) -> None:
         if len(self._peers) > 1:  # with one encoder there is nothing to choose
@@ -202,19 +225,17 @@ class EncoderClient(FleetClient[EncoderPeer]):
         # All that waits or raises comes first: the items of a share count as in flight.
         issuers = {index: await self._issuer(request, ticket) for index in indices if (ticket := items[index].ticket)}
         others = [index for index in indices if index not in issuers]
-        if others:
-            await self._usable(request.attempts)
-        needed = {
-            index: max(needed_minor_version(items[index]), _FIRST_WITH_LAYOUTS if request.layout_only else 0)
-            for index in others
-        }
-        suited = {minor: self._with_version(minor, request) for minor in sorted(set(needed.values()))}
+        failures = request.attempts.failures
+        usable = self._usable_for(request.attempts) if others else ConnectedPeers[EncoderPeer]([], InFlightCount())
+        needed = {index: _needed_version(request, index) for index in others}
+        for minor in sorted(set(needed.values())):
+            _check_versions(minor, failures, usable)
         shares: dict[str, Share] = {}
         for index, peer in issuers.items():
             shares.setdefault(peer.address, Share(peer)).add(index)
         # The largest items are assigned first; the size of an item at a URL is unknown.
         for index in sorted(others, key=lambda index: -_nbytes(items[index])):
-            peer = suited[needed[index]].choose(request.keys[index], request.attempts.failures)
+            peer = usable.choose(request.keys[index], failures, partial(_may_have, needed[index]))
             shares.setdefault(peer.address, Share(peer)).add(index)
         request.num_calls += len(shares)
         for share in shares.values():
@@ -226,39 +247,29 @@ class EncoderClient(FleetClient[EncoderPeer]):
         Raises:
             TicketExpired: it is not connected, or was lost by this request; Overloaded: it refused this request.
         """
-        await self._wait_until_attempted()
+        self._check_loops()
+        peer = self._by_instance().get(ticket.encoder_id)
+        if peer is not None:
+            peer.open()
+            await peer.attempted.wait()
+        else:  # a ticket names a process and no address: it may be any that is not connected
+            for each in self._peers:
+                each.open()
 
-        def is_known() -> bool:
-            return ticket.encoder_id in self._index.by_instance
+            def is_known() -> bool:
+                return ticket.encoder_id in self._by_instance()
 
-        await self._wait_until(lambda: is_known() or all(peer.attempted.is_set() for peer in self._peers))
-        peer = self._index.by_instance.get(ticket.encoder_id)
+            await self._wait_until(lambda: is_known() or all(peer.attempted.is_set() for peer in self._peers))
+        peer = self._by_instance().get(ticket.encoder_id)
         failure = request.attempts.failures.get(peer.address) if peer is not None else None
         if isinstance(failure, Overloaded):
             raise failure
-        if peer is None or failure is not None:
+        if peer is None or peer.connection is None or failure is not None:
             raise TicketExpired(
                 f"the encoder {ticket.encoder_id} of ticket {ticket.value.hex()} is not connected "
                 f"({failure or 'it was lost, shuts down or is not known here'}): ask for the layout again"
             )
         return peer
-
-    def _with_version(self, minor: int, request: Request) -> ConnectedPeers[EncoderPeer]:
-        """Returns those encoders whose protocol has this minor version or a later one; some have not failed.
-
-        Raises:
-            EncoderMismatch: none has; Overloaded: those that have are overloaded.
-        """
-        failures, index = request.attempts.failures, self._index
-        suited = index.with_version(minor)
-        if not suited.has_usable(failures):
-            minors = {address: each for address, each in index.minors.items() if address not in failures}
-            found = ", ".join(f"{address} has {PROTOCOL_VERSION}.{each}" for address, each in minors.items())
-            raise soonest_overloaded(failures.values()) or EncoderMismatch(
-                f"{_ADDITIONS[minor]} need encoders with version {PROTOCOL_VERSION}.{minor} of the protocol, "
-                f"but {found}: update them"
-            )
-        return suited
 
     async def _encode_share(self, request: Request, share: Share) -> None:
         """Encodes a share on its encoder; if that is lost or overloaded, the missing items are encoded on others."""
@@ -282,6 +293,9 @@ class EncoderClient(FleetClient[EncoderPeer]):
         self, request: Request, share: Share, connection: Connection[EncoderDescription]
     ) -> Exchange[EncodeEvent]:
         items = {index: request.items[index] for index in sorted(share.pending)}
+        minor, needed = connection.description.minor_version, max(_needed_version(request, index) for index in items)
+        if minor < needed:  # it was connected only after the choice
+            raise share.peer.unavailable(_too_old(needed, {share.peer.address: minor}))
         head = encoder_pb2.EncodeRequest(
             request_id=request.request_id,
             session_id=connection.session_id,
@@ -295,6 +309,40 @@ class EncoderClient(FleetClient[EncoderPeer]):
     def _unavailable(self, failures: Mapping[str, VitrineError]) -> EncoderUnavailable:
         reasons = self._reasons(failures)
         return EncoderUnavailable(f"no encoder is left to encode on: {reasons}; start one, or wait until one is ready")
+
+
+def _needed_version(request: Request, index: int) -> int:
+    """The minor version of the protocol that an item of a request needs."""
+    return max(needed_minor_version(request.items[index]), _FIRST_WITH_LAYOUTS if request.layout_only else 0)
+
+
+def _may_have(minor: int, peer: EncoderPeer) -> bool:
+    """Whether the peer has this minor version of the protocol, or a later one, as far as is known."""
+    return peer.connection is None or peer.connection.description.minor_version >= minor
+
+
+def _too_old(minor: int, found: Mapping[str, int]) -> str:
+    versions = ", ".join(f"{address} has {PROTOCOL_VERSION}.{each}" for address, each in found.items())
+    return (
+        f"{_ADDITIONS[minor]} need encoders with version {PROTOCOL_VERSION}.{minor} of the protocol, but {versions}: "
+        "update them"
+    )
+
+
+def _check_versions(minor: int, failures: Mapping[str, VitrineError], usable: ConnectedPeers[EncoderPeer]) -> None:
+    """
+    Raises:
+        EncoderMismatch: none of those that have not failed has this minor version; Overloaded: those that have are
+            overloaded.
+    """
+    left = [] if not minor else (peer for peer in usable.by_address.values() if peer.address not in failures)
+    if minor and not any(_may_have(minor, peer) for peer in left):
+        found = {
+            address: peer.connection.description.minor_version
+            for address, peer in usable.by_address.items()
+            if peer.connection is not None and address not in failures
+        }
+        raise soonest_overloaded(failures.values()) or EncoderMismatch(_too_old(minor, found))
 
 
 def _nbytes(item: MediaItem) -> int:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 import grpc
 
 from vitrine_vlm.embedding_transport.fleet.connected_peers import ConnectedPeers, PeerT
-from vitrine_vlm.embedding_transport.fleet.peer_fleet import PeerFleet
+from vitrine_vlm.embedding_transport.fleet.peer_fleet import ConnectionPolicy, PeerFleet
 from vitrine_vlm.embedding_transport.fleet.row_peer import Connection
 from vitrine_vlm.embedding_transport.receiving.received_rows import HostBufferPool, LeasedRows
 from vitrine_vlm.embedding_transport.receiving.row_stream import RowStream
@@ -22,6 +22,10 @@ from vitrine_vlm.service_runtime.retry import Attempts, RetryPolicy
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.service_runtime.traces import outgoing_metadata
 from vitrine_vlm.types import RowsEvent
+
+# A request goes to another peer that is connected where its own does not connect in this time: connecting takes
+# milliseconds, and a host that has lost its network does not refuse.
+_CONNECT_WAIT_S = 1.0
 
 EventT = TypeVar("EventT")
 # The method to call, the request message, and the stream that parses the responses.
@@ -48,7 +52,7 @@ class FleetClient(PeerFleet[PeerT]):
     peer_kind: what a peer is called in the log.
 
     Args:
-        addresses, make_peer, supervisor: see PeerFleet.
+        addresses, make_peer, supervisor, connections: see PeerFleet.
         policy: must have a budget of 0: every peer is tried once.
         timeout_s: seconds for one request on one peer.
     """
@@ -62,8 +66,9 @@ class FleetClient(PeerFleet[PeerT]):
         policy: RetryPolicy[VitrineError],
         timeout_s: float,
         supervisor: Supervisor | None = None,
+        connections: ConnectionPolicy | None = None,
     ) -> None:
-        super().__init__(addresses, make_peer, supervisor)
+        super().__init__(addresses, make_peer, supervisor, connections)
         self._policy = policy
         self._timeout_s = timeout_s
         self._buffers = HostBufferPool()
@@ -74,20 +79,20 @@ class FleetClient(PeerFleet[PeerT]):
     def stats(self) -> ClientStats:
         return ClientStats(self._num_requests, self._num_retries, self.num_fallbacks, dict(self._received_nbytes))
 
-    async def _usable(self, attempts: Attempts[VitrineError]) -> ConnectedPeers[PeerT]:
-        """Returns the connected peers, of which some have not failed this request. Choose one without awaiting.
+    def _usable_for(self, attempts: Attempts[VitrineError]) -> ConnectedPeers[PeerT]:
+        """Returns the usable peers, of which some have not failed this request. Choose one without awaiting.
 
         Raises:
             VitrineError: none is left; Overloaded, with the shortest retry time, if any was overloaded.
         """
-        await self._wait_until_attempted()
+        self._check_loops()
         failures = attempts.failures
-        connected = self._connected
-        if not connected.has_usable(failures):
+        usable = self._usable
+        if not usable.has_usable(failures):
             raise soonest_overloaded(failures.values()) or self._unavailable(failures)
         if failures:
             self._num_retries += 1
-        return connected
+        return usable
 
     async def _receive(
         self,
@@ -100,9 +105,7 @@ class FleetClient(PeerFleet[PeerT]):
         Raises:
             VitrineError: the call failed; the peer's `unavailable` if the peer was lost.
         """
-        connection = peer.connection
-        if connection is None:  # lost since the peer was chosen
-            raise peer.unavailable(str(peer.error))
+        connection = await peer.connected(_CONNECT_WAIT_S if self.ready else None)
         report_peer(self.peer_kind, peer.address)
         method, message, stream = await exchange(connection)
         call: grpc.aio.UnaryStreamCall[Any, bytes] | None = None

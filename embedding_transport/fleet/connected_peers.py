@@ -1,8 +1,8 @@
-"""The peers of a fleet that are connected, and which of them content is routed to."""
+"""The peers of a fleet that can be used, and which of them content is routed to."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Generic, TypeVar
 
 from vitrine_vlm.embedding_transport.fleet.content_routing import RendezvousTable, load_bound
@@ -12,16 +12,15 @@ PeerT = TypeVar("PeerT", bound=RowPeer[Any])
 
 
 class ConnectedPeers(Generic[PeerT]):
-    """Made again whenever a peer connects or disconnects, so that a choice among thousands looks at a few of them.
+    """The peers that are connected, or can be. Made again whenever others are, so that a choice looks at a few of them.
 
     by_address: the peers; not to be changed.
 
     Args:
-        count: what is in flight on all of them, kept current by the peers; None where these are a part of the
-            connected ones: then every choice adds it up.
+        count: what is in flight on all of them, kept current by the peers.
     """
 
-    def __init__(self, peers: Iterable[PeerT], count: InFlightCount | None = None) -> None:
+    def __init__(self, peers: Iterable[PeerT], count: InFlightCount) -> None:
         self.by_address = {peer.address: peer for peer in peers}
         self._peers = list(self.by_address.values())
         self._count = count
@@ -33,24 +32,24 @@ class ConnectedPeers(Generic[PeerT]):
     @property
     def num_in_flight(self) -> int:
         """Items or requests that are in flight on these peers."""
-        return self._count.total if self._count is not None else sum(peer.in_flight for peer in self._peers)
+        return self._count.total
 
     def has_usable(self, failed: Collection[str]) -> bool:
         """Whether some have not failed. failed: addresses."""
         return len(self._peers) > len(failed) or any(address not in failed for address in self.by_address)
 
-    def choose(self, key: bytes, failed: Collection[str]) -> PeerT:
+    def choose(self, key: bytes, failed: Collection[str], suits: Callable[[PeerT], bool] = lambda _: True) -> PeerT:
         """The peer that this content is routed to: the best one below its load bound.
 
         Args:
-            failed: addresses that are not used; not all of them.
+            failed: addresses that are not used; suits: whether a peer may be used. Some peer must be left.
         """
         peers = self._peers
         index = self._table.choose(
             key,
             lambda index: peers[index].in_flight,
             load_bound(self.num_in_flight, len(peers)),
-            lambda index: peers[index].address not in failed,
+            lambda index: peers[index].address not in failed and suits(peers[index]),
         )
         assert index is not None
         return peers[index]

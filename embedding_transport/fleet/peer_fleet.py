@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic
 
 from vitrine_vlm.embedding_transport.fleet.connected_peers import ConnectedPeers, PeerT
@@ -21,45 +25,73 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PeerStatus:
-    """The current state of one service; `error` is the reason why it is not ready."""
+    """The current state of one service; `error` is the reason why it is not ready.
+
+    idle: it is connected once a request needs it.
+    """
 
     address: str
     ready: bool
+    idle: bool
     transport: str | None
     in_flight: int
     error: str | None
 
 
+@dataclass(frozen=True)
+class ConnectionPolicy:
+    """Which services are connected. The others are once a request needs them.
+
+    num_kept: as many are always connected, if there are as many; a fleet that is not larger is connected as a whole.
+    idle_s: a connection beyond these is closed after so many seconds without a request, a lease or rows.
+    """
+
+    num_kept: int = 32
+    idle_s: float = 300.0
+
+
+# For clients that must find a process among all of them, of which they know no address.
+ALL_CONNECTED = ConnectionPolicy(num_kept=sys.maxsize)
+
+
 class PeerFleet(ABC, Generic[PeerT]):
-    """Keeps the services connected. Create and use it on one event loop.
+    """Connects to the services. Create and use it on one event loop.
 
     Args:
         addresses: "host:port" of each service; empty if `set_addresses` provides them.
         make_peer: creates the peer of an address.
         supervisor: owns the loops that keep the peers connected; by default a new one. Once one of its loops has
             failed, requests fail.
+        connections: which of them are connected.
     """
 
     def __init__(
-        self, addresses: Sequence[str], make_peer: Callable[[str], PeerT], supervisor: Supervisor | None = None
+        self,
+        addresses: Sequence[str],
+        make_peer: Callable[[str], PeerT],
+        supervisor: Supervisor | None = None,
+        connections: ConnectionPolicy | None = None,
     ) -> None:
         self._first_addresses = addresses
         self._supervisor = supervisor or Supervisor()
         self._make_peer = make_peer
+        self._connections = connections or ConnectionPolicy()
+        self._keeping: asyncio.Task[None] | None = None
+        self._lost = asyncio.Event()
         self._peers: list[PeerT] = []
         self._leaving: dict[asyncio.Task[None], PeerT] = {}
         self._changed = asyncio.Event()
-        self._connected_peers: ConnectedPeers[PeerT] | None = None  # None once a connection has changed
+        self._usable_peers: ConnectedPeers[PeerT] | None = None  # None once another peer can be used, or cannot
 
     async def start(self) -> None:
-        """Starts to connect to every service and waits for the first attempt of each.
+        """Starts to connect to the services that are kept connected, and waits for the first attempt of each.
 
         Raises:
             VitrineError: a service answers but cannot be used.
         """
         if self._first_addresses:
             self.set_addresses(self._first_addresses)
-        for peer in list(self._peers):
+        for peer in [peer for peer in self._peers if not peer.is_idle]:
             await peer.attempted.wait()
             if peer.connection is None and type(peer.error) is not peer.unavailable:
                 raise peer.error
@@ -70,26 +102,30 @@ class PeerFleet(ABC, Generic[PeerT]):
         for address in addresses:
             if address not in known:
                 peer = self._make_peer(address)
-                peer.start(self._notice_change, self._supervisor)
+                peer.start(partial(self._notice_change, peer), self._supervisor)
                 self._peers.append(peer)
         for address in sorted(known.keys() - set(addresses)):
             self._peers.remove(known[address])
             leaving = self._supervisor.start_job(f"leaving {address}", self._disconnect_when_idle(known[address]))
             self._leaving[leaving] = known[address]
             leaving.add_done_callback(self._leaving.pop)
-        self._notice_change()
+        self._usable_peers = None
+        self._changed.set()
+        self._open_some()
+        if self._keeping is None:
+            self._keeping = self._supervisor.start_task("connections", self._keep_connections())
 
     async def close(self) -> None:
         """Sends the pending releases and disconnects."""
         leaving = dict(self._leaving)
-        await self._supervisor.stop(*leaving)
+        await self._supervisor.stop(*leaving, *([self._keeping] if self._keeping is not None else []))
         # Those that leave, too: a task that is cancelled before its first step closes nothing.
         await asyncio.gather(*(peer.close() for peer in (*self._peers, *leaving.values())))
 
     @property
     def ready(self) -> bool:
         """Whether at least one service is connected."""
-        return len(self._connected) > 0
+        return any(peer.connection is not None for peer in self._peers)
 
     @property
     def num_fallbacks(self) -> int:
@@ -108,30 +144,60 @@ class PeerFleet(ABC, Generic[PeerT]):
         except TimeoutError:
             raise self._unavailable({}) from None
 
-    async def _wait_until_attempted(self) -> None:
-        """Waits while no service is connected and the first attempt on some is in flight: they may replace lost ones.
-
+    def _check_loops(self) -> None:
+        """
         Raises:
             VitrineError: a loop of this client has failed.
         """
         if self._supervisor.failure is not None:
             reason = str(self._supervisor.failure)
             raise self._unavailable({peer.address: peer.unavailable(reason) for peer in self._peers})
-        await self._wait_until(lambda: self.ready or all(peer.attempted.is_set() for peer in self._peers))
 
     @property
-    def _connected(self) -> ConnectedPeers[PeerT]:
-        if self._connected_peers is None:
-            connected = [peer for peer in self._peers if peer.connection is not None]
-            count = InFlightCount(sum(peer.in_flight for peer in connected))
-            for peer in connected:
+    def _usable(self) -> ConnectedPeers[PeerT]:
+        """The peers that requests may be sent to: those that are connected, and those that are not tried yet."""
+        if self._usable_peers is None:
+            usable = [peer for peer in self._peers if peer.is_usable]
+            count = InFlightCount(sum(peer.in_flight for peer in usable))
+            for peer in usable:
                 peer.counted_in = count
-            self._connected_peers = ConnectedPeers(connected, count)
-        return self._connected_peers
+            self._usable_peers = ConnectedPeers(usable, count)
+        return self._usable_peers
 
-    def _notice_change(self) -> None:
-        self._connected_peers = None
+    def _notice_change(self, peer: PeerT) -> None:
+        known = self._usable_peers
+        if known is None or peer.is_usable != (peer.address in known.by_address):
+            self._usable_peers = None
+            if not peer.is_usable:
+                self._lost.set()
         self._changed.set()
+
+    async def _keep_connections(self) -> None:
+        """Replaces what is lost of the connections that are kept, and closes those that are idle."""
+        while True:
+            self._lost.clear()
+            self._open_some()
+            self._close_idle()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._connections.idle_s / 4):
+                    await self._lost.wait()
+
+    def _open_some(self) -> None:
+        idle = [peer for peer in self._peers if peer.is_idle]
+        num_open = sum(peer.is_usable for peer in self._peers) - len(idle)
+        # Others than those of the next client, so that all services have as many.
+        for peer in random.sample(idle, max(0, min(len(idle), self._connections.num_kept - num_open))):
+            peer.open()
+
+    def _close_idle(self) -> None:
+        connected = [peer for peer in self._peers if peer.connection is not None]
+        used_before = asyncio.get_running_loop().time() - self._connections.idle_s
+        unused = [
+            peer for peer in connected if not peer.in_flight and not peer.num_leases and peer.used_at < used_before
+        ]
+        unused.sort(key=lambda peer: peer.used_at)
+        for peer in unused[: max(0, len(connected) - self._connections.num_kept)]:
+            peer.disconnect()
 
     async def _wait_until(self, condition: Callable[[], bool]) -> None:
         while not condition():
@@ -143,9 +209,10 @@ class PeerFleet(ABC, Generic[PeerT]):
             PeerStatus(
                 address=peer.address,
                 ready=peer.connection is not None,
+                idle=peer.is_idle,
                 transport=peer.connection.transport if peer.connection else None,
                 in_flight=peer.in_flight,
-                error=None if peer.connection else str(peer.error),
+                error=None if peer.connection or peer.is_idle else str(peer.error),
             )
             for peer in self._peers
         ]
@@ -155,7 +222,9 @@ class PeerFleet(ABC, Generic[PeerT]):
 
         def reason(peer: PeerT) -> str:
             failure = failures.get(peer.address)
-            return str(peer.error) if failure is None else f"{peer.service} {peer.address} was lost: {failure}"
+            if failure is None or (not peer.has_session and str(failure) == str(peer.error)):
+                return str(peer.error)
+            return f"{peer.service} {peer.address} was lost: {failure}"
 
         return "; ".join(map(reason, self._peers)) or "none was found"
 

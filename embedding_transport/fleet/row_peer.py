@@ -1,4 +1,4 @@
-"""The client's side of one service that ships rows: a connection that is kept open, and the leases held over it."""
+"""The client's side of a service that ships rows: a connection that is opened when needed, and leases held over it."""
 
 from __future__ import annotations
 
@@ -101,13 +101,18 @@ class InFlightCount:
 
 
 class RowPeer(ABC, Generic[DescriptionT]):
-    """Keeps one service connected and releases its leases. It belongs to one event loop.
+    """Connects to one service and releases its leases. It belongs to one event loop.
+
+    It is idle until `open`, which connects, and connects again after a loss, until `disconnect` or `close`.
 
     service: the kind of service, for messages.
     unavailable: the error for a service that cannot be reached.
     connection: for new requests; None while the service is not connected or drains.
+    description: that of the current connection, or of the last one.
     has_session: whether requests in flight and leases are still valid, also while the service drains.
+    attempted: set once the first attempt since the peer was idle has ended.
     in_flight: items or requests that the service is working on for this client.
+    used_at: when `in_flight` has last changed, on the clock of the event loop, seconds.
     address_hash: the address's part in routing.
     counted_in: a fleet's count of what is in flight on the peers that are connected, where this one is or was.
     num_leases: leases that this client holds and has not released.
@@ -123,15 +128,31 @@ class RowPeer(ABC, Generic[DescriptionT]):
         self._in_flight = 0
         self.num_leases = 0
         self.num_fallbacks = 0
+        self.used_at = 0.0
         self.connection: Connection[DescriptionT] | None = None
+        self.description: DescriptionT | None = None
         self.has_session = False
-        self.error = self.unavailable(f"{self.service} {address} is not connected yet")
+        self.error: VitrineError = self._not_connected()
         self.attempted = asyncio.Event()
         self._transports = options.transports
         self._options = options
         self._mapper = options.mapper or LocalMapper(options.shm_folder, options.gpu)
         self._on_change: Callable[[], None] = lambda: None
         self._task: asyncio.Task[None] | None = None
+        self._ending: asyncio.Task[None] | None = None
+        self._is_closed = False
+        # Of the connection that was idle: one that is opened again with the same is no further fallback.
+        self._last_transport: str | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it is neither connected nor connects."""
+        return self._task is None
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether requests may be sent to it: it is connected, or may be once it is tried."""
+        return self.connection is not None or not self.attempted.is_set()
 
     @property
     def in_flight(self) -> int:
@@ -142,18 +163,61 @@ class RowPeer(ABC, Generic[DescriptionT]):
         if self.counted_in is not None:
             self.counted_in.total += number - self._in_flight
         self._in_flight = number
+        self.used_at = self._loop.time()
 
     def start(self, on_change: Callable[[], None], supervisor: Supervisor) -> None:
-        """Connects, and connects again after a loss; calls `on_change` whenever readiness has changed."""
+        """
+        Args:
+            on_change: called whenever the peer has connected, or has been lost.
+            supervisor: owns the tasks of the connection.
+        """
         self._on_change = on_change
         self._loop = asyncio.get_running_loop()
         self._supervisor = supervisor
         self._to_release: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
-        self._task = supervisor.start_task(f"{self.service} {self.address} connection", self._keep_connected())
+
+    def open(self) -> None:
+        """Connects if the peer is idle."""
+        if self.is_idle and not self._is_closed:
+            name = f"{self.service} {self.address} connection"
+            self._task = self._supervisor.start_task(name, self._keep_connected())
+
+    async def connected(self, timeout_s: float | None) -> Connection[DescriptionT]:
+        """Returns the connection; an idle peer is connected first.
+
+        Args:
+            timeout_s: the longest wait for that; None for no limit but that of the steps of connecting.
+
+        Raises:
+            VitrineError: `unavailable`: the peer could not be connected to, or was lost.
+        """
+        self.open()
+        if self.connection is None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self.attempted.wait()
+        if self.connection is None:
+            raise self.unavailable(str(self.error))
+        return self.connection
+
+    def disconnect(self) -> None:
+        """Makes a peer idle; call it only where nothing is in flight and no lease is held."""
+        if self._task is None:
+            return
+        self._supervisor.expect_end(self._task)
+        self._task.cancel()
+        self._task, self._ending = None, self._task
+        self.has_session = False
+        self.connection = None
+        self.error = self._not_connected()
+        self.attempted.clear()
+        self._on_change()
 
     async def close(self) -> None:
-        if self._task is not None:
-            await self._supervisor.stop(self._task)
+        """Disconnects for good."""
+        self._is_closed = True
+        await self._supervisor.stop(*(task for task in (self._task, self._ending) if task is not None))
+        self.attempted.set()
 
     def release(self, session_id: str, lease_id: int) -> None:
         """Releases a lease in the background; callable from any thread."""
@@ -200,13 +264,17 @@ class RowPeer(ABC, Generic[DescriptionT]):
                     # The service breaks the protocol, or its pool cannot be mapped.
                     self._report(self.unavailable(f"{self.service} {self.address} cannot be connected to: {error!r}"))
                 finally:
-                    if self.has_session:
-                        backoff.reset()
-                    self.has_session = False
-                    self.connection = None
-                    self.attempted.set()
-                    self._on_change()
+                    if self._task is asyncio.current_task():  # otherwise a later one has the peer
+                        if self.has_session:
+                            backoff.reset()
+                        self.has_session = False
+                        self.connection = self._last_transport = None
+                        self.attempted.set()
+                        self._on_change()
             await backoff.pause()
+
+    def _not_connected(self) -> VitrineError:
+        return self.unavailable(f"{self.service} {self.address} is not connected yet")
 
     def _report(self, error: VitrineError) -> None:
         if str(error) != str(self.error):
@@ -223,6 +291,7 @@ class RowPeer(ABC, Generic[DescriptionT]):
             async with asyncio.timeout(self._options.connect_timeout_s):
                 session, mapping = await self._negotiate(call)
             self.connection = Connection(channel, description, session.session_id, session.transport, mapping)
+            self.description = description
             self.has_session = True
             # Reported once the service drains, and after an orderly end.
             self.error = self.unavailable(f"{self.service} {self.address} is shutting down")
@@ -265,10 +334,11 @@ class RowPeer(ABC, Generic[DescriptionT]):
                 f"{self.service} {self.address} would send rows by {transport!r}; this client accepts "
                 f"{' or '.join(self._transports)}"
             )
-        if transport != self._transports[0]:
+        if transport not in (self._transports[0], self._last_transport):
             self.num_fallbacks += 1
             wanted = self._transports[0]
             _log.warning("no %s with %s %s: rows come by %s", wanted, self.service, self.address, transport)
+        self._last_transport = transport
         return response.session, mapping if transport != "grpc" else None
 
     def _probe(self, offer: encoder_pb2.Offer) -> tuple[PoolMapping | None, encoder_pb2.ProbeResult]:

@@ -51,8 +51,9 @@ function showEncoder(encoder, earlier, seconds) {
   }
   const [head, state, ...cells] = rows.get(encoder.address).children;
   setText(head.querySelector(".error"), encoder.error || "");
-  state.firstChild.className = encoder.ready ? "state good" : "state bad";
-  setText(state.firstChild, encoder.ready ? "ready" : "away");
+  const [style, text] = encoder.ready ? ["state good", "ready"] : encoder.idle ? ["state", "idle"] : ["state bad", "away"];
+  state.firstChild.className = style;
+  setText(state.firstChild, text);
   const texts = [encoder.transport || NONE, count(encoder.in_flight), ...statistics(encoder.stats, earlier, seconds)];
   cells.forEach((cell, index) => setText(cell, texts[index]));
 }

@@ -112,7 +112,7 @@ class PrefillClient(FleetClient[PrefillPeer]):
 
         key = await asyncio.to_thread(_routing_key, prompt.request, prompt.token_ids)
         while True:
-            peer = (await self._usable(prompt.attempts)).choose(key, prompt.attempts.failures)
+            peer = self._usable_for(prompt.attempts).choose(key, prompt.attempts.failures)
             peer.in_flight += 1
             try:
                 await self._receive(peer, partial(self._begin, prompt, peer), emit)
