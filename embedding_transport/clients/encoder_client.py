@@ -253,13 +253,14 @@ class EncoderClient(FleetClient[EncoderPeer]):
             peer.open()
             await peer.attempted.wait()
         else:  # a ticket names a process and no address: it may be any that is not connected
-            for each in self._peers:
+            asked = list(self._peers)
+            for each in asked:
                 each.open()
 
             def is_known() -> bool:
                 return ticket.encoder_id in self._by_instance()
 
-            await self._wait_until(lambda: is_known() or all(peer.attempted.is_set() for peer in self._peers))
+            await self._wait_until(lambda: is_known() or all(peer.attempted.is_set() for peer in asked))
         peer = self._by_instance().get(ticket.encoder_id)
         failure = request.attempts.failures.get(peer.address) if peer is not None else None
         if isinstance(failure, Overloaded):
@@ -335,7 +336,7 @@ def _check_versions(minor: int, failures: Mapping[str, VitrineError], usable: Co
         EncoderMismatch: none of those that have not failed has this minor version; Overloaded: those that have are
             overloaded.
     """
-    left = [] if not minor else (peer for peer in usable.by_address.values() if peer.address not in failures)
+    left = (peer for peer in usable.by_address.values() if peer.address not in failures)
     if minor and not any(_may_have(minor, peer) for peer in left):
         found = {
             address: peer.connection.description.minor_version

@@ -112,7 +112,7 @@ class RowPeer(ABC, Generic[DescriptionT]):
     has_session: whether requests in flight and leases are still valid, also while the service drains.
     attempted: set once the first attempt since the peer was idle has ended.
     in_flight: items or requests that the service is working on for this client.
-    used_at: when `in_flight` has last changed, on the clock of the event loop, seconds.
+    used_at: when it was connected, or `in_flight` has last changed, on the clock of the event loop, seconds.
     address_hash: the address's part in routing.
     counted_in: a fleet's count of what is in flight on the peers that are connected, where this one is or was.
     num_leases: leases that this client holds and has not released.
@@ -293,6 +293,7 @@ class RowPeer(ABC, Generic[DescriptionT]):
             self.connection = Connection(channel, description, session.session_id, session.transport, mapping)
             self.description = description
             self.has_session = True
+            self.used_at = self._loop.time()
             # Reported once the service drains, and after an orderly end.
             self.error = self.unavailable(f"{self.service} {self.address} is shutting down")
             _log.info("connected to %s %s, transport %s", self.service, self.address, session.transport)
