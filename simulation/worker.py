@@ -219,7 +219,7 @@ class SimulatedWorker:
                 await self._changed.wait()
                 continue
             size, epochs = StepSize.of(chunks), self._loop.time()
-            await asyncio.sleep(self._really.seconds(size) * (1 + _NOISE * self._rng.uniform(-1, 1)))
+            await self._compute(self._really.seconds(size) * (1 + _NOISE * self._rng.uniform(-1, 1)))
             self._costs.observe(size, self._loop.time() - epochs)
             self.num_steps += 1
             for chunk in chunks:
@@ -228,6 +228,10 @@ class SimulatedWorker:
                     self._scheduler.commit(chunk)
                     if chunk.samples:
                         self._receive_token(self._running[chunk.request])
+
+    async def _compute(self, seconds: float) -> None:
+        """Returns once a step of so many seconds of the GPU has ended."""
+        await asyncio.sleep(seconds)
 
     def _receive_token(self, running: _Running) -> None:
         outcome, state = running.outcome, running.state

@@ -1,0 +1,178 @@
+"""What a GPU takes: the costs that a plan is made with, measured, scaled from measured ones, or read from a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vitrine_vlm.encoder_service.engine.cost_model import CostModel
+from vitrine_vlm.encoder_service.models.grids import GridTHW
+from vitrine_vlm.llm_worker.engine.step_costs import StepCosts
+from vitrine_vlm.simulation import costs as measured
+
+# 32 pictures of 560x560 take 2.60 ms each alone, and 2.70 to 2.73 ms beside what decodes and delivers.
+_PICTURE_S = 0.11e-3
+# One picture at a time takes this longer than its stages: 2.2 ms with 560x560 pixels, 3.5 ms with 1920x1080.
+_FRONT_S, _FRONT_A_PIXEL_S = 1.9e-3, 0.8e-9
+
+
+class TowerCosts(BaseModel):
+    """Coefficients of the encoder's cost model, see `CostModel`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fixed_s: float = Field(ge=0)
+    per_patch_s: float = Field(ge=0)
+    per_pair_s: float = Field(ge=0)
+
+
+class DecoderCosts(BaseModel):
+    """The worker's cost model, see `StepCosts`: seconds of steps by tokens, and of what these attend to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    decode_s: dict[int, float] = Field(min_length=1)
+    mixed_s: dict[int, float] = Field(min_length=1)
+    per_key_s: float = Field(ge=0)
+    per_pair_s: float = Field(ge=0)
+
+
+class Costs(BaseModel):
+    """Everything that a plan has to know of a GPU and a model on it.
+
+    gpu, model: names, for readers. source: where the figures come from. row_nbytes: of the embeddings of one token of a
+    picture, deepstack included. picture_s: seconds of the encoder's GPU that decoding one picture takes from the
+    tower. front_s, front_a_pixel_s: seconds on the host in front of a request, and in addition by its pictures' pixels.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    gpu: str
+    model: str
+    source: str
+    row_nbytes: int = Field(gt=0)
+    tower: TowerCosts
+    decoder: DecoderCosts
+    picture_s: float = Field(default=_PICTURE_S, ge=0)
+    front_s: float = Field(default=_FRONT_S, ge=0)
+    front_a_pixel_s: float = Field(default=_FRONT_A_PIXEL_S, ge=0)
+
+    def tower_cost(self) -> CostModel:
+        """A new cost model, as the tower is predicted by the encoder's policies."""
+        return CostModel(self.tower.fixed_s, self.tower.per_patch_s, self.tower.per_pair_s)
+
+    def real_tower_cost(self) -> CostModel:
+        """What the tower really takes: with decoding beside it, which the policies learn only from batches."""
+        return _TowerBesideDecoding(self.tower_cost(), self.picture_s)
+
+    def step_costs(self) -> StepCosts:
+        """A new cost model of a worker's steps."""
+        of = self.decoder
+        return StepCosts(of.decode_s, of.mixed_s, of.per_key_s, of.per_pair_s)
+
+
+class _TowerBesideDecoding(CostModel):
+    def __init__(self, tower: CostModel, picture_s: float) -> None:
+        super().__init__(tower.fixed_s, tower.per_patch_s, tower.per_pair_s)
+        self._picture_s = picture_s
+
+    def batch_seconds(self, grid_thw: Sequence[GridTHW]) -> float:
+        return super().batch_seconds(grid_thw) + self._picture_s * len(grid_thw)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Figures of a data sheet. flops: dense bfloat16 operations a second; bytes_a_second: of its memory."""
+
+    flops: float
+    bytes_a_second: float
+
+
+@dataclass(frozen=True)
+class Model:
+    """tower, decoder: billions of parameters. row_width: values of one token's embedding, deepstack included."""
+
+    tower: float
+    decoder: float
+    row_width: int
+
+
+GPUS = {
+    "h200": Gpu(989e12, 4.8e12),
+    "b200": Gpu(2250e12, 8.0e12),
+    "h100": Gpu(989e12, 3.35e12),
+    "a100-80gb": Gpu(312e12, 2.04e12),
+    "l40s": Gpu(362e12, 0.864e12),
+}
+# Decoders without the embedding and the output layer; the towers of published configs.
+MODELS = {
+    "qwen3-vl-8b": Model(0.58, 6.95, 4 * 4096),
+    "qwen3-vl-4b": Model(0.41, 3.63, 4 * 2560),
+    "qwen3-vl-32b": Model(0.58, 31.2, 4 * 5120),
+}
+_MEASURED_GPU, _MEASURED_MODEL = "h200", "qwen3-vl-8b"
+_DTYPE_NBYTES = 2
+
+
+def costs_of(gpu: str, model: str) -> Costs:
+    """Costs of a GPU and a model by their names: Qwen3-VL-8B on an H200 as measured, others by scaling.
+
+    The tower, and what prompt tokens add to a step, take as much longer as operations a second are fewer and
+    parameters are more; decoding, and reading the weights, as memory is slower.
+    """
+    sheet, base = GPUS[gpu], GPUS[_MEASURED_GPU]
+    sizes, of_base = MODELS[model], MODELS[_MEASURED_MODEL]
+    compute, memory = base.flops / sheet.flops, base.bytes_a_second / sheet.bytes_a_second
+    tower, decoder = compute * sizes.tower / of_base.tower, sizes.decoder / of_base.decoder
+    cost, steps = measured.tower_cost(), measured.step_costs()
+    weights_s = steps.decode_s[1]
+    is_measured = (gpu, model) == (_MEASURED_GPU, _MEASURED_MODEL)
+    return Costs(
+        gpu=gpu,
+        model=model,
+        source="measured" if is_measured else f"scaled from {_MEASURED_MODEL} on {_MEASURED_GPU}, not measured",
+        row_nbytes=_DTYPE_NBYTES * sizes.row_width,
+        tower=TowerCosts(
+            fixed_s=tower * cost.fixed_s, per_patch_s=tower * cost.per_patch_s, per_pair_s=tower * cost.per_pair_s
+        ),
+        decoder=DecoderCosts(
+            decode_s={size: memory * decoder * seconds for size, seconds in steps.decode_s.items()},
+            mixed_s={
+                size: decoder * (memory * weights_s + compute * (seconds - weights_s))
+                for size, seconds in steps.mixed_s.items()
+            },
+            per_key_s=memory * decoder * steps.per_key_s,
+            per_pair_s=compute * decoder * steps.per_pair_s,
+        ),
+        picture_s=compute * _PICTURE_S,
+        front_s=_FRONT_S,
+        front_a_pixel_s=_FRONT_A_PIXEL_S,
+    )
+
+
+def read_costs(path: Path) -> Costs:
+    """Reads what `vitrine-plan calibrate` has written.
+
+    Raises:
+        ValueError: the file has no costs, or figures out of range.
+    """
+    try:
+        return Costs.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ValueError(f"{path} has no costs as vitrine-plan calibrate writes them: {error}") from None
+
+
+@contextmanager
+def simulated_with(costs: Costs) -> Iterator[None]:
+    """Within it, the encoders and workers that the simulation makes have these costs in place of its own."""
+    with (
+        patch("vitrine_vlm.simulation.encoder.tower_cost", lambda *_: costs.tower_cost()),
+        patch("vitrine_vlm.simulation.tower.tower_cost", lambda *_: costs.real_tower_cost()),
+        patch("vitrine_vlm.simulation.worker.step_costs", lambda *_: costs.step_costs()),
+    ):
+        yield

@@ -1,0 +1,69 @@
+"""Loads that were measured on H200s (docs/performance.md), beside which the planner's model is checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from vitrine_vlm.planner.loads import Load
+
+# encoder: its clients read the embeddings. apart, shared: a worker, on a GPU of its own or on the encoder's. vllm: vLLM
+# with its own tower; mode_m: vLLM and an encoder on one GPU.
+System: TypeAlias = Literal["encoder", "apart", "shared", "vllm", "mode_m"]
+
+
+@dataclass(frozen=True)
+class MeasuredLoad:
+    """requests_per_s: with `load.beside` of a worker it is the pictures beside. ttft_s: the median, None if unknown."""
+
+    name: str
+    system: System
+    load: Load
+    requests_per_s: float
+    ttft_s: float | None = None
+    transport: str = "cuda_ipc"
+
+
+_HD, _FULL_HD = (1280, 720), (1920, 1080)
+_ENCODER = (
+    MeasuredLoad("encoder, 560x560, 1 in flight", "encoder", Load(32, 1, 1), 130.7),
+    MeasuredLoad("encoder, 560x560, 64", "encoder", Load(384, 64, 1), 337.3),
+    MeasuredLoad("encoder, 1080p, 1", "encoder", Load(16, 1, 1, _FULL_HD), 26.4),
+    MeasuredLoad("encoder, 1080p, 64", "encoder", Load(192, 64, 1, _FULL_HD), 32.3),
+    MeasuredLoad("encoder, gRPC, 560x560, 1", "encoder", Load(32, 1, 1), 61.0, transport="grpc"),
+    MeasuredLoad("encoder, gRPC, 560x560, 64", "encoder", Load(256, 64, 1), 120.7, transport="grpc"),
+)
+_STREAMS = Load(16, 16, 384, num_pictures=0, beside=8)
+_WORKER = (
+    MeasuredLoad("split on two GPUs, 560x560, 32, 1 token", "apart", Load(256, 32, 1), 91.0, 0.335),
+    MeasuredLoad("split on two GPUs, 1080p, 8 beside 16 streams", "apart", _STREAMS, 12.2),
+    MeasuredLoad("both on one GPU, 560x560, 32, 1 token", "shared", Load(256, 32, 1), 69.6, 0.447),
+    MeasuredLoad("both on one GPU, 1080p, 8 beside 16 streams", "shared", _STREAMS, 8.15),
+)
+
+
+def _with_vllm(
+    name: str, load: Load, own: tuple[float, float], mode_m: tuple[float, float]
+) -> tuple[MeasuredLoad, MeasuredLoad]:
+    """The same load with vLLM's own tower and in mode M: requests/s, and TTFT p50 in ms."""
+    return (
+        MeasuredLoad(f"vLLM, {name}", "vllm", load, own[0], own[1] / 1e3),
+        MeasuredLoad(f"vLLM in mode M, {name}", "mode_m", load, mode_m[0], mode_m[1] / 1e3),
+    )
+
+
+_VLLM = (
+    *_with_vllm("560x560, 32, 1 token", Load(192, 32, 1), (64.6, 475), (66.0, 458)),
+    *_with_vllm("560x560, 32, 64 tokens", Load(128, 32, 64), (34.5, 374), (34.5, 510)),
+    *_with_vllm("720p, 32, 64 tokens", Load(96, 32, 64, _HD), (19.4, 717), (19.5, 914)),
+    *_with_vllm("1080p, 8, 64 tokens", Load(48, 8, 64, _FULL_HD), (7.09, 613), (6.77, 411)),
+    *_with_vllm("1080p, 32, 64 tokens", Load(64, 32, 64, _FULL_HD), (9.76, 1629), (8.88, 2336)),
+    *_with_vllm("4 x 560x560, 16, 64 tokens", Load(48, 16, 64, num_pictures=4), (12.8, 672), (11.7, 788)),
+    *_with_vllm("560x560, one at a time", Load(12, 1, 1), (13.0, 77), (14.9, 64)),
+    *_with_vllm("1080p, one at a time", Load(12, 1, 1, _FULL_HD), (6.07, 152), (8.16, 120)),
+    *_with_vllm("text, 512 in, 128 out, 32", Load(96, 32, 128, (1, 1), 0, 512), (26.6, 356), (26.4, 279)),
+    *_with_vllm(
+        "16 streams of 256 beside 8 x 1080p", Load(16, 16, 256, num_pictures=0, beside=8), (0.27, 619), (0.40, 464)
+    ),
+)
+MEASURED = (*_ENCODER, *_WORKER, *_VLLM)
