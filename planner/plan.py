@@ -98,8 +98,8 @@ def make_plan(
     while True:
         part = min(1.0, _MAX_SIMULATED_GPUS / (num_encoders + num_workers))
         simulated = at_rate(requests, part) or requests[:1]
-        sizes = (max(1, round(part * number)) for number in (num_encoders, num_workers))
-        expected = run_split(simulated, costs, *sizes, transport, limits)
+        encoders, workers = (max(1, round(part * number)) for number in (num_encoders, num_workers))
+        expected = run_split(simulated, costs, encoders, workers, transport, limits)
         misses, num_left = _misses(expected, goals), num_left - 1
         if not misses or not num_left:
             break
