@@ -59,6 +59,13 @@ def gaps(outcomes: Sequence[Outcome]) -> list[float]:
     return [gap for outcome in outcomes for gap in outcome.gaps]
 
 
+def scaled_costs(factor: float) -> StepCosts:
+    """Costs whose seconds are all `factor` times those measured."""
+    costs = step_costs()
+    decode_s, mixed_s = ({size: factor * s for size, s in each.items()} for each in (costs.decode_s, costs.mixed_s))
+    return StepCosts(decode_s, mixed_s, factor * costs.per_key_s, factor * costs.per_pair_s)
+
+
 def trace(config: TextConfig, loads: list[Load], **options: object) -> Simulation:
     simulation = Simulation(config, loads, **options)  # type: ignore[arg-type]
     simulation.run(12)
@@ -120,7 +127,7 @@ def test_light_load_is_gentle(config: TextConfig) -> None:
 @pytest.mark.parametrize("factor", [0.3, 3.0])
 def test_steps_correct_wrong_costs(config: TextConfig, factor: float) -> None:
     (load,) = loads = [Load(32, 2000, 64)]
-    simulation = trace(config, loads, costs=step_costs(factor))
+    simulation = trace(config, loads, costs=scaled_costs(factor))
     assert simulation.costs.correction == pytest.approx(1 / factor, rel=0.1)
     assert quantile(gaps(simulation.begun(load, after_s=3)), 0.99) <= 0.033
 
@@ -139,7 +146,7 @@ def test_every_request_proceeds_in_random_traces(config: TextConfig, seed: int) 
         for _ in range(generator.randint(1, 4))
     ]
     goal_s = generator.choice([0.008, 0.03, 0.1])
-    simulation = trace(config, loads, really=step_costs(generator.uniform(0.5, 2)), target_itl_s=goal_s)
+    simulation = trace(config, loads, really=scaled_costs(generator.uniform(0.5, 2)), target_itl_s=goal_s)
     for outcome in simulation.outcomes:
         if not outcome.token_times:
             assert simulation.now - outcome.submitted_at < 8, (seed, outcome.load)

@@ -33,7 +33,7 @@ def test_by_the_queue_alone_they_are() -> None:
 
 def test_the_rules_are_the_charts() -> None:
     for kind in ("hpa", "keda"):
-        scaler = setting(kind).autoscaler(2, 9)  # type: ignore[arg-type]
+        scaler = setting(kind).autoscaler(2, 9)
         assert isinstance(scaler, HorizontalPodAutoscaler)
         assert [(each.name, each.target) for each in scaler.metrics] == [(QUEUE, 1.0), (LOAD, 0.7)]
 
