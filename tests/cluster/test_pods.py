@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -12,7 +13,8 @@ from typing import Any
 from tests.cluster.pods import Pod, PodRunner
 from tests.cluster.volumes import Objects
 
-ADDRESS = "127.63.0.1"
+# Of this process, as tests run side by side.
+ADDRESS = f"127.63.{os.getpid() // 250 % 250}.{os.getpid() % 250 + 1}"
 # Process 1 has no handlers but its own.
 TERMINATES = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7));"
 WAITS = "import time; time.sleep(60)"
