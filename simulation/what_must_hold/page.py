@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vitrine_vlm.simulation.what_must_hold.autoscaling import Scaled
 from vitrine_vlm.simulation.what_must_hold.case import Case, Result
+
+_WIDTH = 120
 
 
 def cases_table(results: Sequence[tuple[Case, Result]]) -> str:
@@ -32,7 +35,7 @@ def goals_list(results: Sequence[tuple[Case, Result]]) -> str:
     lines = []
     for case, result in results:
         goals = "; ".join(f"{'' if goal.holds(result) else '**not held**: '}{goal.text}" for goal in case.goals)
-        lines.append(f"- {case.what}: {goals}.")
+        lines.append(textwrap.fill(f"- {case.what}: {goals}.", _WIDTH, subsequent_indent="  ", break_on_hyphens=False))
     return "\n".join(lines)
 
 
