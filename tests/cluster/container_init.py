@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 _PODS = "/.pods"
+_HOST = "/.host"
 _SHM_NBYTES = 64 << 20  # of /dev/shm, where no volume is mounted there: the default of container runtimes
 
 
@@ -31,14 +32,20 @@ def main() -> None:
     _mount("-t", "proc", "proc", f"{root}/proc")
     Path(f"{root}{_PODS}").mkdir()
     _mount("--bind", pods, f"{root}{_PODS}")
-    for folder in spec["host_folders"]:
-        _mount("--rbind", folder, f"{root}{folder}")
+    for number, folder in enumerate(spec["host_folders"]):
+        Path(f"{root}{_HOST}{number}").mkdir()
+        _mount("--rbind", folder, f"{root}{_HOST}{number}")
     os.chroot(root)
     os.chdir("/")
     _mount("-t", "tmpfs", "-o", f"size={_SHM_NBYTES}", "tmpfs", "/dev/shm")
     for mount in spec["mounts"]:
         _mount_volume(mount["path"], _PODS + mount["source"].removeprefix(pods), mount["read_only"])
-    subprocess.run(["umount", "--lazy", _PODS], check=True)
+    # After the volumes, as one of them may lie above such a folder: /tmp.
+    for number, folder in enumerate(spec["host_folders"]):
+        os.makedirs(folder, exist_ok=True)
+        _mount("--rbind", f"{_HOST}{number}", folder)
+        _unmount(f"{_HOST}{number}")
+    _unmount(_PODS)
     if spec["read_only"]:
         _mount("-o", "remount,ro", "/")
     os.execvpe(spec["command"][0], spec["command"], spec["env"])
@@ -53,6 +60,10 @@ def _mount_volume(path: str, source: str, read_only: bool) -> None:
     _mount("--bind", source, path)
     if read_only:
         _mount("-o", "remount,bind,ro", path)
+
+
+def _unmount(path: str) -> None:
+    subprocess.run(["umount", "--lazy", path], check=True)
 
 
 def _mount(*arguments: str) -> None:

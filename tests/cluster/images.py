@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from dataclasses import dataclass
@@ -19,12 +18,8 @@ _FILES = {
     "/opt/entrypoint.py": str(_ROOT / "deploy" / "docker" / "entrypoint.py"),
 }
 _TARGETS = ("encoder", "llm", "gateway")
-# What a container needs of this machine besides its root file system: those that are file systems of their own.
-HOST_FOLDERS = [
-    folder
-    for folder in sorted({str(_ROOT), sys.prefix, sys.base_prefix})
-    if os.stat(folder).st_dev != os.stat("/").st_dev
-]
+# What a container needs of this machine, wherever its volumes are: the project, and the interpreter with its packages.
+HOST_FOLDERS = sorted({str(_ROOT), sys.prefix, sys.base_prefix})
 
 
 @dataclass(frozen=True)
