@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vitrine_vlm.planner.calibrate import calibrate, write_costs
-from vitrine_vlm.planner.costs import GPUS, MODELS, Costs, costs_of, read_costs
+from vitrine_vlm.planner.costs import MODELS, Costs, costs_of, read_costs
 from vitrine_vlm.planner.helm_values import helm_values
 from vitrine_vlm.planner.output import as_json, as_table, plot
 from vitrine_vlm.planner.plan import Goals, Plan, Prices, make_plan
 from vitrine_vlm.planner.workload import Workload, rate_of
 from vitrine_vlm.sample_models.tiny_vlm import MODEL_FOLDER
+from vitrine_vlm.simulation.costs import GPUS
 from vitrine_vlm.simulation.network import LINKS
 from vitrine_vlm.simulation.workload import read_trace
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vitrine_vlm.encoder_service.engine.cost_model import CostModel
 from vitrine_vlm.encoder_service.models.grids import GridTHW
 from vitrine_vlm.llm_worker.engine.step_costs import StepCosts
-from vitrine_vlm.simulation import costs as measured
+from vitrine_vlm.simulation.costs import MEASURED, Hardware, step_costs, tower_cost
 
 # 32 pictures of 560x560 take 2.60 ms each alone, and 2.70 to 2.73 ms beside what decodes and delivers.
 _PICTURE_S = 0.11e-3
@@ -86,14 +86,6 @@ class _TowerBesideDecoding(CostModel):
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """Figures of a data sheet. flops: dense bfloat16 operations a second; bytes_a_second: of its memory."""
-
-    flops: float
-    bytes_a_second: float
-
-
-@dataclass(frozen=True)
 class Model:
     """tower, decoder: billions of parameters. row_width: values of one token's embedding, deepstack included."""
 
@@ -102,54 +94,40 @@ class Model:
     row_width: int
 
 
-GPUS = {
-    "h200": Gpu(989e12, 4.8e12),
-    "b200": Gpu(2250e12, 8.0e12),
-    "h100": Gpu(989e12, 3.35e12),
-    "a100-80gb": Gpu(312e12, 2.04e12),
-    "l40s": Gpu(362e12, 0.864e12),
-}
 # Decoders without the embedding and the output layer; the towers of published configs.
 MODELS = {
     "qwen3-vl-8b": Model(0.58, 6.95, 4 * 4096),
     "qwen3-vl-4b": Model(0.41, 3.63, 4 * 2560),
     "qwen3-vl-32b": Model(0.58, 31.2, 4 * 5120),
 }
-_MEASURED_GPU, _MEASURED_MODEL = "h200", "qwen3-vl-8b"
+_MEASURED_MODEL = "qwen3-vl-8b"
 _DTYPE_NBYTES = 2
 
 
 def costs_of(gpu: str, model: str) -> Costs:
     """Costs of a GPU and a model by their names: Qwen3-VL-8B on an H200 as measured, others by scaling.
 
-    The tower, and what prompt tokens add to a step, take as much longer as operations a second are fewer and
-    parameters are more; decoding, and reading the weights, as memory is slower.
+    Other GPUs are the simulation's, see `Hardware`; tower and steps take as much longer as parameters are more.
     """
-    sheet, base = GPUS[gpu], GPUS[_MEASURED_GPU]
-    sizes, of_base = MODELS[model], MODELS[_MEASURED_MODEL]
-    compute, memory = base.flops / sheet.flops, base.bytes_a_second / sheet.bytes_a_second
-    tower, decoder = compute * sizes.tower / of_base.tower, sizes.decoder / of_base.decoder
-    cost, steps = measured.tower_cost(), measured.step_costs()
-    weights_s = steps.decode_s[1]
-    is_measured = (gpu, model) == (_MEASURED_GPU, _MEASURED_MODEL)
+    hardware, sizes, of_base = Hardware(gpu), MODELS[model], MODELS[_MEASURED_MODEL]
+    tower, decoder = sizes.tower / of_base.tower, sizes.decoder / of_base.decoder
+    cost, steps = tower_cost(hardware), step_costs(hardware)
+    is_measured = (hardware, model) == (MEASURED, _MEASURED_MODEL)
     return Costs(
         gpu=gpu,
         model=model,
-        source="measured" if is_measured else f"scaled from {_MEASURED_MODEL} on {_MEASURED_GPU}, not measured",
+        source="measured" if is_measured else f"scaled from {_MEASURED_MODEL} on {MEASURED.gpu}, not measured",
         row_nbytes=_DTYPE_NBYTES * sizes.row_width,
         tower=TowerCosts(
             fixed_s=tower * cost.fixed_s, per_patch_s=tower * cost.per_patch_s, per_pair_s=tower * cost.per_pair_s
         ),
         decoder=DecoderCosts(
-            decode_s={size: memory * decoder * seconds for size, seconds in steps.decode_s.items()},
-            mixed_s={
-                size: decoder * (memory * weights_s + compute * (seconds - weights_s))
-                for size, seconds in steps.mixed_s.items()
-            },
-            per_key_s=memory * decoder * steps.per_key_s,
-            per_pair_s=compute * decoder * steps.per_pair_s,
+            decode_s={size: decoder * seconds for size, seconds in steps.decode_s.items()},
+            mixed_s={size: decoder * seconds for size, seconds in steps.mixed_s.items()},
+            per_key_s=decoder * steps.per_key_s,
+            per_pair_s=decoder * steps.per_pair_s,
         ),
-        picture_s=compute * _PICTURE_S,
+        picture_s=hardware.compute_factor * _PICTURE_S,
         front_s=_FRONT_S,
         front_a_pixel_s=_FRONT_A_PIXEL_S,
     )
