@@ -112,11 +112,7 @@ class Fleet:
 
     def remove(self, address: str) -> None:
         """The process at an address ends for good; what is in flight on it is lost."""
-        encoder = self.encoders.pop(address)
-        self.ended.append(encoder)
-        for peer in [peer for worker in self.workers for peer in worker.peers if peer.address == address]:
-            self._loop.call_later(0.0, peer.lose_process, encoder)
-        self._tasks.append(self._loop.create_task(encoder.close()))
+        self._end_process(self.encoders[address])
 
     def plan(self, faults: Iterable[Fault]) -> None:
         """Has the faults happen at their moments."""
@@ -181,8 +177,8 @@ class Fleet:
         self.ended.append(encoder)
         for worker in self.workers:
             self._cuts.pop((worker, encoder), None)
-            peer = worker.peer(encoder.address)
-            self._loop.call_later(0.0, peer.lose_process, encoder)
+            if worker.knows(encoder.address):
+                self._loop.call_later(0.0, worker.peer(encoder.address).lose_process, encoder)
         self._tasks.append(self._loop.create_task(encoder.close()))
 
     def _cut_off(self, encoder: SimulatedEncoder, workers: Iterable[SimulatedWorker]) -> None:

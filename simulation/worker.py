@@ -138,6 +138,10 @@ class SimulatedWorker:
     def peer(self, address: str) -> SimulatedPeer:
         return self._peers[address]
 
+    def knows(self, address: str) -> bool:
+        """Whether discovery has ever named the encoder."""
+        return address in self._peers
+
     def _make_peer(self, address: str) -> SimulatedPeer:
         peer = SimulatedPeer(self._loop, address, self.name, self.port, self._link, self._rng)
         self._peers[address] = peer

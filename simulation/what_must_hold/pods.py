@@ -54,9 +54,8 @@ class Pods:
         self._publish()
         await asyncio.sleep(_PRE_STOP_S)
         for worker in self._fleet.workers:
-            for peer in worker.peers:
-                if peer.address == address and peer.connection is not None:
-                    peer.drain()
+            if worker.knows(address) and worker.peer(address).connection is not None:
+                worker.peer(address).drain()
         polls = int(_DRAIN_S / _DRAIN_POLL_S)
         while polls and self._fleet.encoders[address].left_behind():
             await asyncio.sleep(_DRAIN_POLL_S)
