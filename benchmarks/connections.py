@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+from benchmarks.attacks.memory import resident_mib
 from benchmarks.line_process import LineProcess
 from benchmarks.process_tree import cpu_seconds
 from tests.encoder_service.running import image, png, run_encoder
@@ -78,12 +79,6 @@ async def work(shm_folder: Path) -> None:
     await client.close()
 
 
-def _memory(pid: int) -> float:
-    """MiB of memory that this process has resident."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1024
-
-
 def _files(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
@@ -97,7 +92,7 @@ class _Costs:
 
     def _now(self) -> tuple[float, float, float]:
         pids = self._pids
-        return sum(map(cpu_seconds, pids)), sum(map(_memory, pids)), sum(map(_files, pids))
+        return sum(map(cpu_seconds, pids)), sum(map(resident_mib, pids)), sum(map(_files, pids))
 
     def connected(self) -> None:
         cpu, memory, files = (now - last for now, last in zip(self._now(), self._last, strict=True))

@@ -28,11 +28,10 @@ def measure_tower(model: str, flags: Sequence[str]) -> dict[str, object]:
     config = EncoderConfig.from_command_line(["--model", model, *flags])
     loaded = load_model(config, lambda: False)
     cost, identity = loaded.cost, loaded.identity
-    element = torch.empty(0, dtype=getattr(torch, identity.dtype)).element_size()
     return {
         "model": identity.model,
         "gpu": _device_name(loaded.device),
-        "row_nbytes": identity.row_width * element,
+        "row_nbytes": identity.row_nbytes,
         "tower": {"fixed_s": cost.fixed_s, "per_patch_s": cost.per_patch_s, "per_pair_s": cost.per_pair_s},
     }
 

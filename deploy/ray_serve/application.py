@@ -7,13 +7,12 @@ from typing import Any
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from vitrine_vlm.deploy.ray_serve.autoscaling import QueuedWork
+from vitrine_vlm.deploy.ray_serve.autoscaling import LOAD, QueuedWork
 from vitrine_vlm.deploy.ray_serve.config import Pool, ServeArguments
 from vitrine_vlm.deploy.ray_serve.content_router import ContentRouter
-from vitrine_vlm.deploy.ray_serve.encoder import LOAD as TOWER_LOAD
 from vitrine_vlm.deploy.ray_serve.encoder import QUEUE_SECONDS, EncoderReplica
 from vitrine_vlm.deploy.ray_serve.gateway import Gateway
-from vitrine_vlm.deploy.ray_serve.llm import LOAD, QUEUED_TOKENS, LlmReplica
+from vitrine_vlm.deploy.ray_serve.llm import QUEUED_TOKENS, LlmReplica
 from vitrine_vlm.deploy.ray_serve.service_log import logging_config
 
 # The services themselves refuse requests above their capacity, with a time after which to retry.
@@ -29,7 +28,7 @@ def build(arguments: ServeArguments) -> serve.Application:
 
     grace_s = encoder_settings.drain_timeout_s + _STOP_MARGIN_S
     policy = {"stat": QUEUE_SECONDS, "target": encoders.target_queue_s}
-    options = _options(encoders, {**policy, "load_stat": TOWER_LOAD, "target_load": encoders.target_load}, grace_s)
+    options = _options(encoders, {**policy, "load_stat": LOAD, "target_load": encoders.target_load}, grace_s)
     encoder = serve.deployment(name="Encoder", **options)(EncoderReplica)
     bound_encoder = encoder.bind(encoders.environment(model), grace_s, arguments.needed)
 

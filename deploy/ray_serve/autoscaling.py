@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ray.serve.config import AutoscalingContext
 
+# The name of the load in a replica's record_autoscaling_stats.
+LOAD = "load"
 # Replicas are removed only if the others then have at most this part of their target, to avoid oscillation.
 _SHRINK_MARGIN = 0.5
 # Of a load, which changes in proportion to their number.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from vitrine_vlm.deploy.ray_serve.autoscaling import LOAD
 from vitrine_vlm.deploy.ray_serve.closing import Closing
 from vitrine_vlm.deploy.ray_serve.config import environment_variables
 from vitrine_vlm.deploy.ray_serve.metrics_targets import MetricsTarget, metrics_target
@@ -15,7 +16,7 @@ from vitrine_vlm.deploy.ray_serve.service_process import ServiceProcess
 from vitrine_vlm.encoder_service.config import EncoderConfig
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 
-QUEUE_SECONDS, LOAD = "queue_seconds", "load"
+QUEUE_SECONDS = "queue_seconds"
 
 
 class EncoderReplica(Closing):

@@ -12,6 +12,7 @@ from pathlib import Path
 import ray
 from ray.serve.handle import DeploymentHandle
 
+from vitrine_vlm.deploy.ray_serve.autoscaling import LOAD
 from vitrine_vlm.deploy.ray_serve.broadcasts import answers_of_all
 from vitrine_vlm.deploy.ray_serve.closing import Closing
 from vitrine_vlm.deploy.ray_serve.config import environment_variables
@@ -25,7 +26,7 @@ from vitrine_vlm.deploy.ray_serve.service_process import ServiceProcess
 from vitrine_vlm.llm_worker.config import LlmConfig
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 
-QUEUED_TOKENS, LOAD = "queued_prefill_tokens", "load"
+QUEUED_TOKENS = "queued_prefill_tokens"
 _ADDRESS_INTERVAL_S = 1.0
 _ADDRESS_TIMEOUT_S = 5.0
 

@@ -19,7 +19,7 @@ from vitrine_vlm.embedding_transport.wire.reading_slots import ReadingSlots
 from vitrine_vlm.embedding_transport.wire.unread_replies import BoundedContext, UnreadReplies
 from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget, ReservedBytes
-from vitrine_vlm.service_runtime.grpc_requests import MAX_WRAPPED_HANDLERS
+from vitrine_vlm.service_runtime.grpc_requests import MAX_WRAPPED_HANDLERS, behaviour_of
 
 # What flow control lets through anyway. So much is not counted: health checks and releases must pass.
 WINDOW_NBYTES = 64 * 1024
@@ -63,7 +63,7 @@ class MessageBounds(grpc.aio.ServerInterceptor):
         return self._wrapped(handler)
 
     def _bounded(self, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
-        serve: Any = handler.unary_stream if handler.response_streaming else handler.unary_unary
+        serve = behaviour_of(handler)
         parse = cast(_Parse, handler.request_deserializer)
 
         # The iterator of requests keeps the last one until it is garbage-collected, so the context is read from.

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 
 # Two readings of a scraper that comes every 15 s; shorter, and single batches would show.
-_WINDOW_S = 30.0
+WINDOW_S = 30.0
 
 
 class TowerLoad:
@@ -33,11 +33,11 @@ class TowerLoad:
     def value(self) -> float:
         """From 0 to 1."""
         self._remove_old()
-        elapsed_s = min(self._clock() - self._started_at, _WINDOW_S)
+        elapsed_s = min(self._clock() - self._started_at, WINDOW_S)
         return min(1.0, self._busy_s / elapsed_s) if elapsed_s > 0 else 0.0
 
     def _remove_old(self) -> None:
-        while self._batches and self._batches[0][0] < self._clock() - _WINDOW_S:
+        while self._batches and self._batches[0][0] < self._clock() - WINDOW_S:
             self._busy_s -= self._batches.popleft()[1]
         if not self._batches:
             self._busy_s = 0.0  # without the rounding errors of adding and subtracting

@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from vitrine_vlm.encoder_service.engine.tower_load import WINDOW_S
 from vitrine_vlm.simulation.costs import tower_cost
 from vitrine_vlm.simulation.encoder import EncoderLimits
 from vitrine_vlm.simulation.workload import SIZES, Picture
 
 STEP_S = 0.25
-# Over which an encoder measures its load.
-_LOAD_WINDOW_S = 30.0
 
 
 @dataclass
@@ -87,5 +86,5 @@ class Pool:
         total_s = self.queue_s + np.where(has_room, work_s, 0.0)
         busy = np.minimum(total_s, STEP_S) / STEP_S
         self.queue_s = total_s - busy * STEP_S
-        self._busy += (busy - self._busy) * (STEP_S / _LOAD_WINDOW_S)
-        self._weight += (1.0 - self._weight) * (STEP_S / _LOAD_WINDOW_S)
+        self._busy += (busy - self._busy) * (STEP_S / WINDOW_S)
+        self._weight += (1.0 - self._weight) * (STEP_S / WINDOW_S)

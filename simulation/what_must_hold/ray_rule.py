@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
-from vitrine_vlm.deploy.ray_serve.autoscaling import QueuedWork
+from vitrine_vlm.deploy.ray_serve.autoscaling import LOAD, QueuedWork
 
 if TYPE_CHECKING:
     from ray.serve.config import AutoscalingContext
 
     from vitrine_vlm.deploy.ray_serve.config import EncoderPool
 
-_QUEUE, _LOAD = "queue_seconds", "load"
+_QUEUE = "queue_seconds"
 
 
 class RayAutoscaler:
@@ -27,7 +27,7 @@ class RayAutoscaler:
 
     def __init__(self, pool: EncoderPool) -> None:
         self._pool = pool
-        self._policy = QueuedWork(_QUEUE, pool.target_queue_s, _LOAD, pool.target_load)
+        self._policy = QueuedWork(_QUEUE, pool.target_queue_s, LOAD, pool.target_load)
         self._sums: deque[tuple[float, float, float]] = deque()
         self._up_since: float | None = None
         self._down_since: float | None = None
@@ -42,7 +42,7 @@ class RayAutoscaler:
         while self._sums[0][0] < now - self._pool.look_back_s:
             self._sums.popleft()
         queue_s, load = (sum(each[place] for each in self._sums) / len(self._sums) for place in (1, 2))
-        metrics = {_QUEUE: {"all": queue_s}, _LOAD: {"all": load}}
+        metrics = {_QUEUE: {"all": queue_s}, LOAD: {"all": load}}
         context = SimpleNamespace(target_num_replicas=num_replicas, aggregated_metrics=metrics)
         wanted, _ = self._policy(cast("AutoscalingContext", context))
         return self._delayed(now, num_replicas, math.ceil(wanted))
