@@ -81,6 +81,8 @@ async def measure_load(host: Host, load: Load, costs: Costs) -> Figures:
     seconds = loop.time() - started
     num_beside -= num_before
     for task in disturbing:
+        if task.done():
+            task.result()  # it has failed: the others had fewer beside them
         task.cancel()
     await asyncio.gather(*disturbing, return_exceptions=True)
     ttft_s = sorted(ttft_s for ttft_s, _ in answers)

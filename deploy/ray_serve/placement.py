@@ -105,11 +105,13 @@ class LastRounds:
 
     def _end_all(self) -> None:
         quiet_since = begin = time.monotonic()
-        while (now := time.monotonic()) - quiet_since < _QUIET_S and now - begin < _LONGEST_S:
-            if end_never_placed(self._application):
-                quiet_since = now
-            time.sleep(_LAST_INTERVAL_S)
-        ray.kill(ray.get_runtime_context().current_actor)
+        try:
+            while (now := time.monotonic()) - quiet_since < _QUIET_S and now - begin < _LONGEST_S:
+                if end_never_placed(self._application):
+                    quiet_since = now
+                time.sleep(_LAST_INTERVAL_S)
+        finally:  # nothing else ends a detached actor
+            ray.kill(ray.get_runtime_context().current_actor)
 
 
 def outlive(application: str) -> None:
