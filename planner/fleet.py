@@ -51,7 +51,7 @@ def run_split(
 
 
 def run_monoliths(requests: Sequence[SimulatedRequest], costs: Costs, num_gpus: int, limits: WorkerLimits) -> Expected:
-    """As many processes that have both halves, of which each gets every so-manieth request; one of them is run."""
+    """As many processes that have both halves, to which requests go in turns; one of them is run."""
     own = requests[::num_gpus]
 
     async def work(host: Host) -> list[Outcome]:

@@ -21,7 +21,7 @@ from vitrine_vlm.types import MediaItem, ModelIdentity, Patches, RowsEvent, Tick
 
 NUM_ENCODERS, NUM_KEPT = 8, 2
 KEPT_FOR_LONG = ConnectionPolicy(NUM_KEPT, idle_s=60)
-NOBODY = "127.0.0.1:1"
+UNREACHABLE = "127.0.0.1:1"
 
 
 @pytest.fixture
@@ -194,13 +194,13 @@ async def test_what_is_lost_of_the_kept_connections_is_replaced(tmp_path: Path) 
 async def test_a_dead_encoder_of_which_no_one_knew_costs_one_retry(
     stubs: dict[str, StubServicer], tmp_path: Path
 ) -> None:
-    addresses = [*list(stubs)[:2], NOBODY]
+    addresses = [*list(stubs)[:2], UNREACHABLE]
     async with client_of(tmp_path, *addresses, policy=ConnectionPolicy(num_kept=0)) as client:
         assert num_connected(client) == 0
         for number in range(20):
             await encode(client, f"{number} 5")
         assert client.ready and client.stats().retries == 1
-        (dead,) = [status for status in client.status() if status.address == NOBODY]
+        (dead,) = [status for status in client.status() if status.address == UNREACHABLE]
         assert not dead.ready and not dead.idle and "failed to connect" in (dead.error or "")
 
 
