@@ -62,7 +62,9 @@ def measure_step_costs(forward_pass: ForwardPass, config: EngineConfig, patience
     decode_s = _ascending({size: least_s[spans] for size, spans in decodes.items() if spans in least_s})
     mixed_s = _ascending({size: least_s[spans] for size, spans in prompts.items() if spans in least_s})
     # Without what the tokens of one prompt attend to among themselves, which is counted in pairs.
-    mixed_s = {size: max(0.0, seconds - per_pair_s * causal_pairs(0, size)) for size, seconds in mixed_s.items()}
+    alone_s = (max(0.0, seconds - per_pair_s * causal_pairs(0, size)) for size, seconds in mixed_s.items())
+    # More tokens cost no less, which a `per_pair_s` that was measured too high would say.
+    mixed_s = dict(zip(mixed_s, accumulate(alone_s, max), strict=True))
     most = max(mixed_s)
     _log.info(
         "cost of a step: %.3g ms with 1 token, %.3g ms with %d; %.3g ns a key, %.3g ns a pair",

@@ -107,6 +107,17 @@ async def until_not_serving(address: str) -> None:
             await asyncio.sleep(0.02)
 
 
+async def until_not_ready(session: aiohttp.ClientSession, url: str, name: str) -> None:
+    """The engine fails its requests itself, just before the service notices its end."""
+    async with asyncio.timeout(NOTICED_S):
+        while True:
+            async with session.get(f"{url}/ready") as response:
+                if response.status == 503:
+                    assert name in (await response.json())["reason"]
+                    return
+            await asyncio.sleep(0.02)
+
+
 async def ends(service: BreakableService, name: str) -> None:
     """The process ends in time, and its log names the loop and has the traceback."""
     while service.process.is_alive() and time.monotonic() - service.broken_at < DRAIN_TIMEOUT_S + 0.5:
@@ -177,8 +188,7 @@ async def break_worker(service: BreakableService, addresses: dict[str, str], nam
             answer = await whole
             assert (answer.status, (await answer.json())["error"]["code"]) == (503, "worker_unavailable")
             assert int(answer.headers["Retry-After"]) > 0
-        async with session.get(f"{url}/ready") as response:
-            assert response.status == 503 and name in (await response.json())["reason"]
+        await until_not_ready(session, url, name)
         await until_not_serving(addresses["grpc"])
         assert time.monotonic() - service.broken_at < NOTICED_S
         await refused(stub.Generate(request, metadata=metadata), "worker_unavailable", name)
@@ -204,8 +214,7 @@ async def break_gateway(service: BreakableService, addresses: dict[str, str], na
             assert name in error["message"]
             answer = await whole
             assert (answer.status, (await answer.json())["error"]["code"]) == (503, "worker_unavailable")
-        async with session.get(f"{url}/ready") as response:
-            assert response.status == 503 and name in (await response.json())["reason"]
+        await until_not_ready(session, url, name)
         await until_not_serving(addresses["grpc"])
         assert time.monotonic() - service.broken_at < NOTICED_S
         async with session.post(f"{url}/v1/chat/completions", json=body) as response:

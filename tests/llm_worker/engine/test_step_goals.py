@@ -266,3 +266,20 @@ def test_costs_are_those_of_a_quiet_device(qwen3_vl_folder: Path) -> None:
     assert forward_pass.num_left <= -a_round
     for seconds in (costs.decode_s, costs.mixed_s):
         assert all(smaller <= larger for smaller, larger in pairwise(seconds.values()))
+
+
+def test_more_tokens_cost_no_less_where_long_contexts_are_slow(qwen3_vl_folder: Path) -> None:
+    decoder = build_decoder(open_checkpoint(str(qwen3_vl_folder)), torch.device("cpu"), torch.float32)
+    config = EngineConfig(max_num_batched_tokens=64, num_blocks=16, block_size=16, max_num_seqs=4)
+
+    class SlowBehindAContext(ForwardPass):
+        """What is measured of a pair is too much for the chunks without a context in front."""
+
+        def __call__(self, chunks: Sequence[Chunk]) -> StepOutput:
+            time.sleep(0.03 if chunks[0].start > 0 else 0)
+            return super().__call__(chunks)
+
+    costs = measure_step_costs(SlowBehindAContext(decoder, config), config)
+    assert costs.per_pair_s * causal_pairs(0, 64) > 0.004
+    assert min(costs.mixed_s.values()) > 0
+    assert all(smaller <= larger for smaller, larger in pairwise(costs.mixed_s.values()))
