@@ -67,6 +67,7 @@ class _Call:
     session_id: str
     tenant: str
     layout_only: bool
+    call_id: int
 
     @classmethod
     def of(cls, request: encoder_pb2.EncodeRequest, state: ServiceState) -> Self:
@@ -76,7 +77,7 @@ class _Call:
         """
         state.service.check_number(len(request.items))  # before millions of them cost any work
         items = [item_from_proto(index, message) for index, message in enumerate(request.items)]
-        return cls(items, request.session_id, request.tenant, request.layout_only)
+        return cls(items, request.session_id, request.tenant, request.layout_only, request.call_id)
 
 
 class EncoderServicer(SessionServicer, encoder_pb2_grpc.EncoderServicer):  # type: ignore[misc]
@@ -156,7 +157,7 @@ class EncoderServicer(SessionServicer, encoder_pb2_grpc.EncoderServicer):  # typ
     async def _encode(self, call: _Call, state: ServiceState, context: EncodeContext) -> None:
         left_s = context.time_remaining()
         deadline = math.inf if left_s is None else time.monotonic() + left_s
-        with self._held.item() as rows, _Replies(context, state, call.session_id, rows) as replies:
+        with self._held.item() as rows, _Replies(context, state, call, rows) as replies:
             if call.layout_only:
                 await state.service.layouts(call.items, replies, call.tenant, peer_of(context).name)
             else:
@@ -174,15 +175,18 @@ class EncoderServicer(SessionServicer, encoder_pb2_grpc.EncoderServicer):  # typ
 class _Replies:
     """Writes the answers of one Encode call. Leases that its peer does not learn of are released at the end.
 
+    A peer that cancels a call which has ended here names it in Release.
+
     Args:
         reserved: where rows that are sent as bytes are counted, until the call ends.
     """
 
-    def __init__(self, context: EncodeContext, state: ServiceState, session_id: str, reserved: ReservedBytes) -> None:
+    def __init__(self, context: EncodeContext, state: ServiceState, call: _Call, reserved: ReservedBytes) -> None:
         self._context = context
         self._exporter = state.exporter
         self._row_nbytes = state.row_nbytes
-        self._session_id = session_id
+        self._session_id = call.session_id
+        self._call_id = call.call_id
         self._reserved = reserved
         self._write_lock = asyncio.Lock()  # gRPC writes one message at a time
         self._leases: set[int] = set()
@@ -225,7 +229,8 @@ class _Replies:
 
     async def ship(self, item_index: int, early: AsyncPoolWrite, rows_TW: torch.Tensor, timings: ItemTimings) -> None:
         report_slowest(vars(timings))
-        responses = self._exporter.export(self._session_id, item_index, TensorSource(rows_TW), timings, early)
+        rows = TensorSource(rows_TW)
+        responses = self._exporter.export(self._session_id, item_index, rows, timings, early, self._call_id)
         async with aclosing(responses):
             async for response in responses:
                 if isinstance(response, bytes):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Collection, Sequence
+from typing import cast
 
 import grpc
 
@@ -196,6 +196,8 @@ class SimulatedPeer(EncoderPeer):
         self._virtual, self._worker, self._port, self._link, self._rng = loop, worker, port, link, rng
         self._num_sessions = 0
         self._released: list[int] = []
+        # What was read of calls that were not read to their end, by their ids.
+        self._unread: dict[int, Collection[int]] = {}
 
     @property
     def is_idle(self) -> bool:
@@ -216,9 +218,14 @@ class SimulatedPeer(EncoderPeer):
         if simulated is None or simulated.holder.session_id != session_id:
             self.num_leases -= 1  # the lease has ended with its session
             return
-        if not self._released:
-            self._virtual.call_later(_RELEASE_BATCH_S, self._flush, simulated)
+        self._flush_later(simulated)
         self._released.append(lease_id)
+
+    def release_unread(self, session_id: str, call_id: int, read_lease_ids: Sequence[int]) -> None:
+        simulated = self.simulated
+        if simulated is not None and simulated.holder.session_id == session_id:
+            self._flush_later(simulated)
+            self._unread[call_id] = read_lease_ids
 
     def connect(self, encoder: SimulatedEncoder) -> None:
         """Connects to a process of the encoder that is up and reachable, if it serves the worker's checkpoint."""
@@ -271,14 +278,26 @@ class SimulatedPeer(EncoderPeer):
             self._on_change()
             self.num_leases -= len(self._released)
             self._released.clear()
+            self._unread.clear()
             simulated.lose()
+
+    def _flush_later(self, simulated: SimulatedConnection) -> None:
+        if not self._released and not self._unread:
+            self._virtual.call_later(_RELEASE_BATCH_S, self._flush, simulated)
 
     def _flush(self, simulated: SimulatedConnection) -> None:
         if self.simulated is simulated:
             lease_ids, self._released = self._released, []
+            unread, self._unread = self._unread, {}
             self.num_leases -= len(lease_ids)
             leases, session_id = simulated.encoder.leases, simulated.holder.session_id
-            simulated.to_encoder(lambda: cast("Any", leases.release(session_id, lease_ids)))
+
+            def release() -> None:
+                leases.release(session_id, lease_ids)
+                if unread:
+                    leases.release_unread(session_id, unread)
+
+            simulated.to_encoder(release)
 
 
 _OPTIONS = ConnectOptions(transport="cuda_ipc")

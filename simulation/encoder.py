@@ -118,7 +118,7 @@ class SimulatedEncoder:
         try:
             request = encoder_pb2.EncodeRequest.FromString(message)
             items = [item_from_proto(index, item) for index, item in enumerate(request.items)]
-            with _Replies(self, call) as replies:
+            with _Replies(self, call, request.call_id) as replies:
                 await self.service.encode(items, replies, request.tenant, deadline)
         except VitrineError as error:
             call.fail(error)
@@ -154,8 +154,8 @@ class SimulatedEncoder:
 class _Replies:
     """The answers of one call; leases of which its peer does not learn are released, as in the product's servicer."""
 
-    def __init__(self, encoder: SimulatedEncoder, call: SimulatedCall) -> None:
-        self._encoder, self._call = encoder, call
+    def __init__(self, encoder: SimulatedEncoder, call: SimulatedCall, call_id: int) -> None:
+        self._encoder, self._call, self._call_id = encoder, call, call_id
         self._leases: list[int] = []
 
     def __enter__(self) -> _Replies:
@@ -181,7 +181,7 @@ class _Replies:
         encoder.longest_queue_s = max(encoder.longest_queue_s, timings.queue_ms / 1e3)
         allocated = await encoder.leases.allocate(encoder.pool, nbytes, call.connection.holder)
         assert allocated is not None
-        encoder.leases.grant(call.connection.holder.session_id, allocated)
+        encoder.leases.grant(call.connection.holder.session_id, allocated, self._call_id)
         self._leases.append(allocated.lease_id)
         await call.send_rows(_ready(item_index, allocated, timings), nbytes)
 

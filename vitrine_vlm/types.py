@@ -11,8 +11,9 @@ from typing import Literal, Protocol
 import torch
 
 PROTOCOL_VERSION = 1
-# Describe's protocol_minor_version: 1 has patches, layouts alone and tickets; 2 options of media and lists of frames.
-PROTOCOL_MINOR_VERSION = 2
+# Describe's protocol_minor_version: 1 has patches, layouts alone and tickets; 2 options of media and lists of frames;
+# 3 the release of what calls have not read.
+PROTOCOL_MINOR_VERSION = 3
 # Frames in a video that is sent as a list of pictures.
 MAX_LISTED_FRAMES = 2048
 

@@ -70,6 +70,10 @@ class EncodeStream(RowStream[EncodeEvent]):
         if self._failures:
             raise self._failures[0]
 
+    def release_unread(self) -> None:
+        if not self._layout_only:  # layouts come with tickets, which belong to no call
+            super().release_unread()
+
     def _layout(self, message: encoder_pb2.Layout) -> LayoutEvent:
         if message.item_index >= len(self._items):
             raise InternalError(f"{self._sender} sent a layout of item {message.item_index} of {len(self._items)}")

@@ -297,14 +297,15 @@ class EncoderClient(FleetClient[EncoderPeer]):
         minor, needed = connection.description.minor_version, max(_needed_version(request, index) for index in items)
         if minor < needed:  # it was connected only after the choice
             raise share.peer.unavailable(_too_old(needed, {share.peer.address: minor}))
+        stream = EncodeStream(share.peer, connection, items, self._buffers, layout_only=request.layout_only)
         head = encoder_pb2.EncodeRequest(
             request_id=request.request_id,
             session_id=connection.session_id,
             tenant=request.tenant,
             layout_only=request.layout_only,
+            call_id=stream.call_id,
         )
         message = await serialize_request(head, items.values())
-        stream = EncodeStream(share.peer, connection, items, self._buffers, layout_only=request.layout_only)
         return encode_method(connection.channel), message, stream
 
     def _unavailable(self, failures: Mapping[str, VitrineError]) -> EncoderUnavailable:

@@ -109,6 +109,7 @@ class FleetClient(PeerFleet[PeerT]):
         report_peer(self.peer_kind, peer.address)
         method, message, stream = await exchange(connection)
         call: grpc.aio.UnaryStreamCall[Any, bytes] | None = None
+        is_read = False  # whether all that the peer has sent was read
         try:
             call = method(message, timeout=self._timeout_s, metadata=outgoing_metadata())
             # Reads to the end, also once nothing is missing: cancelling a call releases its leases.
@@ -117,12 +118,15 @@ class FleetClient(PeerFleet[PeerT]):
                 if event is not None:
                     self._count(event, stream, connection)
                     await emit(event)
+            is_read = True
             if stream.missing:
                 raise peer.unavailable(f"it ended the stream with {stream.missing} missing")
             stream.end()
         except grpc.aio.AioRpcError as error:
+            named = error_from_rpc(error)
+            is_read = named is not None  # an error of the peer comes behind all that it has sent
             if stream.missing:
-                raise error_from_rpc(error) or peer.unavailable(f"{error.code().name} {error.details()}") from error
+                raise named or peer.unavailable(f"{error.code().name} {error.details()}") from error
         except grpc.aio.UsageError as error:  # grpc raises this for a call on a closed channel
             if stream.missing:
                 raise peer.unavailable("the connection was closed") from error
@@ -134,6 +138,8 @@ class FleetClient(PeerFleet[PeerT]):
         finally:
             if call is not None:
                 call.cancel()
+                if stream.missing and not is_read:  # the peer may have ended the call before it learns of this
+                    stream.release_unread()
             stream.close()
 
     def _count(self, event: object, stream: RowStream[Any], connection: Connection[Any]) -> None:

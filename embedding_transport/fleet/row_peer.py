@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import ClassVar, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 import grpc
 import torch
@@ -38,6 +39,8 @@ _log = logging.getLogger(__name__)
 
 
 DescriptionT = TypeVar("DescriptionT")
+# What ends leases of a session: the id of one, or a call whose leases were not all read.
+_Release: TypeAlias = int | encoder_pb2.UnreadCall
 
 
 class RowStub(Protocol):
@@ -137,6 +140,7 @@ class RowPeer(ABC, Generic[DescriptionT]):
         self._transports = options.transports
         self._options = options
         self._mapper = options.mapper or LocalMapper(options.shm_folder, options.gpu)
+        self._call_ids = itertools.count(1)
         self._on_change: Callable[[], None] = lambda: None
         self._task: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
@@ -174,7 +178,7 @@ class RowPeer(ABC, Generic[DescriptionT]):
         self._on_change = on_change
         self._loop = asyncio.get_running_loop()
         self._supervisor = supervisor
-        self._to_release: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
+        self._to_release: asyncio.Queue[tuple[str, _Release]] = asyncio.Queue()
 
     def open(self) -> None:
         """Connects if the peer is idle."""
@@ -223,6 +227,19 @@ class RowPeer(ABC, Generic[DescriptionT]):
         """Releases a lease in the background; callable from any thread."""
         with suppress(RuntimeError):  # the loop is closed, and the session with it
             self._loop.call_soon_threadsafe(self._to_release.put_nowait, (session_id, lease_id))
+
+    def new_call_id(self) -> int:
+        """Returns an id for a call, another one each time."""
+        return next(self._call_ids)
+
+    def release_unread(self, session_id: str, call_id: int, read_lease_ids: Sequence[int]) -> None:
+        """Releases, in the background, the leases of a call that was not read to its end, except those that were read.
+
+        The call must be cancelled already. Services from before call ids ignore it.
+        """
+        if self.has_session:  # otherwise they have ended with it
+            call = encoder_pb2.UnreadCall(call_id=call_id, read_lease_ids=read_lease_ids)
+            self._to_release.put_nowait((session_id, call))
 
     @abstractmethod
     async def _describe(self, channel: grpc.aio.Channel) -> DescriptionT:
@@ -367,24 +384,28 @@ class RowPeer(ABC, Generic[DescriptionT]):
             await self._flush_releases(stub)
 
     async def _flush_releases(self, stub: RowStub) -> None:
-        by_session: dict[str, list[int]] = {}
+        by_session: dict[str, encoder_pb2.ReleaseRequest] = {}
         while not self._to_release.empty():
-            session_id, lease_id = self._to_release.get_nowait()
-            by_session.setdefault(session_id, []).append(lease_id)
+            session_id, release = self._to_release.get_nowait()
+            request = by_session.setdefault(session_id, encoder_pb2.ReleaseRequest(session_id=session_id))
+            if isinstance(release, int):
+                request.lease_ids.append(release)
+            else:
+                request.unread_calls.append(release)
         while by_session:
-            session_id, lease_ids = by_session.popitem()
-            request = encoder_pb2.ReleaseRequest(session_id=session_id, lease_ids=lease_ids)
+            session_id, request = by_session.popitem()
             try:
                 await stub.Release(request, timeout=_FLUSH_TIMEOUT_S)
             except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:  # UsageError: the channel is closed already
                 _log.debug("release failed; the leases end with the session or expire: %s", error)
             except asyncio.CancelledError:
-                by_session[session_id] = lease_ids
+                by_session[session_id] = request
                 for each, unreleased in by_session.items():  # the last flush sends them again
-                    for lease_id in unreleased:
-                        self._to_release.put_nowait((each, lease_id))
+                    releases: list[_Release] = [*unreleased.lease_ids, *unreleased.unread_calls]
+                    for release in releases:
+                        self._to_release.put_nowait((each, release))
                 raise
-            self.num_leases -= len(lease_ids)
+            self.num_leases -= len(request.lease_ids)
 
 
 async def _read(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vitrine_vlm.embedding_transport.pools.fair_share import FairShares, Holder
@@ -149,13 +149,17 @@ class LeaseManager:
         self._block_released.set()
         self._serve(allocated.pool)
 
-    def grant(self, session_id: str, allocated: PoolBlock) -> None:
+    def grant(self, session_id: str, allocated: PoolBlock, call_id: int = 0) -> None:
         """Grants the session a lease on the block; the end of the lease releases the block."""
-        self.leases.grant(allocated.lease_id, session_id, allocated)
+        self.leases.grant(allocated.lease_id, session_id, allocated, call_id)
 
     def release(self, session_id: str, lease_ids: Sequence[int]) -> tuple[int, int]:
         """Releases leases; returns how many, and how many ids were not leases of this session."""
         return self.leases.release(session_id, lease_ids)
+
+    def release_unread(self, session_id: str, read_lease_ids: Mapping[int, Collection[int]]) -> int:
+        """See `LeaseTable.release_unread`."""
+        return self.leases.release_unread(session_id, read_lease_ids)
 
     def release_session(self, session_id: str) -> None:
         """Releases all leases of a session that has ended."""

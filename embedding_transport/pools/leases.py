@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -12,12 +12,16 @@ BlockT = TypeVar("BlockT")
 
 @dataclass(frozen=True)
 class Lease(Generic[BlockT]):
-    """`lease_id` is never used twice in one process; `expires_at` is in seconds on the table's clock."""
+    """`lease_id` is never used twice in one process; `expires_at` is in seconds on the table's clock.
+
+    call_id: the call of the session in which it was granted; 0 where the peer names no calls.
+    """
 
     lease_id: int
     session_id: str
     block: BlockT
     expires_at: float
+    call_id: int
 
 
 @dataclass
@@ -59,8 +63,8 @@ class LeaseTable(Generic[BlockT]):
         """Returns a new lease id, which the block's header names before `grant`; callable from any thread."""
         return next(self._lease_ids)
 
-    def grant(self, lease_id: int, session_id: str, block: BlockT) -> Lease[BlockT]:
-        lease = Lease(lease_id, session_id, block, self._clock() + self.ttl_s)
+    def grant(self, lease_id: int, session_id: str, block: BlockT, call_id: int = 0) -> Lease[BlockT]:
+        lease = Lease(lease_id, session_id, block, self._clock() + self.ttl_s, call_id)
         self._leases[lease_id] = lease
         self.counts.granted += 1
         return lease
@@ -78,6 +82,22 @@ class LeaseTable(Generic[BlockT]):
         self.counts.released += num_released
         self.counts.unknown += num_unknown
         return num_released, num_unknown
+
+    def release_unread(self, session_id: str, read_lease_ids: Mapping[int, Collection[int]]) -> int:
+        """Ends the leases of calls of this session that were not read to their end; returns how many.
+
+        Args:
+            read_lease_ids: by the id of each call; the leases that the peer has read, which go on.
+        """
+        num_released = self._end_all(
+            lambda lease: (
+                lease.session_id == session_id
+                and lease.call_id in read_lease_ids
+                and lease.lease_id not in read_lease_ids[lease.call_id]
+            )
+        )
+        self.counts.released += num_released
+        return num_released
 
     def release_session(self, session_id: str) -> int:
         """Ends all leases of a session that has ended; returns how many."""

@@ -26,6 +26,8 @@ class RowStream(ABC, Generic[EventT]):
     Args:
         row_format: the format of the received rows.
         max_nbytes: the most bytes of one item's rows.
+
+    call_id: names the call in its request.
     """
 
     def __init__(
@@ -43,6 +45,8 @@ class RowStream(ABC, Generic[EventT]):
         self._buffers = buffers
         self._max_nbytes = max_nbytes
         self._announced: dict[int, _ItemRows] = {}
+        self.call_id = peer.new_call_id()
+        self._read_lease_ids: list[int] = []
 
     @property
     @abstractmethod
@@ -60,6 +64,11 @@ class RowStream(ABC, Generic[EventT]):
 
     def end(self) -> None:
         """Called at the end of a stream from which nothing is missing; raises an error that was put off until then."""
+
+    def release_unread(self) -> None:
+        """Releases the call's leases that were not read; called once it is cancelled or its deadline has passed."""
+        if self._connection.mapping is not None:
+            self._peer.release_unread(self._connection.session_id, self.call_id, self._read_lease_ids)
 
     def close(self) -> None:
         """Ends the stream and discards incomplete rows."""
@@ -112,6 +121,7 @@ class RowStream(ABC, Generic[EventT]):
         timings = timings_from_proto(message.timings, (time.perf_counter() - start) * 1000)
         release = lambda lease_id: peer.release(connection.session_id, lease_id)  # noqa: E731
         peer.num_leases += 1
+        self._read_lease_ids.append(lease.lease_id)
         return LeasedRows(item.num_tokens, timings, connection.mapping, lease, rows_TW, release)
 
 

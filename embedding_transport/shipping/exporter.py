@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -143,12 +143,14 @@ class RowExporter:
         rows: RowSource,
         timings: ItemTimings,
         pool_write: AsyncPoolWrite | None = None,
+        call_id: int = 0,
     ) -> AsyncGenerator[encoder_pb2.EncodeResponse | bytes]:
         """Ships one item's rows: yields one Ready, or serialized chunks.
 
         Args:
             rows: in the dtype that Describe states.
             pool_write: may have written the rows to the pool already.
+            call_id: by which the peer releases what it does not read, see `release_unread`; 0 for none.
 
         Raises:
             EncoderUnavailable: the session is unknown (its Connect stream has ended).
@@ -167,7 +169,8 @@ class RowExporter:
             allocated = await self._write(session, rows)
         if allocated is not None:
             export_ms = (time.perf_counter() - start) * 1000
-            yield self._leased(session_id, allocated, item_index, replace(timings, export_ms=export_ms))
+            self._leases.grant(session_id, allocated, call_id)
+            yield self._leased(allocated, item_index, replace(timings, export_ms=export_ms))
         else:
             rows_TW = await asyncio.to_thread(rows.on_host)
             for chunk in self._chunks(item_index, rows_TW, timings):
@@ -176,6 +179,14 @@ class RowExporter:
     def release(self, session_id: str, lease_ids: Sequence[int]) -> tuple[int, int]:
         """Releases leases; returns how many, and how many ids were not leases of this session."""
         return self._leases.release(session_id, lease_ids)
+
+    def release_unread(self, session_id: str, read_lease_ids: Mapping[int, Collection[int]]) -> int:
+        """Releases the leases of calls that were not read to their end, except those that were read; returns how many.
+
+        Args:
+            read_lease_ids: by the id of each call.
+        """
+        return self._leases.release_unread(session_id, read_lease_ids)
 
     def sends_bytes(self, session_id: str, nbytes: int) -> bool:
         """Whether `export` sends so many bytes of rows over gRPC: without a session, or where its pool is too small."""
@@ -242,11 +253,8 @@ class RowExporter:
         self._num_oversize_items += 1
         return False
 
-    def _leased(
-        self, session_id: str, allocated: PoolBlock, item_index: int, timings: ItemTimings
-    ) -> encoder_pb2.EncodeResponse:
+    def _leased(self, allocated: PoolBlock, item_index: int, timings: ItemTimings) -> encoder_pb2.EncodeResponse:
         block = allocated.block
-        self._leases.grant(session_id, allocated)
         self._shipped_nbytes[allocated.pool.transport] += block.nbytes
         lease = encoder_pb2.Lease(
             lease_id=allocated.lease_id, generation=block.generation, offset=block.offset, nbytes=block.nbytes

@@ -46,7 +46,10 @@ class SessionServicer(ABC):
     ) -> encoder_pb2.ReleaseResponse:
         try:
             check_release(request)
-            num_released, num_unknown = self._exporter().release(request.session_id, request.lease_ids)
+            exporter, session_id = self._exporter(), request.session_id
+            num_released, num_unknown = exporter.release(session_id, request.lease_ids)
+            if request.unread_calls:
+                num_released += exporter.release_unread(session_id, read_lease_ids(request))
         except Exception as error:
             await abort(context, error)
         return encoder_pb2.ReleaseResponse(num_released=num_released, num_unknown=num_unknown)
@@ -55,11 +58,18 @@ class SessionServicer(ABC):
 def check_release(request: encoder_pb2.ReleaseRequest) -> None:
     """
     Raises:
-        BadRequest: more leases and tickets than a peer can have: to look for them would stop the event loop.
+        BadRequest: more leases, tickets and calls than a peer can have: to look for them would stop the event loop.
     """
-    num_ids = len(request.lease_ids) + len(request.tickets)
+    num_ids = len(request.lease_ids) + len(request.tickets) + len(request.unread_calls)
+    if num_ids <= _MAX_RELEASED:
+        num_ids += sum(len(call.read_lease_ids) for call in request.unread_calls)
     if num_ids > _MAX_RELEASED:
-        raise BadRequest(f"{num_ids} leases and tickets to release: at most {_MAX_RELEASED} are taken at once")
+        raise BadRequest(f"{num_ids} leases, tickets and calls to release: at most {_MAX_RELEASED} are taken at once")
+
+
+def read_lease_ids(request: encoder_pb2.ReleaseRequest) -> dict[int, frozenset[int]]:
+    """The leases that were read, by the call; leases of call 0 are those of peers that name no calls."""
+    return {call.call_id: frozenset(call.read_lease_ids) for call in request.unread_calls if call.call_id}
 
 
 def session_handlers(servicer: Any) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:

@@ -128,7 +128,6 @@ class PrefillClient(FleetClient[PrefillPeer]):
         request = prompt.request
         if not prompt.needs_token:
             request = replace(request, sampling=_ANY_TOKEN)
-        message = request_to_proto(request, prompt.token_ids, connection.session_id, self._format, prompt.first_row)
         stream = PrefillStream(
             peer,
             connection,
@@ -137,6 +136,9 @@ class PrefillClient(FleetClient[PrefillPeer]):
             merge_size=self._merge_size,
             max_prompt_tokens=self._max_prompt_tokens,
             first_row=prompt.first_row,
+        )
+        message = request_to_proto(
+            request, prompt.token_ids, connection.session_id, self._format, prompt.first_row, stream.call_id
         )
         return prefill_method(connection.channel), message, stream
 

@@ -110,7 +110,8 @@ class PrefillServicer(SessionServicer, prefill_pb2_grpc.PrefillServicer):  # typ
                         kv = event.kv.from_row(first_row)
                         if exporter.sends_bytes(session_id, kv.nbytes):
                             reserved.reserve(kv.nbytes)
-                        async with aclosing(exporter.export(session_id, 0, kv, ItemTimings())) as responses:
+                        exported = exporter.export(session_id, 0, kv, ItemTimings(), call_id=request.call_id)
+                        async with aclosing(exported) as responses:
                             async for response in responses:
                                 if isinstance(response, bytes):
                                     await send(context, response)

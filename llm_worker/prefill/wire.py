@@ -46,11 +46,17 @@ def format_from_proto(message: prefill_pb2.KvFormat) -> KvFormat:
 
 
 def request_to_proto(
-    request: GenerationRequest, token_ids: list[int], session_id: str, kv_format: KvFormat, first_row: int
+    request: GenerationRequest,
+    token_ids: list[int],
+    session_id: str,
+    kv_format: KvFormat,
+    first_row: int,
+    call_id: int,
 ) -> prefill_pb2.PrefillRequest:
     """
     Args:
         token_ids: the request's prompt, tokenized. first_row: the first KV row that is needed.
+        call_id: another one for each call of the session.
     """
     return prefill_pb2.PrefillRequest(
         request_id=request.request_id,
@@ -61,6 +67,7 @@ def request_to_proto(
         first_row=first_row,
         tenant=request.scope.tenant,
         cache_salt=request.scope.salt,
+        call_id=call_id,
     )
 
 

@@ -115,13 +115,16 @@ def _built() -> dict[str, list[bytes]]:
     generate = llm_pb2.GenerateRequest(request_id="id", prompt=_prompt(), sampling=_sampling(), n=2)
     completion = {"model": "m", "prompt": ["a", "b"], "max_tokens": 3, "echo": True, "logprobs": 1}
     responses = {"model": "m", "input": [{"role": "user", "content": [{"type": "input_text", "text": "What?"}]}]}
+    unread = [encoder_pb2.UnreadCall(call_id=1, read_lease_ids=[3])]
+    release = encoder_pb2.ReleaseRequest(session_id="session", lease_ids=[1, 2], tickets=[b"t"])
     return {
         "encode_request": _encode_requests(),
         "generate_request": [generate.SerializeToString()],
         "prefill_request": [prefill.SerializeToString()],
         "connect": [connect],
         "release_request": [
-            encoder_pb2.ReleaseRequest(session_id="session", lease_ids=[1, 2], tickets=[b"t"]).SerializeToString()
+            release.SerializeToString(),
+            encoder_pb2.ReleaseRequest(session_id="session", unread_calls=unread).SerializeToString(),
         ],
         "encode_responses": _responses(),
         "chunk": [*_responses()[2:], _responses()[1].split(SEPARATOR)[1]],

@@ -26,7 +26,7 @@ from vitrine_vlm.embedding_transport.pools.leases import LeaseTable
 from vitrine_vlm.embedding_transport.pools.pool import HEADER_NBYTES, PAGE_NBYTES, PoolMapping, PoolSource
 from vitrine_vlm.embedding_transport.receiving.received_rows import HostBufferPool
 from vitrine_vlm.embedding_transport.shipping.peer_rules import PeerRules
-from vitrine_vlm.embedding_transport.shipping.session_rpc import check_release
+from vitrine_vlm.embedding_transport.shipping.session_rpc import check_release, read_lease_ids
 from vitrine_vlm.embedding_transport.shipping.sessions import Sessions
 from vitrine_vlm.embedding_transport.wire.chunk_codec import ChunkView, encode_chunk, parse_response
 from vitrine_vlm.embedding_transport.wire.data_url import read_data_url
@@ -167,9 +167,10 @@ def release_request(data: bytes) -> None:
         if request is not None:
             check_release(request)
             table: LeaseTable[int] = LeaseTable(60.0, lambda: 0.0, lambda block: None)
-            table.grant(table.reserve_id(), "session", 0)
+            table.grant(table.reserve_id(), "session", 0, call_id=1)
             num_released, num_unknown = table.release(request.session_id, request.lease_ids)
             assert num_released + num_unknown == len(request.lease_ids)
+            assert table.release_unread(request.session_id, read_lease_ids(request)) + num_released <= 1
 
 
 class Memory(PoolMapping):

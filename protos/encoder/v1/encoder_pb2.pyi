@@ -94,6 +94,7 @@ class DescribeResponse(_message.Message):
     """Grows with additions that peers of the same protocol_version may leave unused:
       1: patches and tickets as sources, layout_only, tickets in Release
       2: frames as a source, options
+      3: call_id, unread_calls in Release
     """
     instance_id: _builtins.str
     """Names this process; another one after each start. A ticket is claimed at the encoder that has this id."""
@@ -705,6 +706,7 @@ class EncodeRequest(_message.Message):
     ITEMS_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     LAYOUT_ONLY_FIELD_NUMBER: _builtins.int
+    CALL_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """For logs and traces; chosen by the caller."""
     session_id: _builtins.str
@@ -716,6 +718,8 @@ class EncodeRequest(_message.Message):
     rows in a later Encode, as often as it likes until the ticket expires or is released. A ticket that is never
     claimed costs the encoder the loaded bytes for that time.
     """
+    call_id: _builtins.int
+    """Names this call in UnreadCall: another one for each call of the session, 0 for none. Older encoders ignore it."""
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___MediaItem]:
         """Media in the order of their placeholders in the prompt."""
@@ -728,10 +732,11 @@ class EncodeRequest(_message.Message):
         items: _abc.Iterable[Global___MediaItem] | None = ...,
         tenant: _builtins.str = ...,
         layout_only: _builtins.bool = ...,
+        call_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items", "layout_only", b"layout_only", "request_id", b"request_id", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "items", b"items", "layout_only", b"layout_only", "request_id", b"request_id", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -994,6 +999,7 @@ class ReleaseRequest(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     LEASE_IDS_FIELD_NUMBER: _builtins.int
     TICKETS_FIELD_NUMBER: _builtins.int
+    UNREAD_CALLS_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     @_builtins.property
     def lease_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
@@ -1001,20 +1007,55 @@ class ReleaseRequest(_message.Message):
     def tickets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Tickets that will not be claimed again; unknown ones are ignored. They belong to no session."""
 
+    @_builtins.property
+    def unread_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___UnreadCall]:
+        """Calls of the session that were not read to their end. Older encoders ignore them, and these leases expire."""
+
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
         lease_ids: _abc.Iterable[_builtins.int] | None = ...,
         tickets: _abc.Iterable[_builtins.bytes] | None = ...,
+        unread_calls: _abc.Iterable[Global___UnreadCall] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ids", b"lease_ids", "session_id", b"session_id", "tickets", b"tickets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ids", b"lease_ids", "session_id", b"session_id", "tickets", b"tickets", "unread_calls", b"unread_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReleaseRequest: _TypeAlias = ReleaseRequest  # noqa: Y015
+
+@_typing.final
+class UnreadCall(_message.Message):
+    """A call that its caller has cancelled, or whose deadline has passed: a Ready that was sent by then is not read any more.
+    All leases of the call are released except those that were read.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_ID_FIELD_NUMBER: _builtins.int
+    READ_LEASE_IDS_FIELD_NUMBER: _builtins.int
+    call_id: _builtins.int
+    """As in the call's request; unknown ones are ignored."""
+    @_builtins.property
+    def read_lease_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The leases whose Ready was read, also if they have been released since."""
+
+    def __init__(
+        self,
+        *,
+        call_id: _builtins.int = ...,
+        read_lease_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "read_lease_ids", b"read_lease_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnreadCall: _TypeAlias = UnreadCall  # noqa: Y015
 
 @_typing.final
 class ReleaseResponse(_message.Message):

@@ -84,7 +84,8 @@ class EncoderServicer(object):
         """Encodes the items of one request. It sends, per item, one Layout as soon as its size is known, then either one
         Ready (rows lie in the encoder's memory under a lease) or Chunks (rows as bytes), or one Failed instead.
         Events are sent as soon as they are known, so those of different items interleave.
-        Cancelling the call before its end releases all its leases and tickets.
+        Cancelling the call before its end releases all its leases and tickets. The encoder may have ended it before: a caller
+        that does not read it to its end names it in Release, too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

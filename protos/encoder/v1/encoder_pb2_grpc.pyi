@@ -48,7 +48,8 @@ class EncoderStub:
     """Encodes the items of one request. It sends, per item, one Layout as soon as its size is known, then either one
     Ready (rows lie in the encoder's memory under a lease) or Chunks (rows as bytes), or one Failed instead.
     Events are sent as soon as they are known, so those of different items interleave.
-    Cancelling the call before its end releases all its leases and tickets.
+    Cancelling the call before its end releases all its leases and tickets. The encoder may have ended it before: a caller
+    that does not read it to its end names it in Release, too.
     """
     Release: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.ReleaseRequest, _encoder_pb2.ReleaseResponse]
     """Releases leases and tickets. Unknown, expired and already released ones are not errors."""
@@ -69,7 +70,8 @@ class EncoderAsyncStub(EncoderStub):
     """Encodes the items of one request. It sends, per item, one Layout as soon as its size is known, then either one
     Ready (rows lie in the encoder's memory under a lease) or Chunks (rows as bytes), or one Failed instead.
     Events are sent as soon as they are known, so those of different items interleave.
-    Cancelling the call before its end releases all its leases and tickets.
+    Cancelling the call before its end releases all its leases and tickets. The encoder may have ended it before: a caller
+    that does not read it to its end names it in Release, too.
     """
     Release: _aio.UnaryUnaryMultiCallable[_encoder_pb2.ReleaseRequest, _encoder_pb2.ReleaseResponse]  # type: ignore[assignment]
     """Releases leases and tickets. Unknown, expired and already released ones are not errors."""
@@ -105,7 +107,8 @@ class EncoderServicer(metaclass=_abc_1.ABCMeta):
         """Encodes the items of one request. It sends, per item, one Layout as soon as its size is known, then either one
         Ready (rows lie in the encoder's memory under a lease) or Chunks (rows as bytes), or one Failed instead.
         Events are sent as soon as they are known, so those of different items interleave.
-        Cancelling the call before its end releases all its leases and tickets.
+        Cancelling the call before its end releases all its leases and tickets. The encoder may have ended it before: a caller
+        that does not read it to its end names it in Release, too.
         """
 
     @_abc_1.abstractmethod

@@ -26,7 +26,7 @@ from vitrine_vlm.protos.encoder.v1 import encoder_pb2 as vitrine__vlm_dot_protos
 from vitrine_vlm.protos.llm.v1 import llm_pb2 as vitrine__vlm_dot_protos_dot_llm_dot_v1_dot_llm__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+vitrine_vlm/protos/prefill/v1/prefill.proto\x12\x12vitrine.prefill.v1\x1a+vitrine_vlm/protos/encoder/v1/encoder.proto\x1a#vitrine_vlm/protos/llm/v1/llm.proto\"\x11\n\x0f\x44\x65scribeRequest\"\xab\x01\n\x08KvFormat\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x12\n\nmodel_type\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x12\n\nnum_layers\x18\x06 \x01(\r\x12\x1b\n\x13num_key_value_heads\x18\x07 \x01(\r\x12\x10\n\x08head_dim\x18\x08 \x01(\r\"\xf7\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12,\n\x06\x66ormat\x18\x03 \x01(\x0b\x32\x1c.vitrine.prefill.v1.KvFormat\x12&\n\x06prompt\x18\x04 \x01(\x0b\x32\x16.vitrine.llm.v1.Prompt\x12\x30\n\x08sampling\x18\x05 \x01(\x0b\x32\x1e.vitrine.llm.v1.SamplingParams\x12\x11\n\tfirst_row\x18\x06 \x01(\r\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x12\n\ncache_salt\x18\x08 \x01(\t\"\xd4\x01\n\x0fPrefillResponse\x12,\n\x06layout\x18\x01 \x01(\x0b\x32\x1a.vitrine.encoder.v1.LayoutH\x00\x12*\n\x05ready\x18\x02 \x01(\x0b\x32\x19.vitrine.encoder.v1.ReadyH\x00\x12*\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x19.vitrine.encoder.v1.ChunkH\x00\x12\x32\n\tprefilled\x18\x04 \x01(\x0b\x32\x1d.vitrine.prefill.v1.PrefilledH\x00\x42\x07\n\x05\x65vent\"\xb3\x01\n\tPrefilled\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12/\n\x08logprobs\x18\x03 \x01(\x0b\x32\x1d.vitrine.llm.v1.TokenLogprobs\x12-\n\x07timings\x18\x04 \x01(\x0b\x32\x1c.vitrine.llm.v1.StageTimings\x12\x19\n\x11num_cached_tokens\x18\x05 \x01(\r2\xda\x02\n\x07Prefill\x12M\n\x08\x44\x65scribe\x12#.vitrine.prefill.v1.DescribeRequest\x1a\x1c.vitrine.prefill.v1.KvFormat\x12V\n\x07\x43onnect\x12\".vitrine.encoder.v1.ConnectRequest\x1a#.vitrine.encoder.v1.ConnectResponse(\x01\x30\x01\x12T\n\x07Prefill\x12\".vitrine.prefill.v1.PrefillRequest\x1a#.vitrine.prefill.v1.PrefillResponse0\x01\x12R\n\x07Release\x12\".vitrine.encoder.v1.ReleaseRequest\x1a#.vitrine.encoder.v1.ReleaseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+vitrine_vlm/protos/prefill/v1/prefill.proto\x12\x12vitrine.prefill.v1\x1a+vitrine_vlm/protos/encoder/v1/encoder.proto\x1a#vitrine_vlm/protos/llm/v1/llm.proto\"\x11\n\x0f\x44\x65scribeRequest\"\xab\x01\n\x08KvFormat\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x12\n\nmodel_type\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x12\n\nnum_layers\x18\x06 \x01(\r\x12\x1b\n\x13num_key_value_heads\x18\x07 \x01(\r\x12\x10\n\x08head_dim\x18\x08 \x01(\r\"\x88\x02\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12,\n\x06\x66ormat\x18\x03 \x01(\x0b\x32\x1c.vitrine.prefill.v1.KvFormat\x12&\n\x06prompt\x18\x04 \x01(\x0b\x32\x16.vitrine.llm.v1.Prompt\x12\x30\n\x08sampling\x18\x05 \x01(\x0b\x32\x1e.vitrine.llm.v1.SamplingParams\x12\x11\n\tfirst_row\x18\x06 \x01(\r\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x12\n\ncache_salt\x18\x08 \x01(\t\x12\x0f\n\x07\x63\x61ll_id\x18\t \x01(\x04\"\xd4\x01\n\x0fPrefillResponse\x12,\n\x06layout\x18\x01 \x01(\x0b\x32\x1a.vitrine.encoder.v1.LayoutH\x00\x12*\n\x05ready\x18\x02 \x01(\x0b\x32\x19.vitrine.encoder.v1.ReadyH\x00\x12*\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x19.vitrine.encoder.v1.ChunkH\x00\x12\x32\n\tprefilled\x18\x04 \x01(\x0b\x32\x1d.vitrine.prefill.v1.PrefilledH\x00\x42\x07\n\x05\x65vent\"\xb3\x01\n\tPrefilled\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12/\n\x08logprobs\x18\x03 \x01(\x0b\x32\x1d.vitrine.llm.v1.TokenLogprobs\x12-\n\x07timings\x18\x04 \x01(\x0b\x32\x1c.vitrine.llm.v1.StageTimings\x12\x19\n\x11num_cached_tokens\x18\x05 \x01(\r2\xda\x02\n\x07Prefill\x12M\n\x08\x44\x65scribe\x12#.vitrine.prefill.v1.DescribeRequest\x1a\x1c.vitrine.prefill.v1.KvFormat\x12V\n\x07\x43onnect\x12\".vitrine.encoder.v1.ConnectRequest\x1a#.vitrine.encoder.v1.ConnectResponse(\x01\x30\x01\x12T\n\x07Prefill\x12\".vitrine.prefill.v1.PrefillRequest\x1a#.vitrine.prefill.v1.PrefillResponse0\x01\x12R\n\x07Release\x12\".vitrine.encoder.v1.ReleaseRequest\x1a#.vitrine.encoder.v1.ReleaseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,11 +38,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_KVFORMAT']._serialized_start=169
   _globals['_KVFORMAT']._serialized_end=340
   _globals['_PREFILLREQUEST']._serialized_start=343
-  _globals['_PREFILLREQUEST']._serialized_end=590
-  _globals['_PREFILLRESPONSE']._serialized_start=593
-  _globals['_PREFILLRESPONSE']._serialized_end=805
-  _globals['_PREFILLED']._serialized_start=808
-  _globals['_PREFILLED']._serialized_end=987
-  _globals['_PREFILL']._serialized_start=990
-  _globals['_PREFILL']._serialized_end=1336
+  _globals['_PREFILLREQUEST']._serialized_end=607
+  _globals['_PREFILLRESPONSE']._serialized_start=610
+  _globals['_PREFILLRESPONSE']._serialized_end=822
+  _globals['_PREFILLED']._serialized_start=825
+  _globals['_PREFILLED']._serialized_end=1004
+  _globals['_PREFILL']._serialized_start=1007
+  _globals['_PREFILL']._serialized_end=1353
 # @@protoc_insertion_point(module_scope)

@@ -95,6 +95,7 @@ class PrefillRequest(_message.Message):
     FIRST_ROW_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    CALL_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """For logs and traces."""
     session_id: _builtins.str
@@ -108,6 +109,8 @@ class PrefillRequest(_message.Message):
     that has a tenant of its own may name no other one.
     """
     cache_salt: _builtins.str
+    call_id: _builtins.int
+    """As in vitrine.encoder.v1.EncodeRequest."""
     @_builtins.property
     def format(self) -> Global___KvFormat:
         """The caller's format, which must equal that of Describe."""
@@ -129,10 +132,11 @@ class PrefillRequest(_message.Message):
         first_row: _builtins.int = ...,
         tenant: _builtins.str = ...,
         cache_salt: _builtins.str = ...,
+        call_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "first_row", b"first_row", "format", b"format", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "call_id", b"call_id", "first_row", b"first_row", "format", b"format", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

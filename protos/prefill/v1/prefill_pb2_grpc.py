@@ -76,7 +76,7 @@ class PrefillServicer(object):
 
     def Prefill(self, request, context):
         """Runs a prompt. It sends one Layout per media item, one Prefilled, then one Ready (rows lie under a lease) or Chunks, unless
-        the first token is the last. Cancelling the call before its end releases everything.
+        the first token is the last. Cancelling the call before its end releases everything; see Encode about its end.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -43,7 +43,7 @@ class PrefillStub:
     """As in encoder.proto: negotiates a transport and stays open; its end releases the session's leases."""
     Prefill: _grpc.UnaryStreamMultiCallable[_prefill_pb2.PrefillRequest, _prefill_pb2.PrefillResponse]
     """Runs a prompt. It sends one Layout per media item, one Prefilled, then one Ready (rows lie under a lease) or Chunks, unless
-    the first token is the last. Cancelling the call before its end releases everything.
+    the first token is the last. Cancelling the call before its end releases everything; see Encode about its end.
     """
     Release: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.ReleaseRequest, _encoder_pb2.ReleaseResponse]
     """Releases leases. Unknown, expired and already released leases are counted, not errors."""
@@ -57,7 +57,7 @@ class PrefillAsyncStub(PrefillStub):
     """As in encoder.proto: negotiates a transport and stays open; its end releases the session's leases."""
     Prefill: _aio.UnaryStreamMultiCallable[_prefill_pb2.PrefillRequest, _prefill_pb2.PrefillResponse]  # type: ignore[assignment]
     """Runs a prompt. It sends one Layout per media item, one Prefilled, then one Ready (rows lie under a lease) or Chunks, unless
-    the first token is the last. Cancelling the call before its end releases everything.
+    the first token is the last. Cancelling the call before its end releases everything; see Encode about its end.
     """
     Release: _aio.UnaryUnaryMultiCallable[_encoder_pb2.ReleaseRequest, _encoder_pb2.ReleaseResponse]  # type: ignore[assignment]
     """Releases leases. Unknown, expired and already released leases are counted, not errors."""
@@ -86,7 +86,7 @@ class PrefillServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_prefill_pb2.PrefillResponse], _abc.AsyncIterator[_prefill_pb2.PrefillResponse]]:
         """Runs a prompt. It sends one Layout per media item, one Prefilled, then one Ready (rows lie under a lease) or Chunks, unless
-        the first token is the last. Cancelling the call before its end releases everything.
+        the first token is the last. Cancelling the call before its end releases everything; see Encode about its end.
         """
 
     @_abc_1.abstractmethod

@@ -10,13 +10,13 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, un
 from tests.encoder_service.running import png, run_encoder
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 
-# What minor versions 1 and 2 have added, by message.
+# What minor versions 1 to 3 have added, by message.
 ADDED = {
     "DescribeResponse": {"protocol_minor_version", "instance_id", "ticket_ttl_s", "patch_dtypes"},
     "MediaItem": {"patches", "ticket", "frames", "options"},
-    "EncodeRequest": {"layout_only"},
+    "EncodeRequest": {"layout_only", "call_id"},
     "Layout": {"ticket"},
-    "ReleaseRequest": {"tickets"},
+    "ReleaseRequest": {"tickets", "unread_calls"},
     "GetStatsResponse": {"num_live_tickets", "ticket_bytes"},
 }
 

@@ -38,6 +38,25 @@ def test_a_session_cannot_release_anothers_lease() -> None:
     assert not ended
 
 
+def test_what_calls_have_not_read_ends() -> None:
+    leases, ended = table(Clock())
+    ids = {
+        block: leases.grant(leases.reserve_id(), session, block, call_id).lease_id
+        for session, call_id, block in (
+            ("a", 1, "read"),
+            ("a", 1, "unread"),
+            ("a", 2, "of another call"),
+            ("b", 1, "of another session"),
+            ("a", 0, "of no call"),
+        )
+    }
+    assert leases.release_unread("a", {1: [ids["read"], ids["of another session"]], 3: []}) == 1
+    assert ended == ["unread"]
+    assert leases.release_unread("a", {1: []}) == 1
+    assert ended == ["unread", "read"]
+    assert (len(leases), leases.counts.released) == (3, 2)
+
+
 def test_leases_expire_at_their_time_and_not_before() -> None:
     clock = Clock()
     leases, ended = table(clock)

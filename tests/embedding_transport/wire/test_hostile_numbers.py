@@ -73,6 +73,11 @@ def test_a_release_is_as_long_as_leases_can_be() -> None:
     check_release(encoder_pb2.ReleaseRequest(lease_ids=range(1000), tickets=[b"t"]))
     with pytest.raises(BadRequest, match="at most"):
         check_release(encoder_pb2.ReleaseRequest(lease_ids=range(100_001)))
+    unread = encoder_pb2.UnreadCall(call_id=1, read_lease_ids=range(50_000))
+    check_release(encoder_pb2.ReleaseRequest(unread_calls=[unread]))
+    for calls in ([unread] * 2, [encoder_pb2.UnreadCall()] * 100_001):
+        with pytest.raises(BadRequest, match="at most"):
+            check_release(encoder_pb2.ReleaseRequest(unread_calls=calls))
 
 
 async def test_a_hello_names_a_few_transports() -> None:

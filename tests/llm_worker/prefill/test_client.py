@@ -12,12 +12,13 @@ import grpc
 import pytest
 import torch
 
+from tests.embedding_transport.clients.unread import read_up_to
 from vitrine_vlm.embedding_transport.fleet.row_peer import ConnectOptions
 from vitrine_vlm.embedding_transport.pools.row_source import TensorSource
 from vitrine_vlm.embedding_transport.pools.shm_pool import ShmPool
 from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter
+from vitrine_vlm.embedding_transport.shipping.session_rpc import SessionServicer
 from vitrine_vlm.embedding_transport.wire.chunk_codec import encode_chunk
-from vitrine_vlm.embedding_transport.wire.grpc_status import abort
 from vitrine_vlm.errors import (
     InternalError,
     PrefillMismatch,
@@ -27,6 +28,7 @@ from vitrine_vlm.errors import (
 )
 from vitrine_vlm.llm_worker.engine.request import SamplingParams
 from vitrine_vlm.llm_worker.generation.events import GenerationRequest
+from vitrine_vlm.llm_worker.prefill import client as prefill_client
 from vitrine_vlm.llm_worker.prefill.client import PrefillClient
 from vitrine_vlm.llm_worker.prefill.kv_format import KvFormat
 from vitrine_vlm.llm_worker.prefill.rpc import prefill_handlers
@@ -35,7 +37,6 @@ from vitrine_vlm.llm_worker.prefill.wire import Prefilled, format_to_proto
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 from vitrine_vlm.protos.prefill.v1 import prefill_pb2, prefill_pb2_grpc
 from vitrine_vlm.service_runtime.grpc_channel import CHANNEL_OPTIONS
-from vitrine_vlm.service_runtime.peers import Peer
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.service_runtime.tenants import CacheScope
 from vitrine_vlm.types import ItemTimings, MediaItem, MediaOptions, RowsEvent
@@ -65,7 +66,7 @@ def layout(item_index: int = 0, num_tokens: int = 4) -> prefill_pb2.PrefillRespo
     return prefill_pb2.PrefillResponse(layout=message)
 
 
-class MadeUp(prefill_pb2_grpc.PrefillServicer):
+class MadeUp(SessionServicer, prefill_pb2_grpc.PrefillServicer):  # type: ignore[misc]
     """Sends `answers`; "export" among them stands for the exporter's responses for the KV."""
 
     def __init__(self, exporter: RowExporter, kv_format: KvFormat) -> None:
@@ -77,12 +78,8 @@ class MadeUp(prefill_pb2_grpc.PrefillServicer):
     async def Describe(self, request, context):  # type: ignore[no-untyped-def]
         return format_to_proto(self.kv_format)
 
-    async def Connect(self, requests, context):  # type: ignore[no-untyped-def, override]
-        try:
-            async for response in self.exporter.connect(requests, Peer("test")):
-                await context.write(response)
-        except Exception as error:
-            await abort(context, error)
+    def _exporter(self) -> RowExporter:
+        return self.exporter
 
     async def Prefill(self, request, context):  # type: ignore[no-untyped-def, override]
         self.requests.append(request)
@@ -91,13 +88,10 @@ class MadeUp(prefill_pb2_grpc.PrefillServicer):
                 await context.write(answer)
                 continue
             rows = TensorSource(KV[request.first_row :])
-            async for response in self.exporter.export(request.session_id, 0, rows, ItemTimings()):
+            exported = self.exporter.export(request.session_id, 0, rows, ItemTimings(), call_id=request.call_id)
+            async for response in exported:
                 message = response if isinstance(response, bytes) else prefill_pb2.PrefillResponse(ready=response.ready)
                 await context.write(message)
-
-    async def Release(self, request, context):  # type: ignore[no-untyped-def]
-        num_released, num_unknown = self.exporter.release(request.session_id, request.lease_ids)
-        return encoder_pb2.ReleaseResponse(num_released=num_released, num_unknown=num_unknown)
 
 
 @contextlib.asynccontextmanager
@@ -160,6 +154,31 @@ async def test_rows_come_as_they_were_sent(tmp_path: Path, transport: str) -> No
         assert (list(sent.prompt.token_ids.ids), sent.prompt.media[0].data) == ([1, 2, 3], b"x")
         assert (sent.sampling.temperature, sent.sampling.seed) == (0.5, 2**64 - 1)
         assert (list(sent.sampling.stop_token_ids), sent.sampling.ignore_eos) == ([9], True)
+
+
+async def test_kv_whose_ready_crosses_the_cancellation_is_released_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_prefilled(raw: bytes) -> bool:
+        return prefill_pb2.PrefillResponse.FromString(raw).HasField("prefilled")
+
+    read_up_to(is_prefilled, monkeypatch, prefill_client, "prefill_method")
+    async with connected(tmp_path) as (worker, client):
+        worker.answers = [prefilled(), "export"]
+        await client.wait_ready(10)
+        events = client.prefill(request(), [1, 2, 3], True)
+        assert isinstance(await anext(events), Prefilled)
+        await until_leases(worker, 1)
+        await asyncio.sleep(0.05)  # the worker ends the call
+        await events.aclose()
+        await until_leases(worker, 0)
+        assert worker.exporter.stats().leases.released == 1
+
+
+async def until_leases(worker: MadeUp, number: int) -> None:
+    async with asyncio.timeout(5):
+        while worker.exporter.stats().live_leases != number:
+            await asyncio.sleep(0.005)
 
 
 @pytest.mark.parametrize("transport", ["shm", "grpc"])

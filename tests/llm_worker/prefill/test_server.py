@@ -53,16 +53,14 @@ class Running:
 
 
 @asynccontextmanager
-async def running(
-    folder: Path, shm_folder: Path, pool_nbytes: int = 1 << 20, lease_ttl_s: float = 30.0
-) -> AsyncIterator[Running]:
+async def running(folder: Path, shm_folder: Path, pool_nbytes: int = 1 << 20) -> AsyncIterator[Running]:
     calls = RunningCalls()
     requests = RequestTracker(LlmMetrics(), calls)
     servicer = PrefillServicer(requests, ByteBudget(1 << 30))
     server = LlmServer(LlmServicer(requests), SERVICE)
     server.grpc.add_generic_rpc_handlers((prefill_handlers(servicer),))
     address = await server.start("127.0.0.1", 0)
-    exporter = RowExporter([ShmPool(shm_folder, pool_nbytes)], lease_ttl_s=lease_ttl_s)
+    exporter = RowExporter([ShmPool(shm_folder, pool_nbytes)], lease_ttl_s=30.0)
     exporter.start(Supervisor())
     kv_format = KvFormat.of(identity(folder), text_config(open_checkpoint(str(folder))))
     try:
@@ -154,15 +152,17 @@ async def test_rows_that_the_caller_has_are_not_sent(qwen3_vl_folder: Path, tmp_
         await worker.worker.until_idle()
 
 
-async def test_cancelling_at_any_moment_leaves_no_blocks_and_no_lease_past_its_time(
-    qwen3_vl_folder: Path, tmp_path: Path
-) -> None:
-    async with running(qwen3_vl_folder, tmp_path, lease_ttl_s=1.0) as worker:
+async def test_cancelling_at_any_moment_leaves_no_blocks_and_no_lease(qwen3_vl_folder: Path, tmp_path: Path) -> None:
+    async with running(qwen3_vl_folder, tmp_path) as worker:
         connect, session_id = await session(worker.stub, worker.exporter)
-        for delay_s in (0.0, 0.002, 0.005, 0.01, 0.02, 0.05):
-            call = worker.stub.Prefill(worker.request(session_id))
+        for call_id, delay_s in enumerate((0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.2), 1):
+            request = worker.request(session_id)
+            request.call_id = call_id
+            call = worker.stub.Prefill(request)
             await asyncio.sleep(delay_s)
             call.cancel()
+            unread = [encoder_pb2.UnreadCall(call_id=call_id)]
+            await worker.stub.Release(encoder_pb2.ReleaseRequest(session_id=session_id, unread_calls=unread))
             await worker.worker.until_idle()
         async with asyncio.timeout(5):
             while worker.exporter.stats().live_leases:
