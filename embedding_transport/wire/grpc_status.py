@@ -108,8 +108,9 @@ async def send(context: grpc.aio.ServicerContext[Any, ResponseT], message: Respo
 
 
 def is_peer_gone(error: Exception) -> bool:
-    """Whether gRPC raised this error because the peer has ended the call or is lost."""
-    return isinstance(error, grpc.aio.UsageError | grpc.aio.InternalError)
+    """Whether gRPC raised this error because the call is over: by its peer, which may be lost, or with the server."""
+    # The error of a server that has stopped has no public name. AbortError is how a call is ended here.
+    return isinstance(error, grpc.aio.BaseError) and not isinstance(error, grpc.aio.AbortError)
 
 
 def _sendable(message: str) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import grpc
 import pytest
 
-from vitrine_vlm.embedding_transport.wire.grpc_status import STATUS_BY_CODE, abort, error_from_rpc
+from vitrine_vlm.embedding_transport.wire.grpc_status import STATUS_BY_CODE, abort, error_from_rpc, is_peer_gone
 from vitrine_vlm.errors import InternalError, MediaNotFound, Overloaded, VitrineError, error_from_code
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 
@@ -106,6 +108,43 @@ async def test_foreign_exceptions_keep_their_text_to_the_log(
     assert "swordfish" not in details
     assert "swordfish" in caplog.text
     assert re.match(r"internal error [0-9a-f]{8}:", details) and details.split(":")[0] in caplog.text
+
+
+class Outliving(encoder_pb2_grpc.EncoderServicer):
+    """Its Connect goes on when it is cancelled, as one does that waits for a thread, and then answers."""
+
+    def __init__(self) -> None:
+        self.go_on = asyncio.Event()
+        self.ended = asyncio.Event()
+        self.error: Exception | None = None
+
+    async def Connect(self, requests, context):  # type: ignore[no-untyped-def, override]
+        try:
+            with suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+            await self.go_on.wait()
+            await context.write(encoder_pb2.ConnectResponse())
+        except Exception as error:
+            self.error = error
+            await abort(context, error)
+        finally:
+            self.ended.set()
+
+
+async def test_a_call_that_outlives_its_server_is_no_internal_error(caplog: pytest.LogCaptureFixture) -> None:
+    servicer, server = Outliving(), grpc.aio.server()  # type: ignore[abstract]
+    encoder_pb2_grpc.add_EncoderServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        call = encoder_pb2_grpc.EncoderStub(channel).Connect()
+        await call.write(encoder_pb2.ConnectRequest())
+        await server.stop(None)
+        servicer.go_on.set()
+        await asyncio.wait_for(servicer.ended.wait(), 10)
+    assert servicer.error is not None and is_peer_gone(servicer.error)
+    assert "already stopped" in str(servicer.error)
+    assert "internal error" not in caplog.text
 
 
 async def test_a_lost_connection_is_no_error_of_the_peer() -> None:
