@@ -249,8 +249,11 @@ class _Replies:
             try:
                 await send(self._context, message)
             except asyncio.CancelledError:
-                if self._call is not None and not is_own_cancellation():
-                    self._call.cancel()  # the peer has disconnected, so the other items cannot be sent either
+                # The peer has disconnected, so the other items cannot be sent either. The call's own task ends by this
+                # error: cancelled in its last step it would be a fault of gRPC's, which logs a traceback.
+                call = self._call
+                if call is not None and call is not asyncio.current_task() and not is_own_cancellation():
+                    call.cancel()
                 raise
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import TypeAlias
@@ -24,6 +25,7 @@ from vitrine_vlm.encoder_service.server import EncoderServer, EncoderServicer
 from vitrine_vlm.errors import EncoderUnavailable, Overloaded
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget
+from vitrine_vlm.service_runtime.grpc_channel import CHANNEL_OPTIONS
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 from vitrine_vlm.types import EmbeddingRows, LayoutEvent, MediaItem
 
@@ -330,6 +332,24 @@ class StuckContext:
         if isinstance(message, encoder_pb2.EncodeResponse) and message.WhichOneof("event") == "ready":
             self.stuck.set()
             await asyncio.Event().wait()
+
+
+async def test_a_call_whose_client_is_lost_while_it_is_written_to_logs_no_traceback(
+    encoder: RunningEncoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    # A client that takes less than these rows before it reads.
+    options = [*CHANNEL_OPTIONS, ("grpc.http2.lookahead_bytes", 65535), ("grpc.http2.bdp_probe", 0)]
+    for num_items in (1, 2):
+        async with grpc.aio.insecure_channel(encoder.address, options=options) as channel:
+            items = [image_message(png(512, 512, seed)) for seed in range(num_items)]
+            call = encoder_pb2_grpc.EncoderStub(channel).Encode(encoder_pb2.EncodeRequest(items=items))
+            assert await reads_layout(call)
+            await eventually(lambda: len(encoder.tower.batches) > 0)
+            assert not await encoder.calls.idle(0.3)
+        assert await encoder.calls.idle(10)
+        encoder.tower.batches.clear()
+    await asyncio.sleep(0.05)  # gRPC ends its task behind ours
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 async def test_leases_that_never_reached_the_client_are_released(encoder: RunningEncoder) -> None:
