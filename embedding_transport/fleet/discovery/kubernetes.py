@@ -14,9 +14,9 @@ import ssl
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import aiohttp
+from pydantic import BaseModel, Field, ValidationError
 
 from vitrine_vlm.service_runtime.backoff import Backoff
 
@@ -26,6 +26,36 @@ _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.5, 10.0
 # The server ends a watch after this time; then all endpoints are listed again, so no missed change stays missed.
 _WATCH_S = 300
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_WATCH_S + 30)
+
+
+class _Port(BaseModel):
+    name: str | None = None
+    port: int | None = None
+
+
+class _Conditions(BaseModel):
+    ready: bool | None = None
+
+
+class _Endpoint(BaseModel):
+    addresses: list[str]
+    conditions: _Conditions | None = None
+
+
+class _EndpointSlice(BaseModel):
+    ports: list[_Port] | None = None
+    endpoints: list[_Endpoint] | None = None
+
+
+class _Metadata(BaseModel):
+    resource_version: str = Field(alias="resourceVersion")
+
+
+class _EndpointSliceList(BaseModel):
+    """What is read of the API's EndpointSliceList; optional lists may be null."""
+
+    items: list[_EndpointSlice]
+    metadata: _Metadata
 
 
 @dataclass(frozen=True)
@@ -79,10 +109,11 @@ class KubernetesSource:
             while True:
                 try:
                     listed = await self._list(session, server, context)
-                    yield _addresses(listed["items"], self._port)
+                    yield _addresses(listed.items, self._port)
                     backoff.reset()
-                    await self._wait_for_change(session, server, context, listed["metadata"]["resourceVersion"])
-                except (aiohttp.ClientError, TimeoutError, OSError, KeyError) as error:
+                    await self._wait_for_change(session, server, context, listed.metadata.resource_version)
+                # ValueError: an answer that is no list of EndpointSlices, or a file that holds no token.
+                except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
                     delay_s = backoff.next_s()
                     _log.warning(
                         "the endpoints of %s cannot be read: %r; trying again in %.1f s", self._name, error, delay_s
@@ -91,11 +122,20 @@ class KubernetesSource:
 
     async def _list(
         self, session: aiohttp.ClientSession, server: ApiServer, context: ssl.SSLContext | None
-    ) -> dict[str, Any]:
+    ) -> _EndpointSliceList:
+        """
+        Raises:
+            ValueError: the answer is something else.
+        """
         async with session.get(self._path, params=self._selector, headers=_headers(server), ssl=context or True) as got:
             got.raise_for_status()
-            listed: dict[str, Any] = await got.json()
-            return listed
+            body = await got.read()
+        try:
+            return _EndpointSliceList.model_validate_json(body)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(map(str, first["loc"])) or "the answer"
+            raise ValueError(f"no list of EndpointSlices: {where}: {first['msg']}") from error
 
     async def _wait_for_change(
         self, session: aiohttp.ClientSession, server: ApiServer, context: ssl.SSLContext | None, version: str
@@ -112,17 +152,17 @@ def _headers(server: ApiServer) -> dict[str, str]:
     return {"Authorization": f"Bearer {server.token_file.read_text().strip()}", "Accept": "application/json"}
 
 
-def _addresses(slices: list[dict[str, Any]], port: str) -> list[str]:
+def _addresses(slices: list[_EndpointSlice], port: str) -> list[str]:
     """Returns the addresses of the ready endpoints; terminating ones are not ready."""
     found: set[str] = set()
     for each in slices:
-        numbers = [entry["port"] for entry in each.get("ports") or () if entry.get("name") == port]
+        numbers = [entry.port for entry in each.ports or () if entry.name == port]
         number = port if port.isdecimal() else next(iter(numbers), None)
         if number is None:
             continue
-        for endpoint in each.get("endpoints") or ():
+        for endpoint in each.endpoints or ():
             # An unknown state counts as ready.
-            if (endpoint.get("conditions") or {}).get("ready") is not False:
-                hosts = endpoint["addresses"]
-                found |= {f"[{host}]:{number}" if ":" in host else f"{host}:{number}" for host in hosts[:1]}
+            if endpoint.conditions is None or endpoint.conditions.ready is not False:
+                hosts = endpoint.addresses[:1]
+                found |= {f"[{host}]:{number}" if ":" in host else f"{host}:{number}" for host in hosts}
     return sorted(found)

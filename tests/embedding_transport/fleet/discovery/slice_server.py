@@ -19,7 +19,7 @@ class SliceServer:
 
     tokens: those of the accounts that may list and watch.
     gone: whether the next watch is of a version that is too old.
-    num_watches: how many were begun.
+    num_watches: how many were begun. broken_lists: bodies that are sent as they are, in place of the next lists.
     """
 
     def __init__(self) -> None:
@@ -27,6 +27,7 @@ class SliceServer:
         self.tokens: set[str] = set()
         self.gone = False
         self.num_watches = 0
+        self.broken_lists: list[bytes] = []
         self._slices: dict[str, list[dict[str, Any]]] = {}
         self._version = 1
         self._changed = asyncio.Event()
@@ -60,6 +61,8 @@ class SliceServer:
         selector = request.query["labelSelector"]
         assert selector.startswith(_SELECTOR), selector
         if "watch" not in request.query:
+            if self.broken_lists:
+                return web.Response(body=self.broken_lists.pop(0), content_type="application/json")
             version = {"resourceVersion": str(self._version)}
             items = self._slices.get(selector.removeprefix(_SELECTOR), [])
             return web.json_response({"kind": "EndpointSliceList", "metadata": version, "items": items})

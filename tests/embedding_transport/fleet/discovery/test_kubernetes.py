@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.embedding_transport.fleet.discovery.slice_server import SliceServer
+from vitrine_vlm.embedding_transport.fleet.discovery import kubernetes
 from vitrine_vlm.embedding_transport.fleet.discovery.kubernetes import ApiServer, KubernetesSource
 
 
@@ -68,6 +69,25 @@ async def test_it_goes_on_after_errors_and_with_a_new_token(
         (tmp_path / "token").write_text("renewed\n")
         slices.change({"encoders": [endpoint_slice(endpoint("10.0.0.2"))]})
         assert await following == ["10.0.0.2:50051"]
+
+
+async def test_it_goes_on_after_answers_that_are_no_lists_of_slices(
+    server: tuple[SliceServer, KubernetesSource], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kubernetes, "_FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(kubernetes, "_MAX_BACKOFF_S", 0.01)
+    slices, source = server
+    slices.change({"encoders": [endpoint_slice(endpoint("10.0.0.1"))]})
+    metadata = b'"metadata": {"resourceVersion": "1"}'
+    slices.broken_lists = [
+        *(b"", b"<html>", b"\xff", b"[]", b"null", b'{"items": []}', b'{"items": null, %s}' % metadata),
+        *(b'{"items": [%s], %s}' % (item, metadata) for item in (b"7", b'{"endpoints": [{}]}', b'{"ports": 1}')),
+        b'{"items": [{"endpoints": [{"addresses": [null]}]}], %s}' % metadata,
+    ]
+    async with aclosing(source.watch()) as changes, asyncio.timeout(10):
+        assert await anext(changes) == ["10.0.0.1:50051"]
+    assert not slices.broken_lists
+    assert "media/encoders" in caplog.text and "items.0.endpoints.0.addresses.0" in caplog.text
 
 
 async def until(condition: Callable[[], bool]) -> None:
