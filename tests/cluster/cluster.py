@@ -23,7 +23,7 @@ from tests.embedding_transport.fleet.discovery.slice_server import SliceServer
 _TICK_S = 0.1
 _EVICTION_RETRY_S = 0.5
 # Kinds that are objects for others here, or do nothing in a cluster of this kind.
-_INERT = {"ServiceAccount", "NetworkPolicy", "Ingress"}
+_INERT = {"ConfigMap", "ServiceAccount", "NetworkPolicy", "Ingress"}
 _HOOK = "helm.sh/hook"
 
 
@@ -97,8 +97,6 @@ class Cluster:
             if _HOOK in manifest["metadata"].get("annotations", {}):
                 continue  # of Helm's, such as the pod of `helm test`
             by_kind.setdefault(manifest["kind"], []).append(manifest)
-        for each in by_kind.pop("ConfigMap", []):
-            self._objects.config_maps[each["metadata"]["name"]] = each["data"]
         for each in by_kind.pop("PersistentVolumeClaim", []):
             claim = self._folder / f"claim-{each['metadata']['name']}"
             claim.mkdir(exist_ok=True)

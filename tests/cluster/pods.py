@@ -105,7 +105,8 @@ class PodRunner:
         """
         spec = self.pod.spec
         (self._folder / "volumes").mkdir(parents=True)
-        volumes = make_volumes(spec, self._folder / "volumes", self._objects)
+        annotations = self.pod.metadata.get("annotations", {})
+        volumes = make_volumes(spec, annotations, self._folder / "volumes", self._objects)
         added = mounts_of_kubelet(spec, self._folder, self._objects)
         self._ready = {container["name"]: False for container in spec["containers"]}
         try:

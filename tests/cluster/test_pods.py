@@ -32,7 +32,8 @@ async def running(folder: Path, spec: dict[str, Any], objects: Objects | None = 
     objects = objects or Objects("media", {}, b"the CA", folder / "hosts")
     objects.hosts.write_text("127.0.0.1 localhost\n")
     spec = {"automountServiceAccountToken": False, "terminationGracePeriodSeconds": 20} | spec
-    runner = PodRunner(Pod("pod", "set", "node", ADDRESS, {"labels": {}}, spec), objects, folder / "pod", 0.02)
+    metadata = {"labels": {}, "annotations": {"vitrine/config": "host: all"}}
+    runner = PodRunner(Pod("pod", "set", "node", ADDRESS, metadata, spec), objects, folder / "pod", 0.02)
     task = asyncio.create_task(runner.run())
     try:
         yield runner
@@ -50,7 +51,6 @@ async def until(condition: Callable[[], bool]) -> None:
 async def test_a_container_has_its_volumes_and_writes_to_nothing_else(pods_folder: Path) -> None:
     objects = Objects("media", {"KUBERNETES_SERVICE_HOST": "127.0.0.1"}, b"the CA", pods_folder / "hosts")
     objects.tokens["workers"] = "the token"
-    objects.config_maps["settings"] = {"config.yaml": "host: all"}
     objects.secrets["keys"] = {"keys.yaml": "the key", "other": "not mounted"}
     code = (
         """
@@ -83,7 +83,12 @@ for path in ("/root.txt", "/etc/vitrine/config/more", "/keys/more"):
     )
     init = container("open('/tmp/from-init', 'w').write('made by init')", "init", volumeMounts=main["volumeMounts"])
     volumes = [
-        {"name": "config", "configMap": {"name": "settings"}},
+        {
+            "name": "config",
+            "downwardAPI": {
+                "items": [{"path": "config.yaml", "fieldRef": {"fieldPath": "metadata.annotations['vitrine/config']"}}]
+            },
+        },
         {"name": "keys", "secret": {"secretName": "keys", "items": [{"key": "keys.yaml", "path": "keys.yaml"}]}},
         {"name": "tmp", "emptyDir": {}},
     ]

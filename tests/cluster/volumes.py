@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ _ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 
 @dataclass
 class Objects:
-    """What pods refer to, by name: the data of ConfigMaps and Secrets, the folders of claims, tokens of accounts.
+    """What pods refer to, by name: the data of Secrets, the folders of claims, tokens of accounts.
 
     env: what every container has. ca: of the API server, PEM. hosts: the file that resolves the names of Services.
     """
@@ -24,13 +25,17 @@ class Objects:
     ca: bytes
     hosts: Path
     tokens: dict[str, str] = field(default_factory=dict)
-    config_maps: dict[str, dict[str, str]] = field(default_factory=dict)
     secrets: dict[str, dict[str, str]] = field(default_factory=dict)
     claims: dict[str, Path] = field(default_factory=dict)
 
 
-def make_volumes(spec: dict[str, Any], folder: Path, objects: Objects) -> dict[str, Path]:
+def make_volumes(
+    spec: dict[str, Any], annotations: Mapping[str, str], folder: Path, objects: Objects
+) -> dict[str, Path]:
     """Makes the folders of a pod's volumes; returns them by the volumes' names.
+
+    Args:
+        annotations: the pod's.
 
     Raises:
         KeyError: what a volume refers to is not there.
@@ -46,8 +51,8 @@ def make_volumes(spec: dict[str, Any], folder: Path, objects: Objects) -> dict[s
             found[name] = objects.claims[source["claimName"]]
         elif kind == "emptyDir":
             found[name].mkdir()
-        elif kind == "configMap":
-            _write(found[name], objects.config_maps[source["name"]], source.get("items"))
+        elif kind == "downwardAPI":
+            _write(found[name], {each["path"]: _annotation(each, annotations) for each in source["items"]}, None)
         elif kind == "secret":
             _write(found[name], objects.secrets[source["secretName"]], source.get("items"))
         else:
@@ -78,6 +83,14 @@ def mounts_of_kubelet(spec: dict[str, Any], folder: Path, objects: Objects) -> l
         _write(account, {"token": token, "namespace": objects.namespace, "ca.crt": objects.ca.decode()}, None)
         mounts.append(Mount(str(account), _ACCOUNT, True))
     return mounts
+
+
+def _annotation(item: dict[str, Any], annotations: Mapping[str, str]) -> str:
+    path = item["fieldRef"]["fieldPath"]
+    match = re.fullmatch(r"metadata\.annotations\['(.+)'\]", path)
+    if match is None:
+        raise ValueError(f"file {item['path']}: {path} is not known here")
+    return annotations[match[1]]
 
 
 def _write(folder: Path, data: Mapping[str, str], items: list[dict[str, str]] | None) -> None:

@@ -80,6 +80,12 @@ class PodTemplate:
         return dict(self.spec["containers"][0])
 
     @property
+    def config_file(self) -> str | None:
+        """The text of the service's configuration file; None of Ray's pods, which have none."""
+        text: str | None = self.metadata.get("annotations", {}).get("vitrine/config")
+        return text
+
+    @property
     def program(self) -> str:
         """What the container runs: "encoder", "llm", "gateway", "vllm" or "sglang"; of Ray's pods its name."""
         variables = (re.fullmatch(r"VITRINE_([A-Z]+)_CONFIG", name) for name in self.env)

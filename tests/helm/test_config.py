@@ -19,8 +19,8 @@ CLASSES: dict[str, type[ServiceSettings]] = {"encoder": EncoderConfig, "llm": Ll
 
 
 def config_files(manifests: list[Manifest]) -> dict[str, dict[str, Any]]:
-    maps = of_kind(manifests, "ConfigMap").items()
-    return {name: yaml.safe_load(each["data"]["config.yaml"]) for name, each in maps if "config.yaml" in each["data"]}
+    """By pod."""
+    return {pod.name: yaml.safe_load(pod.config_file) for pod in pod_templates(manifests) if pod.config_file}
 
 
 def read(config: dict[str, Any], program: str) -> ServiceSettings:
@@ -34,8 +34,7 @@ def test_the_services_take_their_files(values: str) -> None:
     pods = list(pod_templates(manifests))
     assert len(files) == len(pods)
     for pod in pods:
-        (volume,) = (each for each in pod.spec["volumes"] if each["name"] == "config")
-        config = files[volume["configMap"]["name"]]
+        config = files[pod.name]
         if pod.program not in CLASSES:  # see test_vllm.py and test_sglang.py
             continue
         settings = read(config, pod.program)
@@ -99,17 +98,27 @@ def test_logs_and_traces() -> None:
         assert config["otlp_endpoint"] == "http://collector.monitoring:4317"
 
 
-def test_a_change_of_the_file_restarts_the_pods_it_is_for() -> None:
-    def checksums(values: dict[str, Any]) -> dict[str, str]:
-        pods = pod_templates(render({"model": "m"} | values))
-        return {pod.name: pod.metadata["annotations"]["checksum/config"] for pod in pods}
+def test_settings_are_in_the_pods_template_so_that_each_replica_set_keeps_its_own() -> None:
+    for values in sorted(VALUES.keys() - {"rayservice"}):
+        for pod in pod_templates(rendered(values)):
+            volumes = {each["name"]: each for each in pod.spec["volumes"]}
+            (item,) = volumes["config"]["downwardAPI"]["items"]
+            assert item["path"] == "config.yaml"
+            assert item["fieldRef"]["fieldPath"] == "metadata.annotations['vitrine/config']"
+            assert not any("configMap" in each for each in volumes.values())
 
-    before = checksums({})
+
+def test_a_change_of_the_file_restarts_the_pods_it_is_for() -> None:
+    def files(values: dict[str, Any]) -> dict[str, str]:
+        pods = pod_templates(render({"model": "m"} | values))
+        return {pod.name: str(pod.config_file) for pod in pods}
+
+    before = files({})
     encoder, llm = "demo-vitrine-encoder-default", "demo-vitrine-llm-default"
-    after = checksums({"encoders": {"pools": {"default": {"config": {"max_items": 3}}}}})
+    after = files({"encoders": {"pools": {"default": {"config": {"max_items": 3}}}}})
     assert after[encoder] != before[encoder]
     assert after[llm] == before[llm]
-    after = checksums({"log": {"level": "debug"}})
+    after = files({"log": {"level": "debug"}})
     assert after[encoder] != before[encoder]
     assert after[llm] != before[llm]
 

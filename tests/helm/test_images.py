@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
-import yaml
 
-from tests.helm.rendering import CHART, PodTemplate, of_kind, pods, rendered
+from tests.helm.rendering import CHART, PodTemplate, pods, rendered
+from tests.helm.test_config import config_files
 
 DOCKERFILE = (CHART.parents[1] / "deploy" / "docker" / "Dockerfile").read_text()
 
@@ -62,8 +62,7 @@ def _check_user_home_and_ports(pod: PodTemplate, image: str) -> None:
 @OURS
 def test_the_images_environment_does_not_contradict_the_configuration(component: str, values: str, name: str) -> None:
     """It would win over the file."""
-    config_map = of_kind(rendered(values), "ConfigMap")[name]
-    config = yaml.safe_load(config_map["data"]["config.yaml"])
+    config = config_files(rendered(values))[name]
     prefix = f"VITRINE_{component.upper()}_"
     for variable, value in environment(stage(component)).items():
         if variable.startswith(prefix):

@@ -21,6 +21,7 @@ from tests.helm.rendering import (
     values_of,
     with_registry,
 )
+from tests.helm.test_config import config_files
 from tests.helm.test_schemas import NEWEST, validate
 
 SOURCES = CHART.parents[1] / "deploy" / "observability"
@@ -78,7 +79,7 @@ def test_rays_pods_are_scraped() -> None:
 
 def test_ports_of_metrics_are_those_of_the_settings() -> None:
     for name, pod in pods("default").items():
-        config = yaml.safe_load(of_kind(rendered("default"), "ConfigMap")[name]["data"]["config.yaml"])
+        config = config_files(rendered("default"))[name]
         ports = {port["name"]: port["containerPort"] for port in pod.container["ports"]}
         if "-encoder-" in name:
             assert ports == {"grpc": config["port"], "metrics": config["metrics_port"]}

@@ -9,6 +9,7 @@ import yaml
 from helm_python import HelmRenderError
 
 from tests.helm.rendering import VALUES, of_kind, pods, pods_of, render, rendered, values_of
+from tests.helm.test_config import config_files
 
 ENCODER, LLM = "demo-vitrine-encoder-default", "demo-vitrine-llm-default"
 
@@ -31,8 +32,7 @@ def test_nothing_of_the_host_is_shared(values: str) -> None:
 @pytest.mark.parametrize("values", VALUES)
 def test_only_who_asks_the_api_server_gets_a_token(values: str) -> None:
     for pod in pods(values).values():
-        configured = of_kind(rendered(values), "ConfigMap").get(pod.name)
-        asks = configured is not None and "kubernetes:" in configured["data"]["config.yaml"]
+        asks = "kubernetes:" in (pod.config_file or "")
         asks |= pod.name.endswith("head")  # KubeRay's autoscaler
         assert pod.spec["automountServiceAccountToken"] is asks
 
@@ -77,7 +77,7 @@ class TestEnd:
     @pytest.mark.parametrize("values", sorted(VALUES.keys() - {"rayservice"}))
     def test_there_is_time_to_leave_the_services_and_drain(self, values: str) -> None:
         for name, pod in pods(values).items():
-            config = yaml.safe_load(of_kind(rendered(values), "ConfigMap")[name]["data"]["config.yaml"])
+            config = config_files(rendered(values))[name]
             # SGLang drains until it is killed.
             drain_s = config.get("drain_timeout_s", config.get("shutdown_timeout", 60))
             sleep_s = pod.container.get("lifecycle", {"preStop": {"sleep": {"seconds": 0}}})["preStop"]["sleep"][

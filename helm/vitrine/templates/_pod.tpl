@@ -18,8 +18,9 @@ metadata:
     vitrine/users: "true"
     {{- end }}
   annotations:
-    # Services read their settings once, at the start.
-    checksum/config: {{ include "vitrine.config" . | sha256sum }}
+    # The settings, which services read once, at the start: in the template, so that pods of each ReplicaSet have their own.
+    vitrine/config: |
+      {{- include "vitrine.config" . | nindent 6 }}
     {{- with $settings.podAnnotations }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
@@ -103,8 +104,11 @@ spec:
     {{- end }}
   volumes:
     - name: config
-      configMap:
-        name: {{ $workload.name }}
+      downwardAPI:
+        items:
+          - path: config.yaml
+            fieldRef:
+              fieldPath: metadata.annotations['vitrine/config']
     {{- include "vitrine.volumes" . | nindent 4 }}
     {{- with $workload.tls.secretName }}
     - name: tls
