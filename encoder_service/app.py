@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from vitrine_vlm.encoder_service.sglang.port import SglangPort
 
 _log = logging.getLogger(__name__)
-# Peers' Connect streams last until the server ends them: this is only for the last answers to be sent.
+# Only for the last answers to be sent: sessions of peers have ended with the exporter.
 _STOP_GRACE_S = 0.5
 # Where the GPU does the work, further ones, each with a thread, only contend for the interpreter.
 _GPU_DECODERS = 8
@@ -157,9 +157,10 @@ async def serve(config: EncoderConfig) -> None:
         stack.push_async_callback(supervisor.close)
         return_memory_after_peaks(held, supervisor)
         # The port answers (NOT_SERVING) before anything slow begins, so that probes see progress, not refusal.
+        # It closes last, so that new calls are UNAVAILABLE until then.
         address = await server.start(config.host, config.port, config.server_tls(), config.health_socket)
         addresses = f"grpc={address}"
-        stack.push_async_callback(server.stop, 0)
+        stack.push_async_callback(server.stop, _STOP_GRACE_S)
         if config.metrics_port:
             address = await start_metrics_port(
                 config, config.host, web.Application(), metrics.registry, supervisor, stack
@@ -249,7 +250,6 @@ async def serve(config: EncoderConfig) -> None:
         await asyncio.gather(lifecycle.drain(), *([sglang.drain()] if sglang else []))
         if not await exporter.drained(lifecycle.left_s):
             _log.warning("%d leases were not released in time", exporter.stats().live_leases)
-        await server.stop(_STOP_GRACE_S)
         lifecycle.raise_failure()
     _log.info("stopped")
 

@@ -104,7 +104,8 @@ class EncoderServicer(SessionServicer, encoder_pb2_grpc.EncoderServicer):  # typ
         context: grpc.aio.ServicerContext[encoder_pb2.DescribeRequest, encoder_pb2.DescribeResponse],
     ) -> encoder_pb2.DescribeResponse:
         try:
-            return self._loaded().description
+            with self._calls.track():  # which refuses new peers of an encoder that is ending
+                return self._loaded().description
         except VitrineError as error:
             await abort(context, error)
 

@@ -88,12 +88,13 @@ async def serve(config: GatewayConfig) -> None:
         stack.push_async_callback(supervisor.close)
         return_memory_after_peaks(held, supervisor)
         access.start(supervisor)
+        # The ports close last, so that new requests get 503 or UNAVAILABLE until then.
         port = HttpPort(http.application(), limits, held, stop_grace_s=_STOP_GRACE_S)
         stack.push_async_callback(port.close)
         tls = config.server_tls()
         http_port = await port.start(config.host, config.port, tls.context() if tls else None, supervisor)
         grpc_address = await server.start(config.host, config.grpc_port, tls, config.health_socket)
-        stack.push_async_callback(server.stop, 0)
+        stack.push_async_callback(server.stop, _STOP_GRACE_S)
         addresses = f"http={config.host}:{http_port} grpc={grpc_address}"
         if config.metrics_port:
             address = await start_metrics_port(
@@ -130,8 +131,7 @@ async def serve(config: GatewayConfig) -> None:
 
         await lifecycle.ending()
         await lifecycle.drain()
-        # New connections get 503 until the process ends: the port closes with the stack.
-        await asyncio.gather(port.answered(), server.stop(_STOP_GRACE_S))
+        await port.answered(lifecycle.refusal)
         lifecycle.raise_failure()
     _log.info("stopped")
 

@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _READY_POLL_S = 0.1
-# For the last answers only: sessions of decode workers last until the server ends them.
+# Only for the last answers to be sent: sessions of decode workers have ended with the exporter.
 _STOP_GRACE_S = 0.5
 # For a GPU to be quiet when steps are measured: an encoder's start on the same one takes about a minute.
 _PROBES_PATIENCE_S = 10.0
@@ -131,12 +131,13 @@ async def serve(config: LlmConfig) -> None:
         return_memory_after_peaks(held, supervisor)
         access.start(supervisor)
         # The ports answer before anything slow begins, so that probes get an answer and no refused connection.
+        # They close last, so that new requests get 503 or UNAVAILABLE until then.
         port = HttpPort(application, port_limits, held, stop_grace_s=_STOP_GRACE_S)
         stack.push_async_callback(port.close)
         tls = config.server_tls()
         http_port = await port.start(config.host, config.port, tls.context() if tls else None, supervisor)
         grpc_address = await server.start(config.host, config.grpc_port, tls, config.health_socket)
-        stack.push_async_callback(server.stop, 0)
+        stack.push_async_callback(server.stop, _STOP_GRACE_S)
         addresses = f"http={config.host}:{http_port} grpc={grpc_address}"
         if has_metrics_port:
             address = await start_metrics_port(config, config.host, internal, metrics.registry, supervisor, stack)
@@ -201,8 +202,7 @@ async def serve(config: LlmConfig) -> None:
         await lifecycle.drain()
         if exporter is not None and not await exporter.drained(lifecycle.left_s):
             _log.warning("%d leases were not released in time", exporter.stats().live_leases)
-        # New connections get 503 until the process ends: the port closes with the stack.
-        await asyncio.gather(port.answered(), server.stop(_STOP_GRACE_S))
+        await port.answered(lifecycle.refusal)
         lifecycle.raise_failure()
     _log.info("stopped")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -12,11 +13,34 @@ from grpc_reflection.v1alpha import reflection
 from vitrine_vlm.service_runtime.grpc_channel import CHANNEL_OPTIONS
 from vitrine_vlm.service_runtime.grpc_requests import RefusingMalformed
 from vitrine_vlm.service_runtime.port_limits import DEFAULT_LIMITS, PortLimits, shown_address
+from vitrine_vlm.service_runtime.running_calls import RunningCalls
 from vitrine_vlm.service_runtime.tls import ServerTls
 
 _MAX_STREAMS_OF_CONNECTION = 1024
 # A connection without calls is closed after this time; clients open another with their next call.
 _MAX_IDLE_MS = 600_000
+
+
+class _PortCloses(Exception):
+    """Ends a watch of the health service."""
+
+
+class _Health(health.aio.HealthServicer):  # type: ignore[misc]  # untyped
+    """grpc.health.v1, whose watches the server can end; they last as long as clients want otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._watches = RunningCalls()
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        try:
+            with self._watches.track():
+                await super().Watch(request, context)
+        except _PortCloses as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+
+    def end_watches(self) -> None:
+        self._watches.end(lambda: _PortCloses("the service has ended: watch another one"))
 
 
 class ServiceServer:
@@ -36,7 +60,7 @@ class ServiceServer:
     ) -> None:
         self.grpc = grpc.aio.server(options=_options(limits), interceptors=[*interceptors, RefusingMalformed()])
         self._health_names = ("", *services)
-        self._health = health.aio.HealthServicer()
+        self._health = _Health()
         self._local = grpc.aio.server()
         for server in (self.grpc, self._local):
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -81,7 +105,11 @@ class ServiceServer:
         await self._health.enter_graceful_shutdown()
 
     async def stop(self, grace_s: float) -> None:
-        """Accepts no new calls and ends those in flight after `grace_s` seconds."""
+        """Closes the port, to whose calls in flight `grace_s` seconds are left; streams must have been ended before.
+
+        New connections are refused from the beginning on, so a service calls it last.
+        """
+        self._health.end_watches()
         await self.grpc.stop(grace_s)
         await self._local.stop(0)
 

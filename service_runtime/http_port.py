@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import ssl
+from collections.abc import Callable
 from contextlib import suppress
 
 from aiohttp import web
 
+from vitrine_vlm.errors import VitrineError
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget
 from vitrine_vlm.service_runtime.connection_guard import ConnectionGuard
 from vitrine_vlm.service_runtime.http_requests import bodies_within
 from vitrine_vlm.service_runtime.port_limits import PortLimits, shown_address
+from vitrine_vlm.service_runtime.running_calls import RunningCalls
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 
 # How long a connection without a request stays open: longer than usual proxies keep theirs (60 s).
@@ -37,9 +40,10 @@ class HttpPort:
     ) -> None:
         self._limits = limits
         self._guard = ConnectionGuard(limits)
+        self._reads = RunningCalls()
         self._stop_grace_s = stop_grace_s
         application.middlewares.insert(0, self._guard.middleware)
-        application.middlewares.append(bodies_within(limits, budget))
+        application.middlewares.append(bodies_within(limits, budget, self._reads))
         # handler_cancellation: a request is cancelled everywhere when its client disconnects.
         # auto_decompress: a small body could become a large one.
         self._runner = web.AppRunner(
@@ -81,17 +85,22 @@ class HttpPort:
         supervisor.start_task(f"connections of port {actual_port}", self._guard.watch())
         return actual_port
 
-    async def answered(self) -> None:
+    async def answered(self, refusal: Callable[[], VitrineError]) -> None:
         """Waits for requests in flight. New connections are accepted, and their requests get an answer, until `close`.
 
         A service that drains answers 503 with Retry-After; a refused connection would not say when to retry.
+
+        Args:
+            refusal: makes the error of requests whose bodies have not arrived, at once and from now on: they would be
+                refused when they are complete.
         """
+        self._reads.end(refusal)
         with suppress(TimeoutError):
             async with asyncio.timeout(self._stop_grace_s):
                 await self._guard.idle()
 
     async def close(self) -> None:
-        """Accepts no new connections, and ends those that are open."""
+        """Ends the connections that are open, which may take `stop_grace_s`, and then accepts no new ones."""
+        await self._runner.cleanup()
         if self._server is not None:
             self._server.close()
-        await self._runner.cleanup()

@@ -13,6 +13,7 @@ from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.service_runtime.access_log import access_line, report
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget, ReservedBytes
 from vitrine_vlm.service_runtime.port_limits import DEFAULT_LIMITS, PortLimits
+from vitrine_vlm.service_runtime.running_calls import RunningCalls
 from vitrine_vlm.service_runtime.traces import serving_span
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -30,9 +31,10 @@ _LARGE_NBYTES = 4 * 1024 * 1024
 
 @dataclass
 class _Body:
-    """The bounds on one request's body. nbytes: how much of it was read."""
+    """The bounds on one request's body. reads: of its port. nbytes: how much of it was read."""
 
     limits: PortLimits
+    reads: RunningCalls
     reserved: ReservedBytes | None = None
     nbytes: int = 0
 
@@ -63,9 +65,10 @@ def header_carrier(request: web.Request) -> dict[str, str]:
     return {name.lower(): value for name, value in request.headers.items()}
 
 
-def bodies_within(limits: PortLimits, budget: ByteBudget) -> Any:
+def bodies_within(limits: PortLimits, budget: ByteBudget, reads: RunningCalls) -> Any:
     """Returns a middleware that refuses bodies which are compressed, too large, or more than there is memory for.
 
+    `reads` are the reads of bodies in flight, which can be ended through it.
     What `read_body` reads counts in the budget until the request ends. The middleware raises HTTPUnsupportedMediaType,
     HTTPRequestEntityTooLarge and Overloaded.
     """
@@ -81,7 +84,7 @@ def bodies_within(limits: PortLimits, budget: ByteBudget) -> Any:
         with budget.item() as reserved:
             if nbytes:
                 reserved.check(BODY_COPIES * nbytes)
-            request[_BODY] = _Body(limits, reserved)
+            request[_BODY] = _Body(limits, reads, reserved)
             return await handler(request)
 
     return bounded
@@ -92,14 +95,16 @@ async def body_pieces(http: web.Request) -> AsyncIterator[bytes]:
 
     Raises:
         HTTPRequestTimeout: the client has stopped to send, or sends too slowly.
+        VitrineError: the service is ending, see `HttpPort.answered`.
     """
-    loop, timeout_s = asyncio.get_running_loop(), _body(http).limits.client_timeout_s
+    loop, timeout_s, reads = asyncio.get_running_loop(), _body(http).limits.client_timeout_s, _body(http).reads
     begin, nbytes = loop.time(), 0
     while not http.content.at_eof():
         slowest = begin + timeout_s + nbytes / _LEAST_BYTES_PER_S
         try:
             async with asyncio.timeout_at(min(loop.time() + timeout_s, slowest)):
-                piece = await http.content.readany()
+                with reads.track():
+                    piece = await http.content.readany()
         except TimeoutError:
             reason = f"the body stopped after {nbytes} bytes for {timeout_s:g} s, or came too slowly"
             raise web.HTTPRequestTimeout(reason=reason) from None
@@ -114,7 +119,7 @@ async def read_body(http: web.Request) -> bytes:
 
     Raises:
         HTTPRequestEntityTooLarge: more bytes than one body may have.
-        HTTPRequestTimeout: see `body_pieces`.
+        HTTPRequestTimeout, VitrineError: see `body_pieces`.
         Overloaded: the bodies of other requests take too much memory.
     """
     body, pieces = _body(http), []
@@ -154,5 +159,5 @@ def _body(http: web.Request) -> _Body:
     """The request's bounds: the usual limits, without a budget, where no port has set others."""
     body = http.get(_BODY)
     if body is None:
-        body = http[_BODY] = _Body(DEFAULT_LIMITS)
+        body = http[_BODY] = _Body(DEFAULT_LIMITS, RunningCalls())
     return body

@@ -20,6 +20,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, NoReturn
 
+from vitrine_vlm.errors import VitrineError
 from vitrine_vlm.service_runtime.cancellation import running_until
 from vitrine_vlm.service_runtime.grpc_server import ServiceServer
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
@@ -30,6 +31,8 @@ _log = logging.getLogger(__name__)
 EXIT_MARGIN_S = 1.0
 # How long a failed service still reports its failure.
 _REPORT_S = 2.0
+# Of requests that an ending service refuses: where there are others, one takes the retry at once.
+_RETRY_AFTER_S = 1.0
 
 
 class Lifecycle:
@@ -43,7 +46,7 @@ class Lifecycle:
         self,
         server: ServiceServer,
         calls: RunningCalls,
-        unavailable: Callable[[str], Exception],
+        unavailable: Callable[[str], VitrineError],
         drain_timeout_s: float,
     ) -> None:
         """
@@ -88,6 +91,12 @@ class Lifecycle:
             if working.done():
                 working.result()
 
+    def refusal(self) -> VitrineError:
+        """The error of a request that the ending service does not take."""
+        failure = self.supervisor.failure
+        why = "is shutting down" if failure is None else f"has failed ({failure})"
+        return self._ended(f"{why}: send the request to another one")
+
     async def drain(self) -> None:
         """Waits for requests in flight, which fail at the deadline; those of a failed service have failed already."""
         await self._server.set_not_serving_for_good()
@@ -97,6 +106,7 @@ class Lifecycle:
             self._cut_off()
         if self.supervisor.failure is None and self._calls.count:
             await self._calls.idle(EXIT_MARGIN_S / 2)
+        self._calls.refuse(self.refusal)  # those that come now were not cut off
 
     def raise_failure(self) -> None:
         """Ends the process at once if it cannot clean up after a failure.
@@ -116,12 +126,12 @@ class Lifecycle:
             return
         _log.info("draining for at most %g s", self._drain_timeout_s)
         self._end_by(self._drain_timeout_s, "shutting down")
-        self._calls.refuse(lambda: self._unavailable("is shutting down: send the request to another one"))
+        self._calls.refuse(self.refusal)
 
     def _fail(self, failure: Failure) -> None:
         report_s = min(_REPORT_S, max(0.0, self._drain_timeout_s - EXIT_MARGIN_S))
         self._end_by(report_s, str(failure))
-        self._calls.end(lambda: self._unavailable(f"has failed ({failure}): send the request to another one"))
+        self._calls.end(self.refusal)
         # `drain` sets it, too, but the service may be busy before, for instance loading.
         self.supervisor.start_job("health after a failure", self._server.set_not_serving_for_good())
 
@@ -129,7 +139,13 @@ class Lifecycle:
         timeout_s = self._drain_timeout_s
         _log.warning("%d requests still ran after %g s and are cut off", self._calls.count, timeout_s)
         message = f"is shutting down, and the request did not complete within {timeout_s:g} s: send it to another one"
-        self._calls.end(lambda: self._unavailable(message))
+        self._calls.end(lambda: self._ended(message))
+
+    def _ended(self, message: str) -> VitrineError:
+        """The error of a request that ends with this service."""
+        error = self._unavailable(message)
+        error.retry_after_s = _RETRY_AFTER_S
+        return error
 
     def _end_by(self, seconds: float, reason: str) -> None:
         """Sets the deadline, unless an earlier one is set."""

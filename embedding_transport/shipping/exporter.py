@@ -108,6 +108,8 @@ class RowExporter:
         self._leases.start(supervisor)
 
     async def close(self) -> None:
+        """Ends all sessions, and closes the pools."""
+        await self._sessions.close()
         await self._leases.close()
         for pool in self._pools:
             pool.close()
@@ -194,7 +196,7 @@ class RowExporter:
         return session is None or session.pool is None or not session.pool.could_hold(nbytes)
 
     def start_draining(self) -> None:
-        """Notifies all peers that they must send no new requests."""
+        """Notifies all peers that they must send no new requests, and refuses new sessions."""
         self._sessions.start_draining()
 
     async def drained(self, timeout_s: float) -> bool:

@@ -14,14 +14,17 @@ from vitrine_vlm.embedding_transport.pools.fair_share import Holder
 from vitrine_vlm.embedding_transport.pools.pool import ExportPool
 from vitrine_vlm.embedding_transport.shipping.peer_rules import PeerRules
 from vitrine_vlm.embedding_transport.wire.messages import offer_to_proto
-from vitrine_vlm.errors import BadRequest, Overloaded, TransportUnavailable
+from vitrine_vlm.errors import BadRequest, EncoderUnavailable, Overloaded, TransportUnavailable
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 from vitrine_vlm.service_runtime.peers import Peer
+from vitrine_vlm.service_runtime.running_calls import RunningCalls
 from vitrine_vlm.types import PROTOCOL_VERSION
 
 # For each message of the negotiation, in which a peer maps a pool.
 _ANSWER_TIMEOUT_S = 30.0
 _RETRY_S = 5.0
+# After `close`: the calls only have to leave their last line.
+_END_TIMEOUT_S = 0.5
 _MAX_TRANSPORTS = 16
 
 _log = logging.getLogger(__name__)
@@ -76,6 +79,7 @@ class Sessions:
         self._open: dict[str, Session] = {}
         # Connect calls by peer, those included that have not negotiated yet.
         self._num_calls: Counter[str] = Counter()
+        self._calls = RunningCalls()
         self._draining = asyncio.Event()
 
     def __len__(self) -> int:
@@ -86,8 +90,14 @@ class Sessions:
         return self._open.get(session_id)
 
     def start_draining(self) -> None:
-        """Notifies all peers that they must send no new requests."""
+        """Notifies all peers that they must send no new requests, and refuses new sessions."""
+        self._calls.refuse(_shutting_down)
         self._draining.set()
+
+    async def close(self) -> None:
+        """Ends all Connect calls, which last as long as their peers want, and refuses new ones."""
+        self._calls.end(_shutting_down)
+        await self._calls.idle(_END_TIMEOUT_S)
 
     async def connect(
         self, requests: AsyncIterator[encoder_pb2.ConnectRequest], peer: Peer
@@ -96,10 +106,11 @@ class Sessions:
 
         Raises:
             BadRequest: the peer does not follow the protocol.
+            EncoderUnavailable: the service is shutting down; also in the middle of a session, see `close`.
             Overloaded: there are as many sessions as are allowed, of this peer or in all.
             TransportUnavailable: no transport in common, or all probes failed and the peer does not accept bytes.
         """
-        with self._counted(peer):
+        with self._calls.track(), self._counted(peer):
             hello = await _next(requests)
             if hello is None or hello.WhichOneof("message") != "hello":
                 raise BadRequest("the first message of Connect must be hello")
@@ -182,6 +193,10 @@ class Sessions:
         finally:
             peer_gone.cancel()
             draining.cancel()
+
+
+def _shutting_down() -> EncoderUnavailable:
+    return EncoderUnavailable("this service is shutting down: connect to another one")
 
 
 async def _next(requests: AsyncIterator[encoder_pb2.ConnectRequest]) -> encoder_pb2.ConnectRequest | None:

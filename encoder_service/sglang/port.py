@@ -63,8 +63,8 @@ class SglangPort:
         self._delivery = Delivery(receiver, allowed, ZmqPush(), config.sglang_timeout_s)
         budget = ByteBudget(config.sglang_max_held_bytes, "SGLang's requests and rows", "--sglang-max-held-bytes")
         metrics.watch_sglang(lambda: budget.reserved_nbytes)
-        self._budget = budget
         self._http = SglangHttp(self._delivery, self._calls, budget, metrics, lambda: lifecycle.reason)
+        self._port = HttpPort(self._http.application(), config.port_limits(), budget, stop_grace_s=_STOP_GRACE_S)
 
     async def start(self, stack: AsyncExitStack) -> str:
         """Listens until the stack is closed; returns the address.
@@ -75,10 +75,9 @@ class SglangPort:
         config = self._config
         stack.callback(self._delivery.allowed.close)
         stack.push_async_callback(self._delivery.push.close)
-        port = HttpPort(self._http.application(), config.port_limits(), self._budget, stop_grace_s=_STOP_GRACE_S)
-        stack.push_async_callback(port.close)
+        stack.push_async_callback(self._port.close)
         ssl_context = self._tls.context() if self._tls else None
-        await port.start(config.host, config.sglang_port, ssl_context, self._lifecycle.supervisor)
+        await self._port.start(config.host, config.sglang_port, ssl_context, self._lifecycle.supervisor)
         return f"{config.host}:{config.sglang_port}"
 
     async def open(
@@ -103,6 +102,7 @@ class SglangPort:
         if not await self._calls.idle(self._lifecycle.left_s):
             _log.warning("%d parts are cut off", self._calls.count)
             self._calls.end(lambda: _unavailable("is shutting down, and the part did not complete in time"))
+        await self._port.answered(lambda: _unavailable("is shutting down"))
 
     def _connect_peers(self, identity: ModelIdentity, stack: AsyncExitStack) -> EncoderClient:
         config, supervisor = self._config, self._lifecycle.supervisor

@@ -7,18 +7,20 @@ import io
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import aiohttp
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image
 
 from tests.integration.fleet import ServiceProcess
-from vitrine_vlm.embedding_transport.wire.grpc_status import ERROR_CODE_KEY
+from vitrine_vlm.embedding_transport.wire.grpc_status import ERROR_CODE_KEY, RETRY_KEY
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from vitrine_vlm.protos.llm.v1 import llm_pb2, llm_pb2_grpc
+from vitrine_vlm.types import PROTOCOL_VERSION
 
 DRAIN_TIMEOUT_S = 1.0
 # The process ends one second after the deadline at the latest; the rest is for a busy machine to notice it.
@@ -39,6 +41,27 @@ async def ended(process: ServiceProcess, since: float) -> int:
     return status
 
 
+async def answered_until_the_end(
+    process: ServiceProcess, address: str, call: Callable[[grpc.aio.Channel], Awaitable[object]]
+) -> None:
+    """Calls an ending service over one new connection after the other: each call is refused in words until it stops.
+
+    What the system takes to end the process is not counted: that is longer than all that the service does then.
+    """
+    began = last_in_words = time.monotonic()
+    while not any(line.endswith("stopped") for line in process.lines):
+        async with grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call(channel)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        if "to another one" in (caught.value.details() or ""):
+            assert dict(caught.value.trailing_metadata() or ())[RETRY_KEY] == "1000"
+            last_in_words = time.monotonic()
+        await asyncio.sleep(0.01)
+    assert last_in_words > began
+    assert time.monotonic() - last_in_words < 0.2 * (time.monotonic() - began)
+
+
 async def test_a_worker_cuts_its_requests_off_with_errors_that_can_be_tried_again(
     qwen3_vl_folder: Path, services: list[ServiceProcess]
 ) -> None:
@@ -57,18 +80,30 @@ async def test_a_worker_cuts_its_requests_off_with_errors_that_can_be_tried_agai
         whole = asyncio.create_task(session.post(f"{url}/v1/completions", json=body).__aenter__())
         async with session.post(f"{url}/v1/completions", json={**body, "stream": True}) as stream:
             await stream.content.readuntil(b"\n\n")
+            reader, writer = await asyncio.open_connection(*addresses["http"].rsplit(":", 1))
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 99"
+            writer.write(head + b"\r\n\r\nhalf a body")
             worker.process.send_signal(signal.SIGTERM)
             since = time.monotonic()
             await asyncio.sleep(0.2)
+            hello = llm_pb2.GenerateRequest(prompt=llm_pb2.Prompt(text="Hello"))
+
+            async def generate(new: grpc.aio.Channel) -> object:
+                return await llm_pb2_grpc.LlmStub(new).Generate(hello).read()
+
+            answered = asyncio.create_task(answered_until_the_end(worker, addresses["grpc"], generate))
             async with session.get(f"{url}/ready") as response:
                 assert (response.status, (await response.json())["reason"]) == (503, "shutting down")
             async with aiohttp.ClientSession() as another, another.post(f"{url}/v1/completions", json=body) as response:
                 assert (response.status, (await response.json())["error"]["code"]) == (503, "worker_unavailable")
-                assert int(response.headers["Retry-After"]) > 0
+                assert response.headers["Retry-After"] == "1", "another worker may take the request at once"
                 assert response.headers["Connection"] == "close", "the next try would come to this worker again"
             events = (await stream.content.read()).decode().strip().split("\n\n")
         assert DRAIN_TIMEOUT_S - 0.1 < time.monotonic() - since < DRAIN_TIMEOUT_S + 0.5
         assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "worker_unavailable"
+        half_sent = (await reader.readuntil(b"\r\n\r\n")).decode()
+        writer.close()
+        assert " 503 " in half_sent and "Retry-After: 1\r\n" in half_sent
         answer = await whole
         assert (answer.status, (await answer.json())["error"]["code"]) == (503, "worker_unavailable")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -76,7 +111,8 @@ async def test_a_worker_cuts_its_requests_off_with_errors_that_can_be_tried_agai
                 pass
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         assert "within 1 s" in (caught.value.details() or "")
-    await ended(worker, since)
+        await answered
+        await ended(worker, since)
 
 
 async def test_a_worker_that_still_waits_for_its_encoders_drains_like_any_other(
@@ -117,6 +153,13 @@ async def test_an_encoder_ends_in_time_although_a_picture_is_still_decoded(
     services.append(encoder)
     addresses = await asyncio.to_thread(encoder.wait_serving)
     async with grpc.aio.insecure_channel(addresses["grpc"]) as channel:
+        # Two streams that no client ends.
+        session = encoder_pb2_grpc.EncoderStub(channel).Connect()
+        hello = encoder_pb2.Hello(protocol_version=PROTOCOL_VERSION, transports=["grpc"])
+        await session.write(encoder_pb2.ConnectRequest(hello=hello))
+        assert await session.read()
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert await watch.read()
         item = encoder_pb2.MediaItem(kind=encoder_pb2.MEDIA_KIND_IMAGE, data=slow_jpeg(8000, 9))
         call = encoder_pb2_grpc.EncoderStub(channel).Encode(encoder_pb2.EncodeRequest(items=[item]))
         response = await call.read()
@@ -124,9 +167,16 @@ async def test_an_encoder_ends_in_time_although_a_picture_is_still_decoded(
         await asyncio.sleep(0.2)
         encoder.process.send_signal(signal.SIGTERM)
         since = time.monotonic()
+        await asyncio.sleep(0.2)
+
+        async def describe(new: grpc.aio.Channel) -> object:
+            return await encoder_pb2_grpc.EncoderStub(new).Describe(encoder_pb2.DescribeRequest())
+
+        answered = asyncio.create_task(answered_until_the_end(encoder, addresses["grpc"], describe))
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             while await call.read() is not grpc.aio.EOF:
                 pass
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         assert dict(caught.value.trailing_metadata() or ())[ERROR_CODE_KEY] == "encoder_unavailable"
-    assert await ended(encoder, since) == 0
+        await answered
+        assert await ended(encoder, since) == 0

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 import pytest
 from aiohttp import ClientConnectorError, ClientError, ClientSession, web
 
+from vitrine_vlm.errors import VitrineError, WorkerUnavailable
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget
 from vitrine_vlm.service_runtime.http_errors import errors_as_openai
 from vitrine_vlm.service_runtime.http_port import HttpPort
@@ -21,6 +22,7 @@ from vitrine_vlm.service_runtime.supervisor import Supervisor
 
 TIMEOUT_S = 0.4
 HALF_A_HEAD = b"POST /echo HTTP/1.1\r\nHost: a\r\n"
+HALF_A_BODY = HALF_A_HEAD + b"Content-Length: 9\r\n\r\nab"
 LIMITS = PortLimits(max_body_nbytes=4 << 20, client_timeout_s=TIMEOUT_S, max_connections=40, max_client_connections=20)
 
 
@@ -36,15 +38,15 @@ class Served:
         application.router.add_post("/keep", self._keep)
         application.router.add_get("/stream", self._stream)
         application.router.add_get("/large", self._large)
-        self._http = HttpPort(application, limits, budget, stop_grace_s=0.1)
+        self.http = HttpPort(application, limits, budget, stop_grace_s=0.1)
         self._supervisor = Supervisor()
 
     async def __aenter__(self) -> Served:
-        self.port = await self._http.start("0.0.0.0", 0, None, self._supervisor)
+        self.port = await self.http.start("0.0.0.0", 0, None, self._supervisor)
         return self
 
     async def __aexit__(self, *exception: object) -> None:
-        await self._http.close()
+        await self.http.close()
         await self._supervisor.close()
 
     async def _echo(self, http: web.Request) -> web.Response:
@@ -99,7 +101,7 @@ async def echo(served: Served, body: bytes = b"abc", **headers: str) -> tuple[in
         return response.status, await response.text()
 
 
-@pytest.mark.parametrize("data", [b"", HALF_A_HEAD, b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nab"])
+@pytest.mark.parametrize("data", [b"", HALF_A_HEAD, HALF_A_BODY])
 async def test_what_is_half_sent_ends(served: Served, data: bytes) -> None:
     begin = time.monotonic()
     async with connected(served, data) as reader:
@@ -161,9 +163,9 @@ async def test_connections_with_requests_are_refused_above_the_limit(served: Ser
 async def test_a_reply_that_is_not_read_ends(served: Served, path: str) -> None:
     async with connected(served, f"GET /{path} HTTP/1.1\r\nHost: a\r\n\r\n".encode()):
         await asyncio.sleep(TIMEOUT_S / 2)
-        assert len(served._http._guard) == 1
+        assert len(served.http._guard) == 1
         async with asyncio.timeout(10):
-            while len(served._http._guard):
+            while len(served.http._guard):
                 await asyncio.sleep(0.05)
             while path == "stream" and not served.ended:
                 await asyncio.sleep(0.05)
@@ -219,6 +221,19 @@ async def test_bodies_of_all_requests_share_the_budget() -> None:
         assert served.budget.reserved_nbytes == 0
 
 
+async def test_a_body_that_has_not_arrived_when_the_service_ends_gets_an_answer(served: Served) -> None:
+    def refusal() -> VitrineError:
+        return WorkerUnavailable("the worker is shutting down")
+
+    async with connected(served, HALF_A_BODY) as reader:
+        while not served.budget.reserved_nbytes:
+            await asyncio.sleep(0.01)
+        await asyncio.wait_for(served.http.answered(refusal), TIMEOUT_S / 2)
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), TIMEOUT_S / 2)
+        assert b" 503 " in head and b"Retry-After: " in head and b"Connection: close" in head
+    assert (await echo(served))[0] == 503
+
+
 async def test_a_port_accepts_connections_until_it_is_closed() -> None:
     release = asyncio.Event()
 
@@ -243,7 +258,7 @@ async def test_a_port_accepts_connections_until_it_is_closed() -> None:
     try:
         in_flight = asyncio.create_task(status("/slow"))
         await asyncio.sleep(0.1)
-        answered = asyncio.create_task(port.answered())
+        answered = asyncio.create_task(port.answered(lambda: WorkerUnavailable("ending")))
         assert await status("/refused") == 503
         assert not answered.done()
         release.set()

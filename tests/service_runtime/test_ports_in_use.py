@@ -11,6 +11,7 @@ from aiohttp import web
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget
 from vitrine_vlm.service_runtime.grpc_server import ServiceServer
 from vitrine_vlm.service_runtime.http_port import HttpPort
+from vitrine_vlm.service_runtime.metrics_port import MetricsPort
 from vitrine_vlm.service_runtime.port_limits import DEFAULT_LIMITS
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 
@@ -32,6 +33,8 @@ async def _start_http(host: str, port: int) -> None:
 async def test_a_port_in_use_is_named(port_in_use: int) -> None:
     with pytest.raises(OSError, match=rf"^cannot listen on 127\.0\.0\.1:{port_in_use}: Address already in use$"):
         await _start_http("127.0.0.1", port_in_use)
+    with pytest.raises(OSError, match=rf"^cannot listen on 127\.0\.0\.1:{port_in_use}: Address already in use$"):
+        await MetricsPort(web.Application(), DEFAULT_LIMITS).start("127.0.0.1", port_in_use, None, Supervisor())
     with pytest.raises(OSError, match=rf"^cannot listen on 127\.0\.0\.1:{port_in_use}: "):
         await ServiceServer().start("127.0.0.1", port_in_use)
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -216,6 +217,34 @@ async def test_drained_waits_for_the_last_lease(tmp_path: Path) -> None:
         rows.release()
         assert await waiting
         await client.close()
+
+
+async def test_a_service_that_drains_refuses_sessions_and_ends_open_ones_when_it_closes() -> None:
+    async with running_stub(None) as (address, servicer, _), grpc.aio.insecure_channel(address) as channel:
+        connect_to = encoder_pb2_grpc.EncoderStub(channel).Connect
+
+        async def refused(call: grpc.aio.StreamStreamCall[Any, Any]) -> None:
+            with pytest.raises(grpc.aio.AioRpcError, match="shutting down: connect to another one") as caught:
+                await call.read()
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+        silent, session = connect_to(), connect_to()
+
+        async def message() -> str | None:
+            response = await session.read()
+            assert isinstance(response, encoder_pb2.ConnectResponse)
+            return response.WhichOneof("message")
+
+        await session.write(hello("grpc"))
+        assert await message() == "session"
+        servicer.exporter.start_draining()
+        await refused(connect_to())
+        assert await message() == "draining"
+        assert servicer.exporter.stats().sessions == 1
+        await servicer.exporter.close()
+        assert servicer.exporter.stats().sessions == 0
+        await refused(session)
+        await refused(silent)
 
 
 async def test_a_killed_peers_leases_are_reclaimed(tmp_path: Path) -> None:

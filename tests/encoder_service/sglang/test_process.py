@@ -29,6 +29,7 @@ from vitrine_vlm.encoder_service.metrics import EncoderMetrics
 from vitrine_vlm.encoder_service.ranks import rank_environment
 from vitrine_vlm.encoder_service.server import EncoderServer, EncoderServicer
 from vitrine_vlm.encoder_service.sglang.port import SglangPort
+from vitrine_vlm.errors import EncoderUnavailable
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget
 from vitrine_vlm.service_runtime.lifecycle import Lifecycle
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
@@ -158,7 +159,8 @@ async def test_a_part_that_does_not_end_is_cut_off_at_the_deadline(qwen3_vl_fold
 )
 async def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
     metrics, calls = EncoderMetrics(), RunningCalls()
-    lifecycle = Lifecycle(EncoderServer(EncoderServicer(metrics, calls, ByteBudget(1))), calls, RuntimeError, 1.0)
+    server = EncoderServer(EncoderServicer(metrics, calls, ByteBudget(1)))
+    lifecycle = Lifecycle(server, calls, EncoderUnavailable, 1.0)
     config = EncoderConfig(model="m", sglang_port=1, **({"sglang_version": "0.5.20"} | settings))
     with pytest.raises(ValueError, match=re.escape(message)):
         SglangPort(config, metrics, lifecycle)

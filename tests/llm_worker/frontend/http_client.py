@@ -44,7 +44,7 @@ async def client_of(
         http.open(served)
     # TestServer cancels the handlers of clients that have disconnected, as the worker's own server does.
     application = http.application()
-    application.middlewares.append(bodies_within(limits, ByteBudget(1 << 30)))
+    application.middlewares.append(bodies_within(limits, ByteBudget(1 << 30), RunningCalls()))
     async with TestClient(TestServer(application)) as client:
         yield client
 
