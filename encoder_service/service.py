@@ -237,7 +237,7 @@ class EncodeService:
     ) -> None:
         opened = await self._open_item(index, item, tenant)
         with opened.reserved:
-            layout = opened.layout
+            layout = self._announced(opened.layout, _cache_key(opened.layout.content_hash, tenant))
             if item.ticket is None:
                 ticket = self._tickets.issue(opened, tenant, peer)
                 issued.append(ticket.value)
@@ -247,8 +247,8 @@ class EncodeService:
     async def _encode_item(self, index: int, item: MediaItem, replies: Replies, tenant: str, deadline: float) -> None:
         source = await self._open_item(index, item, tenant)
         with source.reserved:
-            layout, timings = source.layout, source.timings
-            key = _cache_key(layout.content_hash, tenant)
+            key = _cache_key(source.layout.content_hash, tenant)
+            layout, timings = self._announced(source.layout, key), source.timings
             admission = self._admission.admit(
                 layout.grid_thw,
                 deadline,
@@ -271,6 +271,13 @@ class EncodeService:
                 )
                 with self._stage("ship", index):
                     await shipment.send(encoded.rows_TW, timings)
+
+    def _announced(self, layout: Layout, key: bytes) -> Layout:
+        """The layout with how long its rows will take, unless they are cached or in flight, or this is not known."""
+        slowness = self._batcher.slowness
+        if slowness is None or self._cache.has(key):
+            return layout
+        return replace(layout, expected=self._admission.expected(layout.grid_thw, slowness))
 
     async def _compute(
         self,

@@ -113,3 +113,8 @@ class _EncoderCollector(Collector):
         stats = self._stats()
         yield CounterMetricFamily("vitrine_gateway_layout_requests", "Items sent to encoders.", stats.requests)
         yield CounterMetricFamily("vitrine_gateway_layout_retries", "Retries on another encoder.", stats.retries)
+        yield CounterMetricFamily(
+            "vitrine_gateway_layout_moved_items",
+            "Items taken to another encoder because theirs announced a far longer time than usual.",
+            stats.moved,
+        )

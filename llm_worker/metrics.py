@@ -220,6 +220,11 @@ class _EncoderCollector(Collector):
         yield CounterMetricFamily("vitrine_llm_encode_requests", "Requests sent to encoders.", stats.requests)
         yield CounterMetricFamily("vitrine_llm_encode_retries", "Retries on another encoder.", stats.retries)
         yield CounterMetricFamily(
+            "vitrine_llm_encode_moved_items",
+            "Items taken to another encoder because theirs announced a far longer time than usual.",
+            stats.moved,
+        )
+        yield CounterMetricFamily(
             "vitrine_llm_transport_fallbacks",
             "Connections that fell back to sending bytes over gRPC.",
             stats.fallbacks,

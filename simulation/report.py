@@ -17,6 +17,7 @@ class Report:
     ttft_s, encode_s: until a first token, and until all embeddings of a request are there: 50, 90 and 99 %.
     computed_part: of all items, what no cache had; distinct_part: what it would be with one cache for all.
     load_spread: the busiest tower's seconds by the mean's. refused: errors by their code.
+    num_moved: items that were taken to another encoder because theirs was slow.
     """
 
     num_requests: int
@@ -28,6 +29,7 @@ class Report:
     load_spread: float
     tower_utilization: float
     num_retries: int
+    num_moved: int
     refused: dict[str, int]
     virtual_s: float
     cpu_s: float
@@ -52,6 +54,7 @@ def report(run: Run) -> Report:
         busy[encoder.address] += 0
         busy.update({encoder.address: encoder.tower.busy_s})
     mean_s = busy.total() / len(busy) or 1.0
+    clients = [worker.client.stats() for worker in run.fleet.workers]
     return Report(
         num_requests=len(run.outcomes),
         goodput=sum(each <= goal_s for each in ttft_s) / seconds,
@@ -61,7 +64,8 @@ def report(run: Run) -> Report:
         distinct_part=len(contents) / num_items,
         load_spread=max(busy.values()) / mean_s,
         tower_utilization=mean_s / run.virtual_s if run.virtual_s else 0.0,
-        num_retries=sum(worker.client.stats().retries for worker in run.fleet.workers),
+        num_retries=sum(each.retries for each in clients),
+        num_moved=sum(each.moved for each in clients),
         refused=dict(Counter(each.error for each in run.outcomes if each.error is not None)),
         virtual_s=run.virtual_s,
         cpu_s=run.cpu_s,

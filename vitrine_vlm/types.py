@@ -196,6 +196,17 @@ class ModelIdentity:
 
 
 @dataclass(frozen=True)
+class ExpectedTime:
+    """How long an item's rows will take, as its encoder announces it.
+
+    queue_s: seconds of work in front of the item; encode_s: of its own.
+    """
+
+    queue_s: float
+    encode_s: float
+
+
+@dataclass(frozen=True)
 class Layout:
     """The size of one media item, known before the ViT runs.
 
@@ -205,6 +216,7 @@ class Layout:
     second_per_grid_t: video only, seconds between temporal patches.
     content_hash: SHA-256, 32 bytes.
     ticket: claims the rows, where layouts alone were asked for.
+    expected: None where the rows are there already, or nothing is announced.
     """
 
     kind: MediaKind
@@ -214,6 +226,7 @@ class Layout:
     second_per_grid_t: float = 0.0
     content_hash: bytes = b""
     ticket: Ticket | None = field(default=None, compare=False)
+    expected: ExpectedTime | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

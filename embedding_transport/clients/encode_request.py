@@ -33,7 +33,11 @@ class Share:
 
 
 class Request:
-    """One call of `encode` or `layouts`. `keys` are the content keys of the items, by which they are routed."""
+    """One call of `encode` or `layouts`.
+
+    keys: the content keys of the items, by which they are routed. moved: items that have left an encoder; none leaves
+    another one.
+    """
 
     def __init__(
         self,
@@ -47,6 +51,7 @@ class Request:
     ) -> None:
         self.items = items
         self.keys = [b""] * len(items)
+        self.moved: set[int] = set()
         self.request_id = request_id
         self.tenant = tenant
         self.layout_only = layout_only

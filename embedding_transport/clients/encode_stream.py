@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from vitrine_vlm.embedding_transport.clients.encoder_peer import EncoderDescription, EncoderPeer
@@ -13,9 +13,13 @@ from vitrine_vlm.embedding_transport.wire.chunk_codec import ChunkView, parse_re
 from vitrine_vlm.embedding_transport.wire.messages import layout_from_proto
 from vitrine_vlm.errors import InternalError, VitrineError, error_from_code
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
-from vitrine_vlm.types import EncodeEvent, LayoutEvent, MediaItem, RowsEvent, Ticket
+from vitrine_vlm.types import EncodeEvent, Layout, LayoutEvent, MediaItem, RowsEvent, Ticket
 
 _TICKET_NBYTES = 16
+
+
+class ItemMoved(Exception):
+    """The items of a call that have no rows yet are taken to another encoder."""
 
 
 class EncodeStream(RowStream[EncodeEvent]):
@@ -24,6 +28,8 @@ class EncodeStream(RowStream[EncodeEvent]):
     Args:
         items: those of the call, in its order, by their index in the request.
         layout_only: whether layouts alone were asked for; each then has a ticket, unless its item has one.
+        leaves: called with layouts for as long as the call can be cancelled without the loss of what it has brought;
+            whether it is.
     """
 
     def __init__(
@@ -34,11 +40,13 @@ class EncodeStream(RowStream[EncodeEvent]):
         buffers: HostBufferPool,
         *,
         layout_only: bool,
+        leaves: Callable[[Layout], bool],
     ) -> None:
         super().__init__(peer, connection, connection.description.identity, buffers)
         self._description = connection.description
         self._items = list(items.items())
         self._layout_only = layout_only
+        self._leaves = leaves
         self._failures: list[VitrineError] = []
 
     @property
@@ -46,6 +54,11 @@ class EncodeStream(RowStream[EncodeEvent]):
         num_done = len(self._announced) + len(self._failures) if self._layout_only else self._num_complete
         num_missing = len(self._items) - num_done
         return f"{num_missing} items" if num_missing else ""
+
+    @property
+    def _has_brought(self) -> bool:
+        """Whether there are leases or tickets of this call, which end if it is cancelled."""
+        return bool(self._announced if self._layout_only else self._num_complete)
 
     def receive(self, raw: bytes) -> EncodeEvent | None:
         response = parse_response(raw, encoder_pb2.EncodeResponse)
@@ -83,6 +96,8 @@ class EncodeStream(RowStream[EncodeEvent]):
             if len(message.ticket) != _TICKET_NBYTES:
                 raise InternalError(f"{self._sender} sent a ticket of {len(message.ticket)} bytes for item {index}")
             layout = replace(layout, ticket=Ticket(self._description.instance_id, message.ticket))
+        if not self._has_brought and self._leaves(layout):
+            raise ItemMoved
         self._announce(message.item_index, layout.num_tokens)
         return LayoutEvent(index, layout)
 

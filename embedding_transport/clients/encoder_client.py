@@ -6,7 +6,8 @@ An item with a ticket can only be encoded by the encoder that has issued it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar, cast
@@ -16,9 +17,10 @@ import torch
 
 from vitrine_vlm.embedding_transport.clients.encode_method import encode_method
 from vitrine_vlm.embedding_transport.clients.encode_request import Request, Share
-from vitrine_vlm.embedding_transport.clients.encode_stream import EncodeStream
+from vitrine_vlm.embedding_transport.clients.encode_stream import EncodeStream, ItemMoved
 from vitrine_vlm.embedding_transport.clients.encoder_peer import DescriptionCheck, EncoderDescription, EncoderPeer
-from vitrine_vlm.embedding_transport.clients.fleet_client import Exchange, FleetClient
+from vitrine_vlm.embedding_transport.clients.fleet_client import ClientStats, Exchange, FleetClient
+from vitrine_vlm.embedding_transport.clients.item_moves import ItemMoves
 from vitrine_vlm.embedding_transport.fleet.connected_peers import ConnectedPeers
 from vitrine_vlm.embedding_transport.fleet.peer_fleet import ConnectionPolicy
 from vitrine_vlm.embedding_transport.fleet.pool_mapper import PoolMapper
@@ -41,6 +43,7 @@ from vitrine_vlm.service_runtime.tls import ClientTls
 from vitrine_vlm.types import (
     PROTOCOL_VERSION,
     EncodeEvent,
+    Layout,
     LayoutEvent,
     MediaItem,
     ModelIdentity,
@@ -101,6 +104,7 @@ class EncoderClient(FleetClient[EncoderPeer]):
         connections: ConnectionPolicy | None = None,
     ) -> None:
         options = ConnectOptions(transport, shm_folder, connect_timeout_s, gpu, tls, mapper)
+        self._moves = ItemMoves()
         super().__init__(
             addresses,
             make_peer or (lambda address: EncoderPeer(address, options, expected, check)),
@@ -109,6 +113,9 @@ class EncoderClient(FleetClient[EncoderPeer]):
             supervisor,
             connections,
         )
+
+    def stats(self) -> ClientStats:
+        return replace(super().stats(), moved=self._moves.num_moved)
 
     async def encoder_stats(self, timeout_s: float = 1.0) -> dict[str, encoder_pb2.GetStatsResponse]:
         """Returns the statistics of connected encoders by address, without those that do not answer in time.
@@ -235,11 +242,46 @@ class EncoderClient(FleetClient[EncoderPeer]):
             shares.setdefault(peer.address, Share(peer)).add(index)
         # The largest items are assigned first; the size of an item at a URL is unknown.
         for index in sorted(others, key=lambda index: -_nbytes(items[index])):
-            peer = usable.choose(request.keys[index], failures, partial(_may_have, needed[index]))
+            suits = partial(_may_have, needed[index])
+            passed_over = self._passed_over(failures, usable, suits)
+            peer = usable.choose(request.keys[index], passed_over, suits)
             shares.setdefault(peer.address, Share(peer)).add(index)
         request.num_calls += len(shares)
         for share in shares.values():
+            self._moves.add_call()
             request.events.start(partial(self._encode_share, request, share), share.release)
+
+    def _passed_over(
+        self,
+        failures: Mapping[str, VitrineError],
+        usable: ConnectedPeers[EncoderPeer],
+        suits: Callable[[EncoderPeer], bool],
+    ) -> Collection[str]:
+        """Addresses that an item does not go to: those that failed, and slow ones while any other one is left."""
+        slow = self._moves.passed_over(asyncio.get_running_loop().time())
+        if not slow:
+            return failures
+        passed_over = failures.keys() | slow
+        return passed_over if usable.has_suitable(passed_over, suits) else failures
+
+    def _leaves(self, request: Request, share: Share, layout: Layout) -> bool:
+        """Whether the items of a share go to another encoder, by how long the rows of one of them will take."""
+        if layout.expected is None:
+            return False
+        is_long = self._moves.is_long(layout, layout.expected, share.peer.in_flight)
+        items = [request.items[index] for index in share.pending]
+        if not is_long or share.pending & request.moved or any(item.ticket is not None for item in items):
+            return False
+        address, now = share.peer.address, asyncio.get_running_loop().time()
+        needed = max(_needed_version(request, index) for index in share.pending)
+        others = {address, *request.attempts.failures, *self._moves.passed_over(now)}
+        if not self._usable.has_suitable(others, partial(_may_have, needed)):
+            return False
+        if not self._moves.move(address, len(items), len(self._usable), now):
+            return False
+        if layout.ticket is not None:  # the call may have ended at the encoder, where cancelling it comes too late
+            self._supervisor.start_job("ticket release", self.release_tickets([layout.ticket]))
+        return True
 
     async def _issuer(self, request: Request, ticket: Ticket) -> EncoderPeer:
         """Returns the encoder of a ticket, once it is connected or all encoders were tried.
@@ -273,9 +315,11 @@ class EncoderClient(FleetClient[EncoderPeer]):
         return peer
 
     async def _encode_share(self, request: Request, share: Share) -> None:
-        """Encodes a share on its encoder; if that is lost or overloaded, the missing items are encoded on others."""
+        """Encodes a share on its encoder; if that is lost, overloaded or slow, the missing items go to others."""
         try:
             await self._receive(share.peer, partial(self._exchange, request, share), partial(request.emit, share))
+        except ItemMoved:
+            request.moved |= share.pending
         except request.attempts.elsewhere as error:
             request.attempts.failed(share.peer.address, error)
         except VitrineError as error:
@@ -297,7 +341,14 @@ class EncoderClient(FleetClient[EncoderPeer]):
         minor, needed = connection.description.minor_version, max(_needed_version(request, index) for index in items)
         if minor < needed:  # it was connected only after the choice
             raise share.peer.unavailable(_too_old(needed, {share.peer.address: minor}))
-        stream = EncodeStream(share.peer, connection, items, self._buffers, layout_only=request.layout_only)
+        stream = EncodeStream(
+            share.peer,
+            connection,
+            items,
+            self._buffers,
+            layout_only=request.layout_only,
+            leaves=partial(self._leaves, request, share),
+        )
         head = encoder_pb2.EncodeRequest(
             request_id=request.request_id,
             session_id=connection.session_id,

@@ -38,12 +38,14 @@ class ClientStats:
 
     fallbacks: connections that do not use the best transport the client accepts.
     received_nbytes: bytes of rows by transport.
+    moved: items that were taken to another encoder because theirs is slow.
     """
 
     requests: int
     retries: int
     fallbacks: int
     received_nbytes: dict[str, int]
+    moved: int = 0
 
 
 class FleetClient(PeerFleet[PeerT]):

@@ -38,6 +38,10 @@ class ConnectedPeers(Generic[PeerT]):
         """Whether some have not failed. failed: addresses."""
         return len(self._peers) > len(failed) or any(address not in failed for address in self.by_address)
 
+    def has_suitable(self, passed_over: Collection[str], suits: Callable[[PeerT], bool]) -> bool:
+        """Whether some suit and are not passed over. passed_over: addresses."""
+        return any(peer.address not in passed_over and suits(peer) for peer in self._peers)
+
     def choose(self, key: bytes, failed: Collection[str], suits: Callable[[PeerT], bool] = lambda _: True) -> PeerT:
         """The peer that this content is routed to: the best one below its load bound.
 

@@ -17,6 +17,7 @@ from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 from vitrine_vlm.types import (
     DTYPES,
     NO_OPTIONS,
+    ExpectedTime,
     ItemTimings,
     Layout,
     MediaItem,
@@ -29,6 +30,7 @@ from vitrine_vlm.types import (
 # Far above any real model.
 _MAX_ROW_WIDTH = 2**22
 _MAX_MS = 1e9
+_MAX_EXPECTED_S = 1e6
 
 _KIND_TO_PROTO: dict[MediaKind, encoder_pb2.MediaKind.ValueType] = {
     "image": encoder_pb2.MEDIA_KIND_IMAGE,
@@ -147,10 +149,20 @@ def layout_from_proto(message: encoder_pb2.Layout, item: MediaItem, merge_size: 
         timestamps_s=tuple(message.timestamps_s),
         second_per_grid_t=message.second_per_grid_t,
         content_hash=message.content_hash,
+        expected=_expected_from_proto(message),
     )
 
 
+def _expected_from_proto(message: encoder_pb2.Layout) -> ExpectedTime | None:
+    """None for what is no time: it only says where an item should go."""
+    queue_s, encode_s = message.queue_s, message.encode_s
+    if not (0 <= queue_s <= _MAX_EXPECTED_S and 0 <= encode_s <= _MAX_EXPECTED_S) or queue_s + encode_s == 0:
+        return None
+    return ExpectedTime(queue_s, encode_s)
+
+
 def layout_to_proto(item_index: int, layout: Layout) -> encoder_pb2.Layout:
+    expected = layout.expected or ExpectedTime(0.0, 0.0)
     return encoder_pb2.Layout(
         item_index=item_index,
         grid_thw=layout.grid_thw,
@@ -159,6 +171,8 @@ def layout_to_proto(item_index: int, layout: Layout) -> encoder_pb2.Layout:
         second_per_grid_t=layout.second_per_grid_t,
         content_hash=layout.content_hash,
         ticket=layout.ticket.value if layout.ticket is not None else b"",
+        queue_s=expected.queue_s,
+        encode_s=expected.encode_s,
     )
 
 

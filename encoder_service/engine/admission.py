@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from vitrine_vlm.encoder_service.engine.cost_model import CostModel
 from vitrine_vlm.encoder_service.models.grids import GridTHW
 from vitrine_vlm.errors import Overloaded
+from vitrine_vlm.types import ExpectedTime
 
 # With a provisional cost model the tower's queue is short until an item has been in work for this long.
 _SHORT_WAIT_S = 1.0
@@ -58,6 +59,15 @@ class Admission:
     def seconds(self) -> float:
         """How long a new item waits."""
         return max(self.tower_s, self.preprocess_s)
+
+    def expected(self, grid_thw: GridTHW, slowness: float) -> ExpectedTime:
+        """How long an item would take that came now.
+
+        Args:
+            slowness: how many times as long as by the cost model the tower takes, see `Batcher.slowness`.
+        """
+        queue_s = max(slowness * self.tower_s, self.preprocess_s)
+        return ExpectedTime(queue_s, slowness * self._cost.seconds(grid_thw))
 
     @contextmanager
     def admit(

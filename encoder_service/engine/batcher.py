@@ -24,6 +24,7 @@ import torch
 from vitrine_vlm.encoder_service.engine.batch import Batch, EncodedItem, LaunchedBatch, PostForwardHook, QueuedItem
 from vitrine_vlm.encoder_service.engine.cost_model import CostModel
 from vitrine_vlm.encoder_service.engine.in_flight_batches import InFlightBatches
+from vitrine_vlm.encoder_service.engine.tower_speed import TowerSpeed
 from vitrine_vlm.encoder_service.engine.waiting_queue import WaitingQueue
 from vitrine_vlm.encoder_service.models import VisionTower
 from vitrine_vlm.encoder_service.models.grids import GridTHW
@@ -80,6 +81,7 @@ class Batcher:
         self._in_flight = InFlightBatches(clock)
         self._unfinished: set[QueuedItem] = set()
         self._arrived = asyncio.Event()
+        self._tower_speed = TowerSpeed(clock)
         self._builds_later = False  # the builder waits for the tower, not for an item
         self._channel: asyncio.Queue[Batch] = asyncio.Queue(maxsize=1)
         self._channel_free = asyncio.Semaphore(1)
@@ -114,6 +116,11 @@ class Batcher:
     def waiting_patches(self) -> int:
         """Patches ready for the tower that are in no batch yet."""
         return self._queue.num_patches
+
+    @property
+    def slowness(self) -> float | None:
+        """See `TowerSpeed.slowness`."""
+        return self._tower_speed.slowness(self._in_flight.front)
 
     async def encode(
         self,
@@ -230,7 +237,9 @@ class Batcher:
             if not item.result.done():
                 queue_ms = (launched.started_at - item.queued_at) * 1e3
                 item.result.set_result(EncodedItem(rows_TW, queue_ms, forward_s * 1e3))
-        self._cost.observe([item.grid_thw for item in batch.items], forward_s)
+        grids = [item.grid_thw for item in batch.items]
+        self._tower_speed.add(forward_s, self._cost.batch_seconds(grids))
+        self._cost.observe(grids, forward_s)
         with harmless("a metric of batches"):
             self._on_batch(BatchReport(len(batch.items), len(batch.patches_PX), forward_s))
 

@@ -27,6 +27,12 @@ class InFlightBatches:
             return 0.0
         return sum(self._seconds.values()) - (self._clock() - self._front_since)
 
+    @property
+    def front(self) -> tuple[float, float] | None:
+        """Seconds for which the batch in front has been there, and that it should take; None without one."""
+        expected_s = next(iter(self._seconds.values()), None)
+        return None if expected_s is None else (self._clock() - self._front_since, expected_s)
+
     def add(self, items: list[QueuedItem], seconds: float) -> None:
         """Adds a batch that should take so many seconds."""
         if not self._seconds:

@@ -103,6 +103,6 @@ def failures(case: Case, result: Result) -> list[str]:
     shown = (
         f"in time {result.in_time:.3f}, TTFT p50 {figures.ttft_s[0]:.3f} p99 {figures.ttft_s[2]:.3f} s, "
         f"load spread {result.load_spread:.2f}, computed {figures.computed_part:.3f}, "
-        f"retries {figures.num_retries}, refused {figures.refused}, {result.violations[:3]}"
+        f"retries {figures.num_retries}, moved {figures.num_moved}, refused {figures.refused}, {result.violations[:3]}"
     )
     return [f"{case.key}: not so that {goal.text}: {shown}" for goal in case.goals if not goal.holds(result)]

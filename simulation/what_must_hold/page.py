@@ -15,8 +15,8 @@ _WIDTH = 120
 def cases_table(results: Sequence[tuple[Case, Result]]) -> str:
     rows = [
         "| what happens | encoders, requests | goodput, requests/s | in time | TTFT p50 / p99, ms | load spread | "
-        "cache hits, ideal | retries |",
-        "|---|---|---|---|---|---|---|---|",
+        "cache hits, ideal | retries | moved |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for case, result in results:
         figures = result.figures
@@ -25,7 +25,7 @@ def cases_table(results: Sequence[tuple[Case, Result]]) -> str:
         rows.append(
             f"| {case.what} | {case.scenario.num_encoders}, {figures.num_requests} | {figures.goodput:.0f} | "
             f"{100 * result.in_time:.1f} % | {p50} / {p99} | {result.load_spread:.2f} | "
-            f"{hits:.1f} %, {ideal:.1f} % | {figures.num_retries} |"
+            f"{hits:.1f} %, {ideal:.1f} % | {figures.num_retries} | {figures.num_moved} |"
         )
     return "\n".join(rows)
 

@@ -130,6 +130,7 @@ async def run_encoder(
     loaded: bool = True,
     allowed_folder: Path | None = None,
     decoders: Decoders | None = None,
+    cost: CostModel | None = None,
 ) -> AsyncIterator[RunningEncoder]:
     checkpoint = open_checkpoint(str(folder))
     limits = MediaLimits(allow_private_addresses=True, timeout_s=20, allowed_folder=allowed_folder)
@@ -145,7 +146,7 @@ async def run_encoder(
     metrics, calls, held = EncoderMetrics(), RunningCalls(), ByteBudget(max_held_bytes)
     exporter = RowExporter([ShmPool(shm_folder, 8 << 20)] if shm_folder else [], lease_ttl_s=lease_ttl_s)
     exporter.start(Supervisor())
-    cost = CostModel(0.0, 0.0, 0.0)
+    cost = cost or CostModel(0.0, 0.0, 0.0)
     admission = Admission(cost, max_patches=max_queued_patches, max_s=math.inf)
     batcher = Batcher(tower, cost, max_batch_patches=max_batch_patches, on_batch=metrics.observe_batch)
     batcher.start(Supervisor())

@@ -13,8 +13,9 @@ import torch
 
 from tests.encoder_service.running import MAX_ITEMS, RunningEncoder, image, png, run_encoder
 from tests.integration.media_server import serve_media
+from vitrine_vlm.encoder_service.engine.cost_model import CostModel
 from vitrine_vlm.errors import BadRequest, TooManyItems, VitrineError
-from vitrine_vlm.types import ItemTimings, Layout, LayoutEvent, MediaItem
+from vitrine_vlm.types import ExpectedTime, ItemTimings, Layout, LayoutEvent, MediaItem
 
 
 @dataclass(frozen=True)
@@ -296,3 +297,28 @@ async def test_the_work_of_an_item_that_computes_after_all_is_counted(encoder: R
     await calls[1]
     assert rows_by_item(replies[1].events).keys() == {0}
     assert encoder.admission.num_patches == 0
+
+
+async def test_a_layout_announces_how_long_the_rows_take(qwen3_vl_folder: Path, tmp_path: Path) -> None:
+    def expected(events: list[Event]) -> ExpectedTime | None:
+        assert isinstance(events[0], LayoutEvent)
+        return events[0].layout.expected
+
+    cost = CostModel(0.0, 0.1, 0.0)  # 16 patches a picture
+    async with run_encoder(qwen3_vl_folder, tmp_path, cost=cost, cache_bytes=1 << 20) as encoder:
+        assert expected(await encode(encoder, image(png(64, 64, 1)))) is None, "no batch has run"
+        second_time = expected(await encode(encoder, image(png(64, 64, 2))))
+        assert second_time is not None and second_time.queue_s == 0.0
+        assert second_time.encode_s == pytest.approx(1.5, rel=0.1)
+        assert expected(await encode(encoder, image(png(64, 64, 2)))) is None, "the rows are cached"
+        encoder.tower.gate.clear()
+        first = asyncio.create_task(encode(encoder, image(png(64, 64, 3))))
+        while not encoder.admission.num_patches:
+            await asyncio.sleep(0.01)
+        replies = RecordedReplies()
+        second = asyncio.create_task(encoder.service.encode([image(png(64, 64, 4))], replies))
+        await replies.arrived.acquire()
+        announced = expected(replies.events)
+        assert announced is not None and announced.queue_s > 1.0
+        encoder.tower.gate.set()
+        await asyncio.gather(first, second)

@@ -198,7 +198,7 @@ def encode_responses(data: bytes) -> None:
     connection: Connection[EncoderDescription] = Connection(None, description, "s", "shm", Memory())  # type: ignore[arg-type]
     items = {0: MediaItem("image", data=b""), 1: MediaItem("video", data=b"")}
     peer = _peer()
-    stream = EncodeStream(peer, connection, items, HostBufferPool(), layout_only=False)
+    stream = EncodeStream(peer, connection, items, HostBufferPool(), layout_only=False, leaves=lambda _: False)
     with suppress(VitrineError):
         for part in data.split(SEPARATOR):
             event: Any = stream.receive(part)

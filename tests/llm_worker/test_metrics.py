@@ -118,7 +118,7 @@ def test_load_is_by_what_is_short(stats: dict[str, int], load: float) -> None:
 
 def test_engine_and_encoders_are_read_at_each_scrape() -> None:
     engine_stats = _engine_stats()
-    client_stats = ClientStats(requests=8, retries=9, fallbacks=10, received_nbytes={"shm": 11, "grpc": 12})
+    client_stats = ClientStats(requests=8, retries=9, fallbacks=10, received_nbytes={"shm": 11, "grpc": 12}, moved=13)
     metrics = LlmMetrics()
     metrics.watch_engine(lambda: engine_stats)
     metrics.watch_encoders(lambda: client_stats)
@@ -140,6 +140,7 @@ def test_engine_and_encoders_are_read_at_each_scrape() -> None:
     assert value(metrics, "computed_tokens_total", phase="decode") == engine_stats.num_decode_tokens
     assert value(metrics, "encode_requests_total") == client_stats.requests
     assert value(metrics, "encode_retries_total") == client_stats.retries
+    assert value(metrics, "encode_moved_items_total") == client_stats.moved
     assert value(metrics, "transport_fallbacks_total") == client_stats.fallbacks
     for transport, nbytes in client_stats.received_nbytes.items():
         assert value(metrics, "received_bytes_total", transport=transport) == nbytes

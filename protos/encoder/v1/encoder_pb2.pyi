@@ -94,7 +94,7 @@ class DescribeResponse(_message.Message):
     """Grows with additions that peers of the same protocol_version may leave unused:
       1: patches and tickets as sources, layout_only, tickets in Release
       2: frames as a source, options
-      3: call_id, unread_calls in Release
+      3: call_id, unread_calls in Release, queue_s and encode_s in Layout
     """
     instance_id: _builtins.str
     """Names this process; another one after each start. A ticket is claimed at the encoder that has this id."""
@@ -789,6 +789,8 @@ class Layout(_message.Message):
     SECOND_PER_GRID_T_FIELD_NUMBER: _builtins.int
     CONTENT_HASH_FIELD_NUMBER: _builtins.int
     TICKET_FIELD_NUMBER: _builtins.int
+    QUEUE_S_FIELD_NUMBER: _builtins.int
+    ENCODE_S_FIELD_NUMBER: _builtins.int
     item_index: _builtins.int
     """Index into EncodeRequest.items."""
     num_tokens: _builtins.int
@@ -799,6 +801,11 @@ class Layout(_message.Message):
     """SHA-256 over kind, media bytes, processor settings and model revision: 32 bytes."""
     ticket: _builtins.bytes
     """With layout_only: claims the rows; 16 bytes."""
+    queue_s: _builtins.float
+    """Seconds of the encoder's work in front of this item, and of its own, as fast as the encoder is now. Both are 0 where
+    its rows are cached or computed already, and from encoders that do not announce them.
+    """
+    encode_s: _builtins.float
     @_builtins.property
     def grid_thw(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Patches along time, height and width: 3 numbers."""
@@ -817,10 +824,12 @@ class Layout(_message.Message):
         second_per_grid_t: _builtins.float = ...,
         content_hash: _builtins.bytes = ...,
         ticket: _builtins.bytes = ...,
+        queue_s: _builtins.float = ...,
+        encode_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_hash", b"content_hash", "grid_thw", b"grid_thw", "item_index", b"item_index", "num_tokens", b"num_tokens", "second_per_grid_t", b"second_per_grid_t", "ticket", b"ticket", "timestamps_s", b"timestamps_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_hash", b"content_hash", "encode_s", b"encode_s", "grid_thw", b"grid_thw", "item_index", b"item_index", "num_tokens", b"num_tokens", "queue_s", b"queue_s", "second_per_grid_t", b"second_per_grid_t", "ticket", b"ticket", "timestamps_s", b"timestamps_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

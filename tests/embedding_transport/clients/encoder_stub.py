@@ -37,7 +37,8 @@ def synthetic_rows(data: bytes, num_tokens: int, identity: ModelIdentity) -> tor
 class StubServicer(encoder_pb2_grpc.EncoderServicer):
     """Item data "N..." becomes N tokens; "hang..." stops after its layout until `go_on` is set.
 
-    num_running: Encode calls that have not ended here. tenants: of all Encode calls.
+    num_running: Encode calls that have not ended here. tenants: of all Encode calls. queue_s, encode_s: seconds that it
+    announces with each layout, and takes.
     """
 
     def __init__(self, exporter: RowExporter, identity: ModelIdentity) -> None:
@@ -49,6 +50,7 @@ class StubServicer(encoder_pb2_grpc.EncoderServicer):
         self.num_items = 0
         self.tenants: list[str] = []
         self.hangs = False
+        self.queue_s = self.encode_s = 0.0
 
     async def Describe(self, request, context):  # type: ignore[no-untyped-def]
         identity = self.identity
@@ -83,8 +85,11 @@ class StubServicer(encoder_pb2_grpc.EncoderServicer):
                     grid_thw=[1, 2, 2 * num_tokens],
                     num_tokens=num_tokens,
                     content_hash=hashlib.sha256(item.data).digest(),
+                    queue_s=self.queue_s,
+                    encode_s=self.encode_s,
                 )
                 yield encoder_pb2.EncodeResponse(layout=layout)
+                await asyncio.sleep(self.queue_s + self.encode_s)
                 if item.data.startswith(b"hang"):
                     await self.go_on.wait()
                 rows = TensorSource(synthetic_rows(item.data, num_tokens, self.identity))

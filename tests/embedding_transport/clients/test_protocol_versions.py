@@ -15,7 +15,7 @@ ADDED = {
     "DescribeResponse": {"protocol_minor_version", "instance_id", "ticket_ttl_s", "patch_dtypes"},
     "MediaItem": {"patches", "ticket", "frames", "options"},
     "EncodeRequest": {"layout_only", "call_id"},
-    "Layout": {"ticket"},
+    "Layout": {"ticket", "queue_s", "encode_s"},
     "ReleaseRequest": {"tickets", "unread_calls"},
     "GetStatsResponse": {"num_live_tickets", "ticket_bytes"},
 }

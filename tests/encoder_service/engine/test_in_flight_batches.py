@@ -18,11 +18,11 @@ async def test_what_is_left() -> None:
         [QueuedItem(torch.empty(4, 1), (1, 2, 2), asyncio.get_running_loop().create_future(), math.inf, None)]
         for _ in range(3)
     ]
-    assert in_flight.left_s == 0
+    assert (in_flight.left_s, in_flight.front) == (0, None)
     in_flight.add(batches[0], 5.0)
     in_flight.add(batches[1], 3.0)
     now += 2
-    assert in_flight.left_s == 6
+    assert (in_flight.left_s, in_flight.front) == (6, (2, 5))
     now += 1
     in_flight.remove(batches[0])  # two seconds early
     assert in_flight.left_s == 3

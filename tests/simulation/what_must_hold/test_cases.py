@@ -20,18 +20,14 @@ def undisturbed() -> Report:
     return run_case(CASES["steady"], SHORT.seed).figures
 
 
-@pytest.mark.parametrize("case", [case for case in CASES.values() if case.key != "slow"], ids=lambda case: case.key)
+@pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.key)
 def test_what_must_hold_does(case: Case) -> None:
     assert failures(case, run_case(case, SHORT.seed, undisturbed())) == []
 
 
-def test_a_slow_encoder_costs_no_request_but_time() -> None:
-    """What docs/scale.md says is not held yet: the time is that of the queue in front of the slow tower."""
-    case = CASES["slow"]
-    result = run_case(case, SHORT.seed, undisturbed())
-    assert result.violations == [] and result.figures.refused == {}
-    assert [each for each in failures(case, result) if "first token" in each or "TTFT p99" in each]
-    assert result.in_time > 0.95
+def test_items_leave_a_slow_encoder_and_the_others_hardly_ever() -> None:
+    slow, steady = (run_case(CASES[key], SHORT.seed).figures for key in ("slow", "steady"))
+    assert slow.num_moved > 10 * steady.num_moved
 
 
 def test_goals_can_fail() -> None:
