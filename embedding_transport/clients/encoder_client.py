@@ -162,7 +162,7 @@ class EncoderClient(FleetClient[EncoderPeer]):
         request = Request(items, request_id, tenant, self._policy, self._discard, layout_only=True)
         return cast("AsyncGenerator[LayoutEvent]", self._run(request))  # EncodeStream refuses rows
 
-    async def release_tickets(self, tickets: Iterable[Ticket], timeout_s: float = 1.0) -> None:
+    async def release_tickets(self, tickets: Iterable[Ticket], timeout_s: float = 5.0) -> None:
         """Releases tickets at their encoders. Those of encoders that do not answer in time, or are lost, expire."""
 
         def release(stub: encoder_pb2_grpc.EncoderAsyncStub, values: list[bytes]) -> Awaitable[object]:

@@ -78,7 +78,7 @@ def num_tickets(encoders: list[RunningEncoder]) -> int:
 
 
 async def eventually_no_ticket(encoders: list[RunningEncoder]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(10):
         while num_tickets(encoders):
             await asyncio.sleep(0.01)
 
