@@ -22,6 +22,8 @@ _SMALL_BYTES = 256 * 1024
 _MIDDLE_BYTES = 1024 * 1024
 # Looked through at once.
 _SLICE_BYTES = 256 * 1024
+_BACKSLASH = ord("\\")
+_ESCAPE = re.compile(rb"\\.", re.DOTALL)
 _LONG_NUMBER = re.compile(rb"[0-9]{%d}" % (MAX_DIGITS + 1))
 
 
@@ -59,13 +61,19 @@ def _count(body: bytes, character: bytes) -> int:
 
 def _check_outside_strings(body: bytes) -> None:
     values, names, strings, num_bytes, begin = 1, 0, 0, 0, 0
+    in_string, before = False, b""
     while begin < len(body):
-        quote = body.find(b'"', begin)
-        part = body[begin : quote if quote >= 0 else len(body)][: MAX_BYTES_OUTSIDE_STRINGS + 1]
-        num_bytes += len(part)
-        values += part.count(b",") + part.count(b"[") + part.count(b"{")
-        names += part.count(b":")
-        strings += quote >= 0
+        end = _end_of_slice(body, begin)
+        if in_string and body.find(b'"', begin, end) < 0:
+            begin = end
+            continue
+        # Of what quotation marks separate, every other part is outside of strings.
+        parts = _ESCAPE.sub(b"", body[begin:end]).split(b'"')
+        outside = b"".join(parts[in_string::2])
+        num_bytes += len(outside)
+        values += outside.count(b",") + outside.count(b"[") + outside.count(b"{")
+        names += outside.count(b":")
+        strings += (len(parts) - in_string) // 2
         for what, num, most in (
             ("values", values, MAX_VALUES),
             ("names of fields", names, MAX_NAMES),
@@ -74,25 +82,16 @@ def _check_outside_strings(body: bytes) -> None:
         ):
             if num > most:
                 raise BadRequest(f"the body has more than {most} {what}, the most that are accepted: send less at once")
-        _check_numbers(part)
-        begin = _end_of_string(body, quote + 1) if quote >= 0 else len(body)
-
-
-def _check_numbers(part: bytes) -> None:
-    if len(part) <= MAX_DIGITS:
-        return
-    for begin in range(0, len(part), _SLICE_BYTES):
-        if _LONG_NUMBER.search(part, begin, begin + _SLICE_BYTES + MAX_DIGITS):
+        before = before[-MAX_DIGITS:] + outside  # a number may be cut by the end of a slice
+        if _LONG_NUMBER.search(before):
             raise BadRequest(f"the body has a number of more than {MAX_DIGITS} digits: send a shorter one")
+        in_string ^= len(parts) % 2 == 0
+        begin = end
 
 
-def _end_of_string(body: bytes, begin: int) -> int:
-    """The place behind the quotation mark that ends the string; the end of the text where none does."""
-    while (quote := body.find(b'"', begin)) >= 0:
-        first = quote
-        while first > begin and body[first - 1] == ord("\\"):
-            first -= 1
-        begin = quote + 1
-        if (quote - first) % 2 == 0:
-            return begin
-    return len(body)
+def _end_of_slice(body: bytes, begin: int) -> int:
+    """The end of the next slice, which cuts no escape."""
+    end = min(begin + _SLICE_BYTES, len(body))
+    while end < len(body) and body[end - 1] == _BACKSLASH:
+        end += 1
+    return end
