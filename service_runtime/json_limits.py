@@ -20,8 +20,8 @@ MAX_BYTES_OUTSIDE_STRINGS = 8 * 1024 * 1024
 _SMALL_BYTES = 256 * 1024
 # Those of a size in between that have few names and values in any case.
 _MIDDLE_BYTES = 1024 * 1024
-# Looked through at once.
-_SLICE_BYTES = 256 * 1024
+# Looked through at once: a thread that launches work gets the lock in between, a hundred times a step on a CPU.
+_SLICE_BYTES = 32 * 1024
 _BACKSLASH = ord("\\")
 _ESCAPE = re.compile(rb"\\.", re.DOTALL)
 _LONG_NUMBER = re.compile(rb"[0-9]{%d}" % (MAX_DIGITS + 1))
