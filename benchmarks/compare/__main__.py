@@ -45,18 +45,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if not options.no_page and importlib.util.find_spec("matplotlib") is None:
             raise ValueError("plots need matplotlib: install vitrine-vlm[compare], or give --no-page")
-        files, complete = options.from_files, True
+        files, exit_code = options.from_files, 0
         if not files:
             files = [options.output / "records.jsonl"]
-            complete = _measure(options, arguments, selection, files[0])
+            try:
+                exit_code = 0 if _measure(options, arguments, selection, files[0]) else 1
+            except asyncio.CancelledError:
+                exit_code = _INTERRUPTED
+                if not _has_loads(files[0]):
+                    return exit_code
         if not options.no_page:
             _write_page(options, files)
     except (ValueError, OSError) as error:
         print(f"compare: {error}", file=sys.stderr)
         return 1
-    except asyncio.CancelledError:
-        return _INTERRUPTED
-    return 0 if complete else 1
+    return exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -129,7 +132,7 @@ def _measure(
         raise ValueError(f"two servers have the same name: {', '.join(spec.name for spec in specs)}")
     if output.exists() and not options.resume:
         raise ValueError(f"{output} has records already: give --resume to add to them, or another --output")
-    done = frozenset(read_records([output]).loads) if output.exists() else frozenset()
+    done = read_records([output]).measured if output.exists() else frozenset()
     values = {"model": options.model, "load_format": options.load_format, "python": sys.executable}
     for spec in specs:
         spec.filled({**values, **dict.fromkeys(spec.port_names(), "0")})  # else it would fail when its turn comes
@@ -191,6 +194,10 @@ async def _interruptible(work: Coroutine[Any, Any, bool]) -> bool:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, task.cancel)
     return await task
+
+
+def _has_loads(file: Path) -> bool:
+    return file.exists() and bool(read_records([file]).loads)
 
 
 def _write_page(options: argparse.Namespace, files: Sequence[Path]) -> None:

@@ -92,11 +92,19 @@ def _losses(comparison: Comparison) -> str:
         lines.append("In no figure at no load that both were measured with.")
     for load in comparison.load_names:
         record = comparison.results.loads.get((ours, load))
-        if record is None:
-            lines.append(f"Not measured: {load}.")
-        elif record["num_failures"]:
+        if record is not None and record["num_failures"]:
             lines.append(f"{load}: {record['num_failures']} requests failed.")
-    return "\n\n".join(lines)
+    return "\n\n".join([*lines, *_not_measured(comparison)])
+
+
+def _not_measured(comparison: Comparison) -> list[str]:
+    """Returns a line for each server that some load was not measured on."""
+    lines = []
+    for server in comparison.servers:
+        missing = [load for load in comparison.load_names if (server, load) not in comparison.results.loads]
+        if missing:
+            lines.append(f"Not measured on {server}: {'; '.join(missing)}.")
+    return lines
 
 
 def _in_short(comparison: Comparison) -> str:

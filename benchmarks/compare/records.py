@@ -67,6 +67,11 @@ class Results:
         return list(dict.fromkeys(server for server, _ in self.loads))
 
     @property
+    def measured(self) -> frozenset[tuple[str, str]]:
+        """Servers and loads with an answer at least: where all requests failed, the load is still to be measured."""
+        return frozenset(key for key, record in self.loads.items() if record["answers"])
+
+    @property
     def load_names(self) -> list[str]:
         """The names of all loads, in order of appearance."""
         return list(dict.fromkeys(load for _, load in self.loads))

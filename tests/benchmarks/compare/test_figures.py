@@ -81,7 +81,7 @@ def test_a_page_lists_losses_by_ratio_and_what_was_not_measured(tmp_path: Path) 
     assert [float(row[-1].strip("| ")) for row in rows] == sorted(float(row[-1].strip("| ")) for row in rows)
     assert ["| a", "requests/s", "theirs", "0.50", "1.00", "0.50 |"] in rows
     assert ["| b", "goodput, requests/s", "theirs", "0.00", "1.00", "0.00 |"] in rows
-    assert "Not measured: c." in losses
+    assert "Not measured on ours: c." in losses and "Not measured on theirs" not in losses
     assert "| requests/s | 0.71 | 0 of 2 |" in page
     assert "export VLLM_X='a b'\nours serve" in page
 
@@ -110,6 +110,11 @@ def test_the_last_record_of_a_load_stands(tmp_path: Path) -> None:
     results = read_records([file])
     assert results.loads["some", "a"]["seconds"] == 1.0 and not results.failures
     assert read_records([file, written(tmp_path / "2", failure)]).failures["some"].error == "e"
+
+
+def test_a_load_without_an_answer_was_not_measured(tmp_path: Path) -> None:
+    file = written(tmp_path / "1", start("some"), load("some", "a"), load("some", "b", answers=[]))
+    assert read_records([file]).measured == {("some", "a")}
 
 
 def test_lines_that_are_no_records(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from benchmarks.compare.running_server import RunningServer, ServerFailed, version_of
 from benchmarks.compare.server_file import InvalidServerFile, ProcessSpec, ServerSpec, free_ports
 from benchmarks.process_tree import descendants
+from tests.benchmarks.compare.test_figures import load, start, written
 from tests.deploy.proc import is_running
 
 # A child, one in a session of its own whose parent has ended, and one that SIGTERM does not end.
@@ -65,16 +66,20 @@ async def test_they_end_with_the_comparison_even_if_it_is_killed(tmp_path: Path)
         await asyncio.sleep(0.05)
 
 
-async def test_an_interrupted_comparison_ends_its_server(tmp_path: Path) -> None:
+async def test_an_interrupted_comparison_ends_its_server_and_shows_what_was_measured(tmp_path: Path) -> None:
     file = tmp_path / "some.yaml"
     file.write_text(f"name: some\nprocesses: [{{command: 'cd {tmp_path}; echo $$ >pids; exec sleep 1000'}}]\n")
-    command = [sys.executable, "-m", "benchmarks.compare", "--servers", str(file), "--output", str(tmp_path / "out")]
-    process = await asyncio.create_subprocess_exec(*command, "--small", "--no-page", stderr=asyncio.subprocess.PIPE)
+    output = tmp_path / "out"
+    output.mkdir()
+    written(output / "records.jsonl", start("before"), load("before", "small"))
+    command = [sys.executable, "-m", "benchmarks.compare", "--servers", str(file), "--output", str(output)]
+    process = await asyncio.create_subprocess_exec(*command, "--small", "--resume", stderr=asyncio.subprocess.PIPE)
     [pid] = await pids_in(tmp_path / "pids", 1)
     process.send_signal(signal.SIGTERM)
     _, errors = await process.communicate()
     assert process.returncode == 130 and b"Traceback" not in errors
     assert not is_running(pid)
+    assert (output / "comparison.md").read_text().startswith("# before\n")
 
 
 async def test_a_server_that_ends_says_why(tmp_path: Path) -> None:
