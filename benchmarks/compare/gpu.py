@@ -30,15 +30,22 @@ class Gpu(Protocol):
 
 def find_gpu(index: int) -> Gpu | None:
     """Returns the GPU of this number, as the driver counts; None if there is no NVIDIA GPU."""
+    by_nvml: _NvmlGpu | None = None
     with contextlib.suppress(ImportError):
         import pynvml
 
         with contextlib.suppress(pynvml.NVMLError):
-            return _NvmlGpu(index)
+            by_nvml = _NvmlGpu(index)
+    if by_nvml is not None and by_nvml.energy_j() is not None:
+        return by_nvml
+    # A driver without a counter of energy may say the power.
     if shutil.which("nvidia-smi"):
-        with contextlib.suppress(subprocess.CalledProcessError):
-            return _SmiGpu(index)
-    return None
+        with contextlib.suppress(subprocess.CalledProcessError, ValueError):
+            by_smi = _SmiGpu(index)
+            if by_nvml is not None:
+                by_nvml.close()
+            return by_smi
+    return by_nvml
 
 
 class _NvmlGpu:

@@ -13,12 +13,13 @@ _SECRET = ("KEY", "PASSWORD", "SECRET", "TOKEN")
 
 
 def machine_facts(gpu: Gpu | None) -> dict[str, str]:
-    """Returns facts by their names."""
-    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Returns facts by their names, which stay the same as long as the machine does.
+
+    The memory is none of them: that of a virtual machine may grow as it is used.
+    """
     return {
         **(gpu.about if gpu else {"GPU": "none"}),
         "CPU": f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores",
-        "memory": f"{memory_bytes / 1024**3:.0f} GiB",
         "system": f"{platform.system()} {platform.release()}",
         "Python of the client": platform.python_version(),
     }

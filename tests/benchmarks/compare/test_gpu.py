@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,35 @@ def test_energy_is_the_power_added_up() -> None:
         assert energy_j - first == pytest.approx(200 * (time.monotonic() - start), abs=60)  # a few samples more or less
     finally:
         gpu.close()
+
+
+class Nvml(types.ModuleType):
+    """nvidia-ml-py with a driver that has no counter of energy."""
+
+    NVMLError = RuntimeError
+    nvmlSystemGetDriverVersion = nvmlDeviceGetName = staticmethod(lambda *_: "some")
+    nvmlDeviceGetHandleByIndex = nvmlSystemGetCudaDriverVersion = staticmethod(lambda *_: 13000)
+    nvmlDeviceGetEnforcedPowerLimit = staticmethod(lambda _: 700_000)
+    nvmlDeviceGetMemoryInfo = staticmethod(lambda _: types.SimpleNamespace(total=1024**3, used=0))
+    nvmlInit = nvmlShutdown = staticmethod(lambda: None)
+
+    @staticmethod
+    def nvmlDeviceGetTotalEnergyConsumption(_: object) -> int:
+        raise RuntimeError("not supported")
+
+
+@pytest.mark.usefixtures("smi")
+def test_where_nvml_has_no_energy_nvidia_smi_has_the_power(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml("pynvml"))
+    gpu = find_gpu(0)
+    assert gpu is not None
+    try:
+        assert gpu.about["GPU"] == "NVIDIA H200"
+    finally:
+        gpu.close()
+    monkeypatch.setenv("PATH", "")
+    alone = find_gpu(0)
+    assert alone is not None and alone.about["GPU"] == "some" and alone.energy_j() is None
 
 
 @pytest.mark.usefixtures("smi")
