@@ -16,10 +16,11 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 
 from benchmarks.chat_load import ChatClient, run_load
+from benchmarks.compare.drawn_pictures import draw_pictures
 from benchmarks.line_process import LineProcess
-from benchmarks.pictures import parse_size, random_jpegs, show_size
+from benchmarks.pictures import parse_size, show_size
 
-_NUM_PICTURES = 256  # different ones, sent in turn; at full size fewer are sent, so that no cache can answer
+_NUM_PICTURES = 1024  # different ones, sent in turn; a load of a minute sends fewer, so that no cache can answer
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class VisionInterference:
 
 
 async def _interfere(size: tuple[int, int], in_flight: int, text_tokens: int, seed: int) -> None:
-    pictures = random_jpegs(_NUM_PICTURES, size, seed)
+    pictures = draw_pictures(_NUM_PICTURES, size, seed << 16)
     print("drawn", flush=True)
     url = (await asyncio.to_thread(sys.stdin.readline)).strip()
     if not url:

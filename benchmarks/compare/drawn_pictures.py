@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import zlib
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from benchmarks.compare.workloads import Size, Workload
@@ -24,7 +23,7 @@ def pictures_of(workload: Workload, purpose: str) -> list[tuple[bytes, ...]]:
     """
     seed = zlib.crc32(f"{workload.name}/{purpose}".encode())
     order = picture_order(workload.num_requests * workload.num_pictures, workload.repeated, seed)
-    jpegs = _drawn(max(order, default=-1) + 1, workload.size, seed)
+    jpegs = draw_pictures(max(order, default=-1) + 1, workload.size, seed)
     each = workload.num_pictures
     return [
         tuple(jpegs[one] for one in order[start * each : (start + 1) * each]) for start in range(workload.num_requests)
@@ -49,7 +48,8 @@ def picture_order(num_sent: int, repeated: float, seed: int) -> list[int]:
     return order
 
 
-def _drawn(num_pictures: int, size: Size, seed: int) -> Sequence[bytes]:
+def draw_pictures(num_pictures: int, size: Size, seed: int) -> list[bytes]:
+    """Returns JPEG files. Each drawing, of 16 of them, has a seed of its own: `seed` and those that follow it."""
     parts = [min(_PER_DRAWING, num_pictures - start) for start in range(0, num_pictures, _PER_DRAWING)]
     with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
         drawn = pool.map(lambda part: random_jpegs(part[1], size, seed + part[0]), enumerate(parts))
