@@ -13,7 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ async def measure_all(
             await stack.enter_async_context(interference_for(workloads, seed=1000 + index))
             for index in range(len(servers))
         ]
-        await asyncio.gather(*(_wait_ready(server, ready_timeout_s) for server in servers))
+        await asyncio.gather(*(wait_ready(server, ready_timeout_s) for server in servers))
         targets = []
         for server, beside in zip(servers, interference, strict=True):
             if beside:
@@ -99,26 +99,28 @@ def _figures_of_answers(load: Load) -> dict[str, Any]:
     return figures
 
 
-async def _wait_ready(server: Server, timeout_s: float) -> None:
-    """Waits until the server lists its models.
+async def wait_ready(server: Server, timeout_s: float) -> None:
+    """Waits until the server lists its models and, if it has /ready as a worker has, is ready: an encoder is connected.
 
     Raises:
-        TimeoutError: it does not in time.
+        TimeoutError: it is not in time.
     """
     start = time.monotonic()
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
         while time.monotonic() - start < timeout_s:
-            try:
-                async with session.get(f"{server.url}/v1/models") as response:
-                    if response.status == 200:
-                        print(
-                            f"{server.name}: ready after {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True
-                        )
-                        return
-            except (aiohttp.ClientError, TimeoutError):
-                pass
+            with suppress(aiohttp.ClientError, TimeoutError):
+                statuses = [await _status(session, f"{server.url}{path}") for path in ("/v1/models", "/ready")]
+                if statuses in ([200, 200], [200, 404]):
+                    seconds = time.monotonic() - start
+                    print(f"{server.name}: ready after {seconds:.0f} s", file=sys.stderr, flush=True)
+                    return
             await asyncio.sleep(_READY_POLL_S)
     raise TimeoutError(f"{server.name} at {server.url} is not ready after {timeout_s:g} s")
+
+
+async def _status(session: aiohttp.ClientSession, url: str) -> int:
+    async with session.get(url) as response:
+        return response.status
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
