@@ -24,15 +24,22 @@ _log = logging.getLogger("ray.serve")
 
 
 class AllMetrics:
-    """Answers with the metrics of the deployments' replicas, those left out that do not answer in time."""
+    """Answers with the metrics of the deployments' replicas, those left out that do not answer in time.
+
+    `?job=` asks for those of one job alone. Where none of these answers it gets 503, so that Prometheus's `up` is 0.
+    """
 
     def __init__(self, deployments: Sequence[DeploymentHandle[Any]]) -> None:
         self._deployments = deployments
 
     async def forward(self, request: Request, send: Send) -> None:
-        targets = await all_targets(self._deployments)
+        job = request.query_params.get("job")
+        targets = [each for each in await all_targets(self._deployments) if job in (None, each["labels"]["job"])]
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(_TIMEOUT_S), raise_for_status=True) as session:
             pages = await asyncio.gather(*(_page(session, target) for target in targets))
+        if job is not None and not any(pages):
+            refused = Response(f"no replica of job {job} answers\n", 503, media_type="text/plain")
+            return await refused(request.scope, request.receive, send)
         labelled = [(page, target["labels"]) for page, target in zip(pages, targets, strict=True)]
         body = await asyncio.to_thread(merged, labelled)  # many replicas have more than the event loop should wait for
         await Response(body, media_type=CONTENT_TYPE_LATEST)(request.scope, request.receive, send)

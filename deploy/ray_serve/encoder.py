@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from vitrine_vlm.deploy.ray_serve.autoscaling import LOAD
 from vitrine_vlm.deploy.ray_serve.closing import Closing
 from vitrine_vlm.deploy.ray_serve.config import environment_variables
-from vitrine_vlm.deploy.ray_serve.metrics_targets import MetricsTarget, metrics_target
+from vitrine_vlm.deploy.ray_serve.metrics_targets import ENCODER_JOB, MetricsTarget, metrics_target
 from vitrine_vlm.deploy.ray_serve.node import free_ports, node_host
 from vitrine_vlm.deploy.ray_serve.placement import warn_of_shortages
 from vitrine_vlm.deploy.ray_serve.probes import grpc_serving, read_gauges
@@ -62,7 +62,7 @@ class EncoderReplica(Closing):
 
     async def metrics_target(self) -> MetricsTarget:
         """Returns where Prometheus finds this encoder's metrics."""
-        return metrics_target("vitrine-encoder", self._metrics_address)
+        return metrics_target(ENCODER_JOB, self._metrics_address)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Returns the seconds of queued work, by the encoder's measured cost model, and the tower's load."""

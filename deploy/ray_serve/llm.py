@@ -17,7 +17,7 @@ from vitrine_vlm.deploy.ray_serve.broadcasts import answers_of_all
 from vitrine_vlm.deploy.ray_serve.closing import Closing
 from vitrine_vlm.deploy.ray_serve.config import environment_variables
 from vitrine_vlm.deploy.ray_serve.encoder import EncoderReplica
-from vitrine_vlm.deploy.ray_serve.metrics_targets import MetricsTarget, metrics_target
+from vitrine_vlm.deploy.ray_serve.metrics_targets import LLM_JOB, MetricsTarget, metrics_target
 from vitrine_vlm.deploy.ray_serve.node import free_ports, node_host, num_gpus_of_node
 from vitrine_vlm.deploy.ray_serve.placement import warn_of_shortages
 from vitrine_vlm.deploy.ray_serve.probes import http_ok, read_gauges
@@ -75,7 +75,7 @@ class LlmReplica(Closing):
 
     async def metrics_target(self) -> MetricsTarget:
         """Returns where Prometheus finds this worker's metrics."""
-        return metrics_target("vitrine-llm", self._metrics_address)
+        return metrics_target(LLM_JOB, self._metrics_address)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Returns the number of prompt tokens that are not computed yet, and the worker's load, see `EngineStats`."""

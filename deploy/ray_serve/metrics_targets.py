@@ -12,6 +12,8 @@ from ray.serve.handle import DeploymentHandle
 
 from vitrine_vlm.deploy.ray_serve.broadcasts import answers_of_all
 
+# Values of the label `job`, which are also those of the door's `/metrics?job=`.
+ENCODER_JOB, LLM_JOB = "vitrine-encoder", "vitrine-llm"
 _TIMEOUT_S = 5.0
 
 

@@ -56,7 +56,7 @@ def test_without_keys_nothing_of_them_is_there() -> None:
 
 
 def test_in_ray_workers_read_the_file() -> None:
-    values = values_of("rayservice") | {"accessKeys": {"secretName": "api-keys"}}
+    values = values_of("rayservice") | {"accessKeys": {"secretName": "api-keys"}, "monitoring": {}}
     for pod in pods_of(render(values)).values():
         assert mounted(pod) == [FILE]
     found = arguments(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from tests.helm.rendering import (
 )
 from tests.helm.test_config import config_files
 from tests.helm.test_schemas import NEWEST, validate
+from vitrine_vlm.deploy.ray_serve.gateway import METRICS
+from vitrine_vlm.deploy.ray_serve.metrics_targets import ENCODER_JOB, LLM_JOB
 
 SOURCES = CHART.parents[1] / "deploy" / "observability"
 
@@ -71,10 +74,59 @@ def test_without_the_operator_nothing_of_it_is_made() -> None:
 
 def test_rays_pods_are_scraped() -> None:
     """KubeRay gives each container of Ray a port "metrics"."""
-    (monitor,) = of_kind(rendered("rayservice"), "PodMonitor").values()
+    monitor = of_kind(rendered("rayservice"), "PodMonitor")["demo-vitrine-ray"]
     assert [each["port"] for each in monitor["spec"]["podMetricsEndpoints"]] == ["metrics"]
     selected = pods_selected(monitor["spec"]["selector"]["matchLabels"], rendered("rayservice"))
     assert selected == pods("rayservice").keys()
+
+
+def test_metrics_of_rays_replicas_are_scraped_at_one_door() -> None:
+    """Every door has those of all replicas, which are kept apart by the labels that the door gives them."""
+    manifests = rendered("rayservice")
+    spec = of_kind(manifests, "PodMonitor")["demo-vitrine-ray-door"]["spec"]
+    assert pods_selected(spec["selector"]["matchLabels"], manifests) == {"demo-vitrine-head"}
+    (head,) = [pod for pod in pods("rayservice").values() if pod.name.endswith("-head")]
+    endpoints = spec["podMetricsEndpoints"]
+    assert [each["params"]["job"] for each in endpoints] == [[ENCODER_JOB], [LLM_JOB]]
+    for each in endpoints:
+        assert each["port"] in [port["name"] for port in head.container["ports"] if port["containerPort"] == 8000]
+        assert (each["path"], each["honorLabels"]) == (METRICS, True)
+        assert "authorization" not in each
+
+
+def test_prometheus_has_a_key_where_rays_door_needs_one() -> None:
+    monitor = {"enabled": True, "apiKeySecretName": "prometheus-key", "apiKeySecretKey": "token"}
+    keys = {"accessKeys": {"secretName": "api-keys"}, "monitoring": {"serviceMonitor": monitor}}
+    made = of_kind(render({"model": "m", "mode": "rayservice"} | keys), "PodMonitor")["demo-vitrine-ray-door"]
+    validate(made, NEWEST)
+    for each in made["spec"]["podMetricsEndpoints"]:
+        assert each["authorization"] == {"credentials": {"name": "prometheus-key", "key": "token"}}
+
+
+@pytest.mark.parametrize(
+    ("release", "values"),
+    [
+        ("demo", {}),
+        ("vitrine", {}),
+        ("demo", {"nameOverride": "eyes"}),
+        ("demo", {"fullnameOverride": "vision"}),
+        ("a-release-whose-name-is-so-long-that-it-is-cut", {}),
+        ("demo", {"fullnameOverride": "vision", "mode": "rayservice"}),
+    ],
+)
+def test_alerts_know_the_jobs_by_their_names(release: str, values: dict[str, Any]) -> None:
+    """An alert that looks for a job of another name would fire for ever, or never."""
+    given = {"model": "m", "monitoring": {"serviceMonitor": {"enabled": True}}} | values
+    jobs = set()
+    for monitor in of_kind(render(given, release), "ServiceMonitor", "PodMonitor").values():
+        spec = monitor["spec"]
+        for endpoint in spec.get("endpoints", []) + spec.get("podMetricsEndpoints", []):
+            jobs |= {each["replacement"] for each in endpoint.get("relabelings", []) if each["targetLabel"] == "job"}
+    rules = (SOURCES / "rules" / "vitrine.yaml").read_text()
+    patterns = set(re.findall(r'up\{job=~"([^"]+)"\}', rules))
+    assert len(jobs) == 2 and len(patterns) == 2
+    found = {pattern: sum(bool(re.fullmatch(pattern, job)) for job in jobs) for pattern in patterns}
+    assert found == {".*vitrine.*": 2, ".*vitrine.*llm.*": 1}
 
 
 def test_ports_of_metrics_are_those_of_the_settings() -> None:

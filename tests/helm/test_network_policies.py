@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.helm.rendering import of_kind, pod_templates, pods_selected, render, rendered
+from tests.helm.rendering import of_kind, pod_templates, pods_selected, render, rendered, values_of
 
 GATEWAY = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "gateway"}}}
 PROMETHEUS = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
@@ -123,3 +123,12 @@ def test_rays_pods_reach_each_other() -> None:
         assert not allowed(policy["ingress"], port, STRANGER, "from")
     assert allowed(policy["ingress"], 8000, STRANGER, "from")
     assert allowed(policy["ingress"], 8080, PROMETHEUS, "from")
+
+
+def test_prometheus_reaches_rays_door_although_it_is_no_client() -> None:
+    values = values_of("rayservice")
+    values["networkPolicy"] |= {"clients": [GATEWAY]}
+    (policy,) = of_kind(render(values), "NetworkPolicy").values()
+    ingress = policy["spec"]["ingress"]
+    assert allowed(ingress, 8000, PROMETHEUS, "from") and not allowed(ingress, 8000, STRANGER, "from")
+    assert not allowed(ingress, 9000, PROMETHEUS, "from")

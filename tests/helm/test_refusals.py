@@ -87,6 +87,10 @@ def test_names_that_kubernetes_refuses(release: str, values: dict[str, Any]) -> 
     ("values", "message"),
     [
         ({"nameOverride": "a", "fullnameOverride": "b"}, "nameOverride does nothing beside fullnameOverride"),
+        (
+            {"accessKeys": {"secretName": "k"}, "monitoring": {"serviceMonitor": {"apiKeySecretName": "s"}}},
+            "apiKeySecretName does nothing without",
+        ),
         ({"networkPolicy": {"clients": [{"podSelector": {}}]}}, r"networkPolicy\.clients does nothing without"),
         ({"tls": {"encoders": {"clientSecretName": "s"}}}, "clientSecretName does nothing without"),
         ({"tls": {"encoders": {"secretName": "s", "allowedPeers": "a"}}}, "nothing without tls.encoders.clientAuth"),
@@ -132,6 +136,10 @@ def test_values_that_would_do_nothing(values: dict[str, Any], message: str) -> N
         ({"ray": {"head": {"podLabels": {"vitrine/pool": "p"}}}}, r"ray\.head\.podLabels: label vitrine/pool"),
         (llm(config={"metrics_host": "::"}), r"llm\.config\.metrics_host is not for values in mode rayservice"),
         ({"networkPolicy": {"encoderClients": [{"podSelector": {}}]}}, r"does not use networkPolicy\.encoderClients"),
+        (
+            {"accessKeys": {"secretName": "k"}, "monitoring": {"serviceMonitor": {"enabled": True}}},
+            r"apiKeySecretName is required in mode rayservice with accessKeys",
+        ),
         ({"discovery": "dns"}, "does not use discovery"),
         ({"service": {"type": "LoadBalancer"}}, "does not use service"),
         ({"ray": {"workers": {"minReplicas": 3, "maxReplicas": 2}}}, r"minReplicas 3 is more than maxReplicas 2"),

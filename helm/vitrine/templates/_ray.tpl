@@ -91,7 +91,9 @@ settings:
 {{- $values := $root.Values -}}
 metadata:
   labels:
-    {{- merge (include "vitrine.selectorLabels" (list $root "ray") | fromYaml) $group.podLabels $values.commonLabels | toYaml | nindent 4 }}
+    {{- $own := include "vitrine.selectorLabels" (list $root "ray") | fromYaml }}
+    {{- if eq $name "ray-head" }}{{ $_ := set $own "vitrine/scrape" "true" }}{{ end }}
+    {{- merge $own $group.podLabels $values.commonLabels | toYaml | nindent 4 }}
   {{- with $group.podAnnotations }}
   annotations:
     {{- toYaml . | nindent 4 }}

@@ -53,6 +53,14 @@
 {{- if and (or $encoders.allowedPeers (ne $encoders.sharedPoolPeers "*")) (not $encoders.clientAuth) -}}
 {{- fail "tls.encoders.allowedPeers and sharedPoolPeers are names in certificates of clients, and nothing without tls.encoders.clientAuth" -}}
 {{- end -}}
+{{- $monitor := $values.monitoring.serviceMonitor -}}
+{{- $needsKey := and $monitor.enabled (eq $values.mode "rayservice") $values.accessKeys.secretName -}}
+{{- if and $needsKey (not $monitor.apiKeySecretName) -}}
+{{- fail "monitoring.serviceMonitor.apiKeySecretName is required in mode rayservice with accessKeys: Ray's door shows metrics to those with a key alone; make a Secret with a key of Prometheus's own" -}}
+{{- end -}}
+{{- if and $monitor.apiKeySecretName (not $needsKey) -}}
+{{- fail "monitoring.serviceMonitor.apiKeySecretName does nothing without its enabled, mode rayservice and accessKeys: other metrics need no key" -}}
+{{- end -}}
 {{- $cache := $values.modelCache -}}
 {{- if and $cache.hostPath (ne $cache.kind "hostPath") -}}
 {{- fail (printf "modelCache.hostPath does nothing with modelCache.kind %s: set hostPath there" $cache.kind) -}}
