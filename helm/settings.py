@@ -1,7 +1,7 @@
 """Writes vitrine/files/checks/known.yaml: what the chart's templates cannot see for themselves.
 
 `settings` are the names that the services take, so that the chart refuses a misspelt one before a pod does. `defaults`
-are values of values.yaml, with which the chart compares what mode rayservice does not use.
+are values of values.yaml, with which the chart compares what a mode or engine does not use.
 
     python helm/settings.py [--check]
 """
@@ -24,8 +24,11 @@ CHART = Path(__file__).parent / "vitrine"
 _FILE = CHART / "files" / "checks" / "known.yaml"
 _HEADER = "# Made by helm/settings.py from the services' settings and values.yaml.\n"
 _SETTINGS = {"encoder": EncoderConfig, "llm": LlmConfig, "gateway": GatewayConfig, "connector": ConnectorSettings}
-# Those that mode rayservice does not use; of the pools some keys.
-_COMPARED = ("encoders", "llm", "discovery", "service", "preStopSleepSeconds", "keda")
+# Those that mode rayservice does not use, of the pools some keys; then those that only one mode or engine uses.
+_COMPARED = (
+    *("encoders", "llm", "discovery", "service", "preStopSleepSeconds", "keda"),
+    *("ray", "vllm", "gateway", "sglang", "colocation"),
+)
 
 
 def known() -> str:

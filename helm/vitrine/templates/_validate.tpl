@@ -70,6 +70,24 @@
 {{- end -}}
 {{- end -}}
 
+{{/* Sections that only one mode or engine uses. */}}
+{{- define "vitrine.checkSections" -}}
+{{- $values := .Values -}}
+{{- $engine := $values.engine -}}
+{{- $unused := dict -}}
+{{- if ne $values.mode "rayservice" }}{{ $_ := set $unused "ray" (printf "mode %s has none of Ray's pods" $values.mode) }}{{ end -}}
+{{- if ne $engine "vllm" }}{{ $_ := set $unused "vllm" (printf "engine is %s" $engine) }}{{ end -}}
+{{- if ne $engine "sglang" }}{{ $_ := set $unused "sglang" (printf "engine is %s" $engine) }}{{ end -}}
+{{- if ne (include "vitrine.hasGateway" .) "true" }}{{ $_ := set $unused "gateway" "only engine vllm in mode M has one" }}{{ end -}}
+{{- if not $values.colocation.enabled }}{{ $_ := set $unused "colocation" "colocation.enabled is off" }}{{ end -}}
+{{- $defaults := (.Files.Get "files/checks/known.yaml" | fromYaml).defaults -}}
+{{- range $section, $why := $unused -}}
+{{- range $name, $value := index $values $section -}}
+{{- if ne (toYaml $value) (index $defaults $section $name | toYaml) }}{{ fail (printf "%s.%s does nothing, as %s: leave it out" $section $name $why) }}{{ end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Where the model is, and whether it can be downloaded there before pods start. */}}
 {{- define "vitrine.checkModel" -}}
 {{- $model := include "vitrine.model" . -}}
@@ -158,6 +176,15 @@
 {{- $names := index (dict "encoder" list "llm" (list "tp") "vllm" (list "tensor_parallel_size" "pipeline_parallel_size" "data_parallel_size") "sglang" (list "tp_size" "pp_size")) $program -}}
 {{- $used := 1 -}}
 {{- range $names }}{{ $used = mul $used (index $settings.config . | default 1 | int) }}{{ end -}}
+{{- range $settings.extraArgs -}}
+{{- $flag := splitList "=" . | first | trimPrefix "--" | replace "-" "_" -}}
+{{- if has $flag $names }}{{ fail (printf "%s.extraArgs: %s says how many GPUs a pod uses: set config.%s, which gpu.count is compared with" $where . $flag) }}{{ end -}}
+{{- end -}}
+{{- $prefix := printf "VITRINE_%s_" (upper $program) -}}
+{{- range $variable, $_ := $settings.env -}}
+{{- $setting := trimPrefix $prefix $variable | lower -}}
+{{- if and (hasPrefix $prefix $variable) (has $setting $names) }}{{ fail (printf "%s.env.%s says how many GPUs a pod uses: set config.%s, which gpu.count is compared with" $where $variable $setting) }}{{ end -}}
+{{- end -}}
 {{- /* Replicas of SGLang's attention may share GPUs or not. A claim has its own count. */ -}}
 {{- $isCountable := and (ne (index . 2) "resourceClaim") (not (hasKey $settings.config "dp_size")) -}}
 {{- $count := $settings.gpu.count -}}
