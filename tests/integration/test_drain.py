@@ -116,12 +116,14 @@ async def test_a_worker_cuts_its_requests_off_with_errors_that_can_be_tried_agai
 
 
 async def test_a_worker_that_still_waits_for_its_encoders_drains_like_any_other(
-    qwen3_vl_folder: Path, services: list[ServiceProcess]
+    qwen3_vl_folder: Path, services: list[ServiceProcess], tmp_path: Path
 ) -> None:
+    pool_of_killed_encoder = tmp_path / f"vitrine-{'0' * 32}"
+    pool_of_killed_encoder.touch()
     silent = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)  # connects, and never answers
     encoder = f"127.0.0.1:{silent.sockets[0].getsockname()[1]}"
     flags = ["--model", str(qwen3_vl_folder), "--encoders", encoder, "--port", "0", "--grpc-port", "0"]
-    flags += ["--connect-timeout-s", "60", "--drain-timeout-s", str(DRAIN_TIMEOUT_S)]
+    flags += ["--connect-timeout-s", "60", "--drain-timeout-s", str(DRAIN_TIMEOUT_S), "--shm-folder", str(tmp_path)]
     worker = ServiceProcess("vitrine_vlm.llm_worker", *flags)
     services.append(worker)
     url = f"http://{(await asyncio.to_thread(worker.wait_listening))['http']}"
@@ -129,6 +131,7 @@ async def test_a_worker_that_still_waits_for_its_encoders_drains_like_any_other(
     async with silent, aiohttp.ClientSession() as session:
         while (stream := await session.post(f"{url}/v1/completions", json=body)).status == 503:  # it loads its model
             await asyncio.sleep(0.1)
+        assert not pool_of_killed_encoder.exists(), "any service's start removes it"
         worker.process.send_signal(signal.SIGTERM)
         since = time.monotonic()
         events = (await stream.content.read()).decode().strip().split("\n\n")

@@ -24,6 +24,7 @@ pytest.importorskip("ray", reason="Ray is not installed: it comes with the extra
 
 from ray import serve
 from ray.serve._private.common import ReplicaState
+from ray.util import list_named_actors
 
 from tests.deploy.ray_serve.load import QUESTION, Load, encode, next_picture
 from tests.deploy.ray_serve.running import APPLICATION, Running, running_application
@@ -124,6 +125,9 @@ async def test_the_door_has_probes_and_says_where_metrics_are(application: Runni
         for job, series in wanted.items():
             async with session.get(f"http://{found[job]['targets'][0]}/metrics") as response:
                 assert f"\n{series} " in await response.text()
+            async with session.get("/metrics", params={"job": job}) as response:
+                text = await response.text()
+                assert [name for name in wanted.values() if f"\n{name}{{" in text] == [series]
             [line] = [each for each in at_the_door.splitlines() if each.startswith(f"{series}{{")]
             assert f'pod="{found[job]["labels"]["pod"]}"' in line and f'job="{job}"' in line
     async with grpc.aio.insecure_channel(application.grpc_address) as channel:
@@ -216,23 +220,50 @@ async def test_killed_encoder_is_replaced_and_no_request_is_lost(application: Ru
     assert not load.errors
 
 
-async def test_replicas_that_were_never_placed_are_gone_at_once(application: Running) -> None:
+async def deploy_without_room(num_encoders: int) -> None:
+    """Returns once all replicas of the application wait for a GPU, but for its gateway, and none is left to stop."""
     pool = {"num_gpus": 1, "settings": {"drain_timeout_s": 120}}
-    arguments = {"model": str(MODEL_FOLDER), "encoders": pool, "llm": pool, "gateway": {"num_cpus": 0.1}}
+    encoders = pool | {"min_replicas": num_encoders, "max_replicas": num_encoders}
+    arguments = {"model": str(MODEL_FOLDER), "encoders": encoders, "llm": pool, "gateway": {"num_cpus": 0.1}}
     target = serve.RunTarget(build(ServeArguments.model_validate(arguments)), name="no-room", route_prefix="/no-room")
     deploy = partial(serve.run_many, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     await asyncio.to_thread(deploy, [target])
+    expected = {
+        "Encoder": {ReplicaState.STARTING: num_encoders},
+        "LlmWorker": {ReplicaState.STARTING: 1},
+        "Gateway": {ReplicaState.RUNNING: 1},
+    }
 
     def are_waiting() -> bool:
         found = serve.status().applications["no-room"].deployments
-        return all(
-            name in found and found[name].replica_states == {ReplicaState.STARTING: 1}
-            for name in ("Encoder", "LlmWorker")
-        ) and found["Gateway"].replica_states == {ReplicaState.RUNNING: 1}
+        return {name: each.replica_states for name, each in found.items()} == expected
 
-    await wait_until(are_waiting, "replicas that wait for a GPU")
+    waited_s = await wait_until(are_waiting, "replicas that wait for a GPU")
+    print(f"{num_encoders} encoders wait for a GPU after {waited_s:.1f} s")
+
+
+async def test_replicas_that_were_never_placed_are_gone_at_once(application: Running) -> None:
+    await deploy_without_room(2)
+    # One encoder fewer, and new ones in place of all others: Ray Serve alone would wait for twice the 125 s that they
+    # may take to drain, longer than `wait_until` does.
+    await deploy_without_room(1)
     begin = time.monotonic()
     await asyncio.to_thread(serve.delete, "no-room")
     gone_s = time.monotonic() - begin
     print(f"gone after {gone_s:.1f} s")
-    assert gone_s < 60, "Ray Serve alone waits for twice the 125 s that they may take to drain"
+    assert gone_s < 60
+
+
+async def test_a_shutdown_does_not_wait_for_what_was_never_placed(application: Running) -> None:
+    """The last test: nothing serves afterwards."""
+    await deploy_without_room(1)
+    begin = time.monotonic()
+    await asyncio.to_thread(serve.shutdown)
+
+    def is_gone() -> bool:
+        return not any(actor["name"].startswith("SERVE_") for actor in list_named_actors(all_namespaces=True))
+
+    await wait_until(is_gone, "the end of Ray Serve")
+    gone_s = time.monotonic() - begin
+    print(f"shut down after {gone_s:.1f} s")
+    assert gone_s < 60
