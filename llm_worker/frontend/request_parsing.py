@@ -24,10 +24,11 @@ _PART_TYPES = ("text", "image_url", "video_url", "video", "input_text", "output_
 # A body with more bytes or values may take longer than other requests and probes should wait.
 _SMALL_BODY_BYTES = 256 * 1024
 _FEW_VALUES = 1000
-# One with more values takes tenths of a second, and seconds where they are a tool's schema.
+# One with more takes tenths of a second, and seconds where its values are a tool's schema.
+_LARGE_BODY_BYTES = 4 * 1024 * 1024
 _MANY_VALUES = 10_000
 _NUM_VALUES = web.RequestKey("number of values", int)
-_MANY_VALUES_THREAD = web.AppKey("thread of bodies with many values", ThreadPoolExecutor)
+_LARGE_BODIES_THREAD = web.AppKey("thread of large bodies", ThreadPoolExecutor)
 _TEMPLATE_THREADS = web.AppKey("threads of requests' own templates", ThreadPoolExecutor)
 _NUM_TEMPLATE_THREADS = 2
 
@@ -52,15 +53,15 @@ async def read_request(kind: type[RequestT], http: web.Request, count: Count) ->
 async def with_body(http: web.Request, work: Callable[[], ResultT]) -> ResultT:
     """Runs work that takes longer the larger the request's body is, which `read_request` has read.
 
-    That of a large one runs on a thread, so that other requests and probes are answered meanwhile, and bodies with many
-    values have one thread together, as each thread that computes takes a part of the interpreter.
+    That of one that is not small runs on a thread, so that other requests and probes are answered meanwhile, and large
+    bodies have one thread together, as each thread that computes takes a part of the interpreter.
     """
-    num = http[_NUM_VALUES]
-    if body_nbytes(http) <= _SMALL_BODY_BYTES and num <= _FEW_VALUES:
+    num, nbytes = http[_NUM_VALUES], body_nbytes(http)
+    if nbytes <= _SMALL_BODY_BYTES and num <= _FEW_VALUES:
         return work()
-    if num <= _MANY_VALUES:
+    if nbytes <= _LARGE_BODY_BYTES and num <= _MANY_VALUES:
         return await asyncio.to_thread(work)
-    thread = http.app[_MANY_VALUES_THREAD]
+    thread = http.app[_LARGE_BODIES_THREAD]
     return await asyncio.get_running_loop().run_in_executor(thread, copy_context().run, work)
 
 
@@ -72,14 +73,14 @@ async def with_template(http: web.Request, work: Callable[[], ResultT]) -> Resul
 
 def add_body_threads(application: web.Application) -> None:
     """Adds the threads that `with_body` and `with_template` need to an application, which ends them."""
-    many_values = ThreadPoolExecutor(1, thread_name_prefix="large bodies")
+    large_bodies = ThreadPoolExecutor(1, thread_name_prefix="large bodies")
     templates = ThreadPoolExecutor(_NUM_TEMPLATE_THREADS, thread_name_prefix="request templates")
 
     async def end(application: web.Application) -> None:
-        for threads in (many_values, templates):
+        for threads in (large_bodies, templates):
             threads.shutdown(wait=False, cancel_futures=True)
 
-    application[_MANY_VALUES_THREAD], application[_TEMPLATE_THREADS] = many_values, templates
+    application[_LARGE_BODIES_THREAD], application[_TEMPLATE_THREADS] = large_bodies, templates
     application.on_cleanup.append(end)
 
 
