@@ -122,6 +122,9 @@ def _options(limits: PortLimits) -> list[tuple[str, int]]:
         # Only messages as they are (bit 0): gRPC unpacks compressed ones whole before it looks at their length. Others
         # are UNIMPLEMENTED.
         "grpc.compression_enabled_algorithms_bitset": 1,
+        # Windows stay 64 KiB: else each call of a fast connection may send megabytes that nothing has asked for. What
+        # is read is taken whole all the same.
+        "grpc.http2.bdp_probe": 0,
         "grpc.max_concurrent_streams": _MAX_STREAMS_OF_CONNECTION,
         "grpc.max_allowed_incoming_connections": limits.max_connections,
         "grpc.server_handshake_timeout_ms": int(limits.client_timeout_s * 1000),

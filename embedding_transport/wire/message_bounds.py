@@ -1,7 +1,7 @@
 """Bounds on the messages of a gRPC port: on those that are read at once, that are kept, and that wait for a reader.
 
 Of a message that is not asked for, HTTP/2's flow control lets 64 KiB through; the rest stays with its sender. So the
-request of each call is asked for here, a few at a time: gRPC says how long one is only once it is in memory.
+requests of each call are asked for here, a few at a time: gRPC says how long one is only once it is in memory.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ WINDOW_NBYTES = 64 * 1024
 # the same connection, those of a worker's other users, wait for a slot: how long a request is shows when it is read.
 _LARGE_NBYTES = 1024 * 1024
 _MAX_COPIES_OF_PAUSE = 4
+# Stays open as long as its session, and so is not read within a time: sessions have limits of their own.
+_SESSION_METHOD = "/Connect"
 
 _Parse = Callable[[bytes], Any]
 
 
 class MessageBounds(grpc.aio.ServerInterceptor):
-    """Reads the requests of all methods that have a single one, and ends replies that are not read.
-
-    Messages of a stream of requests are not bounded here.
+    """Reads the requests of all methods but Connect, and ends replies that are not read.
 
     Args:
         budget: the process's; a request counts until its call ends.
@@ -58,13 +58,15 @@ class MessageBounds(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming:
+        if handler is None or handler_call_details.method.endswith(_SESSION_METHOD):
             return handler
         return self._wrapped(handler)
 
     def _bounded(self, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
         serve = behaviour_of(handler)
         parse = cast(_Parse, handler.request_deserializer)
+        if handler.request_streaming:
+            return self._bounded_stream(serve, parse, handler.response_serializer)
 
         # The iterator of requests keeps the last one until it is garbage-collected, so the context is read from.
         async def bounded(_: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
@@ -82,21 +84,46 @@ class MessageBounds(grpc.aio.ServerInterceptor):
         )
         return make(cast(Any, bounded), None, handler.response_serializer)
 
+    def _bounded_stream(self, serve: Any, parse: _Parse, serialize: Any) -> grpc.RpcMethodHandler[Any, Any]:
+        async def bounded(_: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            with self._budget.item() as reserved:
+                async for response in serve(self._requests(context, context.peer(), parse, reserved), context):
+                    yield response
+
+        return grpc.stream_stream_rpc_method_handler(cast(Any, bounded), None, serialize)
+
     async def _request(
         self, context: grpc.aio.ServicerContext[Any, Any], peer: str, parse: _Parse, reserved: ReservedBytes
     ) -> Any:
-        """Returns the call's request; ends the call where it cannot be had."""
+        """Returns the call's only request; ends the call where it cannot be had."""
         try:
-            return await self._read(context, peer, parse, reserved)
+            request = await self._read(context, peer, parse, reserved)
+            if request is None:
+                raise BadRequest("the call has no request: send one")
+            return request
+        except Exception as error:
+            await abort(context, error)
+
+    async def _requests(
+        self, context: grpc.aio.ServicerContext[Any, Any], peer: str, parse: _Parse, reserved: ReservedBytes
+    ) -> AsyncIterator[Any]:
+        """The requests of a stream, all of them small; ends the call where one cannot be had."""
+        try:
+            while (request := await self._read(context, peer, parse, reserved)) is not None:
+                if reserved.nbytes:
+                    del request  # the error's traceback would keep it
+                    raise BadRequest(f"a message of {reserved.nbytes} bytes: a stream takes up to {WINDOW_NBYTES}")
+                yield request
         except Exception as error:
             await abort(context, error)
 
     async def _read(
         self, context: grpc.aio.ServicerContext[Any, Any], peer: str, parse: _Parse, reserved: ReservedBytes
     ) -> Any:
-        """
+        """Returns the next request, or None at the end of the stream.
+
         Raises:
-            BadRequest: the message does not arrive in time, or there is none.
+            BadRequest: the message does not arrive in time.
             Overloaded: too many others are read, or in memory, or the connection does not read its replies.
         """
         self._replies.check(peer)
@@ -105,9 +132,11 @@ class MessageBounds(grpc.aio.ServerInterceptor):
         try:
             self._replies.check(peer)  # of those that began together all but the first have waited
             raw = await self._received(context)
+            if raw is None:
+                return None
             if len(raw) <= WINDOW_NBYTES:
                 return parse(raw)
-            pause_s = self._pause_s(len(raw))
+            pause_s = self._pause_s(len(raw)) * self._replies.slowdown(peer)
             reserved.reserve(len(raw))
             # It is copied while the interpreter's lock is held: on a thread, and not several at once.
             async with self._parsing:
@@ -119,7 +148,7 @@ class MessageBounds(grpc.aio.ServerInterceptor):
         """For how long a slot that has read so many bytes stays taken, for each slot in use."""
         return min(nbytes // _LARGE_NBYTES, _MAX_COPIES_OF_PAUSE) * nbytes * self._copy_s_per_byte
 
-    async def _received(self, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
+    async def _received(self, context: grpc.aio.ServicerContext[Any, Any]) -> bytes | None:
         """
         Raises:
             BadRequest: see `_read`.
@@ -132,9 +161,7 @@ class MessageBounds(grpc.aio.ServerInterceptor):
                 f"the request did not arrive within {self._timeout.seconds:g} s (--client-timeout-s): send it faster, "
                 "or URLs instead of bytes"
             ) from None
-        if not isinstance(raw, bytes):  # the end of the stream
-            raise BadRequest("the call has no request: send one")
-        return raw
+        return raw if isinstance(raw, bytes) else None  # the end of the stream
 
 
 def _copy_s_per_byte() -> float:

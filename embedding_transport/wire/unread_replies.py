@@ -20,6 +20,8 @@ _log = logging.getLogger(__name__)
 # the part of the time-out after which a reply is one of them. A client that works reads each as it arrives.
 MAX_UNREAD = 8
 _UNREAD_PART = 0.1
+# Likewise the part after which it slows down what is read of the connection.
+_SLOW_PART = 0.01
 
 
 class UnreadReplies:
@@ -42,14 +44,24 @@ class UnreadReplies:
         Raises:
             Overloaded: as many replies as one connection may leave unread have waited for long.
         """
-        latest = asyncio.get_running_loop().time() - self._unread_after_s
-        waiting = self._waiting.get(peer, {}).values()
-        if len(waiting) >= MAX_UNREAD and sum(began <= latest for began in waiting) >= MAX_UNREAD:
+        if self._num_waiting(peer, self._unread_after_s) >= MAX_UNREAD:
             raise Overloaded(
                 f"{MAX_UNREAD} replies over this connection have not been read for {self._unread_after_s:g} s: "
                 "read them before sending more requests",
                 retry_after_s=self.timeout.seconds,
             )
+
+    def slowdown(self, peer: str) -> int:
+        """How many times longer pauses behind large messages of this connection are: 1 for one that reads its replies.
+
+        What it sends before `check` refuses it costs other clients the less, the less it reads.
+        """
+        return 1 + self._num_waiting(peer, self.timeout.seconds * _SLOW_PART)
+
+    def _num_waiting(self, peer: str, seconds: float) -> int:
+        """The replies over this connection that have waited for so long."""
+        latest = asyncio.get_running_loop().time() - seconds
+        return sum(began <= latest for began in self._waiting.get(peer, {}).values())
 
     def begin(self, peer: str, call: BoundedContext) -> None:
         """Counts a write of this call, which writes one message at a time."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_reflection.v1alpha import reflection_pb2
 
 from vitrine_vlm.embedding_transport.wire.grpc_status import abort, error_from_rpc, send
 from vitrine_vlm.embedding_transport.wire.message_bounds import MessageBounds
@@ -210,6 +211,55 @@ async def test_slots_that_have_read_large_messages_pause(serving: Serving) -> No
         assert asyncio.get_running_loop().time() - begin < 0.3
         await asyncio.gather(*large)
         assert asyncio.get_running_loop().time() - begin > 0.3, "the third began once a slot had paused"
+
+
+async def test_a_message_that_is_not_read_stays_with_its_sender(serving: Serving) -> None:
+    """Also on a connection that was fast so far."""
+    serving.gate.set()
+    async with connected(serving) as other:
+        for _ in range(20):
+            await keep(other, MIB)
+        reading = [method(other.stream_unary, "Keep")() for _ in range(2)]
+        await asyncio.sleep(0.1)
+        waiting = method(other.stream_unary, "Keep")()
+        writing = asyncio.ensure_future(waiting.write(b"a" * MIB))
+        await asyncio.sleep(0.4 * TIMEOUT_S)
+        assert not writing.done()
+        for call in (*reading, waiting):
+            call.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
+
+
+async def test_pauses_are_longer_where_replies_are_unread(serving: Serving) -> None:
+    serving.gate.set()
+    serving.bounds._copy_s_per_byte = 2e-9  # 4 MiB: 0.03 s for each slot in use
+    replies = serving.bounds._replies
+    async with connected(serving) as channel:
+        streams = [method(channel.unary_stream, "Stream")(b"a") for _ in range(MAX_UNREAD - 1)]
+        async with asyncio.timeout(10):
+            while max(map(replies.slowdown, replies._waiting), default=1) < MAX_UNREAD:
+                await asyncio.sleep(0.01)
+        begin = asyncio.get_running_loop().time()
+        await asyncio.gather(*(keep(channel, 4 * MIB) for _ in range(3)))
+        assert asyncio.get_running_loop().time() - begin > 0.2, "the third began once a slot had paused"
+        for call in streams:
+            call.cancel()
+
+
+async def test_messages_of_a_stream_are_small_and_read_in_turn(serving: Serving) -> None:
+    """Reflection would have an answer of the same size for each, and take any number of them at once."""
+    info = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+    small = reflection_pb2.ServerReflectionRequest(list_services="*").SerializeToString()
+    large = reflection_pb2.ServerReflectionRequest(host="a" * 2 * MIB).SerializeToString()
+    async with connected(serving) as channel:
+        call: Any = channel.stream_stream(info, bytes, reflection_pb2.ServerReflectionResponse.FromString)()
+        for _ in range(2):
+            await call.write(small)
+            assert (await call.read()).list_services_response.service
+        await call.write(large)
+        assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "up to 65536" in (await call.details() or "")
+        assert serving.budget.reserved_nbytes == 0
 
 
 async def test_connections_are_limited(serving: Serving) -> None:
