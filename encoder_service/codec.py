@@ -21,18 +21,36 @@ from vitrine_vlm.types import (
     Ticket,
 )
 
+# Characters of a tenant or session_id.
+_MAX_NAME_LENGTH = 1024
+# Of an error, which may name what the request has; as much as a call's own error may have.
+_MAX_MESSAGE_LENGTH = 2048
+# The patches of one time take more bytes than this in any model.
+_LEAST_NBYTES_OF_TIME = 256
+
 _KINDS: dict[int, MediaKind] = {
     encoder_pb2.MEDIA_KIND_IMAGE: "image",
     encoder_pb2.MEDIA_KIND_VIDEO: "video",
 }
 
 
+def check_names(request: encoder_pb2.EncodeRequest) -> None:
+    """
+    Raises:
+        BadRequest: tenant or session_id are longer than any is. They are hashed, and named in errors, for each item.
+    """
+    for name, value in (("tenant", request.tenant), ("session_id", request.session_id)):
+        if len(value) > _MAX_NAME_LENGTH:
+            raise BadRequest(f"{name} has {len(value)} characters: at most {_MAX_NAME_LENGTH} are accepted")
+
+
 def item_from_proto(index: int, message: encoder_pb2.MediaItem) -> MediaItem:
     """The item at `index` of a request.
 
     Raises:
-        BadRequest: no kind, no source, patches whose grid is not three numbers, no frames or too many, or options of
-            patches or a ticket. What patches and options hold is checked when the item is opened.
+        BadRequest: no kind, no source, patches whose grid is not three numbers or with more times than can be, no
+            frames or too many, or options of patches or a ticket. What patches and options hold is checked when the
+            item is opened.
     """
     if message.kind not in _KINDS:
         raise BadRequest(f"item {index} has kind {message.kind}: give MEDIA_KIND_IMAGE or MEDIA_KIND_VIDEO")
@@ -63,6 +81,9 @@ def item_from_proto(index: int, message: encoder_pb2.MediaItem) -> MediaItem:
 def _patches_from_proto(index: int, message: encoder_pb2.Patches) -> Patches:
     if len(message.grid_thw) != 3:
         raise BadRequest(f"item {index} has patches with a grid of {len(message.grid_thw)} numbers: give t, h and w")
+    num_times = len(message.timestamps_s)
+    if num_times * _LEAST_NBYTES_OF_TIME > len(message.data):  # before millions of them become objects
+        raise BadRequest(f"item {index} has {num_times} timestamps and {len(message.data)} bytes of patches")
     t, h, w = message.grid_thw
     return Patches(
         data=message.data,
@@ -77,7 +98,8 @@ def _patches_from_proto(index: int, message: encoder_pb2.Patches) -> Patches:
 def failed_to_proto(item_index: int, error: VitrineError) -> encoder_pb2.EncodeResponse:
     """The answer for an item that could not be encoded."""
     retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else 0.0
-    failed = encoder_pb2.Failed(item_index=item_index, code=error.code, message=str(error), retry_after_s=retry_after_s)
+    message = str(error)[:_MAX_MESSAGE_LENGTH]
+    failed = encoder_pb2.Failed(item_index=item_index, code=error.code, message=message, retry_after_s=retry_after_s)
     return encoder_pb2.EncodeResponse(failed=failed)
 
 

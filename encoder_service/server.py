@@ -23,7 +23,7 @@ from vitrine_vlm.embedding_transport.shipping.session_rpc import ReleaseContext,
 from vitrine_vlm.embedding_transport.wire.grpc_status import abort, logged_call, send
 from vitrine_vlm.embedding_transport.wire.message_bounds import WINDOW_NBYTES
 from vitrine_vlm.embedding_transport.wire.messages import layout_to_proto
-from vitrine_vlm.encoder_service.codec import failed_to_proto, item_from_proto
+from vitrine_vlm.encoder_service.codec import check_names, failed_to_proto, item_from_proto
 from vitrine_vlm.encoder_service.metrics import EncoderMetrics
 from vitrine_vlm.encoder_service.service import EncodeService
 from vitrine_vlm.errors import EncoderUnavailable, InternalError, VitrineError
@@ -73,9 +73,10 @@ class _Call:
     def of(cls, request: encoder_pb2.EncodeRequest, state: ServiceState) -> Self:
         """
         Raises:
-            BadRequest, TooManyItems: no items, too many, or one that is malformed.
+            BadRequest, TooManyItems: no items, too many, or one that is malformed; see also `check_names`.
         """
         state.service.check_number(len(request.items))  # before millions of them cost any work
+        check_names(request)
         items = [item_from_proto(index, message) for index, message in enumerate(request.items)]
         return cls(items, request.session_id, request.tenant, request.layout_only, request.call_id)
 

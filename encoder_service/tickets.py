@@ -25,6 +25,8 @@ from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.types import ItemTimings, Layout, Ticket
 
 _TICKET_NBYTES = 16
+# What is kept of an item besides its file, and of each time of a video: many small files take no more than is counted.
+_LEAST_HELD_NBYTES, _HELD_NBYTES_OF_TIME = 4096, 128
 _EXPIRY_INTERVAL_S = 0.5
 
 _log = logging.getLogger(__name__)
@@ -96,8 +98,10 @@ class TicketTable:
             peer: the name of the peer that asks for it.
 
         Raises:
-            Overloaded: the tickets of this peer or tenant hold their share already.
+            Overloaded: the tickets of this peer or tenant hold their share already, or all do.
         """
+        least_nbytes = _LEAST_HELD_NBYTES + _HELD_NBYTES_OF_TIME * len(item.layout.timestamps_s)
+        item.reserved.reserve(max(0, least_nbytes - item.reserved.nbytes))
         self._check_share(item.reserved, f"peer {peer!r}", self._held_by_peer[peer])
         self._check_share(item.reserved, f"tenant {tenant!r}", self._held_by_tenant[tenant])
         item.reserved.share()
@@ -145,7 +149,7 @@ class TicketTable:
         if not is_within_share(held_nbytes, reserved.nbytes, reserved.left_nbytes + reserved.nbytes):
             raise Overloaded(
                 f"tickets of {holder} hold {held_nbytes} bytes of media, and {reserved.left_nbytes} are left for all: "
-                "release them sooner, add encoders or raise --max-held-media-bytes"
+                "release them sooner, add encoders or raise --max-held-bytes"
             )
 
     def _count(self, peer: str, tenant: str, nbytes: int) -> None:

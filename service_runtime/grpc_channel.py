@@ -6,8 +6,10 @@ import grpc
 
 from vitrine_vlm.service_runtime.tls import ClientTls
 
-# Of what a client sends or receives; a server's limit is its --max-body-bytes.
+# Of what a client sends; a server's limit is its --max-body-bytes.
 _MAX_MESSAGE_BYTES = 512 * 1024 * 1024
+# Of what a client receives: services send rows in chunks of 1 MiB.
+_MAX_RECEIVED_BYTES = 64 * 1024 * 1024
 _KEEPALIVE_MS = 10_000
 # For channels and servers alike.
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
@@ -26,6 +28,10 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     # Encoders are addressed directly; a proxy in the environment is for other hosts.
     ("grpc.enable_http_proxy", 0),
 ]
+_CLIENT_OPTIONS: list[tuple[str, int | str]] = [
+    *((name, value) for name, value in CHANNEL_OPTIONS if name != "grpc.max_receive_message_length"),
+    ("grpc.max_receive_message_length", _MAX_RECEIVED_BYTES),
+]
 
 
 def open_channel(address: str, tls: ClientTls | None = None) -> grpc.aio.Channel:
@@ -35,8 +41,8 @@ def open_channel(address: str, tls: ClientTls | None = None) -> grpc.aio.Channel
         OSError: a file of `tls` cannot be read.
     """
     if tls is None:
-        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-    options: list[tuple[str, int | str]] = [*CHANNEL_OPTIONS]
+        return grpc.aio.insecure_channel(address, options=_CLIENT_OPTIONS)
+    options = [*_CLIENT_OPTIONS]
     if tls.server_name is not None:
         options.append(("grpc.ssl_target_name_override", tls.server_name))
     return grpc.aio.secure_channel(address, tls.credentials(), options=options)

@@ -31,6 +31,7 @@ from vitrine_vlm.types import (
 _MAX_ROW_WIDTH = 2**22
 _MAX_MS = 1e9
 _MAX_EXPECTED_S = 1e6
+_MAX_HASH_NBYTES = 64
 
 _KIND_TO_PROTO: dict[MediaKind, encoder_pb2.MediaKind.ValueType] = {
     "image": encoder_pb2.MEDIA_KIND_IMAGE,
@@ -129,7 +130,8 @@ def layout_from_proto(message: encoder_pb2.Layout, item: MediaItem, merge_size: 
     """Returns an item's layout.
 
     Raises:
-        InternalError: grid, number of tokens and timestamps do not agree, or a time is no time.
+        InternalError: grid, number of tokens and timestamps do not agree, a time is no time, or the content hash is
+            longer than any, as it is kept.
     """
     if len(message.grid_thw) != 3 or merge_size < 1:
         raise InternalError(f"layout with grid {list(message.grid_thw)} and merge_size {merge_size}")
@@ -142,6 +144,8 @@ def layout_from_proto(message: encoder_pb2.Layout, item: MediaItem, merge_size: 
     times_s = (*message.timestamps_s, message.second_per_grid_t)
     if not all(math.isfinite(time_s) and time_s >= 0 for time_s in times_s):
         raise InternalError("layout with times that are negative or not finite")
+    if len(message.content_hash) > _MAX_HASH_NBYTES:
+        raise InternalError(f"layout with a content hash of {len(message.content_hash)} bytes")
     return Layout(
         kind=item.kind,
         grid_thw=(t, h, w),

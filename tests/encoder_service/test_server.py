@@ -148,6 +148,30 @@ async def test_a_bad_item_is_reported_and_the_others_answer(encoder: RunningEnco
             "item 0 has no source",
         ),
         (encoder_pb2.EncodeRequest(items=[image_message(b"x")] * 9), "too_many_items", "9 media items: at most 8"),
+        (
+            encoder_pb2.EncodeRequest(items=[image_message(b"x")], tenant="t" * 1025),
+            "invalid_request",
+            "tenant has 1025 characters: at most 1024",
+        ),
+        (
+            encoder_pb2.EncodeRequest(items=[image_message(b"x")], session_id="s" * 2_000_000),
+            "invalid_request",
+            "session_id has 2000000 characters: at most 1024",
+        ),
+        (
+            encoder_pb2.EncodeRequest(
+                items=[
+                    encoder_pb2.MediaItem(
+                        kind=encoder_pb2.MEDIA_KIND_VIDEO,
+                        patches=encoder_pb2.Patches(
+                            data=bytes(4096), grid_thw=[2**31, 2, 2], timestamps_s=[0.0] * 1_000_000
+                        ),
+                    )
+                ]
+            ),
+            "invalid_request",
+            "item 0 has 1000000 timestamps and 4096 bytes of patches",
+        ),
     ],
 )
 async def test_malformed_requests_are_refused(

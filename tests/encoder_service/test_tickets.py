@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,20 @@ async def test_tickets_fill_the_budget_of_media_bytes(qwen3_vl_folder: Path, tmp
         assert not failures(await encode(encoder, [*map(claim, tickets)])), "claims need no further bytes"
         await stub(encoder).Release(encoder_pb2.ReleaseRequest(tickets=tickets[:1]))
         assert not failures(await encode(encoder, [item_to_proto(image(PICTURE))], layout_only=True))
+
+
+def test_a_ticket_of_a_small_file_counts_what_is_kept_of_it(tmp_path: Path) -> None:
+    budget, table = ByteBudget(1 << 20), TicketTable("encoder", 10.0)
+    preprocessor = Preprocessor(settings(tmp_path, "qwen3_vl", QWEN3_IMAGE), MediaLimits())
+    opened = preprocessor.open("image", PICTURE)
+    for layout, nbytes in ((opened.layout, 4096), (replace(opened.layout, timestamps_s=(0.0,) * 1000), 132_096)):
+        reserved = budget.item()
+        reserved.reserve(100)
+        ticket = table.issue(OpenedItem(opened, layout, reserved), "tenant")
+        reserved.release()
+        assert table.nbytes == budget.reserved_nbytes == nbytes
+        table.release([ticket.value])
+        assert table.nbytes == budget.reserved_nbytes == 0
 
 
 def test_one_tenant_leaves_room_for_the_tickets_of_others(tmp_path: Path) -> None:

@@ -37,6 +37,20 @@ def test_a_layout_with_times_that_are_none_is_refused(value: float) -> None:
             layout_from_proto(encoder_pb2.Layout(grid_thw=[1, 2, 2], num_tokens=1, **times), video, 2)
 
 
+@pytest.mark.parametrize("value", [*NO_TIMES, 1e300])
+@pytest.mark.parametrize("name", ["queue_s", "encode_s"])
+def test_what_is_no_time_moves_no_item(name: str, value: float) -> None:
+    layout = encoder_pb2.Layout(grid_thw=[1, 2, 2], num_tokens=1, queue_s=1.0, encode_s=1.0)
+    setattr(layout, name, value)
+    assert layout_from_proto(layout, MediaItem("image", data=b""), 2).expected is None
+
+
+def test_a_content_hash_has_a_length() -> None:
+    layout = encoder_pb2.Layout(grid_thw=[1, 2, 2], num_tokens=1, content_hash=bytes(1 << 20))
+    with pytest.raises(InternalError, match="content hash of 1048576 bytes"):
+        layout_from_proto(layout, MediaItem("image", data=b""), 2)
+
+
 @pytest.mark.parametrize(("width", "num_layers"), [(0, 0), (0, 3), (2**32 - 1, 0), (2048, 100_000)])
 def test_rows_without_width_or_an_absurd_one_are_refused(width: int, num_layers: int) -> None:
     description = encoder_pb2.DescribeResponse(
