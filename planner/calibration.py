@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
-from unittest.mock import patch
 
-from vitrine_vlm.planner.costs import Costs, costs_of, simulated_with
+from vitrine_vlm.llm_worker.engine.step_goals import StepGoals
+from vitrine_vlm.planner.costs import Costs, costs_of
 from vitrine_vlm.planner.loads import Figures, measure_encoder, measure_load
 from vitrine_vlm.planner.measured_loads import MEASURED, MeasuredLoad, System
 from vitrine_vlm.planner.one_gpu import AllAtOnce, Sharing, on_host
@@ -54,17 +53,15 @@ def compare(measured: MeasuredLoad) -> Compared:
     if is_vllm:
         costs = _of_vllm(costs, measured.system)
     runs = measure_encoder if measured.system == "encoder" else measure_load
-    with ExitStack() as stack:
-        stack.enter_context(simulated_with(costs))
-        if is_vllm:
-            stack.enter_context(patch("vitrine_vlm.simulation.worker.StepGoals", AllAtOnce))
-        figures = on_host(
-            _SHARING[measured.system],
-            LINKS[measured.transport],
-            lambda host: runs(host, measured.load, costs),
-            encoder=_ENCODER_LIMITS,
-            worker=_VLLM_LIMITS if is_vllm else WorkerLimits(),
-        )
+    figures = on_host(
+        _SHARING[measured.system],
+        LINKS[measured.transport],
+        costs,
+        lambda host: runs(host, measured.load, costs),
+        encoder=_ENCODER_LIMITS,
+        worker=_VLLM_LIMITS if is_vllm else WorkerLimits(),
+        step_goals=AllAtOnce if is_vllm else StepGoals,
+    )
     is_of_pictures = measured.load.beside and not is_vllm
     rate = figures.beside_per_s if is_of_pictures else figures.requests_per_s
     ttft = figures.ttft_s / measured.ttft_s if measured.ttft_s else None

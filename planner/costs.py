@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from unittest.mock import patch
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vitrine_vlm.encoder_service.engine.cost_model import CostModel
 from vitrine_vlm.encoder_service.models.grids import GridTHW
 from vitrine_vlm.llm_worker.engine.step_costs import StepCosts
-from vitrine_vlm.simulation.costs import MEASURED, Hardware, step_costs, tower_cost
+from vitrine_vlm.simulation.costs import MEASURED, Hardware
 
 # 32 pictures of 560x560 take 2.60 ms each alone, and 2.70 to 2.73 ms beside what decodes and delivers.
 _PICTURE_S = 0.11e-3
@@ -43,7 +41,7 @@ class DecoderCosts(BaseModel):
 
 
 class Costs(BaseModel):
-    """Everything that a plan has to know of a GPU and a model on it.
+    """Everything that a plan has to know of a GPU and a model on it; the simulation's `GpuCosts`.
 
     gpu, model: names, for readers. source: where the figures come from. row_nbytes: of the embeddings of one token of a
     picture, deepstack included. picture_s: seconds of the encoder's GPU that decoding one picture takes from the
@@ -111,7 +109,7 @@ def costs_of(gpu: str, model: str) -> Costs:
     """
     hardware, sizes, of_base = Hardware(gpu), MODELS[model], MODELS[_MEASURED_MODEL]
     tower, decoder = sizes.tower / of_base.tower, sizes.decoder / of_base.decoder
-    cost, steps = tower_cost(hardware), step_costs(hardware)
+    cost, steps = hardware.tower_cost(), hardware.step_costs()
     is_measured = (hardware, model) == (MEASURED, _MEASURED_MODEL)
     return Costs(
         gpu=gpu,
@@ -143,14 +141,3 @@ def read_costs(path: Path) -> Costs:
         return Costs.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise ValueError(f"{path} has no costs as vitrine-plan calibrate writes them: {error}") from None
-
-
-@contextmanager
-def simulated_with(costs: Costs) -> Iterator[None]:
-    """Within it, the encoders and workers that the simulation makes have these costs in place of its own."""
-    with (
-        patch("vitrine_vlm.simulation.encoder.tower_cost", lambda *_: costs.tower_cost()),
-        patch("vitrine_vlm.simulation.tower.tower_cost", lambda *_: costs.real_tower_cost()),
-        patch("vitrine_vlm.simulation.worker.step_costs", lambda *_: costs.step_costs()),
-    ):
-        yield

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vitrine_vlm.planner.costs import Costs, simulated_with
+from vitrine_vlm.planner.costs import Costs
 from vitrine_vlm.planner.one_gpu import Host, on_host
 from vitrine_vlm.simulation.network import LINKS
 from vitrine_vlm.simulation.report import report
@@ -45,8 +45,7 @@ def run_split(
     """Encoders and workers on GPUs of their own."""
     traffic = Traffic(rate=1.0, seconds=1.0)  # unused: the requests are given
     scenario = Scenario(num_encoders, num_workers, traffic, transport=transport, worker_limits=limits)
-    with simulated_with(costs):
-        run = simulate(scenario, _SEED, requests)
+    run = simulate(scenario, _SEED, requests, costs=costs)
     return replace(_expected(run.outcomes, costs), encoder_utilization=report(run).tower_utilization)
 
 
@@ -61,8 +60,7 @@ def run_monoliths(requests: Sequence[SimulatedRequest], costs: Costs, num_gpus: 
 
         return list(await asyncio.gather(*map(ask, own)))
 
-    with simulated_with(costs):
-        outcomes = on_host("line", LINKS["cuda_ipc"], work, worker=limits)
+    outcomes = on_host("line", LINKS["cuda_ipc"], costs, work, worker=limits)
     return _expected(outcomes, costs)
 
 

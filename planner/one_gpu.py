@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, TypeVarTuple, Unpack
 
 from vitrine_vlm.errors import VitrineError
 from vitrine_vlm.llm_worker.engine.step_goals import StepGoals
+from vitrine_vlm.simulation.costs import GpuCosts
 from vitrine_vlm.simulation.encoder import EncoderLimits, SimulatedEncoder
 from vitrine_vlm.simulation.network import Link
 from vitrine_vlm.simulation.virtual_loop import VirtualLoop
@@ -115,8 +116,16 @@ class AllAtOnce(StepGoals):
 class PlannedWorker(SimulatedWorker):
     """A worker whose steps are computed by a shared GPU."""
 
-    def __init__(self, loop: OneGpuLoop, link: Link, limits: WorkerLimits, seed: int) -> None:
-        super().__init__(loop, "worker-0", link, limits, seed)
+    def __init__(
+        self,
+        loop: OneGpuLoop,
+        link: Link,
+        limits: WorkerLimits,
+        seed: int,
+        costs: GpuCosts,
+        step_goals: type[StepGoals],
+    ) -> None:
+        super().__init__(loop, "worker-0", link, limits, seed, costs, step_goals)
         self._gpu = loop.gpu
         self._num_asked = 0
 
@@ -138,12 +147,21 @@ class Host:
     """One encoder and one worker, and the GPUs below them."""
 
     def __init__(
-        self, loop: OneGpuLoop, sharing: Sharing, link: Link, encoder: EncoderLimits, worker: WorkerLimits, seed: int
+        self,
+        loop: OneGpuLoop,
+        sharing: Sharing,
+        link: Link,
+        costs: GpuCosts,
+        *,
+        encoder: EncoderLimits,
+        worker: WorkerLimits,
+        step_goals: type[StepGoals],
+        seed: int,
     ) -> None:
         self.loop = loop
         self.gpu = loop.gpu = SharedGpu(loop, sharing)
-        self.encoder = SimulatedEncoder(loop, "encoder-0:50051", 0, encoder, seed)
-        self.worker = PlannedWorker(loop, link, worker, seed)
+        self.encoder = SimulatedEncoder(loop, "encoder-0:50051", 0, encoder, seed, costs)
+        self.worker = PlannedWorker(loop, link, worker, seed, costs, step_goals)
         self.worker.client.set_addresses([self.encoder.address])
         for peer in self.worker.peers:
             peer.connect(self.encoder)
@@ -156,17 +174,28 @@ class Host:
 def on_host(
     sharing: Sharing,
     link: Link,
+    costs: GpuCosts,
     work: Callable[[Host], Awaitable[T]],
     *,
     encoder: EncoderLimits | None = None,
     worker: WorkerLimits | None = None,
+    step_goals: type[StepGoals] = StepGoals,
     seed: int = 0,
 ) -> T:
     """What `work` returns, from a virtual clock at 0."""
     loop = OneGpuLoop()  # type: ignore[abstract]  # as `new_virtual_loop`
 
     async def run() -> T:
-        host = Host(loop, sharing, link, encoder or EncoderLimits(), worker or WorkerLimits(), seed)
+        host = Host(
+            loop,
+            sharing,
+            link,
+            costs,
+            encoder=encoder or EncoderLimits(),
+            worker=worker or WorkerLimits(),
+            step_goals=step_goals,
+            seed=seed,
+        )
         try:
             return await work(host)
         finally:

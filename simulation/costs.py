@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 
@@ -66,9 +66,25 @@ GPUS = {
 }
 
 
+class GpuCosts(Protocol):
+    """What the GPUs of a fleet take. Each call returns a new model, because what uses it corrects it."""
+
+    def tower_cost(self) -> CostModel:
+        """The cost model of the tower, as an encoder has measured it at its start."""
+        ...
+
+    def real_tower_cost(self) -> CostModel:
+        """What the tower takes, which the encoder learns only from its batches."""
+        ...
+
+    def step_costs(self) -> StepCosts:
+        """The cost model of a worker's steps."""
+        ...
+
+
 @dataclass(frozen=True)
 class Hardware:
-    """gpu: a name of GPUS; decoder: how the decoder's weights are stored.
+    """`GpuCosts` of Qwen3-VL-8B. gpu: a name of GPUS; decoder: how the decoder's weights are stored.
 
     Only the H200 was measured. On another GPU the tower, and what prompt tokens add to a step, take as much longer as
     its operations a second are fewer; decoding, and reading the weights, as its memory is slower.
@@ -87,29 +103,29 @@ class Hardware:
         """By how much longer than on the H200 reading the memory takes."""
         return GPUS["h200"].bytes_a_second / GPUS[self.gpu].bytes_a_second
 
+    def tower_cost(self) -> CostModel:
+        factor, fitted = self.compute_factor, _fitted_tower()
+        return CostModel(factor * fitted.fixed_s, factor * fitted.per_patch_s, factor * fitted.per_pair_s)
+
+    def real_tower_cost(self) -> CostModel:
+        """The same as `tower_cost`."""
+        return self.tower_cost()
+
+    def step_costs(self) -> StepCosts:
+        compute, memory = self.compute_factor, self.memory_factor
+        decode_s, mixed_s = _DECODE_S, _MIXED_S
+        if self.decoder == "fp8":
+            decode_s, mixed_s = _faster(decode_s, _FP8_DECODE), _faster(mixed_s, _FP8_PROMPT)
+        weights_s = decode_s[1]
+        return StepCosts(
+            {size: memory * seconds for size, seconds in decode_s.items()},
+            {size: memory * weights_s + compute * (seconds - weights_s) for size, seconds in mixed_s.items()},
+            memory * _PER_KEY_S,
+            compute * _PER_PAIR_S,
+        )
+
 
 MEASURED = Hardware()
-
-
-def tower_cost(hardware: Hardware = MEASURED) -> CostModel:
-    """A new cost model of the tower, as an encoder has measured it at its start."""
-    factor, fitted = hardware.compute_factor, _fitted_tower()
-    return CostModel(factor * fitted.fixed_s, factor * fitted.per_patch_s, factor * fitted.per_pair_s)
-
-
-def step_costs(hardware: Hardware = MEASURED) -> StepCosts:
-    """A new cost model of a worker's steps."""
-    compute, memory = hardware.compute_factor, hardware.memory_factor
-    decode_s, mixed_s = _DECODE_S, _MIXED_S
-    if hardware.decoder == "fp8":
-        decode_s, mixed_s = _faster(decode_s, _FP8_DECODE), _faster(mixed_s, _FP8_PROMPT)
-    weights_s = decode_s[1]
-    return StepCosts(
-        {size: memory * seconds for size, seconds in decode_s.items()},
-        {size: memory * weights_s + compute * (seconds - weights_s) for size, seconds in mixed_s.items()},
-        memory * _PER_KEY_S,
-        compute * _PER_PAIR_S,
-    )
 
 
 def preprocess_s(num_patches: int) -> float:

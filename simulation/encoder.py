@@ -26,7 +26,7 @@ from vitrine_vlm.errors import VitrineError
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget
 from vitrine_vlm.service_runtime.supervisor import Supervisor
-from vitrine_vlm.simulation.costs import IDENTITY, MEASURED, MERGE_SIZE, Hardware, tower_cost
+from vitrine_vlm.simulation.costs import IDENTITY, MEASURED, MERGE_SIZE, GpuCosts
 from vitrine_vlm.simulation.network import Port
 from vitrine_vlm.simulation.tower import (
     SimulatedLoader,
@@ -74,19 +74,19 @@ class SimulatedEncoder:
         zone: int,
         limits: EncoderLimits,
         seed: int,
-        hardware: Hardware = MEASURED,
+        costs: GpuCosts = MEASURED,
         version: Version = "good",
     ) -> None:
         self.address, self.zone = address, zone
         identity = replace(IDENTITY, revision="another") if version == "another checkpoint" else IDENTITY
         rng = random.Random(f"{seed} {address}")
         self.port = Port(rng)
-        self.tower = SimulatedTower(loop, rng, hardware, is_broken=version == "broken")
+        self.tower = SimulatedTower(loop, rng, costs.real_tower_cost(), is_broken=version == "broken")
         self.contents: set[bytes] = set()
         self.longest_queue_s = 0.0
         self._loop = loop
         self._supervisor = Supervisor()
-        cost, clock = tower_cost(hardware), loop.time
+        cost, clock = costs.tower_cost(), loop.time
         self.held = ByteBudget(limits.max_held_nbytes, clock=clock)
         self.admission = Admission(cost, max_patches=limits.max_queued_patches, max_s=limits.max_queued_s, clock=clock)
         self.cache = EmbeddingCache(gpu_nbytes=0, host_nbytes=limits.cache_nbytes)

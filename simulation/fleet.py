@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeAlias, get_args
 
-from vitrine_vlm.simulation.costs import MEASURED, Hardware
+from vitrine_vlm.simulation.costs import MEASURED, GpuCosts
 from vitrine_vlm.simulation.encoder import EncoderLimits, SimulatedEncoder, Version
 from vitrine_vlm.simulation.network import Link
 from vitrine_vlm.simulation.virtual_loop import VirtualLoop
@@ -65,9 +65,9 @@ class Fleet:
         encoder_limits: EncoderLimits,
         worker_limits: WorkerLimits,
         seed: int,
-        hardware: Hardware = MEASURED,
+        costs: GpuCosts = MEASURED,
     ) -> None:
-        self._loop, self._limits, self._seed, self._hardware = loop, encoder_limits, seed, hardware
+        self._loop, self._limits, self._seed, self._costs = loop, encoder_limits, seed, costs
         self._rng = random.Random(f"{seed} fleet")
         self._addresses = [f"encoder-{number}:50051" for number in range(num_encoders)]
         self._zones = {address: number % num_zones for number, address in enumerate(self._addresses)}
@@ -78,8 +78,7 @@ class Fleet:
         self.ended: list[SimulatedEncoder] = []
         self.encoders: dict[str, SimulatedEncoder] = {}
         self.workers = [
-            SimulatedWorker(loop, f"worker-{number}", link, worker_limits, seed, hardware)
-            for number in range(num_workers)
+            SimulatedWorker(loop, f"worker-{number}", link, worker_limits, seed, costs) for number in range(num_workers)
         ]
         for worker in self.workers:
             worker.client.set_addresses(self._addresses)
@@ -157,7 +156,7 @@ class Fleet:
     def _start(self, address: str, version: Version = "good") -> None:
         loop = self._clocks.get(address, self._loop)
         self.encoders[address] = SimulatedEncoder(
-            loop, address, self._zones[address], self._limits, self._seed, self._hardware, version
+            loop, address, self._zones[address], self._limits, self._seed, self._costs, version
         )
 
     def _start_again(self, address: str) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from vitrine_vlm.simulation.costs import GpuCosts
 from vitrine_vlm.simulation.fleet import Fleet
 from vitrine_vlm.simulation.network import LINKS
 from vitrine_vlm.simulation.scenario import Scenario
@@ -46,11 +47,13 @@ def simulate(
     seed: int,
     requests: Sequence[SimulatedRequest] | None = None,
     begin: Callable[[Fleet], None] = lambda fleet: None,
+    costs: GpuCosts | None = None,
 ) -> Run:
     """
     Args:
-        begin: called on the event loop before the first request, to plan what else happens to the fleet.
         requests: in the order of their arrival; by default those of the scenario's traffic.
+        begin: called on the event loop before the first request, to plan what else happens to the fleet.
+        costs: of all GPUs; by default those of the scenario's hardware.
 
     Raises:
         NothingLeft: a request can never end.
@@ -63,7 +66,7 @@ def simulate(
     thresholds = gc.get_threshold()
     gc.set_threshold(*_GC_THRESHOLDS)
     try:
-        outcomes, fleet, virtual_s = loop.run(_run(loop, scenario, seed, requests, begin))
+        outcomes, fleet, virtual_s = loop.run(_run(loop, scenario, seed, requests, begin, costs or scenario.hardware))
     finally:
         gc.unfreeze()
         gc.set_threshold(*thresholds)
@@ -77,6 +80,7 @@ async def _run(
     seed: int,
     requests: Sequence[SimulatedRequest],
     begin: Callable[[Fleet], None],
+    costs: GpuCosts,
 ) -> tuple[list[Outcome], Fleet, float]:
     fleet = Fleet(
         loop,
@@ -87,7 +91,7 @@ async def _run(
         encoder_limits=scenario.encoder_limits,
         worker_limits=scenario.worker_limits,
         seed=seed,
-        hardware=scenario.hardware,
+        costs=costs,
     )
     fleet.plan(scenario.faults)
     begin(fleet)

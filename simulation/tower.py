@@ -17,9 +17,10 @@ from vitrine_vlm.embedding_transport.pools.pool import Block, ExportPool, PoolMa
 from vitrine_vlm.embedding_transport.pools.row_source import RowSource
 from vitrine_vlm.encoder_service.decoding.media_decoder import MediaDecoder
 from vitrine_vlm.encoder_service.decoding.work import DecodeWork
+from vitrine_vlm.encoder_service.engine.cost_model import CostModel
 from vitrine_vlm.encoder_service.preprocess.preprocessor import OpenedMedia
 from vitrine_vlm.service_runtime.byte_budget import Reserve
-from vitrine_vlm.simulation.costs import IDENTITY, MERGE_SIZE, OPEN_S, Hardware, preprocess_s, tower_cost
+from vitrine_vlm.simulation.costs import IDENTITY, MERGE_SIZE, OPEN_S, preprocess_s
 from vitrine_vlm.simulation.virtual_loop import VirtualLoop
 from vitrine_vlm.simulation.workload import Picture
 from vitrine_vlm.types import DTYPES, Layout, MediaItem
@@ -70,7 +71,7 @@ class SizedRows:
 
 
 class SimulatedTower:
-    """Takes as long as the measured cost model says, `factor` times, and a little more or less.
+    """Takes as long as the cost model says, `factor` times, and a little more or less.
 
     busy_s: seconds in which it has computed. is_broken: whether every batch fails.
     """
@@ -80,12 +81,12 @@ class SimulatedTower:
     row_width = IDENTITY.row_width
     merge_unit = MERGE_SIZE**2
 
-    def __init__(self, loop: VirtualLoop, rng: random.Random, hardware: Hardware, *, is_broken: bool) -> None:
+    def __init__(self, loop: VirtualLoop, rng: random.Random, cost: CostModel, *, is_broken: bool) -> None:
         self.factor = 1.0
         self.is_broken = is_broken
         self.busy_s = 0.0
         self._loop, self._rng = loop, rng
-        self._cost = tower_cost(hardware)
+        self._cost = cost
 
     def forward(self, patches_PX: torch.Tensor, grid_thw: list[tuple[int, int, int]]) -> torch.Tensor:
         if self.is_broken:

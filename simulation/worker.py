@@ -23,7 +23,7 @@ from vitrine_vlm.llm_worker.engine.step_goals import StepGoals
 from vitrine_vlm.llm_worker.models.config import TextConfig
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.simulation.connection import SimulatedPeer
-from vitrine_vlm.simulation.costs import IDENTITY, MEASURED, Hardware, step_costs
+from vitrine_vlm.simulation.costs import IDENTITY, MEASURED, GpuCosts
 from vitrine_vlm.simulation.network import Link, Port
 from vitrine_vlm.simulation.tower import item_of
 from vitrine_vlm.simulation.virtual_loop import VirtualLoop
@@ -86,6 +86,9 @@ class _Running:
 class SimulatedWorker:
     """
     num_steps: steps since the start.
+
+    Args:
+        step_goals: decides how many prompt tokens a step takes.
     """
 
     def __init__(
@@ -95,7 +98,8 @@ class SimulatedWorker:
         link: Link,
         limits: WorkerLimits,
         seed: int,
-        hardware: Hardware = MEASURED,
+        costs: GpuCosts = MEASURED,
+        step_goals: type[StepGoals] = StepGoals,
     ) -> None:
         self.name = name
         self.num_steps = 0
@@ -112,11 +116,11 @@ class SimulatedWorker:
             supervisor=self._supervisor,
             make_peer=self._make_peer,
         )
-        self._costs, self._really = step_costs(hardware), step_costs(hardware)
+        self._costs, self._really = costs.step_costs(), costs.step_costs()
         self._cache = KvCache(
             _CONFIG, limits.kv_tokens // _BLOCK_SIZE, _BLOCK_SIZE, torch.device("meta"), torch.bfloat16
         )
-        goals = StepGoals(self._costs, limits.target_itl_s, limits.target_ttft_s, limits.max_num_batched_tokens)
+        goals = step_goals(self._costs, limits.target_itl_s, limits.target_ttft_s, limits.max_num_batched_tokens)
         self._scheduler = Scheduler(
             self._cache,
             limits.max_num_batched_tokens,

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vitrine_vlm.encoder_service.engine.tower_load import WINDOW_S
-from vitrine_vlm.simulation.costs import tower_cost
+from vitrine_vlm.simulation.costs import MEASURED
 from vitrine_vlm.simulation.encoder import EncoderLimits
 from vitrine_vlm.simulation.workload import SIZES, Picture
 
@@ -32,7 +32,7 @@ class Pool:
     max_queued_s: float = field(default_factory=lambda: EncoderLimits().max_queued_s)
 
     def __post_init__(self) -> None:
-        cost = tower_cost()
+        cost = MEASURED.tower_cost()
         self.work_s = np.array([cost.uncorrected_seconds(Picture("", *size).grid_thw) for size in SIZES])
         weights = np.array(list(SIZES.values()), dtype=float)
         self._parts = weights / weights.sum()

@@ -8,7 +8,7 @@ import pytest
 
 from vitrine_vlm.llm_worker.engine.step_costs import StepSize
 from vitrine_vlm.simulation.checks import violations
-from vitrine_vlm.simulation.costs import Hardware, step_costs, tower_cost
+from vitrine_vlm.simulation.costs import MEASURED, Hardware
 from vitrine_vlm.simulation.fleet import Fault
 from vitrine_vlm.simulation.report import report
 from vitrine_vlm.simulation.scenario import Scenario, Traffic
@@ -64,14 +64,14 @@ def test_a_bad_link_delays_what_passes_it() -> None:
 
 
 def test_fp8_and_other_gpus_change_what_steps_and_the_tower_take() -> None:
-    bf16, fp8 = step_costs(), step_costs(Hardware(decoder="fp8"))
+    bf16, fp8 = MEASURED.step_costs(), Hardware(decoder="fp8").step_costs()
     assert bf16.seconds(StepSize(1)) / fp8.seconds(StepSize(1)) == pytest.approx(1.29)
     assert bf16.decode_s[128] / fp8.decode_s[128] == pytest.approx(1.10)
     assert bf16.mixed_s[2048] / fp8.mixed_s[2048] == pytest.approx(1.61)
     assert 1.10 < bf16.decode_s[64] / fp8.decode_s[64] < 1.15, "between what was measured"
     grid, a100 = [Picture("", 560, 560).grid_thw], Hardware("a100-80gb")
-    assert tower_cost(a100).batch_seconds(grid) / tower_cost().batch_seconds(grid) == pytest.approx(989 / 312)
-    assert step_costs(a100).seconds(StepSize(1)) / bf16.seconds(StepSize(1)) == pytest.approx(4.8 / 2.04)
-    h100 = step_costs(Hardware("h100"))
+    assert a100.tower_cost().batch_seconds(grid) / MEASURED.tower_cost().batch_seconds(grid) == pytest.approx(989 / 312)
+    assert a100.step_costs().seconds(StepSize(1)) / bf16.seconds(StepSize(1)) == pytest.approx(4.8 / 2.04)
+    h100 = Hardware("h100").step_costs()
     assert h100.decode_s[1] > bf16.decode_s[1]
     assert h100.mixed_s[8192] == pytest.approx(bf16.mixed_s[8192], rel=0.02), "the same operations a second"

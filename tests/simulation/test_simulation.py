@@ -12,7 +12,7 @@ import pytest
 
 from vitrine_vlm.simulation.__main__ import main
 from vitrine_vlm.simulation.checks import violations
-from vitrine_vlm.simulation.costs import tower_cost
+from vitrine_vlm.simulation.costs import MEASURED
 from vitrine_vlm.simulation.report import digest, report
 from vitrine_vlm.simulation.scenario import SCENARIOS, Scenario, Traffic, random_scenario
 from vitrine_vlm.simulation.simulation import Run, simulate
@@ -39,7 +39,7 @@ def test_equal_seeds_give_equal_runs_in_any_process() -> None:
 
 def test_the_costs_are_those_that_were_measured() -> None:
     """The cost model has three coefficients for five figures of docs/performance.md."""
-    cost = tower_cost()
+    cost = MEASURED.tower_cost()
     assert cost.batch_seconds([Picture("", 560, 560).grid_thw] * 32) == pytest.approx(84.29e-3, rel=0.1)
     assert cost.batch_seconds([Picture("", 720, 1280).grid_thw] * 8) == pytest.approx(74.89e-3, rel=0.1)
     assert cost.batch_seconds([Picture("", 1080, 1920).grid_thw] * 4) == pytest.approx(125.34e-3, rel=0.1)

@@ -21,7 +21,7 @@ from vitrine_vlm.llm_worker.engine.scheduler import Scheduler
 from vitrine_vlm.llm_worker.engine.step_costs import StepCosts, StepSize
 from vitrine_vlm.llm_worker.engine.step_goals import StepGoals
 from vitrine_vlm.llm_worker.models.config import TextConfig
-from vitrine_vlm.simulation.costs import step_costs
+from vitrine_vlm.simulation.costs import MEASURED
 
 
 @dataclass
@@ -91,12 +91,12 @@ class Simulation:
         """
         self.now = 0.0
         self.outcomes: list[Outcome] = []
-        self.costs = costs if costs is not None else step_costs()
+        self.costs = costs if costs is not None else MEASURED.step_costs()
         self.goals = StepGoals(self.costs, target_itl_s, 0.5, max_mixed_tokens)
         smallest = replace(config, num_hidden_layers=1, num_key_value_heads=1)
         self._cache = KvCache(smallest, num_blocks, 16, torch.device("cpu"), torch.float32)
         self.scheduler = Scheduler(self._cache, 8192, 64, 32768, self.goals, prefix_cache=False, clock=lambda: self.now)
-        self._really = really if really is not None else step_costs()
+        self._really = really if really is not None else MEASURED.step_costs()
         self._live: dict[RequestState, Outcome] = {}
         self._encoding: deque[Encoding] = deque()
         for load in loads:

@@ -24,7 +24,7 @@ from vitrine_vlm.llm_worker.engine.step_goals import StepGoals
 from vitrine_vlm.llm_worker.families import build_decoder, text_config
 from vitrine_vlm.llm_worker.models.config import TextConfig
 from vitrine_vlm.model_loading.checkpoint import open_checkpoint
-from vitrine_vlm.simulation.costs import step_costs
+from vitrine_vlm.simulation.costs import MEASURED
 
 # Pictures of Qwen3-VL: 560x560, 720p and 1080p, and seconds of its tower on one H200.
 SMALL, LARGE, LARGEST = (324, 2.6e-3), (920, 9.3e-3), (2040, 31e-3)
@@ -61,7 +61,7 @@ def gaps(outcomes: Sequence[Outcome]) -> list[float]:
 
 def scaled_costs(factor: float) -> StepCosts:
     """Costs whose seconds are all `factor` times those measured."""
-    costs = step_costs()
+    costs = MEASURED.step_costs()
     decode_s, mixed_s = ({size: factor * s for size, s in each.items()} for each in (costs.decode_s, costs.mixed_s))
     return StepCosts(decode_s, mixed_s, factor * costs.per_key_s, factor * costs.per_pair_s)
 
@@ -181,11 +181,11 @@ def choose(goals: StepGoals, num_decoding: int, *prompts: RequestState, now: flo
 
 def seconds(num_decoding: int, num_prompt_tokens: int, start: int = 0) -> float:
     pairs = causal_pairs(start, start + num_prompt_tokens)
-    return step_costs().seconds(StepSize(num_decoding, 499 * num_decoding, num_prompt_tokens, pairs))
+    return MEASURED.step_costs().seconds(StepSize(num_decoding, 499 * num_decoding, num_prompt_tokens, pairs))
 
 
 def test_prompt_tokens_that_cost_little_are_always_taken() -> None:
-    goals = StepGoals(step_costs(), 0.03, 0.5, 8192)
+    goals = StepGoals(MEASURED.step_costs(), 0.03, 0.5, 8192)
     taken = choose(goals, 16, ready(4000, ready_at=0.0))
     assert 64 <= taken <= 192
     assert seconds(16, taken) <= 1.25 * seconds(16, 0)
@@ -193,7 +193,7 @@ def test_prompt_tokens_that_cost_little_are_always_taken() -> None:
 
 
 def test_as_many_tokens_as_the_first_token_needs() -> None:
-    goals = StepGoals(step_costs(), 0.03, 0.5, 8192)
+    goals = StepGoals(MEASURED.step_costs(), 0.03, 0.5, 8192)
     relaxed, urgent, late = (choose(goals, 1, ready(4000, ready_at=0.0), now=now) for now in (0.0, 0.1, 1.0))
     assert relaxed < urgent < late
     for taken, left_s in ((relaxed, 0.5), (urgent, 0.4)):
@@ -204,7 +204,7 @@ def test_as_many_tokens_as_the_first_token_needs() -> None:
 
 
 def test_few_prompts_do_not_delay_many_streams() -> None:
-    goals = StepGoals(step_costs(), 0.03, 0.5, 8192)
+    goals = StepGoals(MEASURED.step_costs(), 0.03, 0.5, 8192)
     late = [ready(4000, ready_at=-1.0) for _ in range(16)]
     few, some, many = (choose(goals, 16, *late[:count]) for count in (4, 12, 16))
     assert few < some < many
@@ -216,17 +216,17 @@ def test_few_prompts_do_not_delay_many_streams() -> None:
 
 def test_limits() -> None:
     late = ready(4000, ready_at=-1.0)
-    assert choose(StepGoals(step_costs(), 0.03, 0.5, 128), 1, late) == 127
+    assert choose(StepGoals(MEASURED.step_costs(), 0.03, 0.5, 128), 1, late) == 127
     # However many decode, and however short the goal, prompts proceed.
-    assert choose(StepGoals(step_costs(), 0.03, 0.5, 128), 128, late) == 32
-    impossible = StepGoals(step_costs(), 0.001, 0.5, 8192)
+    assert choose(StepGoals(MEASURED.step_costs(), 0.03, 0.5, 128), 128, late) == 32
+    impossible = StepGoals(MEASURED.step_costs(), 0.001, 0.5, 8192)
     assert choose(impossible, 16, late) >= 32
     assert impossible.num_itl_missed == 1
     assert choose(StepGoals(StepCosts.unknown(), 0.03, 0.5, 64), 16, late) == 48
 
 
 def test_longer_contexts_leave_room_for_fewer_tokens() -> None:
-    goals = StepGoals(step_costs(), 0.03, 0.5, 8192)
+    goals = StepGoals(MEASURED.step_costs(), 0.03, 0.5, 8192)
     near, far = (choose(goals, 1, ready(60000, start, ready_at=-1.0)) for start in (0, 50000))
     assert far < near
 
