@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from vitrine_vlm.planner.costs import Costs
 from vitrine_vlm.planner.one_gpu import Host, on_host
+from vitrine_vlm.simulation.checks import violations
 from vitrine_vlm.simulation.network import LINKS
 from vitrine_vlm.simulation.report import report
 from vitrine_vlm.simulation.scenario import Scenario, Traffic
@@ -42,10 +43,16 @@ def run_split(
     transport: str,
     limits: WorkerLimits,
 ) -> Expected:
-    """Encoders and workers on GPUs of their own."""
+    """Encoders and workers on GPUs of their own.
+
+    Raises:
+        RuntimeError: the simulation has a fault, so that its figures mean nothing.
+    """
     traffic = Traffic(rate=1.0, seconds=1.0)  # unused: the requests are given
     scenario = Scenario(num_encoders, num_workers, traffic, transport=transport, worker_limits=limits)
     run = simulate(scenario, _SEED, requests, costs=costs)
+    if found := violations(run):
+        raise RuntimeError(f"{len(found)} checks of the simulated fleet have failed, this is a bug: {found[0]}")
     return replace(_expected(run.outcomes, costs), encoder_utilization=report(run).tower_utilization)
 
 

@@ -189,10 +189,22 @@ class SimulatedPeer(EncoderPeer):
     """A worker's peer whose connections the fleet makes and breaks."""
 
     def __init__(
-        self, loop: VirtualLoop, address: str, worker: str, port: Port, link: Link, rng: random.Random
+        self,
+        loop: VirtualLoop,
+        address: str,
+        worker: str,
+        port: Port,
+        link: Link,
+        rng: random.Random,
+        on_item: Callable[[SimulatedPeer], None],
     ) -> None:
+        """
+        Args:
+            on_item: called whenever an item is about to be sent to the encoder.
+        """
         super().__init__(address, _OPTIONS, IDENTITY)
         self.simulated: SimulatedConnection | None = None
+        self._on_item = on_item
         self._virtual, self._worker, self._port, self._link, self._rng = loop, worker, port, link, rng
         self._num_sessions = 0
         self._released: list[int] = []
@@ -203,6 +215,16 @@ class SimulatedPeer(EncoderPeer):
     def is_idle(self) -> bool:
         """The fleet connects all."""
         return False
+
+    @property
+    def in_flight(self) -> int:
+        return self._in_flight
+
+    @in_flight.setter
+    def in_flight(self, number: int) -> None:
+        if number > self._in_flight:
+            self._on_item(self)
+        EncoderPeer.in_flight.fset(self, number)  # type: ignore[attr-defined]  # mypy knows no setters of classes
 
     def open(self) -> None:
         """Does nothing, see `is_idle`."""

@@ -73,7 +73,8 @@ class SizedRows:
 class SimulatedTower:
     """Takes as long as the cost model says, `factor` times, and a little more or less.
 
-    busy_s: seconds in which it has computed. is_broken: whether every batch fails.
+    busy_s: seconds in which it has computed. slowest: the largest factor of a batch so far. is_broken: whether every
+    batch fails.
     """
 
     out_hidden_size = IDENTITY.out_hidden_size
@@ -82,7 +83,7 @@ class SimulatedTower:
     merge_unit = MERGE_SIZE**2
 
     def __init__(self, loop: VirtualLoop, rng: random.Random, cost: CostModel, *, is_broken: bool) -> None:
-        self.factor = 1.0
+        self.factor = self.slowest = 1.0
         self.is_broken = is_broken
         self.busy_s = 0.0
         self._loop, self._rng = loop, rng
@@ -94,6 +95,7 @@ class SimulatedTower:
         seconds = self.factor * self._cost.batch_seconds(grid_thw) * (1 + _NOISE * self._rng.uniform(-1, 1))
         self._loop.block(seconds)
         self.busy_s += seconds
+        self.slowest = max(self.slowest, self.factor)
         return cast("torch.Tensor", SizedRows(len(patches_PX) // self.merge_unit))
 
 

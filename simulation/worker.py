@@ -12,6 +12,7 @@ from typing import cast
 import torch
 
 from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
+from vitrine_vlm.embedding_transport.fleet.content_routing import load_bound
 from vitrine_vlm.errors import VitrineError
 from vitrine_vlm.llm_worker.engine.kv_cache import KvCache
 from vitrine_vlm.llm_worker.engine.request import ExpandedPrompt, MediaSpan, SamplingParams
@@ -85,7 +86,8 @@ class _Running:
 
 class SimulatedWorker:
     """
-    num_steps: steps since the start.
+    num_steps: steps since the start. num_above_bound: items that went to an encoder which had as many in flight already
+    as routing allows, although none had failed or was slow.
 
     Args:
         step_goals: decides how many prompt tokens a step takes.
@@ -102,7 +104,7 @@ class SimulatedWorker:
         step_goals: type[StepGoals] = StepGoals,
     ) -> None:
         self.name = name
-        self.num_steps = 0
+        self.num_steps = self.num_above_bound = 0
         self._loop = loop
         self._rng = random.Random(f"{seed} {name}")
         self.port = Port(self._rng)
@@ -147,9 +149,21 @@ class SimulatedWorker:
         return address in self._peers
 
     def _make_peer(self, address: str) -> SimulatedPeer:
-        peer = SimulatedPeer(self._loop, address, self.name, self.port, self._link, self._rng)
+        peer = SimulatedPeer(self._loop, address, self.name, self.port, self._link, self._rng, self._check_load)
         self._peers[address] = peer
         return peer
+
+    def _check_load(self, peer: SimulatedPeer) -> None:
+        """Compares what this worker has in flight on an encoder, which gets another item, with the bound of routing."""
+        assert peer.counted_in is not None
+        total = peer.counted_in.total
+        # Counting those that can be used takes long, and the bound is lowest where that is all.
+        if peer.in_flight < load_bound(total, len(self._peers)):
+            return
+        stats = self.client.stats()
+        if stats.retries or stats.moved:
+            return  # those that failed or are slow are passed over, and the others may all be at the bound
+        self.num_above_bound += peer.in_flight >= load_bound(total, sum(each.ready for each in self.client.status()))
 
     async def serve(self, outcome: Outcome) -> None:
         """Answers the outcome's request, and writes down how."""

@@ -41,13 +41,15 @@ class EncodedRows:
 class CacheStats:
     """Lookups by their result, and what is cached.
 
-    hits: found cached rows; joined: waited for an equal item in flight; misses: found neither.
+    hits: found cached rows; joined: waited for an equal item in flight; misses: found neither. unfinished: of these,
+    computations that were cancelled, were refused or failed.
     evictions: rows that left the last tier. nbytes: bytes of cached rows by tier, "gpu" and "host".
     """
 
     hits: int = 0
     joined: int = 0
     misses: int = 0
+    unfinished: int = 0
     evictions: int = 0
     nbytes: dict[str, int] = field(default_factory=dict)
 
@@ -162,6 +164,7 @@ class EmbeddingCache:
         try:
             encoded = await compute()
         except BaseException as error:
+            self._stats.unfinished += 1
             del self._in_flight[key]
             if isinstance(error, (asyncio.CancelledError, Overloaded)):  # which says nothing of the others' requests
                 done.cancel()

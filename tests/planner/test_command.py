@@ -11,12 +11,15 @@ import pytest
 from tests.helm.rendering import of_kind, render
 from vitrine_vlm.planner.__main__ import main
 from vitrine_vlm.planner.costs import Costs, costs_of, read_costs
+from vitrine_vlm.planner.fleet import run_split
 from vitrine_vlm.planner.helm_values import helm_values
 from vitrine_vlm.planner.measure import measure_decoder, measure_tower
 from vitrine_vlm.planner.output import as_table
 from vitrine_vlm.planner.plan import Goals, Plan, Prices, make_plan
 from vitrine_vlm.planner.workload import Workload
 from vitrine_vlm.sample_models.tiny_vlm import MODEL_FOLDER
+from vitrine_vlm.simulation.worker import WorkerLimits
+from vitrine_vlm.simulation.workload import Picture, SimulatedRequest
 
 COSTS = costs_of("h200", "qwen3-vl-8b")
 
@@ -46,6 +49,15 @@ def test_a_goal_that_no_number_of_gpus_reaches_is_not_bought() -> None:
     requests = Workload(10, 1, ((560, 560),), 64, 1).requests(1.0, seed=0)
     plan = make_plan(requests, 10, COSTS, Goals(ttft_s=0.001))
     assert plan.num_gpus == 2 and "TTFT" in plan.misses[0]
+
+
+def test_no_plan_comes_from_a_run_whose_checks_have_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the load bound twenty equal pictures go to one of three encoders."""
+    requests = [SimulatedRequest(0.0, 16, 1, (Picture("a", 280, 280),))] * 20
+    run_split(requests, COSTS, 3, 1, "cuda_ipc", WorkerLimits())
+    monkeypatch.setattr("vitrine_vlm.embedding_transport.fleet.connected_peers.load_bound", lambda total, _: total + 1)
+    with pytest.raises(RuntimeError, match="at their load bound"):
+        run_split(requests, COSTS, 3, 1, "cuda_ipc", WorkerLimits())
 
 
 @pytest.mark.parametrize("transport", ["grpc", "cuda_ipc"])

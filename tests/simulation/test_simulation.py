@@ -13,6 +13,7 @@ import pytest
 from vitrine_vlm.simulation.__main__ import main
 from vitrine_vlm.simulation.checks import violations
 from vitrine_vlm.simulation.costs import MEASURED
+from vitrine_vlm.simulation.fleet import Fault
 from vitrine_vlm.simulation.report import digest, report
 from vitrine_vlm.simulation.scenario import SCENARIOS, Scenario, Traffic, random_scenario
 from vitrine_vlm.simulation.simulation import Run, simulate
@@ -98,6 +99,40 @@ def test_checks_find_what_is_lost_answered_twice_or_left_behind() -> None:
     assert "waited 40.0 s" in found(run)
     run.fleet.workers[0].peers[0].num_leases += 1
     assert "1 leases" in found(run)
+
+
+def test_checks_find_refusals_and_order_and_work_for_which_there_is_no_reason() -> None:
+    """In runs with faults as well, as far as these are no reason."""
+    run = simulate(replace(SMALL, faults=(Fault("slow", 0.5, (0,), 1.0, factor=2.0),)), 0)
+    assert not violations(run)
+    slow, other = run.fleet.all_encoders[:2]
+    slow.longest_queue_s = other.longest_queue_s = 40.0
+    assert [each for each in violations(run) if "waited" in each] == [
+        f"an item waited 40.0 s at {other.address}, and 32 s is the most"
+    ]
+    other.longest_queue_s = 0.0
+    well = replace(run, scenario=SMALL)
+    for error, of, is_found in (
+        ("overloaded", well, False),
+        ("encoder_unavailable", run, False),
+        ("encoder_unavailable", well, True),
+        ("internal_error", run, True),
+    ):
+        run.outcomes[0].error = error
+        assert any("failed with" in each for each in violations(of)) == is_found
+    run.outcomes[0].error, first_at = None, run.outcomes[0].first_token_at
+    run.outcomes[0].first_token_at = 100.0
+    assert "before" in " ".join(violations(run))
+    run.outcomes[0].first_token_at = first_at
+    assert not violations(run)
+    other.contents.clear()
+    assert "items were computed" in " ".join(violations(run))
+
+
+def test_the_load_bound_is_checked_whatever_routing_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitrine_vlm.embedding_transport.fleet.connected_peers.load_bound", lambda total, _: total + 1)
+    run = simulate(of_traffic(viral=0.9, rate=200, seconds=0.5), 1)
+    assert all("at their load bound" in each for each in violations(run)) and violations(run)
 
 
 def test_the_command_reads_a_trace_and_says_what_is_wrong_with_one(
