@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import cast
 
 import torch
@@ -47,6 +47,12 @@ def _picture_at(url: str) -> Picture:
     _, size, key = url.split(":", 2)
     height, width = map(int, size.split("x"))
     return Picture(key, height, width)
+
+
+@cache
+def _patches(number: int) -> torch.Tensor:
+    """So many patches of no bytes."""
+    return torch.empty((number, 0))
 
 
 class SizedRows:
@@ -108,8 +114,7 @@ class _Opened:
     decode_work: DecodeWork | None = None
 
     def patches(self, decoder: MediaDecoder | None = None) -> torch.Tensor:
-        # As many as there are, of no bytes.
-        return torch.empty((math.prod(self.layout.grid_thw), 0))
+        return _patches(math.prod(self.layout.grid_thw))
 
 
 class SimulatedLoader:

@@ -98,10 +98,11 @@ class KvCache:
     def release(self, table: BlockTable) -> None:
         """Releases all of a table's blocks and empties the table."""
         # Last ones first: other prompts share the beginning, which should be evicted last.
+        registered, ref_counts = self._prefixes.blocks, self._ref_counts
         for block in reversed(table.blocks):
-            self._ref_counts[block] -= 1
-            if not self._ref_counts[block]:
-                if block in self._prefixes:
+            ref_counts[block] -= 1
+            if not ref_counts[block]:
+                if block in registered:
                     self._cached_free[block] = None
                 else:
                     self._empty.append(block)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class PrefixIndex:
@@ -17,8 +17,10 @@ class PrefixIndex:
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
 
-    def __contains__(self, block: int) -> bool:
-        return block in self._hash_of
+    @property
+    def blocks(self) -> Collection[int]:
+        """The registered blocks."""
+        return self._hash_of.keys()
 
     def match(self, hashes: Iterable[bytes]) -> list[int]:
         """Blocks with the content of the first of these hashes, up to the first hash that is not registered."""

@@ -49,6 +49,7 @@ class RequestStatus(Enum):
     """The request has ended; its blocks may be kept."""
 
 
+_NO_POSITIONS = torch.empty((3, 0), dtype=torch.int64)
 _QUEUED = (RequestStatus.WAITING_FOR_PROMPT, RequestStatus.WAITING)
 
 
@@ -93,7 +94,9 @@ class RequestState:
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = length = len(self.token_ids)
-        self.prompt = ExpandedPrompt(list(self.token_ids), torch.arange(length).expand(3, -1), length)
+        # Requests with media begin without text, mostly, and torch takes as long for no numbers as for many.
+        positions_3N = torch.arange(length).expand(3, -1) if length else _NO_POSITIONS
+        self.prompt = ExpandedPrompt(list(self.token_ids), positions_3N, length)
         can_begin = length > 0 or self.remote_kv is not None
         self.status = RequestStatus.WAITING if can_begin else RequestStatus.WAITING_FOR_PROMPT
 

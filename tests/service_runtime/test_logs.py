@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from vitrine_vlm.service_runtime.log_limits import BUDGET_CHARS, WINDOW_S, LimitedHandler, printable
-from vitrine_vlm.service_runtime.logs import LogFormat, set_request_id, start_logging
+from vitrine_vlm.service_runtime.logs import LogFormat, harmless, set_request_id, start_logging
 
 log = logging.getLogger("vitrine.test")
 
@@ -123,3 +123,17 @@ def test_a_traceback_has_an_end(capfd: pytest.CaptureFixture[str]) -> None:
     except ValueError:
         log.exception("failed")
     assert len(capfd.readouterr().err) < 2 * BUDGET_CHARS
+
+
+def test_what_fails_harmlessly_is_logged_and_what_ends_a_task_is_not_kept(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(error: BaseException) -> None:
+        with harmless("a metric"):
+            raise error
+
+    fail(ValueError("no such label"))
+    (record,) = caplog.records
+    assert (record.levelname, record.getMessage()) == ("ERROR", "a metric failed")
+    assert record.exc_info is not None and str(record.exc_info[1]) == "no such label"
+    with pytest.raises(asyncio.CancelledError):
+        fail(asyncio.CancelledError())
+    assert len(caplog.records) == 1
