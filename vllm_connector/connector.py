@@ -8,7 +8,6 @@ Source: vLLM 0.32, vllm/distributed/ec_transfer/ec_connector/base.py.
 from __future__ import annotations
 
 import logging
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,9 @@ from vitrine_vlm.vllm_connector.model_check import served_model
 from vitrine_vlm.vllm_connector.scheduler_side import EngineFacts, SchedulerSide
 from vitrine_vlm.vllm_connector.settings import ConnectorSettings
 from vitrine_vlm.vllm_connector.stats import StatsCollector
+from vitrine_vlm.vllm_connector.versions import warn_if_unknown
 from vitrine_vlm.vllm_connector.vllm_types import VllmRequest
 from vitrine_vlm.vllm_connector.worker_side import WorkerSide
-
-_TESTED_VERSIONS = ((0, 30), (0, 33))
 
 _log = logging.getLogger(__name__)
 
@@ -69,7 +67,7 @@ class VitrineConnector(ECConnectorBase):
         self._worker: WorkerSide | None = None
         self._scheduler: SchedulerSide | None = None
         if role is ECConnectorRole.SCHEDULER:
-            _check_version()
+            warn_if_unknown(vllm.__version__)
             self._start_scheduler_side(vllm_config, settings)
         elif get_pp_group().is_first_rank:  # only the first stage embeds its input
             self._worker = WorkerSide(self._path, get_tp_group().rank_in_group, _device())
@@ -197,18 +195,6 @@ def _log_as_vllm_does() -> None:
     if not own.handlers and own.level == logging.NOTSET:
         own.handlers, own.propagate = of_vllm.handlers, of_vllm.propagate
         own.setLevel(of_vllm.level)
-
-
-def _check_version() -> None:
-    found = re.match(r"(\d+)\.(\d+)", vllm.__version__)
-    first, last = _TESTED_VERSIONS
-    if found is None or not first <= (int(found[1]), int(found[2])) <= last:
-        _log.warning(
-            "VitrineConnector is made for vLLM %s to %s, this is %s: try it before you rely on it",
-            ".".join(map(str, first)),
-            ".".join(map(str, last)),
-            vllm.__version__,
-        )
 
 
 def _socket_path(vllm_config: Any) -> Path:

@@ -249,6 +249,7 @@ class Fetcher:
             self._start_discard(order.delivery_id)  # workers carry it out behind a copy that is in flight
             raise
         except Exception as error:
+            self._start_discard(order.delivery_id)  # some of the workers may have the rows
             seconds = time.perf_counter() - start
             self._results.put(FetchResult(order.delivery_id, seconds, as_vitrine_error(error)))
         else:

@@ -222,7 +222,11 @@ class RemoteMapper:
             source = {"folder": str(self._hub.shm_folder), "name": offer.shm.name, "nbytes": pool.nbytes}
         pool_id = next(self._pool_ids)
         mapping = self._hub.map(pool_id, source, pool.probe_offset, pool.probe_nbytes)
-        nonce = asyncio.run_coroutine_threadsafe(mapping, self._loop).result(self._timeout_s)
+        try:
+            nonce = asyncio.run_coroutine_threadsafe(mapping, self._loop).result(self._timeout_s)
+        except BaseException:
+            self._unmap(pool_id)  # some of the workers may have mapped it
+            raise
         mapped = RemoteMapping(pool_id, offer.transport, pool.nbytes, pool.probe_offset, nonce, source)
         weakref.finalize(mapped, self._unmap, pool_id)
         return mapped

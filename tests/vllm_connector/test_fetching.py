@@ -153,6 +153,23 @@ async def test_a_lost_worker_fails_what_is_fetched_and_nothing_else(
         await until(lambda: not encoder.exporter.stats().live_leases)
 
 
+async def test_rows_that_one_worker_could_not_copy_are_freed_in_the_others(
+    qwen3_vl_folder: Path, tmp_path: Path, channel: Path
+) -> None:
+    async with (
+        run_encoder(qwen3_vl_folder, tmp_path) as encoder,
+        with_worker_threads(encoder, channel, tmp_path, num_workers=2) as (fetcher, sides),
+    ):
+        fetcher.fetch(order(1))
+        assert (await result_of(fetcher)).error is None
+        sides[1]._landing.unmap(0)  # the encoder's pool
+        fetcher.fetch(order(2))
+        error = (await result_of(fetcher)).error
+        assert isinstance(error, TransportUnavailable) and "pool 0 is not mapped" in str(error)
+        await until(lambda: sides[0]._landing.num_landed == 1)
+        await until(lambda: not encoder.exporter.stats().live_leases)
+
+
 async def test_a_thread_that_ends_fails_all_orders(qwen3_vl_folder: Path, tmp_path: Path, channel: Path) -> None:
     async with (
         run_encoder(qwen3_vl_folder, tmp_path) as encoder,

@@ -22,7 +22,7 @@ from vitrine_vlm.errors import LeaseExpired, TransportUnavailable
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.vllm_connector.channel_path import check_private, make_private_folder
-from vitrine_vlm.vllm_connector.messages import LENGTHS, MAX_HEADER_NBYTES, Answer, Hello, Rows, pack_frame
+from vitrine_vlm.vllm_connector.messages import LENGTHS, MAX_HEADER_NBYTES, Answer, Hello, Map, Rows, pack_frame
 from vitrine_vlm.vllm_connector.row_landing import RowLanding
 from vitrine_vlm.vllm_connector.worker_channel import WorkerChannel
 from vitrine_vlm.vllm_connector.worker_hub import RemoteMapper, RemoteMapping, WorkerHub
@@ -111,6 +111,23 @@ async def test_a_pool_that_workers_cannot_map_falls_back(tmp_path: Path, channel
         cuda = encoder_pb2.Offer(transport="cuda_ipc", cuda_ipc=encoder_pb2.CudaIpcPool(handle=b"x", nbytes=4096))
         with pytest.raises(TransportUnavailable, match="CUDA IPC handle of 1 bytes"):
             await asyncio.to_thread(RemoteMapper(hub, 10).map, cuda)
+    pool.close()
+
+
+async def test_a_pool_that_one_worker_cannot_map_is_unmapped_in_the_others(
+    tmp_path: Path, channel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(command: Map) -> bytes:
+        raise TransportUnavailable("this worker sees another GPU")
+
+    pool = ShmPool(tmp_path, 1 << 16)
+    async with connected(channel, tmp_path) as (hub, landings):
+        monkeypatch.setattr(landings[1], "map", fail)
+        with pytest.raises(TransportUnavailable, match="this worker sees another GPU"):
+            await mapped(hub, pool)
+        async with asyncio.timeout(10):
+            while landings[0]._pools:
+                await asyncio.sleep(0.01)
     pool.close()
 
 
