@@ -5,7 +5,7 @@ inputs to the GPU, landing, the decoder, logits, the next tokens back on the hos
 step's tokens to the next step's: each step starts before the previous one has ended. The floor is the larger of two
 times: that of the operations at 790 TFLOP/s, which a large bf16 product reaches on an H200, and twice that in FP8, and
 that of reading weights and KV at 4.8 TB/s. With `--quantization` the same weights are measured in bfloat16 and in FP8,
-with a scale a channel or a block, one after the other.
+with a scale a channel or a block, or with the KV cache in FP8, one after the other.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Literal, TypeAlias
 
 import torch
 
@@ -28,7 +29,7 @@ from benchmarks.exported_rows import exported_rows
 from vitrine_vlm.embedding_transport.receiving.received_rows import copy_rows
 from vitrine_vlm.gpu_kernels.packed_attention import installed_attention
 from vitrine_vlm.llm_worker.engine.chunk import Chunk
-from vitrine_vlm.llm_worker.engine.config import EngineConfig
+from vitrine_vlm.llm_worker.engine.config import EngineConfig, KvCacheDtype
 from vitrine_vlm.llm_worker.engine.forward_pass import ForwardPass
 from vitrine_vlm.llm_worker.engine.request import ExpandedPrompt, MediaSpan, SamplingParams
 from vitrine_vlm.llm_worker.engine.request_parts import SampledTokens
@@ -38,6 +39,9 @@ from vitrine_vlm.llm_worker.gpu.gpu_runner import GpuRunner
 from vitrine_vlm.llm_worker.models.decoder import TextDecoder
 from vitrine_vlm.llm_worker.models.fp8_linear import Fp8Linear
 from vitrine_vlm.types import ItemTimings
+
+# Scales of weights in FP8, or the KV cache in FP8 beside weights in bfloat16.
+Quantization: TypeAlias = Scales | Literal["kv_cache"]
 
 _CEILING_FLOP_PER_S, _CEILING_BYTES_PER_S = 790e12, 4.8e12
 _PROMPTS = (128, 512, 2048, 8192)
@@ -53,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=36, help="layers of the decoder; default: %(default)s")
     parser.add_argument(
-        "--quantization", nargs="+", choices=["channel", "block"], default=[], help="measure FP8 decoders, too"
+        "--quantization", nargs="+", choices=["channel", "block", "kv_cache"], default=[], help="measure FP8, too"
     )
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -80,13 +84,13 @@ def _rows(num_layers: int) -> list[str]:
 
 
 @torch.inference_mode()
-def _compare_fp8(num_layers: int, scales: Sequence[Scales]) -> int:
+def _compare_fp8(num_layers: int, quantizations: Sequence[Quantization]) -> int:
     """Measures the same steps in bfloat16 and in FP8, and how far hidden states are from each other."""
     worker = _Worker(num_layers)
     expected = {num_tokens: _hidden_states(worker, num_tokens) for num_tokens in _HIDDEN_OF}
     figures = _figures_of_steps(worker)
     columns = [[f"{ms:.2f} ({floor_ms:.2f})" for ms, floor_ms in figures.values()]]
-    for each in scales:
+    for each in quantizations:
         del worker
         gc.collect()
         torch.cuda.empty_cache()
@@ -97,8 +101,8 @@ def _compare_fp8(num_layers: int, scales: Sequence[Scales]) -> int:
         for num_tokens, hidden_TC in expected.items():
             cosine = torch.nn.functional.cosine_similarity(_hidden_states(worker, num_tokens), hidden_TC, dim=-1)
             print(f"{each}, {num_tokens} tokens: cosine to bfloat16 {cosine.min():.5f}, mean {cosine.mean():.5f}")
-    print(f"\n| step | bfloat16, ms (floor) | {' | '.join(f'FP8 a {each}, times faster' for each in scales)} |")
-    print("|---" * (2 + len(scales)) + "|")
+    print(f"\n| step | bfloat16, ms (floor) | {' | '.join(f'FP8, {each}, times faster' for each in quantizations)} |")
+    print("|---" * (2 + len(quantizations)) + "|")
     for name, *cells in zip(figures, *columns, strict=True):
         print(f"| {name} | {' | '.join(cells)} |")
     return 0
@@ -113,14 +117,15 @@ def _figures_of_steps(worker: _Worker) -> dict[str, tuple[float, float]]:
         worker.release(requests)
         figures[f"decode of {batch}, {_CONTEXT} tokens of context"] = (
             ms,
-            _floor_ms(worker.decoder, [1] * batch, [_CONTEXT] * batch),
+            _floor_ms(worker.decoder, [1] * batch, [_CONTEXT] * batch, worker.kv_itemsize),
         )
     for num_tokens in _PROMPTS:
         request = worker.prompt(num_tokens)
         chunks = [Chunk(request, 0, num_tokens, True)]
         ms = _median_ms(partial(worker.step, chunks, worker.graphed), _REPEATS)
         worker.release([request])
-        figures[f"prefill of {num_tokens} tokens"] = (ms, _floor_ms(worker.decoder, [num_tokens], [0]))
+        floor_ms = _floor_ms(worker.decoder, [num_tokens], [0], worker.kv_itemsize)
+        figures[f"prefill of {num_tokens} tokens"] = (ms, floor_ms)
     return figures
 
 
@@ -137,11 +142,18 @@ def _hidden_states(worker: _Worker, num_tokens: int) -> torch.Tensor:
 class _Worker:
     """The parts of the engine that run a step."""
 
-    def __init__(self, num_layers: int, fp8_scales: Scales | None = None) -> None:
+    def __init__(self, num_layers: int, quantization: Quantization | None = None) -> None:
+        fp8_scales = None if quantization == "kv_cache" else quantization
         self.decoder = qwen3_vl_8b_decoder(torch.device("cuda"), num_layers, fp8_scales)
+        self._kv_cache_dtype: KvCacheDtype = "fp8" if quantization == "kv_cache" else "auto"
         self.graphed = self._forward_pass(graphs=True)
         self._kv_cache = self.graphed.kv_cache
-        self._kv_cache.layers.normal_()
+        for layer in self._kv_cache.layers:
+            layer.copy_(torch.randn_like(layer, dtype=torch.bfloat16))
+
+    @property
+    def kv_itemsize(self) -> int:
+        return self._kv_cache.layers.dtype.itemsize
 
     def without_graphs(self) -> ForwardPass:
         """Returns a forward pass without CUDA graphs over the same KV cache."""
@@ -155,6 +167,7 @@ class _Worker:
             max_num_seqs=_MAX_NUM_SEQS,
             block_size=_BLOCK_SIZE,
             num_blocks=_MAX_NUM_SEQS * (_CONTEXT // _BLOCK_SIZE + 1),
+            kv_cache_dtype=self._kv_cache_dtype,
         )
         make_runner = partial(
             GpuRunner,
@@ -302,7 +315,7 @@ class _TensorRows:
         pass
 
 
-def _floor_ms(decoder: TextDecoder, num_new: list[int], num_past: list[int]) -> float:
+def _floor_ms(decoder: TextDecoder, num_new: list[int], num_past: list[int], kv_itemsize: int = 2) -> float:
     """Returns the floor for sequences with these numbers of new tokens and of tokens with KV; one logits row each."""
     config = decoder.config
     weights = [each for name, each in decoder.layers.named_parameters() if name.endswith("_proj.weight")]
@@ -315,7 +328,8 @@ def _floor_ms(decoder: TextDecoder, num_new: list[int], num_past: list[int]) -> 
     operations: float = 2 * layer_weights * sum(num_new) / (2 if in_fp8 else 1) + 2 * head_weights * len(num_new)
     operations += 4 * pairs * queries * config.num_hidden_layers
     kv_elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    nbytes = sum(each.nbytes for each in weights) + 2 * head_weights + 2 * kv_elements * (sum(num_new) + sum(num_past))
+    kv_nbytes = kv_itemsize * kv_elements * (sum(num_new) + sum(num_past))
+    nbytes = sum(each.nbytes for each in weights) + 2 * head_weights + kv_nbytes
     return max(operations / _CEILING_FLOP_PER_S, nbytes / _CEILING_BYTES_PER_S) * 1e3
 
 

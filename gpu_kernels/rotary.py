@@ -16,6 +16,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vitrine_vlm.gpu_kernels.dependent_launch import has_dependent_launch
+from vitrine_vlm.gpu_kernels.fp8_weight import FP8
 
 # In `apply_rope`.
 _CHUNKS_A_PROGRAM = 1024
@@ -126,6 +127,7 @@ def rope_and_store_kv(
     k_cache_SKD: torch.Tensor,
     v_cache_SKD: torch.Tensor,
     q_THD: torch.Tensor,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
 ) -> None:
     """Normalizes queries and keys head by head, rotates them, and stores keys and values in the cache.
 
@@ -135,6 +137,7 @@ def rope_and_store_kv(
         q_weight_D, k_weight_D: gains of the norms; None for a decoder without them.
         slot_mapping_T: int64; nothing is stored for -1, which padding has.
         q_THD: filled with the queries.
+        kv_scales: of keys and of values; a cache in FP8 (e4m3) gets them divided by these, and clamped to its range.
     """
     num_tokens = len(qkv_TX)
     num_kv_heads, head_dim = k_cache_SKD.shape[1:]
@@ -144,8 +147,8 @@ def rope_and_store_kv(
     normed, pdl = q_weight_D is not None, has_dependent_launch(qkv_TX.device)
     _rope_and_store_kv[(triton.cdiv(num_tokens, rows), num_heads + 2 * num_kv_heads)](
         qkv_TX, cos_sin_T2F, q_weight_D if normed else qkv_TX, k_weight_D if normed else qkv_TX, eps, slot_mapping_T,
-        k_cache_SKD, v_cache_SKD, q_THD, num_tokens,
-        HEADS=num_heads, KV_HEADS=num_kv_heads, HALF=half, NORMED=normed, ROWS=rows,
+        k_cache_SKD, v_cache_SKD, q_THD, num_tokens, *kv_scales,
+        HEADS=num_heads, KV_HEADS=num_kv_heads, HALF=half, NORMED=normed, FP8_CACHE=k_cache_SKD.dtype == FP8, ROWS=rows,
         BLOCK=triton.next_power_of_2(half), PDL=pdl, num_warps=4 if rows > 4 else 1, launch_pdl=pdl,
     )  # fmt: skip
 
@@ -153,8 +156,9 @@ def rope_and_store_kv(
 @triton.jit(do_not_specialize=["num_tokens"])
 def _rope_and_store_kv(
     qkv, cos_sin, q_weight, k_weight, eps, slot_mapping, k_cache, v_cache, q_out, num_tokens,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, NORMED: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    k_scale, v_scale,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, NORMED: tl.constexpr, FP8_CACHE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -170,8 +174,8 @@ def _rope_and_store_kv(
     kept = inside & (slot >= 0)
     if head >= HEADS + KV_HEADS:
         to = v_cache + (slot * KV_HEADS + head - HEADS - KV_HEADS) * (2 * HALF) + index
-        tl.store(to, left, mask=kept)
-        tl.store(to + HALF, right, mask=kept)
+        tl.store(to, _cached(left, v_scale, v_cache.dtype.element_ty, FP8_CACHE), mask=kept)
+        tl.store(to + HALF, _cached(right, v_scale, v_cache.dtype.element_ty, FP8_CACHE), mask=kept)
     else:
         first, second = left.to(tl.float32), right.to(tl.float32)
         if NORMED:
@@ -194,5 +198,13 @@ def _rope_and_store_kv(
             tl.store(to + HALF, rotated_second, mask=inside)
         else:
             to = k_cache + (slot * KV_HEADS + head - HEADS) * (2 * HALF) + index
-            tl.store(to, rotated_first, mask=kept)
-            tl.store(to + HALF, rotated_second, mask=kept)
+            tl.store(to, _cached(rotated_first, k_scale, k_cache.dtype.element_ty, FP8_CACHE), mask=kept)
+            tl.store(to + HALF, _cached(rotated_second, k_scale, k_cache.dtype.element_ty, FP8_CACHE), mask=kept)
+
+
+@triton.jit
+def _cached(value, scale, dtype: tl.constexpr, FP8_CACHE: tl.constexpr):
+    """Returns keys or values as the cache holds them."""
+    if FP8_CACHE:
+        value = tl.minimum(tl.maximum(value.to(tl.float32) / scale, -448.0), 448.0)
+    return value.to(dtype)

@@ -161,7 +161,7 @@ async def serve(config: LlmConfig) -> None:
         engine = Engine(forward_pass, limits, lambda: loop.call_soon_threadsafe(gpu_lost), costs)
         engine.start(supervisor)
         stack.push_async_callback(asyncio.to_thread, engine.close)
-        kv_format = KvFormat.of(model.identity, decoder.config)
+        kv_format = KvFormat.of(model.identity, decoder.config, limits.kv_cache_dtype)
         fleet_client, make_inputs = _make_fleet_client(
             config, model, kv_format, limits.max_model_len, metrics, supervisor
         )

@@ -10,7 +10,7 @@ from pydantic_settings import SettingsConfigDict
 from vitrine_vlm.embedding_transport.clients.settings import EncoderSettings
 from vitrine_vlm.embedding_transport.fleet.discovery import Source, parse_sources
 from vitrine_vlm.embedding_transport.shipping.settings import PeerSettings
-from vitrine_vlm.llm_worker.engine.config import EngineConfig
+from vitrine_vlm.llm_worker.engine.config import EngineConfig, KvCacheDtype
 from vitrine_vlm.service_runtime.access_settings import AccessSettings
 from vitrine_vlm.service_runtime.settings import ServiceSettings
 
@@ -73,6 +73,11 @@ class LlmConfig(ServiceSettings, AccessSettings, EncoderSettings, PeerSettings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the decoder runs; auto: a GPU if any")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of weights, KV cache and embeddings; auto: the checkpoint's on a GPU, float32 on the CPU"
+    )
+    kv_cache_dtype: KvCacheDtype = Field(
+        "auto",
+        description="of the KV cache; auto: that of --dtype; fp8: e4m3, for twice the tokens of bfloat16 in the same "
+        "memory, with the checkpoint's scales or 1",
     )
     quantization: Literal["fp8"] | None = Field(
         None,
@@ -149,6 +154,7 @@ class LlmConfig(ServiceSettings, AccessSettings, EncoderSettings, PeerSettings):
             max_num_seqs=self.max_num_seqs,
             block_size=_BLOCK_SIZE,
             num_blocks=max(1, kv_cache_tokens // _BLOCK_SIZE),
+            kv_cache_dtype=self.kv_cache_dtype,
             max_model_len=max_model_len,
             max_waiting=self.max_waiting,
             prefix_cache=self.prefix_cache,

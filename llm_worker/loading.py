@@ -122,7 +122,11 @@ def engine_config(config: LlmConfig, decoder: TextDecoder) -> EngineConfig:
     fit = 0
     if config.kv_cache_tokens is None:
         fit = kv_tokens_that_fit(
-            decoder, config.max_num_batched_tokens, config.gpu_memory_utilization, config.pool_gpu_nbytes
+            decoder,
+            config.kv_cache_dtype,
+            config.max_num_batched_tokens,
+            config.gpu_memory_utilization,
+            config.pool_gpu_nbytes,
         )
     limits = config.engine_config(decoder.config.max_position_embeddings, fit)
     _log.info("keys and values of %d tokens are kept", limits.num_blocks * limits.block_size)

@@ -25,6 +25,8 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+# Of rows: KV may also be in FP8.
+ROW_DTYPES: dict[str, torch.dtype] = DTYPES | {"float8_e4m3fn": torch.float8_e4m3fn}
 
 
 def content_key(data: bytes | None, url: str | None) -> bytes:
@@ -158,7 +160,7 @@ class MediaItem:
 
 
 class RowFormat(Protocol):
-    """The format of rows. `dtype` is a name of DTYPES; `row_width` is the number of elements in one row."""
+    """The format of rows. `dtype` is a name of ROW_DTYPES; `row_width` is the number of elements in one row."""
 
     @property
     def dtype(self) -> str: ...

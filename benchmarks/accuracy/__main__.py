@@ -78,6 +78,7 @@ def ways() -> dict[str, Answer]:
         "shm, asked again, from the caches": _split("shm", rounds=2),
         "shm, KV memory for a few": _split("shm", "--kv-cache-tokens", "2048"),
         FP8: _split("shm", "--quantization", "fp8"),
+        "shm, KV cache in FP8": _split("shm", "--kv-cache-dtype", "fp8"),
     }
     if torch.cuda.is_available():
         found |= {

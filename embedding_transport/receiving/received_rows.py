@@ -12,7 +12,7 @@ from vitrine_vlm.embedding_transport.pools.pool import PoolMapping
 from vitrine_vlm.embedding_transport.wire.chunk_codec import ChunkView
 from vitrine_vlm.errors import InternalError
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
-from vitrine_vlm.types import DTYPES, ItemTimings, RowFormat
+from vitrine_vlm.types import ROW_DTYPES, ItemTimings, RowFormat
 
 _MAX_KEPT_NBYTES = 512 * 1024 * 1024
 
@@ -117,7 +117,7 @@ class ChunkAssembly:
     def __init__(self, num_tokens: int, row_format: RowFormat, pool: HostBufferPool) -> None:
         self.nbytes = num_tokens * row_format.row_nbytes
         self._shape = (num_tokens, row_format.row_width)
-        self._dtype = DTYPES[row_format.dtype]
+        self._dtype = ROW_DTYPES[row_format.dtype]
         self._pool = pool
         self._buffer: torch.Tensor | None = pool.allocate(self.nbytes)
         self._bytes = memoryview(self._buffer.numpy())  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from vitrine_vlm.embedding_transport.wire.chunk_codec import ChunkView
 from vitrine_vlm.embedding_transport.wire.messages import timings_from_proto
 from vitrine_vlm.errors import InternalError
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
-from vitrine_vlm.types import DTYPES, RowFormat
+from vitrine_vlm.types import ROW_DTYPES, RowFormat
 
 # Far above any real item (the longest video of an 8B model has 400 MB): a false length must not exhaust the memory.
 _MAX_ITEM_NBYTES = 4 * 1024**3
@@ -116,7 +116,7 @@ class RowStream(ABC, Generic[EventT]):
                 f"{self._sender} leased {lease.nbytes} bytes for {shape[0]} rows of {self.row_format.row_nbytes} bytes "
                 f"over {connection.transport}"
             )
-        rows_TW = connection.mapping.rows(lease.offset, shape, DTYPES[self.row_format.dtype])
+        rows_TW = connection.mapping.rows(lease.offset, shape, ROW_DTYPES[self.row_format.dtype])
         item.complete = True
         timings = timings_from_proto(message.timings, (time.perf_counter() - start) * 1000)
         release = lambda lease_id: peer.release(connection.session_id, lease_id)  # noqa: E731

@@ -14,6 +14,7 @@ from vitrine_vlm.llm_worker.engine.chunk import Chunk
 from vitrine_vlm.llm_worker.engine.config import EngineConfig
 from vitrine_vlm.llm_worker.engine.input_embed_buffer import InputEmbedBuffer, PreparedStep
 from vitrine_vlm.llm_worker.engine.kv_cache import KvCache
+from vitrine_vlm.llm_worker.engine.kv_memory import kv_dtype
 from vitrine_vlm.llm_worker.engine.prompt_logprobs import LogprobTensors, prompt_logprobs, scored_tokens
 from vitrine_vlm.llm_worker.engine.runner import MakeRunner, PlainRunner
 from vitrine_vlm.llm_worker.engine.token_pool import TokenPool
@@ -53,10 +54,14 @@ class ForwardPass:
         """
         Args:
             make_runner: makes the runner, which runs the decoder over buffers and cache.
+
+        Raises:
+            CheckpointError: see `kv_dtype`.
         """
         self.decoder = decoder
         self.is_asynchronous = decoder.device.type == "cuda"
-        self.kv_cache = KvCache(decoder.config, config.num_blocks, config.block_size, decoder.device, decoder.dtype)
+        dtype = kv_dtype(decoder, config.kv_cache_dtype)
+        self.kv_cache = KvCache(decoder.config, config.num_blocks, config.block_size, decoder.device, dtype)
         self.token_pool = TokenPool(config.max_num_seqs + config.max_waiting, decoder.device)
         self.buffer = InputEmbedBuffer(decoder, config.max_num_batched_tokens, config.max_num_seqs, self.token_pool)
         self._run_decoder = make_runner(decoder, self.kv_cache, self.buffer)

@@ -1,6 +1,6 @@
 """Keys and values as rows, one a token: the form in which a prompt's KV is sent from one worker to another.
 
-Rows do not depend on blocks, so the two caches may have different block sizes.
+Rows do not depend on blocks, so the two caches may have different block sizes. Those of a cache in FP8 are its bytes.
 
 Shapes: L layers, S slots, K key/value heads, D head dim, T tokens, W = L * 2 * K * D elements of a row.
 """
@@ -11,6 +11,7 @@ import torch
 
 from vitrine_vlm.embedding_transport.pools.row_copies import copy_to_host, on_copy_stream
 from vitrine_vlm.embedding_transport.pools.row_source import RowSource
+from vitrine_vlm.llm_worker.models.kv_slots import as_bytes
 from vitrine_vlm.types import EmbeddingRows
 
 # Bounds the memory between cache and rows.
@@ -51,8 +52,8 @@ class CachedKv(RowSource):
         return host_TW
 
     def _gathered(self, slots_T: torch.Tensor) -> torch.Tensor:
-        part_L2TKD = self._layers_L2SKD.index_select(2, slots_T.to(self._layers_L2SKD.device))
-        return part_L2TKD.permute(2, 0, 1, 3, 4).flatten(1)
+        part_L2TKD = as_bytes(self._layers_L2SKD).index_select(2, slots_T.to(self._layers_L2SKD.device))
+        return part_L2TKD.permute(2, 0, 1, 3, 4).flatten(1).view(self.dtype)
 
 
 def land_kv(rows: EmbeddingRows, first_row: int, layers_L2SKD: torch.Tensor, slots_T: torch.Tensor) -> None:
@@ -69,7 +70,7 @@ def land_kv(rows: EmbeddingRows, first_row: int, layers_L2SKD: torch.Tensor, slo
         staged_TW = layers_L2SKD.new_empty(len(slots), layers * two * heads * head_dim)
         rows.copy_to(staged_TW, None, first_row + part.start)
         kv_L2TKD = staged_TW.view(-1, layers, two, heads, head_dim).permute(1, 2, 0, 3, 4)
-        layers_L2SKD.index_copy_(2, slots.to(layers_L2SKD.device), kv_L2TKD)
+        as_bytes(layers_L2SKD).index_copy_(2, slots.to(layers_L2SKD.device), as_bytes(kv_L2TKD))
     if layers_L2SKD.is_cuda:
         torch.cuda.current_stream(layers_L2SKD.device).synchronize()
     rows.check()

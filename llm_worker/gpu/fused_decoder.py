@@ -49,11 +49,15 @@ class FusedDecoder:
 
 
 class FusedLayer:
-    """The two pieces of one layer, before and after attention."""
+    """The two pieces of one layer, before and after attention.
+
+    kv_scales: of its keys and values in a cache in FP8.
+    """
 
     def __init__(self, layer: DecoderLayer, sizes: tuple[int, ...]) -> None:
         self._group = layer.group
         attention, dtype = layer.self_attn, layer.input_layernorm.weight.dtype
+        self.kv_scales = attention.kv_scales
         self._qkv = projection([attention.q_proj, attention.k_proj, attention.v_proj], dtype, sizes)
         norms = [each for each in (attention.q_norm, attention.k_norm) if isinstance(each, RMSNorm)]
         self._q_weight: torch.Tensor | None = norms[0].weight if norms else None
@@ -90,6 +94,7 @@ class FusedLayer:
             k_cache_SKD,
             v_cache_SKD,
             q_THD,
+            self.kv_scales,
         )
 
     def after_attention(self, x_TC: torch.Tensor, attended_TX: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -93,7 +93,7 @@ class GpuRunner:
             num_first = max(len(pieces) - 1 - _LAST_LAYERS, len(pieces) // 2)
             pieces[0]()
             for index, (piece, (k_cache, v_cache)) in enumerate(zip(pieces[1:], self._kv_cache.layers, strict=True)):
-                attention(work.q_MHD, k_cache, v_cache, work.attended_MHD)
+                attention(work.q_MHD, k_cache, v_cache, work.kv_scales(index), work.attended_MHD)
                 piece()
                 if index + 1 == num_first:
                     self._nearly_done = self._event()
@@ -130,7 +130,7 @@ class GpuRunner:
         """Runs the attention of long steps once: some kernels are compiled at first use, which takes seconds."""
         length = min(self._long)
         q_THD, (k_cache_SKD, v_cache_SKD) = self._work.q_MHD[:length], self._kv_cache.layers[0]
-        k_LKD, v_LKD = (each.new_zeros((length, *each.shape[1:])) for each in (k_cache_SKD, v_cache_SKD))
+        k_LKD, v_LKD = (q_THD.new_zeros((length, *each.shape[1:])) for each in (k_cache_SKD, v_cache_SKD))
         cumulated = torch.tensor([0, length], dtype=torch.int32, device=self._device)
         bounds = Bounds.of_self_attention(cumulated, length)
         self._causal(q_THD, k_LKD, v_LKD, bounds, scale=q_THD.shape[-1] ** -0.5, causal=True)

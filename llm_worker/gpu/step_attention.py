@@ -10,6 +10,7 @@ import torch
 from vitrine_vlm.gpu_kernels.packed_attention import Bounds, PackedAttention
 from vitrine_vlm.llm_worker.gpu.step_tables import StepTables
 from vitrine_vlm.llm_worker.gpu.tile_attention import tile_attention
+from vitrine_vlm.llm_worker.models.kv_slots import KvScales, read_slots
 from vitrine_vlm.llm_worker.models.paged_attention import SequenceSlice
 
 
@@ -35,18 +36,23 @@ class StepAttention:
         self._has_chunks = bool(chunks)
 
     def __call__(
-        self, q_THD: torch.Tensor, k_cache_SKD: torch.Tensor, v_cache_SKD: torch.Tensor, out_THD: torch.Tensor
+        self,
+        q_THD: torch.Tensor,
+        k_cache_SKD: torch.Tensor,
+        v_cache_SKD: torch.Tensor,
+        kv_scales: KvScales,
+        out_THD: torch.Tensor,
     ) -> None:
         """Writes the attention of the step's tokens to `out_THD`."""
         num_decoding = self._num_decoding
         if num_decoding:
-            q_NHD, tables = q_THD[:num_decoding], self._tables
-            tile_attention(q_NHD, k_cache_SKD, v_cache_SKD, tables, tables.singles, num_decoding, self._splits, out_THD)
+            singles = (self._tables, self._tables.singles, num_decoding, self._splits)
+            tile_attention(q_THD[:num_decoding], k_cache_SKD, v_cache_SKD, *singles, out_THD, kv_scales)
         if self._has_chunks:
             out_THD[num_decoding : self._num_tokens] = self._causal(
                 q_THD[num_decoding : self._num_tokens],
-                k_cache_SKD.index_select(0, self._slots_L),
-                v_cache_SKD.index_select(0, self._slots_L),
+                read_slots(k_cache_SKD, self._slots_L, kv_scales.k, q_THD.dtype),
+                read_slots(v_cache_SKD, self._slots_L, kv_scales.v, q_THD.dtype),
                 self._bounds,
                 scale=q_THD.shape[-1] ** -0.5,
                 causal=True,

@@ -19,6 +19,7 @@ from vitrine_vlm.llm_worker.gpu.fused_decoder import FusedDecoder
 from vitrine_vlm.llm_worker.gpu.step_tables import StepTables, Tiles
 from vitrine_vlm.llm_worker.gpu.tile_attention import tile_attention
 from vitrine_vlm.llm_worker.models.decoder import TextDecoder
+from vitrine_vlm.llm_worker.models.kv_slots import KvScales
 
 _TOKENS_A_TILE = 16
 # Splits of single tokens beside chunks: with 16 tokens they fill a GPU. There is memory for these splits of all tokens.
@@ -97,6 +98,10 @@ class StepWork:
     def num_pieces(self) -> int:
         return len(self._fused.layers) + 1
 
+    def kv_scales(self, layer: int) -> KvScales:
+        """The scales of a layer's keys and values in a cache in FP8."""
+        return self._fused.layers[layer].kv_scales
+
     def has_media_variant(self, index: int) -> bool:
         """Whether a piece differs in steps with media: then it adds a layer of deepstack embeddings."""
         return 1 <= index <= self._num_deepstack
@@ -128,16 +133,17 @@ class StepWork:
         pieces = [self.piece(index, size, media=media) for index in range(self.num_pieces)]
         q_THD, attended_THD = self.q_MHD[:size], self.attended_MHD[:size]
 
-        def attend(part: _Part, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
-            tile_attention(q_THD, k_cache, v_cache, self.tables, *part, attended_THD)
+        def attend(part: _Part, layer: int) -> None:
+            k_cache, v_cache = self._kv_cache.layers[layer]
+            tile_attention(q_THD, k_cache, v_cache, self.tables, *part, attended_THD, self.kv_scales(layer))
 
         def run() -> None:
             pieces[0]()
-            for piece, kv in zip(pieces[1:], self._kv_cache.layers, strict=True):
+            for layer, piece in enumerate(pieces[1:]):
                 if chunks is None:
-                    attend(singles, *kv)
+                    attend(singles, layer)
                 else:
-                    self._auxiliary_stream.run_both(partial(attend, singles, *kv), partial(attend, chunks, *kv))
+                    self._auxiliary_stream.run_both(partial(attend, singles, layer), partial(attend, chunks, layer))
                 piece()
 
         return run

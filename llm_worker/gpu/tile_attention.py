@@ -15,6 +15,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vitrine_vlm.gpu_kernels.dependent_launch import has_dependent_launch
+from vitrine_vlm.gpu_kernels.fp8_weight import FP8
 from vitrine_vlm.llm_worker.gpu.step_tables import KEYS_A_STEP, MAX_PROGRAMS, MAX_SPLITS, StepTables, Tiles
 
 # tl.dot needs at least 16 rows.
@@ -30,12 +31,14 @@ def tile_attention(
     max_tiles: int,
     most_splits: int,
     out_THD: torch.Tensor,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
 ) -> None:
     """Computes softmax attention, scaled by D ** -0.5, of all tokens in tiles; other rows of `out_THD` are kept.
 
     Args:
         tables, tiles: of the step; read on the GPU only.
         max_tiles, most_splits: upper bounds of `tiles.counts`.
+        kv_scales: by which keys and values of a cache in FP8 are multiplied.
     """
     num_tokens, num_heads, head_dim = q_THD.shape
     num_kv_heads, tokens = k_cache_SKD.shape[1], tiles.tokens_a_tile
@@ -47,8 +50,10 @@ def tile_attention(
     _attend_split[(min(MAX_PROGRAMS, max_tiles * num_kv_heads * most_splits),)](
         q_THD, k_cache_SKD, v_cache_SKD, tiles.tiles, tiles.counts, tables.blocks, partial, stats, out_THD,
         tiles.tiles.stride(0), tables.blocks.stride(0), most_splits, head_dim**-0.5,
+        *kv_scales,
         KV_HEADS=num_kv_heads, GROUP=group, TILE=max(_SMALLEST_TILE, triton.next_power_of_2(group * tokens)),
-        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_SIZE=tables.block_size, KEYS=KEYS_A_STEP, PDL=pdl,
+        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_SIZE=tables.block_size, KEYS=KEYS_A_STEP,
+        FP8_CACHE=k_cache_SKD.dtype == FP8, PDL=pdl,
         num_stages=2, launch_pdl=pdl,
     )  # fmt: skip
     if most_splits > 1:
@@ -62,13 +67,16 @@ def tile_attention(
 @triton.jit(do_not_specialize=["most_splits"])
 def _attend_split(
     q, k_cache, v_cache, tiles, counts, blocks, partial, stats, out, tiles_stride, blocks_stride,
-    most_splits, scale,
+    most_splits, scale, k_scale, v_scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, FP8_CACHE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
+    if FP8_CACHE:
+        # Scaling scores is scaling keys.
+        scale *= k_scale
     num_splits = tl.load(counts + 1)
     for work in range(tl.program_id(0), tl.load(counts) * KV_HEADS * num_splits, tl.num_programs(0)):
         split, kv_head, tile = work % num_splits, work // num_splits % KV_HEADS, work // num_splits // KV_HEADS
@@ -100,6 +108,9 @@ def _attend_split(
             loaded = there[:, None] & (column < HEAD_DIM)[None, :]
             keys = tl.load(k_cache + at, mask=loaded, other=0.0)
             values = tl.load(v_cache + at, mask=loaded, other=0.0)
+            if FP8_CACHE:
+                # Without rounding: e4m3's values are among bfloat16's.
+                keys, values = keys.to(queries.dtype), values.to(queries.dtype)
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
             seen = there[None, :] & (position[None, :] <= last_key[:, None])
             scores = tl.where(seen, scores, float("-inf"))
@@ -112,6 +123,8 @@ def _attend_split(
             attended = attended * fading[:, None]
             attended += tl.dot(weights.to(values.dtype), values, input_precision="ieee")
             largest = larger
+        if FP8_CACHE:
+            attended *= v_scale
         if num_splits == 1:
             result = attended / tl.maximum(total, 1e-30)[:, None]
             to = out + head[:, None].to(tl.int64) * HEAD_DIM + column[None, :]

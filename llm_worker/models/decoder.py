@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vitrine_vlm.llm_worker.models.config import TextConfig
+from vitrine_vlm.llm_worker.models.kv_slots import UNSCALED, write_slots
 from vitrine_vlm.llm_worker.models.moe import SparseMoe
 from vitrine_vlm.llm_worker.models.paged_attention import AttentionPlan, SequenceSlice, paged_attention, plan_attention
 from vitrine_vlm.llm_worker.models.rank_group import OneRank, RankGroup
@@ -84,6 +85,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.kv_scales = UNSCALED
 
     def forward(self, x_TC: torch.Tensor, shared: StepShared, kv_cache_2SKD: torch.Tensor) -> torch.Tensor:
         q_THD, k_TKD, v_TKD = (
@@ -92,9 +94,10 @@ class Attention(nn.Module):
         )
         q_THD = shared.rotary.apply_rope(self.q_norm(q_THD))
         k_cache_SKD, v_cache_SKD = kv_cache_2SKD
-        k_cache_SKD[shared.slot_mapping_T] = shared.rotary.apply_rope(self.k_norm(k_TKD))
-        v_cache_SKD[shared.slot_mapping_T] = v_TKD
-        out_THD = paged_attention(q_THD, k_cache_SKD, v_cache_SKD, shared.attention)
+        k_TKD = shared.rotary.apply_rope(self.k_norm(k_TKD))
+        write_slots(k_cache_SKD, shared.slot_mapping_T, k_TKD, self.kv_scales.k)
+        write_slots(v_cache_SKD, shared.slot_mapping_T, v_TKD, self.kv_scales.v)
+        out_THD = paged_attention(q_THD, k_cache_SKD, v_cache_SKD, shared.attention, self.kv_scales)
         return self.o_proj(out_THD.flatten(1))
 
 

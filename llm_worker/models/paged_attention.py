@@ -14,6 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from vitrine_vlm.llm_worker.models.kv_slots import UNSCALED, KvScales, read_slots
+
 _versions = itertools.count()
 
 
@@ -112,53 +114,57 @@ def _chunk_mask(sequence: SequenceSlice, device: torch.device) -> torch.Tensor |
 
 
 def paged_attention(
-    q_THD: torch.Tensor, k_cache_SKD: torch.Tensor, v_cache_SKD: torch.Tensor, plan: AttentionPlan
+    q_THD: torch.Tensor,
+    k_cache_SKD: torch.Tensor,
+    v_cache_SKD: torch.Tensor,
+    plan: AttentionPlan,
+    kv_scales: KvScales = UNSCALED,
 ) -> torch.Tensor:
     """Computes causal attention of the step's queries within their own sequences, scaled by D ** -0.5.
 
     Args:
         k_cache_SKD, v_cache_SKD: one slot a token; the step's own keys and values are in them already.
+        kv_scales: of a cache in FP8.
 
     Returns:
         [T, H, D].
     """
     out_THD = torch.empty_like(q_THD)
+
+    def read(slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = q_THD.dtype
+        return read_slots(k_cache_SKD, slots, kv_scales.k, dtype), read_slots(v_cache_SKD, slots, kv_scales.v, dtype)
+
     if len(plan.single_tokens_B):
-        _attend_single(q_THD, k_cache_SKD, v_cache_SKD, plan, out_THD)
+        _attend_single(q_THD, *read(plan.single_slots_BL), plan, out_THD)
     for sequence, slots, mask in plan.chunks:
-        _attend_chunk(q_THD, k_cache_SKD, v_cache_SKD, sequence, slots, mask, out_THD)
+        _attend_chunk(q_THD, *read(slots), sequence, mask, out_THD)
     return out_THD
 
 
 def _attend_single(
     q_THD: torch.Tensor,
-    k_cache_SKD: torch.Tensor,
-    v_cache_SKD: torch.Tensor,
+    k_BLKD: torch.Tensor,
+    v_BLKD: torch.Tensor,
     plan: AttentionPlan,
     out_THD: torch.Tensor,
 ) -> None:
     """Attends with one query a sequence: query heads that share keys and values are the queries of one attention."""
-    num_kv_heads = k_cache_SKD.shape[1]
+    num_kv_heads = k_BLKD.shape[2]
     attended = F.scaled_dot_product_attention(
         q_THD[plan.single_tokens_B].unflatten(1, (num_kv_heads, -1)),
-        _gather(k_cache_SKD, plan.single_slots_BL).transpose(1, 2),
-        _gather(v_cache_SKD, plan.single_slots_BL).transpose(1, 2),
+        k_BLKD.transpose(1, 2),
+        v_BLKD.transpose(1, 2),
         attn_mask=plan.single_mask_B11L,
     )
     out_THD[plan.single_tokens_B] = attended.flatten(1, 2)
 
 
-def _gather(cache_SKD: torch.Tensor, slots_BL: torch.Tensor) -> torch.Tensor:
-    """Returns [B, L, K, D]; several times as fast on the CPU as indexing with a tensor."""
-    return cache_SKD.index_select(0, slots_BL.flatten()).unflatten(0, slots_BL.shape)
-
-
 def _attend_chunk(
     q_THD: torch.Tensor,
-    k_cache_SKD: torch.Tensor,
-    v_cache_SKD: torch.Tensor,
+    k_LKD: torch.Tensor,
+    v_LKD: torch.Tensor,
     sequence: SequenceSlice,
-    slots: torch.Tensor,
     mask: torch.Tensor | None,
     out_THD: torch.Tensor,
 ) -> None:
@@ -166,8 +172,8 @@ def _attend_chunk(
     stop = sequence.start + sequence.length
     attended = F.scaled_dot_product_attention(
         q_THD[sequence.start : stop].transpose(0, 1)[None],
-        k_cache_SKD[slots].transpose(0, 1)[None],
-        v_cache_SKD[slots].transpose(0, 1)[None],
+        k_LKD.transpose(0, 1)[None],
+        v_LKD.transpose(0, 1)[None],
         attn_mask=mask,
         is_causal=mask is None,
         enable_gqa=True,

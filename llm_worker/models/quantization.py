@@ -18,15 +18,14 @@ from vitrine_vlm.llm_worker.models.fp8_linear import Fp8Linear
 # of what one load reads.
 _KERNELS_BLOCK, _KERNELS_WIDTH = (128, 128), 16
 _MULTIPLIED_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("o_proj",), ("down_proj",))
-_FIRST_WITH_FP8 = (8, 9)
+# The first compute capability that has FP8.
+FIRST_WITH_FP8 = (8, 9)
 
 
 def has_fp8_products(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether weights in FP8 are multiplied as they are, with rows of this dtype."""
     return (
-        device.type == "cuda"
-        and dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(device) >= _FIRST_WITH_FP8
+        device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= FIRST_WITH_FP8
     )
 
 

@@ -9,6 +9,7 @@ import torch
 
 from vitrine_vlm.gpu_kernels.fp8_weight import Fp8Weight
 from vitrine_vlm.llm_worker.models.decoder import TextDecoder
+from vitrine_vlm.llm_worker.models.kv_scales import kv_scale_names, set_kv_scales
 from vitrine_vlm.llm_worker.models.quantization import projection_weights, set_fp8_weights
 from vitrine_vlm.llm_worker.models.sharding import part_of_rank
 from vitrine_vlm.model_loading.checkpoint import Checkpoint, CheckpointError, TensorPart
@@ -51,7 +52,8 @@ def load_language_weights(
         for name, parameter in parameters.items()
         for stored, target in _targets(name, parameter.shape, prefix, names)
     }
-    scales = {scale for weight, scale in scale_names(names).items() if weight in targets}
+    kv_scales = kv_scale_names(prefix, decoder.config.num_hidden_layers, names)
+    scales = {scale for weight, scale in scale_names(names).items() if weight in targets} | kv_scales.keys()
     unknown = [
         name
         for name in names
@@ -87,6 +89,7 @@ def load_language_weights(
     set_fp8_weights(decoder, in_fp8, dtype)
     set_already = {name: tensor for name, tensor in decoder.state_dict().items() if not tensor.is_meta}
     decoder.load_state_dict(set_already | loaded, assign=True)
+    set_kv_scales(decoder, checkpoint, kv_scales)
 
 
 class _Target(NamedTuple):

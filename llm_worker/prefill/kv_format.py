@@ -5,15 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from vitrine_vlm.errors import PrefillMismatch
+from vitrine_vlm.llm_worker.engine.config import KvCacheDtype
 from vitrine_vlm.llm_worker.models.config import TextConfig
-from vitrine_vlm.types import DTYPES, ModelIdentity
+from vitrine_vlm.types import ROW_DTYPES, ModelIdentity
 
 PROTOCOL_VERSION = 2
 
 
 @dataclass(frozen=True)
 class KvFormat:
-    """Must be equal on both workers. A row holds the keys and values of one token in all layers."""
+    """Must be equal on both workers. A row holds the keys and values of one token in all layers.
+
+    dtype: of the KV cache, a name of ROW_DTYPES. The scales of a cache in FP8 are the checkpoint's, so equal where
+        `revision` is.
+    """
 
     model: str
     revision: str
@@ -25,12 +30,12 @@ class KvFormat:
     protocol_version: int = PROTOCOL_VERSION
 
     @classmethod
-    def of(cls, identity: ModelIdentity, config: TextConfig) -> KvFormat:
+    def of(cls, identity: ModelIdentity, config: TextConfig, kv_cache_dtype: KvCacheDtype = "auto") -> KvFormat:
         return cls(
             identity.model,
             identity.revision,
             identity.model_type,
-            identity.dtype,
+            identity.dtype if kv_cache_dtype == "auto" else "float8_e4m3fn",
             config.num_hidden_layers,
             config.num_key_value_heads,
             config.head_dim,
@@ -43,7 +48,7 @@ class KvFormat:
 
     @property
     def row_nbytes(self) -> int:
-        return self.row_width * DTYPES[self.dtype].itemsize
+        return self.row_width * ROW_DTYPES[self.dtype].itemsize
 
 
 def check_format(other: str, received: KvFormat, expected: KvFormat) -> None:
@@ -60,5 +65,5 @@ def check_format(other: str, received: KvFormat, expected: KvFormat) -> None:
         if value != expected_value:
             raise PrefillMismatch(
                 f"{other} has another {field.name}: {value!r}, this worker has {expected_value!r}; "
-                "start both from the same checkpoint, with the same dtype"
+                "start both from the same checkpoint, with the same --dtype and --kv-cache-dtype"
             )

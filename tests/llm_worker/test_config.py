@@ -34,6 +34,7 @@ def test_unknown_flags_are_refused(flags: list[str], capsys: pytest.CaptureFixtu
         ["--grpc-port", "http"],
         ["--transport", "rdma"],
         ["--dtype", "float8"],
+        ["--kv-cache-dtype", "bfloat16"],
         ["--max-num-seqs", "0"],
         ["--kv-cache-tokens", "15"],
         ["--encode-timeout-s", "0"],
@@ -75,6 +76,11 @@ def test_the_context_is_never_longer_than_the_models(asked: int | None, actual: 
 def test_the_kv_cache_is_counted_in_tokens() -> None:
     config = read([*NEEDED, "--kv-cache-tokens", "1000"]).engine_config(4096, 5000)
     assert 1000 - config.block_size < config.num_blocks * config.block_size <= 1000
+
+
+def test_the_kv_cache_has_the_dtype_that_is_asked_for() -> None:
+    assert read(NEEDED).engine_config(4096, 5000).kv_cache_dtype == "auto"
+    assert read([*NEEDED, "--kv-cache-dtype", "fp8"]).engine_config(4096, 5000).kv_cache_dtype == "fp8"
 
 
 def test_whole_blocks_hold_the_longest_requests() -> None:

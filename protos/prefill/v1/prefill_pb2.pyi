@@ -59,7 +59,7 @@ class KvFormat(_message.Message):
     """Hub commit, or for a local folder a SHA-256 over its config and weights (hex)."""
     model_type: _builtins.str
     dtype: _builtins.str
-    """Element type of the rows: "float32" or "bfloat16"."""
+    """Element type of the rows, that of the KV cache: "float32", "bfloat16" or "float8_e4m3fn"."""
     num_layers: _builtins.int
     num_key_value_heads: _builtins.int
     head_dim: _builtins.int

@@ -83,7 +83,7 @@ def running_engine(
     make_runner: MakeRunner = PlainRunner,
     on_gpu_lost: Callable[[], None] = lambda: None,
     start: bool = True,
-    **config: int,
+    **config: int | str,
 ) -> Iterator[Engine]:
     decoder = build_decoder(open_checkpoint(str(folder)), torch.device("cpu"), torch.float32)
     limits = EngineConfig(**{"num_blocks": 64, "block_size": 8, "max_model_len": 512, **config})  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
-from vitrine_vlm.llm_worker.engine.config import EngineConfig
+from vitrine_vlm.llm_worker.engine.config import EngineConfig, KvCacheDtype
 from vitrine_vlm.llm_worker.engine.engine import Engine
 from vitrine_vlm.llm_worker.engine.forward_pass import ForwardPass
 from vitrine_vlm.llm_worker.engine.grammar_compiler import GrammarCompiler
@@ -62,7 +62,11 @@ def identity(folder: Path) -> ModelIdentity:
 
 @asynccontextmanager
 async def serving(
-    folder: Path, encoder: str = NO_ENCODER, with_tokenizer: bool = True, num_blocks: int = 64
+    folder: Path,
+    encoder: str = NO_ENCODER,
+    with_tokenizer: bool = True,
+    num_blocks: int = 64,
+    kv_cache_dtype: KvCacheDtype = "auto",
 ) -> AsyncIterator[LocalWorker]:
     """
     Args:
@@ -70,7 +74,7 @@ async def serving(
     """
     checkpoint = open_checkpoint(str(folder))
     decoder = build_decoder(checkpoint, torch.device("cpu"), torch.float32)
-    limits = EngineConfig(num_blocks=num_blocks, max_model_len=512)
+    limits = EngineConfig(num_blocks=num_blocks, max_model_len=512, kv_cache_dtype=kv_cache_dtype)
     engine = Engine(ForwardPass(decoder, limits), limits)
     engine.start(Supervisor())
     encoders = EncoderClient([encoder], identity(folder), transport="grpc", shm_folder=folder)

@@ -83,9 +83,9 @@ def in_fp8(decoder: TextDecoder) -> set[str]:
     return {name.split(".", 2)[2] for name, module in decoder.named_modules() if isinstance(module, Fp8Linear)}
 
 
-def hidden_states(decoder: TextDecoder, *, gpu: bool) -> list[torch.Tensor]:
+def hidden_states(decoder: TextDecoder, *, gpu: bool, kv_dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     """A prompt in two chunks, beside another's; then tokens of both, and of one."""
-    kv_cache = KvCache(decoder.config, 16, 16, DEVICE, torch.float32)
+    kv_cache = KvCache(decoder.config, 16, 16, DEVICE, kv_dtype)
     buffer = input_buffer(decoder, 16)
     runner: Runner = PlainRunner(decoder, kv_cache, buffer)
     if gpu:

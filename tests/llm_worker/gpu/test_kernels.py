@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from vitrine_vlm.llm_worker.families import text_config
 from vitrine_vlm.llm_worker.models.decoder import RMSNorm
+from vitrine_vlm.llm_worker.models.kv_slots import UNSCALED, KvScales, write_slots
 from vitrine_vlm.llm_worker.models.paged_attention import BlockTable, SequenceSlice, paged_attention, plan_attention
 from vitrine_vlm.llm_worker.models.rotary import axis_of_frequency, rotary_at
 from vitrine_vlm.model_loading.checkpoint import open_checkpoint
@@ -23,6 +24,7 @@ from vitrine_vlm.llm_worker.gpu.step_tables import StepTables, Tiles  # noqa: E4
 from vitrine_vlm.llm_worker.gpu.tile_attention import tile_attention  # noqa: E402
 
 HEADS, KV_HEADS, BLOCK_SIZE = 6, 2, 4
+FP8 = torch.float8_e4m3fn
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -77,6 +79,31 @@ def test_queries_and_keys_are_normed_rotated_and_cached(
     assert not k_cache[untouched].any() and not v_cache[untouched].any()
 
 
+def test_keys_and_values_are_cached_in_fp8() -> None:
+    """As plain torch would store them, from what the kernel stores in a plain cache."""
+    num_tokens, head_dim, scales = 8, 24, KvScales(0.25, 4.0)
+    qkv = random(num_tokens, (HEADS + 2 * KV_HEADS) * head_dim) * 10
+    qkv[3:5] *= 1000  # out of range
+    cos_sin, slots = random(num_tokens, 2, head_dim // 2), torch.arange(num_tokens, device=DEVICE).flip(0)
+    slots[1] = -1
+    caches = {dtype: torch.zeros(2, 10, KV_HEADS, head_dim, device=DEVICE).to(dtype) for dtype in (torch.float32, FP8)}
+    for cache in caches.values():
+        k_cache, v_cache = cache.unbind()
+        q = torch.empty(num_tokens, HEADS, head_dim, device=DEVICE)
+        rope_and_store_kv(qkv, cos_sin, None, None, 0.0, slots, k_cache, v_cache, q, scales)
+    in_fp8 = torch.zeros(2, 10, KV_HEADS, head_dim, device=DEVICE).to(FP8)
+    for cache, plain, scale in zip(in_fp8, caches[torch.float32], scales, strict=True):
+        write_slots(cache, torch.arange(10, device=DEVICE), plain, scale)
+    found, expected = caches[FP8].float(), in_fp8.float()
+    assert found.abs().max() == 448
+    compared = torch.ones_like(found, dtype=torch.bool)
+    if DEVICE.type == "cpu":
+        # Triton's interpreter halves values that should round up to a power of two, and cuts off subnormal ones.
+        compared = (torch.frexp(expected).mantissa.abs() != 0.5) & ((expected == 0) | (expected.abs() >= 2**-6))
+        assert compared.float().mean() > 0.9
+    assert torch.equal(found[compared], expected[compared])
+
+
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     """The tolerance allows for sums of a thousand numbers in another order."""
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
@@ -103,6 +130,21 @@ MIXED = [(1, 130), (5, 5), (37, 400), (1, 1), (3, 70)]
 @pytest.mark.parametrize("head_dim", [24, 64])
 @pytest.mark.parametrize("lengths", [DECODING, MIXED], ids=["decoding", "mixed"])
 def test_tiles_attend_over_scattered_blocks(lengths: list[tuple[int, int]], head_dim: int, num_splits: int) -> None:
+    check_tiles(lengths, head_dim, num_splits)
+
+
+@pytest.mark.parametrize(("lengths", "num_splits"), [(DECODING, 3), (MIXED, 1)], ids=["decoding", "mixed"])
+def test_tiles_attend_over_a_cache_in_fp8(lengths: list[tuple[int, int]], num_splits: int) -> None:
+    check_tiles(lengths, 24, num_splits, FP8, KvScales(0.3, 2.5))
+
+
+def check_tiles(
+    lengths: list[tuple[int, int]],
+    head_dim: int,
+    num_splits: int,
+    kv_dtype: torch.dtype = torch.float32,
+    scales: KvScales = UNSCALED,
+) -> None:
     num_blocks = 300
     k_cache, v_cache = random(2, num_blocks * BLOCK_SIZE, KV_HEADS, head_dim).unbind()
     free = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(2)).tolist()
@@ -114,6 +156,7 @@ def test_tiles_attend_over_scattered_blocks(lengths: list[tuple[int, int]], head
         num_tokens += length
     # The content of unused slots must not matter.
     k_cache[torch.tensor(free)[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)] = float("nan")
+    k_cache, v_cache = k_cache.to(kv_dtype), v_cache.to(kv_dtype)
     q = random(num_tokens + 3, HEADS, head_dim)
     num_tiles = 30
     singles, chunks = Tiles(1, num_tiles, KV_HEADS, DEVICE), Tiles(4, num_tiles, KV_HEADS, DEVICE)
@@ -123,7 +166,7 @@ def test_tiles_attend_over_scattered_blocks(lengths: list[tuple[int, int]], head
     assert max(singles.counts[1], chunks.counts[1]) == min(num_splits, 3)
     out = torch.full_like(q, 7.0)
     for tiles in (singles, chunks):
-        tile_attention(q, k_cache, v_cache, tables, tiles, num_tiles, num_splits, out)
-    expected = paged_attention(q[:num_tokens], k_cache, v_cache, plan_attention(slices, DEVICE))
+        tile_attention(q, k_cache, v_cache, tables, tiles, num_tiles, num_splits, out, scales)
+    expected = paged_attention(q[:num_tokens], k_cache, v_cache, plan_attention(slices, DEVICE), scales)
     torch.testing.assert_close(out[:num_tokens], expected, atol=1e-5, rtol=1e-4)
     assert (out[num_tokens:] == 7.0).all()  # no sequence's

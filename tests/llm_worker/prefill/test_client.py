@@ -266,6 +266,7 @@ async def test_a_first_token_that_is_the_last_comes_alone(tmp_path: Path) -> Non
     [
         lambda ours: replace(ours, revision="other"),
         lambda ours: replace(ours, dtype="bfloat16"),
+        lambda ours: replace(ours, dtype="float8_e4m3fn"),
         lambda ours: replace(ours, num_layers=3),
         lambda ours: replace(ours, num_key_value_heads=2),
         lambda ours: replace(ours, head_dim=8),

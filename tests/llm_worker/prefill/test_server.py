@@ -13,13 +13,18 @@ import pytest
 import torch
 
 from tests.llm_worker.frontend.serving import LocalWorker, identity, serving
+from vitrine_vlm.embedding_transport.fleet.row_peer import ConnectOptions
 from vitrine_vlm.embedding_transport.pools.shm_pool import ShmPool
 from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter
 from vitrine_vlm.embedding_transport.wire.grpc_status import error_from_rpc
 from vitrine_vlm.errors import BadRequest, PrefillMismatch, PrefillUnavailable, WorkerUnavailable
+from vitrine_vlm.llm_worker.engine.config import KvCacheDtype
+from vitrine_vlm.llm_worker.engine.request import SamplingParams
 from vitrine_vlm.llm_worker.families import text_config
 from vitrine_vlm.llm_worker.frontend.grpc_server import LlmServer, LlmServicer
+from vitrine_vlm.llm_worker.generation.events import GenerationRequest
 from vitrine_vlm.llm_worker.metrics import LlmMetrics
+from vitrine_vlm.llm_worker.prefill.client import PrefillClient
 from vitrine_vlm.llm_worker.prefill.kv_format import KvFormat
 from vitrine_vlm.llm_worker.prefill.rpc import SERVICE, prefill_handlers
 from vitrine_vlm.llm_worker.prefill.server import PrefillServicer, ServedPrefill, _scope
@@ -33,10 +38,12 @@ from vitrine_vlm.service_runtime.byte_budget import ByteBudget
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.service_runtime.tenants import CacheScope, set_tenant
+from vitrine_vlm.types import RowsEvent, TransportName
 
 
 @dataclass
 class Running:
+    address: str
     stub: prefill_pb2_grpc.PrefillAsyncStub
     calls: RunningCalls
     exporter: RowExporter
@@ -53,7 +60,9 @@ class Running:
 
 
 @asynccontextmanager
-async def running(folder: Path, shm_folder: Path, pool_nbytes: int = 1 << 20) -> AsyncIterator[Running]:
+async def running(
+    folder: Path, shm_folder: Path, pool_nbytes: int = 1 << 20, kv_cache_dtype: KvCacheDtype = "auto"
+) -> AsyncIterator[Running]:
     calls = RunningCalls()
     requests = RequestTracker(LlmMetrics(), calls)
     servicer = PrefillServicer(requests, ByteBudget(1 << 30))
@@ -62,15 +71,18 @@ async def running(folder: Path, shm_folder: Path, pool_nbytes: int = 1 << 20) ->
     address = await server.start("127.0.0.1", 0)
     exporter = RowExporter([ShmPool(shm_folder, pool_nbytes)], lease_ttl_s=30.0)
     exporter.start(Supervisor())
-    kv_format = KvFormat.of(identity(folder), text_config(open_checkpoint(str(folder))))
+    kv_format = KvFormat.of(identity(folder), text_config(open_checkpoint(str(folder))), kv_cache_dtype)
     try:
-        async with serving(folder) as worker, grpc.aio.insecure_channel(address) as channel:
+        async with (
+            serving(folder, kv_cache_dtype=kv_cache_dtype) as worker,
+            grpc.aio.insecure_channel(address) as channel,
+        ):
             stub = prefill_pb2_grpc.PrefillStub(channel)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await stub.Describe(prefill_pb2.DescribeRequest())
             assert isinstance(error_from_rpc(caught.value), PrefillUnavailable)
             servicer.open(ServedPrefill(worker.served, kv_format, exporter))
-            yield Running(stub, calls, exporter, kv_format, worker)
+            yield Running(address, stub, calls, exporter, kv_format, worker)
     finally:
         await server.stop(0)
         await exporter.close()
@@ -132,6 +144,53 @@ async def test_a_generated_client_understands_it(qwen3_vl_folder: Path, tmp_path
         num_tokens = events[0].prefilled.num_prompt_tokens
         assert sum(len(each.chunk.data) for each in events[1:]) == num_tokens * worker.kv_format.row_nbytes
         await worker.worker.until_idle()
+
+
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
+async def test_kv_in_fp8_is_sent_as_it_is(qwen3_vl_folder: Path, tmp_path: Path, transport: TransportName) -> None:
+    async with running(qwen3_vl_folder, tmp_path, kv_cache_dtype="fp8") as worker:
+        assert (worker.kv_format.dtype, worker.kv_format.row_nbytes) == ("float8_e4m3fn", worker.kv_format.row_width)
+        token_ids = list(range(5, 35))
+        request = worker.request()
+        request.prompt.token_ids.ids.extend(token_ids)
+        _, *chunks = [each async for each in worker.stub.Prefill(request)]
+        sent = torch.frombuffer(bytearray(b"".join(each.chunk.data for each in chunks)), dtype=torch.uint8)
+        client = prefill_client(worker, tmp_path, transport, worker.kv_format)
+        try:
+            await client.wait_ready(10)
+            asked = GenerationRequest("request", token_ids, (), SamplingParams(temperature=0.0, max_tokens=8))
+            _, event = [event async for event in client.prefill(asked, token_ids, True)]
+            assert isinstance(event, RowsEvent)
+            landed = torch.zeros(len(token_ids), worker.kv_format.row_width).to(torch.float8_e4m3fn)
+            event.rows.copy_to(landed, None, 0)
+            event.rows.release()
+            # The second time the first block is in the prefix cache, and the rest is computed by itself.
+            assert (landed.view(torch.uint8).flatten() == sent).float().mean() > 0.99
+        finally:
+            await client.close()
+
+
+async def test_kv_in_another_dtype_is_refused(qwen3_vl_folder: Path, tmp_path: Path) -> None:
+    async with running(qwen3_vl_folder, tmp_path, kv_cache_dtype="fp8") as worker:
+        client = prefill_client(worker, tmp_path, "shm", replace(worker.kv_format, dtype="float32"))
+        try:
+            with pytest.raises(PrefillMismatch, match=r"'float8_e4m3fn', this worker has 'float32'.*--kv-cache-dtype"):
+                await client.start()
+        finally:
+            await client.close()
+
+
+def prefill_client(worker: Running, shm_folder: Path, transport: TransportName, kv_format: KvFormat) -> PrefillClient:
+    client = PrefillClient(
+        kv_format,
+        ConnectOptions(transport, shm_folder),
+        merge_size=2,
+        timeout_s=10,
+        max_prompt_tokens=512,
+        on_hand_over=lambda seconds: None,
+    )
+    client.set_addresses([worker.address])
+    return client
 
 
 async def test_rows_that_the_caller_has_are_not_sent(qwen3_vl_folder: Path, tmp_path: Path) -> None:
