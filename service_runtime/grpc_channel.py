@@ -10,11 +10,12 @@ from vitrine_vlm.service_runtime.tls import ClientTls
 _MAX_MESSAGE_BYTES = 512 * 1024 * 1024
 # Of what a client receives: services send rows in chunks of 1 MiB.
 _MAX_RECEIVED_BYTES = 64 * 1024 * 1024
+_RECEIVED = "grpc.max_receive_message_length"
 _KEEPALIVE_MS = 10_000
 # For channels and servers alike.
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
     # EncodeRequest holds whole media files; gRPC's default limit is 4 MiB.
-    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    (_RECEIVED, _MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
     # A host that loses its network closes no connection. Both sides send pings, so that requests are retried elsewhere
     # and leases are released.
@@ -28,10 +29,6 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     # Encoders are addressed directly; a proxy in the environment is for other hosts.
     ("grpc.enable_http_proxy", 0),
 ]
-_CLIENT_OPTIONS: list[tuple[str, int | str]] = [
-    *((name, value) for name, value in CHANNEL_OPTIONS if name != "grpc.max_receive_message_length"),
-    ("grpc.max_receive_message_length", _MAX_RECEIVED_BYTES),
-]
 
 
 def open_channel(address: str, tls: ClientTls | None = None) -> grpc.aio.Channel:
@@ -40,9 +37,12 @@ def open_channel(address: str, tls: ClientTls | None = None) -> grpc.aio.Channel
     Raises:
         OSError: a file of `tls` cannot be read.
     """
+    options: list[tuple[str, int | str]] = [
+        *((name, value) for name, value in CHANNEL_OPTIONS if name != _RECEIVED),
+        (_RECEIVED, _MAX_RECEIVED_BYTES),
+    ]
     if tls is None:
-        return grpc.aio.insecure_channel(address, options=_CLIENT_OPTIONS)
-    options = [*_CLIENT_OPTIONS]
+        return grpc.aio.insecure_channel(address, options=options)
     if tls.server_name is not None:
         options.append(("grpc.ssl_target_name_override", tls.server_name))
     return grpc.aio.secure_channel(address, tls.credentials(), options=options)
