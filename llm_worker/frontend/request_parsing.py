@@ -24,7 +24,7 @@ _PART_TYPES = ("text", "image_url", "video_url", "video", "input_text", "output_
 # A body with more bytes or values may take longer than other requests and probes should wait.
 _SMALL_BODY_BYTES = 256 * 1024
 _FEW_VALUES = 1000
-# One with more takes tenths of a second, and seconds where its values are a tool's schema.
+# A larger one takes tenths of a second, and so does one of more values; seconds where they are a tool's schema.
 _LARGE_BODY_BYTES = 4 * 1024 * 1024
 _MANY_VALUES = 10_000
 _NUM_VALUES = web.RequestKey("number of values", int)
@@ -45,8 +45,9 @@ async def read_request(kind: type[RequestT], http: web.Request, count: Count) ->
         BadRequest: the body is declared to be something else.
     """
     body = await json_body(http)
-    counted = partial(num_values, body, _MANY_VALUES)
-    http[_NUM_VALUES] = counted() if len(body) <= _SMALL_BODY_BYTES else await asyncio.to_thread(counted)
+    if len(body) <= _LARGE_BODY_BYTES:
+        counted = partial(num_values, body, _MANY_VALUES)
+        http[_NUM_VALUES] = counted() if len(body) <= _SMALL_BODY_BYTES else await asyncio.to_thread(counted)
     return await with_body(http, partial(parse_request, kind, body, count))
 
 
@@ -56,10 +57,10 @@ async def with_body(http: web.Request, work: Callable[[], ResultT]) -> ResultT:
     That of one that is not small runs on a thread, so that other requests and probes are answered meanwhile, and large
     bodies have one thread together, as each thread that computes takes a part of the interpreter.
     """
-    num, nbytes = http[_NUM_VALUES], body_nbytes(http)
-    if nbytes <= _SMALL_BODY_BYTES and num <= _FEW_VALUES:
+    nbytes = body_nbytes(http)
+    if nbytes <= _SMALL_BODY_BYTES and http[_NUM_VALUES] <= _FEW_VALUES:
         return work()
-    if nbytes <= _LARGE_BODY_BYTES and num <= _MANY_VALUES:
+    if nbytes <= _LARGE_BODY_BYTES and http[_NUM_VALUES] <= _MANY_VALUES:
         return await asyncio.to_thread(work)
     thread = http.app[_LARGE_BODIES_THREAD]
     return await asyncio.get_running_loop().run_in_executor(thread, copy_context().run, work)
