@@ -175,6 +175,15 @@ def _routing_key(item: encoder_pb2.MediaItem) -> bytes:
     return content_key(item.patches.data or item.data or None, item.url)
 
 
+def _timeless(layout: encoder_pb2.Layout) -> encoder_pb2.Layout:
+    """Returns what is the same on each encoder."""
+    copy = encoder_pb2.Layout()
+    copy.CopyFrom(layout)
+    copy.ClearField("queue_s")
+    copy.ClearField("encode_s")
+    return copy
+
+
 class _Sent:
     """The part of an item that was sent to the caller: an encoder that replaces a lost one starts at the beginning."""
 
@@ -192,9 +201,10 @@ class _Sent:
         event = response.WhichOneof("event")
         if event == "layout":
             response.layout.item_index = self._index
-            earlier, self._layout = self._layout, response.layout
-            if earlier not in (None, response.layout):
-                raise InternalError(f"item {self._index} has layout {response.layout} now and had {earlier} before")
+            layout = _timeless(response.layout)
+            earlier, self._layout = self._layout, layout
+            if earlier not in (None, layout):
+                raise InternalError(f"item {self._index} has layout {layout} now and had {earlier} before")
             return earlier is None
         if event == "chunk":
             chunk = response.chunk

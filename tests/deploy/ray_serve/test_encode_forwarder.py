@@ -50,7 +50,8 @@ class Encoder(encoder_pb2_grpc.EncoderServicer):
             failed = encoder_pb2.Failed(code=self.refusals.pop(0), message="not now", retry_after_s=2.5)
             yield encoder_pb2.EncodeResponse(failed=failed)
             return
-        layout = encoder_pb2.Layout(grid_thw=[1, 2, 2], num_tokens=1, content_hash=self.revision)
+        # Each encoder expects another time.
+        layout = encoder_pb2.Layout(grid_thw=[1, 2, 2], num_tokens=1, content_hash=self.revision, queue_s=id(self))
         yield encoder_pb2.EncodeResponse(layout=layout)
         try:
             for number, offset in enumerate(range(0, len(ROWS), CHUNK)):
