@@ -10,12 +10,11 @@ from vitrine_vlm.service_runtime.tls import ClientTls
 _MAX_MESSAGE_BYTES = 512 * 1024 * 1024
 # Of what a client receives: services send rows in chunks of 1 MiB.
 _MAX_RECEIVED_BYTES = 64 * 1024 * 1024
-_RECEIVED = "grpc.max_receive_message_length"
 _KEEPALIVE_MS = 10_000
 # For channels and servers alike.
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
     # EncodeRequest holds whole media files; gRPC's default limit is 4 MiB.
-    (_RECEIVED, _MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
     # A host that loses its network closes no connection. Both sides send pings, so that requests are retried elsewhere
     # and leases are released.
@@ -37,12 +36,10 @@ def open_channel(address: str, tls: ClientTls | None = None) -> grpc.aio.Channel
     Raises:
         OSError: a file of `tls` cannot be read.
     """
-    options: list[tuple[str, int | str]] = [
-        *((name, value) for name, value in CHANNEL_OPTIONS if name != _RECEIVED),
-        (_RECEIVED, _MAX_RECEIVED_BYTES),
-    ]
+    own: dict[str, int | str] = {"grpc.max_receive_message_length": _MAX_RECEIVED_BYTES}
+    if tls is not None and tls.server_name is not None:
+        own["grpc.ssl_target_name_override"] = tls.server_name
+    options = list((dict(CHANNEL_OPTIONS) | own).items())
     if tls is None:
         return grpc.aio.insecure_channel(address, options=options)
-    if tls.server_name is not None:
-        options.append(("grpc.ssl_target_name_override", tls.server_name))
     return grpc.aio.secure_channel(address, tls.credentials(), options=options)
