@@ -200,8 +200,13 @@ class EncoderClient(FleetClient[EncoderPeer]):
     def _discard(self, event: EncodeEvent) -> None:
         if isinstance(event, RowsEvent):
             event.rows.release()
-        elif event.layout.ticket is not None:
-            self._supervisor.start_job("ticket release", self.release_tickets([event.layout.ticket]))
+        else:
+            self._release_ticket(event.layout)
+
+    def _release_ticket(self, layout: Layout) -> None:
+        """Releases the layout's ticket, if it has one, in the background."""
+        if layout.ticket is not None:
+            self._supervisor.start_job("ticket release", self.release_tickets([layout.ticket]))
 
     def _by_instance(self) -> dict[str, EncoderPeer]:
         """The encoders that have tickets, by the instance_id that they have, or had while they were connected."""
@@ -279,8 +284,7 @@ class EncoderClient(FleetClient[EncoderPeer]):
             return False
         if not self._moves.move(address, len(items), len(self._usable), now):
             return False
-        if layout.ticket is not None:  # the call may have ended at the encoder, where cancelling it comes too late
-            self._supervisor.start_job("ticket release", self.release_tickets([layout.ticket]))
+        self._release_ticket(layout)  # the call may have ended at the encoder, where cancelling it comes too late
         return True
 
     async def _issuer(self, request: Request, ticket: Ticket) -> EncoderPeer:
