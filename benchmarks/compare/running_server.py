@@ -127,12 +127,14 @@ class RunningServer:
         return ServerFailed(message, "\n".join(each.tail() for each in self._processes))
 
     async def _poll_ready(self) -> None:
+        waiting = [*self._spec.also_ready, f"{self.url}{self._spec.ready}"]
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
-            while True:
+            while waiting:
                 with suppress(aiohttp.ClientError, TimeoutError):
-                    async with session.get(f"{self.url}{self._spec.ready}") as response:
+                    async with session.get(waiting[0]) as response:
                         if response.status == 200:
-                            return
+                            del waiting[0]
+                            continue
                 await asyncio.sleep(_POLL_S)
 
 

@@ -34,11 +34,11 @@ class ProcessSpec(BaseModel):
 class ServerSpec(BaseModel):
     """A server: one or several processes, started together.
 
-    Commands and values of `environment` may have placeholders in braces: those that the comparison's command line gives
-    (`{model}`, `{load_format}`, `{python}`), and any name that ends with `port`, which is a free port: the same one
-    wherever the name stands. The HTTP port that is measured is `{port}`.
+    Commands, URLs and values of `environment` may have placeholders in braces: those that the comparison's command line
+    gives (`{model}`, `{load_format}`, `{python}`), and any name that ends with `port`, which is a free port: the same
+    one wherever the name stands. The HTTP port that is measured is `{port}`.
 
-    ready: path that answers 200 once requests are taken.
+    ready: path that answers 200 once requests are taken; also_ready: URLs that must, too: of servers behind a front.
     version: a command whose output says the server's version.
     stop_grace_s: seconds between SIGTERM and SIGKILL.
     """
@@ -48,6 +48,7 @@ class ServerSpec(BaseModel):
     name: str = Field(pattern=r"^[\w.-]+$")
     processes: list[ProcessSpec] = Field(min_length=1)
     ready: str = "/v1/models"
+    also_ready: list[str] = Field(default_factory=list)
     ready_timeout_s: float = 900.0
     version: Command | None = None
     stop_grace_s: float = 15.0
@@ -67,7 +68,8 @@ class ServerSpec(BaseModel):
         try:
             return cls.model_validate(yaml.safe_load(path.read_text()))
         except FileNotFoundError as error:
-            shipped = ", ".join(sorted(each.stem for each in SHIPPED.glob("*.yaml")))
+            names = (each.relative_to(SHIPPED).with_suffix("") for each in SHIPPED.rglob("*.yaml"))
+            shipped = ", ".join(sorted(map(str, names)))
             raise InvalidServerFile(f"there is no file {file}; shipped along are: {shipped}") from error
         except (OSError, yaml.YAMLError, ValidationError) as error:
             raise InvalidServerFile(f"{path}: {error}") from error
@@ -95,7 +97,8 @@ class ServerSpec(BaseModel):
             for each in self.processes
         ]
         version = None if self.version is None else fill_command(self.version)
-        return self.model_copy(update={"processes": processes, "version": version})
+        also_ready = [fill(each) for each in self.also_ready]
+        return self.model_copy(update={"processes": processes, "version": version, "also_ready": also_ready})
 
     def port_names(self) -> set[str]:
         """Returns the placeholders of ports, `port` among them."""

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.compare.running_server import RunningServer, ServerFailed, version_of
-from benchmarks.compare.server_file import InvalidServerFile, ProcessSpec, ServerSpec, free_ports
+from benchmarks.compare.server_file import SHIPPED, InvalidServerFile, ProcessSpec, ServerSpec, free_ports
 from benchmarks.process_tree import descendants
 from tests.benchmarks.compare.test_figures import load, start, written
 from tests.deploy.proc import is_running
@@ -98,6 +98,15 @@ async def test_a_server_that_is_not_ready_in_time_says_so(tmp_path: Path) -> Non
             await server.wait_ready()
 
 
+async def test_a_server_is_ready_once_those_behind_it_are(tmp_path: Path) -> None:
+    [port] = free_ports(["port"]).values()
+    command = f"cd {tmp_path}; (sleep 1; echo >late) & exec {sys.executable} -m http.server {port} --bind 127.0.0.1"
+    behind = spec(command, ready="/", also_ready=[f"http://127.0.0.1:{port}/late"])
+    async with RunningServer.started(behind, port, tmp_path) as server:
+        await server.wait_ready()
+        assert (tmp_path / "late").exists()
+
+
 async def test_versions() -> None:
     assert await version_of(spec("true", version="echo some 1.0")) == "some 1.0"
     assert await version_of(spec("true", version="echo no module >&2; exit 1")) == "unknown: no module"
@@ -116,12 +125,13 @@ def test_placeholders() -> None:
         server.filled({"model": "m", "port": "1"})
 
 
-@pytest.mark.parametrize("name", ["vitrine", "vllm", "vllm_default", "sglang", "sglang_default"])
-def test_shipped_files_can_be_read(name: str) -> None:
-    server = ServerSpec.read(name)
-    assert server.name == name
+@pytest.mark.parametrize("path", sorted(SHIPPED.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_files_can_be_read(path: Path) -> None:
+    server = ServerSpec.read(str(path.relative_to(SHIPPED).with_suffix("")))
+    assert server.name == path.stem
     values = {"model": "m", "load_format": "dummy", "python": sys.executable}
-    server.filled({**values, **free_ports(sorted(server.port_names()))})
+    filled = server.filled({**values, **free_ports(sorted(server.port_names()))})
+    assert "{" not in "".join(filled.also_ready)
 
 
 def test_files_that_describe_no_server(tmp_path: Path) -> None:
