@@ -172,10 +172,11 @@ def _rope_and_store_kv(
     left, right = tl.load(at, mask=inside, other=0.0), tl.load(at + HALF, mask=inside, other=0.0)
     slot = tl.load(slot_mapping + token, mask=real, other=-1)
     kept = inside & (slot >= 0)
+    # Pointers have a name for each tensor: a variable has one type in all branches, and a cache may be in FP8.
     if head >= HEADS + KV_HEADS:
-        to = v_cache + (slot * KV_HEADS + head - HEADS - KV_HEADS) * (2 * HALF) + index
-        tl.store(to, _cached(left, v_scale, v_cache.dtype.element_ty, FP8_CACHE), mask=kept)
-        tl.store(to + HALF, _cached(right, v_scale, v_cache.dtype.element_ty, FP8_CACHE), mask=kept)
+        at_value = v_cache + (slot * KV_HEADS + head - HEADS - KV_HEADS) * (2 * HALF) + index
+        tl.store(at_value, _cached(left, v_scale, v_cache.dtype.element_ty, FP8_CACHE), mask=kept)
+        tl.store(at_value + HALF, _cached(right, v_scale, v_cache.dtype.element_ty, FP8_CACHE), mask=kept)
     else:
         first, second = left.to(tl.float32), right.to(tl.float32)
         if NORMED:
@@ -193,13 +194,13 @@ def _rope_and_store_kv(
         first, second = _rotated(first, second, cos_sin + token * (2 * HALF) + index, HALF, inside)
         rotated_first, rotated_second = first.to(qkv.dtype.element_ty), second.to(qkv.dtype.element_ty)
         if head < HEADS:
-            to = q_out + (token * HEADS + head) * (2 * HALF) + index
-            tl.store(to, rotated_first, mask=inside)
-            tl.store(to + HALF, rotated_second, mask=inside)
+            at_query = q_out + (token * HEADS + head) * (2 * HALF) + index
+            tl.store(at_query, rotated_first, mask=inside)
+            tl.store(at_query + HALF, rotated_second, mask=inside)
         else:
-            to = k_cache + (slot * KV_HEADS + head - HEADS) * (2 * HALF) + index
-            tl.store(to, _cached(rotated_first, k_scale, k_cache.dtype.element_ty, FP8_CACHE), mask=kept)
-            tl.store(to + HALF, _cached(rotated_second, k_scale, k_cache.dtype.element_ty, FP8_CACHE), mask=kept)
+            at_key = k_cache + (slot * KV_HEADS + head - HEADS) * (2 * HALF) + index
+            tl.store(at_key, _cached(rotated_first, k_scale, k_cache.dtype.element_ty, FP8_CACHE), mask=kept)
+            tl.store(at_key + HALF, _cached(rotated_second, k_scale, k_cache.dtype.element_ty, FP8_CACHE), mask=kept)
 
 
 @triton.jit
