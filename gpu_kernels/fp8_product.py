@@ -31,6 +31,8 @@ Epilogue: TypeAlias = Literal["none", "gated_silu", "add"]
 _MOST_FEW_ROWS = 128
 # More than the cache of any GPU so far.
 _CACHE_NBYTES = 128 << 20
+# As many as a large decoder has layers: smaller weights than fill the cache so stay in it in a decoder, too.
+_MAX_WEIGHTS = 64
 # cuBLAS's products with scales a block want rows in multiples of it.
 _CUBLAS_ROWS = 4
 
@@ -219,7 +221,7 @@ def _tuned(
     values = torch.randn(shape_OI, dtype=torch.bfloat16, device=device).to(FP8)
     scale = torch.rand((-(-outputs // block[0]), -(-inputs // block[1])), device=device)
     # One product after the other with weights of its own, as in a decoder: one weight would stay in the cache.
-    num_weights = -(-_CACHE_NBYTES // values.nbytes)
+    num_weights = min(_MAX_WEIGHTS, -(-_CACHE_NBYTES // values.nbytes))
     weights = [Fp8Weight(values.clone(), scale, block) for _ in range(num_weights)]
     bias_O = torch.randn(outputs, dtype=dtype, device=device) if has_bias else None
 
