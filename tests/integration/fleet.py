@@ -20,7 +20,7 @@ import grpc
 import pytest
 import torch
 
-from tests.integration.forked import ForkedProcess
+from tests.integration.forked import CAN_FORK, ForkedProcess
 from vitrine_vlm.protos.llm.v1 import llm_pb2, llm_pb2_grpc
 from vitrine_vlm.sample_models.reference import Media
 
@@ -40,13 +40,14 @@ class ServiceProcess:
         """
         Args:
             prefix: what the command begins with; it is executed then.
-            fork: whether the process is a copy of one that has imported the service; otherwise it is executed.
+            fork: whether the process is a copy of one that has imported the service; otherwise, and where there is a
+                GPU, it is executed.
         """
         self.lines: list[str] = []
         self.addresses: dict[str, str] = {}
         self._listening = threading.Event()
         self._serving = threading.Event()
-        if fork and not prefix:
+        if fork and CAN_FORK and not prefix:
             self.process = ForkedProcess(module, flags)
         else:
             self.process = subprocess.Popen(

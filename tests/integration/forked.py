@@ -11,10 +11,18 @@ import sys
 import threading
 from collections.abc import Sequence
 from multiprocessing import connection
+from multiprocessing.context import ForkServerContext, SpawnContext
 from typing import NoReturn
 
+import torch
+
+# Where there is a GPU, services are executed: torch refuses CUDA in a copy of a process that has counted its GPUs, as
+# importing `tests` does ("Cannot re-initialize CUDA in forked subprocess").
+CAN_FORK = not torch.cuda.is_available()
+CONTEXT: ForkServerContext | SpawnContext = (
+    multiprocessing.get_context("forkserver") if CAN_FORK else multiprocessing.get_context("spawn")
+)
 # Imports the services once, at the first start.
-CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         "vitrine_vlm.encoder_service.__main__",
