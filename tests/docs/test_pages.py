@@ -73,3 +73,11 @@ def test_lines_are_short(page: Path) -> None:
     """Tables aside, and blocks of code, where a line is a line."""
     long = [line for line in prose(page).splitlines() if len(line) > MAX_LENGTH and not line.startswith("|")]
     assert not long
+
+
+@on_each_page
+def test_diagrams_have_one_statement_a_line(page: Path) -> None:
+    """Several in a line are drawn as an error."""
+    diagrams = re.findall(r"^```mermaid\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    assert all(re.fullmatch(r"flowchart \w+|\w+(-v2)?", diagram.splitlines()[0]) for diagram in diagrams)
+    assert not [diagram for diagram in diagrams if re.search(r"\S +(subgraph|end\b)", diagram)]
