@@ -116,7 +116,7 @@ class RowExporter:
 
     def connect(
         self, requests: AsyncIterator[encoder_pb2.ConnectRequest], peer: Peer
-    ) -> AsyncIterator[encoder_pb2.ConnectResponse]:
+    ) -> AsyncGenerator[encoder_pb2.ConnectResponse]:
         """Serves one Connect call, see `Sessions.connect`. The leases of the session are released when it ends."""
         return self._sessions.connect(requests, peer)
 

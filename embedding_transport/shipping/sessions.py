@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -101,7 +101,7 @@ class Sessions:
 
     async def connect(
         self, requests: AsyncIterator[encoder_pb2.ConnectRequest], peer: Peer
-    ) -> AsyncIterator[encoder_pb2.ConnectResponse]:
+    ) -> AsyncGenerator[encoder_pb2.ConnectResponse]:
         """Serves one Connect call; the session ends with it.
 
         Raises:

@@ -7,6 +7,7 @@ import gc
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,18 @@ def nothing_but_the_test() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-def num_objects() -> Counter[str]:
-    """By type; of this project, gRPC, aiohttp and asyncio. Garbage is collected first."""
+async def num_objects() -> Counter[str]:
+    """By type; of this project, gRPC, aiohttp and asyncio. Garbage is collected first, generators in it are closed."""
+    gc.collect()
+    await asyncio.sleep(0.05)
     gc.collect()
     names = Counter(f"{kind.__module__}.{kind.__qualname__}" for kind in map(type, gc.get_objects()))
     return Counter({name: number for name, number in names.items() if name.startswith(COUNTED)})
 
 
-def grown(before: Counter[str]) -> dict[str, int]:
+async def grown(before: Counter[str]) -> dict[str, int]:
     """The types of which there are more than `before`, by one or more for each round."""
-    return {name: number for name, number in (num_objects() - before).items() if number >= ROUNDS}
+    return {name: number for name, number in (await num_objects() - before).items() if number >= ROUNDS}
 
 
 class LosesSessions(StubServicer):
@@ -58,11 +61,12 @@ class LosesSessions(StubServicer):
 
     async def Connect(self, request_iterator, context):  # type: ignore[no-untyped-def]
         self.lost.clear()
-        async for response in self.exporter.connect(request_iterator, peer_of(context)):
-            yield response
-            if response.WhichOneof("message") == "session":
-                await self.lost.wait()
-                await context.abort(grpc.StatusCode.UNAVAILABLE, "lost")
+        async with aclosing(self.exporter.connect(request_iterator, peer_of(context))) as responses:
+            async for response in responses:
+                yield response
+                if response.WhichOneof("message") == "session":
+                    await self.lost.wait()
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, "lost")
 
 
 async def test_of_a_lost_connection_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +86,7 @@ async def test_of_a_lost_connection_nothing_is_kept(tmp_path: Path, monkeypatch:
 
         for _ in range(WARM_UP):
             await reconnect()
-        before = num_objects()
+        before = await num_objects()
         gc.disable()  # the memory of an encoder that was killed stays until nothing maps it
         try:
             for _ in range(ROUNDS):
@@ -90,7 +94,7 @@ async def test_of_a_lost_connection_nothing_is_kept(tmp_path: Path, monkeypatch:
             assert sum(type(each) is ShmMapping for each in gc.get_objects()) == 1
         finally:
             gc.enable()
-        assert not grown(before)
+        assert not await grown(before)
         await client.close()
 
 
@@ -121,9 +125,9 @@ async def test_of_addresses_that_have_gone_nothing_is_kept() -> None:
 
         for number in range(WARM_UP):
             await replace(number)
-        before, names = num_objects(), len(supervisor.names())
+        before, names = await num_objects(), len(supervisor.names())
         for number in range(WARM_UP, WARM_UP + ROUNDS):
             await replace(number)
-        assert not grown(before) and len(supervisor.names()) == names
+        assert not await grown(before) and len(supervisor.names()) == names
         await client.close()
         await supervisor.close()
