@@ -87,9 +87,9 @@ def picture(width: int, height: int, image_format: str, **options: object) -> by
 
 
 def cpu_s(processes: DecoderPool) -> float:
-    """CPU time so far of this process and its decoders, whose main threads do all of their work here."""
-    of_decoders = (int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9 for pid in processes.pids)
-    return time.process_time() + sum(of_decoders)
+    """CPU time so far of this process and its decoders, none of whose threads ends here."""
+    of_threads = (file for pid in processes.pids for file in Path(f"/proc/{pid}/task").glob("*/schedstat"))
+    return time.process_time() + sum(int(file.read_text().split()[0]) / 1e9 for file in of_threads)
 
 
 @dataclass(frozen=True)

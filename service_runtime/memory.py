@@ -13,7 +13,7 @@ from vitrine_vlm.service_runtime.supervisor import Supervisor
 
 _log = logging.getLogger(__name__)
 # From glibc's malloc.h: parameters of mallopt.
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 _MIB = 1024 * 1024
 # The fall from a peak after which memory is returned, and how long after it.
 _LEAST_FALL_NBYTES = 128 * _MIB
@@ -30,8 +30,8 @@ def reuse_message_memory() -> None:
 
 
 def reuse_picture_memory() -> None:
-    """Likewise blocks of up to 32 MiB, a decoded picture of 8 million pixels; up to 64 MiB are kept."""
-    _mallopt({_M_MMAP_THRESHOLD: 32 * _MIB, _M_TRIM_THRESHOLD: 64 * _MIB})
+    """Likewise blocks of up to 32 MiB, a decoded picture of 8 million pixels; up to 64 MiB are kept, by all threads."""
+    _mallopt({_M_MMAP_THRESHOLD: 32 * _MIB, _M_TRIM_THRESHOLD: 64 * _MIB, _M_ARENA_MAX: 1})
 
 
 def return_memory_after_peaks(budget: ByteBudget, supervisor: Supervisor) -> None:

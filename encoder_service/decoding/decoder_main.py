@@ -3,7 +3,7 @@
 The arguments are inherited file descriptors, of a Unix socket and of an `Arena`, and the largest accepted number of
 pixels. Files of strangers are read here and nowhere else, so that one that takes long, takes memory or crashes a
 library takes no more than this process: it ends by a signal once a request has taken its CPU time, also in the middle
-of native code, and can ask for little memory.
+of native code, can ask for little memory, and may be lowered in its priority for as long as an item takes (`priority`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TypeAlias
 
@@ -27,6 +28,7 @@ from vitrine_vlm.encoder_service.decoding.messages import (
     receive_message,
     send_message,
 )
+from vitrine_vlm.encoder_service.decoding.priority import is_lowered
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
 from vitrine_vlm.errors import MediaError, MediaTooLarge
 from vitrine_vlm.service_runtime.memory import reuse_picture_memory
@@ -58,12 +60,25 @@ class _Decoder:
         """Answers until the connection ends."""
         self._connection.sendall(READY)
         with suppress(ConnectionEnded, OSError):
+            request, file = receive_message(self._connection, _MAX_FILE_NBYTES)
             while True:
-                self._answer()
+                with ThreadPoolExecutor(1) as thread:
+                    request, file = thread.submit(self._answer_until_lowered, request, file).result()
 
-    def _answer(self) -> None:
-        """Reads a request and sends its answer, which says how much of the CPU time is left."""
-        request, file = receive_message(self._connection, _MAX_FILE_NBYTES)
+    def _answer_until_lowered(self, request: Fields, file: bytes) -> tuple[Fields, bytes]:
+        """Answers this request and those behind it.
+
+        Returns:
+            The first request of an item that comes once this thread has been lowered: it is for another thread.
+        """
+        while True:
+            self._answer(request, file)
+            request, file = receive_message(self._connection, _MAX_FILE_NBYTES)
+            if request["begins_item"] and is_lowered():
+                return request, file
+
+    def _answer(self, request: Fields, file: bytes) -> None:
+        """Sends the answer of a request, which says how much of the CPU time is left."""
         signal.setitimer(signal.ITIMER_PROF, request["cpu_s"])  # SIGPROF ends the process
         try:
             reply = _HANDLERS[request["do"]](self, request, file)

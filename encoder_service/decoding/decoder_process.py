@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
+import select
 import signal
 import socket
 import time
@@ -16,6 +18,7 @@ from vitrine_vlm.encoder_service.decoding.arena import NUM_SLOTS, Arena
 from vitrine_vlm.encoder_service.decoding.media_decoder import ImageHeader, Pixels, VideoHeader
 from vitrine_vlm.encoder_service.decoding.messages import ConnectionEnded, Fields, receive_message, send_message
 from vitrine_vlm.encoder_service.decoding.plain_header import plain_header
+from vitrine_vlm.encoder_service.decoding.priority import PriorityOfItem
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
 from vitrine_vlm.errors import MediaError, MediaTooLarge, error_from_code
 from vitrine_vlm.service_runtime.child_process import ChildFailed, bound_command
@@ -32,8 +35,8 @@ _ENVIRONMENT = (
     "TMPDIR",
 )
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-# A decoder that waits for a core is not late: only one that is stopped takes as long.
-_WALL_PER_CPU_S = 12.0
+# A decoder that waits for a core is not late, also at the lower priority: only one that is stopped takes as long.
+_WALL_PER_CPU_S = 36.0
 
 
 class DecoderProcess:
@@ -52,6 +55,9 @@ class DecoderProcess:
         self._connection = connection
         self._arena = arena
         self._max_pixels = max_pixels
+        self._readable = select.poll()
+        self._readable.register(connection, select.POLLIN)
+        self._priority = PriorityOfItem(process.pid)
         self._loop = asyncio.get_running_loop()
         self._killed = False
         self.is_used = False
@@ -123,6 +129,8 @@ class DecoderProcess:
         """Sets the time for all requests of the next item, in seconds; `setting` is its flag, for errors."""
         self._limit_s = self._cpu_left_s = cpu_s
         self._setting = setting
+        self._begins_item = True
+        self._priority.begin()
         self._late_at = time.monotonic() + _WALL_PER_CPU_S * cpu_s
 
     def end_item(self) -> None:
@@ -175,7 +183,8 @@ class DecoderProcess:
 
     def _send(self, request: str, file: bytes, **fields: object) -> None:
         # A timer of 0 would be none.
-        head = {"do": request, "cpu_s": max(self._cpu_left_s, 1e-3), **fields}
+        head = {"do": request, "begins_item": self._begins_item, "cpu_s": max(self._cpu_left_s, 1e-3), **fields}
+        self._begins_item = False
         try:
             self._set_timeout()
             send_message(self._connection, head, file)
@@ -190,6 +199,7 @@ class DecoderProcess:
 
     def _receive(self) -> Fields:
         try:
+            self._wait_for_reply()
             self._set_timeout()
             reply, _ = receive_message(self._connection)
         except (OSError, ConnectionEnded) as error:
@@ -199,6 +209,14 @@ class DecoderProcess:
         if "error" in reply:
             raise error_from_code(reply["error"], reply["message"])
         return reply
+
+    def _wait_for_reply(self) -> None:
+        """Returns also once the decoder is late, or has ended."""
+        while (now := time.monotonic()) < self._late_at:
+            self._priority.look()
+            until = min(self._priority.next_look, self._late_at)
+            if self._readable.poll(math.ceil(1000 * (until - now))):
+                return
 
     def _set_timeout(self) -> None:
         self._connection.settimeout(max(self._late_at - time.monotonic(), 1e-3))

@@ -20,6 +20,7 @@ from vitrine_vlm.encoder_service.decoding.decoder_main import max_memory_nbytes
 from vitrine_vlm.encoder_service.decoding.decoder_pool import DecoderPool
 from vitrine_vlm.encoder_service.decoding.decoder_process import DecoderProcess
 from vitrine_vlm.encoder_service.decoding.media_decoder import InProcessDecoder, MediaDecoder
+from vitrine_vlm.encoder_service.decoding.priority import NICENESS
 from vitrine_vlm.encoder_service.decoding.work import DecodeWork
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
 from vitrine_vlm.encoder_service.preprocess.preprocess_pool import PreprocessPool
@@ -176,6 +177,29 @@ async def test_cancelling_ends_the_decoder(tmp_path: Path, monkeypatch: pytest.M
         await preprocess_pool.close()
 
 
+@pytest.mark.parametrize("kind", ["image", "video"])
+async def test_a_decoder_gives_way_while_an_item_takes_long_and_not_after_it(kind: str) -> None:
+    """By the priority of its threads, of which libraries have their own, as Linux shows it."""
+    data, decode_item = (SLOW, decode_often) if kind == "image" else (long_video(), decode_all_frames)
+
+    async with running() as pool:
+        async with pool.decoder(LIGHT) as decoder:
+            await asyncio.to_thread(decode, decoder, PICTURE)
+            before = niceness_of_threads(decoder.pid)
+            assert set(before.values()) == {0}
+            item = asyncio.create_task(asyncio.to_thread(decode_item, decoder, data))
+            lowered = await lowered_threads(decoder.pid)
+            assert before.keys() - {decoder.pid} <= lowered
+            await item
+        for _ in range(2):
+            async with pool.decoder(LIGHT) as another:
+                assert another is decoder
+                await asyncio.to_thread(decode, decoder, PICTURE)
+            niceness = niceness_of_threads(decoder.pid)
+            assert set(niceness.values()) == {0} and not lowered & niceness.keys()
+            assert len(niceness) == len(before)
+
+
 async def test_a_picture_beside_two_that_take_long(tmp_path: Path) -> None:
     async with running() as pool:
         preprocess_pool = PreprocessPool(preprocessor(tmp_path), pool, revision="")
@@ -250,6 +274,42 @@ async def test_decoders_that_cannot_start_end_the_service(monkeypatch: pytest.Mo
     failure = await asyncio.wait_for(supervisor.failed(), 20)
     assert failure.name.startswith("decoder ")
     await pool.close()
+
+
+def long_video() -> bytes:
+    """A second of work, or more; quick to encode."""
+    return video(400, 640, 480, codec="mpeg4")
+
+
+def decode_often(decoder: MediaDecoder, data: bytes) -> None:
+    """Several requests of one item."""
+    for _ in range(4):
+        decode(decoder, data)
+
+
+def decode_all_frames(decoder: MediaDecoder, data: bytes) -> None:
+    for _ in decoder.video_frames(data, decoder.open_video(data, LIMITS), range(400), LIMITS):
+        pass
+
+
+def niceness_of_threads(pid: int) -> dict[int, int]:
+    """Of each thread of a process, by its id."""
+    niceness = {}
+    for each in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            niceness[int(each.name)] = os.getpriority(os.PRIO_PROCESS, int(each.name))
+    return niceness
+
+
+async def lowered_threads(pid: int) -> set[int]:
+    """The threads of a process that give way, all but the main one, once they do."""
+    async with asyncio.timeout(20):
+        while True:
+            niceness = niceness_of_threads(pid)
+            assert niceness.pop(pid) == 0
+            if niceness and set(niceness.values()) == {NICENESS}:
+                return set(niceness)
+            await asyncio.sleep(0.01)
 
 
 def preprocessor(folder: Path) -> Preprocessor:
