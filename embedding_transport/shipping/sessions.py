@@ -149,8 +149,11 @@ class Sessions:
                     session_id=session.session_id, transport=session.transport, lease_ttl_s=self._lease_ttl_s
                 )
                 yield encoder_pb2.ConnectResponse(session=opened)
-                async for response in self._hold(requests):
-                    yield response
+                # Nothing is read any more, as a message that is read may have any length: the session ends with the
+                # call, which raises CancelledError here.
+                await self._draining.wait()
+                yield encoder_pb2.ConnectResponse(draining=encoder_pb2.Draining())
+                await asyncio.Future()
             finally:
                 del self._open[session.session_id]
                 self._on_end(session)
@@ -178,21 +181,6 @@ class Sessions:
             self._num_calls[peer.name] -= 1
             if not self._num_calls[peer.name]:
                 del self._num_calls[peer.name]
-
-    async def _hold(
-        self, requests: AsyncIterator[encoder_pb2.ConnectRequest]
-    ) -> AsyncIterator[encoder_pb2.ConnectResponse]:
-        """Waits until the peer closes its side; notifies the peer when this service starts to drain."""
-        peer_gone = asyncio.ensure_future(anext(requests, None))
-        draining = asyncio.ensure_future(self._draining.wait())
-        try:
-            await asyncio.wait([peer_gone, draining], return_when=asyncio.FIRST_COMPLETED)
-            if not peer_gone.done():
-                yield encoder_pb2.ConnectResponse(draining=encoder_pb2.Draining())
-            await peer_gone  # raises what is wrong with a message of the peer
-        finally:
-            peer_gone.cancel()
-            draining.cancel()
 
 
 def _shutting_down() -> EncoderUnavailable:

@@ -1,12 +1,14 @@
 """Bounds on the messages of a gRPC port: on those that are read at once, that are kept, and that wait for a reader.
 
 Of a message that is not asked for, HTTP/2's flow control lets 64 KiB through; the rest stays with its sender. So the
-requests of each call are asked for here, a few at a time: gRPC says how long one is only once it is in memory.
+requests of each call are asked for here, a few at a time: gRPC says how long one is only once it is in memory. A stream
+of requests, such as a session's, has as many as its method asks for.
 """
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import lru_cache
@@ -17,7 +19,7 @@ import grpc
 from vitrine_vlm.embedding_transport.wire.grpc_status import abort
 from vitrine_vlm.embedding_transport.wire.reading_slots import ReadingSlots
 from vitrine_vlm.embedding_transport.wire.unread_replies import BoundedContext, UnreadReplies
-from vitrine_vlm.errors import BadRequest
+from vitrine_vlm.errors import BadRequest, VitrineError
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget, ReservedBytes
 from vitrine_vlm.service_runtime.grpc_requests import MAX_WRAPPED_HANDLERS, behaviour_of
 
@@ -29,14 +31,12 @@ WINDOW_NBYTES = 64 * 1024
 # the same connection, those of a worker's other users, wait for a slot: how long a request is shows when it is read.
 _LARGE_NBYTES = 1024 * 1024
 _MAX_COPIES_OF_PAUSE = 4
-# Stays open as long as its session, and so is not read within a time: sessions have limits of their own.
-_SESSION_METHOD = "/Connect"
 
 _Parse = Callable[[bytes], Any]
 
 
 class MessageBounds(grpc.aio.ServerInterceptor):
-    """Reads the requests of all methods but Connect, and ends replies that are not read.
+    """Reads the requests of all methods, and ends replies that are not read.
 
     Args:
         budget: the process's; a request counts until its call ends.
@@ -48,6 +48,8 @@ class MessageBounds(grpc.aio.ServerInterceptor):
         self._replies = UnreadReplies(budget, timeout_s)
         self._timeout = self._replies.timeout
         self._reading = ReadingSlots()
+        # Between two messages of a stream its client may do something, as map a pool: others are read meanwhile.
+        self._reading_of_streams = ReadingSlots()
         self._copy_s_per_byte = _copy_s_per_byte()
         self._parsing = asyncio.Lock()
         self._wrapped = lru_cache(MAX_WRAPPED_HANDLERS)(self._bounded)
@@ -58,9 +60,7 @@ class MessageBounds(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         handler = await continuation(handler_call_details)
-        if handler is None or handler_call_details.method.endswith(_SESSION_METHOD):
-            return handler
-        return self._wrapped(handler)
+        return handler and self._wrapped(handler)
 
     def _bounded(self, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
         serve = behaviour_of(handler)
@@ -85,19 +85,34 @@ class MessageBounds(grpc.aio.ServerInterceptor):
         return make(cast(Any, bounded), None, handler.response_serializer)
 
     def _bounded_stream(self, serve: Any, parse: _Parse, serialize: Any) -> grpc.RpcMethodHandler[Any, Any]:
-        async def bounded(_: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            with self._budget.item() as reserved:
-                async for response in serve(self._requests(context, context.peer(), parse, reserved), context):
-                    yield response
+        async def bounded(_: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]) -> None:
+            peer = context.peer()
+            try:
+                with self._budget.item() as reserved:
+                    replies = BoundedContext(context, peer, self._replies)
+                    await serve(self._requests(context, peer, parse, reserved), replies)
+            except VitrineError as error:
+                await abort(context, error)
 
-        return grpc.stream_stream_rpc_method_handler(cast(Any, bounded), None, serialize)
+        async def bounded_generator(
+            _: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]
+        ) -> AsyncIterator[Any]:
+            try:
+                with self._budget.item() as reserved:
+                    async for response in serve(self._requests(context, context.peer(), parse, reserved), context):
+                        yield response
+            except VitrineError as error:
+                await abort(context, error)
+
+        chosen = bounded_generator if inspect.isasyncgenfunction(serve) else bounded
+        return grpc.stream_stream_rpc_method_handler(cast(Any, chosen), None, serialize)
 
     async def _request(
         self, context: grpc.aio.ServicerContext[Any, Any], peer: str, parse: _Parse, reserved: ReservedBytes
     ) -> Any:
         """Returns the call's only request; ends the call where it cannot be had."""
         try:
-            request = await self._read(context, peer, parse, reserved)
+            request = await self._read(context, peer, parse, reserved, self._reading)
             if request is None:
                 raise BadRequest("the call has no request: send one")
             return request
@@ -107,18 +122,24 @@ class MessageBounds(grpc.aio.ServerInterceptor):
     async def _requests(
         self, context: grpc.aio.ServicerContext[Any, Any], peer: str, parse: _Parse, reserved: ReservedBytes
     ) -> AsyncIterator[Any]:
-        """The requests of a stream, all of them small; ends the call where one cannot be had."""
-        try:
-            while (request := await self._read(context, peer, parse, reserved)) is not None:
-                if reserved.nbytes:
-                    del request  # the error's traceback would keep it
-                    raise BadRequest(f"a message of {reserved.nbytes} bytes: a stream takes up to {WINDOW_NBYTES}")
-                yield request
-        except Exception as error:
-            await abort(context, error)
+        """The requests of a stream, all of them small.
+
+        Raises:
+            BadRequest, Overloaded: see `_read`; BadRequest also where a message is not small.
+        """
+        while (request := await self._read(context, peer, parse, reserved, self._reading_of_streams)) is not None:
+            if reserved.nbytes:
+                del request  # the error's traceback would keep it
+                raise BadRequest(f"a message of {reserved.nbytes} bytes: a stream takes up to {WINDOW_NBYTES}")
+            yield request
 
     async def _read(
-        self, context: grpc.aio.ServicerContext[Any, Any], peer: str, parse: _Parse, reserved: ReservedBytes
+        self,
+        context: grpc.aio.ServicerContext[Any, Any],
+        peer: str,
+        parse: _Parse,
+        reserved: ReservedBytes,
+        slots: ReadingSlots,
     ) -> Any:
         """Returns the next request, or None at the end of the stream.
 
@@ -127,7 +148,7 @@ class MessageBounds(grpc.aio.ServerInterceptor):
             Overloaded: too many others are read, or in memory, or the connection does not read its replies.
         """
         self._replies.check(peer)
-        await self._reading.acquire(peer, self._timeout.seconds)
+        await slots.acquire(peer, self._timeout.seconds)
         pause_s = 0.0
         try:
             self._replies.check(peer)  # of those that began together all but the first have waited
@@ -142,7 +163,7 @@ class MessageBounds(grpc.aio.ServerInterceptor):
             async with self._parsing:
                 return await asyncio.to_thread(parse, raw)
         finally:
-            self._reading.release_after(peer, pause_s)
+            slots.release_after(peer, pause_s)
 
     def _pause_s(self, nbytes: int) -> float:
         """For how long a slot that has read so many bytes stays taken, for each slot in use."""

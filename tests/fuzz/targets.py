@@ -11,7 +11,7 @@ import functools
 import json
 import struct
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -154,8 +154,10 @@ def connect(data: bytes) -> None:
     async def run() -> None:
         sessions = Sessions([], 60.0, PeerRules(), lambda session: None, lambda session: None)
         with suppress(VitrineError):
-            async for _ in sessions.connect(requests(), Peer("127.0.0.1")):
-                pass
+            async with aclosing(sessions.connect(requests(), Peer("127.0.0.1"))) as responses:
+                async for response in responses:
+                    if response.WhichOneof("message") == "session":  # nothing is read behind it
+                        break
         assert len(sessions) == 0
 
     asyncio.run(run())

@@ -208,3 +208,19 @@ async def test_a_connection_that_negotiates_nothing_ends(tmp_path: Path, monkeyp
         ended = await session(stub)
         assert exporter.stats().sessions == 1
         ended.cancel()
+
+
+async def test_nothing_is_read_behind_a_negotiation(tmp_path: Path) -> None:
+    """HTTP/2 keeps it with the peer, but for a window, however long the messages are."""
+    async with running(tmp_path, PeerRules()) as (address, exporter), grpc.aio.insecure_channel(address) as channel:
+        call = await session(encoder_pb2_grpc.EncoderStub(channel))
+        long = hello("a" * (1 << 20))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1.0):
+                for _ in range(64):
+                    await call.write(long)
+        assert exporter.stats().sessions == 1
+        call.cancel()
+        async with asyncio.timeout(5):
+            while exporter.stats().sessions:
+                await asyncio.sleep(0.01)

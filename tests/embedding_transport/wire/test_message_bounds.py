@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
 from vitrine_vlm.embedding_transport.wire.grpc_status import abort, error_from_rpc, send
@@ -27,7 +28,11 @@ BUDGET = 32 * MIB
 
 
 class Serving:
-    """Methods of raw bytes: `/s/Keep` answers once the gate is open, `/s/Stream` sends without end."""
+    """Methods of raw bytes.
+
+    `/s/Keep` answers once the gate is open, `/s/Stream` sends without end, and `/s/Session` answers its first message
+    and then lasts, as Connect does.
+    """
 
     def __init__(self) -> None:
         self.budget = ByteBudget(BUDGET)
@@ -41,6 +46,7 @@ class Serving:
         )
         handlers: dict[str, Any] = {
             "Keep": grpc.unary_unary_rpc_method_handler(self._keep, bytes, bytes),
+            "Session": grpc.stream_stream_rpc_method_handler(self._session, bytes, bytes),
             "Stream": grpc.unary_stream_rpc_method_handler(self._stream, bytes, bytes),
             "Parse": grpc.unary_unary_rpc_method_handler(self._keep, encoder_pb2.EncodeRequest.FromString, bytes),
         }
@@ -50,6 +56,11 @@ class Serving:
         self.num_kept += 1
         await self.gate.wait()
         return b"%d" % len(request)
+
+    async def _session(self, requests: AsyncIterator[bytes], context: Any) -> None:
+        async for first in requests:
+            await send(context, b"%d" % len(first))
+            await self.gate.wait()
 
     async def _stream(self, request: bytes, context: Any) -> None:
         try:
@@ -260,6 +271,32 @@ async def test_messages_of_a_stream_are_small_and_read_in_turn(serving: Serving)
         assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert "up to 65536" in (await call.details() or "")
         assert serving.budget.reserved_nbytes == 0
+
+
+async def test_a_stream_that_a_coroutine_serves_has_small_messages(serving: Serving) -> None:
+    async with connected(serving) as channel:
+        call = method(channel.stream_stream, "Session")()
+        await call.write(b"a" * (2 * MIB))
+        assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert f"a message of {2 * MIB} bytes: a stream takes up to 65536" in await call.details()
+        assert serving.budget.reserved_nbytes == 0
+
+
+async def test_a_session_lasts_and_one_that_does_not_begin_ends(serving: Serving) -> None:
+    """And those that wait for a message keep no other method waiting."""
+    async with connected(serving) as channel:
+        lasting = method(channel.stream_stream, "Session")()
+        await lasting.write(b"hello")
+        assert await lasting.read() == b"5"
+        silent = [method(channel.stream_stream, "Session")() for _ in range(2 * MAX_READING)]
+        health = health_pb2_grpc.HealthStub(channel)
+        await health.Check(health_pb2.HealthCheckRequest())
+        assert not any(call.done() for call in silent)
+        for call in silent:
+            assert await call.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED)
+        await lasting.write(b"next")  # longer after the first message than one may take to arrive
+        serving.gate.set()
+        assert await lasting.read() == b"4"
 
 
 async def test_connections_are_limited(serving: Serving) -> None:
