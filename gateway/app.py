@@ -150,12 +150,11 @@ def _encoders(config: GatewayConfig, supervisor: Supervisor) -> EncoderClient:
 
 def _session(config: GatewayConfig) -> aiohttp.ClientSession:
     """Connections to servers, which pass on bodies as they are."""
-    tls = config.tls_to_servers()
     timeout = aiohttp.ClientTimeout(
         total=None, sock_connect=config.connect_timeout_s, sock_read=config.server_timeout_s
     )
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S, ssl=tls.context() if tls else True),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
         timeout=timeout,
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,

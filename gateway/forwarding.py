@@ -159,5 +159,6 @@ class Forwarder:
             data=request.body or None,
             allow_redirects=False,
             server_hostname=server.name,
+            ssl=server.ssl_context,
             skip_auto_headers=_SKIPPED_HEADERS,
         )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Literal
 
 import aiohttp
 
@@ -43,16 +45,28 @@ class Server:
     mean_request_s: how long its last requests took, seconds.
     """
 
-    def __init__(self, address: str, tls: ClientTls | None, health_path: str) -> None:
+    def __init__(
+        self, address: str, name: str | None, contexts: Callable[[], ssl.SSLContext] | None, health_path: str
+    ) -> None:
+        """
+        Args:
+            contexts: of `ClientTls`; None for plain HTTP.
+        """
         self.address = address
-        self.url = f"{'http' if tls is None else 'https'}://{address}"
-        self.name = None if tls is None else tls.server_name
+        self.url = f"{'http' if contexts is None else 'https'}://{address}"
+        self.name = name
+        self._contexts = contexts
         self._health_path = health_path
         self.in_flight = 0
         self.mean_request_s = 0.0
         self.error: str | None = "its health was not checked yet"
         self.attempted = asyncio.Event()
         self._lost = asyncio.Event()
+
+    @property
+    def ssl_context(self) -> ssl.SSLContext | Literal[True]:
+        """Of the next request: aiohttp keeps connections by their context, so that none is used with an old one."""
+        return True if self._contexts is None else self._contexts()
 
     @contextmanager
     def request(self) -> Iterator[None]:
@@ -93,7 +107,7 @@ class Server:
         """Returns what is wrong, or None."""
         try:
             url = self.url + self._health_path
-            get = session.get(url, allow_redirects=False, server_hostname=self.name)
+            get = session.get(url, allow_redirects=False, server_hostname=self.name, ssl=self.ssl_context)
             async with asyncio.timeout(timeout_s), get as response:
                 return None if response.status == 200 else f"{self._health_path} answers {response.status}"
         except TimeoutError:
@@ -124,7 +138,8 @@ class ServerFleet:
     ) -> None:
         self._session = session
         self._supervisor = supervisor
-        self._tls = tls
+        self._name = None if tls is None else tls.server_name
+        self._contexts = None if tls is None else tls.contexts()
         self._health_path = health_path
         self._health_interval_s, self._connect_timeout_s = health_interval_s, connect_timeout_s
         self._max_in_flight = max_in_flight
@@ -149,7 +164,7 @@ class ServerFleet:
             task.cancel()
         for address in addresses:
             if address not in self._servers:
-                server = Server(address, self._tls, self._health_path)
+                server = Server(address, self._name, self._contexts, self._health_path)
                 checks = server.keep_checked(self._session, self._health_interval_s, self._connect_timeout_s)
                 self._servers[address] = server, self._supervisor.start_task(f"server {address} health", checks)
 

@@ -1,8 +1,9 @@
-"""Certificates of servers and clients; servers read changed files again, clients for every new channel."""
+"""Certificates of servers and clients; changed files are read again for new connections, of gRPC for new channels."""
 
 from __future__ import annotations
 
 import ssl
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,30 @@ class ClientTls:
         if self.cert_file is not None:
             context.load_cert_chain(self.cert_file, self.key_file)
         return context
+
+    def contexts(self) -> Callable[[], ssl.SSLContext]:
+        """Returns a function for the context of the next connection, another one once a file has changed.
+
+        Raises:
+            OSError: a file cannot be read, or is not a certificate.
+        """
+        seen, current = self._versions(), self.context()
+
+        def latest() -> ssl.SSLContext:
+            nonlocal seen, current
+            with suppress(OSError):  # partly renewed: keep the old certificate
+                now = self._versions()
+                if now != seen:
+                    current = self.context()
+                    seen = now
+            return current
+
+        return latest
+
+    def _versions(self) -> list[tuple[int, int, int]]:
+        """By which a file that was renewed is known, without reading it for each request."""
+        files = [file.stat() for file in (self.ca_file, self.cert_file, self.key_file) if file is not None]
+        return [(file.st_mtime_ns, file.st_ino, file.st_size) for file in files]
 
 
 def _configuration(read: tuple[bytes, bytes, bytes | None]) -> grpc.ServerCertificateConfiguration:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,28 @@ async def test_requests_and_health_checks_expect_the_name_and_show_a_certificate
         async with asyncio.timeout(5):
             while (await gateway.client.post("/v1/chat/completions", json=BODY)).status != 200:
                 await asyncio.sleep(0.05)
+
+
+async def test_certificates_can_be_renewed_in_place(files: Files, tmp_path: Path) -> None:
+    """That of the servers, the one that they are shown, and the CA of both."""
+    renewed = authority(tmp_path / "renewed", NAME)
+    asks_for_certificates = ServerTls(files.cert, files.key, files.ca)
+    shown = ["--server-cert-file", str(files.cert), "--server-key-file", str(files.key)]
+    flags = ["--server-ca-file", str(files.ca), "--server-name", NAME, *shown]
+    async with (
+        serve_upstreams(1, asks_for_certificates) as upstreams,
+        start_gateway(None, flags, upstreams) as gateway,
+    ):
+        assert (await gateway.client.post("/v1/chat/completions", json=BODY)).status == 200
+        for name in ("ca", "cert", "key"):
+            shutil.copy(getattr(renewed, name), getattr(files, name))
+        await upstreams[0].stop()  # and with it all connections
+        await upstreams[0].start()
+        async with asyncio.timeout(20):
+            while (await gateway.client.post("/v1/chat/completions", json=BODY)).status != 200:
+                await asyncio.sleep(0.05)
+        files.cert.unlink()
+        assert (await gateway.client.post("/v1/chat/completions", json=BODY)).status == 200, "partly renewed"
 
 
 async def test_without_the_name_it_is_refused(files: Files) -> None:

@@ -19,6 +19,7 @@ import aiohttp
 from pydantic import BaseModel, Field, ValidationError
 
 from vitrine_vlm.service_runtime.backoff import Backoff
+from vitrine_vlm.service_runtime.tls import ClientTls
 
 _log = logging.getLogger(__name__)
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
@@ -103,10 +104,11 @@ class KubernetesSource:
     async def watch(self) -> AsyncGenerator[list[str]]:
         """Raises ValueError outside of a pod."""
         server = self._server if self._server is not None else ApiServer.of_this_pod()
-        context = ssl.create_default_context(cafile=server.ca_file) if server.ca_file else None
+        contexts = ClientTls(server.ca_file).contexts() if server.ca_file else None
         backoff = Backoff(_FIRST_BACKOFF_S, _MAX_BACKOFF_S)
         async with aiohttp.ClientSession(server.url, timeout=_TIMEOUT) as session:
             while True:
+                context = contexts() if contexts else None
                 try:
                     listed = await self._list(session, server, context)
                     yield _addresses(listed.items, self._port)
