@@ -17,6 +17,7 @@ import vllm
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorBase, ECConnectorMetadata, ECConnectorRole
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
+from vitrine_vlm.service_runtime.log_limits import LimitedLines
 from vitrine_vlm.vllm_connector.channel_path import make_private_folder, remove_folder, socket_path
 from vitrine_vlm.vllm_connector.deliveries import Deliveries
 from vitrine_vlm.vllm_connector.fetching import Fetcher
@@ -190,10 +191,10 @@ def _check_configuration(vllm_config: Any) -> None:
 
 
 def _log_as_vllm_does() -> None:
-    """Sends Vitrine's log lines where vLLM's go, unless the operator has configured them."""
+    """Sends Vitrine's log lines where vLLM's go, within limits, unless the operator has configured them."""
     own, of_vllm = logging.getLogger("vitrine_vlm"), logging.getLogger("vllm")
     if not own.handlers and own.level == logging.NOTSET:
-        own.handlers, own.propagate = of_vllm.handlers, of_vllm.propagate
+        own.handlers, own.propagate = [LimitedLines(of_vllm)], False
         own.setLevel(of_vllm.level)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from vitrine_vlm.service_runtime.log_limits import BUDGET_CHARS, WINDOW_S, LimitedHandler, printable
+from vitrine_vlm.service_runtime.log_limits import BUDGET_CHARS, WINDOW_S, LimitedHandler, LimitedLines, printable
 from vitrine_vlm.service_runtime.logs import LogFormat, harmless, set_request_id, start_logging
 
 log = logging.getLogger("vitrine.test")
@@ -114,6 +114,38 @@ def test_what_was_left_out_is_counted_at_the_end(capfd: pytest.CaptureFixture[st
     handler.close()
     *shown, count = [json.loads(line)["message"] for line in capfd.readouterr().err.splitlines()]
     assert count == f"{1000 - len(shown)} more lines like 'again' in the last 10 s"
+
+
+def test_lines_in_another_programs_log_are_limited_too(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are that program's in form and place; it is not limited itself."""
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    program, own = logging.getLogger("a_program"), logging.getLogger("a_part.of_it")
+    part = logging.getLogger("a_part")
+    part.handlers, part.propagate = [LimitedLines(program)], False
+    program.setLevel(logging.INFO)
+    try:
+        for number in range(1000):
+            own.warning("request %d: %s\nnext line", number, "a" * 100)
+        own.warning("another place")
+        shown = [record.getMessage() for record in caplog.records]
+        assert sum(map(len, shown)) < 2 * BUDGET_CHARS and len(shown) > 100
+        assert shown[0] == f"request 0: {'a' * 100}\\nnext line" and shown[-1] == "another place"
+        program.warning("not limited")
+        clock[0] += WINDOW_S
+        caplog.clear()
+        try:
+            raise ValueError("b" * 10 * BUDGET_CHARS)
+        except ValueError:
+            own.exception("failed")
+        count, failed = caplog.records
+        assert count.getMessage().startswith(f"{1000 - len(shown) + 1} more lines like 'request 0: aaa")
+        assert (failed.name, failed.getMessage()) == ("a_part.of_it", "failed")
+        assert len(logging.Formatter().format(failed)) < BUDGET_CHARS
+    finally:
+        part.handlers, part.propagate = [], True
 
 
 def test_a_traceback_has_an_end(capfd: pytest.CaptureFixture[str]) -> None:
