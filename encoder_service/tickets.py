@@ -147,6 +147,7 @@ class TicketTable:
     def _check_share(self, reserved: ReservedBytes, holder: str, held_nbytes: int) -> None:
         # The item's own bytes are reserved already.
         if not is_within_share(held_nbytes, reserved.nbytes, reserved.left_nbytes + reserved.nbytes):
+            # Without a time: its tickets end when it releases them, and only the last of them by their own time.
             raise Overloaded(
                 f"tickets of {holder} hold {held_nbytes} bytes of media, and {reserved.left_nbytes} are left for all: "
                 "release them sooner, add encoders or raise --max-held-bytes"

@@ -22,6 +22,7 @@ from vitrine_vlm.types import PROTOCOL_VERSION
 
 # For each message of the negotiation, in which a peer maps a pool.
 _ANSWER_TIMEOUT_S = 30.0
+# Sessions last as long as their peers want: none can say when one will end.
 _RETRY_S = 5.0
 # After `close`: the calls only have to leave their last line.
 _END_TIMEOUT_S = 0.5

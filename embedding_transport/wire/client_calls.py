@@ -17,6 +17,7 @@ from vitrine_vlm.service_runtime.api_keys import has_account
 from vitrine_vlm.service_runtime.grpc_requests import MAX_WRAPPED_HANDLERS, behaviour_of, handler_of_kind
 from vitrine_vlm.service_runtime.peers import host_of
 
+# The calls in flight are the client's own, which learns of their ends before this port could say when they are.
 _RETRY_S = 1.0
 
 

@@ -116,6 +116,7 @@ class PartTable:
         part = self._parts.get(req_id)
         if part is None:
             if len(self._parts) >= self._max_parts:
+                # Without a time: parts end when language servers take them, and only the last of them by their time.
                 raise Overloaded(f"{len(self._parts)} parts are in work or wait for receivers: retry later")
             part = Part()
             self._keep(req_id, part)

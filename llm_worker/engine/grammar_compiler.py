@@ -14,6 +14,7 @@ from vitrine_vlm.llm_worker.engine.grammar import Grammar, num_characters
 from vitrine_vlm.llm_worker.engine.grammar_checker import GrammarChecker
 from vitrine_vlm.llm_worker.engine.grammar_matcher import GrammarMatcher
 from vitrine_vlm.llm_worker.engine.grammar_source import GrammarError, parser_limits
+from vitrine_vlm.service_runtime.queue_time import QueueTime
 
 MAX_CHARACTERS = 256 * 1024
 _NUM_THREADS = 2
@@ -35,6 +36,7 @@ class GrammarCompiler:
         self._tokenizer = tokenizer
         self._checker = GrammarChecker()
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="grammar")
+        self._queue_time = QueueTime(_NUM_THREADS)
         self._compiled: OrderedDict[_Key, LLMatcher] = OrderedDict()
         self._compiling: dict[_Key, Future[LLMatcher]] = {}
 
@@ -71,16 +73,20 @@ class GrammarCompiler:
         if (length := num_characters(grammar)) > MAX_CHARACTERS:
             raise GrammarError(f"the grammar has {length} characters: at most {MAX_CHARACTERS} are accepted")
         if len(self._compiling) >= _MAX_WAITING:
-            raise Overloaded(f"{_MAX_WAITING} grammars wait to be compiled: try again")
+            raise Overloaded(
+                f"{len(self._compiling)} grammars wait to be compiled: try again",
+                self._queue_time.seconds(len(self._compiling)),
+            )
         compiling = self._threads.submit(self._compile, grammar)
         self._compiling[key] = compiling
         compiling.add_done_callback(lambda _: self._compiling.pop(key, None))
         return compiling
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
-        source = self._checker.source(grammar)
-        # Without the interpreter's lock, so that other threads run. No more work than its check was.
-        compiled = LLMatcher(self._tokenizer, source, limits=parser_limits(), log_level=0)
+        with self._queue_time.work(1):
+            source = self._checker.source(grammar)
+            # Without the interpreter's lock, so that other threads run. No more work than its check was.
+            compiled = LLMatcher(self._tokenizer, source, limits=parser_limits(), log_level=0)
         if compiled.is_error():
             raise GrammarError(compiled.get_error().partition("\n<")[0])
         return compiled

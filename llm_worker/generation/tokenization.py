@@ -13,6 +13,7 @@ from typing import TypeVar
 from vitrine_vlm.errors import BadRequest, Overloaded, PromptTooLong
 from vitrine_vlm.llm_worker.prompt.client_text import ChatText
 from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
+from vitrine_vlm.service_runtime.queue_time import QueueTime
 
 # A text of a whole context of English or Chinese has 2 to 5 characters a token, indented code up to 10.
 _MAX_CHARS_PER_TOKEN = 16
@@ -37,6 +38,7 @@ class Tokenization:
         self._num_waiting_chars = 0
         num_threads = max(1, min(4, (os.cpu_count() or 1) // 2))
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="long prompts")
+        self._queue_time = QueueTime(num_threads)
 
     def close(self) -> None:
         """Ends the threads with what they are in the middle of, and cancels what waits for them."""
@@ -91,10 +93,18 @@ class Tokenization:
         if num_chars <= _LONG_CHARS:
             return await asyncio.to_thread(work, pieces)
         if self._num_waiting_chars > _MAX_WAITING_TEXTS * self.max_chars:
-            raise Overloaded(f"prompts of {self._num_waiting_chars} characters wait to be tokenized: try again")
+            raise Overloaded(
+                f"prompts of {self._num_waiting_chars} characters wait to be tokenized: try again",
+                self._queue_time.seconds(self._num_waiting_chars),
+            )
+
+        def measured() -> ResultT:
+            with self._queue_time.work(num_chars):
+                return work(pieces)
+
         self._num_waiting_chars += num_chars
         try:
-            return await asyncio.wrap_future(self._threads.submit(copy_context().run, work, pieces))
+            return await asyncio.wrap_future(self._threads.submit(copy_context().run, measured))
         finally:
             stopped.set()  # the client may have disconnected
             self._num_waiting_chars -= num_chars

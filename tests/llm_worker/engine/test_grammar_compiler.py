@@ -106,6 +106,9 @@ async def test_only_so_many_grammars_wait(compiler: GrammarCompiler) -> None:
     )
     refused = [each for each in outcomes if isinstance(each, Overloaded)]
     assert len(refused) == 36
+    others = [compiler.matcher(RegexGrammar(f"b{{{index}}}")) for index in range(100)]
+    refused = [each for each in await asyncio.gather(*others, return_exceptions=True) if isinstance(each, Overloaded)]
+    assert refused and all(each.retry_after_s > 0 for each in refused)
     assert not (await compiler.matcher(RegexGrammar("a{99}"))).inner.is_error()
 
 

@@ -95,8 +95,10 @@ async def test_short_texts_do_not_wait_for_long_ones(
     await asyncio.sleep(0)
     assert await asyncio.wait_for(tokenization.prompt_ids("Hello"), 5) == tokenizer.encode("Hello")
     monkeypatch.setattr(module, "_MAX_WAITING_TEXTS", 0)
-    with pytest.raises(Overloaded, match="wait to be tokenized"):
+    tokenization._queue_time.add(1000, 1.0)
+    with pytest.raises(Overloaded, match="wait to be tokenized") as caught:
         await tokenization.prompt_ids(long, 10)
+    assert caught.value.retry_after_s == tokenization._queue_time.seconds(40 * len(long)) > 0
     for task in tasks[1:]:
         task.cancel()
     tokenizer.held.set()
