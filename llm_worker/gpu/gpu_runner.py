@@ -25,7 +25,8 @@ _log = logging.getLogger(__name__)
 # Up to this many tokens launches take longer than the kernels, so attention is in the graph, too. Above, the kernels
 # for long prompts are worth their launches.
 _MAX_SHORT_STEP = 512
-# A long step is nearly done before these layers, half of all at most: they take long enough to prepare the next step.
+# A long step of prompts only is nearly done before these layers, half of all at most: there may be no next step yet,
+# and what arrives up to then makes one.
 _LAST_LAYERS = 4
 
 
@@ -75,27 +76,30 @@ class GpuRunner:
         """Hidden states after the last norm, [T, C]; valid until the next step."""
         num_tokens, sequences, work = len(inputs.slot_mapping_T), inputs.sequences, self._work
         has_media = inputs.deepstack_NTC is not None
+        decodes = any(each.length == 1 for each in sequences)
         self._nearly_done = None
         if num_tokens == len(sequences) and num_tokens <= self._max_num_seqs and not has_media:
             size = capture_size(self._decode, num_tokens)
             work.tables.write(sequences, work.decode_splits(size), None)
-            self._nearly_done = self._event()  # at its beginning, so that the next decode step is prepared at once
+            self._begin_step()
             self._decode[size]()
         elif num_tokens <= max(self._short, default=0):
             size = capture_size(self._short, num_tokens)
             work.tables.write(sequences, *work.short_splits(size))
-            if any(each.length == 1 for each in sequences):
-                self._nearly_done = self._event()
+            if decodes:
+                self._begin_step()
             self._short[size][has_media]()
         else:
             pieces = self._long[capture_size(self._long, num_tokens)][has_media]
             attention = StepAttention(sequences, work.tables, self._causal, self._device)
+            if decodes:
+                self._begin_step()
             num_first = max(len(pieces) - 1 - _LAST_LAYERS, len(pieces) // 2)
             pieces[0]()
-            for index, (piece, (k_cache, v_cache)) in enumerate(zip(pieces[1:], self._kv_cache.layers, strict=True)):
-                attention(work.q_MHD, k_cache, v_cache, work.kv_scales(index), work.attended_MHD)
+            for layer, (piece, (k_cache, v_cache)) in enumerate(zip(pieces[1:], self._kv_cache.layers, strict=True)):
+                attention(work.q_MHD, k_cache, v_cache, work.kv_scales(layer), work.attended_MHD)
                 piece()
-                if index + 1 == num_first:
+                if not decodes and layer + 1 == num_first:
                     self._nearly_done = self._event()
         return work.hidden_MC[:num_tokens]
 
@@ -104,6 +108,14 @@ class GpuRunner:
             return False
         self._nearly_done.synchronize()
         return True
+
+    def _begin_step(self) -> None:
+        """Marks a step that decodes as nearly done when it begins, so that the next one is prepared at once.
+
+        What decodes makes a next step in any case, and the host needs long for it: it processes the last step's tokens
+        and launches a long step piece by piece. What arrives during a step waits for one step more.
+        """
+        self._nearly_done = self._event()
 
     def _event(self) -> torch.cuda.Event | None:
         return torch.cuda.current_stream(self._device).record_event() if self._device.type == "cuda" else None

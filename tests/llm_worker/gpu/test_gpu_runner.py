@@ -23,6 +23,7 @@ from vitrine_vlm.model_loading.checkpoint import open_checkpoint
 from vitrine_vlm.sample_models.reference import Reference
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from vitrine_vlm.gpu_kernels.graph_capture import Work
 from vitrine_vlm.gpu_kernels.packed_attention import TorchSdpa, installed_attention
 from vitrine_vlm.llm_worker.engine.capture_sizes import decode_capture_sizes, token_capture_sizes
 from vitrine_vlm.llm_worker.gpu.gpu_runner import GpuRunner
@@ -81,6 +82,46 @@ def test_hidden_states_equal_the_PlainRunners(checkpoint_folder: Path, monkeypat
     # Its weights lie elsewhere now, and are the same.
     for ours, expected in zip(hidden_states(decoder, requests, gpu=False), plain, strict=True):
         torch.testing.assert_close(ours, expected, atol=5e-5, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_steps_that_decode_let_the_next_one_be_prepared_at_once(
+    qwen3_vl_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of prompts only wait for what arrives: long ones until their last layers, short ones until their end."""
+    if DEVICE.type == "cpu":
+        run_few_programs(monkeypatch)
+    decoder = build_decoder(open_checkpoint(str(qwen3_vl_folder)), DEVICE, torch.float32)
+    kv_cache, buffer = KvCache(decoder.config, 64, 16, DEVICE, torch.float32), input_buffer(decoder, 96)
+    launched: list[str] = []
+
+    class Noting(GpuRunner):
+        def _event(self) -> None:
+            launched.append("event")
+
+    def noted(work: object) -> Work:
+        return lambda: launched.append("work")
+
+    runner = Noting(decoder, kv_cache, buffer, 4, 256, TorchSdpa(), capture=noted, max_short_step=24)
+    one, other = (request_state(ExpandedPrompt([5] * 60, torch.arange(60).expand(3, -1), 60)) for _ in range(2))
+    for each in (one, other):
+        each.token_ids.append(6)
+        kv_cache.append_slots(each.table, len(each.token_ids))
+    token = Chunk(one, 60, 61, True)
+
+    def launches(*chunks: Chunk) -> list[str]:
+        launched.clear()
+        runner(buffer.write(chunks).inputs)
+        return list(launched)
+
+    num_layers = decoder.config.num_hidden_layers
+    assert launches(token) == ["event", "work"]
+    assert launches(token, Chunk(other, 0, 8, False)) == ["event", "work"]
+    assert launches(Chunk(other, 0, 8, False)) == ["work"]
+    assert launches(token, Chunk(other, 0, 40, False)) == ["event", *["work"] * (num_layers + 1)]
+    of_prompts = launches(Chunk(other, 0, 40, False))
+    assert of_prompts.count("work") == num_layers + 1
+    assert of_prompts.count("event") == 1 and (num_layers + 1) // 2 <= of_prompts.index("event") <= num_layers
 
 
 def test_capture_sizes() -> None:
