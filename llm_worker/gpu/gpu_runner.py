@@ -1,5 +1,7 @@
 """Runs steps on a GPU as CUDA graphs: short steps whole, long ones piece by piece, with attention between the pieces.
 
+Between them what decodes is attended by a graph of the layer, and prompts by kernels that are launched one by one.
+
 A step runs in the graph of the smallest capture size that holds its tokens; padding tokens have slot -1. There are two
 graphs of each size where they differ: for steps with media, which add deepstack embeddings, and for text alone.
 """
@@ -62,6 +64,8 @@ class GpuRunner:
         # By size, and by whether there are media.
         self._short: dict[int, dict[bool, Work]] = {}
         self._long: dict[int, dict[bool, list[Work]]] = {}
+        # Attention of the sequences that decode in a long step, by layer.
+        self._single_attention: list[Work] = []
         started = time.monotonic()
         capture = capture if capture is not None else CudaGraphs(decoder.device)
         with torch.inference_mode():
@@ -91,13 +95,15 @@ class GpuRunner:
             self._short[size][has_media]()
         else:
             pieces = self._long[capture_size(self._long, num_tokens)][has_media]
-            attention = StepAttention(sequences, work.tables, self._causal, self._device)
+            attention = StepAttention(
+                sequences, work.tables, self._single_attention, work.long_splits, self._causal, self._device
+            )
             if decodes:
                 self._begin_step()
             num_first = max(len(pieces) - 1 - _LAST_LAYERS, len(pieces) // 2)
             pieces[0]()
             for layer, (piece, (k_cache, v_cache)) in enumerate(zip(pieces[1:], self._kv_cache.layers, strict=True)):
-                attention(work.q_MHD, k_cache, v_cache, work.kv_scales(layer), work.attended_MHD)
+                attention(layer, work.q_MHD, k_cache, v_cache, work.kv_scales(layer), work.attended_MHD)
                 piece()
                 if not decodes and layer + 1 == num_first:
                     self._nearly_done = self._event()
@@ -133,6 +139,9 @@ class GpuRunner:
             else:
                 works = {media: self._work.short_step(size, media=media) for media in (False, True)}
                 self._short[size] = {media: capture(work) for media, work in works.items()}
+        if self._long:
+            layers = range(self._work.num_pieces - 1)
+            self._single_attention = [capture(self._work.single_attention(layer)) for layer in layers]
         for num_done, size in enumerate(batches, len(tokens)):
             on_progress(num_done, num_all)
             self._decode[size] = capture(self._work.decode_step(size))

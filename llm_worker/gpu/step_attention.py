@@ -1,4 +1,4 @@
-"""Attention of a long step: one kernel for the sequences that decode, one for the prefill chunks."""
+"""Attention of a long step: captured work for the sequences that decode, one kernel for the prefill chunks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from itertools import takewhile
 
 import torch
 
+from vitrine_vlm.gpu_kernels.graph_capture import Work
 from vitrine_vlm.gpu_kernels.packed_attention import Bounds, PackedAttention
 from vitrine_vlm.llm_worker.gpu.step_tables import StepTables
-from vitrine_vlm.llm_worker.gpu.tile_attention import tile_attention
 from vitrine_vlm.llm_worker.models.kv_slots import KvScales, read_slots
 from vitrine_vlm.llm_worker.models.paged_attention import SequenceSlice
 
@@ -18,16 +18,29 @@ class StepAttention:
     """Attention for all layers of one step, in which the sequences that decode come first."""
 
     def __init__(
-        self, sequences: Sequence[SequenceSlice], tables: StepTables, causal: PackedAttention, device: torch.device
+        self,
+        sequences: Sequence[SequenceSlice],
+        tables: StepTables,
+        single_attention: Sequence[Work],
+        most_splits: int,
+        causal: PackedAttention,
+        device: torch.device,
     ) -> None:
+        """
+        Args:
+            tables: are written here.
+            single_attention: of the sequences that decode, by layer; captured, so that the host launches no kernels of
+                it one by one.
+            most_splits: splits of single tokens that this has memory for.
+            causal: of the prefill chunks.
+        """
         decoding = list(takewhile(lambda sequence: sequence.length == 1, sequences))
         chunks = sequences[len(decoding) :]
         self._num_decoding = len(decoding)
         self._num_tokens = sum(sequence.length for sequence in sequences)
-        self._tables, self._causal = tables, causal
+        self._single_attention, self._causal = single_attention, causal
         if decoding:
-            self._splits = tables.singles.splits(len(decoding))
-            tables.write(decoding, self._splits, None)
+            tables.write(decoding, most_splits, None)
         if chunks:
             queries, keys = [chunk.length for chunk in chunks], [chunk.context_length for chunk in chunks]
             cumulated = _to_device(torch.tensor([[0, *queries], [0, *keys]], dtype=torch.int32).cumsum(1).int(), device)
@@ -37,6 +50,7 @@ class StepAttention:
 
     def __call__(
         self,
+        layer: int,
         q_THD: torch.Tensor,
         k_cache_SKD: torch.Tensor,
         v_cache_SKD: torch.Tensor,
@@ -46,8 +60,7 @@ class StepAttention:
         """Writes the attention of the step's tokens to `out_THD`."""
         num_decoding = self._num_decoding
         if num_decoding:
-            singles = (self._tables, self._tables.singles, num_decoding, self._splits)
-            tile_attention(q_THD[:num_decoding], k_cache_SKD, v_cache_SKD, *singles, out_THD, kv_scales)
+            self._single_attention[layer]()
         if self._has_chunks:
             out_THD[num_decoding : self._num_tokens] = self._causal(
                 q_THD[num_decoding : self._num_tokens],

@@ -81,6 +81,11 @@ class StepWork:
         """Most splits of single tokens and of chunks in short steps of this size; those of chunks fill a GPU alone."""
         return _SINGLE_SPLITS, self.tables.chunks.splits(-(-size // _TOKENS_A_TILE))
 
+    @property
+    def long_splits(self) -> int:
+        """Most splits of single tokens in long steps."""
+        return _SINGLE_SPLITS
+
     def decode_step(self, size: int) -> Work:
         """A step of `size` sequences with one text token each."""
         singles = _Part(self.tables.singles, size, self.decode_splits(size))
@@ -93,6 +98,11 @@ class StepWork:
         singles = _Part(self.tables.singles, num_singles, single_splits)
         chunks = _Part(self.tables.chunks, num_chunks, chunk_splits)
         return self._whole_step(size, singles, chunks, media=media)
+
+    def single_attention(self, layer: int) -> Work:
+        """Attention of the sequences that decode in a long step, which come first in it."""
+        singles = _Part(self.tables.singles, self._max_num_seqs, self.long_splits)
+        return partial(self._attend, self._max_num_seqs, singles, layer)
 
     @property
     def num_pieces(self) -> int:
@@ -131,11 +141,7 @@ class StepWork:
     def _whole_step(self, size: int, singles: _Part, chunks: _Part | None, *, media: bool) -> Work:
         """All pieces, with the attention between them."""
         pieces = [self.piece(index, size, media=media) for index in range(self.num_pieces)]
-        q_THD, attended_THD = self.q_MHD[:size], self.attended_MHD[:size]
-
-        def attend(part: _Part, layer: int) -> None:
-            k_cache, v_cache = self._kv_cache.layers[layer]
-            tile_attention(q_THD, k_cache, v_cache, self.tables, *part, attended_THD, self.kv_scales(layer))
+        attend = partial(self._attend, size)
 
         def run() -> None:
             pieces[0]()
@@ -147,3 +153,9 @@ class StepWork:
                 piece()
 
         return run
+
+    def _attend(self, size: int, part: _Part, layer: int) -> None:
+        """Attention of a part of a step's first tokens, up to `size` of them."""
+        k_cache, v_cache = self._kv_cache.layers[layer]
+        q_THD, attended_THD = self.q_MHD[:size], self.attended_MHD[:size]
+        tile_attention(q_THD, k_cache, v_cache, self.tables, *part, attended_THD, self.kv_scales(layer))

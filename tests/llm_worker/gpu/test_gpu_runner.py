@@ -118,7 +118,8 @@ def test_steps_that_decode_let_the_next_one_be_prepared_at_once(
     assert launches(token) == ["event", "work"]
     assert launches(token, Chunk(other, 0, 8, False)) == ["event", "work"]
     assert launches(Chunk(other, 0, 8, False)) == ["work"]
-    assert launches(token, Chunk(other, 0, 40, False)) == ["event", *["work"] * (num_layers + 1)]
+    # The work of each layer is its attention of single tokens, and what lies between two attentions.
+    assert launches(token, Chunk(other, 0, 40, False)) == ["event", *["work"] * (2 * num_layers + 1)]
     of_prompts = launches(Chunk(other, 0, 40, False))
     assert of_prompts.count("work") == num_layers + 1
     assert of_prompts.count("event") == 1 and (num_layers + 1) // 2 <= of_prompts.index("event") <= num_layers
