@@ -70,7 +70,7 @@ class EncoderConfig(ServiceSettings, PeerSettings):
     max_batch_patches: int = Field(
         45056, ge=4, multiple_of=4, description="patches in one batch; a larger item runs alone"
     )
-    max_queued_patches: int = Field(262_144, ge=1, description="patches in work before items are refused as overload")
+    max_queued_patches: int = Field(524_288, ge=1, description="patches in work before items are refused as overload")
     max_queued_s: float = Field(30.0, gt=0, description="work, in seconds, before items are refused as overload")
 
     allowed_media_folder: Path | None = Field(None, description="file: URLs may name files below it; default none")

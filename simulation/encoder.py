@@ -50,7 +50,7 @@ class EncoderLimits:
     """The options of an encoder that the simulation knows; the defaults are the product's."""
 
     max_batch_patches: int = 45056
-    max_queued_patches: int = 262_144
+    max_queued_patches: int = 524_288
     max_queued_s: float = 30.0
     max_held_nbytes: int = 2 << 30
     cache_nbytes: int = 2560 << 20

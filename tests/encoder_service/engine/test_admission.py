@@ -8,9 +8,12 @@ from contextlib import ExitStack
 
 import pytest
 
+from vitrine_vlm.encoder_service.config import EncoderConfig
 from vitrine_vlm.encoder_service.engine.admission import Admission
 from vitrine_vlm.encoder_service.engine.cost_model import CostModel
 from vitrine_vlm.errors import Overloaded
+from vitrine_vlm.simulation.costs import MEASURED
+from vitrine_vlm.simulation.encoder import EncoderLimits
 
 
 def test_patches_are_bounded() -> None:
@@ -22,6 +25,16 @@ def test_patches_are_bounded() -> None:
     with admission.admit((1, 20, 50)):  # without other work it is admitted, as it never would be later either
         assert admission.num_patches == 1000
     assert admission.num_patches == 0
+
+
+def test_64_pictures_of_1080p_are_admitted_by_default() -> None:
+    """As many as a client may well have in flight on its only encoder: Qwen3-VL's are 68 x 120 patches."""
+    config = EncoderConfig.from_command_line(["--model", "m"])
+    admission = Admission(MEASURED.tower_cost(), max_patches=config.max_queued_patches, max_s=config.max_queued_s)
+    with ExitStack() as in_work:
+        for _ in range(64):
+            in_work.enter_context(admission.admit((1, 68, 120)))
+    assert EncoderLimits().max_queued_patches == config.max_queued_patches
 
 
 def test_seconds_are_bounded_and_a_refusal_says_when_to_retry() -> None:
