@@ -40,6 +40,7 @@ LOADS = {
     "32 x 720p": [with_pictures(32, LARGE)],
     "8 x 1080p": [with_pictures(8, LARGEST)],
     "32 x 1080p": [with_pictures(32, LARGEST)],
+    "64 x 1080p": [with_pictures(64, LARGEST)],
     "16 of 4 x 560x560": [with_pictures(16, SMALL, pictures=4)],
     "streams beside 1080p": STREAMS,
     "text": [Load(32, 512, 128)],
@@ -91,7 +92,8 @@ def test_goals_are_kept_at_every_load(config: TextConfig, name: str) -> None:
         finished = simulation.begun(load, after_s=3)
         assert len(finished) >= 9
         if load.num_generated > 1:
-            # Longer than the goal where the encoder takes its half of the GPU in bursts.
+            # Longer than the goal where the encoder takes its half of the GPU in bursts. Planned without the
+            # correction, 64 x 1080p would have 57 ms here, and 51 in the median.
             assert quantile(gaps(finished), 0.99) <= 0.045
     assert simulation.goals.num_itl_missed == 0
     # Prompts begin in order of arrival: none is passed over.
