@@ -24,7 +24,7 @@ from vitrine_vlm.embedding_transport.clients.item_moves import ItemMoves
 from vitrine_vlm.embedding_transport.fleet.connected_peers import ConnectedPeers
 from vitrine_vlm.embedding_transport.fleet.peer_fleet import ConnectionPolicy
 from vitrine_vlm.embedding_transport.fleet.pool_mapper import PoolMapper
-from vitrine_vlm.embedding_transport.fleet.row_peer import Connection, ConnectOptions, InFlightCount, TransportChoice
+from vitrine_vlm.embedding_transport.fleet.row_peer import Connection, ConnectOptions, TransportChoice
 from vitrine_vlm.embedding_transport.wire.messages import needed_minor_version
 from vitrine_vlm.embedding_transport.wire.request_codec import serialize_request
 from vitrine_vlm.errors import (
@@ -126,7 +126,7 @@ class EncoderClient(FleetClient[EncoderPeer]):
         def get_stats(stub: encoder_pb2_grpc.EncoderAsyncStub) -> Awaitable[encoder_pb2.GetStatsResponse]:
             return stub.GetStats(encoder_pb2.GetStatsRequest(), timeout=timeout_s)
 
-        peers = [peer for peer in self._peers if peer.connection is not None]
+        peers = [peer for peer in self._peers.values() if peer.connection is not None]
         peers.sort(key=lambda peer: peer.in_flight, reverse=True)
         connected = {peer.address: peer.connection for peer in peers[:_MAX_ASKED] if peer.connection is not None}
         answers = await asyncio.gather(*(_try(connection, get_stats) for connection in connected.values()))
@@ -211,7 +211,7 @@ class EncoderClient(FleetClient[EncoderPeer]):
     def _by_instance(self) -> dict[str, EncoderPeer]:
         """The encoders that have tickets, by the instance_id that they have, or had while they were connected."""
         if self._issuers is None:
-            described = ((peer, peer.description) for peer in self._peers)
+            described = ((peer, peer.description) for peer in self._peers.values())
             self._issuers = {
                 description.instance_id: peer
                 for peer, description in described
@@ -238,7 +238,7 @@ class EncoderClient(FleetClient[EncoderPeer]):
         issuers = {index: await self._issuer(request, ticket) for index in indices if (ticket := items[index].ticket)}
         others = [index for index in indices if index not in issuers]
         failures = request.attempts.failures
-        usable = self._usable_for(request.attempts) if others else ConnectedPeers[EncoderPeer]([], InFlightCount())
+        usable = self._usable_for(request.attempts) if others else ConnectedPeers[EncoderPeer]()
         needed = {index: _needed_version(request, index) for index in others}
         for minor in sorted(set(needed.values())):
             _check_versions(minor, failures, usable)
@@ -299,7 +299,7 @@ class EncoderClient(FleetClient[EncoderPeer]):
             peer.open()
             await peer.attempted.wait()
         else:  # a ticket names a process and no address: it may be any that is not connected
-            asked = list(self._peers)
+            asked = list(self._peers.values())
             for each in asked:
                 each.open()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from typing import Any, Generic, TypeVar
 
 from vitrine_vlm.embedding_transport.fleet.content_routing import RendezvousTable, load_bound
@@ -12,19 +12,17 @@ PeerT = TypeVar("PeerT", bound=RowPeer[Any])
 
 
 class ConnectedPeers(Generic[PeerT]):
-    """The peers that are connected, or can be. Made again whenever others are, so that a choice looks at a few of them.
+    """The peers that are connected, or can be. A choice looks at a few of them; one that comes or goes costs no more.
 
     by_address: the peers; not to be changed.
-
-    Args:
-        count: what is in flight on all of them, kept current by the peers.
     """
 
-    def __init__(self, peers: Iterable[PeerT], count: InFlightCount) -> None:
-        self.by_address = {peer.address: peer for peer in peers}
-        self._peers = list(self.by_address.values())
-        self._count = count
-        self._table = RendezvousTable([peer.address_hash for peer in self._peers])
+    def __init__(self) -> None:
+        self.by_address: dict[str, PeerT] = {}
+        self._count = InFlightCount()
+        self._peers: list[PeerT] = []  # as in the table
+        self._indices: dict[str, int] = {}
+        self._table = RendezvousTable()
 
     def __len__(self) -> int:
         return len(self._peers)
@@ -33,6 +31,26 @@ class ConnectedPeers(Generic[PeerT]):
     def num_in_flight(self) -> int:
         """Items or requests that are in flight on these peers."""
         return self._count.total
+
+    def add(self, peer: PeerT) -> None:
+        """Adds a peer whose address is not among these."""
+        self.by_address[peer.address] = peer
+        self._indices[peer.address] = len(self._peers)
+        self._peers.append(peer)
+        self._table.append(peer.address_hash)
+        self._count.total += peer.in_flight
+        peer.counted_in = self._count
+
+    def remove(self, peer: PeerT) -> None:
+        """Removes one of these peers."""
+        del self.by_address[peer.address]
+        index, last = self._indices.pop(peer.address), self._peers.pop()
+        if last is not peer:
+            self._peers[index] = last
+            self._indices[last.address] = index
+        self._table.remove(index)
+        self._count.total -= peer.in_flight
+        peer.counted_in = None
 
     def has_usable(self, failed: Collection[str]) -> bool:
         """Whether some have not failed. failed: addresses."""

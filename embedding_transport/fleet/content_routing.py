@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TypeAlias
 
 import numpy as np
@@ -19,6 +19,8 @@ _HASH_NBYTES = 8
 _FIRST_FACTOR, _SECOND_FACTOR, _SHIFT = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(31)
 # Candidates that are found one by one, before all are sorted: at most four of five peers are at their bound.
 _NUM_FIRST = 8
+# Peers that a table has room for at first; where there are more, the room is doubled.
+_FIRST_CAPACITY = 16
 
 _Scores: TypeAlias = npt.NDArray[np.uint64]
 
@@ -51,17 +53,27 @@ def address_hash(address: str) -> int:
 
 
 class RendezvousTable:
-    """Rendezvous hashing over a fixed list of peers; takes microseconds where there are thousands.
+    """Rendezvous hashing over peers that come and go; takes microseconds where there are thousands.
 
-    The order of a key's peers depends on the key and on their addresses alone. Peers that come or go move only the keys
-    that are theirs.
-
-    Args:
-        address_hashes: `address_hash` of each peer.
+    Peers have indices from 0 on. The order of a key's peers depends on the key and on their addresses alone. Peers that
+    come or go move only the keys that are theirs.
     """
 
-    def __init__(self, address_hashes: Sequence[int]) -> None:
-        self._hashes = np.array(address_hashes, dtype=np.uint64)
+    def __init__(self) -> None:
+        self._hashes = np.empty(_FIRST_CAPACITY, dtype=np.uint64)  # the first `_num_peers` are in use
+        self._num_peers = 0
+
+    def append(self, address_hash: int) -> None:
+        """Adds a peer behind all others."""
+        if self._num_peers == len(self._hashes):
+            self._hashes = np.concatenate([self._hashes, np.empty_like(self._hashes)])
+        self._hashes[self._num_peers] = address_hash
+        self._num_peers += 1
+
+    def remove(self, index: int) -> None:
+        """Removes a peer; the last one gets its index."""
+        self._num_peers -= 1
+        self._hashes[index] = self._hashes[self._num_peers]
 
     def choose(
         self, key: bytes, load: Callable[[int], int], bound: int, is_usable: Callable[[int], bool]
@@ -96,7 +108,7 @@ class RendezvousTable:
 
     def _scores(self, key: bytes) -> _Scores:
         key_hash = np.frombuffer(hashlib.sha256(key).digest()[:_HASH_NBYTES], dtype="<u8")
-        scores: _Scores = self._hashes ^ key_hash
+        scores: _Scores = self._hashes[: self._num_peers] ^ key_hash
         scores *= _FIRST_FACTOR
         scores ^= scores >> _SHIFT
         scores *= _SECOND_FACTOR

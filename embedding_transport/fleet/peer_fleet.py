@@ -14,7 +14,6 @@ from functools import partial
 from typing import Generic
 
 from vitrine_vlm.embedding_transport.fleet.connected_peers import ConnectedPeers, PeerT
-from vitrine_vlm.embedding_transport.fleet.row_peer import InFlightCount
 from vitrine_vlm.errors import VitrineError
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 
@@ -78,10 +77,13 @@ class PeerFleet(ABC, Generic[PeerT]):
         self._connections = connections or ConnectionPolicy()
         self._keeping: asyncio.Task[None] | None = None
         self._lost = asyncio.Event()
-        self._peers: list[PeerT] = []
+        # By address: all of them, and those that are not idle. A fleet may have thousands, and few that are connected.
+        self._peers: dict[str, PeerT] = {}
+        self._open_peers: dict[str, PeerT] = {}
         self._leaving: dict[asyncio.Task[None], PeerT] = {}
         self._changed = asyncio.Event()
-        self._usable_peers: ConnectedPeers[PeerT] | None = None  # None once another peer can be used, or cannot
+        # Those that requests may be sent to: those that are connected, and those that are not tried yet.
+        self._usable = ConnectedPeers[PeerT]()
 
     async def start(self) -> None:
         """Starts to connect to the services that are kept connected, and waits for the first attempt of each.
@@ -91,25 +93,26 @@ class PeerFleet(ABC, Generic[PeerT]):
         """
         if self._first_addresses:
             self.set_addresses(self._first_addresses)
-        for peer in [peer for peer in self._peers if not peer.is_idle]:
+        for peer in list(self._open_peers.values()):
             await peer.attempted.wait()
             if peer.connection is None and type(peer.error) is not peer.unavailable:
                 raise peer.error
 
     def set_addresses(self, addresses: Sequence[str]) -> None:
         """Sends new requests to these addresses only. Other peers are disconnected once they are idle."""
-        known = {peer.address: peer for peer in self._peers}
         for address in addresses:
-            if address not in known:
-                peer = self._make_peer(address)
+            if address not in self._peers:
+                self._peers[address] = peer = self._make_peer(address)
                 peer.start(partial(self._notice_change, peer), self._supervisor)
-                self._peers.append(peer)
-        for address in sorted(known.keys() - set(addresses)):
-            self._peers.remove(known[address])
-            leaving = self._supervisor.start_job(f"leaving {address}", self._disconnect_when_idle(known[address]))
-            self._leaving[leaving] = known[address]
+                self._notice_change(peer)
+        for address in sorted(self._peers.keys() - set(addresses)):
+            peer = self._peers.pop(address)
+            self._open_peers.pop(address, None)
+            if address in self._usable.by_address:
+                self._usable.remove(peer)
+            leaving = self._supervisor.start_job(f"leaving {address}", self._disconnect_when_idle(peer))
+            self._leaving[leaving] = peer
             leaving.add_done_callback(self._leaving.pop)
-        self._usable_peers = None
         self._changed.set()
         self._open_some()
         if self._keeping is None:
@@ -120,17 +123,17 @@ class PeerFleet(ABC, Generic[PeerT]):
         leaving = dict(self._leaving)
         await self._supervisor.stop(*leaving, *([self._keeping] if self._keeping is not None else []))
         # Those that leave, too: a task that is cancelled before its first step closes nothing.
-        await asyncio.gather(*(peer.close() for peer in (*self._peers, *leaving.values())))
+        await asyncio.gather(*(peer.close() for peer in (*self._peers.values(), *leaving.values())))
 
     @property
     def ready(self) -> bool:
         """Whether at least one service is connected."""
-        return any(peer.connection is not None for peer in self._peers)
+        return any(peer.connection is not None for peer in self._open_peers.values())
 
     @property
     def num_fallbacks(self) -> int:
         """Connections since the start that do not use the best transport the client accepts."""
-        return sum(peer.num_fallbacks for peer in self._peers)
+        return sum(peer.num_fallbacks for peer in self._peers.values())
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Waits until at least one service is connected.
@@ -151,26 +154,24 @@ class PeerFleet(ABC, Generic[PeerT]):
         """
         if self._supervisor.failure is not None:
             reason = str(self._supervisor.failure)
-            raise self._unavailable({peer.address: peer.unavailable(reason) for peer in self._peers})
-
-    @property
-    def _usable(self) -> ConnectedPeers[PeerT]:
-        """The peers that requests may be sent to: those that are connected, and those that are not tried yet."""
-        if self._usable_peers is None:
-            usable = [peer for peer in self._peers if peer.is_usable]
-            count = InFlightCount(sum(peer.in_flight for peer in usable))
-            for peer in usable:
-                peer.counted_in = count
-            self._usable_peers = ConnectedPeers(usable, count)
-        return self._usable_peers
+            raise self._unavailable({peer.address: peer.unavailable(reason) for peer in self._peers.values()})
 
     def _notice_change(self, peer: PeerT) -> None:
-        known = self._usable_peers
-        if known is None or peer.is_usable != (peer.address in known.by_address):
-            self._usable_peers = None
-            if not peer.is_usable:
-                self._lost.set()
+        if self._peers.get(peer.address) is peer:  # otherwise it leaves
+            if peer.is_idle:
+                self._open_peers.pop(peer.address, None)
+            else:
+                self._open_peers[peer.address] = peer
+            self._notice_use(peer)
         self._changed.set()
+
+    def _notice_use(self, peer: PeerT) -> None:
+        was_usable = peer.address in self._usable.by_address
+        if peer.is_usable and not was_usable:
+            self._usable.add(peer)
+        elif was_usable and not peer.is_usable:
+            self._usable.remove(peer)
+            self._lost.set()
 
     async def _keep_connections(self) -> None:
         """Replaces what is lost of the connections that are kept, and closes those that are idle."""
@@ -183,14 +184,18 @@ class PeerFleet(ABC, Generic[PeerT]):
                     await self._lost.wait()
 
     def _open_some(self) -> None:
-        idle = [peer for peer in self._peers if peer.is_idle]
-        num_open = sum(peer.is_usable for peer in self._peers) - len(idle)
-        # Others than those of the next client, so that all services have as many.
-        for peer in random.sample(idle, max(0, min(len(idle), self._connections.num_kept - num_open))):
-            peer.open()
+        num_idle = len(self._peers) - len(self._open_peers)
+        num_missing = self._connections.num_kept - (len(self._usable) - num_idle)
+        if num_idle and num_missing > 0:
+            idle = [peer for address, peer in self._peers.items() if address not in self._open_peers]
+            # Others than those of the next client, so that all services have as many.
+            for peer in random.sample(idle, min(num_idle, num_missing)):
+                peer.open()
 
     def _close_idle(self) -> None:
-        connected = [peer for peer in self._peers if peer.connection is not None]
+        if len(self._open_peers) <= self._connections.num_kept:
+            return
+        connected = [peer for peer in self._open_peers.values() if peer.connection is not None]
         used_before = asyncio.get_running_loop().time() - self._connections.idle_s
         unused = [
             peer for peer in connected if not peer.in_flight and not peer.num_leases and peer.used_at < used_before
@@ -214,7 +219,7 @@ class PeerFleet(ABC, Generic[PeerT]):
                 in_flight=peer.in_flight,
                 error=None if peer.connection or peer.is_idle else str(peer.error),
             )
-            for peer in self._peers
+            for peer in self._peers.values()
         ]
 
     def _reasons(self, failures: Mapping[str, VitrineError]) -> str:
@@ -226,7 +231,7 @@ class PeerFleet(ABC, Generic[PeerT]):
                 return str(peer.error)
             return f"{peer.service} {peer.address} was lost: {failure}"
 
-        return "; ".join(map(reason, self._peers)) or "none was found"
+        return "; ".join(map(reason, self._peers.values())) or "none was found"
 
     @abstractmethod
     def _unavailable(self, failures: Mapping[str, VitrineError]) -> VitrineError:

@@ -117,7 +117,7 @@ class RowPeer(ABC, Generic[DescriptionT]):
     in_flight: items or requests that the service is working on for this client.
     used_at: when it was connected, or `in_flight` has last changed, on the clock of the event loop, seconds.
     address_hash: the address's part in routing.
-    counted_in: a fleet's count of what is in flight on the peers that are connected, where this one is or was.
+    counted_in: a fleet's count of what is in flight on the peers that can be used; None where this one cannot be.
     num_leases: leases that this client holds and has not released.
     """
 
@@ -172,7 +172,7 @@ class RowPeer(ABC, Generic[DescriptionT]):
     def start(self, on_change: Callable[[], None], supervisor: Supervisor) -> None:
         """
         Args:
-            on_change: called whenever the peer has connected, or has been lost.
+            on_change: called whenever the peer begins to connect, has connected, was lost, or has become idle.
             supervisor: owns the tasks of the connection.
         """
         self._on_change = on_change
@@ -185,6 +185,7 @@ class RowPeer(ABC, Generic[DescriptionT]):
         if self.is_idle and not self._is_closed:
             name = f"{self.service} {self.address} connection"
             self._task = self._supervisor.start_task(name, self._keep_connected())
+            self._on_change()
 
     async def connected(self, timeout_s: float | None) -> Connection[DescriptionT]:
         """Returns the connection; an idle peer is connected first.

@@ -65,7 +65,7 @@ async def test_a_lease_whose_ready_crosses_the_cancellation_ends_at_once(
         counts = encoder.exporter.stats().leases
         assert (counts.released, counts.expired, counts.unknown) == (3, 0, 0)
         assert sum(encoder.exporter.stats().pool_used_nbytes.values()) == 0
-        assert [peer.num_leases for peer in client._peers] == [0]
+        assert [peer.num_leases for peer in client._peers.values()] == [0]
 
 
 async def test_leases_that_were_read_outlive_the_call(
@@ -114,7 +114,8 @@ async def test_a_release_of_calls_ends_leases_of_these_calls_alone(encoder: Runn
         return answer.num_released
 
     async with client_of(encoder, tmp_path) as one, client_of(encoder, tmp_path) as other:
-        sessions = [client._peers[0].connection.session_id for client in (one, other) if client._peers[0].connection]
+        peers = [peer for client in (one, other) for peer in client._peers.values()]
+        sessions = [peer.connection.session_id for peer in peers if peer.connection]
         await lease(sessions[0], 0)  # of a client from before call ids
         read = await lease(sessions[0], 7)
         await lease(sessions[0], 7)

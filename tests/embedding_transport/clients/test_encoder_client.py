@@ -449,7 +449,7 @@ async def test_an_encoder_that_drains_and_leaves_finishes_what_it_has(tmp_path: 
         async with asyncio.timeout(5):
             while not servicer.hangs:
                 await asyncio.sleep(0.01)
-        peer = client._peers[0]
+        peer = next(iter(client._peers.values()))
         if leaves_first:
             client.set_addresses([])
         servicer.exporter.start_draining()
@@ -490,7 +490,7 @@ async def test_leases_of_several_sessions_stay_counted_until_they_are_released(t
         assert isinstance(servicer, _SlowRelease)
         client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
         await client.start()
-        peer = client._peers[0]
+        peer = next(iter(client._peers.values()))
         peer.num_leases = 2
         peer.release("of an earlier session", 1)
         peer.release("of another one", 2)

@@ -359,9 +359,9 @@ async def test_an_idle_connection_stays(tmp_path: Path, monkeypatch: pytest.Monk
     async with running_stub(tmp_path) as (address, _, _):
         client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
         await client.start()
-        connection = client._peers[0].connection
+        connection = next(iter(client._peers.values())).connection
         await asyncio.sleep(4)  # a server that minds pings without data closes the connection after three, 3.1 s
-        assert connection is not None and client._peers[0].connection is connection
+        assert connection is not None and next(iter(client._peers.values())).connection is connection
         await client.close()
 
 
@@ -411,7 +411,7 @@ async def test_a_channel_closed_under_a_request_is_a_lost_encoder(tmp_path: Path
         async with asyncio.timeout(5):
             while not servicer.hangs:
                 await asyncio.sleep(0.01)
-        connection = client._peers[0].connection
+        connection = next(iter(client._peers.values())).connection
         assert connection is not None
         await connection.channel.close()
         with pytest.raises(EncoderUnavailable, match="lost"):
@@ -436,7 +436,7 @@ class LosesTheFirstChoice(EncoderClient):
 
     async def _encode(self, request, indices):  # type: ignore[no-untyped-def]
         await super()._encode(request, indices)
-        chosen = [peer for peer in self._peers if peer.in_flight]
+        chosen = [peer for peer in self._peers.values() if peer.in_flight]
         if not self.has_lost:
             self.has_lost = True
             await self.lose(*chosen)
@@ -470,7 +470,7 @@ async def test_an_encoder_whose_channel_is_closed_has_no_stats_and_gets_no_relea
         client = EncoderClient([address], IDENTITY, shm_folder=tmp_path)
         await client.start()
         (event,) = await encode(client, "a 5")
-        peer = client._peers[0]
+        peer = next(iter(client._peers.values()))
         await close_channel(peer)
         assert await client.encoder_stats() == {}
         event.rows.release()

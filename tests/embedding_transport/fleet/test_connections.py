@@ -127,9 +127,9 @@ async def test_idle_connections_are_closed_but_none_with_leases_or_work(
         for number in range(40):
             await encode(client, f"{number} 5")
         assert num_connected(client) > 2
-        await until(lambda: sum(peer.num_leases for peer in client._peers) == 1)
+        await until(lambda: sum(peer.num_leases for peer in client._peers.values()) == 1)
         busy = [status.address for status in client.status() if status.in_flight]
-        holder = [peer.address for peer in client._peers if peer.num_leases]
+        holder = [peer.address for peer in client._peers.values() if peer.num_leases]
         used = set(busy + holder)
         await until(lambda: num_connected(client) == len(used))
         await asyncio.sleep(0.5)
@@ -215,7 +215,7 @@ async def test_a_host_that_does_not_answer_delays_a_request_by_a_moment(
     only = ConnectionPolicy(num_kept=0)
     with silent:
         async with client_of(tmp_path, next(iter(stubs)), address, policy=only, connect_timeout_s=3) as client:
-            await client._peers[0].connected(5)
+            await next(iter(client._peers.values())).connected(5)
             begin = time.monotonic()
             while not client.stats().retries:
                 await encode(client, f"{time.monotonic()} 5")
@@ -292,3 +292,23 @@ async def test_an_encoder_that_leaves_while_it_is_connected_for_a_request_is_not
         await asyncio.sleep(0.1)
         client.set_addresses([address])
         assert (await asyncio.wait_for(asking, 3)).rows.num_tokens == 5
+
+
+async def test_an_encoder_that_is_lost_while_it_leaves_says_nothing_of_one_at_its_address(tmp_path: Path) -> None:
+    async with running_stub(tmp_path) as (address, servicer, _), client_of(tmp_path, address) as client:
+        hanging = asyncio.create_task(encode(client, "hang 5"))
+        await until(lambda: servicer.num_running == 1)
+        (leaving,) = client._peers.values()
+        client.set_addresses([])
+        client.set_addresses([address])
+        await until(lambda: client.ready)
+        assert leaving.connection is not None
+        await leaving.connection.channel.close()
+        await until(lambda: leaving.connection is None)
+        with pytest.raises(EncoderUnavailable, match="was lost"):  # a request tries each address once
+            await hanging
+        assert num_connected(client) == 1
+        await encode(client, "b 5")
+        client.set_addresses([])
+        with pytest.raises(EncoderUnavailable, match="none was found"):
+            await encode(client, "c 5")

@@ -53,7 +53,10 @@ def test_avoided_addresses_come_last_however_busy_the_others_are() -> None:
 
 
 def table(num_peers: int) -> RendezvousTable:
-    return RendezvousTable([address_hash(f"10.0.{number // 250}.{number % 250}:50051") for number in range(num_peers)])
+    made = RendezvousTable()
+    for number in range(num_peers):
+        made.append(address_hash(f"10.0.{number // 250}.{number % 250}:50051"))
+    return made
 
 
 def order(of: RendezvousTable, key: bytes, num_peers: int) -> list[int]:

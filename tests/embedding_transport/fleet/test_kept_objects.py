@@ -75,7 +75,7 @@ async def test_of_a_lost_connection_nothing_is_kept(tmp_path: Path, monkeypatch:
         assert isinstance(servicer, LosesSessions)
         client = EncoderClient([address], IDENTITY, transport="shm", shm_folder=tmp_path)
         await client.start()
-        (peer,) = client._peers
+        (peer,) = client._peers.values()
 
         async def reconnect() -> None:
             lost = peer.connection

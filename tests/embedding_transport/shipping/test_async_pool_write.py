@@ -31,7 +31,7 @@ async def session(folder: Path) -> AsyncIterator[tuple[RowExporter, ExportPool, 
     async with running_stub(folder, pool_bytes=POOL_NBYTES) as (address, servicer, _):
         client = EncoderClient([address], IDENTITY, shm_folder=folder)
         await client.start()
-        connection = client._peers[0].connection
+        connection = next(iter(client._peers.values())).connection
         assert connection is not None and connection.transport == "shm"
         yield servicer.exporter, servicer.exporter._pools[0], connection
         await client.close()

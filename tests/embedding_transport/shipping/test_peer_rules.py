@@ -86,9 +86,9 @@ async def transport_of(address: str, folder: Path, tls: ClientTls, **options: st
     client = EncoderClient([address], IDENTITY, shm_folder=folder, tls=tls, **options)  # type: ignore[arg-type]
     try:
         await client.start()
-        connection = client._peers[0].connection
+        connection = next(iter(client._peers.values())).connection
         if connection is None:
-            raise client._peers[0].error
+            raise next(iter(client._peers.values())).error
         return connection.transport
     finally:
         await client.close()
