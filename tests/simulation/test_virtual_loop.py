@@ -76,6 +76,33 @@ def test_waiting_for_nothing_and_failing_callbacks_end_the_run() -> None:
     with pytest.raises(NothingLeft):
         new_virtual_loop().run(wait())
     loop = new_virtual_loop()
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(ZeroDivisionError):
         loop.run(fail(loop))
-    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_a_task_that_nothing_awaits_and_that_fails_ends_the_run() -> None:
+    async def divide() -> None:
+        await asyncio.sleep(1)
+        _ = 1 // 0
+
+    async def main() -> None:
+        asyncio.create_task(divide())  # noqa: RUF006 nothing keeps it, so that its end is noticed
+        await asyncio.sleep(3600)
+
+    loop = new_virtual_loop()
+    with pytest.raises(RuntimeError, match="never retrieved") as caught:
+        loop.run(main())
+    assert isinstance(caught.value.__cause__, ZeroDivisionError) and loop.time() < 2
+
+
+def test_timers_that_are_left_are_kept_in_their_order_among_thousands_that_are_cancelled() -> None:
+    loop, fired = new_virtual_loop(), list[int]()
+
+    async def main() -> None:
+        for number in range(3000):
+            loop.call_later(100, fired.append, number)
+            loop.call_later(50, pytest.fail).cancel()
+        await asyncio.sleep(200)
+
+    loop.run(main())
+    assert fired == list(range(3000))
