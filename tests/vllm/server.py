@@ -58,6 +58,7 @@ class VllmServer:
             text=True,
             env=vllm_environment(cache),
             cwd=cache,  # not the repository, whose folders must not be importable by chance
+            process_group=0,  # with those of its engine and its workers
         )
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -83,13 +84,14 @@ class VllmServer:
         return "\n".join(self.lines)
 
     def stop(self, timeout_s: float = 30.0) -> None:
+        """Ends the server, and then what is left of its processes: one that ends while it starts leaves its engine."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
