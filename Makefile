@@ -63,7 +63,7 @@ test: $(VENV)/.dev-ready $(CLIENTS)/.ready  ## Run all tests, two files at a tim
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 test-vllm: $(VENV)/.dev-ready $(VLLM_VENV)/.ready  ## Run the tests beside unmodified vLLM, on the CPU (VLLM=version)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --timeout 600 --vllm-python $(VLLM_VENV)/bin/python $(or $(TESTS),tests/vllm)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --timeout 900 --vllm-python $(VLLM_VENV)/bin/python $(or $(TESTS),tests/vllm)
 
 helm-test: $(VENV)/.dev-ready  ## Render the chart with many values and validate it against Kubernetes' schemas
 	$(BIN)/python -m pytest tests/helm

@@ -19,7 +19,16 @@ from tests.encoder_service.test_command_line import free_port
 from tests.integration.fleet import ServiceProcess
 from tests.vllm.checkpoints import CheckpointName, Folders
 from tests.vllm.questions import Question
-from tests.vllm.server import Client, Metrics, VllmServer, client_of, ec_transfer_config, scrape, start_vllm
+from tests.vllm.server import (
+    REQUEST_TIMEOUT_S,
+    Client,
+    Metrics,
+    VllmServer,
+    client_of,
+    ec_transfer_config,
+    scrape,
+    start_vllm,
+)
 
 # Small steps: many pictures have more tokens than one computes, so prefill is cut inside them.
 STEP_TOKENS = 64
@@ -146,7 +155,9 @@ def start_fleet(
         encoder_flags = ["--shm-folder", shm_folder, "--lease-ttl-s", str(LEASE_TTL_S)]
         encoder = stack.enter_context(start_encoder(folder, *encoder_flags))
         encoder.wait_serving()
-        connector = ec_transfer_config(encoder.address, shm_folder=shm_folder, transport=TRANSPORTS[name])
+        # However slow the machine is, no item is left to vLLM's own tower for that.
+        settings = {"transport": TRANSPORTS[name], "deliver_timeout_s": REQUEST_TIMEOUT_S}
+        connector = ec_transfer_config(encoder.address, shm_folder=shm_folder, **settings)
         ranks = ["--tensor-parallel-size", str(TENSOR_PARALLEL[name])]
         vllm = stack.enter_context(start_vllm(python, folder, cache, [*VLLM_FLAGS, *ranks, *vllm_flags, *connector]))
         yield VllmFleet(name, folder, encoder, vllm, Path(shm_folder))

@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.encoder_service.test_command_line import free_port
 from tests.vllm.questions import NUM_TOKENS, Question
 
-START_TIMEOUT_S = 300.0
+START_TIMEOUT_S = 540.0
 REQUEST_TIMEOUT_S = 60.0
 
 

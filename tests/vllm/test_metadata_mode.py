@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -172,7 +173,8 @@ class Measured:
     def __init__(self, layout: Layout) -> None:
         assert layout.ticket is not None
         self.grid_thw = list(layout.grid_thw)
-        self.uuid = layout.content_hash.hex()
+        # Of this test alone: vLLM 0.30 takes the grid that it has seen under a uuid before, whatever the request says.
+        self.uuid = uuid4().hex
         self.params = {
             "ticket": layout.ticket.value.hex(),
             "encoder_id": layout.ticket.encoder_id,
