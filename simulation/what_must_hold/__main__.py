@@ -1,6 +1,6 @@
 """`python -m vitrine_vlm.simulation.what_must_hold`: makes the figures and pictures of docs/scale.md again.
 
-It needs a clone with its chart and docs, and the extra `dev`; it takes three minutes of one core.
+It needs a clone with its chart and docs, and the extra `dev`; it takes five minutes of one core.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from vitrine_vlm.simulation.fleet import Fault, Fleet
@@ -21,18 +21,27 @@ _TOWER_RATE = 44.0
 
 
 @dataclass(frozen=True)
+class Rollout:
+    """A rolling upgrade. seconds: in which requests come; start_s: until a new pod serves."""
+
+    num_encoders: int
+    num_workers: int
+    seconds: float
+    start_s: float
+
+
+@dataclass(frozen=True)
 class Size:
-    """How large a run is. seconds: in which requests come. start_s: of a pod, shorter than a real one's."""
+    """How large a run is. seconds: in which requests come."""
 
     num_encoders: int
     seconds: float
-    start_s: float
-    num_rolled: int
+    rollout: Rollout
     seed: int = 0
 
 
-FULL = Size(num_encoders=30, seconds=8.0, start_s=3.0, num_rolled=200)
-SHORT = Size(num_encoders=9, seconds=2.0, start_s=0.4, num_rolled=12)
+FULL = Size(num_encoders=30, seconds=8.0, rollout=Rollout(1000, 45, seconds=120.0, start_s=50.0))
+SHORT = Size(num_encoders=9, seconds=2.0, rollout=Rollout(12, 13, seconds=2.0, start_s=0.4))
 
 
 def cases(size: Size) -> list[Case]:
@@ -104,9 +113,9 @@ class _Load:
     def rate(self) -> float:
         return self.utilization * _TOWER_RATE * self.size.num_encoders
 
-    def scenario(self, *faults: Fault, num_encoders: int | None = None) -> Scenario:
-        number = num_encoders or self.size.num_encoders
-        return Scenario(number, 3 * self.size.num_encoders // 2, Traffic(self.rate, self.size.seconds), faults)
+    def scenario(self, *faults: Fault) -> Scenario:
+        number = self.size.num_encoders
+        return Scenario(number, 3 * number // 2, Traffic(self.rate, self.size.seconds), faults)
 
     def requests(
         self, *, viral: float = 0.0, repeated: float = 0.0, rate: Rate | None = None, peak: float = 0.0
@@ -118,19 +127,20 @@ class _Load:
 
 
 def _rollout(size: Size) -> Case:
-    """As many requests as elsewhere on more encoders: what is looked at is what the change of pods does."""
-    load = _Load(size, utilization=0.25)
-    number = size.num_rolled
-    quarter = max(1, number // 4)
+    """As many requests a second as elsewhere, on more encoders: what is looked at is what the change of pods does."""
+    upgrade = size.rollout
+    load = _Load(replace(size, seconds=upgrade.seconds), utilization=0.25)
+    # The chart leaves the strategy to Kubernetes: 25 % more and 25 % fewer.
+    quarter = max(1, upgrade.num_encoders // 4)
 
     async def roll(fleet: Fleet) -> None:
-        pods = Pods(fleet, discovery_s=0.2, start_s=size.start_s, seed=size.seed)
+        pods = Pods(fleet, discovery_s=0.2, start_s=upgrade.start_s, seed=size.seed)
         await pods.roll(quarter, quarter)
 
     return Case(
         "rollout",
-        f"A rolling upgrade of {number} encoders, a quarter more and a quarter fewer at a time",
-        load.scenario(num_encoders=number),
+        f"A rolling upgrade of {upgrade.num_encoders} encoders, a quarter more and a quarter fewer at a time",
+        replace(load.scenario(), num_encoders=upgrade.num_encoders, num_workers=upgrade.num_workers),
         load.requests(repeated=0.5),
         (NOTHING_LOST, NONE_REFUSED, in_time(0.99), _retries(0.01)),
         begin=lambda fleet: _start(roll(fleet)),

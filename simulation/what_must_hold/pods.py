@@ -23,7 +23,7 @@ class Pods:
     num_serving: (moment, encoders that the Services have), whenever it has changed.
 
     Args:
-        discovery_s: until workers know of a change.
+        discovery_s: until workers know of a change, at the latest: they get all that has changed meanwhile in one list.
         start_s: from a pod's creation to SERVING.
     """
 
@@ -34,6 +34,8 @@ class Pods:
         self._rng = random.Random(f"{seed} pods")
         self._ready = list(fleet.encoders)
         self._num_created = 0
+        self._known = set(fleet.encoders)  # to the workers
+        self._is_changed = False
 
     def add(self, clock: VirtualLoop | None = None) -> None:
         """A new pod serves. clock: see `Fleet.add`."""
@@ -92,17 +94,20 @@ class Pods:
 
     def _publish(self) -> None:
         self.num_serving.append((self._loop.time(), len(self._ready)))
-        self._loop.call_later(self._discovery_s, self._discover, list(self._ready))
+        if not self._is_changed:
+            self._is_changed = True
+            self._loop.call_later(self._discovery_s, self._discover)
 
-    def _discover(self, addresses: list[str]) -> None:
+    def _discover(self) -> None:
         """Workers use these pods from now on, and connect to those that are new to them."""
-        wanted = set(addresses)
+        self._is_changed = False
+        addresses = list(self._ready)
+        new = [self._fleet.encoders[address] for address in addresses if address not in self._known]
+        self._known = set(addresses)
         for worker in self._fleet.workers:
             worker.client.set_addresses(addresses)
-            for peer in worker.peers:
-                encoder = self._fleet.encoders.get(peer.address)
-                if encoder is not None and peer.simulated is None and peer.address in wanted:
-                    peer.connect(encoder)
+            for encoder in new:
+                worker.peer(encoder.address).connect(encoder)
 
 
 class OwnClock:
