@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,7 @@ class Built:
         id: the builder's own.
         digest: of what the registry has; None for an image that was not pushed.
         packages: file with the list of its Python packages, beside images.json.
+        base: the image that it stands on, as it was asked for: with a digest only where that was named.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Built:
     id: str
     digest: str | None
     packages: str
+    base: str
 
     @property
     def reference(self) -> str:
@@ -58,13 +61,13 @@ def main() -> int:
     for image in args.images or IMAGES[args.base]:
         name = f"{args.registry}/vitrine-{image}" if args.registry else f"vitrine-{image}"
         tag = version + suffix(image, args.base)
-        run(
-            *build_command(builder, image, f"{name}:{tag}", build_arguments(image, args.base, version, args.base_image))
-        )
+        arguments = build_arguments(image, args.base, version, args.base_image)
+        run(*build_command(builder, image, f"{name}:{tag}", arguments))
         packages = f"vitrine-{image}-{tag}.cdx.json"
         list_packages(builder, f"{name}:{tag}", args.output / packages)
         digest = push(builder, name, tag) if args.push else None
-        built.append(Built(name, tag, image_id(builder, f"{name}:{tag}"), digest, packages))
+        image_base = base_of(image, arguments)
+        built.append(Built(name, tag, image_id(builder, f"{name}:{tag}"), digest, packages, image_base))
     (args.output / "images.json").write_text(json.dumps([asdict(each) for each in built], indent=2) + "\n")
     for each in built:
         print(f"{each.reference}  {each.digest or each.id}")
@@ -102,6 +105,13 @@ def build_arguments(image: str, base: str, version: str, base_image: str | None)
     if index := os.environ.get("TORCH_INDEX_URL"):
         arguments["TORCH_INDEX_URL"] = index
     return arguments
+
+
+def base_of(image: str, arguments: dict[str, str]) -> str:
+    """The image that this one stands on: vLLM's own, or the base of all others."""
+    argument = "VLLM_IMAGE" if image == "vllm" else "BASE_IMAGE"
+    [default] = re.findall(rf"(?m)^ARG {argument}=(.*)$", (FOLDER / "Dockerfile").read_text())
+    return arguments.get(argument, default)
 
 
 def build_command(builder: str, target: str, reference: str, arguments: dict[str, str]) -> list[str]:

@@ -55,6 +55,18 @@ def test_the_dockerfile_has_the_target_and_every_argument(builder: str, base: st
     assert ("--format" in command) == (builder == "buildah"), "health checks are docker's"
 
 
+def test_the_list_of_images_says_what_each_stands_on() -> None:
+    pinned = f"mirror.example.com/ubuntu:24.04@sha256:{'0' * 64}"
+
+    def base_of(image: str, base: str, base_image: str | None = None) -> str:
+        return str(images.base_of(image, images.build_arguments(image, base, VERSION, base_image)))
+
+    assert base_of("encoder", "cpu", pinned) == pinned
+    assert base_of("encoder", "cpu") == images.CPU_IMAGE
+    assert base_of("llm", "cuda").startswith("nvidia/cuda:")
+    assert base_of("vllm", "cuda", pinned).startswith("vllm/vllm-openai:")
+
+
 def test_every_image_is_built_on_some_base_and_none_twice_under_one_tag() -> None:
     assert {each for of in images.IMAGES.values() for each in of} == {
         name for name, stage in STAGES.items() if stage.arguments("LABEL") and name != "runtime"
