@@ -204,10 +204,13 @@ async def serve(config: EncoderConfig) -> None:
         stack.push_async_callback(cache.close)
         cache.start(supervisor)
         metrics.watch_cache(cache.stats)
-        tickets = TicketTable(uuid.uuid4().hex, config.ticket_ttl_s)
+        # Without a cache nothing would be left of them at the claim.
+        cache_bytes = config.cache_gpu_bytes if model.device.type == "cuda" else config.cache_host_bytes
+        max_ahead = config.compute_ahead if cache_bytes else 0
+        tickets = TicketTable(uuid.uuid4().hex, config.ticket_ttl_s, max_ahead=max_ahead)
         stack.push_async_callback(tickets.close)
         tickets.start(supervisor)
-        metrics.watch_tickets(lambda: len(tickets), lambda: tickets.nbytes)
+        metrics.watch_tickets(lambda: len(tickets), lambda: tickets.nbytes, lambda: tickets.ahead)
         preprocess_device = model.device if config.gpu_preprocess else torch.device("cpu")
         decoders = _make_decoders(config, preprocess_device)
         preprocess_pool = PreprocessPool(

@@ -62,6 +62,9 @@ class EncoderConfig(ServiceSettings, PeerSettings):
     ticket_ttl_s: float = Field(
         120.0, gt=0, description="how long media stay in memory for rows that are claimed by ticket, s"
     )
+    compute_ahead: int = Field(
+        8, ge=0, description="tickets of gateways whose rows are computed before they are claimed; 0 is off"
+    )
 
     cache_gpu_bytes: int = Field(2048 * MIB, ge=0, description="rows kept on the GPU for equal items, bytes; 0 is off")
     cache_host_bytes: int = Field(512 * MIB, ge=0, description="rows kept in host memory, bytes; 0 is off")

@@ -14,6 +14,7 @@ from vitrine_vlm.embedding_transport.shipping.exporter import ExporterStats
 from vitrine_vlm.encoder_service.engine.admission import Admission
 from vitrine_vlm.encoder_service.engine.batcher import BatchReport
 from vitrine_vlm.encoder_service.engine.cache import CacheStats
+from vitrine_vlm.encoder_service.engine.compute_ahead import AheadStats
 from vitrine_vlm.encoder_service.engine.tower_load import TowerLoad
 from vitrine_vlm.encoder_service.gpu.stats import GpuStats
 
@@ -107,8 +108,11 @@ class EncoderMetrics:
         gauge("held_media_bytes", "Bytes of requests, media and unread replies in memory.", held_bytes)
         gauge("queue_patches", "Patches ready for the tower that are in no batch yet.", waiting_patches)
 
-    def watch_tickets(self, num_live: Callable[[], int], nbytes: Callable[[], int]) -> None:
+    def watch_tickets(
+        self, num_live: Callable[[], int], nbytes: Callable[[], int], ahead: Callable[[], AheadStats]
+    ) -> None:
         """Reads the tickets at each scrape."""
+        self.registry.register(_AheadCollector(ahead))
         self._gauge("tickets_live", "Tickets that can be claimed.", num_live)
         self._gauge("ticket_bytes", "Bytes of media that live tickets hold.", nbytes)
 
@@ -153,6 +157,21 @@ class _CacheCollector(Collector):
         for tier, nbytes in stats.nbytes.items():
             kept.add_metric([tier], nbytes)
         yield kept
+
+
+class _AheadCollector(Collector):
+    def __init__(self, stats: Callable[[], AheadStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterable[Metric]:
+        tickets = CounterMetricFamily(
+            "vitrine_encoder_ahead_tickets",
+            "Tickets whose rows the tower began before a claim: claimed, or unclaimed at their end.",
+            labels=["outcome"],
+        )
+        for outcome, count in asdict(self._stats()).items():
+            tickets.add_metric([outcome], count)
+        yield tickets
 
 
 class _GpuCollector(Collector):

@@ -67,6 +67,7 @@ class _Call:
     session_id: str
     tenant: str
     layout_only: bool
+    compute_ahead: bool
     call_id: int
 
     @classmethod
@@ -78,7 +79,14 @@ class _Call:
         state.service.check_number(len(request.items))  # before millions of them cost any work
         check_names(request)
         items = [item_from_proto(index, message) for index, message in enumerate(request.items)]
-        return cls(items, request.session_id, request.tenant, request.layout_only, request.call_id)
+        return cls(
+            items,
+            request.session_id,
+            request.tenant,
+            request.layout_only,
+            request.compute_ahead,
+            request.call_id,
+        )
 
 
 class EncoderServicer(SessionServicer, encoder_pb2_grpc.EncoderServicer):  # type: ignore[misc]
@@ -161,7 +169,8 @@ class EncoderServicer(SessionServicer, encoder_pb2_grpc.EncoderServicer):  # typ
         deadline = math.inf if left_s is None else time.monotonic() + left_s
         with self._held.item() as rows, _Replies(context, state, call, rows) as replies:
             if call.layout_only:
-                await state.service.layouts(call.items, replies, call.tenant, peer_of(context).name)
+                peer = peer_of(context).name
+                await state.service.layouts(call.items, replies, call.tenant, peer, compute_ahead=call.compute_ahead)
             else:
                 await state.service.encode(call.items, replies, call.tenant, deadline)
 

@@ -32,13 +32,15 @@ from vitrine_vlm.errors import BadRequest, InternalError, TooManyItems, VitrineE
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget, Reserve
 from vitrine_vlm.service_runtime.logs import harmless
 from vitrine_vlm.service_runtime.traces import past_span, span
-from vitrine_vlm.types import ItemTimings, Layout, MediaItem
+from vitrine_vlm.types import ItemTimings, Layout, MediaItem, Ticket
 
 _log = logging.getLogger(__name__)
 _ITEM = "vitrine.item_index"
 
 # Answers for one item of a request, by its index.
 Work: TypeAlias = Callable[[int, MediaItem], Awaitable[None]]
+# Makes a ticket for an opened item, by its index; its rows are cached by the key.
+Issue: TypeAlias = Callable[[int, OpenedItem, bytes], Ticket]
 
 
 class Replies(Protocol):
@@ -146,21 +148,39 @@ class EncodeService:
             items, replies, lambda index, item: self._encode_item(index, item, replies, tenant, deadline), "ok"
         )
 
-    async def layouts(self, items: Sequence[MediaItem], replies: Replies, tenant: str = "", peer: str = "") -> None:
+    async def layouts(
+        self,
+        items: Sequence[MediaItem],
+        replies: Replies,
+        tenant: str = "",
+        peer: str = "",
+        *,
+        compute_ahead: bool = False,
+    ) -> None:
         """Answers for each item: its layout with a new ticket, or its failure; an item with a ticket gets no other.
 
         No work is admitted: the budget of media bytes is all that tickets cost. Cancelling releases all of them.
 
         Args:
             peer: the name of the peer whose tickets they are.
+            compute_ahead: rows are computed before they are claimed, as far as `TicketTable` has places for that.
 
         Raises:
             BadRequest, TooManyItems: see `check_number`.
         """
         issued: list[bytes] = []
-        send = lambda index, item: self._send_layout(index, item, replies, tenant, peer, issued)  # noqa: E731
+
+        def issue(index: int, item: OpenedItem, key: bytes) -> Ticket:
+            ticket = self._tickets.issue(item, tenant, peer)
+            issued.append(ticket.value)
+            if compute_ahead and not self._cache.has(key):
+                self._tickets.compute_ahead(ticket, functools.partial(self._compute_ahead, index, item, key))
+            return ticket
+
         try:
-            await self._answer(items, replies, send, "layout")
+            await self._answer(
+                items, replies, lambda index, item: self._send_layout(index, item, replies, tenant, issue), "layout"
+            )
         except asyncio.CancelledError:  # the peer has gone, and uses none of them
             self._tickets.release(issued)
             raise
@@ -232,17 +252,30 @@ class EncodeService:
         timings = ItemTimings(load_ms=load.elapsed_ms, preprocess_ms=opening.elapsed_ms)
         return OpenedItem(opened, layout, reserved, timings)
 
-    async def _send_layout(
-        self, index: int, item: MediaItem, replies: Replies, tenant: str, peer: str, issued: list[bytes]
-    ) -> None:
+    async def _send_layout(self, index: int, item: MediaItem, replies: Replies, tenant: str, issue: Issue) -> None:
         opened = await self._open_item(index, item, tenant)
         with opened.reserved:
-            layout = self._announced(opened.layout, _cache_key(opened.layout.content_hash, tenant))
+            key = _cache_key(opened.layout.content_hash, tenant)
+            layout = self._announced(opened.layout, key)
             if item.ticket is None:
-                ticket = self._tickets.issue(opened, tenant, peer)
-                issued.append(ticket.value)
-                layout = replace(layout, ticket=ticket)
+                layout = replace(layout, ticket=issue(index, opened, key))
             await replies.layout(index, layout)
+
+    async def _compute_ahead(self, index: int, item: OpenedItem, key: bytes) -> None:
+        """Computes the rows of a ticket into the cache, where its claim finds them or joins.
+
+        Raises:
+            Overloaded, VitrineError: see `Admission.admit`, `PreprocessPool.patches` and `Batcher.encode`.
+        """
+        item.reserved.share()
+        with item.reserved:
+            preprocess_s = self._preprocess_pool.queue_seconds(item.opened)
+            admission = self._admission.admit(
+                item.layout.grid_thw, preprocess_s=preprocess_s, reserve=not self._cache.has(key)
+            )
+            with admission as reservation:
+                compute = functools.partial(self._compute, index, item.opened, item.layout, math.inf, None, reservation)
+                await self._cache.get_or_compute(key, compute)
 
     async def _encode_item(self, index: int, item: MediaItem, replies: Replies, tenant: str, deadline: float) -> None:
         source = await self._open_item(index, item, tenant)
@@ -285,7 +318,7 @@ class EncodeService:
         opened: OpenedMedia,
         layout: Layout,
         deadline: float,
-        hook: PostForwardHook,
+        hook: PostForwardHook | None,
         reservation: Reservation,
     ) -> EncodedRows:
         # Only now where the cache had these rows and has evicted them since, or where their computation was cancelled.

@@ -1,6 +1,6 @@
 """Tickets: items whose layout was sent and whose bytes stay in memory, so that their rows can be claimed later.
 
-    issue -> any number of claims -> release, or the end of its time to live
+    issue [-> computed ahead] -> any number of claims -> release, or the end of its time to live
 
 A ticket is known by 16 random bytes, which only its tenant can claim. What it holds counts against the budget of media
 bytes until the ticket and all claims in flight have ended. The tickets of one peer, and those of one tenant, hold a
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from vitrine_vlm.embedding_transport.pools.fair_share import is_within_share
+from vitrine_vlm.encoder_service.engine.compute_ahead import AheadStats, Compute, ComputeAhead
 from vitrine_vlm.encoder_service.preprocess.preprocessor import OpenedMedia
 from vitrine_vlm.errors import Overloaded, TicketExpired
 from vitrine_vlm.service_runtime.byte_budget import ReservedBytes
@@ -63,10 +64,13 @@ class TicketTable:
     nbytes: bytes of media that live tickets hold.
     """
 
-    def __init__(self, encoder_id: str, ttl_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, encoder_id: str, ttl_s: float, clock: Callable[[], float] = time.monotonic, max_ahead: int = 0
+    ) -> None:
         """
         Args:
             clock: returns monotonic seconds.
+            max_ahead: tickets whose rows are computed, or being computed, before any claim.
         """
         self.encoder_id = encoder_id
         self.ttl_s = ttl_s
@@ -76,6 +80,7 @@ class TicketTable:
         self._held_by_tenant: Counter[str] = Counter()
         # In the order of their issue, which is that of their expiry.
         self._issued: dict[bytes, _Issued] = {}
+        self._ahead = ComputeAhead(max_ahead)
         self._expiry: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
@@ -83,13 +88,20 @@ class TicketTable:
         return len(self._issued)
 
     def start(self, supervisor: Supervisor) -> None:
-        """Starts the loop that expires tickets; the supervisor owns it."""
+        """Starts the loop that expires tickets, and to compute ahead; the supervisor owns both."""
         self._supervisor = supervisor
         self._expiry = supervisor.start_task("ticket expiry", self._expire_tickets())
+        self._ahead.start(supervisor)
 
     async def close(self) -> None:
         if self._expiry is not None:
             await self._supervisor.stop(self._expiry)
+        await self._ahead.close()
+
+    @property
+    def ahead(self) -> AheadStats:
+        """What became of tickets whose rows were computed ahead."""
+        return self._ahead.stats
 
     def issue(self, item: OpenedItem, tenant: str, peer: str = "") -> Ticket:
         """A new ticket for an item, which keeps the item's bytes reserved, too.
@@ -111,6 +123,10 @@ class TicketTable:
         self._issued[ticket.value] = _Issued(replace(item, timings=ItemTimings()), peer, tenant, expires_at)
         return ticket
 
+    def compute_ahead(self, ticket: Ticket, compute: Compute) -> None:
+        """Has the rows of a ticket computed before they are claimed, see `ComputeAhead.add`."""
+        self._ahead.add(ticket.value, compute)
+
     def claim(self, ticket: bytes, tenant: str) -> OpenedItem:
         """The item of a ticket; the caller is one more user of its bytes.
 
@@ -124,6 +140,7 @@ class TicketTable:
                 f"{self.ttl_s:g} s (--ticket-ttl-s), or is another encoder's or tenant's; ask for the layout again"
             )
         issued.item.reserved.share()
+        self._ahead.claimed(ticket)
         return issued.item
 
     def release(self, tickets: Iterable[bytes]) -> None:
@@ -133,6 +150,7 @@ class TicketTable:
             if issued is not None:
                 self._count(issued.peer, issued.tenant, -issued.item.reserved.nbytes)
                 issued.item.reserved.release()
+                self._ahead.ended(ticket)
 
     def expire(self) -> int:
         """Ends all tickets whose time is over; returns how many."""

@@ -75,6 +75,8 @@ class MediaLayouts:
     ) -> AsyncGenerator[list[MeasuredPart]]:
         """Asks for all layouts at the same time; releases the tickets at the end.
 
+        Rows of parts that are new are computed while the server gets the request.
+
         Raises:
             VitrineError: an item cannot be encoded; its `param` names the part.
         """
@@ -83,7 +85,8 @@ class MediaLayouts:
 
         async def measure(part: MediaPart) -> None:
             try:
-                async with aclosing(self._encoders.layouts([part.item], request_id, tenant)) as events:
+                answers = self._encoders.layouts([part.item], request_id, tenant, compute_ahead=part.is_new)
+                async with aclosing(answers) as events:
                     async for event in events:
                         layouts[part.item] = event.layout
             except (BadRequest, MediaError) as error:

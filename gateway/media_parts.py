@@ -53,11 +53,13 @@ class MediaPart:
     """A content part that is one image or video.
 
     param: its place, as in OpenAI's errors. other_fields: JSON of the fields that stay.
+    is_new: whether it is in the last message. What is in earlier ones, the server's prefix cache mostly has.
     """
 
     item: MediaItem
     param: str
     other_fields: tuple[str, ...]
+    is_new: bool
 
     def replaced(self, metadata: dict[str, object], item_id: str) -> str:
         """Returns the JSON of the part that takes its place.
@@ -143,6 +145,7 @@ class _ChatReader:
         self._before_next_slot = ""
         self._end_of_last_slot = 0
         self._conversation = (0, 0)
+        self._last_message = ""
         self._embeds_param: str | None = None
         self._has_transfer_params = False
         self._cache_salt = ""
@@ -189,7 +192,9 @@ class _ChatReader:
             if slot is None:
                 yield None
             else:
-                yield MediaPart(_item(slot, override(next(layers), slot.options)), slot.param, slot.other_fields)
+                item = _item(slot, override(next(layers), slot.options))
+                is_new = slot.param.startswith(f"{self._last_message}.")
+                yield MediaPart(item, slot.param, slot.other_fields, is_new)
 
     def _affinity_key(self) -> bytes:
         begin, end = self._conversation
@@ -237,7 +242,8 @@ class _ChatReader:
         start = scanner.position
         end_of_first_turn = 0
         for index in scanner.elements():
-            role = self._read_message(f"messages[{index}]") if scanner.peek() == "{" else scanner.value()
+            self._last_message = f"messages[{index}]"
+            role = self._read_message(self._last_message) if scanner.peek() == "{" else scanner.value()
             if role == "user" and not end_of_first_turn:
                 end_of_first_turn = scanner.position
         self._conversation = (start, end_of_first_turn or scanner.position)

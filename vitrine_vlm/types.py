@@ -12,8 +12,8 @@ import torch
 
 PROTOCOL_VERSION = 1
 # Describe's protocol_minor_version: 1 has patches, layouts alone and tickets; 2 options of media and lists of frames;
-# 3 the release of what calls have not read.
-PROTOCOL_MINOR_VERSION = 3
+# 3 the release of what calls have not read; 4 rows that are computed ahead of their claim.
+PROTOCOL_MINOR_VERSION = 4
 # Frames in a video that is sent as a list of pictures.
 MAX_LISTED_FRAMES = 2048
 

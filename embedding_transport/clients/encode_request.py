@@ -48,6 +48,7 @@ class Request:
         discard: Callable[[EncodeEvent], None],
         *,
         layout_only: bool = False,
+        compute_ahead: bool = False,
     ) -> None:
         self.items = items
         self.keys = [b""] * len(items)
@@ -55,6 +56,7 @@ class Request:
         self.request_id = request_id
         self.tenant = tenant
         self.layout_only = layout_only
+        self.compute_ahead = compute_ahead
         self.attempts = Attempts(policy)
         # Of layouts: calls in flight, and why one has failed. The others go on, for the tickets that they bring.
         self.num_calls = 0

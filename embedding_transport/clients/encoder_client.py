@@ -150,16 +150,23 @@ class EncoderClient(FleetClient[EncoderPeer]):
         """
         return self._run(Request(items, request_id, tenant, self._policy, self._discard))
 
-    def layouts(self, items: Sequence[MediaItem], request_id: str, tenant: str = "") -> AsyncGenerator[LayoutEvent]:
-        """Yields a LayoutEvent with a ticket for each item, as they arrive; no rows are computed.
+    def layouts(
+        self, items: Sequence[MediaItem], request_id: str, tenant: str = "", *, compute_ahead: bool = False
+    ) -> AsyncGenerator[LayoutEvent]:
+        """Yields a LayoutEvent with a ticket for each item, as they arrive; no rows are computed for it.
 
         Encoders are chosen as in `encode`. The caller owns the tickets that were yielded; all others are released when
         the iteration ends or is closed, except those that are on the wire just then: they expire.
 
+        Args:
+            compute_ahead: the rows will be claimed soon: encoders may compute them before.
+
         Raises:
             VitrineError: see `encode`; EncoderMismatch: no encoder that is left has tickets.
         """
-        request = Request(items, request_id, tenant, self._policy, self._discard, layout_only=True)
+        request = Request(
+            items, request_id, tenant, self._policy, self._discard, layout_only=True, compute_ahead=compute_ahead
+        )
         return cast("AsyncGenerator[LayoutEvent]", self._run(request))  # EncodeStream refuses rows
 
     async def release_tickets(self, tickets: Iterable[Ticket], timeout_s: float = 5.0) -> None:
@@ -359,6 +366,7 @@ class EncoderClient(FleetClient[EncoderPeer]):
             tenant=request.tenant,
             layout_only=request.layout_only,
             call_id=stream.call_id,
+            compute_ahead=request.compute_ahead,
         )
         message = await serialize_request(head, items.values())
         return encode_method(connection.channel), message, stream

@@ -126,6 +126,7 @@ async def run_encoder(
     client_timeout_s: float = 30.0,
     lease_ttl_s: float = 30.0,
     ticket_ttl_s: float = 30.0,
+    compute_ahead: int = 0,
     cache_bytes: int = 0,
     loaded: bool = True,
     allowed_folder: Path | None = None,
@@ -154,9 +155,9 @@ async def run_encoder(
     preprocessor = Preprocessor(processor_settings(checkpoint), limits)
     cache = EmbeddingCache(gpu_nbytes=0, host_nbytes=cache_bytes)
     cache.start(Supervisor())
-    tickets = TicketTable(uuid.uuid4().hex, ticket_ttl_s)
+    tickets = TicketTable(uuid.uuid4().hex, ticket_ttl_s, max_ahead=compute_ahead)
     tickets.start(Supervisor())
-    metrics.watch_tickets(lambda: len(tickets), lambda: tickets.nbytes)
+    metrics.watch_tickets(lambda: len(tickets), lambda: tickets.nbytes, lambda: tickets.ahead)
     preprocess_pool = PreprocessPool(preprocessor, decoders or InProcessDecoders(), revision=identity.revision)
     preprocess_pool.start(Supervisor())
     service = EncodeService(

@@ -81,6 +81,13 @@ async def all_released(encoder: ServiceProcess) -> None:
             await asyncio.sleep(0.02)
 
 
+async def num_misses(encoder: ServiceProcess) -> int:
+    """Items whose rows the encoder has begun to compute."""
+    async with grpc.aio.insecure_channel(encoder.addresses["grpc"]) as channel:
+        stub: encoder_pb2_grpc.EncoderAsyncStub = encoder_pb2_grpc.EncoderStub(channel)
+        return (await stub.GetStats(encoder_pb2.GetStatsRequest())).num_cache_misses
+
+
 async def arrived(gateway: Gateway, number: int = 1) -> None:
     async with asyncio.timeout(10):
         while sum(len(upstream.seen) for upstream in gateway.upstreams) < number:
@@ -182,6 +189,19 @@ async def test_equal_pictures_have_one_id_in_one_request_and_from_turn_to_turn(
     second = await answer(gateway, {"messages": later})
     assert first.media[0]["uuid"] == second.media[0]["uuid"] == ids[0]
     assert first.headers["Host"] == second.headers["Host"], "the conversation stays with its server"
+    await all_released(encoder)
+
+
+async def test_what_the_last_message_brings_is_computed_before_any_claim(
+    gateway: Gateway, encoder: ServiceProcess
+) -> None:
+    earlier, new = (image(picture(seed, 96, 64).data) for seed in (900, 901))
+    turns: list[dict[str, Any]] = ask(earlier)["messages"]
+    turns += [{"role": "assistant", "content": "A dog."}, *ask(earlier, new)["messages"]]
+    before = await num_misses(encoder)
+    seen = await answer(gateway, {"model": "m", "messages": turns})
+    assert len({part["uuid"] for part in seen.media}) == 2
+    assert await num_misses(encoder) == before + 1
     await all_released(encoder)
 
 

@@ -110,6 +110,14 @@ def test_parts_of_all_messages_are_found_in_their_order() -> None:
     ]
 
 
+def test_parts_of_the_last_message_are_new() -> None:
+    turns = [{"role": "user", "content": [image(), image()]}, {"role": "assistant", "content": "Yes."}]
+    last = {"role": "user", "content": [image()]}
+    for messages, expected in (([*turns, last], [0, 0, 1]), (turns[:1], [1, 1]), (turns, [0, 0])):
+        chat = parse_chat(json.dumps({"messages": messages}).encode(), 4)
+        assert [part.is_new for part in chat.parts] == expected
+
+
 def test_transfer_params_of_null_are_replaced_and_others_refused() -> None:
     raw = b'{"ec_transfer_params": null, ' + body_of(image())[1:]
     assert replaced(parse_chat(raw, 4)).startswith('{"ec_transfer_params": {"id-0": {"ticket": "00"}}, "messages"')

@@ -95,6 +95,7 @@ class DescribeResponse(_message.Message):
       1: patches and tickets as sources, layout_only, tickets in Release
       2: frames as a source, options
       3: call_id, unread_calls in Release, queue_s and encode_s in Layout
+      4: compute_ahead
     """
     instance_id: _builtins.str
     """Names this process; another one after each start. A ticket is claimed at the encoder that has this id."""
@@ -707,6 +708,7 @@ class EncodeRequest(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     LAYOUT_ONLY_FIELD_NUMBER: _builtins.int
     CALL_ID_FIELD_NUMBER: _builtins.int
+    COMPUTE_AHEAD_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """For logs and traces; chosen by the caller."""
     session_id: _builtins.str
@@ -716,10 +718,14 @@ class EncodeRequest(_message.Message):
     layout_only: _builtins.bool
     """Layouts alone: the ViT does not run. Each Layout has a ticket, with which any process of the tenant can claim the
     rows in a later Encode, as often as it likes until the ticket expires or is released. A ticket that is never
-    claimed costs the encoder the loaded bytes for that time.
+    claimed costs the encoder the loaded bytes for that time, and with compute_ahead perhaps a run of the ViT.
     """
     call_id: _builtins.int
     """Names this call in UnreadCall: another one for each call of the session, 0 for none. Older encoders ignore it."""
+    compute_ahead: _builtins.bool
+    """With layout_only: the rows will be claimed soon. The ViT runs for a few such tickets before their claims. Older
+    encoders ignore it.
+    """
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___MediaItem]:
         """Media in the order of their placeholders in the prompt."""
@@ -733,10 +739,11 @@ class EncodeRequest(_message.Message):
         tenant: _builtins.str = ...,
         layout_only: _builtins.bool = ...,
         call_id: _builtins.int = ...,
+        compute_ahead: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "items", b"items", "layout_only", b"layout_only", "request_id", b"request_id", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "compute_ahead", b"compute_ahead", "items", b"items", "layout_only", b"layout_only", "request_id", b"request_id", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -14,6 +14,7 @@ from vitrine_vlm.embedding_transport.pools.leases import LeaseCounts
 from vitrine_vlm.embedding_transport.shipping.exporter import ExporterStats
 from vitrine_vlm.encoder_service.engine.admission import Admission
 from vitrine_vlm.encoder_service.engine.cache import CacheStats
+from vitrine_vlm.encoder_service.engine.compute_ahead import AheadStats
 from vitrine_vlm.encoder_service.engine.cost_model import CostModel
 from vitrine_vlm.encoder_service.gpu.stats import GpuStats
 from vitrine_vlm.encoder_service.metrics import EncoderMetrics
@@ -59,7 +60,7 @@ def exported() -> dict[str, Labels]:
 def _encoder_metrics() -> EncoderMetrics:
     metrics = EncoderMetrics()
     metrics.watch_queue(Admission(CostModel(0.0, 0.0, 0.0), max_patches=1, max_s=1.0), lambda: 0, lambda: 0)
-    metrics.watch_tickets(lambda: 0, lambda: 0)
+    metrics.watch_tickets(lambda: 0, lambda: 0, AheadStats)
     metrics.watch_cache(lambda: CacheStats(nbytes={"gpu": 0, "host": 0}))
     metrics.watch_gpu(lambda: GpuStats(0, 0, 0, 0, 0))
     metrics.watch_exporter(lambda: ExporterStats(LeaseCounts(), 0, 0, TRANSPORTS, TRANSPORTS, TRANSPORTS, 0, 0))

@@ -81,6 +81,7 @@ def test_it_shows_every_metric() -> None:
         "vitrine_encoder_held_media_bytes",  # far from its bound but for very large media
         "vitrine_encoder_tickets_live",  # only where layouts are asked for alone
         "vitrine_encoder_ticket_bytes",
+        "vitrine_encoder_ahead_tickets",
         "vitrine_encoder_sglang_parts",  # only beside SGLang
         "vitrine_encoder_sglang_bytes",
         "vitrine_encoder_cache_evictions",  # seen in the cache's size and hits

@@ -10,11 +10,11 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, un
 from tests.encoder_service.running import png, run_encoder
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 
-# What minor versions 1 to 3 have added, by message.
+# What minor versions 1 to 4 have added, by message.
 ADDED = {
     "DescribeResponse": {"protocol_minor_version", "instance_id", "ticket_ttl_s", "patch_dtypes"},
     "MediaItem": {"patches", "ticket", "frames", "options"},
-    "EncodeRequest": {"layout_only", "call_id"},
+    "EncodeRequest": {"layout_only", "call_id", "compute_ahead"},
     "Layout": {"ticket", "queue_s", "encode_s"},
     "ReleaseRequest": {"tickets", "unread_calls"},
     "GetStatsResponse": {"num_live_tickets", "ticket_bytes"},
