@@ -24,6 +24,7 @@ import grpc
 import torch
 
 from benchmarks.line_process import LineProcess
+from vitrine_vlm.dtypes import DTYPES
 from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
 from vitrine_vlm.embedding_transport.fleet.row_peer import TransportChoice
 from vitrine_vlm.embedding_transport.pools.row_source import TensorSource
@@ -36,7 +37,7 @@ from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from vitrine_vlm.service_runtime.grpc_channel import CHANNEL_OPTIONS
 from vitrine_vlm.service_runtime.memory import reuse_message_memory
 from vitrine_vlm.service_runtime.supervisor import Supervisor
-from vitrine_vlm.types import DTYPES, ItemTimings, MediaItem, ModelIdentity, RowsEvent
+from vitrine_vlm.types import ItemTimings, MediaItem, ModelIdentity, RowsEvent
 
 _THIS = "benchmarks.transports"
 MIB = 1024 * 1024

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from aiohttp import web
 
+from vitrine_vlm.dtypes import DTYPES
 from vitrine_vlm.embedding_transport.pools.cuda_ipc_pool import gpu_uuids
 from vitrine_vlm.embedding_transport.pools.shm_pool import remove_stale_pools
 from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter, export_pools
@@ -48,7 +49,7 @@ from vitrine_vlm.service_runtime.logs import log_at_any_level
 from vitrine_vlm.service_runtime.memory import freeze_gc, return_memory_after_peaks
 from vitrine_vlm.service_runtime.metrics_port import start_metrics_port
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
-from vitrine_vlm.types import DTYPES, ModelIdentity
+from vitrine_vlm.types import ModelIdentity
 
 if TYPE_CHECKING:
     from vitrine_vlm.encoder_service.gpu.graphs import GpuTower

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from vitrine_vlm.dtypes import DTYPES
 from vitrine_vlm.llm_worker.config import LlmConfig
 from vitrine_vlm.llm_worker.engine.config import EngineConfig
 from vitrine_vlm.llm_worker.engine.grammar_compiler import GrammarCompiler
@@ -24,7 +25,7 @@ from vitrine_vlm.llm_worker.prompt.sampling_defaults import SamplingDefaults
 from vitrine_vlm.llm_worker.prompt.tokenizer import PromptTokenizer
 from vitrine_vlm.model_loading.checkpoint import CheckpointError, open_checkpoint
 from vitrine_vlm.model_loading.loading import ProgressLog, choose_device, choose_dtype
-from vitrine_vlm.types import DTYPES, ModelIdentity
+from vitrine_vlm.types import ModelIdentity
 
 _log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from vitrine_vlm.dtypes import DTYPES
 from vitrine_vlm.model_loading.checkpoint import Checkpoint, CheckpointError
-from vitrine_vlm.types import DTYPES
 
 _log = logging.getLogger(__name__)
 _SEED = 0

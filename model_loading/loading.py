@@ -9,8 +9,8 @@ from typing import Literal
 
 import torch
 
+from vitrine_vlm.dtypes import DTYPES
 from vitrine_vlm.model_loading.checkpoint import CheckpointError
-from vitrine_vlm.types import DTYPES
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 DtypeChoice = Literal["auto", "float32", "bfloat16"]

@@ -13,6 +13,7 @@ from typing import cast
 
 import torch
 
+from vitrine_vlm.dtypes import DTYPES
 from vitrine_vlm.embedding_transport.pools.pool import Block, ExportPool, PoolMapping, PoolSource
 from vitrine_vlm.embedding_transport.pools.row_source import RowSource
 from vitrine_vlm.encoder_service.decoding.media_decoder import MediaDecoder
@@ -23,7 +24,7 @@ from vitrine_vlm.service_runtime.byte_budget import Reserve
 from vitrine_vlm.simulation.costs import IDENTITY, MERGE_SIZE, OPEN_S, preprocess_s
 from vitrine_vlm.simulation.virtual_loop import VirtualLoop
 from vitrine_vlm.simulation.workload import Picture
-from vitrine_vlm.types import DTYPES, Layout, MediaItem
+from vitrine_vlm.types import Layout, MediaItem
 
 # Bytes of a JPEG for each of its pixels.
 _NBYTES_A_PIXEL = 0.2

@@ -6,9 +6,10 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import torch
+if TYPE_CHECKING:  # processes that read what strangers send import these types, and would load torch for nothing
+    import torch
 
 PROTOCOL_VERSION = 1
 # Describe's protocol_minor_version: 1 has patches, layouts alone and tickets; 2 options of media and lists of frames;
@@ -20,13 +21,8 @@ MAX_LISTED_FRAMES = 2048
 MediaKind = Literal["image", "video"]
 TransportName = Literal["cuda_ipc", "shm", "grpc"]
 
-DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-# Of rows: KV may also be in FP8.
-ROW_DTYPES: dict[str, torch.dtype] = DTYPES | {"float8_e4m3fn": torch.float8_e4m3fn}
+# Bytes of an element of embeddings, by its type's name.
+_ITEM_NBYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def content_key(data: bytes | None, url: str | None) -> bytes:
@@ -160,7 +156,7 @@ class MediaItem:
 
 
 class RowFormat(Protocol):
-    """The format of rows. `dtype` is a name of ROW_DTYPES; `row_width` is the number of elements in one row."""
+    """The format of rows. `dtype` is a name in ROW_DTYPES; `row_width` is the number of elements in one row."""
 
     @property
     def dtype(self) -> str: ...
@@ -194,7 +190,7 @@ class ModelIdentity:
 
     @property
     def row_nbytes(self) -> int:
-        return self.row_width * DTYPES[self.dtype].itemsize
+        return self.row_width * _ITEM_NBYTES[self.dtype]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from vitrine_vlm.types import DTYPES
+from vitrine_vlm.dtypes import DTYPES
 
 LENGTHS = struct.Struct("<IQ")
 MAX_HEADER_NBYTES = 64 * 1024

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, MutableMapping
 
 import torch
 
+from vitrine_vlm.dtypes import DTYPES
 from vitrine_vlm.embedding_transport.pools.pool import PoolMapping, PoolSource
 from vitrine_vlm.embedding_transport.pools.pool_source import map_source
 from vitrine_vlm.embedding_transport.pools.row_copies import on_copy_stream
 from vitrine_vlm.errors import TransportUnavailable
-from vitrine_vlm.types import DTYPES
 from vitrine_vlm.vllm_connector.messages import Land, Map, Rows
 
 

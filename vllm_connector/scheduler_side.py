@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
+from vitrine_vlm.dtypes import DTYPES
 from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.service_runtime.tenants import CacheScope
-from vitrine_vlm.types import DTYPES, MediaItem
+from vitrine_vlm.types import MediaItem
 from vitrine_vlm.vllm_connector.deliveries import Deliveries, Delivery, Status
 from vitrine_vlm.vllm_connector.fetching import FetchOrder, RowFormat
 from vitrine_vlm.vllm_connector.media_items import check_grid, has_pixels, needs_tower, patches_item, ticket_params

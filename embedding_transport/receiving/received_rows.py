@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
+from vitrine_vlm.dtypes import ROW_DTYPES
 from vitrine_vlm.embedding_transport.pools.pool import PoolMapping
 from vitrine_vlm.embedding_transport.wire.chunk_codec import ChunkView
 from vitrine_vlm.errors import InternalError
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
-from vitrine_vlm.types import ROW_DTYPES, ItemTimings, RowFormat
+from vitrine_vlm.types import ItemTimings, RowFormat
 
 _MAX_KEPT_NBYTES = 512 * 1024 * 1024
 

@@ -6,13 +6,14 @@ import time
 from abc import ABC, abstractmethod
 from typing import Any, Generic, TypeVar
 
+from vitrine_vlm.dtypes import ROW_DTYPES
 from vitrine_vlm.embedding_transport.fleet.row_peer import Connection, RowPeer
 from vitrine_vlm.embedding_transport.receiving.received_rows import ChunkAssembly, HostBufferPool, HostRows, LeasedRows
 from vitrine_vlm.embedding_transport.wire.chunk_codec import ChunkView
 from vitrine_vlm.embedding_transport.wire.messages import timings_from_proto
 from vitrine_vlm.errors import InternalError
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
-from vitrine_vlm.types import ROW_DTYPES, RowFormat
+from vitrine_vlm.types import RowFormat
 
 # Far above any real item (the longest video of an 8B model has 400 MB): a false length must not exhaust the memory.
 _MAX_ITEM_NBYTES = 4 * 1024**3

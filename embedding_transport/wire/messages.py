@@ -8,6 +8,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
+from vitrine_vlm.dtypes import DTYPES
 from vitrine_vlm.embedding_transport.pools.cuda_ipc_pool import CudaIpcPool
 from vitrine_vlm.embedding_transport.pools.pool import PROBE_NBYTES, ExportPool
 from vitrine_vlm.embedding_transport.pools.shm_pool import ShmPool
@@ -15,7 +16,6 @@ from vitrine_vlm.embedding_transport.wire.frame_lists import add_frames
 from vitrine_vlm.errors import InternalError
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 from vitrine_vlm.types import (
-    DTYPES,
     NO_OPTIONS,
     ExpectedTime,
     ItemTimings,

@@ -9,13 +9,14 @@ import math
 
 import torch
 
+from vitrine_vlm.dtypes import DTYPES
 from vitrine_vlm.encoder_service.decoding.media_decoder import MediaDecoder
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
 from vitrine_vlm.encoder_service.preprocess.gpu_work import GpuWork
 from vitrine_vlm.encoder_service.preprocess.patchify import normalize
 from vitrine_vlm.encoder_service.preprocess.settings import ProcessorSettings
 from vitrine_vlm.errors import MediaError, MediaTooLarge
-from vitrine_vlm.types import DTYPES, Layout, MediaKind, Patches
+from vitrine_vlm.types import Layout, MediaKind, Patches
 
 PATCH_DTYPES: dict[str, torch.dtype] = {"uint8": torch.uint8, **DTYPES}
 

@@ -12,11 +12,12 @@ from contextlib import aclosing
 
 import torch
 
+from vitrine_vlm.dtypes import DTYPES
 from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
 from vitrine_vlm.encoder_service.sglang.part_encoder import EncodedPart, PartRows
 from vitrine_vlm.service_runtime.access_log import report_slowest
 from vitrine_vlm.service_runtime.byte_budget import Reserve
-from vitrine_vlm.types import DTYPES, EmbeddingRows, LayoutEvent, MediaItem, ModelIdentity
+from vitrine_vlm.types import EmbeddingRows, LayoutEvent, MediaItem, ModelIdentity
 
 
 class FleetPartEncoder:

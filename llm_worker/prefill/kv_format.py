@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from vitrine_vlm.dtypes import ROW_DTYPES
 from vitrine_vlm.errors import PrefillMismatch
 from vitrine_vlm.llm_worker.engine.config import KvCacheDtype
 from vitrine_vlm.llm_worker.models.config import TextConfig
-from vitrine_vlm.types import ROW_DTYPES, ModelIdentity
+from vitrine_vlm.types import ModelIdentity
 
 PROTOCOL_VERSION = 2
 

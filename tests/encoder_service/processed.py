@@ -13,8 +13,9 @@ from transformers.models.qwen3_omni_moe.processing_qwen3_omni_moe import Qwen3Om
 from transformers.video_utils import read_video_pyav
 
 from tests.encoder_service.preprocess.reference import image_processor, video_processor
+from vitrine_vlm.dtypes import DTYPES
 from vitrine_vlm.model_loading.checkpoint import Checkpoint
-from vitrine_vlm.types import DTYPES, MediaItem, MediaKind, Patches
+from vitrine_vlm.types import MediaItem, MediaKind, Patches
 
 PIXELS = {"do_rescale": False, "do_normalize": False}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import grpc
 import torch
 
+from vitrine_vlm.dtypes import DTYPES
 from vitrine_vlm.embedding_transport.pools.row_source import TensorSource
 from vitrine_vlm.embedding_transport.pools.shm_pool import ShmPool
 from vitrine_vlm.embedding_transport.shipping.encoder_rpc import encoder_handlers
@@ -21,7 +22,7 @@ from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from vitrine_vlm.service_runtime.grpc_channel import CHANNEL_OPTIONS
 from vitrine_vlm.service_runtime.peers import peer_of
 from vitrine_vlm.service_runtime.supervisor import Supervisor
-from vitrine_vlm.types import DTYPES, ItemTimings, ModelIdentity
+from vitrine_vlm.types import ItemTimings, ModelIdentity
 
 MERGE_SIZE = 2
 IDENTITY = ModelIdentity("model", "revision", "qwen3_vl", 8, (1, 2, 3), "float32")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.embedding_transport.clients.encoder_stub import IDENTITY, StubServicer, running_stub, synthetic_rows
+from vitrine_vlm.dtypes import DTYPES
 from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
 from vitrine_vlm.embedding_transport.clients.encoder_peer import EncoderPeer
 from vitrine_vlm.embedding_transport.fleet import pool_mapper
@@ -28,7 +29,7 @@ from vitrine_vlm.errors import (
 )
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 from vitrine_vlm.service_runtime.supervisor import Supervisor
-from vitrine_vlm.types import DTYPES, LayoutEvent, MediaItem, ModelIdentity, RowsEvent
+from vitrine_vlm.types import LayoutEvent, MediaItem, ModelIdentity, RowsEvent
 
 
 def item(text: str) -> MediaItem:
