@@ -14,6 +14,7 @@ from urllib.parse import unquote
 from aiohttp import web
 
 from vitrine_vlm.errors import BadRequest, WorkerUnavailable
+from vitrine_vlm.gateway import body_process
 from vitrine_vlm.gateway.client_stream import ClientStream
 from vitrine_vlm.gateway.config import GatewayConfig
 from vitrine_vlm.gateway.forwarding import Forwarder, OutgoingRequest
@@ -23,6 +24,8 @@ from vitrine_vlm.gateway.media_parts import ChatBody, parse_chat
 from vitrine_vlm.gateway.metrics import GatewayMetrics
 from vitrine_vlm.service_runtime.access import Access
 from vitrine_vlm.service_runtime.api_keys import take_media
+from vitrine_vlm.service_runtime.body_process import Kept
+from vitrine_vlm.service_runtime.body_reader import BodyReader
 from vitrine_vlm.service_runtime.http_access import add_access
 from vitrine_vlm.service_runtime.http_errors import errors_as_openai
 from vitrine_vlm.service_runtime.http_requests import json_body, read_body, traced
@@ -66,6 +69,7 @@ class GatewayHttp:
         self._readiness = readiness
         self._calls = calls
         self._opened: Opened | None = None
+        self._body_reader = BodyReader(body_process.__name__)
 
     def open(self, opened: Opened) -> None:
         self._opened = opened
@@ -79,21 +83,38 @@ class GatewayHttp:
         if not self._config.metrics_port:
             add_metrics(app, self._metrics.registry)
         add_access(app, self._access)
+        self._body_reader.end_with(app)
         return app
 
     async def _chat(self, http: web.Request) -> web.StreamResponse:
-        body = await json_body(http)
-        read = partial(parse_chat, body, self._config.max_items, several_tenants=self._access.has_tenants)
-        # A large one takes long, and other requests and probes are answered meanwhile.
-        chat = await asyncio.to_thread(read) if len(body) > _SMALL_BODY_BYTES else read()
+        chat, body = await self._read_chat(http)
         take_media(sum(part.item.nbytes for part in chat.parts))
-        if not chat.parts or not self._config.encoders:
+        if not self._replaces(chat):
             return await self._serve(
                 http, partial(self._forward, _request(http, body, chat.affinity_key, self._access))
             )
         request = _request(http, b"", chat.affinity_key, self._access)
         scope = CacheScope(current_tenant(), chat.cache_salt)
         return await self._serve(http, partial(self._forward_with_layouts, request, chat, scope.encoder_tenant))
+
+    async def _read_chat(self, http: web.Request) -> tuple[ChatBody, bytes]:
+        """Returns what the body has, and the body itself where it is sent as it is."""
+        body = await json_body(http)
+        options: dict[str, Any] = {"max_items": self._config.max_items, "several_tenants": self._access.has_tenants}
+        if isinstance(body, bytes):
+            read = partial(parse_chat, body, **options)
+            # A large one takes long, and other requests and probes are answered meanwhile.
+            return await asyncio.to_thread(read) if len(body) > _SMALL_BODY_BYTES else read(), body
+
+        def use(found: Any, kept: Kept) -> tuple[ChatBody, bytes]:
+            chat = ChatBody.from_json(found, kept)
+            return chat, b"" if self._replaces(chat) else body.read()
+
+        return await self._body_reader.read(body, options, use)
+
+    def _replaces(self, chat: ChatBody) -> bool:
+        """Whether servers get layouts in the place of the chat's media."""
+        return bool(chat.parts and self._config.encoders)
 
     async def _other(self, http: web.Request) -> web.StreamResponse:
         if http.method == "POST" and unquote(http.rel_url.raw_path) == _CHAT:  # the same to a server

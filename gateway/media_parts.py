@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from vitrine_vlm.embedding_transport.clients.media_json import item_from_json, item_to_json
 from vitrine_vlm.embedding_transport.clients.media_options import (
     ImageOptions,
     Layer,
@@ -29,6 +30,7 @@ from vitrine_vlm.embedding_transport.clients.media_url import media_item
 from vitrine_vlm.embedding_transport.wire.data_url import is_data_url
 from vitrine_vlm.errors import BadRequest, TooManyItems
 from vitrine_vlm.gateway.json_scanner import JsonScanner
+from vitrine_vlm.service_runtime.body_process import Keep, Kept
 from vitrine_vlm.service_runtime.json_limits import check_json
 from vitrine_vlm.service_runtime.json_types import RequestObject, problem_of
 from vitrine_vlm.types import MediaItem, MediaKind
@@ -104,6 +106,23 @@ class ChatBody:
     def parts(self) -> list[MediaPart]:
         return [slot for slot in self.slots if slot is not None]
 
+    def to_json(self, keep: Keep) -> dict[str, Any]:
+        """The same for `from_json` in another process."""
+        slots = [slot and vars(slot) | {"item": item_to_json(slot.item, keep)} for slot in self.slots]
+        # A salt may have lone surrogates, which are no UTF-8.
+        return {
+            "key": self.affinity_key.hex(),
+            "pieces": self.pieces,
+            "slots": slots,
+            "salt": json.dumps(self.cache_salt),
+        }
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any], kept: Kept) -> ChatBody:
+        slots = (slot and _part_from_json(slot, kept) for slot in fields["slots"])
+        key, salt = bytes.fromhex(fields["key"]), json.loads(fields["salt"])
+        return cls(key, tuple(fields["pieces"]), tuple(slots), salt)
+
     def replaced(self, parts: Sequence[str], transfer_params: dict[str, dict[str, object]]) -> bytes:
         """Returns the body with these parts instead of its own.
 
@@ -115,6 +134,11 @@ class ChatBody:
         for slot, piece in zip(self.slots, self.pieces[1:], strict=True):
             text += (json.dumps(transfer_params) if slot is None else next(remaining), piece)
         return "".join(text).encode()
+
+
+def _part_from_json(fields: dict[str, Any], kept: Kept) -> MediaPart:
+    item = item_from_json(fields["item"], kept)
+    return MediaPart(item, fields["param"], tuple(fields["other_fields"]), fields["is_new"])
 
 
 def parse_chat(body: bytes, max_items: int, *, several_tenants: bool = False) -> ChatBody:

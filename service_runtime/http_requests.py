@@ -12,6 +12,7 @@ from aiohttp import web
 from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.service_runtime.access_log import access_line, report
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget, ReservedBytes
+from vitrine_vlm.service_runtime.memory_file import MemoryFile
 from vitrine_vlm.service_runtime.port_limits import DEFAULT_LIMITS, PortLimits
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 from vitrine_vlm.service_runtime.traces import serving_span
@@ -27,6 +28,8 @@ _SHOWN_PATH_CHARS = 200
 _LEAST_BYTES_PER_S = 64 * 1024
 # A body from this size on takes longer to copy than other requests should wait.
 _LARGE_NBYTES = 4 * 1024 * 1024
+# A larger body of JSON is read by a process of its own: no usual picture waits for that.
+LARGE_BODY_NBYTES = 8 * 1024 * 1024
 
 
 @dataclass
@@ -122,28 +125,33 @@ async def read_body(http: web.Request) -> bytes:
         HTTPRequestTimeout, VitrineError: see `body_pieces`.
         Overloaded: the bodies of other requests take too much memory.
     """
-    body, pieces = _body(http), []
+    return await _joined([piece async for piece in _counted_pieces(http)])
+
+
+async def _joined(pieces: list[bytes]) -> bytes:
+    if len(pieces) == 1:
+        return pieces[0]
+    if sum(map(len, pieces)) < _LARGE_NBYTES:
+        return b"".join(pieces)
+    return await asyncio.to_thread(b"".join, pieces)  # without the interpreter's lock
+
+
+async def _counted_pieces(http: web.Request) -> AsyncIterator[bytes]:
+    """See `read_body`."""
+    body = _body(http)
     async for piece in body_pieces(http):
         body.nbytes += len(piece)
         if body.nbytes > body.limits.max_body_nbytes:
             raise web.HTTPRequestEntityTooLarge(body.limits.max_body_nbytes, body.nbytes)
         if body.reserved is not None:
             body.reserved.reserve(BODY_COPIES * len(piece))
-        pieces.append(piece)
-    if len(pieces) == 1:
-        return pieces[0]
-    if body.nbytes < _LARGE_NBYTES:
-        return b"".join(pieces)
-    return await asyncio.to_thread(b"".join, pieces)  # without the interpreter's lock
+        yield piece
 
 
-def body_nbytes(http: web.Request) -> int:
-    """How many bytes `read_body` has read."""
-    return _body(http).nbytes
+async def json_body(http: web.Request) -> bytes | MemoryFile:
+    """Reads the body, which must be declared to be JSON, see `read_body`; a large one into a file, for a `BodyReader`.
 
-
-async def json_body(http: web.Request) -> bytes:
-    """Reads the body, which must be declared to be JSON; see `read_body`.
+    The caller closes the file, not on the event loop.
 
     Raises:
         BadRequest: it is declared to be something else.
@@ -152,7 +160,21 @@ async def json_body(http: web.Request) -> bytes:
     # origins get an answer to.
     if http.content_type != "application/json":
         raise BadRequest(f"the content type is {http.content_type}: send JSON as content-type: application/json")
-    return await read_body(http)
+    pieces: list[bytes] = []
+    file: MemoryFile | None = None
+    try:
+        async for piece in _counted_pieces(http):
+            pieces.append(piece)
+            if _body(http).nbytes > LARGE_BODY_NBYTES:
+                file = file or MemoryFile()
+                for each in pieces:
+                    file.append(each)
+                pieces.clear()
+    except BaseException:
+        if file is not None:
+            asyncio.get_running_loop().run_in_executor(None, file.close)
+        raise
+    return file or await _joined(pieces)
 
 
 def _body(http: web.Request) -> _Body:

@@ -6,9 +6,12 @@ A thread that is in the middle of native code, or of one long operation, cannot 
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 
 class TookTooMuch(Exception):
@@ -17,6 +20,20 @@ class TookTooMuch(Exception):
     def __init__(self, *, is_time: bool) -> None:
         super().__init__("more CPU time than it may" if is_time else "too much memory")
         self.is_time = is_time
+
+
+@dataclass(frozen=True)
+class _Process:
+    """connection: to its stdin, a Unix socket."""
+
+    process: subprocess.Popen[str]
+    connection: socket.socket
+
+    def end(self) -> int:
+        """Waits for its end, which comes with the end of its stdin; returns how it ended."""
+        self.connection.close()
+        self.process.communicate()
+        return self.process.returncode
 
 
 class LimitedProcesses:
@@ -30,10 +47,13 @@ class LimitedProcesses:
     def __init__(self, module: str) -> None:
         self._module = module
         self._lock = threading.Lock()
-        self._idle: list[subprocess.Popen[str]] = []
+        self._idle: list[_Process] = []
 
-    def ask(self, line: str) -> str:
+    def ask(self, line: str, fds: Sequence[int] = ()) -> str:
         """Returns the line that answers this one.
+
+        Args:
+            fds: file descriptors that the process gets with the line, for as long as it works on it.
 
         Raises:
             TookTooMuch: the process ended instead.
@@ -42,10 +62,9 @@ class LimitedProcesses:
             process = self._idle.pop() if self._idle else None
         if process is None:
             process = self._start()
-        answer = _ask(process, line)
+        answer = _ask(process, line, fds)
         if not answer:
-            process.communicate()
-            raise TookTooMuch(is_time=process.returncode == -signal.SIGPROF)
+            raise TookTooMuch(is_time=process.end() == -signal.SIGPROF)
         with self._lock:
             self._idle.append(process)
         return answer
@@ -55,25 +74,30 @@ class LimitedProcesses:
         with self._lock:
             processes, self._idle = self._idle, []
         for process in processes:
-            process.communicate()  # closes its stdin, at whose end it ends
+            process.end()
 
-    def _start(self) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", self._module],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # what libraries write in the middle of a refused line is about their insides
-            text=True,
-            encoding="utf-8",
-        )
+    def _start(self) -> _Process:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-m", self._module],
+                stdin=theirs.fileno(),
+                stdout=subprocess.PIPE,
+                # What libraries write in the middle of a refused line is about their insides.
+                stderr=subprocess.DEVNULL,
+                text=True,
+                encoding="utf-8",
+            )
+        return _Process(process, ours)
 
 
-def _ask(process: subprocess.Popen[str], line: str) -> str:
+def _ask(process: _Process, line: str, fds: Sequence[int]) -> str:
     """Returns the process's answer; an empty string where it has ended."""
-    assert process.stdin is not None and process.stdout is not None
+    assert process.process.stdout is not None
+    data = f"{line}\n".encode()
     try:
-        process.stdin.write(line + "\n")
-        process.stdin.flush()
-        return process.stdout.readline()
-    except BrokenPipeError:
+        sent = socket.send_fds(process.connection, [data], fds) if fds else 0
+        process.connection.sendall(data[sent:])
+        return process.process.stdout.readline()
+    except (BrokenPipeError, ConnectionResetError):
         return ""

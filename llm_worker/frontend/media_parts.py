@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
 
 from vitrine_vlm.embedding_transport.clients.media_options import (
     ImageOptions,
@@ -16,13 +16,21 @@ from vitrine_vlm.embedding_transport.clients.media_options import (
     override,
     part_layer,
 )
-from vitrine_vlm.embedding_transport.clients.media_url import media_item
+from vitrine_vlm.embedding_transport.clients.media_url import ReadUrl, media_item
 from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.types import MAX_LISTED_FRAMES, MediaItem, MediaKind
 
 
+def _url(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """Keeps what was read of a URL already; JSON has none of these."""
+    return value if isinstance(value, ReadUrl) else validate(value)
+
+
+Url = Annotated[str, WrapValidator(_url)]
+
+
 class ImageUrl(ImageOptions):
-    url: str
+    url: Url
 
 
 class ImagePart(ImageOptions):
@@ -31,7 +39,7 @@ class ImagePart(ImageOptions):
 
 
 class VideoUrl(VideoOptions):
-    url: str
+    url: Url
 
 
 class VideoPart(VideoOptions):
@@ -43,14 +51,14 @@ class FramesPart(VideoOptions):
     """A video as a list of its frames' URLs, in the form of qwen-vl-utils and DashScope; a single URL is a video's."""
 
     type: Literal["video"]
-    video: str | Annotated[list[str], Field(min_length=1, max_length=MAX_LISTED_FRAMES)]
+    video: Url | Annotated[list[Url], Field(min_length=1, max_length=MAX_LISTED_FRAMES)]
 
 
 class InputImage(ImageOptions):
     """An image of `/v1/responses`."""
 
     type: Literal["input_image"]
-    image_url: str
+    image_url: Url
 
 
 MediaPart = Annotated[ImagePart | VideoPart | FramesPart, Field(discriminator="type")]

@@ -7,17 +7,20 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from functools import partial
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from aiohttp import web
 from pydantic import ValidationError
-from pydantic_core import from_json
 
 from vitrine_vlm.errors import BadRequest
+from vitrine_vlm.llm_worker.frontend import body_process
 from vitrine_vlm.llm_worker.frontend.field_rules import apply_rules
+from vitrine_vlm.llm_worker.frontend.json_body import MANY_VALUES, json_object, with_media
 from vitrine_vlm.llm_worker.frontend.openai_types import RequestBody
-from vitrine_vlm.service_runtime.http_requests import body_nbytes, json_body
-from vitrine_vlm.service_runtime.json_limits import check_json, num_values
+from vitrine_vlm.service_runtime.body_process import Kept
+from vitrine_vlm.service_runtime.body_reader import BodyReader
+from vitrine_vlm.service_runtime.http_requests import json_body
+from vitrine_vlm.service_runtime.json_limits import num_values
 from vitrine_vlm.service_runtime.json_types import problem_of
 
 _PART_TYPES = ("text", "image_url", "video_url", "video", "input_text", "output_text", "input_image")
@@ -26,8 +29,8 @@ _SMALL_BODY_BYTES = 256 * 1024
 _FEW_VALUES = 1000
 # A larger one takes tenths of a second, and so does one of more values; seconds where they are a tool's schema.
 _LARGE_BODY_BYTES = 4 * 1024 * 1024
-_MANY_VALUES = 10_000
-_NUM_VALUES = web.RequestKey("number of values", int)
+_SIZE = web.RequestKey("bytes and values of the body, without media that were read", tuple[int, int])
+_BODY_READER = web.AppKey("reader of large bodies", BodyReader)
 _LARGE_BODIES_THREAD = web.AppKey("thread of large bodies", ThreadPoolExecutor)
 _TEMPLATE_THREADS = web.AppKey("threads of requests' own templates", ThreadPoolExecutor)
 _NUM_TEMPLATE_THREADS = 2
@@ -45,10 +48,16 @@ async def read_request(kind: type[RequestT], http: web.Request, count: Count) ->
         BadRequest: the body is declared to be something else.
     """
     body = await json_body(http)
-    if len(body) <= _LARGE_BODY_BYTES:
-        counted = partial(num_values, body, _MANY_VALUES)
-        http[_NUM_VALUES] = counted() if len(body) <= _SMALL_BODY_BYTES else await asyncio.to_thread(counted)
+    if not isinstance(body, bytes):
+        values, http[_SIZE] = await http.app[_BODY_READER].read(body, {}, _values_and_size)
+        return await with_body(http, partial(request_of, kind, values, count))
+    counted = partial(num_values, body, MANY_VALUES)
+    http[_SIZE] = len(body), counted() if len(body) <= _SMALL_BODY_BYTES else await asyncio.to_thread(counted)
     return await with_body(http, partial(parse_request, kind, body, count))
+
+
+def _values_and_size(found: dict[str, Any], kept: Kept) -> tuple[dict[str, Any], tuple[int, int]]:
+    return with_media(found, kept), (found["nbytes"], found["num_values"])
 
 
 async def with_body(http: web.Request, work: Callable[[], ResultT]) -> ResultT:
@@ -57,10 +66,10 @@ async def with_body(http: web.Request, work: Callable[[], ResultT]) -> ResultT:
     That of one that is not small runs on a thread, so that other requests and probes are answered meanwhile, and large
     bodies have one thread together, as each thread that computes takes a part of the interpreter.
     """
-    nbytes = body_nbytes(http)
-    if nbytes <= _SMALL_BODY_BYTES and http[_NUM_VALUES] <= _FEW_VALUES:
+    nbytes, num = http[_SIZE]
+    if nbytes <= _SMALL_BODY_BYTES and num <= _FEW_VALUES:
         return work()
-    if nbytes <= _LARGE_BODY_BYTES and http[_NUM_VALUES] <= _MANY_VALUES:
+    if nbytes <= _LARGE_BODY_BYTES and num <= MANY_VALUES:
         return await asyncio.to_thread(work)
     thread = http.app[_LARGE_BODIES_THREAD]
     return await asyncio.get_running_loop().run_in_executor(thread, copy_context().run, work)
@@ -73,7 +82,7 @@ async def with_template(http: web.Request, work: Callable[[], ResultT]) -> Resul
 
 
 def add_body_threads(application: web.Application) -> None:
-    """Adds the threads that `with_body` and `with_template` need to an application, which ends them."""
+    """Adds what `read_request`, `with_body` and `with_template` need to an application, which ends it."""
     large_bodies = ThreadPoolExecutor(1, thread_name_prefix="large bodies")
     templates = ThreadPoolExecutor(_NUM_TEMPLATE_THREADS, thread_name_prefix="request templates")
 
@@ -83,6 +92,8 @@ def add_body_threads(application: web.Application) -> None:
 
     application[_LARGE_BODIES_THREAD], application[_TEMPLATE_THREADS] = large_bodies, templates
     application.on_cleanup.append(end)
+    application[_BODY_READER] = BodyReader(body_process.__name__)
+    application[_BODY_READER].end_with(application)
 
 
 def parse_request(kind: type[RequestT], body: bytes, count: Count = lambda informative, unknown: None) -> RequestT:
@@ -94,13 +105,11 @@ def parse_request(kind: type[RequestT], body: bytes, count: Count = lambda infor
     Raises:
         BadRequest: the body is no JSON object or too large a one, or a field is missing, out of range or not supported.
     """
-    check_json(body)
-    try:
-        values = from_json(body)
-    except ValueError as error:
-        raise BadRequest(f"the body is no JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise BadRequest(f"the body is no JSON object but a {type(values).__name__}")
+    return request_of(kind, json_object(body), count)
+
+
+def request_of(kind: type[RequestT], values: dict[str, Any], count: Count) -> RequestT:
+    """A request of its body's values, see `parse_request`."""
     try:
         request = kind.model_validate(values)
     except ValidationError as error:

@@ -21,6 +21,7 @@ from tests.integration.fleet import ServiceProcess
 from tests.integration.media import clip, picture
 from tests.integration.media_server import MediaServer, serve_media
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from vitrine_vlm.service_runtime.http_requests import LARGE_BODY_NBYTES
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 CHAT = "/v1/chat/completions"
@@ -110,6 +111,20 @@ async def test_a_picture_becomes_its_size(gateway: Gateway, encoder: ServiceProc
     assert (entry["kind"], entry["num_tokens"], entry["tenant"]) == ("image", 6, "")
     assert len(bytes.fromhex(entry["ticket"])) == 16 and entry["encoder_id"]
     assert seen.body["temperature"] == 0.5 and seen.parts[1] == {"type": "text", "text": "What is it?"}
+    await all_released(encoder)
+
+
+async def test_a_large_body_is_read_by_another_process(gateway: Gateway, encoder: ServiceProcess) -> None:
+    """What servers get is the same, whatever the size of what stands beside the picture."""
+    small = ask(image(PICTURES[0]))
+    large = {**small, "user": "a" * LARGE_BODY_NBYTES + "é"}
+    seen, seen_of_large = await answer(gateway, small), await answer(gateway, large)
+    assert seen_of_large.media == seen.media
+    assert seen_of_large.body["user"] == large["user"]
+    untouched = {**large, "messages": [{"role": "user", "content": "Hi"}]}
+    assert (await answer(gateway, untouched)).body == untouched
+    bad = {**large, **ask(image("data:image/png;base64,@@@@"))}
+    assert await refused(gateway, bad) == (400, "invalid_request", "messages[0].content[0].image_url")
     await all_released(encoder)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from vitrine_vlm.errors import BadRequest, TooManyItems
 from vitrine_vlm.gateway.media_parts import ChatBody, parse_chat
+from vitrine_vlm.service_runtime.memory_file import MemoryFile
 from vitrine_vlm.types import MediaItem, MediaOptions
 
 URL = "https://example.com/a.png"
@@ -199,6 +200,20 @@ def test_too_many_items_are_refused() -> None:
     parse_chat(body_of(*[image()] * 4), 4)
     with pytest.raises(TooManyItems):
         parse_chat(body_of(*[image()] * 5), 4)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        body_of("text", image(), image(DATA, max_pixels=4096), ec_transfer_params=None, cache_salt="\ud800"),
+        body_of({"type": "video", "video": [URL, DATA], "fps": 2}, mm_processor_kwargs={"min_pixels": 4096}),
+        body_of("text", cache_salt="a"),
+    ],
+)
+def test_the_way_from_the_process_that_reads_large_bodies(raw: bytes) -> None:
+    chat = parse_chat(raw, 4)
+    with MemoryFile() as file:
+        assert ChatBody.from_json(json.loads(json.dumps(chat.to_json(file.append))), file.read) == chat
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,82 @@
+"""Has large bodies read by a process of its own, see `body_process`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextvars import copy_context
+from typing import Any, TypeVar
+
+from aiohttp import web
+from pydantic_core import from_json
+
+from vitrine_vlm.errors import BadRequest, error_from_code
+from vitrine_vlm.service_runtime.body_process import MAX_CPU_S, Kept
+from vitrine_vlm.service_runtime.limited_processes import LimitedProcesses, TookTooMuch
+from vitrine_vlm.service_runtime.memory_file import MemoryFile
+
+ResultT = TypeVar("ResultT")
+
+
+class BodyReader:
+    """Reads one body after the other: several at once would take the cores from what serves other requests.
+
+    Args:
+        module: whose process it is, see `body_process.answer_bodies`; it is started with the first body.
+    """
+
+    def __init__(self, module: str) -> None:
+        self._processes = LimitedProcesses(module)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="body process")
+
+    def end_with(self, application: web.Application) -> None:
+        """Ends the process with the application, or with the body that it reads then."""
+
+        async def end(application: web.Application) -> None:
+            self._thread.submit(self._processes.close)
+            self._thread.shutdown(wait=False)
+
+        application.on_cleanup.append(end)
+
+    async def read(self, body: MemoryFile, arguments: dict[str, Any], use: Callable[[Any, Kept], ResultT]) -> ResultT:
+        """Returns what `use` makes of what the process has found, on a thread.
+
+        Args:
+            body: closed at the end, on the thread: hundreds of megabytes take a while to be freed.
+            arguments: for the process's module, in JSON's types.
+
+        Raises:
+            VitrineError: what the process has raised; BadRequest: it took more time or memory than it may.
+        """
+        left = threading.Event()
+        job: Future[ResultT] = self._thread.submit(
+            copy_context().run, self._read, body, json.dumps(arguments), use, left
+        )
+        try:
+            return await asyncio.shield(asyncio.wrap_future(job))
+        except asyncio.CancelledError:
+            left.set()
+            raise
+
+    def _read(
+        self, body: MemoryFile, arguments: str, use: Callable[[Any, Kept], ResultT], left: threading.Event
+    ) -> ResultT:
+        """left: set where nothing waits for the result any more."""
+        with body, MemoryFile() as kept:
+            if left.is_set():
+                raise CancelledError
+            try:
+                answer = json.loads(self._processes.ask(arguments, (body.fd, kept.fd)))
+            except TookTooMuch as error:
+                limit = f"more than {MAX_CPU_S:g} s" if error.is_time else "too much memory"
+                raise BadRequest(f"reading the body of {body.nbytes} bytes takes {limit}: send less at once") from error
+            if "fault" in answer:
+                raise RuntimeError(f"the process that reads bodies failed: {answer['fault']}")
+            if "error" in answer:
+                named = error_from_code(answer["error"], answer["message"])
+                named.param = answer["param"]
+                raise named
+            return use(from_json(kept.read(*answer["found"])), kept.read)

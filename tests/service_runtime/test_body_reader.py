@@ -1,0 +1,100 @@
+"""Large bodies are read by a process that limits itself, and what it does to itself ends one request."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from tests.service_runtime import body_process_to_end
+from vitrine_vlm.errors import BadRequest, TooManyItems
+from vitrine_vlm.service_runtime.body_process import Kept
+from vitrine_vlm.service_runtime.body_reader import BodyReader
+from vitrine_vlm.service_runtime.memory_file import MemoryFile
+
+BODY = b"0123456789" * 1000
+
+
+@pytest.fixture
+async def reader() -> AsyncIterator[BodyReader]:
+    reader, application = BodyReader(body_process_to_end.__name__), web.Application()
+    reader.end_with(application)
+    yield reader
+    await application.cleanup()
+
+
+async def ask(reader: BodyReader, do: str = "echo", **arguments: Any) -> tuple[Any, list[bytes]]:
+    def use(found: Any, kept: Kept) -> tuple[Any, list[bytes]]:
+        return found, [kept(*place) for place in found["kept"]]
+
+    body = MemoryFile()
+    body.append(BODY)
+    return await reader.read(body, {"do": do, **arguments}, use)
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+async def test_one_process_answers_and_runs_after_others(reader: BodyReader) -> None:
+    answers = await asyncio.gather(*(ask(reader) for _ in range(3)))
+    assert [kept for _, kept in answers] == [[BODY[::-1], BODY]] * 3
+    assert len({found["pid"] for found, _ in answers}) == 1
+    assert answers[0][0]["nice"] == os.nice(0) + 10
+    before = open_files()
+    await ask(reader)
+    assert open_files() == before
+
+
+@pytest.mark.parametrize(("do", "limit"), [("spin", "more than 30 s"), ("grow", "too much memory")])
+async def test_a_body_that_takes_too_much(reader: BodyReader, do: str, limit: str) -> None:
+    (first, _), (second, _) = await ask(reader), await ask(reader)
+    assert first["pid"] == second["pid"]
+    with pytest.raises(BadRequest, match=f"the body of {len(BODY)} bytes takes {limit}"):
+        await ask(reader, do)
+    (found, _) = await ask(reader)
+    assert found["pid"] != first["pid"]
+
+
+async def test_errors_of_the_process(reader: BodyReader) -> None:
+    with pytest.raises(TooManyItems, match="more than 0 items") as refused:
+        await ask(reader, "refuse")
+    assert refused.value.param == "items"
+    with pytest.raises(RuntimeError, match="IndexError"):
+        await ask(reader, "fault", index=len(BODY))
+
+
+async def test_a_killed_process_fails_one_body(reader: BodyReader) -> None:
+    (found, _) = await ask(reader)
+    os.kill(found["pid"], signal.SIGKILL)
+    with pytest.raises(BadRequest, match="too much memory"):
+        await ask(reader)
+    assert (await ask(reader))[1] == [BODY[::-1], BODY]
+
+
+async def test_a_cancelled_body_is_not_read_in_vain(reader: BodyReader) -> None:
+    await ask(reader)
+    before = open_files()
+    first, second = (asyncio.create_task(ask(reader, do)) for do in ("spin", "echo"))
+    await asyncio.sleep(0)
+    second.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await second
+    with pytest.raises(BadRequest):
+        await first
+    await ask(reader)
+    assert open_files() == before
+
+
+def test_what_lies_behind_the_end_is_not_read() -> None:
+    with MemoryFile() as file:
+        assert (file.append(b"abc"), file.append(b"de")) == ((0, 3), (3, 5))
+        assert (file.read(), file.read(1, 4)) == (b"abcde", b"bcd")
+        for begin, end in ((0, 6), (4, 3), (6, 7), (0, 2**62)):
+            with pytest.raises(EOFError):
+                file.read(begin, end)
