@@ -111,7 +111,7 @@ def base_of(image: str, arguments: dict[str, str]) -> str:
     """The image that this one stands on: vLLM's own, or the base of all others."""
     argument = "VLLM_IMAGE" if image == "vllm" else "BASE_IMAGE"
     [default] = re.findall(rf"(?m)^ARG {argument}=(.*)$", (FOLDER / "Dockerfile").read_text())
-    return arguments.get(argument, default)
+    return arguments.get(argument, str(default))
 
 
 def build_command(builder: str, target: str, reference: str, arguments: dict[str, str]) -> list[str]:
