@@ -180,12 +180,15 @@ async def test_what_is_lost_of_the_kept_connections_is_replaced(tmp_path: Path) 
     async with AsyncExitStack() as stack:
         running = [await stack.enter_async_context(running_stub(tmp_path)) for _ in range(4)]
         async with client_of(tmp_path, *(address for address, _, _ in running)) as client:
-            kept = {status.address for status in client.status() if status.ready}
+
+            def ready() -> set[str]:
+                return {status.address for status in client.status() if status.ready}
+
+            kept = ready()
             for address, _, server in running:
                 if address in kept:
                     await server.stop(None)
-            await until(lambda: num_connected(client) == NUM_KEPT)
-            assert not kept & {status.address for status in client.status() if status.ready}
+            await until(lambda: not kept & ready() and num_connected(client) == NUM_KEPT)
             for number in range(8):
                 await encode(client, f"{number} 5")
             assert client.stats().retries == 0, "a lost encoder was tried although its loss was noticed"

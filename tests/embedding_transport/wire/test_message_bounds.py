@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import math
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -21,6 +22,7 @@ from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget
 from vitrine_vlm.service_runtime.grpc_server import ServiceServer
 from vitrine_vlm.service_runtime.port_limits import PortLimits
+from vitrine_vlm.service_runtime.shared_timeout import SharedTimeout
 
 MIB = 1 << 20
 TIMEOUT_S = 1.0
@@ -92,6 +94,12 @@ async def connected(serving: Any) -> AsyncIterator[grpc.aio.Channel]:
 def method(kind: Any, name: str) -> Any:
     """A method that takes and gives bytes."""
     return kind(f"/s/{name}")
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.01)
 
 
 def keep(channel: grpc.aio.Channel, nbytes: int, **options: Any) -> Any:
@@ -194,14 +202,17 @@ async def test_a_connection_with_unread_replies_is_refused_and_others_are_not(se
 
 
 async def test_calls_that_wait_for_a_slot_are_refused_once_replies_are_unread(serving: Serving) -> None:
+    bounds = serving.bounds
+    bounds._timeout = bounds._replies.timeout = SharedTimeout(60.0)
+    bounds._replies._unread_after_s = math.inf
     async with connected(serving) as channel:
         streams = [method(channel.unary_stream, "Stream")(b"a") for _ in range(MAX_UNREAD)]
-        await asyncio.sleep(0.05)
+        await until(lambda: sum(map(len, bounds._replies._waiting.values())) == MAX_UNREAD)
         reading = [method(channel.stream_unary, "Keep")() for _ in range(2)]
-        await asyncio.sleep(0.02)
-        waiting = keep(channel, 10)
-        await asyncio.sleep(0.4 * TIMEOUT_S)
-        assert not waiting.done()
+        await until(lambda: bounds._reading._num_of_host.total() == 2)
+        waiting = keep(channel, 10, timeout=20)
+        await until(lambda: len(bounds._reading._waiting) == 1)
+        bounds._replies._unread_after_s = 0.0
         await reading[0].write(b"a")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await waiting
