@@ -140,14 +140,17 @@ class StepExecutor:
         except Exception as error:
             self._step_failed([chunk for chunk in step.chunks if chunk.is_current], error)
             return
+        # It began once it was launched and the last had ended, so that no time counts for two steps.
+        begin, now = max(step.launched_at, self._last_ended_at), time.perf_counter()
+        self._last_ended_at = now
         if output.sampling:  # otherwise the step may still run
-            self._observe(step)
+            self._costs.observe(StepSize.of(step.chunks), now - begin)
         computed = [chunk for chunk in step.chunks if chunk.is_current and not (lost and chunk in lost)]
         if step.prompt_logprobs:
             for chunk in computed:
                 if chunk in step.prompt_logprobs:
                     chunk.request.append_prompt_logprobs(chunk.start, step.prompt_logprobs[chunk].read())
-        self._commit(computed, time.perf_counter() - step.launched_at)
+        self._commit(computed, now - begin)
         for chunk, checks in output.landed.items():
             if checks and chunk.is_current and chunk not in lost:
                 chunk.request.embeddings_landed()
@@ -157,12 +160,6 @@ class StepExecutor:
             if chunk.is_current:
                 chunk.request.token_arrived()
                 self._requests.process_token(chunk.request, next_token)
-
-    def _observe(self, step: InFlightStep) -> None:
-        """Corrects the costs by a step that has just ended. It began once it was launched and the last had ended."""
-        now = time.perf_counter()
-        self._costs.observe(StepSize.of(step.chunks), now - max(step.launched_at, self._last_ended_at))
-        self._last_ended_at = now
 
     def _land_kv(self, request: RequestState, first_token: int) -> None:
         assert request.remote_kv is not None and request.remote_kv.received is not None

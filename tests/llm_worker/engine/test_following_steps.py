@@ -88,6 +88,15 @@ async def test_the_last_token_of_an_answer_is_not_computed(qwen3_vl_folder: Path
         assert engine.stats().num_steps == 5
 
 
+async def test_no_time_counts_for_two_steps(qwen3_vl_folder: Path, image: Request) -> None:
+    """A step waits for the one in front once it is launched: its chunks take no longer than all until its token."""
+    with running_engine(qwen3_vl_folder, Followed, max_num_batched_tokens=16, prefix_cache=False) as engine:
+        handles = [submit(engine, again(image), greedy(3)) for _ in range(3)]
+        await asyncio.gather(*map(tokens, handles))
+    for handle in handles:
+        assert 0 < handle.timings.prefill_ms <= handle.timings.ttft_ms
+
+
 async def test_a_preempted_answer_goes_on_with_the_same_tokens(
     qwen3_vl_folder: Path, reference: Reference, text: Request
 ) -> None:
