@@ -83,8 +83,8 @@ class StepWork:
 
     @property
     def long_splits(self) -> int:
-        """Most splits of single tokens in long steps."""
-        return _SINGLE_SPLITS
+        """Most splits of single tokens in long steps, where nothing runs beside them, however few they are."""
+        return self.tables.singles.splits(1)
 
     def decode_step(self, size: int) -> Work:
         """A step of `size` sequences with one text token each."""

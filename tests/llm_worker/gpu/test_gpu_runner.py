@@ -125,6 +125,27 @@ def test_steps_that_decode_let_the_next_one_be_prepared_at_once(
     assert of_prompts.count("event") == 1 and (num_layers + 1) // 2 <= of_prompts.index("event") <= num_layers
 
 
+@torch.inference_mode()
+def test_a_long_past_is_cut_in_long_steps_as_in_decode_steps(qwen3_vl_folder: Path) -> None:
+    """Few tokens must fill a GPU there, too: nothing else runs beside them."""
+    decoder = build_decoder(open_checkpoint(str(qwen3_vl_folder)), DEVICE, torch.float32)
+    kv_cache, buffer = KvCache(decoder.config, 128, 16, DEVICE, torch.float32), input_buffer(decoder, 96)
+    runner = GpuRunner(
+        decoder, kv_cache, buffer, 4, 2048, TorchSdpa(), capture=lambda _: lambda: None, max_short_step=24
+    )
+    long, other = (request_state(ExpandedPrompt([5] * n, torch.arange(n).expand(3, -1), n)) for n in (1600, 60))
+    long.token_ids.append(6)
+    for each in (long, other):
+        kv_cache.append_slots(each.table, len(each.token_ids))
+
+    def num_splits(*chunks: Chunk) -> int:
+        runner(buffer.write(chunks).inputs)
+        return int(runner._work.tables.singles.counts[1])
+
+    token = Chunk(long, 1600, 1601, True)
+    assert num_splits(token, Chunk(other, 0, 40, False)) == num_splits(token) == 1601 // 128
+
+
 def test_capture_sizes() -> None:
     assert decode_capture_sizes(1) == [1]
     assert decode_capture_sizes(20) == [1, 2, 4, 8, 16, 20]
