@@ -20,7 +20,8 @@ class Gap:
     """A part of the time between two spans of a process, seconds of the monotonic clock.
 
     cause: "launched late" where the next step decodes, so that there was something to compute; "launched, not begun"
-        where the device had not begun with the next one: another process has it, or launching takes that long.
+        where the device had not begun with the next one: another process has it, launching takes that long, or it
+        computes what spans do not have, such as a step's logits and sampling.
     """
 
     begin_s: float
@@ -93,8 +94,10 @@ def kinds_of(spans: Sequence[Span], others: Sequence[Span]) -> list[KindFigures]
         of_kind = [span for span in spans if span.kind == kind]
         if not of_kind:
             continue
-        shared = [span for span in of_kind if overlap_s([span], others) > 0]
-        alone = [span for span in of_kind if span not in shared]
+        shared: list[Span] = []
+        alone: list[Span] = []
+        for span in of_kind:
+            (shared if overlap_s([span], others) > 0 else alone).append(span)
         num_tokens = sum(span.num_tokens for span in of_kind) / len(of_kind)
         launch_ms = 1e3 * sum(span.returned_s - span.launched_s for span in of_kind) / len(of_kind)
         means = _mean_ms(alone), _mean_ms(shared)
