@@ -1,8 +1,8 @@
 """Runs a service and records its steps or batches: `python -m benchmarks.timeline.recorded_service FILE MODULE FLAGS`.
 
 MODULE is `vitrine_vlm.encoder_service` or `vitrine_vlm.llm_worker`, FLAGS are its own. The service itself knows nothing
-of it: two of its classes are wrapped here. FILE is written at its end. An encoder's ranks (--dp) are not recorded, and
-of a worker's (--tp) the first alone.
+of it: two of its classes are wrapped here. FILE is written at its end, and emptied before. An encoder's ranks (--dp)
+are not recorded, and of a worker's (--tp) the first alone.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ def record_batches(recorder: Recorder) -> None:
 
 def main() -> int:
     file, module, *flags = sys.argv[1:]
+    write_spans(Path(file), [])  # where nothing is recorded, an earlier run's must not stay
     recorder = Recorder()
     if module == WORKER:
         record_steps(recorder)

@@ -78,6 +78,14 @@ def test_both_halves_of_a_running_server_are_recorded(tmp_path: Path) -> None:
     assert all(before.end_s <= after.begin_s for before, after in pairwise(steps))
 
 
+def test_a_process_that_records_nothing_leaves_no_spans_of_an_earlier_run(tmp_path: Path) -> None:
+    file = tmp_path / "encoder.jsonl"
+    write_spans(file, [span("batch", 0, 0, 1)])
+    recorded = [sys.executable, "-m", "benchmarks.timeline.recorded_service", str(file), "vitrine_vlm.encoder_service"]
+    subprocess.run([*recorded, "--model", str(MODEL_FOLDER), "--print-config"], check=True, capture_output=True)
+    assert read_spans(file, 0.0, 1.0) == []
+
+
 @pytest.mark.gpu
 def test_times_of_a_gpu_are_the_hosts() -> None:
     recorder, device = Recorder(), torch.device("cuda")
