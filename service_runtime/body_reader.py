@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any, TypeVar
 
@@ -33,11 +32,11 @@ class BodyReader:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="body process")
 
     def end_with(self, application: web.Application) -> None:
-        """Ends the process with the application, or with the body that it reads then."""
+        """Ends the process with the application, also in the middle of a body, which nothing waits for then."""
 
         async def end(application: web.Application) -> None:
-            self._thread.submit(self._processes.close)
-            self._thread.shutdown(wait=False)
+            self._thread.shutdown(wait=False, cancel_futures=True)
+            await asyncio.to_thread(self._processes.kill)
 
         application.on_cleanup.append(end)
 
@@ -51,23 +50,16 @@ class BodyReader:
         Raises:
             VitrineError: what the process has raised; BadRequest: it took more time or memory than it may.
         """
-        left = threading.Event()
-        job: Future[ResultT] = self._thread.submit(
-            copy_context().run, self._read, body, json.dumps(arguments), use, left
-        )
+        job: Future[ResultT] = self._thread.submit(copy_context().run, self._read, body, json.dumps(arguments), use)
         try:
             return await asyncio.shield(asyncio.wrap_future(job))
         except asyncio.CancelledError:
-            left.set()
+            if job.cancel():  # a body that waits for others counts for nothing any more, and so takes no memory
+                asyncio.get_running_loop().run_in_executor(None, body.close)
             raise
 
-    def _read(
-        self, body: MemoryFile, arguments: str, use: Callable[[Any, Kept], ResultT], left: threading.Event
-    ) -> ResultT:
-        """left: set where nothing waits for the result any more."""
+    def _read(self, body: MemoryFile, arguments: str, use: Callable[[Any, Kept], ResultT]) -> ResultT:
         with body, MemoryFile() as kept:
-            if left.is_set():
-                raise CancelledError
             try:
                 answer = json.loads(self._processes.ask(arguments, (body.fd, kept.fd)))
             except TookTooMuch as error:

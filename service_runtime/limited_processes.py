@@ -48,6 +48,7 @@ class LimitedProcesses:
         self._module = module
         self._lock = threading.Lock()
         self._idle: list[_Process] = []
+        self._working: set[subprocess.Popen[str]] = set()
 
     def ask(self, line: str, fds: Sequence[int] = ()) -> str:
         """Returns the line that answers this one.
@@ -58,13 +59,16 @@ class LimitedProcesses:
         Raises:
             TookTooMuch: the process ended instead.
         """
+        process = self._take_idle() or self._start()
         with self._lock:
-            process = self._idle.pop() if self._idle else None
-        if process is None:
-            process = self._start()
-        answer = _ask(process, line, fds)
-        if not answer:
-            raise TookTooMuch(is_time=process.end() == -signal.SIGPROF)
+            self._working.add(process.process)
+        try:
+            answer = _ask(process, line, fds)
+            if not answer:
+                raise TookTooMuch(is_time=process.end() == -signal.SIGPROF)
+        finally:
+            with self._lock:
+                self._working.discard(process.process)
         with self._lock:
             self._idle.append(process)
         return answer
@@ -75,6 +79,23 @@ class LimitedProcesses:
             processes, self._idle = self._idle, []
         for process in processes:
             process.end()
+
+    def kill(self) -> None:
+        """Ends all processes at once: what asks those that work gets `TookTooMuch`."""
+        with self._lock:
+            for process in self._working:
+                process.kill()
+        self.close()
+
+    def _take_idle(self) -> _Process | None:
+        """A process that works on nothing; one that was ended from outside meanwhile is of no use for a line."""
+        with self._lock:
+            while self._idle:
+                process = self._idle.pop()
+                if process.process.poll() is None:
+                    return process
+                process.end()
+        return None
 
     def _start(self) -> _Process:
         ours, theirs = socket.socketpair()
@@ -87,6 +108,8 @@ class LimitedProcesses:
                 stderr=subprocess.DEVNULL,
                 text=True,
                 encoding="utf-8",
+                # Ctrl-C goes to the whole group of this process, which still answers what is in flight.
+                process_group=0,
             )
         return _Process(process, ours)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 from vitrine_vlm.errors import TooManyItems
@@ -15,6 +16,9 @@ def _read(body: bytes, arguments: dict[str, Any], keep: Keep) -> Any:
         case "spin":
             while True:
                 pass
+        case "stop":
+            while True:
+                time.sleep(60)
         case "grow":
             return [bytes(2**26) for _ in range(64)]
         case "fault":
