@@ -110,7 +110,7 @@ class GatewayHttp:
             chat = ChatBody.from_json(found, kept)
             return chat, b"" if self._replaces(chat) else body.read()
 
-        return await self._body_reader.read(body, options, use)
+        return await self._body_reader.read(http, body, options, use)
 
     def _replaces(self, chat: ChatBody) -> bool:
         """Whether servers get layouts in the place of the chat's media."""

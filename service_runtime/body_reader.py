@@ -14,6 +14,7 @@ from pydantic_core import from_json
 
 from vitrine_vlm.errors import BadRequest, error_from_code
 from vitrine_vlm.service_runtime.body_process import MAX_CPU_S, Kept
+from vitrine_vlm.service_runtime.http_requests import reading
 from vitrine_vlm.service_runtime.limited_processes import LimitedProcesses, TookTooMuch
 from vitrine_vlm.service_runtime.memory_file import MemoryFile
 
@@ -40,20 +41,25 @@ class BodyReader:
 
         application.on_cleanup.append(end)
 
-    async def read(self, body: MemoryFile, arguments: dict[str, Any], use: Callable[[Any, Kept], ResultT]) -> ResultT:
+    async def read(
+        self, http: web.Request, body: MemoryFile, arguments: dict[str, Any], use: Callable[[Any, Kept], ResultT]
+    ) -> ResultT:
         """Returns what `use` makes of what the process has found, on a thread.
 
         Args:
+            http: the request whose body it is.
             body: closed at the end, on the thread: hundreds of megabytes take a while to be freed.
             arguments: for the process's module, in JSON's types.
 
         Raises:
-            VitrineError: what the process has raised; BadRequest: it took more time or memory than it may.
+            VitrineError: what the process has raised, or the service is ending, see `HttpPort.answered`.
+            BadRequest: it took more time or memory than it may.
         """
         job: Future[ResultT] = self._thread.submit(copy_context().run, self._read, body, json.dumps(arguments), use)
         try:
-            return await asyncio.shield(asyncio.wrap_future(job))
-        except asyncio.CancelledError:
+            with reading(http):
+                return await asyncio.wrap_future(job)
+        except BaseException:
             if job.cancel():  # a body that waits for others counts for nothing any more, and so takes no memory
                 asyncio.get_running_loop().run_in_executor(None, body.close)
             raise

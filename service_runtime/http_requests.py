@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +116,15 @@ async def body_pieces(http: web.Request) -> AsyncIterator[bytes]:
             return
         nbytes += len(piece)
         yield piece
+
+
+def reading(http: web.Request) -> AbstractContextManager[None]:
+    """Counts, in its context, the request as one whose body is still read: an ending service does not wait for it.
+
+    Raises:
+        VitrineError: the service is ending, see `HttpPort.answered`.
+    """
+    return _body(http).reads.track()
 
 
 async def read_body(http: web.Request) -> bytes:

@@ -49,7 +49,7 @@ async def read_request(kind: type[RequestT], http: web.Request, count: Count) ->
     """
     body = await json_body(http)
     if not isinstance(body, bytes):
-        values, http[_SIZE] = await http.app[_BODY_READER].read(body, {}, _values_and_size)
+        values, http[_SIZE] = await http.app[_BODY_READER].read(http, body, {}, _values_and_size)
         return await with_body(http, partial(request_of, kind, values, count))
     counted = partial(num_values, body, MANY_VALUES)
     http[_SIZE] = len(body), counted() if len(body) <= _SMALL_BODY_BYTES else await asyncio.to_thread(counted)

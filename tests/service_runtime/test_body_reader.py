@@ -11,12 +11,16 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
 
 from tests.service_runtime import body_process_to_end
-from vitrine_vlm.errors import BadRequest, TooManyItems
+from vitrine_vlm.errors import BadRequest, TooManyItems, WorkerUnavailable
+from vitrine_vlm.service_runtime import http_requests
 from vitrine_vlm.service_runtime.body_process import Kept
 from vitrine_vlm.service_runtime.body_reader import BodyReader
 from vitrine_vlm.service_runtime.memory_file import MemoryFile
+from vitrine_vlm.service_runtime.port_limits import DEFAULT_LIMITS
+from vitrine_vlm.service_runtime.running_calls import RunningCalls
 
 BODY = b"0123456789" * 1000
 
@@ -30,13 +34,15 @@ async def reader() -> AsyncIterator[BodyReader]:
     await application.cleanup()
 
 
-async def ask(reader: BodyReader, do: str = "echo", **arguments: Any) -> tuple[Any, list[bytes]]:
+async def ask(
+    reader: BodyReader, do: str = "echo", http: web.Request | None = None, **arguments: Any
+) -> tuple[Any, list[bytes]]:
     def use(found: Any, kept: Kept) -> tuple[Any, list[bytes]]:
         return found, [kept(*place) for place in found["kept"]]
 
     body = MemoryFile()
     body.append(BODY)
-    return await reader.read(body, {"do": do, **arguments}, use)
+    return await reader.read(http or make_mocked_request("POST", "/"), body, {"do": do, **arguments}, use)
 
 
 def open_files() -> int:
@@ -120,6 +126,24 @@ async def test_the_process_ends_with_its_service_in_the_middle_of_a_body() -> No
             await stopped
         await application.cleanup()
         while memory_files() or Path(f"/proc/{found['pid']}").exists():
+            await asyncio.sleep(0.01)
+
+
+async def test_an_ending_service_waits_for_no_body(reader: BodyReader) -> None:
+    calls, requests = RunningCalls(), [make_mocked_request("POST", "/") for _ in range(2)]
+    for http in requests:
+        http[http_requests._BODY] = http_requests._Body(DEFAULT_LIMITS, calls)
+    asked = [asyncio.create_task(ask(reader, "stop", http)) for http in requests]
+    async with asyncio.timeout(30):
+        while memory_files() < 3:  # two of the first one
+            await asyncio.sleep(0.01)
+        calls.end(lambda: WorkerUnavailable("the service is ending"))
+        for each in asked:
+            with pytest.raises(WorkerUnavailable):
+                await each
+        with pytest.raises(WorkerUnavailable):
+            await ask(reader, "echo", requests[0])
+        while memory_files() > 2:
             await asyncio.sleep(0.01)
 
 
