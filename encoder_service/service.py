@@ -267,15 +267,14 @@ class EncodeService:
         Raises:
             Overloaded, VitrineError: see `Admission.admit`, `PreprocessPool.patches` and `Batcher.encode`.
         """
-        item.reserved.share()
-        with item.reserved:
-            preprocess_s = self._preprocess_pool.queue_seconds(item.opened)
-            admission = self._admission.admit(
-                item.layout.grid_thw, preprocess_s=preprocess_s, reserve=not self._cache.has(key)
-            )
-            with admission as reservation:
-                compute = functools.partial(self._compute, index, item.opened, item.layout, math.inf, None, reservation)
-                await self._cache.get_or_compute(key, compute)
+        # The item's bytes are those of its ticket and claims: once these have ended, this is cancelled.
+        preprocess_s = self._preprocess_pool.queue_seconds(item.opened)
+        admission = self._admission.admit(
+            item.layout.grid_thw, preprocess_s=preprocess_s, reserve=not self._cache.has(key)
+        )
+        with admission as reservation:
+            compute = functools.partial(self._compute, index, item.opened, item.layout, math.inf, None, reservation)
+            await self._cache.get_or_compute(key, compute)
 
     async def _encode_item(self, index: int, item: MediaItem, replies: Replies, tenant: str, deadline: float) -> None:
         source = await self._open_item(index, item, tenant)

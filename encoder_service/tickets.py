@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from vitrine_vlm.embedding_transport.pools.fair_share import is_within_share
 from vitrine_vlm.encoder_service.engine.compute_ahead import AheadStats, Compute, ComputeAhead
@@ -125,6 +126,7 @@ class TicketTable:
 
     def compute_ahead(self, ticket: Ticket, compute: Compute) -> None:
         """Has the rows of a ticket computed before they are claimed, see `ComputeAhead.add`."""
+        self._issued[ticket.value].item.reserved.on_free = partial(self._ahead.abandoned, ticket.value)
         self._ahead.add(ticket.value, compute)
 
     def claim(self, ticket: bytes, tenant: str) -> OpenedItem:

@@ -102,11 +102,12 @@ class ByteBudget:
 class ReservedBytes:
     """The bytes of one item. A user releases them at the end of a `with`; they are free once all users have.
 
-    nbytes: bytes reserved so far.
+    nbytes: bytes reserved so far. on_free: called once all users have released them.
     """
 
     def __init__(self, budget: ByteBudget, reserved_at: float) -> None:
         self.nbytes = 0
+        self.on_free: Callable[[], None] = lambda: None
         self._budget = budget
         self._reserved_at = reserved_at
         self._num_users = 1
@@ -141,6 +142,7 @@ class ReservedBytes:
         self._num_users -= 1
         if not self._num_users:
             self._budget.free(self.nbytes, self._reserved_at)
+            self.on_free()
 
     def __enter__(self) -> Self:
         return self

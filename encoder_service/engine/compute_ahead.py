@@ -42,6 +42,7 @@ class ComputeAhead:
         self._max_unclaimed = max_unclaimed
         self._waiting: dict[bytes, Compute] = {}
         self._started: dict[bytes, asyncio.Task[None]] = {}
+        self._claimed: dict[bytes, asyncio.Task[None]] = {}
         self._supervisor: Supervisor | None = None
 
     def start(self, supervisor: Supervisor) -> None:
@@ -50,10 +51,10 @@ class ComputeAhead:
         self._fill_places()
 
     async def close(self) -> None:
-        """Stops; those that were claimed end with what computes them."""
+        """Stops all computations."""
         self._waiting.clear()
         if self._supervisor is not None:
-            await self._supervisor.stop(*self._started.values())
+            await self._supervisor.stop(*self._started.values(), *self._claimed.values())
 
     def add(self, ticket: bytes, compute: Compute) -> None:
         """Has the rows of a new ticket computed, once there is a place.
@@ -68,7 +69,9 @@ class ComputeAhead:
     def claimed(self, ticket: bytes) -> None:
         """The claim computes the rows itself, or joins the computation, which goes on."""
         self._waiting.pop(ticket, None)
-        if self._started.pop(ticket, None) is not None:
+        task = self._started.pop(ticket, None)
+        if task is not None:
+            self._claimed[ticket] = task
             self.stats.claimed += 1
             self._fill_places()
 
@@ -78,10 +81,19 @@ class ComputeAhead:
         task = self._started.pop(ticket, None)
         if task is not None:
             self.stats.unclaimed += 1
-            assert self._supervisor is not None
-            self._supervisor.expect_end(task)
-            task.cancel()
+            self._cancel(task)
             self._fill_places()
+
+    def abandoned(self, ticket: bytes) -> None:
+        """Stops the computation of a claimed ticket that has ended, once all its claims have, too."""
+        task = self._claimed.pop(ticket, None)
+        if task is not None:
+            self._cancel(task)
+
+    def _cancel(self, task: asyncio.Task[None]) -> None:
+        assert self._supervisor is not None
+        self._supervisor.expect_end(task)
+        task.cancel()
 
     def _fill_places(self) -> None:
         while self._supervisor is not None and self._waiting and len(self._started) < self._max_unclaimed:

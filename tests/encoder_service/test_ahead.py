@@ -175,3 +175,27 @@ async def test_tenants_share_no_rows(encoder: RunningEncoder) -> None:
     await tickets_of(encoder, PICTURE, tenant="one")
     await tickets_of(encoder, PICTURE, tenant="two")
     await eventually(lambda: num_computed(encoder) == 2)
+
+
+@pytest.mark.parametrize("is_released_first", [False, True])
+async def test_a_cancelled_claim_takes_its_item_out_of_the_queue(
+    encoder: RunningEncoder, is_released_first: bool
+) -> None:
+    """With the end of the ticket nothing waits for the rows any more, whether or not they were begun ahead."""
+    encoder.tower.gate.clear()
+    busy = asyncio.create_task(encode(encoder, [image_message(png(96, 64))]))
+    assert await asyncio.to_thread(encoder.tower.entered.wait, 10)
+    (ticket,) = await tickets_of(encoder, PICTURE)
+    await eventually(lambda: encoder.admission.num_patches == 48)
+    call = stub(encoder).Encode(encoder_pb2.EncodeRequest(items=[claim(ticket)]))
+    await call.read()
+    await eventually(lambda: outcomes(encoder) == (1, 0))
+    if is_released_first:
+        await release(encoder, ticket)
+    call.cancel()
+    await release(encoder, ticket)
+    try:
+        await eventually(lambda: encoder.admission.num_patches == 24)
+    finally:
+        encoder.tower.gate.set()
+        await busy
