@@ -22,6 +22,7 @@ from vitrine_vlm.embedding_transport.wire.unread_replies import BoundedContext, 
 from vitrine_vlm.errors import BadRequest, VitrineError
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget, ReservedBytes
 from vitrine_vlm.service_runtime.grpc_requests import MAX_WRAPPED_HANDLERS, behaviour_of
+from vitrine_vlm.service_runtime.shared_timeout import SharedTimeout
 
 # What flow control lets through anyway. So much is not counted: health checks and releases must pass.
 WINDOW_NBYTES = 64 * 1024
@@ -31,6 +32,8 @@ WINDOW_NBYTES = 64 * 1024
 # the same connection, those of a worker's other users, wait for a slot: how long a request is shows when it is read.
 _LARGE_NBYTES = 1024 * 1024
 _MAX_COPIES_OF_PAUSE = 4
+# A stream's first message comes right behind its call: calls without one do not keep slots from others for long.
+_FIRST_TIMEOUT_S = 5.0
 
 _Parse = Callable[[bytes], Any]
 
@@ -47,6 +50,7 @@ class MessageBounds(grpc.aio.ServerInterceptor):
         self._budget = budget
         self._replies = UnreadReplies(budget, timeout_s)
         self._timeout = self._replies.timeout
+        self._first_timeout = SharedTimeout(min(timeout_s, _FIRST_TIMEOUT_S))
         self._reading = ReadingSlots()
         # Between two messages of a stream its client may do something, as map a pool: others are read meanwhile.
         self._reading_of_streams = ReadingSlots()
@@ -112,7 +116,7 @@ class MessageBounds(grpc.aio.ServerInterceptor):
     ) -> Any:
         """Returns the call's only request; ends the call where it cannot be had."""
         try:
-            request = await self._read(context, peer, parse, reserved, self._reading)
+            request = await self._read(context, peer, parse, reserved, self._reading, self._timeout)
             if request is None:
                 raise BadRequest("the call has no request: send one")
             return request
@@ -127,7 +131,9 @@ class MessageBounds(grpc.aio.ServerInterceptor):
         Raises:
             BadRequest, Overloaded: see `_read`; BadRequest also where a message is not small.
         """
-        while (request := await self._read(context, peer, parse, reserved, self._reading_of_streams)) is not None:
+        slots, timeout = self._reading_of_streams, self._first_timeout
+        while (request := await self._read(context, peer, parse, reserved, slots, timeout)) is not None:
+            timeout = self._timeout
             if reserved.nbytes:
                 del request  # the error's traceback would keep it
                 raise BadRequest(f"a message of {reserved.nbytes} bytes: a stream takes up to {WINDOW_NBYTES}")
@@ -140,6 +146,7 @@ class MessageBounds(grpc.aio.ServerInterceptor):
         parse: _Parse,
         reserved: ReservedBytes,
         slots: ReadingSlots,
+        timeout: SharedTimeout,
     ) -> Any:
         """Returns the next request, or None at the end of the stream.
 
@@ -152,7 +159,7 @@ class MessageBounds(grpc.aio.ServerInterceptor):
         pause_s = 0.0
         try:
             self._replies.check(peer)  # of those that began together all but the first have waited
-            raw = await self._received(context)
+            raw = await self._received(context, timeout)
             if raw is None:
                 return None
             if len(raw) <= WINDOW_NBYTES:
@@ -169,17 +176,17 @@ class MessageBounds(grpc.aio.ServerInterceptor):
         """For how long a slot that has read so many bytes stays taken, for each slot in use."""
         return min(nbytes // _LARGE_NBYTES, _MAX_COPIES_OF_PAUSE) * nbytes * self._copy_s_per_byte
 
-    async def _received(self, context: grpc.aio.ServicerContext[Any, Any]) -> bytes | None:
+    async def _received(self, context: grpc.aio.ServicerContext[Any, Any], timeout: SharedTimeout) -> bytes | None:
         """
         Raises:
             BadRequest: see `_read`.
         """
         try:
-            with self._timeout():
+            with timeout():
                 raw = await context.read()
         except TimeoutError:
             raise BadRequest(
-                f"the request did not arrive within {self._timeout.seconds:g} s (--client-timeout-s): send it faster, "
+                f"the request did not arrive within {timeout.seconds:g} s (--client-timeout-s): send it faster, "
                 "or URLs instead of bytes"
             ) from None
         return raw if isinstance(raw, bytes) else None  # the end of the stream

@@ -310,6 +310,24 @@ async def test_a_session_lasts_and_one_that_does_not_begin_ends(serving: Serving
         assert await lasting.read() == b"4"
 
 
+async def test_silent_streams_keep_slots_for_a_moment_only(serving: Serving) -> None:
+    """The peer of a session may take longer for its next message, as where it maps a pool."""
+    bounds = serving.bounds
+    bounds._timeout, bounds._first_timeout = SharedTimeout(60.0), SharedTimeout(0.3)
+    async with connected(serving) as channel:
+        silent = [method(channel.stream_stream, "Session")() for _ in range(2)]
+        await until(lambda: bounds._reading_of_streams._num_of_host.total() == 2)
+        call = method(channel.stream_stream, "Session")(timeout=20)
+        await call.write(b"hello")
+        assert await call.read() == b"5"
+        for each in silent:
+            assert await each.code() is grpc.StatusCode.INVALID_ARGUMENT
+        serving.gate.set()
+        await asyncio.sleep(0.6)
+        await call.write(b"next")
+        assert await call.read() == b"4"
+
+
 async def test_connections_are_limited(serving: Serving) -> None:
     serving.gate.set()
     channels = [connected(serving) for _ in range(10)]
