@@ -32,7 +32,6 @@ from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from vitrine_vlm.protos.llm.v1 import llm_pb2, llm_pb2_grpc
 from vitrine_vlm.protos.prefill.v1 import prefill_pb2
 from vitrine_vlm.service_runtime.log_limits import BUDGET_CHARS
-from vitrine_vlm.types import PROTOCOL_VERSION
 
 COMMON = [
     *health_pb2.DESCRIPTOR.services_by_name.values(),
@@ -161,12 +160,9 @@ async def test_malformed_messages_to_a_worker(worker: ServiceProcess) -> None:
 
 
 @pytest.mark.parametrize("raw", [b"\xff\xfe", b"\x0a\xff\xff\xff\xff\x0f"])
-async def test_a_malformed_message_ends_a_session_with_its_code(encoder: ServiceProcess, raw: bytes) -> None:
-    hello = encoder_pb2.Hello(protocol_version=PROTOCOL_VERSION, transports=["grpc"])
+async def test_a_malformed_first_message_ends_a_session_with_its_code(encoder: ServiceProcess, raw: bytes) -> None:
     async with grpc.aio.insecure_channel(encoder.addresses["grpc"]) as channel:
         call: Any = channel.stream_stream("/vitrine.encoder.v1.Encoder/Connect")()
-        await call.write(encoder_pb2.ConnectRequest(hello=hello).SerializeToString())
-        assert encoder_pb2.ConnectResponse.FromString(await call.read()).session.session_id
         await call.write(raw)
         with pytest.raises(grpc.aio.AioRpcError):
             await call.read()
