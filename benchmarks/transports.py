@@ -99,7 +99,7 @@ async def serve(shm_folder: Path, chunk_nbytes: int) -> None:
     exporter = RowExporter([pool], lease_ttl_s=60, chunk_nbytes=chunk_nbytes)
     exporter.start(Supervisor())
     server = grpc.aio.server(options=CHANNEL_OPTIONS)
-    server.add_generic_rpc_handlers((encoder_handlers(RowServer(exporter)),))
+    server.add_generic_rpc_handlers((encoder_handlers(RowServer(exporter)),))  # type: ignore[abstract]
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     print(f"127.0.0.1:{port}", flush=True)

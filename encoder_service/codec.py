@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from vitrine_vlm.embedding_transport.shipping.exporter import ExporterStats
 from vitrine_vlm.embedding_transport.wire.frame_list_url import frames_of_url
-from vitrine_vlm.embedding_transport.wire.frame_lists import frames_from_message
+from vitrine_vlm.embedding_transport.wire.frame_lists import frames_from_message, next_file
 from vitrine_vlm.embedding_transport.wire.messages import describe, options_from_message
 from vitrine_vlm.encoder_service.engine.cache import CacheStats
 from vitrine_vlm.encoder_service.preprocess.given_patches import PATCH_DTYPES
@@ -44,8 +46,11 @@ def check_names(request: encoder_pb2.EncodeRequest) -> None:
             raise BadRequest(f"{name} has {len(value)} characters: at most {_MAX_NAME_LENGTH} are accepted")
 
 
-def item_from_proto(index: int, message: encoder_pb2.MediaItem) -> MediaItem:
+def item_from_proto(index: int, message: encoder_pb2.MediaItem, files: Iterator[bytes] | None = None) -> MediaItem:
     """The item at `index` of a request.
+
+    Args:
+        files: those that came in pieces, from this item's on.
 
     Raises:
         BadRequest: no kind, no source, patches whose grid is not three numbers or with more times than can be, no
@@ -66,11 +71,14 @@ def item_from_proto(index: int, message: encoder_pb2.MediaItem) -> MediaItem:
         raise BadRequest(f"item {index} is an image and has frames: send them as a video")
     if source == "url" and (frames := frames_of_url(kind, message.url)) is not None:
         return MediaItem(kind, frames=frames, options=options_from_message(message.options, message.video_fps))
+    data = message.data if source == "data" else None
+    if source == "data_nbytes":
+        data = next_file(f"item {index}", files)
     return MediaItem(
         kind=kind,
         url=message.url if source == "url" else None,
-        data=message.data if source == "data" else None,
-        frames=frames_from_message(f"item {index}", message.frames) if source == "frames" else None,
+        data=data,
+        frames=frames_from_message(f"item {index}", message.frames, files) if source == "frames" else None,
         options=options_from_message(message.options, message.video_fps),
         patches=_patches_from_proto(index, message.patches) if source == "patches" else None,
         # Whose tickets these are is not in the message: they were sent to the encoder that they are of.

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Self, TypeAlias
@@ -23,6 +23,7 @@ from vitrine_vlm.embedding_transport.shipping.session_rpc import ReleaseContext,
 from vitrine_vlm.embedding_transport.wire.grpc_status import abort, logged_call, send
 from vitrine_vlm.embedding_transport.wire.message_bounds import WINDOW_NBYTES
 from vitrine_vlm.embedding_transport.wire.messages import layout_to_proto
+from vitrine_vlm.embedding_transport.wire.request_pieces import first_request, read_files
 from vitrine_vlm.encoder_service.codec import check_names, failed_to_proto, item_from_proto
 from vitrine_vlm.encoder_service.metrics import EncoderMetrics
 from vitrine_vlm.encoder_service.service import EncodeService
@@ -71,14 +72,18 @@ class _Call:
     call_id: int
 
     @classmethod
-    def of(cls, request: encoder_pb2.EncodeRequest, state: ServiceState) -> Self:
+    def of(cls, request: encoder_pb2.EncodeRequest, state: ServiceState, files: Sequence[bytes]) -> Self:
         """
+        Args:
+            files: those that came in pieces.
+
         Raises:
             BadRequest, TooManyItems: no items, too many, or one that is malformed; see also `check_names`.
         """
         state.service.check_number(len(request.items))  # before millions of them cost any work
         check_names(request)
-        items = [item_from_proto(index, message) for index, message in enumerate(request.items)]
+        of_items = iter(files)
+        items = [item_from_proto(index, message, of_items) for index, message in enumerate(request.items)]
         return cls(
             items,
             request.session_id,
@@ -95,9 +100,18 @@ class EncoderServicer(SessionServicer, encoder_pb2_grpc.EncoderServicer):  # typ
     Args:
         calls: the Encode calls in flight.
         held: the process's budget, of which rows that are sent as bytes are a part.
+        max_request_nbytes: of the files of a request in pieces.
     """
 
-    def __init__(self, metrics: EncoderMetrics, calls: RunningCalls, held: ByteBudget) -> None:
+    def __init__(
+        self,
+        metrics: EncoderMetrics,
+        calls: RunningCalls,
+        held: ByteBudget,
+        max_request_nbytes: int = DEFAULT_LIMITS.max_body_nbytes,
+    ) -> None:
+        self._max_request_nbytes = max_request_nbytes
+        self._joining = asyncio.Lock()
         self._calls = calls
         self._held = held
         self._metrics = metrics
@@ -120,7 +134,10 @@ class EncoderServicer(SessionServicer, encoder_pb2_grpc.EncoderServicer):  # typ
 
     # A coroutine that writes, too: see SessionServicer.
     async def Encode(  # type: ignore[override]
-        self, request: encoder_pb2.EncodeRequest, context: EncodeContext
+        self,
+        request: encoder_pb2.EncodeRequest,
+        context: EncodeContext,
+        pieces: AsyncIterator[encoder_pb2.EncodeRequest] | None = None,
     ) -> None:
         outcome = "cancelled"
         set_request_id(request.request_id)
@@ -133,16 +150,32 @@ class EncoderServicer(SessionServicer, encoder_pb2_grpc.EncoderServicer):  # typ
                 self._calls.track(),
             ):
                 report(model=self._loaded().description.model, items=num_items)
-                call = _Call.of(request, self._loaded())
-                del request  # it has a second copy of the items' bytes
+                files: Sequence[bytes] = ()
+                if pieces is not None:
+                    self._loaded().service.check_number(num_items)
+                    files = await read_files(request, pieces, self._max_request_nbytes, self._joining)
+                call = _Call.of(request, self._loaded(), files)
+                del request, files  # a whole request has a second copy of the items' bytes
                 await self._encode(call, self._loaded(), context)
             outcome = "ok"
         except Exception as error:
-            outcome = error.code if isinstance(error, VitrineError) else InternalError.code
+            outcome = InternalError.code
+            if isinstance(error, VitrineError):
+                outcome = error.code
+                error.__traceback__ = None  # it would keep what was read, for as long as the rest is discarded
             await abort(context, error)
         finally:
             with harmless("a metric of requests"):
                 self._metrics.requests.labels(outcome).inc()
+
+    async def EncodeInPieces(  # type: ignore[override]
+        self, requests: AsyncIterator[encoder_pb2.EncodeRequest], context: EncodeContext
+    ) -> None:
+        try:
+            request = await first_request(requests)
+        except VitrineError as error:
+            await abort(context, error)
+        await self.Encode(request, context, requests)
 
     async def Release(
         self, request: encoder_pb2.ReleaseRequest, context: ReleaseContext

@@ -14,7 +14,7 @@ from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.service_runtime.access_log import access_line, report
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget, ReservedBytes
 from vitrine_vlm.service_runtime.memory_file import MemoryFile
-from vitrine_vlm.service_runtime.port_limits import DEFAULT_LIMITS, PortLimits
+from vitrine_vlm.service_runtime.port_limits import DEFAULT_LIMITS, LEAST_BYTES_PER_S, PortLimits
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 from vitrine_vlm.service_runtime.traces import serving_span
 
@@ -25,8 +25,6 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 BODY_COPIES = 3
 CLIENT_CLOSED_REQUEST = 499  # nginx's
 _SHOWN_PATH_CHARS = 200
-# A body that comes more slowly is not waited for, even if a piece of it comes now and then.
-_LEAST_BYTES_PER_S = 64 * 1024
 # A body from this size on takes longer to copy than other requests should wait.
 _LARGE_NBYTES = 4 * 1024 * 1024
 # A larger body of JSON is read by a process of its own: no usual picture waits for that.
@@ -104,7 +102,7 @@ async def body_pieces(http: web.Request) -> AsyncIterator[bytes]:
     loop, timeout_s, reads = asyncio.get_running_loop(), _body(http).limits.client_timeout_s, _body(http).reads
     begin, nbytes = loop.time(), 0
     while not http.content.at_eof():
-        slowest = begin + timeout_s + nbytes / _LEAST_BYTES_PER_S
+        slowest = begin + timeout_s + nbytes / LEAST_BYTES_PER_S
         try:
             async with asyncio.timeout_at(min(loop.time() + timeout_s, slowest)):
                 with reads.track():

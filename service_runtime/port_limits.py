@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 MIB = 1024 * 1024
 MAX_BODY_BYTES = 256 * MIB
+# A body, or a request in pieces, that comes more slowly is not waited for, even if a piece of it comes now and then.
+LEAST_BYTES_PER_S = 64 * 1024
 
 
 @dataclass(frozen=True)

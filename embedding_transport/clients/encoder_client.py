@@ -15,7 +15,7 @@ from typing import TypeVar, cast
 import grpc
 import torch
 
-from vitrine_vlm.embedding_transport.clients.encode_method import encode_method
+from vitrine_vlm.embedding_transport.clients.encode_method import encode_in_pieces_method, encode_method
 from vitrine_vlm.embedding_transport.clients.encode_request import Request, Share
 from vitrine_vlm.embedding_transport.clients.encode_stream import EncodeStream, ItemMoved
 from vitrine_vlm.embedding_transport.clients.encoder_peer import DescriptionCheck, EncoderDescription, EncoderPeer
@@ -27,6 +27,7 @@ from vitrine_vlm.embedding_transport.fleet.pool_mapper import PoolMapper
 from vitrine_vlm.embedding_transport.fleet.row_peer import Connection, ConnectOptions, TransportChoice
 from vitrine_vlm.embedding_transport.wire.messages import needed_minor_version
 from vitrine_vlm.embedding_transport.wire.request_codec import serialize_request
+from vitrine_vlm.embedding_transport.wire.request_pieces import MAX_PIECE_NBYTES, files_nbytes, first_message, in_pieces
 from vitrine_vlm.errors import (
     EncoderMismatch,
     EncoderUnavailable,
@@ -55,6 +56,9 @@ T = TypeVar("T")
 
 # The first protocol_minor_version that has layouts alone.
 _FIRST_WITH_LAYOUTS = 1
+# The first that has requests in pieces, in which those with more bytes of files are sent.
+_FIRST_WITH_PIECES = 4
+_LARGE_REQUEST_NBYTES = 4 * 1024 * 1024
 _ADDITIONS = {1: "patches and tickets", 2: "options of media and lists of frames"}
 # Hashing fewer bytes takes less than a thread takes to start.
 _LARGE_NBYTES = 64 * 1024
@@ -368,6 +372,10 @@ class EncoderClient(FleetClient[EncoderPeer]):
             call_id=stream.call_id,
             compute_ahead=request.compute_ahead,
         )
+        if minor >= _FIRST_WITH_PIECES and files_nbytes(items.values()) > _LARGE_REQUEST_NBYTES:
+            first = first_message(head, items.values())
+            if len(first) <= MAX_PIECE_NBYTES:  # it has all else, such as patches
+                return encode_in_pieces_method(connection.channel), in_pieces(first, items.values()), stream
         message = await serialize_request(head, items.values())
         return encode_method(connection.channel), message, stream
 

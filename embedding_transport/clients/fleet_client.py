@@ -28,8 +28,12 @@ from vitrine_vlm.types import RowsEvent
 _CONNECT_WAIT_S = 1.0
 
 EventT = TypeVar("EventT")
-# The method to call, the request message, and the stream that parses the responses.
-Exchange: TypeAlias = tuple[grpc.aio.UnaryStreamMultiCallable[Any, bytes], Any, RowStream[EventT]]
+# The method to call, the request message or an iterator of its pieces, and the stream that parses the responses.
+Exchange: TypeAlias = tuple[
+    grpc.aio.UnaryStreamMultiCallable[Any, bytes] | grpc.aio.StreamStreamMultiCallable[Any, bytes],
+    Any,
+    RowStream[EventT],
+]
 
 
 @dataclass
@@ -110,7 +114,7 @@ class FleetClient(PeerFleet[PeerT]):
         connection = await peer.connected(_CONNECT_WAIT_S if self.ready else None)
         report_peer(self.peer_kind, peer.address)
         method, message, stream = await exchange(connection)
-        call: grpc.aio.UnaryStreamCall[Any, bytes] | None = None
+        call: grpc.aio.UnaryStreamCall[Any, bytes] | grpc.aio.StreamStreamCall[Any, bytes] | None = None
         is_read = False  # whether all that the peer has sent was read
         try:
             call = method(message, timeout=self._timeout_s, metadata=outgoing_metadata())

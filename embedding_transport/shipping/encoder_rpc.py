@@ -1,4 +1,4 @@
-"""The Encoder service's method handlers: as generated, except that `chunk_codec` serializes Encode's responses."""
+"""The Encoder service's method handlers: as generated, except that `chunk_codec` serializes both Encodes' responses."""
 
 from __future__ import annotations
 
@@ -9,9 +9,20 @@ import grpc
 from vitrine_vlm.embedding_transport.shipping.peer_rules import PeerRules, for_allowed_peers
 from vitrine_vlm.embedding_transport.shipping.session_rpc import session_handlers
 from vitrine_vlm.embedding_transport.wire.chunk_codec import serialize_response
+from vitrine_vlm.embedding_transport.wire.pieces_context import PiecesBounds
+from vitrine_vlm.embedding_transport.wire.request_pieces import MAX_MESSAGE_NBYTES
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 
 SERVICE = encoder_pb2.DESCRIPTOR.services_by_name["Encoder"].full_name
+
+
+def encode_in_pieces(max_request_nbytes: int) -> PiecesBounds:
+    """The bounds of EncodeInPieces, for `MessageBounds`.
+
+    Args:
+        max_request_nbytes: of the files of one request.
+    """
+    return PiecesBounds(f"/{SERVICE}/EncodeInPieces", MAX_MESSAGE_NBYTES, max_request_nbytes)
 
 
 def encoder_handlers(
@@ -19,7 +30,7 @@ def encoder_handlers(
 ) -> grpc.GenericRpcHandler:
     """Returns handlers of all methods, for `server.add_generic_rpc_handlers`.
 
-    `servicer.Encode` yields EncodeResponse messages or chunks that `encode_chunk` serialized.
+    Both Encodes of the servicer write EncodeResponse messages, or chunks that `encode_chunk` serialized.
 
     Args:
         rules: the servicer's methods, coroutines that write, are called for allowed peers only.
@@ -33,6 +44,9 @@ def encoder_handlers(
         **session_handlers(servicer),
         "Encode": grpc.unary_stream_rpc_method_handler(
             servicer.Encode, encoder_pb2.EncodeRequest.FromString, serialize_response
+        ),
+        "EncodeInPieces": grpc.stream_stream_rpc_method_handler(
+            servicer.EncodeInPieces, encoder_pb2.EncodeRequest.FromString, serialize_response
         ),
         "GetStats": grpc.unary_unary_rpc_method_handler(
             servicer.GetStats,

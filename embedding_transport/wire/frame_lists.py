@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from vitrine_vlm.errors import BadRequest
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
@@ -10,11 +10,14 @@ from vitrine_vlm.protos.llm.v1 import llm_pb2
 from vitrine_vlm.types import MAX_LISTED_FRAMES, MediaItem
 
 
-def frames_from_message(item: str, message: encoder_pb2.Frames | llm_pb2.Frames) -> tuple[MediaItem, ...]:
+def frames_from_message(
+    item: str, message: encoder_pb2.Frames | llm_pb2.Frames, files: Iterator[bytes] | None = None
+) -> tuple[MediaItem, ...]:
     """The frames of an item.
 
     Args:
         item: what errors call it.
+        files: of those that the message announces.
 
     Raises:
         BadRequest: no frames or too many, or one without a source.
@@ -25,10 +28,27 @@ def frames_from_message(item: str, message: encoder_pb2.Frames | llm_pb2.Frames)
     sources = [(frame.WhichOneof("source"), frame) for frame in message.frames]
     if any(source is None for source, _ in sources):
         raise BadRequest(f"{item} has a frame without a source: give url or data")
-    return tuple(
-        MediaItem("image", data=frame.data) if source == "data" else MediaItem("image", url=frame.url)
-        for source, frame in sources
-    )
+    return tuple(_frame(item, source, frame, files) for source, frame in sources)
+
+
+def _frame(
+    item: str, source: str | None, frame: encoder_pb2.Frame | llm_pb2.Frame, files: Iterator[bytes] | None
+) -> MediaItem:
+    if source == "data":
+        return MediaItem("image", data=frame.data)
+    return MediaItem("image", url=frame.url) if source == "url" else MediaItem("image", data=next_file(item, files))
+
+
+def next_file(item: str, files: Iterator[bytes] | None) -> bytes:
+    """The file that an item's message announces.
+
+    Raises:
+        BadRequest: none came with the request.
+    """
+    data = next(files, None) if files is not None else None
+    if data is None:
+        raise BadRequest(f"{item} has data_nbytes: files in pieces are for EncodeInPieces")
+    return data
 
 
 def add_frames(message: encoder_pb2.Frames | llm_pb2.Frames, frames: Iterable[MediaItem]) -> None:

@@ -95,7 +95,7 @@ class DescribeResponse(_message.Message):
       1: patches and tickets as sources, layout_only, tickets in Release
       2: frames as a source, options
       3: call_id, unread_calls in Release, queue_s and encode_s in Layout
-      4: compute_ahead
+      4: compute_ahead, EncodeInPieces
     """
     instance_id: _builtins.str
     """Names this process; another one after each start. A ticket is claimed at the encoder that has this id."""
@@ -480,6 +480,7 @@ class MediaItem(_message.Message):
     PATCHES_FIELD_NUMBER: _builtins.int
     TICKET_FIELD_NUMBER: _builtins.int
     FRAMES_FIELD_NUMBER: _builtins.int
+    DATA_NBYTES_FIELD_NUMBER: _builtins.int
     VIDEO_FPS_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
     kind: Global___MediaKind.ValueType
@@ -489,6 +490,8 @@ class MediaItem(_message.Message):
     """The encoded file itself (JPEG, PNG, WebP, GIF, MP4, ...)."""
     ticket: _builtins.bytes
     """Claims the rows of an earlier Layout of this encoder and tenant; see EncodeRequest.layout_only."""
+    data_nbytes: _builtins.int
+    """In EncodeInPieces: the length of the encoded file, which comes in pieces."""
     video_fps: _builtins.float
     """Video only: frames sampled per second, 0 for the model's default. Of a list, the rate at which its frames were taken."""
     @_builtins.property
@@ -512,14 +515,15 @@ class MediaItem(_message.Message):
         patches: Global___Patches | None = ...,
         ticket: _builtins.bytes = ...,
         frames: Global___Frames | None = ...,
+        data_nbytes: _builtins.int = ...,
         video_fps: _builtins.float = ...,
         options: Global___MediaOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "frames", b"frames", "options", b"options", "patches", b"patches", "source", b"source", "ticket", b"ticket", "url", b"url"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "data_nbytes", b"data_nbytes", "frames", b"frames", "options", b"options", "patches", b"patches", "source", b"source", "ticket", b"ticket", "url", b"url"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "frames", b"frames", "kind", b"kind", "options", b"options", "patches", b"patches", "source", b"source", "ticket", b"ticket", "url", b"url", "video_fps", b"video_fps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "data_nbytes", b"data_nbytes", "frames", b"frames", "kind", b"kind", "options", b"options", "patches", b"patches", "source", b"source", "ticket", b"ticket", "url", b"url", "video_fps", b"video_fps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["url", "data", "patches", "ticket", "frames"]  # noqa: Y015
+    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["url", "data", "patches", "ticket", "frames", "data_nbytes"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_source) -> _WhichOneofReturnType_source | None: ...
 
@@ -553,21 +557,25 @@ class Frame(_message.Message):
 
     URL_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    DATA_NBYTES_FIELD_NUMBER: _builtins.int
     url: _builtins.str
     """As in MediaItem."""
     data: _builtins.bytes
     """The encoded picture itself."""
+    data_nbytes: _builtins.int
+    """As in MediaItem."""
     def __init__(
         self,
         *,
         url: _builtins.str = ...,
         data: _builtins.bytes = ...,
+        data_nbytes: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "source", b"source", "url", b"url"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "data_nbytes", b"data_nbytes", "source", b"source", "url", b"url"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "source", b"source", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "data_nbytes", b"data_nbytes", "source", b"source", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["url", "data"]  # noqa: Y015
+    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["url", "data", "data_nbytes"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_source) -> _WhichOneofReturnType_source | None: ...
 
@@ -709,6 +717,7 @@ class EncodeRequest(_message.Message):
     LAYOUT_ONLY_FIELD_NUMBER: _builtins.int
     CALL_ID_FIELD_NUMBER: _builtins.int
     COMPUTE_AHEAD_FIELD_NUMBER: _builtins.int
+    PIECE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """For logs and traces; chosen by the caller."""
     session_id: _builtins.str
@@ -726,6 +735,10 @@ class EncodeRequest(_message.Message):
     """With layout_only: the rows will be claimed soon. The ViT runs for a few such tickets before their claims. Older
     encoders ignore it.
     """
+    piece: _builtins.bytes
+    """In EncodeInPieces, in all messages but the first, which have nothing else: the next bytes of the files that the first
+    one announces, in its order. Each has 1 MiB, or what is left of its file.
+    """
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___MediaItem]:
         """Media in the order of their placeholders in the prompt."""
@@ -740,10 +753,11 @@ class EncodeRequest(_message.Message):
         layout_only: _builtins.bool = ...,
         call_id: _builtins.int = ...,
         compute_ahead: _builtins.bool = ...,
+        piece: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "compute_ahead", b"compute_ahead", "items", b"items", "layout_only", b"layout_only", "request_id", b"request_id", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "compute_ahead", b"compute_ahead", "items", b"items", "layout_only", b"layout_only", "piece", b"piece", "request_id", b"request_id", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -49,6 +49,11 @@ class EncoderStub(object):
                 request_serializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.EncodeRequest.SerializeToString,
                 response_deserializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.EncodeResponse.FromString,
                 _registered_method=True)
+        self.EncodeInPieces = channel.stream_stream(
+                '/vitrine.encoder.v1.Encoder/EncodeInPieces',
+                request_serializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.EncodeRequest.SerializeToString,
+                response_deserializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.EncodeResponse.FromString,
+                _registered_method=True)
         self.Release = channel.unary_unary(
                 '/vitrine.encoder.v1.Encoder/Release',
                 request_serializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseRequest.SerializeToString,
@@ -91,6 +96,14 @@ class EncoderServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def EncodeInPieces(self, request_iterator, context):
+        """As Encode, for requests with large files: those of items and frames with data_nbytes follow the first message in
+        pieces. gRPC puts a message together where both sides do all else, so a large one would make others wait.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Release(self, request, context):
         """Releases leases and tickets. Unknown, expired and already released ones are not errors.
         """
@@ -120,6 +133,11 @@ def add_EncoderServicer_to_server(servicer, server):
             ),
             'Encode': grpc.unary_stream_rpc_method_handler(
                     servicer.Encode,
+                    request_deserializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.EncodeRequest.FromString,
+                    response_serializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.EncodeResponse.SerializeToString,
+            ),
+            'EncodeInPieces': grpc.stream_stream_rpc_method_handler(
+                    servicer.EncodeInPieces,
                     request_deserializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.EncodeRequest.FromString,
                     response_serializer=vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.EncodeResponse.SerializeToString,
             ),
@@ -213,6 +231,33 @@ class Encoder(object):
             request,
             target,
             '/vitrine.encoder.v1.Encoder/Encode',
+            vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.EncodeRequest.SerializeToString,
+            vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.EncodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EncodeInPieces(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/vitrine.encoder.v1.Encoder/EncodeInPieces',
             vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.EncodeRequest.SerializeToString,
             vitrine__vlm_dot_protos_dot_encoder_dot_v1_dot_encoder__pb2.EncodeResponse.FromString,
             options,

@@ -51,6 +51,10 @@ class EncoderStub:
     Cancelling the call before its end releases all its leases and tickets. The encoder may have ended it before: a caller
     that does not read it to its end names it in Release, too.
     """
+    EncodeInPieces: _grpc.StreamStreamMultiCallable[_encoder_pb2.EncodeRequest, _encoder_pb2.EncodeResponse]
+    """As Encode, for requests with large files: those of items and frames with data_nbytes follow the first message in
+    pieces. gRPC puts a message together where both sides do all else, so a large one would make others wait.
+    """
     Release: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.ReleaseRequest, _encoder_pb2.ReleaseResponse]
     """Releases leases and tickets. Unknown, expired and already released ones are not errors."""
     GetStats: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.GetStatsRequest, _encoder_pb2.GetStatsResponse]
@@ -72,6 +76,10 @@ class EncoderAsyncStub(EncoderStub):
     Events are sent as soon as they are known, so those of different items interleave.
     Cancelling the call before its end releases all its leases and tickets. The encoder may have ended it before: a caller
     that does not read it to its end names it in Release, too.
+    """
+    EncodeInPieces: _aio.StreamStreamMultiCallable[_encoder_pb2.EncodeRequest, _encoder_pb2.EncodeResponse]  # type: ignore[assignment]
+    """As Encode, for requests with large files: those of items and frames with data_nbytes follow the first message in
+    pieces. gRPC puts a message together where both sides do all else, so a large one would make others wait.
     """
     Release: _aio.UnaryUnaryMultiCallable[_encoder_pb2.ReleaseRequest, _encoder_pb2.ReleaseResponse]  # type: ignore[assignment]
     """Releases leases and tickets. Unknown, expired and already released ones are not errors."""
@@ -109,6 +117,16 @@ class EncoderServicer(metaclass=_abc_1.ABCMeta):
         Events are sent as soon as they are known, so those of different items interleave.
         Cancelling the call before its end releases all its leases and tickets. The encoder may have ended it before: a caller
         that does not read it to its end names it in Release, too.
+        """
+
+    @_abc_1.abstractmethod
+    def EncodeInPieces(
+        self,
+        request_iterator: _MaybeAsyncIterator[_encoder_pb2.EncodeRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_encoder_pb2.EncodeResponse], _abc.AsyncIterator[_encoder_pb2.EncodeResponse]]:
+        """As Encode, for requests with large files: those of items and frames with data_nbytes follow the first message in
+        pieces. gRPC puts a message together where both sides do all else, so a large one would make others wait.
         """
 
     @_abc_1.abstractmethod

@@ -13,8 +13,9 @@ from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 # What minor versions 1 to 4 have added, by message.
 ADDED = {
     "DescribeResponse": {"protocol_minor_version", "instance_id", "ticket_ttl_s", "patch_dtypes"},
-    "MediaItem": {"patches", "ticket", "frames", "options"},
-    "EncodeRequest": {"layout_only", "call_id", "compute_ahead"},
+    "MediaItem": {"patches", "ticket", "frames", "options", "data_nbytes"},
+    "Frame": {"data_nbytes"},
+    "EncodeRequest": {"layout_only", "call_id", "compute_ahead", "piece"},
     "Layout": {"ticket", "queue_s", "encode_s"},
     "ReleaseRequest": {"tickets", "unread_calls"},
     "GetStatsResponse": {"num_live_tickets", "ticket_bytes"},

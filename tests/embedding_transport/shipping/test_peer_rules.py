@@ -52,7 +52,7 @@ async def running(folder: Path, rules: PeerRules, ca: CA | None = None) -> Async
     exporter = RowExporter([ShmPool(folder, 1 << 20)], lease_ttl_s=30, rules=rules)
     exporter.start(Supervisor())
     server = grpc.aio.server()
-    server.add_generic_rpc_handlers((encoder_handlers(WritingServicer(exporter, IDENTITY), rules),))
+    server.add_generic_rpc_handlers((encoder_handlers(WritingServicer(exporter, IDENTITY), rules),))  # type: ignore[abstract]
     if ca is None:
         port = server.add_insecure_port("127.0.0.1:0")
     else:
@@ -112,6 +112,7 @@ async def test_peers_are_served_by_name(tmp_path: Path, ca: CA) -> None:
             item = encoder_pb2.MediaItem(kind=encoder_pb2.MEDIA_KIND_IMAGE, data=b"a 5")
             for call in (
                 stub.Encode(encoder_pb2.EncodeRequest(items=[item])).read(),
+                stub.EncodeInPieces(iter([encoder_pb2.EncodeRequest(items=[item])])).read(),
                 stub.Release(encoder_pb2.ReleaseRequest()),
                 stub.GetStats(encoder_pb2.GetStatsRequest()),
                 stub.Connect(iter([hello("grpc")])).read(),

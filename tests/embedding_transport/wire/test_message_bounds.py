@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import grpc
@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from vitrine_vlm.embedding_transport.wire.grpc_status import abort, error_from_rpc, send
 from vitrine_vlm.embedding_transport.wire.message_bounds import MessageBounds
+from vitrine_vlm.embedding_transport.wire.pieces_context import PiecesBounds
 from vitrine_vlm.embedding_transport.wire.reading_slots import MAX_READING
 from vitrine_vlm.embedding_transport.wire.unread_replies import MAX_UNREAD
 from vitrine_vlm.errors import BadRequest, Overloaded
@@ -32,13 +33,13 @@ BUDGET = 32 * MIB
 class Serving:
     """Methods of raw bytes.
 
-    `/s/Keep` answers once the gate is open, `/s/Stream` sends without end, and `/s/Session` answers its first message
-    and then lasts, as Connect does.
+    `/s/Keep` answers once the gate is open, `/s/Stream` sends without end, `/s/Session` answers its first message
+    and then lasts, as Connect does, and `/s/Pieces` takes messages of up to 1 MiB until one is empty, which it refuses.
     """
 
     def __init__(self) -> None:
         self.budget = ByteBudget(BUDGET)
-        self.bounds = MessageBounds(self.budget, TIMEOUT_S)
+        self.bounds = MessageBounds(self.budget, TIMEOUT_S, PiecesBounds("/s/Pieces", MIB, 8 * MIB))
         self.gate = asyncio.Event()
         self.num_kept = 0
         self.ended: list[str] = []
@@ -48,6 +49,7 @@ class Serving:
         )
         handlers: dict[str, Any] = {
             "Keep": grpc.unary_unary_rpc_method_handler(self._keep, bytes, bytes),
+            "Pieces": grpc.stream_stream_rpc_method_handler(self._pieces, bytes, bytes),
             "Session": grpc.stream_stream_rpc_method_handler(self._session, bytes, bytes),
             "Stream": grpc.unary_stream_rpc_method_handler(self._stream, bytes, bytes),
             "Parse": grpc.unary_unary_rpc_method_handler(self._keep, encoder_pb2.EncodeRequest.FromString, bytes),
@@ -63,6 +65,15 @@ class Serving:
         async for first in requests:
             await send(context, b"%d" % len(first))
             await self.gate.wait()
+
+    async def _pieces(self, requests: AsyncIterator[bytes], context: Any) -> None:
+        try:
+            async for piece in requests:
+                if not piece:
+                    raise BadRequest("an empty piece")
+                await send(context, b"%d" % len(piece))
+        except BadRequest as error:
+            await abort(context, error)
 
     async def _stream(self, request: bytes, context: Any) -> None:
         try:
@@ -291,6 +302,47 @@ async def test_a_stream_that_a_coroutine_serves_has_small_messages(serving: Serv
         assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert f"a message of {2 * MIB} bytes: a stream takes up to 65536" in await call.details()
         assert serving.budget.reserved_nbytes == 0
+
+
+async def test_pieces_count_and_leave_their_slots(serving: Serving) -> None:
+    slots = serving.bounds._reading._num_of_host
+    serving.gate.set()
+    async with connected(serving) as channel:
+        call = method(channel.stream_stream, "Pieces")()
+        for number, nbytes in enumerate([100, MIB, 100]):
+            await call.write(b"a" * nbytes)
+            assert await call.read() == b"%d" % nbytes
+            assert serving.budget.reserved_nbytes == [100, MIB + 100, MIB + 200][number]
+        await until(lambda: slots.total() == 1)  # it waits for its next piece
+        assert await keep(channel, MIB) == b"%d" % MIB
+        call.cancel()
+        await until(lambda: not slots.total() and not serving.budget.reserved_nbytes)
+
+
+async def test_what_comes_behind_a_refused_piece_is_not_kept(serving: Serving) -> None:
+    """It is read until the client has written all, or 8 MiB."""
+    slots = serving.bounds._reading._num_of_host
+    async with connected(serving) as channel:
+        call = method(channel.stream_stream, "Pieces")()
+        await call.write(b"a" * MIB)
+        await call.read()
+        await call.write(b"")
+        await until(lambda: serving.budget.reserved_nbytes == 0)
+        for _ in range(7):
+            await call.write(b"a" * MIB)
+        assert serving.budget.reserved_nbytes == 0
+        await call.done_writing()
+        assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT and await call.details() == "an empty piece"
+        await until(lambda: not slots.total())
+        call = method(channel.stream_stream, "Pieces")()
+        await call.write(b"")
+        num_written = 0
+        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            while num_written < 100:
+                await call.write(b"a" * MIB)
+                num_written += 1
+        assert 8 <= num_written < 100
+        await until(lambda: not slots.total() and not serving.budget.reserved_nbytes)
 
 
 async def test_a_session_lasts_and_one_that_does_not_begin_ends(serving: Serving) -> None:
