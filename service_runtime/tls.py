@@ -50,20 +50,14 @@ class ServerTls:
         Raises:
             OSError: a file cannot be read, or is not a certificate.
         """
-        read, current = self._read(), self._context_of_files()
+        latest = _latest_context(self._read, self._context_of_files)
 
-        def use_current(connection: ssl.SSLObject, server_name: str | None, context: ssl.SSLContext) -> None:
+        def use_latest(connection: ssl.SSLObject, server_name: str | None, context: ssl.SSLContext) -> None:
             """OpenSSL calls it at the begin of each handshake, also of one that names no server."""
-            nonlocal read, current
-            with suppress(OSError):  # partly renewed: keep the old certificate
-                now = self._read()
-                if now != read:
-                    current = self._context_of_files()
-                    read = now
-            connection.context = current
+            connection.context = latest()
 
         front = self._context_of_files()
-        front.sni_callback = use_current
+        front.sni_callback = use_latest
         return front
 
     def _context_of_files(self) -> ssl.SSLContext:
@@ -120,18 +114,7 @@ class ClientTls:
         Raises:
             OSError: a file cannot be read, or is not a certificate.
         """
-        seen, current = self._versions(), self.context()
-
-        def latest() -> ssl.SSLContext:
-            nonlocal seen, current
-            with suppress(OSError):  # partly renewed: keep the old certificate
-                now = self._versions()
-                if now != seen:
-                    current = self.context()
-                    seen = now
-            return current
-
-        return latest
+        return _latest_context(self._versions, self.context)
 
     def _versions(self) -> list[tuple[int, int, int]]:
         """By which a file that was renewed is known, without reading it for each request."""
@@ -142,3 +125,19 @@ class ClientTls:
 def _configuration(read: tuple[bytes, bytes, bytes | None]) -> grpc.ServerCertificateConfiguration:
     key, cert, ca = read
     return grpc.ssl_server_certificate_configuration([(key, cert)], ca)
+
+
+def _latest_context(version: Callable[[], object], make: Callable[[], ssl.SSLContext]) -> Callable[[], ssl.SSLContext]:
+    """Returns a function for the context of the files as they are now, made again once their version is another one."""
+    seen, current = version(), make()
+
+    def latest() -> ssl.SSLContext:
+        nonlocal seen, current
+        with suppress(OSError):  # partly renewed: keep the old certificate
+            now = version()
+            if now != seen:
+                current = make()
+                seen = now
+        return current
+
+    return latest

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from tests.gateway.conftest import start_gateway
-from tests.gateway.upstream import TOKENS, serve_upstreams
+from tests.gateway.conftest import Gateway, start_gateway
+from tests.gateway.upstream import TOKENS, Upstream, serve_upstreams
 from tests.service_runtime.authority import Files, authority
 from vitrine_vlm.service_runtime.tls import ServerTls
 
@@ -22,7 +24,9 @@ def files(tmp_path: Path) -> Files:
     return authority(tmp_path / "named", NAME)
 
 
-async def test_requests_and_health_checks_expect_the_name_and_show_a_certificate(files: Files) -> None:
+@contextlib.asynccontextmanager
+async def gateway_with_certificates(files: Files) -> AsyncIterator[tuple[Upstream, Gateway]]:
+    """A server that asks for certificates, and a gateway before it that shows one."""
     asks_for_certificates = ServerTls(files.cert, files.key, files.ca)
     shown = ["--server-cert-file", str(files.cert), "--server-key-file", str(files.key)]
     flags = ["--server-ca-file", str(files.ca), "--server-name", NAME, *shown]
@@ -30,13 +34,18 @@ async def test_requests_and_health_checks_expect_the_name_and_show_a_certificate
         serve_upstreams(1, asks_for_certificates) as upstreams,
         start_gateway(None, flags, upstreams) as gateway,
     ):
+        yield upstreams[0], gateway
+
+
+async def test_requests_and_health_checks_expect_the_name_and_show_a_certificate(files: Files) -> None:
+    async with gateway_with_certificates(files) as (upstream, gateway):
         async with gateway.client.post("/v1/chat/completions", json=BODY) as response:
             assert (await response.json())["choices"][0]["message"]["content"] == "".join(TOKENS)
         async with gateway.client.get("/ready") as response:
             assert response.status == 200
         # Also where a request finds a server that is new under the address of an old one.
-        await upstreams[0].stop()
-        await upstreams[0].start()
+        await upstream.stop()
+        await upstream.start()
         async with asyncio.timeout(5):
             while (await gateway.client.post("/v1/chat/completions", json=BODY)).status != 200:
                 await asyncio.sleep(0.05)
@@ -45,18 +54,12 @@ async def test_requests_and_health_checks_expect_the_name_and_show_a_certificate
 async def test_certificates_can_be_renewed_in_place(files: Files, tmp_path: Path) -> None:
     """That of the servers, the one that they are shown, and the CA of both."""
     renewed = authority(tmp_path / "renewed", NAME)
-    asks_for_certificates = ServerTls(files.cert, files.key, files.ca)
-    shown = ["--server-cert-file", str(files.cert), "--server-key-file", str(files.key)]
-    flags = ["--server-ca-file", str(files.ca), "--server-name", NAME, *shown]
-    async with (
-        serve_upstreams(1, asks_for_certificates) as upstreams,
-        start_gateway(None, flags, upstreams) as gateway,
-    ):
+    async with gateway_with_certificates(files) as (upstream, gateway):
         assert (await gateway.client.post("/v1/chat/completions", json=BODY)).status == 200
         for name in ("ca", "cert", "key"):
             shutil.copy(getattr(renewed, name), getattr(files, name))
-        await upstreams[0].stop()  # and with it all connections
-        await upstreams[0].start()
+        await upstream.stop()  # and with it all connections
+        await upstream.start()
         async with asyncio.timeout(20):
             while (await gateway.client.post("/v1/chat/completions", json=BODY)).status != 200:
                 await asyncio.sleep(0.05)
