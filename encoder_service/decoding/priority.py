@@ -1,4 +1,4 @@
-"""The priority of decoders: one gives way to other work of the machine while an item takes long, and not after it.
+"""The priority of decoders: lower than that of other work while an item takes long, and not after it.
 
 In Linux a priority is that of a thread, not of a process, and an unprivileged process can lower one, but not raise it
 again. So a decoder works on a thread that its encoder lowers once the item in work has taken long, as some libraries

@@ -181,8 +181,8 @@ async def test_cancelling_ends_the_decoder(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.skipif(OWN_NICENESS == LEAST_PRIORITY, reason="nothing has a lower priority than these tests")
 @pytest.mark.parametrize("kind", ["image", "video"])
-async def test_a_decoder_gives_way_while_an_item_takes_long_and_not_after_it(kind: str) -> None:
-    """By the priority of its threads, of which libraries have their own, as Linux shows it."""
+async def test_a_decoder_has_a_lower_priority_while_an_item_takes_long_and_not_after_it(kind: str) -> None:
+    """It is that of its threads, of which libraries have their own, as Linux shows it."""
     data, decode_once = (SLOW, decode) if kind == "image" else (video(12), decode_frames)
     is_lowered = threading.Event()
 
@@ -294,7 +294,7 @@ def decode_frames(decoder: MediaDecoder, data: bytes) -> None:
 
 
 def niceness_of_threads(pid: int) -> dict[int, int]:
-    """By how much each thread of a process gives way, by its id."""
+    """How much lower than that of these tests each thread's priority is, by its id."""
     niceness = {}
     for each in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
@@ -303,7 +303,7 @@ def niceness_of_threads(pid: int) -> dict[int, int]:
 
 
 async def lowered_threads(pid: int) -> set[int]:
-    """The threads of a process that give way, all but the main one, once they do."""
+    """The threads of a process with a lower priority, all but the main one, once they have it."""
     async with asyncio.timeout(20):
         while True:
             niceness = niceness_of_threads(pid)
