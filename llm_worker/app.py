@@ -27,6 +27,7 @@ from vitrine_vlm.llm_worker.engine.config import EngineConfig
 from vitrine_vlm.llm_worker.engine.cost_probes import measure_step_costs
 from vitrine_vlm.llm_worker.engine.engine import Engine
 from vitrine_vlm.llm_worker.engine.forward_pass import ForwardPass
+from vitrine_vlm.llm_worker.engine.kv_rows import compile_copies
 from vitrine_vlm.llm_worker.engine.step_costs import StepCosts
 from vitrine_vlm.llm_worker.frontend.grpc_server import LlmServer, LlmServicer
 from vitrine_vlm.llm_worker.frontend.openai_http import OpenAiHttp
@@ -222,6 +223,8 @@ async def _prepare(
     make_runner = choose_runner(model.decoder, limits, progress)
     make_forward_pass = tp_workers.forward_pass if tp_workers is not None else ForwardPass
     forward_pass = await asyncio.to_thread(make_forward_pass, model.decoder, limits, make_runner)
+    if config.role != "both":
+        await asyncio.to_thread(compile_copies, forward_pass.kv_cache.layers)
     # A CPU is never quiet: the corrections by later steps have to do there.
     patience_s = _PROBES_PATIENCE_S if model.decoder.device.type == "cuda" else 0.0
     costs = await asyncio.to_thread(measure_step_costs, forward_pass, limits, patience_s)

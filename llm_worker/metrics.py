@@ -60,7 +60,7 @@ class LlmMetrics:
         self.kv_hand_over = Histogram(
             "vitrine_llm_kv_hand_over_seconds",
             "From a prefill worker's first token until its KV can be read here, seconds.",
-            buckets=_TTFT_BUCKETS,
+            buckets=_ITL_BUCKETS,
             registry=self.registry,
         )
         self.start_progress = Gauge(

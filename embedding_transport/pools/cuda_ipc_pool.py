@@ -45,8 +45,9 @@ class CudaIpcPool(ExportPool):
             pointer = _checked(runtime.cudaMalloc(self.mapped_nbytes), f"a pool of {nbytes} bytes")
             self.handle = bytes(_checked(runtime.cudaIpcGetMemHandle(pointer), "exporting it").reserved)
             self._memory = _as_tensor(_DeviceMemory(int(pointer), self.mapped_nbytes), device)
-            # A separate stream: copies must not wait for the tower's work on the default stream.
-            self._stream = torch.cuda.Stream()
+            # A separate stream: copies must not wait for the work on the default stream. Its priority is high, as peers
+            # wait for these short copies, which run beside large kernels.
+            self._stream = torch.cuda.Stream(priority=-1)
         self._staged = torch.zeros((_NUM_STAGED, HEADER_NBYTES), dtype=torch.uint8, pin_memory=True)
         self._next_staged = 0
         self._write_header(0, self.nonce)

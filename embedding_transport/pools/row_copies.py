@@ -43,5 +43,5 @@ def on_copy_stream(device: torch.device) -> contextlib.AbstractContextManager[ob
 
 @functools.cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """Returns the device's copy stream, whose copies do not wait for the tower's next batch."""
-    return torch.cuda.Stream(device)
+    """Returns the device's copy stream, whose copies do not wait for the tower's next batch or its large kernels."""
+    return torch.cuda.Stream(device, priority=-1)

@@ -31,6 +31,7 @@ from vitrine_vlm.gpu_kernels import fp8, norms, rotary, skinny_gemm
 from vitrine_vlm.gpu_kernels.fp8_gemm import FEW_ROWS, MANY_ROWS, fp8_gemm
 from vitrine_vlm.gpu_kernels.fp8_weight import FP8, Fp8Weight
 from vitrine_vlm.gpu_kernels.gated_silu import gated_silu
+from vitrine_vlm.gpu_kernels.kv_row_copies import gather_rows, scatter_rows
 from vitrine_vlm.llm_worker.gpu.step_tables import StepTables, Tiles
 from vitrine_vlm.llm_worker.gpu.tile_attention import tile_attention
 
@@ -135,6 +136,9 @@ def compile_decoder(kv_dtype: torch.dtype) -> None:
     slots, scales = empty(NUM_TOKENS, dtype=INT64), (0.5, 2.0)
     for norm_weight in (empty(HEAD_DIM), None):
         rotary.rope_and_store_kv(qkv, cos_sin, norm_weight, norm_weight, 1e-6, slots, k_cache, v_cache, q, scales)
+    layers, rows = empty(4, 2, 64, NUM_KV_HEADS, HEAD_DIM, dtype=kv_dtype), empty(NUM_TOKENS, 2048, dtype=kv_dtype)
+    gather_rows(layers, slots, rows)
+    scatter_rows(rows, slots, layers)
     tiles = Tiles(1, NUM_TOKENS, NUM_KV_HEADS, META)
     tables = StepTables(tiles, tiles, NUM_TOKENS, 256, 16, META)
     tile_attention(q, k_cache, v_cache, tables, tiles, NUM_TOKENS, 4, torch.empty_like(q), scales)

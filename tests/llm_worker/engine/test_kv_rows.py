@@ -8,7 +8,7 @@ import torch
 from tests.llm_worker.engine.tensor_rows import TensorRows
 from vitrine_vlm.errors import LeaseExpired
 from vitrine_vlm.llm_worker.engine import kv_rows
-from vitrine_vlm.llm_worker.engine.kv_rows import CachedKv, land_kv
+from vitrine_vlm.llm_worker.engine.kv_rows import CachedKv, compile_copies, land_kv
 
 LAYERS, SLOTS, HEADS, HEAD_DIM = 3, 64, 2, 8
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -68,3 +68,11 @@ def test_an_expired_lease_is_reported() -> None:
     rows = TensorRows(torch.zeros(21, LAYERS * 2 * HEADS * HEAD_DIM), LeaseExpired("gone"))
     with pytest.raises(LeaseExpired):
         land_kv(rows, 0, cache("cpu", 0), TO_SLOTS)
+
+
+@pytest.mark.gpu
+def test_compiling_the_copies_leaves_the_cache_as_it_is() -> None:
+    layers = cache("cuda", 0)
+    before = as_bytes(layers)
+    compile_copies(layers)
+    assert torch.equal(as_bytes(layers), before)
