@@ -64,10 +64,11 @@ class SetFirstToken:
 
 @dataclass(frozen=True)
 class SetKv:
-    """The KV of a prompt that is computed elsewhere, which the engine releases."""
+    """The KV of a prompt that is computed elsewhere, which the engine releases. received_at: by `time.perf_counter`."""
 
     key: int
     kv: EmbeddingRows
+    received_at: float
 
 
 @dataclass(frozen=True)

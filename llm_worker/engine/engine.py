@@ -229,8 +229,10 @@ class Engine:
         try:
             while self._commands.error is None:
                 self._receive()
+                self._executor.land_kv()
                 chunks = self._schedule()
                 launched = self._launch(chunks)
+                self._is_idle = not (chunks or self._in_flight or self._executor.has_kv_to_land)
                 self._process_last(launched)
             self._process_last(None)  # before anything that it reads is released
         except BaseException as error:
@@ -253,11 +255,13 @@ class Engine:
         """Launches the next step, while the last may be in flight."""
         if not (chunks and self._forward_pass.is_asynchronous):
             self._publish_events()
-        has_landed = self._executor.land_kv()
-        launched = self._executor.launch(chunks) if chunks else None
+        if chunks:
+            launched = self._executor.launch(chunks)
+        else:
+            launched = None
+            self._executor.finish_landings()
         # New events are sent while the GPU computes: before a launch, the event loops' work would delay it.
         self._publish_events()
-        self._is_idle = not (chunks or has_landed or self._in_flight)
         return launched
 
     def _process_last(self, launched: InFlightStep | None) -> None:

@@ -40,6 +40,11 @@ class KvCache:
         self._cached_free: OrderedDict[int, None] = OrderedDict()
 
     @property
+    def token_nbytes(self) -> int:
+        """Bytes of one token's keys and values."""
+        return self.layers[:, :, 0].nbytes
+
+    @property
     def num_free(self) -> int:
         """Blocks that no sequence uses."""
         return len(self._empty) + len(self._cached_free)

@@ -55,21 +55,17 @@ class CachedKv(RowSource):
 
 
 def land_kv(rows: EmbeddingRows, first_row: int, layers_L2SKD: torch.Tensor, slots_T: torch.Tensor) -> None:
-    """Copies rows from `first_row` on into the cache.
+    """Copies rows from `first_row` on into the cache; on a GPU the copies are only launched.
+
+    The content of the slots is valid if the rows' check passes after the copies.
 
     Args:
         slots_T: cache slots for the rows, on the host.
-
-    Raises:
-        LeaseExpired: the rows' lease has ended. The content of the slots is undefined then.
     """
     for part, part_slots_T in _parts(slots_T):
         staged_TW = layers_L2SKD.new_empty(len(part_slots_T), _row_width(layers_L2SKD))
         rows.copy_to(staged_TW, None, first_row + part.start)
         _scatter(staged_TW, part_slots_T, layers_L2SKD)
-    if layers_L2SKD.is_cuda:
-        torch.cuda.current_stream(layers_L2SKD.device).synchronize()
-    rows.check()
 
 
 def compile_copies(layers_L2SKD: torch.Tensor) -> None:

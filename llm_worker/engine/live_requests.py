@@ -67,8 +67,8 @@ class LiveRequests:
                 request.receive_embeddings(item_index, embeddings)
             case SetFirstToken():
                 self._set_first_token(request, command)
-            case SetKv(kv=kv):
-                request.receive_kv(kv)
+            case SetKv(kv=kv, received_at=received_at):
+                request.receive_kv(kv, received_at)
             case Fail(error=error):
                 self.fail(request, error)
             case Cancel():

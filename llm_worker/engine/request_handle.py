@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
 
 from vitrine_vlm.errors import InternalError, VitrineError
@@ -62,7 +63,7 @@ class RequestHandle:
 
     def set_kv(self, kv: EmbeddingRows) -> None:
         """Passes the requested KV, a row a token (see `kv_rows.py`), to the engine, which releases it."""
-        self._commands.put(SetKv(self._key, kv))
+        self._commands.put(SetKv(self._key, kv, time.perf_counter()))
 
     def kv(self) -> CachedKv:
         """The prompt's KV, valid from the last token until `cancel`; only for a request submitted with `keep_kv`."""

@@ -48,14 +48,22 @@ class MediaInputs:
 class RemoteKv:
     """The KV of a prompt that a prefill worker computes.
 
-    received: a row a token, from `first_token` on, until it has landed. is_requested: it is requested and has not come.
+    received: a row a token, from `first_token` on, until it has landed; received_at: when it came, by
+        `time.perf_counter`. is_landing: a step in flight copies it into the cache. is_requested: it is requested and
+        has not come.
     num_lost: how often it was lost.
     """
 
     received: EmbeddingRows | None = None
+    received_at: float = 0.0
+    is_landing: bool = False
     first_token: int = 0
     is_requested: bool = False
     num_lost: int = 0
+
+    @property
+    def can_land(self) -> bool:
+        return self.received is not None and not self.is_landing
 
     def request_missing(self, start: int) -> bool:
         """Returns whether KV from token `start` on is neither here nor requested, and marks it as requested."""
@@ -69,6 +77,7 @@ class RemoteKv:
         return True
 
     def release(self) -> None:
+        self.is_landing = False
         if self.received is not None:
             self.received.release()
             self.received = None

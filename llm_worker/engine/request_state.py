@@ -10,6 +10,7 @@ status that the remaining tokens allow.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -164,14 +165,14 @@ class RequestState:
         if self.status in (RequestStatus.PREFILLING, RequestStatus.WAITING_FOR_MEDIA):
             self._resume()
 
-    def receive_kv(self, kv: EmbeddingRows) -> None:
+    def receive_kv(self, kv: EmbeddingRows, received_at: float) -> None:
         """Keeps the prompt's KV, or releases it where it is not needed any more."""
         remote = self.remote_kv
         if remote is not None:
             remote.is_requested = False
         is_needed = self.status not in (RequestStatus.DECODING, RequestStatus.FINISHED)
         if remote is not None and remote.received is None and is_needed:
-            remote.received = kv
+            remote.received, remote.received_at = kv, received_at
         else:
             kv.release()
 
@@ -209,6 +210,18 @@ class RequestState:
         self.sampled.num_in_flight += samples
         if self.status is not RequestStatus.DECODING:
             self._resume()
+
+    def launch_kv(self, stop: int) -> None:
+        """Records that the next step copies received KV into the cache, up to token `stop`."""
+        assert self.remote_kv is not None
+        self.remote_kv.is_landing = True
+        self.launch(stop, samples=False)
+
+    def kv_landed(self) -> None:
+        """Records that the KV is in the cache, and releases what was received."""
+        assert self.remote_kv is not None
+        self.timings.land_s += time.perf_counter() - self.remote_kv.received_at
+        self.remote_kv.release()
 
     def commit(self, stop: int) -> None:
         """Records that the step is computed which computes it up to token `stop`."""
@@ -257,6 +270,8 @@ class RequestState:
         self.num_computed = min(self.num_computed, num_tokens)
         self.num_committed = min(self.num_committed, num_tokens)
         self.media.release(set(lost_items) & self.media.received.keys())
+        if self.remote_kv is not None:
+            self.remote_kv.is_landing = False
         self._resume()
 
     def lose_inputs(self, start: int, stop: int) -> int:
@@ -323,7 +338,7 @@ class RequestState:
         """Sets the status and `num_ready` of a request that has blocks, from what is computed and what has come."""
         if self.complete and self.num_computed >= self.num_prompt_tokens:
             self.status = RequestStatus.DECODING
-            if self.remote_kv is not None:
+            if self.remote_kv is not None and not self.remote_kv.is_landing:
                 self.remote_kv.release()
         elif self.remote_kv is not None:
             self.status = RequestStatus.WAITING_FOR_KV

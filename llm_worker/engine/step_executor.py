@@ -22,11 +22,23 @@ from vitrine_vlm.llm_worker.engine.request_state import RequestState
 from vitrine_vlm.llm_worker.engine.sampler import Choice, ChoiceOnHost, choose
 from vitrine_vlm.llm_worker.engine.scheduler import Scheduler
 from vitrine_vlm.llm_worker.engine.step_costs import StepCosts, StepSize
+from vitrine_vlm.types import EmbeddingRows
 
 _log = logging.getLogger(__name__)
 # How often a request's embeddings, or its KV, are requested again before it fails, with none landed in between: a
 # request that waited for long may have lost all of them, of which each chunk shows only its own.
 _MAX_NUM_LOST = 3
+# Bytes of received KV that land in front of one step, beyond its first prompt: all that decode wait for them, 1.5 ms
+# where they come over NVLink.
+_MAX_LANDED_NBYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class KvLanding:
+    """Received KV that is being copied into the cache. check: to be called once the copy is done."""
+
+    chunk: Chunk
+    check: Callable[[], None]
 
 
 @dataclass
@@ -35,6 +47,7 @@ class InFlightStep:
 
     prompt_logprobs: by chunk, on the way to the host like `choice`, which is of the next tokens. The choice is made by
         `StepExecutor.choose` where a grammar needs the tokens of the step in front for it, and None before.
+    landings: of KV that is copied into the cache in front of the step.
     launched_at: by `time.perf_counter`.
     """
 
@@ -42,6 +55,7 @@ class InFlightStep:
     output: StepOutput
     prompt_logprobs: dict[Chunk, LogprobTensors]
     choice: ChoiceOnHost | None
+    landings: list[KvLanding]
     launched_at: float
 
 
@@ -69,16 +83,38 @@ class StepExecutor:
         self._logits_processor = logits_processor
         self._costs = costs
         self._on_gpu_lost = on_gpu_lost
+        self._landings: list[KvLanding] = []  # of the step that is launched next
         self._last_ended_at = 0.0
         self.num_steps = self.num_prefill_tokens = self.num_decode_tokens = 0
 
-    def land_kv(self) -> bool:
-        """Lands received KV of one prompt, and returns whether there was any; of one only, so that others wait less."""
-        for request in self._scheduler.running:
-            if request.remote_kv is not None and request.remote_kv.received is not None:
-                self._land_kv(request, request.remote_kv.first_token)
-                return True
-        return False
+    @property
+    def has_kv_to_land(self) -> bool:
+        """Whether a running request has received KV whose landing was not launched."""
+        remote = (request.remote_kv for request in self._scheduler.running)
+        return any(each is not None and each.can_land for each in remote)
+
+    def land_kv(self) -> None:
+        """Launches the landing of received KV.
+
+        Its requests decode from the step on that is launched next. `process` of that step checks what landed.
+        """
+        nbytes = 0
+        for request in list(self._scheduler.running):
+            remote = request.remote_kv
+            if remote is None or remote.received is None or not remote.can_land:
+                continue
+            # Its prompt has just become known, and the scheduler will allocate blocks for all of it; or KV in front of
+            # what has come was lost, and all will be requested again.
+            if not request.prefix.is_matched or remote.first_token > request.num_computed:
+                continue
+            nbytes += remote.received.num_tokens * self._forward_pass.kv_cache.token_nbytes
+            if self._landings and nbytes > _MAX_LANDED_NBYTES:
+                break
+            self._land_kv(request, remote.received, remote.first_token)
+
+    def finish_landings(self) -> None:
+        """Waits for landings behind which no step is launched, and processes them."""
+        self._wait_for_landings(self._pop_landings())
 
     def launch(self, chunks: list[Chunk]) -> InFlightStep | None:
         """Launches a step; returns None where it failed, and so did its requests."""
@@ -92,13 +128,14 @@ class StepExecutor:
                 on_host = choice.copy_to_host() if choice is not None else None
         except Exception as error:
             self._step_failed(chunks, error)
+            self.finish_landings()
             return None
         for chunk, reason in output.failed.items():
             self._landing_failed(chunk, reason)
         launched = [chunk for chunk in chunks if chunk not in output.failed] if output.failed else chunks
         for chunk in launched:
             chunk.request.launch(chunk.stop, chunk.samples)
-        return InFlightStep(launched, output, prompt_logprobs, on_host, begin)
+        return InFlightStep(launched, output, prompt_logprobs, on_host, self._pop_landings(), begin)
 
     def choose(self, step: InFlightStep) -> bool:
         """Launches what chooses the next tokens, unless `launch` has; returns False where it failed.
@@ -115,6 +152,7 @@ class StepExecutor:
                 step.choice = self._choose(step.output).copy_to_host()
         except Exception as error:
             self._step_failed([chunk for chunk in step.chunks if chunk.is_current], error)
+            self._wait_for_landings(step.landings)
             return False
         return True
 
@@ -133,16 +171,18 @@ class StepExecutor:
         output = step.output
         assert step.choice is not None
         try:
-            if overlapped or output.landed or step.prompt_logprobs:
+            if overlapped or output.landed or step.landings or step.prompt_logprobs:
                 step.choice.wait()
             lost = self._lost(output)
             next_tokens = step.choice.read() if output.sampling else []
         except Exception as error:
-            self._step_failed([chunk for chunk in step.chunks if chunk.is_current], error)
+            chunks = (*step.chunks, *(each.chunk for each in step.landings))
+            self._step_failed([chunk for chunk in chunks if chunk.is_current], error)
             return
         # It began once it was launched and the last had ended, so that no time counts for two steps.
         begin, now = max(step.launched_at, self._last_ended_at), time.perf_counter()
         self._last_ended_at = now
+        self._process_landings(step.landings)
         if output.sampling:  # otherwise the step may still run
             self._costs.observe(StepSize.of(step.chunks), now - begin)
         computed = [chunk for chunk in step.chunks if chunk.is_current and not (lost and chunk in lost)]
@@ -161,21 +201,43 @@ class StepExecutor:
                 chunk.request.token_arrived()
                 self._requests.process_token(chunk.request, next_token)
 
-    def _land_kv(self, request: RequestState, first_token: int) -> None:
-        assert request.remote_kv is not None and request.remote_kv.received is not None
-        begin = time.perf_counter()
-        chunk = Chunk(request, request.num_computed, request.num_prompt_tokens, samples=False)
+    def _land_kv(self, request: RequestState, received: EmbeddingRows, first_token: int) -> None:
+        chunk = Chunk(request, request.num_computed, request.num_prompt_tokens, samples=False, epoch=request.epoch)
         try:
             with torch.inference_mode():
                 slots_T = request.table.slots[chunk.start : chunk.stop]
-                layers = self._forward_pass.kv_cache.layers
-                land_kv(request.remote_kv.received, chunk.start - first_token, layers, slots_T)
+                land_kv(received, chunk.start - first_token, self._forward_pass.kv_cache.layers, slots_T)
+                check = received.queue_check()
         except Exception as error:
             self._landing_failed(chunk, error)
             return
-        request.launch(chunk.stop, samples=False)
-        self._scheduler.commit(chunk)
-        request.timings.land_s += time.perf_counter() - begin
+        request.launch_kv(chunk.stop)
+        self._landings.append(KvLanding(chunk, check))
+
+    def _pop_landings(self) -> list[KvLanding]:
+        landings, self._landings = self._landings, []
+        return landings
+
+    def _wait_for_landings(self, landings: list[KvLanding]) -> None:
+        """Waits for landings whose step cannot be processed, and processes them."""
+        try:
+            if landings and self._forward_pass.is_asynchronous:
+                torch.cuda.current_stream(self._forward_pass.decoder.device).synchronize()
+        except Exception as error:
+            self._step_failed([each.chunk for each in landings if each.chunk.is_current], error)
+            return
+        self._process_landings(landings)
+
+    def _process_landings(self, landings: list[KvLanding]) -> None:
+        """Commits KV that has landed, unless its lease ended meanwhile."""
+        for chunk, check in ((each.chunk, each.check) for each in landings if each.chunk.is_current):
+            try:
+                check()
+            except Exception as error:
+                self._landing_failed(chunk, error)
+                continue
+            chunk.request.kv_landed()
+            self._scheduler.commit(chunk)
 
     def _lost(self, output: StepOutput) -> dict[Chunk, Exception]:
         """Chunks whose embeddings' lease ended before they had landed, with the error."""

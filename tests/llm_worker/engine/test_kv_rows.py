@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from tests.llm_worker.engine.tensor_rows import TensorRows
-from vitrine_vlm.errors import LeaseExpired
 from vitrine_vlm.llm_worker.engine import kv_rows
 from vitrine_vlm.llm_worker.engine.kv_rows import CachedKv, compile_copies, land_kv
 
@@ -62,12 +61,6 @@ def test_what_lands_is_what_was_sent_and_touches_nothing_else(device: str, dtype
     assert torch.equal(found[:, :, TO_SLOTS[first_row:]], sent[:, :, FROM_SLOTS[first_row:]])
     others = [slot for slot in range(SLOTS) if slot not in TO_SLOTS[first_row:].tolist()]
     assert torch.equal(found[:, :, others], before[:, :, others])
-
-
-def test_an_expired_lease_is_reported() -> None:
-    rows = TensorRows(torch.zeros(21, LAYERS * 2 * HEADS * HEAD_DIM), LeaseExpired("gone"))
-    with pytest.raises(LeaseExpired):
-        land_kv(rows, 0, cache("cpu", 0), TO_SLOTS)
 
 
 @pytest.mark.gpu

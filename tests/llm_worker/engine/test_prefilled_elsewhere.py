@@ -20,14 +20,21 @@ from tests.llm_worker.engine.harness import (
     until,
 )
 from tests.llm_worker.engine.tensor_rows import TensorRows
+from tests.llm_worker.engine.test_following_steps import Followed
 from vitrine_vlm.errors import InternalError, LeaseExpired
+from vitrine_vlm.llm_worker.engine import step_executor
 from vitrine_vlm.llm_worker.engine.engine import Engine
 from vitrine_vlm.llm_worker.engine.request import SamplingParams
 from vitrine_vlm.llm_worker.engine.request_handle import RequestHandle
 from vitrine_vlm.llm_worker.engine.request_parts import RemoteKv, SampledTokens
 from vitrine_vlm.llm_worker.engine.request_state import RequestState
+from vitrine_vlm.llm_worker.engine.runner import MakeRunner, PlainRunner
 from vitrine_vlm.llm_worker.engine.sampler import NextToken
 from vitrine_vlm.sample_models.reference import Reference
+from vitrine_vlm.service_runtime.supervisor import Supervisor
+
+# Steps one after the other, and such as are launched while what the last one landed is not checked yet.
+RUNNERS = [PlainRunner, Followed]
 
 
 @dataclass
@@ -129,10 +136,11 @@ async def test_a_first_token_that_is_the_last_needs_no_kv(qwen3_vl_folder: Path,
             assert is_idle(second)
 
 
+@pytest.mark.parametrize("runner", RUNNERS)
 async def test_lost_kv_is_requested_again_but_not_for_ever(
-    qwen3_vl_folder: Path, reference: Reference, text: Request
+    qwen3_vl_folder: Path, reference: Reference, text: Request, runner: MakeRunner
 ) -> None:
-    with running_engine(qwen3_vl_folder) as first, running_engine(qwen3_vl_folder) as second:
+    with running_engine(qwen3_vl_folder) as first, running_engine(qwen3_vl_folder, runner) as second:
         done = await prefilled(first, text, greedy(8))
         continued = Continued(second, text, greedy(8), done)
         continued.errors = [LeaseExpired("gone") for _ in range(3)]
@@ -148,14 +156,15 @@ async def test_lost_kv_is_requested_again_but_not_for_ever(
             await until(lambda: is_idle(second))
 
 
+@pytest.mark.parametrize("runner", RUNNERS)
 async def test_a_preempted_request_gets_its_prompt_again_and_computes_only_what_it_generated(
-    qwen3_vl_folder: Path, reference: Reference, text: Request, image: Request
+    qwen3_vl_folder: Path, reference: Reference, text: Request, image: Request, runner: MakeRunner
 ) -> None:
     """Without a prefix cache nothing is left of a prompt once its blocks are released."""
     num_blocks = -(-(len(text.prompt.token_ids) + 40) // 8) + len(image.prompt.token_ids) // 8 + 2
     with (
         running_engine(qwen3_vl_folder) as first,
-        running_engine(qwen3_vl_folder, num_blocks=num_blocks, prefix_cache=False) as second,
+        running_engine(qwen3_vl_folder, runner, num_blocks=num_blocks, prefix_cache=False) as second,
     ):
         both = [await prefilled(first, each, greedy(40)) for each in (text, image)]
         running = [Continued(second, each, greedy(40), done) for each, done in zip((text, image), both, strict=True)]
@@ -165,6 +174,35 @@ async def test_a_preempted_request_gets_its_prompt_again_and_computes_only_what_
         assert sum(len(each.rows) for each in running) > 2
         assert all(rows.num_releases == 1 for each in running for rows in each.rows)
         assert second.stats().num_prefill_tokens == 0
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize(("max_landed_nbytes", "num_steps"), [(1 << 20, 5), (1, 7)])
+async def test_prompts_that_come_together_land_in_front_of_one_step(
+    qwen3_vl_folder: Path,
+    reference: Reference,
+    text: Request,
+    runner: MakeRunner,
+    max_landed_nbytes: int,
+    num_steps: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As many as the limit allows, and at least one; they decode in that step."""
+    monkeypatch.setattr(step_executor, "_MAX_LANDED_NBYTES", max_landed_nbytes)
+    with (
+        running_engine(qwen3_vl_folder) as first,
+        running_engine(qwen3_vl_folder, runner, start=False) as second,
+    ):
+        done = await prefilled(first, text, greedy(6))
+        continued = [Continued(second, text, greedy(6), done, known=True) for _ in range(3)]
+        for each in continued:
+            each._send_kv(0)
+        second.start(Supervisor())
+        got = await asyncio.gather(*(tokens(each.handle) for each in continued))
+        assert got == [reference.greedy(text.inputs, 6)[0]] * 3
+        assert second.stats().num_steps == num_steps
+        assert [rows.num_releases for each in continued for rows in each.rows] == [1, 1, 1]
+        second.close()
 
 
 @pytest.mark.parametrize("kind", ["text", "image"])
@@ -196,7 +234,7 @@ def test_kv_is_requested_again_where_the_kv_in_front_of_it_was_lost(is_here: boo
     assert remote.request_missing(request.num_computed) and remote.first_token == 16
     if not is_here:
         request.preempt()
-    request.receive_kv(rows)
+    request.receive_kv(rows, 0.0)
     assert rows.num_releases == 0
     if is_here:
         request.preempt()

@@ -81,10 +81,10 @@ def test_a_prompt_from_elsewhere_waits_for_its_kv() -> None:
     request.set_prompt(PROMPT)
     assert (request.status, request.num_runnable) == (RequestStatus.WAITING_FOR_KV, 0)
     kv, late = rows(), rows()
-    request.receive_kv(kv)
+    request.receive_kv(kv, 0.0)
     compute(request, 20)
     assert (request.status, kv.num_releases) == (RequestStatus.DECODING, 1)
-    request.receive_kv(late)
+    request.receive_kv(late, 0.0)
     assert late.num_releases == 1
 
 
