@@ -12,7 +12,7 @@ import asyncio
 import importlib.util
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.chat_load import ChatClient
@@ -25,6 +25,7 @@ from benchmarks.timeline.page import save_plot, tables
 from benchmarks.timeline.recorded_service import ENCODER, WORKER
 from benchmarks.timeline.span import read_spans
 
+_GATEWAY = "vitrine_vlm.gateway"
 _LIMITS = TimeLimits(warm_up_s=10.0, load_s=30.0)
 
 
@@ -64,9 +65,8 @@ async def _record(spec: ServerSpec, workload: Workload, options: argparse.Namesp
     values = {"model": options.model, "load_format": options.load_format, "python": sys.executable}
     ports = free_ports(sorted(spec.port_names()))
     filled = spec.filled({**values, **ports})
-    files = {each.name: output / f"{each.name}.jsonl" for each in filled.processes}
-    recorded = [_recorded(each, files[each.name]) for each in filled.processes]
-    filled = filled.model_copy(update={"processes": recorded})
+    files = {each.name: output / f"{each.name}.jsonl" for each in filled.processes if not is_gateway(each)}
+    filled = filled.model_copy(update={"processes": recorded(filled.processes, files)})
     async with (
         interference_for([workload], seed=0) as interference,
         RunningServer.started(filled, ports["port"], output) as server,
@@ -85,6 +85,21 @@ async def _record(spec: ServerSpec, workload: Workload, options: argparse.Namesp
         save_plot(output / "timeline.png", spans, middle_s - half_s, middle_s + half_s)
     head = f"{filled.name}, {workload.name}: {load.requests_per_s:.2f} requests/s, {len(load.failures)} failures, "
     return f"{head}{load.seconds:.1f} s\n\n{tables(spans, load.seconds)}\n"
+
+
+def is_gateway(process: ProcessSpec) -> bool:
+    """Whether it computes nothing on a device, so that there is nothing to record."""
+    command = process.command.split() if isinstance(process.command, str) else process.command
+    return _GATEWAY in command
+
+
+def recorded(processes: Sequence[ProcessSpec], files: Mapping[str, Path]) -> list[ProcessSpec]:
+    """The processes, those of them recorded that have a file.
+
+    Raises:
+        ValueError: one of these is not started as `python -m MODULE`.
+    """
+    return [_recorded(each, files[each.name]) if each.name in files else each for each in processes]
 
 
 def _recorded(process: ProcessSpec, file: Path) -> ProcessSpec:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.compare.server_file import ServerSpec
+from benchmarks.timeline.__main__ import is_gateway, recorded
 from benchmarks.timeline.gaps import Gap, busy_s, gaps_between, kinds_of, on_the_same_device, overlap_s
 from benchmarks.timeline.recorder import Recorder
 from benchmarks.timeline.span import Kind, Span, read_spans, write_spans
@@ -64,6 +66,17 @@ def test_spans_are_read_back(tmp_path: Path) -> None:
     assert read_spans(tmp_path / "spans", 0.0, 3.0) == [spans[1], spans[0]]
 
 
+def test_all_that_computes_is_recorded_and_no_gateway(tmp_path: Path) -> None:
+    processes = ServerSpec.read("two_gpus/prefill_decode").processes
+    computing = ["encoder", "prefill", "decode"]
+    assert [each.name for each in processes if not is_gateway(each)] == computing
+    changed = recorded(processes, {name: tmp_path / name for name in computing})
+    assert [(each.name, each == was) for each, was in zip(changed, processes, strict=True)] == [
+        *((name, False) for name in computing),
+        ("gateway", True),
+    ]
+
+
 def test_both_halves_of_a_running_server_are_recorded(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.timeline", "--small", "--model", str(MODEL_FOLDER)]
     done = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True, timeout=170)
@@ -81,8 +94,8 @@ def test_both_halves_of_a_running_server_are_recorded(tmp_path: Path) -> None:
 def test_a_process_that_records_nothing_leaves_no_spans_of_an_earlier_run(tmp_path: Path) -> None:
     file = tmp_path / "encoder.jsonl"
     write_spans(file, [span("batch", 0, 0, 1)])
-    recorded = [sys.executable, "-m", "benchmarks.timeline.recorded_service", str(file), "vitrine_vlm.encoder_service"]
-    subprocess.run([*recorded, "--model", str(MODEL_FOLDER), "--print-config"], check=True, capture_output=True)
+    service = [sys.executable, "-m", "benchmarks.timeline.recorded_service", str(file), "vitrine_vlm.encoder_service"]
+    subprocess.run([*service, "--model", str(MODEL_FOLDER), "--print-config"], check=True, capture_output=True)
     assert read_spans(file, 0.0, 1.0) == []
 
 
