@@ -207,5 +207,6 @@ def _rope_and_store_kv(
 def _cached(value, scale, dtype: tl.constexpr, FP8_CACHE: tl.constexpr):
     """Returns keys or values as the cache holds them."""
     if FP8_CACHE:
-        value = tl.minimum(tl.maximum(value.to(tl.float32) / scale, -448.0), 448.0)
+        # What is no number stays so: an answer that comes of it has to end.
+        value = tl.clamp(value.to(tl.float32) / scale, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     return value.to(dtype)

@@ -104,6 +104,20 @@ def test_keys_and_values_are_cached_in_fp8() -> None:
     assert torch.equal(found[compared], expected[compared])
 
 
+@pytest.mark.gpu
+def test_what_is_no_number_stays_so_in_fp8() -> None:
+    """On a GPU, as Triton's interpreter has no NaN in FP8."""
+    num_tokens, head_dim = 3, 24
+    qkv, slots = random(num_tokens, (HEADS + 2 * KV_HEADS) * head_dim), torch.arange(num_tokens, device=DEVICE)
+    qkv[1] = torch.nan
+    k_cache, v_cache = torch.zeros(2, num_tokens, KV_HEADS, head_dim, device=DEVICE).to(FP8).unbind()
+    q, cos_sin = torch.empty(num_tokens, HEADS, head_dim, device=DEVICE), random(num_tokens, 2, head_dim // 2)
+    rope_and_store_kv(qkv, cos_sin, None, None, 0.0, slots, k_cache, v_cache, q, KvScales(0.25, 4.0))
+    for cache in (k_cache, v_cache):
+        assert cache.float().isnan().all(dim=(1, 2)).tolist() == [False, True, False]
+        assert not cache.float()[[0, 2]].isnan().any()
+
+
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     """The tolerance allows for sums of a thousand numbers in another order."""
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
