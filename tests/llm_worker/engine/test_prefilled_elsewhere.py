@@ -30,6 +30,7 @@ from vitrine_vlm.llm_worker.engine.request_parts import RemoteKv, SampledTokens
 from vitrine_vlm.llm_worker.engine.request_state import RequestState
 from vitrine_vlm.llm_worker.engine.runner import MakeRunner, PlainRunner
 from vitrine_vlm.llm_worker.engine.sampler import NextToken
+from vitrine_vlm.llm_worker.models.decoder import StepInputs
 from vitrine_vlm.sample_models.reference import Reference
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 
@@ -202,6 +203,36 @@ async def test_prompts_that_come_together_land_in_front_of_one_step(
         assert got == [reference.greedy(text.inputs, 6)[0]] * 3
         assert second.stats().num_steps == num_steps
         assert [rows.num_releases for each in continued for rows in each.rows] == [1, 1, 1]
+        second.close()
+
+
+async def test_a_request_that_ends_while_its_kv_lands_releases_it_once(
+    qwen3_vl_folder: Path, reference: Reference, text: Request
+) -> None:
+    """Nor does KV count that was not checked: an equal prompt does not find it in the cache."""
+    running: list[Continued] = []
+
+    class Cancelling(Followed):
+        """Cancels the first request in the step in front of which its KV lands."""
+
+        def __call__(self, inputs: StepInputs) -> torch.Tensor:
+            running[0].handle.cancel()
+            return super().__call__(inputs)
+
+    with (
+        running_engine(qwen3_vl_folder) as first,
+        running_engine(qwen3_vl_folder, Cancelling, start=False) as second,
+    ):
+        done = await prefilled(first, text, greedy(8))
+        running.append(Continued(second, text, greedy(8), done, known=True))
+        running[0]._send_kv(0)
+        second.start(Supervisor())
+        await until(lambda: running[0].rows[0].num_releases > 0)
+        running.append(Continued(second, text, greedy(8), done, known=True))
+        assert await tokens(running[1].handle) == reference.greedy(text.inputs, 8)[0]
+        assert running[1].first_rows == [0]
+        assert [rows.num_releases for each in running for rows in each.rows] == [1, 1]
+        await until(lambda: is_idle(second))
         second.close()
 
 
