@@ -139,8 +139,8 @@ class PlannedWorker(SimulatedWorker):
             outcome.end(self._loop.time(), error.code)
         return outcome
 
-    async def _compute(self, seconds: float) -> None:
-        await self._gpu.run(seconds)
+    def _compute(self, seconds: float) -> asyncio.Future[None]:
+        return self._gpu.run(seconds)
 
 
 class Host:

@@ -6,7 +6,8 @@ import asyncio
 import random
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from typing import cast
+from functools import partial
+from typing import TypeVar, TypeVarTuple, cast
 
 import grpc
 
@@ -20,6 +21,9 @@ from vitrine_vlm.simulation.costs import IDENTITY
 from vitrine_vlm.simulation.encoder import SimulatedEncoder
 from vitrine_vlm.simulation.network import Link, Port, transfer
 from vitrine_vlm.simulation.virtual_loop import VirtualLoop
+
+T = TypeVar("T")
+Args = TypeVarTuple("Args")
 
 # The product's: leases released within this time go together; a lost encoder is tried again after up to two seconds.
 _RELEASE_BATCH_S = 0.01
@@ -39,7 +43,7 @@ class SimulatedCall:
         self._last_at = 0.0  # when the last message to the worker arrives: the next one comes behind it
         loop = connection.loop
         self._deadline = loop.call_later(timeout_s, self._expire)
-        connection.to_encoder(lambda: self._serve(message, timeout_s))
+        connection.to_encoder(self._serve, message, timeout_s)
 
     # The client's side.
 
@@ -65,29 +69,27 @@ class SimulatedCall:
     # The encoder's side.
 
     def send(self, response: encoder_pb2.EncodeResponse) -> None:
-        raw = response.SerializeToString()
-        self._to_worker(lambda: self._receive(raw))
+        self._to_worker(self._receive, response.SerializeToString())
 
     async def send_rows(self, response: encoder_pb2.EncodeResponse, nbytes: int) -> None:
         connection, raw = self.connection, response.SerializeToString()
         loop, link = connection.loop, connection.link
         left_at = transfer(link, connection.encoder.port, connection.port, nbytes, loop.time())
-        self._to_worker(lambda: self._receive(raw), left_at)
+        self._to_worker(self._receive, raw, left_at)
         if link.holds_encoder:
-            await asyncio.sleep(left_at + link.latency_s - loop.time())
+            await loop.after(left_at + link.latency_s - loop.time())
 
     def end(self) -> None:
-        self._to_worker(lambda: self._end(grpc.aio.EOF))
+        self._to_worker(self._end, grpc.aio.EOF)
 
     def fail(self, error: VitrineError) -> None:
-        failed = _error(STATUS_BY_CODE[error.code], str(error), error.code)
-        self._to_worker(lambda: self._end(failed))
+        self._to_worker(self._end, _error(STATUS_BY_CODE[error.code], str(error), error.code))
 
-    def _to_worker(self, arrive: Callable[[], None], left_at: float = 0.0) -> None:
+    def _to_worker(self, arrive: Callable[[T], None], message: T, left_at: float = 0.0) -> None:
         connection = self.connection
         sent_at = max(left_at, connection.loop.time())
         self._last_at = max(self._last_at, sent_at + connection.encoder.port.latency_s(connection.link))
-        connection.to_worker(arrive, self._last_at)
+        connection.to_worker(self._last_at, arrive, message)
 
     def stop(self) -> None:
         """Ends the encoder's work on it."""
@@ -153,11 +155,11 @@ class SimulatedConnection:
         self.calls[call] = None
         return call
 
-    def to_encoder(self, arrive: Callable[[], None]) -> None:
-        self.loop.call_later(self.encoder.port.latency_s(self.link), self._arrive, arrive)
+    def to_encoder(self, arrive: Callable[[*Args], None], *message: *Args) -> None:
+        self.loop.call_later(self.encoder.port.latency_s(self.link), self._arrive, arrive, *message)
 
-    def to_worker(self, arrive: Callable[[], None], at: float) -> None:
-        self.loop.call_at(at, self._arrive, arrive)
+    def to_worker(self, at: float, arrive: Callable[[*Args], None], *message: *Args) -> None:
+        self.loop.call_at(at, self._arrive, arrive, *message)
 
     def cut(self) -> None:
         self.is_cut = True
@@ -166,7 +168,7 @@ class SimulatedConnection:
         self.is_cut = False
         held, self._held = self._held, []
         for arrive in held:
-            self._arrive(arrive)
+            arrive()
 
     def lose(self) -> None:
         """Both sides have noticed that the connection is lost."""
@@ -178,11 +180,11 @@ class SimulatedConnection:
             call.stop()
         self.encoder.close_session(self)
 
-    def _arrive(self, arrive: Callable[[], None]) -> None:
+    def _arrive(self, arrive: Callable[[*Args], None], *message: *Args) -> None:
         if self.is_cut and self.is_alive:
-            self._held.append(arrive)
+            self._held.append(partial(self._arrive, arrive, *message))
         elif self.is_alive:
-            arrive()
+            arrive(*message)
 
 
 class SimulatedPeer(EncoderPeer):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -100,7 +98,7 @@ class SimulatedEncoder:
         self.service = EncodeService(
             SimulatedLoader(),
             self.held,
-            SimulatedPreprocessing(),
+            SimulatedPreprocessing(loop),
             self.admission,
             batcher,
             self.cache,
@@ -169,9 +167,8 @@ class _Replies:
         self._encoder.contents.add(layout.content_hash)
         self._call.send(encoder_pb2.EncodeResponse(layout=layout_to_proto(item_index, layout)))
 
-    @contextmanager
-    def shipment(self, item_index: int) -> Iterator[_Shipment]:
-        yield _Shipment(self, item_index)
+    def shipment(self, item_index: int) -> _Shipment:
+        return _Shipment(self, item_index)
 
     async def failed(self, item_index: int, error: VitrineError) -> None:
         self._call.send(failed_to_proto(item_index, error))
@@ -192,6 +189,12 @@ class _Shipment:
     def __init__(self, replies: _Replies, item_index: int) -> None:
         self.hook: PostForwardHook = _NO_HOOK
         self._replies, self._item_index = replies, item_index
+
+    def __enter__(self) -> _Shipment:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Does nothing: rows that were not sent are in no pool."""
 
     async def send(self, rows_TW: torch.Tensor, timings: ItemTimings) -> None:
         await self._replies.ship(self._item_index, rows_TW.nbytes, timings)

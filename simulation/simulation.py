@@ -99,7 +99,7 @@ async def _run(
     outcomes: list[Outcome] = []
     serving: set[asyncio.Task[None]] = set()
     for number, request in enumerate(requests):
-        await asyncio.sleep(request.at - loop.time())
+        await loop.after(request.at - loop.time())
         # A front that sends requests to workers in turns.
         worker: SimulatedWorker = fleet.workers[number % len(fleet.workers)]
         outcomes.append(Outcome(request))

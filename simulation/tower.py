@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import math
 import random
@@ -103,7 +102,7 @@ class SimulatedTower:
         self._loop.block(seconds)
         self.busy_s += seconds
         self.slowest = max(self.slowest, self.factor)
-        return cast("torch.Tensor", SizedRows(len(patches_PX) // self.merge_unit))
+        return cast("torch.Tensor", SizedRows(patches_PX.shape[0] // self.merge_unit))
 
 
 @dataclass(frozen=True)
@@ -130,15 +129,18 @@ class SimulatedLoader:
 class SimulatedPreprocessing:
     """Opens and decodes any number of pictures at once, as a GPU does."""
 
+    def __init__(self, loop: VirtualLoop) -> None:
+        self._loop = loop
+
     async def open(self, item: MediaItem, files: Sequence[bytes]) -> tuple[OpenedMedia, Layout]:
         picture = _picture_of(item)
-        await asyncio.sleep(OPEN_S)
+        await self._loop.after(OPEN_S)
         content_hash = hashlib.sha256(item.content_key).digest()
         layout = Layout("image", picture.grid_thw, picture.num_tokens, content_hash=content_hash)
         return _Opened(layout), layout
 
     async def patches(self, opened: OpenedMedia) -> torch.Tensor:
-        await asyncio.sleep(preprocess_s(math.prod(opened.layout.grid_thw)))
+        await self._loop.after(preprocess_s(math.prod(opened.layout.grid_thw)))
         return opened.patches()
 
     def queue_seconds(self, opened: OpenedMedia) -> float:

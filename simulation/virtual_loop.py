@@ -12,6 +12,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Coroutine
 from contextvars import Context, copy_context
+from functools import partial
 from typing import Any, TypeVar, TypeVarTuple
 
 T = TypeVar("T")
@@ -45,13 +46,14 @@ class VirtualLoop(asyncio.AbstractEventLoop):
 
     def __init__(self) -> None:
         self.num_callbacks = 0
-        self._now = 0.0
-        self._job_s = 0.0  # how far the executor's job that runs just now is ahead
+        self._now, self._job_s = 0.0, 0.0  # the latter: how far the executor's job that runs just now is ahead
         self._ready: deque[_Handle] = deque()
         self._timers: list[tuple[float, int, _Handle]] = []
-        self._numbers = itertools.count()
-        self._max_timers = _MIN_TIMERS
+        self._numbers, self._max_timers = itertools.count(), _MIN_TIMERS
         self._errors: list[dict[str, Any]] = []
+        # Without frames of Python, as `get_debug`, for which each future and task asks.
+        self.create_future = partial(asyncio.Future, loop=self)  # type: ignore[method-assign]
+        self.create_task = partial(asyncio.Task, loop=self)  # type: ignore[method-assign]
 
     def time(self) -> float:
         """Virtual seconds since the loop was created."""
@@ -103,9 +105,16 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         return handle
 
     call_soon_threadsafe = call_soon  # there is one thread
+    get_debug = staticmethod(bool)  # False
 
     def call_later(self, delay: float, callback: Callable[[*Args], object], *args: *Args, context: Any = None) -> Any:
         return self.call_at(self._now + self._job_s + delay, callback, *args, context=context)
+
+    def after(self, seconds: float) -> asyncio.Future[None]:
+        """A future that is done when so many seconds have passed: `asyncio.sleep` with half of its calls."""
+        future: asyncio.Future[None] = self.create_future()
+        self.call_later(seconds, lambda: None if future.done() else future.set_result(None))
+        return future
 
     def call_at(self, when: float, callback: Callable[[*Args], object], *args: *Args, context: Any = None) -> Any:
         handle = _Handle(callback, args, context)
@@ -115,12 +124,6 @@ class VirtualLoop(asyncio.AbstractEventLoop):
             heapq.heapify(self._timers)
             self._max_timers = max(_MIN_TIMERS, 2 * len(self._timers))
         return handle
-
-    def create_future(self) -> asyncio.Future[Any]:
-        return asyncio.Future(loop=self)
-
-    def create_task(self, coro: Any, **options: Any) -> asyncio.Task[Any]:
-        return asyncio.Task(coro, loop=self, **options)
 
     def run_in_executor(self, executor: Any, func: Callable[[*Args], T], *args: *Args) -> asyncio.Future[T]:
         """Runs `func` at once; its result is there after the time for which it blocks."""
@@ -139,9 +142,6 @@ class VirtualLoop(asyncio.AbstractEventLoop):
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         self._errors.append(context)
-
-    def get_debug(self) -> bool:
-        return False
 
 
 def new_virtual_loop() -> VirtualLoop:

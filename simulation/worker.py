@@ -251,9 +251,9 @@ class SimulatedWorker:
                     if chunk.samples:
                         self._receive_token(self._running[chunk.request])
 
-    async def _compute(self, seconds: float) -> None:
-        """Returns once a step of so many seconds of the GPU has ended."""
-        await asyncio.sleep(seconds)
+    def _compute(self, seconds: float) -> asyncio.Future[None]:
+        """A future that is done once a step of so many seconds of the GPU has ended."""
+        return self._loop.after(seconds)
 
     def _receive_token(self, running: _Running) -> None:
         outcome, state = running.outcome, running.state

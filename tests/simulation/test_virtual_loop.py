@@ -44,6 +44,24 @@ def test_timeouts_cancellations_and_thousands_of_cancelled_timers() -> None:
     assert loop.run(main()) == pytest.approx(5)
 
 
+def test_waiting_for_a_moment_ends_then_and_may_be_cancelled() -> None:
+    loop = new_virtual_loop()
+
+    async def wait(seconds: float) -> float:
+        await loop.after(seconds)
+        return loop.time()
+
+    async def main() -> None:
+        early, late, given_up = (asyncio.create_task(wait(seconds)) for seconds in (2.0, 7.0, 5.0))
+        assert await early == pytest.approx(2.0)
+        given_up.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await given_up
+        assert await late == pytest.approx(7.0), "the moment of the one that was given up has passed without harm"
+
+    loop.run(main())
+
+
 def test_what_an_executor_runs_takes_the_time_that_it_says() -> None:
     loop = new_virtual_loop()
 
