@@ -36,6 +36,7 @@ from vitrine_vlm.types import ItemTimings, Layout, MediaItem, Ticket
 
 _log = logging.getLogger(__name__)
 _ITEM = "vitrine.item_index"
+_STAGE_METRIC = harmless("a metric of stages")
 
 # Answers for one item of a request, by its index.
 Work: TypeAlias = Callable[[int, MediaItem], Awaitable[None]]
@@ -361,7 +362,7 @@ class _Stage:
         self._span.__exit__(kind, error, traceback)
         if kind is None:
             self.elapsed_ms = (self._clock() - self._started) * 1e3
-            with harmless("a metric of stages"):
+            with _STAGE_METRIC:
                 self._metrics.observe_stage(self._name, self.elapsed_ms / 1e3)
 
 

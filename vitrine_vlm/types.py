@@ -133,7 +133,7 @@ class MediaItem:
     ticket: Ticket | None = None
 
     def __post_init__(self) -> None:
-        if sum(each is not None for each in (self.url, self.data, self.frames, self.patches, self.ticket)) != 1:
+        if (self.url, self.data, self.frames, self.patches, self.ticket).count(None) != 4:
             raise ValueError("a media item needs exactly one of url, data, frames, patches and ticket")
 
     @property

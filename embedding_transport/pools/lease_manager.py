@@ -113,6 +113,9 @@ class LeaseManager:
         Raises:
             Overloaded: the pool stayed full.
         """
+        at_once = self.try_allocate(pool, nbytes, holder)
+        if at_once is not None:
+            return at_once
         waiter = _Waiter(holder, nbytes, asyncio.get_running_loop().create_future())
         with self._lock:
             self._pools[pool].waiting.append(waiter)

@@ -71,7 +71,10 @@ def options_to_fields(options: MediaOptions) -> dict[str, Any]:
 
 def options_from_message(message: Message, fps: float) -> MediaOptions:
     """The options in a message of either protocol; unchecked. fps: 0 for none."""
-    return MediaOptions(fps=fps or None, **{field.name: value for field, value in message.ListFields()})
+    fields = message.ListFields()
+    if not fields and not fps:
+        return NO_OPTIONS
+    return MediaOptions(fps=fps or None, **{field.name: value for field, value in fields})
 
 
 def _options_to_proto(options: MediaOptions) -> encoder_pb2.MediaOptions | None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from vitrine_vlm.encoder_service.engine.cost_model import CostModel
 from vitrine_vlm.encoder_service.models.grids import GridTHW
@@ -69,28 +68,21 @@ class Admission:
         queue_s = max(slowness * self.tower_s, self.preprocess_s)
         return ExpectedTime(queue_s, slowness * self._cost.seconds(grid_thw))
 
-    @contextmanager
     def admit(
         self, grid_thw: GridTHW, deadline: float = math.inf, *, preprocess_s: float = 0.0, reserve: bool = True
-    ) -> Iterator[Reservation]:
-        """An item's reservation, which is released at the end of the context.
+    ) -> Reservation:
+        """An item's reservation, to be used as a context, at whose end it is released.
 
         Args:
             preprocess_s: how much longer preprocessing takes by this item.
             deadline: when the item's request ends, seconds of the monotonic clock.
-            reserve: whether to reserve at once; otherwise the caller calls `Reservation.reserve` when it has to.
+            reserve: whether the context begins with it; otherwise `Reservation.reserve` is called when it has to be.
 
         Raises:
             Overloaded: see `check`.
         """
         uncorrected_s = self._cost.uncorrected_seconds(grid_thw)
-        reservation = Reservation(self, math.prod(grid_thw), uncorrected_s, preprocess_s, deadline)
-        if reserve:
-            reservation.reserve()
-        try:
-            yield reservation
-        finally:
-            reservation.release()
+        return Reservation(self, math.prod(grid_thw), uncorrected_s, preprocess_s, deadline, reserve)
 
     def check(self, num_patches: int, uncorrected_s: float, preprocess_s: float, deadline: float) -> None:
         """
@@ -142,15 +134,30 @@ class Admission:
 
 
 class Reservation:
-    """One item's part of an admission."""
+    """One item's part of an admission, released at the end of its context."""
 
     def __init__(
-        self, admission: Admission, num_patches: int, uncorrected_s: float, preprocess_s: float, deadline: float
+        self,
+        admission: Admission,
+        num_patches: int,
+        uncorrected_s: float,
+        preprocess_s: float,
+        deadline: float,
+        reserves_at_once: bool,
     ) -> None:
         self._admission = admission
         self._num_patches, self._uncorrected_s, self._preprocess_s = num_patches, uncorrected_s, preprocess_s
         self._deadline = deadline
+        self._reserves_at_once = reserves_at_once
         self._reserved = False
+
+    def __enter__(self) -> Reservation:
+        if self._reserves_at_once:
+            self.reserve()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
 
     def reserve(self) -> None:
         """Adds the item's work to the admission; a second call changes nothing.

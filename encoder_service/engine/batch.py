@@ -61,6 +61,10 @@ class QueuedItem:
     queued_at: float = field(default_factory=time.monotonic)
 
     @property
+    def num_patches(self) -> int:
+        return self.patches_PX.shape[0]
+
+    @property
     def due(self) -> float:
         return min(self.deadline, self.queued_at + _MAX_DUE_S)
 
@@ -111,7 +115,7 @@ class Batch:
     def _forward(self, tower: VisionTower) -> list[torch.Tensor]:
         """Rows of each item; the hooks' work is queued behind them."""
         rows_TW = tower.forward(self.patches_PX, [item.grid_thw for item in self.items])
-        num_tokens = [len(item.patches_PX) // tower.merge_unit for item in self.items]
+        num_tokens = [item.num_patches // tower.merge_unit for item in self.items]
         rows = list(rows_TW.split(num_tokens))
         for item, item_TW in zip(self.items, rows, strict=True):
             if item.hook is not None:

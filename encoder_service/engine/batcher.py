@@ -241,7 +241,7 @@ class Batcher:
         self._tower_speed.add(forward_s, self._cost.batch_seconds(grids))
         self._cost.observe(grids, forward_s)
         with harmless("a metric of batches"):
-            self._on_batch(BatchReport(len(batch.items), len(batch.patches_PX), forward_s))
+            self._on_batch(BatchReport(len(batch.items), batch.patches_PX.shape[0], forward_s))
 
     async def _fail_batch(self, items: list[QueuedItem]) -> None:
         """Fails the items of a batch; called in the handler of the exception."""

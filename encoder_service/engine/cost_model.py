@@ -93,8 +93,9 @@ class CostModel:
 
     def uncorrected_seconds(self, grid_thw: GridTHW) -> float:
         """Seconds that one item adds to a batch, by the measurements of the start alone."""
-        patches, pairs = _patches_and_pairs((grid_thw,))
-        return self.per_patch_s * patches + self.per_pair_s * pairs
+        t, h, w = grid_thw
+        patches = h * w
+        return self.per_patch_s * (t * patches) + self.per_pair_s * (t * patches**2)
 
     def seconds(self, grid_thw: GridTHW) -> float:
         """Seconds that one item adds to a batch."""

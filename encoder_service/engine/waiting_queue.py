@@ -37,7 +37,7 @@ class WaitingQueue:
     def add(self, item: QueuedItem) -> None:
         insort(self._items, item, key=lambda each: each.due)
         self._present.add(item)
-        self.num_patches += len(item.patches_PX)
+        self.num_patches += item.num_patches
 
     def discard(self, item: QueuedItem) -> None:
         """Removes an item, and so releases its patches, unless it is in a batch already."""
@@ -56,7 +56,7 @@ class WaitingQueue:
             item = self._items[0]
             if not item.result.done():
                 seconds = self._cost.seconds(item.grid_thw)
-                num_patches += len(item.patches_PX)
+                num_patches += item.num_patches
                 if popped and (num_patches > self._max_batch_patches or seconds > slack_s):
                     break
                 slack_s = slack_s - seconds if popped else self._slack_s(item, seconds)
@@ -66,7 +66,7 @@ class WaitingQueue:
 
     def _left(self, item: QueuedItem) -> None:
         self._present.remove(item)
-        self.num_patches -= len(item.patches_PX)
+        self.num_patches -= item.num_patches
 
     def _slack_s(self, item: QueuedItem, seconds: float) -> float:
         """How much work besides the item's own `seconds` its batch may do; without limit if it is late anyway."""
