@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from vitrine_vlm.simulation.what_must_hold.autoscaling import Scaled
 from vitrine_vlm.simulation.what_must_hold.case import Case, Result
 
 _SLICE_S = 0.25
+_TITLE_WIDTH = 60
 
 
 def draw_cases(results: Sequence[tuple[Case, Result]], file: Path) -> None:
@@ -31,7 +33,7 @@ def draw_cases(results: Sequence[tuple[Case, Result]], file: Path) -> None:
         if case.since is not None:
             last = begin.max() if case.until is None else case.until
             panel.axvspan(case.since, last, color="tab:red", alpha=0.1, linewidth=0)
-        panel.set_title(case.what, fontsize="medium")
+        panel.set_title(textwrap.fill(case.what, _TITLE_WIDTH), fontsize="medium")
         panel.set_yscale("log")
         panel.set_ylabel("s")
         panel.legend(loc="upper left", fontsize="small")
