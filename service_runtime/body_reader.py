@@ -29,7 +29,7 @@ class BodyReader:
     """
 
     def __init__(self, module: str) -> None:
-        self._processes = LimitedProcesses(module)
+        self._processes = LimitedProcesses(module, MAX_CPU_S)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="body process")
 
     def end_with(self, application: web.Application) -> None:

@@ -15,7 +15,7 @@ class GrammarChecker:
     """Checks grammars in `LimitedProcesses`. Safe on any thread."""
 
     def __init__(self) -> None:
-        self._processes = LimitedProcesses(grammar_check.__name__)
+        self._processes = LimitedProcesses(grammar_check.__name__, MAX_CPU_S)
 
     def source(self, grammar: Grammar) -> str:
         """Returns the grammar in the language of llguidance; see `grammar_source`.

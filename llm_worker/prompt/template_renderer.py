@@ -22,7 +22,7 @@ class TemplateRenderer:
 
     def __init__(self, cpu_s: float) -> None:
         self._cpu_s = cpu_s
-        self._processes = LimitedProcesses(_MODULE)
+        self._processes = LimitedProcesses(_MODULE, cpu_s)
         weakref.finalize(self, self._processes.close)
 
     def render(self, **arguments: Any) -> str:

@@ -19,6 +19,10 @@ def _read(body: bytes, arguments: dict[str, Any], keep: Keep) -> Any:
         case "stop":
             while True:
                 time.sleep(60)
+        case "try":  # to take a lock, again and again, and compute a little
+            while True:
+                time.sleep(0.02)
+                sum(range(2000))
         case "grow":
             return [bytes(2**26) for _ in range(64)]
         case "fault":

@@ -14,10 +14,11 @@ from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 
 from tests.service_runtime import body_process_to_end
-from vitrine_vlm.errors import BadRequest, TooManyItems, WorkerUnavailable
-from vitrine_vlm.service_runtime import http_requests
+from vitrine_vlm.errors import BadRequest, InternalError, TooManyItems, WorkerUnavailable
+from vitrine_vlm.service_runtime import http_requests, progress
 from vitrine_vlm.service_runtime.body_process import Kept
 from vitrine_vlm.service_runtime.body_reader import BodyReader
+from vitrine_vlm.service_runtime.limited_processes import LimitedProcesses, TookTooMuch
 from vitrine_vlm.service_runtime.memory_file import MemoryFile
 from vitrine_vlm.service_runtime.port_limits import DEFAULT_LIMITS
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
@@ -67,6 +68,52 @@ async def test_a_body_that_takes_too_much(reader: BodyReader, do: str, limit: st
         await ask(reader, do)
     (found, _) = await ask(reader)
     assert found["pid"] != first["pid"]
+
+
+@pytest.mark.parametrize("do", ["stop", "echo"])
+async def test_a_process_that_does_nothing_is_ended(
+    reader: BodyReader, do: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (first, _) = await ask(reader)
+    monkeypatch.setattr(progress, "_LOOK_S", 0.05)
+    if do == "echo":
+        os.kill(first["pid"], signal.SIGSTOP)
+    before = open_files()
+    with pytest.raises(InternalError, match=r"body_process_to_end did nothing for 0.5 s and was ended: try again"):
+        await ask(reader, do)
+    assert open_files() == before - 2, "its connection and its output"
+    (found, _) = await ask(reader)
+    assert found["pid"] != first["pid"]
+
+
+async def test_a_process_that_hardly_does_anything_is_ended(
+    reader: BodyReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await ask(reader)
+    monkeypatch.setattr(progress, "_LEAST_CPU_S", 0.0)
+    monkeypatch.setattr(progress, "_WALL_PER_CPU_S", 0.02)  # of 35 s
+    with pytest.raises(BadRequest, match=f"the body of {len(BODY)} bytes takes more than 30 s"):
+        await ask(reader, "try")
+
+
+async def test_an_ending_service_waits_for_no_process_that_was_stopped() -> None:
+    reader, application = BodyReader(body_process_to_end.__name__), web.Application()
+    reader.end_with(application)
+    application.freeze()
+    (found, _) = await ask(reader)
+    os.kill(found["pid"], signal.SIGSTOP)
+    async with asyncio.timeout(30):
+        await application.cleanup()
+    assert not Path(f"/proc/{found['pid']}").exists()
+
+
+def test_a_process_that_works_behind_the_end_is_ended() -> None:
+    """Also one that is started while its service ends."""
+    processes = LimitedProcesses(body_process_to_end.__name__, 1.0)
+    processes.kill()
+    with MemoryFile() as body, MemoryFile() as kept, pytest.raises(TookTooMuch):
+        processes.ask('{"do": "stop"}', (body.fd, kept.fd))
+    assert not processes._idle and not processes._working
 
 
 async def test_errors_of_the_process(reader: BodyReader) -> None:
