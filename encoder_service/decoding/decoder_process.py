@@ -8,7 +8,6 @@ import os
 import select
 import signal
 import socket
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NoReturn, Self
@@ -16,12 +15,19 @@ from typing import NoReturn, Self
 from vitrine_vlm.encoder_service.decoding import decoder_main
 from vitrine_vlm.encoder_service.decoding.arena import NUM_SLOTS, Arena
 from vitrine_vlm.encoder_service.decoding.media_decoder import ImageHeader, Pixels, VideoHeader
-from vitrine_vlm.encoder_service.decoding.messages import ConnectionEnded, Fields, receive_message, send_message
+from vitrine_vlm.encoder_service.decoding.messages import (
+    ConnectionEnded,
+    Fields,
+    receive_message,
+    send_exactly,
+    send_message,
+)
 from vitrine_vlm.encoder_service.decoding.plain_header import plain_header
 from vitrine_vlm.encoder_service.decoding.priority import PriorityOfItem
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
 from vitrine_vlm.errors import MediaError, MediaTooLarge, error_from_code
 from vitrine_vlm.service_runtime.child_process import ChildFailed, bound_command
+from vitrine_vlm.service_runtime.progress import ProcessStalled, Progress
 
 # Of the environment: what an interpreter needs to start, and none of a service's settings.
 _ENVIRONMENT = (
@@ -34,9 +40,9 @@ _ENVIRONMENT = (
     "LANG",
     "TMPDIR",
 )
+# Of a decoder, as what waits for it sees them.
+_ENDS = (OSError, ConnectionEnded, ProcessStalled)
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-# A decoder that waits for a core is not late, also at the lower priority: only one that is stopped takes as long.
-_WALL_PER_CPU_S = 36.0
 
 
 class DecoderProcess:
@@ -55,9 +61,8 @@ class DecoderProcess:
         self._connection = connection
         self._arena = arena
         self._max_pixels = max_pixels
-        self._readable = select.poll()
-        self._readable.register(connection, select.POLLIN)
         self._priority = PriorityOfItem(process.pid)
+        self._progress = Progress(process.pid)
         self._loop = asyncio.get_running_loop()
         self._killed = False
         self.is_used = False
@@ -131,7 +136,7 @@ class DecoderProcess:
         self._setting = setting
         self._begins_item = True
         self._priority.begin()
-        self._late_at = time.monotonic() + _WALL_PER_CPU_S * cpu_s
+        self._progress.begin_work(cpu_s)
 
     def end_item(self) -> None:
         """Returns what large pictures took of the shared memory."""
@@ -186,23 +191,20 @@ class DecoderProcess:
         head = {"do": request, "begins_item": self._begins_item, "cpu_s": max(self._cpu_left_s, 1e-3), **fields}
         self._begins_item = False
         try:
-            self._set_timeout()
-            send_message(self._connection, head, file)
-        except OSError as error:
+            send_message(self._connection, head, file, self._wait)
+        except _ENDS as error:
             self._raise_end(error)
 
     def _send_next(self) -> None:
         try:
-            self._connection.sendall(decoder_main.NEXT_FRAME)
-        except OSError as error:
+            send_exactly(self._connection, [decoder_main.NEXT_FRAME], self._wait)
+        except _ENDS as error:
             self._raise_end(error)
 
     def _receive(self) -> Fields:
         try:
-            self._wait_for_reply()
-            self._set_timeout()
-            reply, _ = receive_message(self._connection)
-        except (OSError, ConnectionEnded) as error:
+            reply, _ = receive_message(self._connection, wait=self._wait)
+        except _ENDS as error:
             self._raise_end(error)
         if "cpu_left_s" in reply:
             self._cpu_left_s = min(reply.pop("cpu_left_s"), self._cpu_left_s)
@@ -210,20 +212,23 @@ class DecoderProcess:
             raise error_from_code(reply["error"], reply["message"])
         return reply
 
-    def _wait_for_reply(self) -> None:
-        """Returns also once the decoder is late, or has ended."""
-        while (now := time.monotonic()) < self._late_at:
-            self._priority.look()
-            until = min(self._priority.next_look, self._late_at)
-            if self._readable.poll(math.ceil(1000 * (until - now))):
-                return
+    def _wait(self, event: int) -> None:
+        """Waits until the connection can be read or written, which it can once the decoder has ended, too.
 
-    def _set_timeout(self) -> None:
-        self._connection.settimeout(max(self._late_at - time.monotonic(), 1e-3))
+        Raises:
+            ProcessStalled, TimeoutError: see `Progress.look`.
+        """
+        connection = select.poll()
+        connection.register(self._connection, event)
+        self._progress.begin_wait()
+        looking = (self._progress, self._priority)
+        while not connection.poll(math.ceil(1000 * min(each.seconds_to_look() for each in looking))):
+            for each in looking:
+                each.look()
 
     def _raise_end(self, error: Exception) -> NoReturn:
-        """Raises what the item gets whose decoder ended, or is late and ended here."""
-        if isinstance(error, TimeoutError):
+        """Raises what the item gets whose decoder ended, or is ended here."""
+        if isinstance(error, ProcessStalled | TimeoutError):
             self._loop.call_soon_threadsafe(self.kill)
         code = asyncio.run_coroutine_threadsafe(self._process.wait(), self._loop).result()
         if code == -signal.SIGPROF or isinstance(error, TimeoutError):
@@ -231,7 +236,8 @@ class DecoderProcess:
                 f"decoding takes more than {self._limit_s:g} s: send a smaller file, or one that is encoded more "
                 f"simply ({self._setting} is the limit)"
             ) from error
-        raise MediaError(f"the process that decoded the file {_how(code)}: the file may be damaged") from error
+        how = str(error) if isinstance(error, ProcessStalled) else _how(code)
+        raise MediaError(f"the process that decoded the file {how}: the file may be damaged") from error
 
 
 def _how(code: int) -> str:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
 import struct
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 Fields: TypeAlias = dict[str, Any]
+# Waits until a connection that does not block can be read (POLLIN) or written (POLLOUT).
+Wait: TypeAlias = Callable[[int], None]
 
 _HEAD = struct.Struct("<IQ")  # bytes of JSON, bytes of the file
 # A video's indices are the longest.
@@ -18,48 +22,67 @@ class ConnectionEnded(Exception):
     """The other side has closed the connection, or its process has ended."""
 
 
-def send_message(connection: socket.socket, fields: Fields, file: bytes = b"") -> None:
+def _never(event: int) -> None:
+    raise AssertionError("a blocking connection is not waited for")
+
+
+def send_message(connection: socket.socket, fields: Fields, file: bytes = b"", wait: Wait = _never) -> None:
     """
     Raises:
-        OSError: the other side has ended, or does not read within the connection's timeout.
+        OSError: the other side has ended.
     """
     encoded = json.dumps(fields).encode()
     head = _HEAD.pack(len(encoded), len(file)) + encoded
     # At once, so that the other side wakes up once.
-    num_sent = connection.sendmsg((head, file)) if file else 0
-    if num_sent < len(head):
-        connection.sendall(head[num_sent:])
-    if num_sent < len(head) + len(file):
-        connection.sendall(memoryview(file)[max(0, num_sent - len(head)) :])
+    send_exactly(connection, (head, file), wait)
 
 
-def receive_message(connection: socket.socket, max_file_nbytes: int = 0) -> tuple[Fields, bytes]:
+def send_exactly(connection: socket.socket, buffers: Iterable[bytes], wait: Wait = _never) -> None:
+    """
+    Raises:
+        OSError: the other side has ended.
+    """
+    left = [memoryview(buffer) for buffer in buffers if buffer]
+    while left:
+        try:
+            num_sent = connection.sendmsg(left)
+        except BlockingIOError:
+            wait(select.POLLOUT)
+            continue
+        while left and num_sent >= len(left[0]):
+            num_sent -= len(left.pop(0))
+        if left:
+            left[0] = left[0][num_sent:]
+
+
+def receive_message(connection: socket.socket, max_file_nbytes: int = 0, wait: Wait = _never) -> tuple[Fields, bytes]:
     """The next message: its fields and its file.
 
     Raises:
         ConnectionEnded: there is none, or it has a length that no message has.
-        OSError: it does not come within the connection's timeout.
+        OSError: the other side has ended.
     """
-    fields_nbytes, file_nbytes = _HEAD.unpack(receive_exactly(connection, _HEAD.size))
+    fields_nbytes, file_nbytes = _HEAD.unpack(receive_exactly(connection, _HEAD.size, wait))
     if fields_nbytes > _MAX_FIELDS_NBYTES or file_nbytes > max_file_nbytes:
         raise ConnectionEnded(f"a message of {fields_nbytes} + {file_nbytes} bytes")
-    return json.loads(receive_exactly(connection, fields_nbytes)), receive_exactly(connection, file_nbytes)
+    fields = json.loads(receive_exactly(connection, fields_nbytes, wait))
+    return fields, receive_exactly(connection, file_nbytes, wait)
 
 
-def receive_exactly(connection: socket.socket, nbytes: int) -> bytes:
+def receive_exactly(connection: socket.socket, nbytes: int, wait: Wait = _never) -> bytes:
     """
     Raises:
-        ConnectionEnded: fewer bytes come; OSError: they do not come within the connection's timeout.
+        ConnectionEnded: fewer bytes come; OSError: the other side has ended.
     """
-    if not nbytes:
-        return b""
-    received = connection.recv(nbytes, socket.MSG_WAITALL)
-    if len(received) == nbytes:  # always on a connection without a timeout
-        return received
-    parts, missing = [received], nbytes - len(received)
-    while missing and parts[-1]:
-        parts.append(connection.recv(missing, socket.MSG_WAITALL))
+    parts: list[bytes] = []
+    missing = nbytes
+    while missing:
+        try:
+            parts.append(connection.recv(missing, socket.MSG_WAITALL))
+        except BlockingIOError:
+            wait(select.POLLIN)
+            continue
+        if not parts[-1]:
+            raise ConnectionEnded(f"{missing} of {nbytes} bytes did not come")
         missing -= len(parts[-1])
-    if missing:
-        raise ConnectionEnded(f"{missing} of {nbytes} bytes did not come")
-    return b"".join(parts)
+    return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -14,6 +14,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from vitrine_vlm.service_runtime.progress import cpu_seconds
+
 # CPU time behind the first look at an item, seconds, and how often it is looked at. A usual picture takes less, however
 # long it waits for a core.
 _LONG_S, _LOOK_S = 0.25, 0.25
@@ -22,10 +24,7 @@ NICENESS = 5
 
 
 class PriorityOfItem:
-    """Lowers the threads of a decoder in the middle of an item that takes long. Cheap for one that does not.
-
-    next_look: when `look` is to be called, by time.monotonic.
-    """
+    """Lowers the threads of a decoder in the middle of an item that takes long. Cheap for one that does not."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -33,22 +32,26 @@ class PriorityOfItem:
 
     def begin(self) -> None:
         """Begins an item."""
-        self.next_look = time.monotonic() + _LOOK_S
+        self._next_look = time.monotonic() + _LOOK_S
         self._cpu_s: float | None = None  # at the first look
+
+    def seconds_to_look(self) -> float:
+        """How long the caller may wait before it calls `look`."""
+        return max(0.0, self._next_look - time.monotonic())
 
     def look(self) -> None:
         """Lowers the decoder if its item takes long, as far as that is known now."""
         now = time.monotonic()
-        if now < self.next_look:
+        if now < self._next_look:
             return
-        self.next_look = now + _LOOK_S
+        self._next_look = now + _LOOK_S
         with suppress(OSError):  # the process has ended
-            cpu_s = _cpu_s(self._pid)
+            cpu_s = cpu_seconds(self._pid)
             if self._cpu_s is None:
                 self._cpu_s = cpu_s
             elif cpu_s - self._cpu_s >= _LONG_S:
                 _lower(self._pid)
-                self.next_look = math.inf
+                self._next_look = math.inf
 
 
 def is_lowered() -> bool:
@@ -63,8 +66,3 @@ def _lower(pid: int) -> None:
         if int(task.name) != pid:
             with suppress(ProcessLookupError):  # it has ended meanwhile
                 os.setpriority(os.PRIO_PROCESS, int(task.name), niceness)
-
-
-def _cpu_s(pid: int) -> float:
-    """CPU time of all threads of a process, by its clock (clock_getcpuclockid, as the kernel numbers them)."""
-    return time.clock_gettime(~pid << 3 | 2)

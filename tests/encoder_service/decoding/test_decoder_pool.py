@@ -27,6 +27,7 @@ from vitrine_vlm.encoder_service.media.limits import MediaLimits
 from vitrine_vlm.encoder_service.preprocess.preprocess_pool import PreprocessPool
 from vitrine_vlm.encoder_service.preprocess.preprocessor import Preprocessor
 from vitrine_vlm.errors import MediaError, MediaTooLarge, MediaTruncated, NotAnImage
+from vitrine_vlm.service_runtime import progress
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.types import MediaItem
 
@@ -155,6 +156,35 @@ async def test_a_decoder_that_is_killed_loses_its_item_alone() -> None:
             await item
         await other
         assert await started(pool, replacing=pids) & pids == pids - {pid}
+
+
+@pytest.mark.parametrize("stage", ["decoding", "sending"])
+async def test_a_decoder_that_is_stopped_loses_its_item_alone(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long before it would be late."""
+    monkeypatch.setattr(progress, "_LOOK_S", 0.05)
+    large = SLOW if stage == "decoding" else bytes(16 << 20)
+
+    def stop_and_decode(decoder: DecoderProcess) -> None:
+        if stage == "decoding":
+            decode(decoder, PICTURE)
+            threading.Timer(0.1, os.kill, (decoder.pid, signal.SIGSTOP)).start()
+        else:
+            os.kill(decoder.pid, signal.SIGSTOP)
+        decode(decoder, large)
+
+    async with running(image_timeout_s=600.0) as pool:
+        pids = await started(pool)
+        with pytest.raises(MediaError, match=r"that decoded the file did nothing for 0.5 s: the file may be damaged"):
+            await use(pool, stop_and_decode)
+        assert len(await started(pool, replacing=pids) & pids) == 1
+        await use(pool, lambda decoder: decode(decoder, PICTURE))
+
+
+async def test_a_decoder_that_works_for_long_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_WALL_PER_CPU_S", 1e-3)
+    async with running(image_timeout_s=100.0) as pool:
+        with pytest.raises(MediaTooLarge, match="takes more than 100 s"):
+            await use(pool, lambda decoder: decode(decoder, SLOW))
 
 
 async def test_cancelling_ends_the_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
