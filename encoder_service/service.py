@@ -229,18 +229,18 @@ class EncodeService:
                 self._metrics.items.labels(item.kind, outcome).inc()
 
     async def _open_item(self, index: int, item: MediaItem, tenant: str) -> OpenedItem:
-        """Loads and opens an item, or claims it; the caller releases its bytes.
+        """Loads and opens an item, or has that of its ticket; the caller releases its bytes.
 
         Raises:
             MediaError, Overloaded: see `MediaLoader.load`, `Preprocessor.open` and `ByteBudget.add`.
-            TicketExpired: see `TicketTable.claim`; BadRequest: the ticket is of an item of the other kind.
+            TicketExpired: see `TicketTable.opened`; BadRequest: the ticket is of an item of the other kind.
         """
         if item.ticket is not None:
-            claimed = self._tickets.claim(item.ticket.value, tenant)
-            if claimed.layout.kind != item.kind:
-                claimed.reserved.release()
-                raise BadRequest(f"item {index} is of kind {item.kind}, its ticket of kind {claimed.layout.kind}")
-            return claimed
+            opened_item = self._tickets.opened(item.ticket.value, tenant)
+            if opened_item.layout.kind != item.kind:
+                opened_item.reserved.release()
+                raise BadRequest(f"item {index} is of kind {item.kind}, its ticket of kind {opened_item.layout.kind}")
+            return opened_item
         reserved = self._media_budget.item()
         try:
             with self._stage("load", index) as load:
@@ -280,6 +280,8 @@ class EncodeService:
     async def _encode_item(self, index: int, item: MediaItem, replies: Replies, tenant: str, deadline: float) -> None:
         source = await self._open_item(index, item, tenant)
         with source.reserved:
+            if item.ticket is not None:
+                self._tickets.claim_rows(item.ticket.value)
             key = _cache_key(source.layout.content_hash, tenant)
             layout, timings = self._announced(source.layout, key), source.timings
             admission = self._admission.admit(

@@ -129,7 +129,7 @@ class TicketTable:
         self._issued[ticket.value].item.reserved.on_free = partial(self._ahead.abandoned, ticket.value)
         self._ahead.add(ticket.value, compute)
 
-    def claim(self, ticket: bytes, tenant: str) -> OpenedItem:
+    def opened(self, ticket: bytes, tenant: str) -> OpenedItem:
         """The item of a ticket; the caller is one more user of its bytes.
 
         Raises:
@@ -142,8 +142,11 @@ class TicketTable:
                 f"{self.ttl_s:g} s (--ticket-ttl-s), or is another encoder's or tenant's; ask for the layout again"
             )
         issued.item.reserved.share()
-        self._ahead.claimed(ticket)
         return issued.item
+
+    def claim_rows(self, ticket: bytes) -> None:
+        """Leaves the place of a ticket whose rows were to be computed ahead to another one: its user asks for them."""
+        self._ahead.claimed(ticket)
 
     def release(self, tickets: Iterable[bytes]) -> None:
         """Ends tickets; unknown ones are ignored, and claims in flight go on."""

@@ -110,6 +110,21 @@ async def test_without_claims_no_more_is_computed_than_there_are_places(encoder:
     assert held(encoder) == (0, 0, 0) and outcomes(encoder) == (1, 3)
 
 
+async def test_asking_for_its_layout_again_claims_no_rows(encoder: RunningEncoder) -> None:
+    """Nor does a claim that is refused."""
+    tickets = await tickets_of(encoder, *(png(*size) for size in SIZES.values()))
+    await eventually(lambda: num_computed(encoder) == PLACES)
+    for ticket in tickets:
+        again = encoder_pb2.EncodeRequest(items=[claim(ticket)], layout_only=True, compute_ahead=True)
+        layouts = layouts_of([response async for response in stub(encoder).Encode(again)])
+        assert layouts[0].num_tokens and not layouts[0].ticket
+        assert failures(await encode(encoder, [claim(ticket, encoder_pb2.MEDIA_KIND_VIDEO)]))
+    await encode(encoder, [image_message(png(64, 96))])  # behind all that has a place
+    assert num_computed(encoder) == PLACES + 1 and outcomes(encoder) == (0, 0)
+    await release(encoder, *tickets)
+    assert held(encoder) == (0, 0, 0)
+
+
 async def test_a_claim_of_a_ticket_without_a_place_computes_it_once(encoder: RunningEncoder) -> None:
     pictures = [png(*size) for size in SIZES.values()]
     tickets = await tickets_of(encoder, *pictures)

@@ -308,8 +308,8 @@ def test_tickets_expire_in_their_order_and_not_a_moment_late(tmp_path: Path) -> 
     assert table.nbytes == budget.reserved_nbytes == 3 * len(PICTURE)
     now[0] = 10.0
     with pytest.raises(TicketExpired):  # also where the loop is late
-        table.claim(tickets[0], "tenant")
-    table.claim(tickets[1], "tenant").reserved.release()
+        table.opened(tickets[0], "tenant")
+    table.opened(tickets[1], "tenant").reserved.release()
     assert (table.expire(), len(table), table.nbytes) == (1, 2, 2 * len(PICTURE))
     table.release([tickets[2]])
     now[0] = 14.0
