@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 
 _WEIGHT_OF_LAST = 0.2
@@ -23,12 +25,13 @@ class QueueTime:
 
     @contextmanager
     def work(self, num_units: int) -> Iterator[None]:
-        """Measures the work of a thread on so many units."""
+        """Measures the work of a thread on so many units, unless it ends by CancelledError: then it did fewer."""
         begin = time.perf_counter()
         try:
             yield
         finally:
-            self.add(num_units, time.perf_counter() - begin)
+            if not isinstance(sys.exception(), CancelledError):
+                self.add(num_units, time.perf_counter() - begin)
 
     def add(self, num_units: int, seconds: float) -> None:
         """Counts work that has ended."""

@@ -6,7 +6,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextvars import copy_context
 from typing import TypeVar
 
@@ -145,5 +145,5 @@ def _joined(pieces: Iterable[list[int]]) -> list[int]:
 def _until(stopped: threading.Event, pieces: Iterator[list[int]]) -> Iterator[list[int]]:
     for ids in pieces:
         if stopped.is_set():
-            return
+            raise CancelledError
         yield ids

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import CancelledError
+
 import pytest
 
 from vitrine_vlm.service_runtime.queue_time import QueueTime
@@ -23,3 +25,11 @@ def test_work_that_fails_counts_too() -> None:
     with pytest.raises(ValueError, match="wrong"), queue_time.work(1):
         raise ValueError("wrong")
     assert queue_time.seconds(1) > 0
+
+
+def test_work_that_was_cancelled_does_not_count() -> None:
+    queue_time = QueueTime(num_threads=1)
+    queue_time.add(10, 1.0)
+    with pytest.raises(CancelledError), queue_time.work(10**6):
+        raise CancelledError
+    assert queue_time.seconds(10) == pytest.approx(1.0)

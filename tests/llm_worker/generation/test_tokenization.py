@@ -22,17 +22,19 @@ WORDS = "What is in this picture, and where? "
 
 
 class Counted(PromptTokenizer):
-    """num_pieces: that were encoded. held: where a test lets them wait."""
+    """num_pieces: that were encoded. held: where a test lets them wait. reached: once one does, or would."""
 
     def __init__(self) -> None:
         super().__init__(open_checkpoint(str(MODEL_FOLDER)))
         self.num_pieces = 0
         self.held = threading.Event()
         self.held.set()
+        self.reached = threading.Event()
 
     def encode_in_pieces(self, prompt: str | ChatText, from_end: bool = False) -> Iterator[list[int]]:
         for ids in super().encode_in_pieces(prompt, from_end):
             if len(prompt if isinstance(prompt, str) else prompt.text) > 16 * 1024:
+                self.reached.set()
                 assert self.held.wait(10)
             self.num_pieces += 1
             yield ids
@@ -108,6 +110,24 @@ async def test_short_texts_do_not_wait_for_long_ones(
     before = tokenizer.num_pieces
     assert await tokenization.prompt_ids(long, 10) == tokenizer.encode(long)[-10:]
     assert tokenizer.num_pieces <= before + 40 and tokenization._num_waiting_chars == 0
+
+
+async def test_when_to_try_again_does_not_count_what_was_cancelled(
+    tokenization: Tokenization, tokenizer: Counted
+) -> None:
+    """A cancelled text ends behind a piece, and would say that all of it took no longer."""
+    tokenization._queue_time.add(1000, 1.0)
+    tokenizer.held.clear()
+    tokenizer.reached.clear()
+    task = asyncio.create_task(tokenization.prompt_ids(WORDS * 5000, 10**6))
+    before = tokenizer.num_pieces
+    assert await asyncio.to_thread(tokenizer.reached.wait, 10)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    tokenizer.held.set()
+    await asyncio.to_thread(tokenization._threads.shutdown)
+    assert tokenizer.num_pieces <= before + 2, "it was not read to its end"
+    assert tokenization._queue_time.seconds(1000) * tokenization._queue_time._num_threads == pytest.approx(1.0)
 
 
 async def test_no_text_is_longer_than_what_is_read(tokenization: Tokenization, tokenizer: Counted) -> None:
