@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import fnmatch
+import importlib.util
 import json
 import re
 import subprocess
@@ -74,6 +75,15 @@ def test_the_build_context_is_what_is_copied() -> None:
     assert all((ROOT / name).exists() for name in copied)
     assert any(fnmatch.fnmatch("llm_worker/__pycache__", rule) for rule in rules[1:])
     assert rules.index("!deploy") < rules.index("deploy/docker"), "the last rule that matches decides: .env stays out"
+
+
+def test_rays_files_are_rotated() -> None:
+    """Its proxies write lines for what clients send, also to stderr; only with the variable has that a largest size."""
+    assert int(environment(STAGES, "ray")["RAY_ROTATION_MAX_BYTES"]) == 128 << 20
+    pytest.importorskip("ray", reason="Ray is not installed: it comes with the extra `serve`")
+    worker = importlib.util.find_spec("ray._private.workers.default_worker")
+    assert worker is not None and worker.origin is not None
+    assert 'rotation_max_bytes = os.getenv("RAY_ROTATION_MAX_BYTES", None)' in Path(worker.origin).read_text()
 
 
 @OURS
