@@ -19,7 +19,6 @@ from aiohttp import web
 from vitrine_vlm.dtypes import DTYPES
 from vitrine_vlm.embedding_transport.pools.cuda_ipc_pool import gpu_uuids
 from vitrine_vlm.embedding_transport.pools.shm_pool import remove_stale_pools
-from vitrine_vlm.embedding_transport.shipping.encoder_rpc import encode_in_pieces
 from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter, export_pools
 from vitrine_vlm.embedding_transport.wire.message_bounds import MessageBounds
 from vitrine_vlm.encoder_service.codec import describe_to_proto, stats_to_proto
@@ -149,7 +148,7 @@ async def serve(config: EncoderConfig) -> None:
     limits = config.media_limits()
     metrics, calls, held = EncoderMetrics(), RunningCalls(), ByteBudget(config.max_held_bytes)
     servicer = EncoderServicer(metrics, calls, held, config.max_body_bytes)
-    bounds = MessageBounds(held, config.client_timeout_s, encode_in_pieces(config.max_body_bytes))
+    bounds = MessageBounds(held, config.port_limits())
     peer_rules = config.peer_rules(config.tls_client_ca_file is not None)
     server = EncoderServer(servicer, peer_rules, config.port_limits(), [bounds])
     unavailable = lambda message: EncoderUnavailable(f"the encoder {message}")  # noqa: E731

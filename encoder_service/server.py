@@ -23,7 +23,8 @@ from vitrine_vlm.embedding_transport.shipping.session_rpc import ReleaseContext,
 from vitrine_vlm.embedding_transport.wire.grpc_status import abort, logged_call, send
 from vitrine_vlm.embedding_transport.wire.message_bounds import WINDOW_NBYTES
 from vitrine_vlm.embedding_transport.wire.messages import layout_to_proto
-from vitrine_vlm.embedding_transport.wire.request_pieces import first_request, read_files
+from vitrine_vlm.embedding_transport.wire.pieces_context import takes_pieces
+from vitrine_vlm.embedding_transport.wire.request_pieces import MAX_MESSAGE_NBYTES, first_request, read_files
 from vitrine_vlm.encoder_service.codec import check_names, failed_to_proto, item_from_proto
 from vitrine_vlm.encoder_service.metrics import EncoderMetrics
 from vitrine_vlm.encoder_service.service import EncodeService
@@ -168,6 +169,7 @@ class EncoderServicer(SessionServicer, encoder_pb2_grpc.EncoderServicer):  # typ
             with harmless("a metric of requests"):
                 self._metrics.requests.labels(outcome).inc()
 
+    @takes_pieces(MAX_MESSAGE_NBYTES)
     async def EncodeInPieces(  # type: ignore[override]
         self, requests: AsyncIterator[encoder_pb2.EncodeRequest], context: EncodeContext
     ) -> None:

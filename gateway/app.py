@@ -75,7 +75,7 @@ async def serve(config: GatewayConfig) -> None:
     metrics, calls = GatewayMetrics(), RunningCalls()
     access = config.make_access(metrics.registry, "vitrine_gateway", config.tenant)
     held = ByteBudget(config.max_held_bytes)
-    bounds = MessageBounds(held, config.client_timeout_s)
+    bounds = MessageBounds(held, config.port_limits())
     limits = config.port_limits()
     interceptors = [GrpcAccess(access), ClientCalls(limits.max_client_connections), bounds]
     server = ServiceServer(limits=limits, interceptors=interceptors)

@@ -106,7 +106,7 @@ async def serve(config: LlmConfig) -> None:
     servicer = LlmServicer(requests)
     held = ByteBudget(config.max_held_bytes)
     prefill = PrefillServicer(requests, held) if config.role == "prefill" else None
-    bounds = MessageBounds(held, config.client_timeout_s)
+    bounds = MessageBounds(held, config.port_limits())
     others = [PREFILL_SERVICE] if prefill else []
     peer_rules = config.peer_rules(config.tls_client_ca_file is not None)
     port_limits = config.port_limits()

@@ -9,7 +9,7 @@ import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any, NoReturn
 
 import grpc
@@ -84,7 +84,7 @@ def behaviour_of(handler: grpc.RpcMethodHandler[Any, Any]) -> Any:
 def handler_of_kind(
     handler: grpc.RpcMethodHandler[Any, Any], behaviour: Any, deserialize: Any
 ) -> grpc.RpcMethodHandler[Any, Any]:
-    """Returns a handler of the same kind that calls something else."""
+    """Returns a handler of the same kind that calls something else, with what its method declares (attributes)."""
     made: dict[tuple[bool, bool], Any] = {
         (False, False): grpc.unary_unary_rpc_method_handler,
         (False, True): grpc.unary_stream_rpc_method_handler,
@@ -92,7 +92,7 @@ def handler_of_kind(
         (True, True): grpc.stream_stream_rpc_method_handler,
     }
     of_kind: grpc.RpcMethodHandler[Any, Any] = made[handler.request_streaming, handler.response_streaming](
-        behaviour, deserialize, handler.response_serializer
+        wraps(behaviour_of(handler))(behaviour), deserialize, handler.response_serializer
     )
     return of_kind
 

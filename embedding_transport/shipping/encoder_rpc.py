@@ -9,20 +9,9 @@ import grpc
 from vitrine_vlm.embedding_transport.shipping.peer_rules import PeerRules, for_allowed_peers
 from vitrine_vlm.embedding_transport.shipping.session_rpc import session_handlers
 from vitrine_vlm.embedding_transport.wire.chunk_codec import serialize_response
-from vitrine_vlm.embedding_transport.wire.pieces_context import PiecesBounds
-from vitrine_vlm.embedding_transport.wire.request_pieces import MAX_MESSAGE_NBYTES
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 
 SERVICE = encoder_pb2.DESCRIPTOR.services_by_name["Encoder"].full_name
-
-
-def encode_in_pieces(max_request_nbytes: int) -> PiecesBounds:
-    """The bounds of EncodeInPieces, for `MessageBounds`.
-
-    Args:
-        max_request_nbytes: of the files of one request.
-    """
-    return PiecesBounds(f"/{SERVICE}/EncodeInPieces", MAX_MESSAGE_NBYTES, max_request_nbytes)
 
 
 def encoder_handlers(

@@ -10,6 +10,7 @@ import grpc
 
 from vitrine_vlm.embedding_transport.wire.grpc_status import abort
 from vitrine_vlm.errors import PeerNotAllowed
+from vitrine_vlm.service_runtime.grpc_requests import behaviour_of, handler_of_kind
 from vitrine_vlm.service_runtime.peers import Peer, peer_of
 
 
@@ -42,18 +43,13 @@ def for_allowed_peers(
 
 
 def _checked(handler: grpc.RpcMethodHandler[Any, Any], rules: PeerRules) -> grpc.RpcMethodHandler[Any, Any]:
-    behaviors: dict[tuple[bool, bool], tuple[Any, Callable[..., grpc.RpcMethodHandler[Any, Any]]]] = {
-        (False, False): (handler.unary_unary, grpc.unary_unary_rpc_method_handler),
-        (False, True): (handler.unary_stream, grpc.unary_stream_rpc_method_handler),
-        (True, True): (handler.stream_stream, grpc.stream_stream_rpc_method_handler),
-    }
-    behavior, make_handler = behaviors[handler.request_streaming, handler.response_streaming]
+    behaviour = behaviour_of(handler)
 
     async def check_and_run(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         peer = peer_of(context)
         if not rules.may_call(peer):
             names = ", ".join(peer.identities) or "no name"
             await abort(context, PeerNotAllowed(f"your certificate has {names}: name it in --allowed-peers here"))
-        return await behavior(request, context)
+        return await behaviour(request, context)
 
-    return make_handler(check_and_run, handler.request_deserializer, handler.response_serializer)
+    return handler_of_kind(handler, check_and_run, handler.request_deserializer)

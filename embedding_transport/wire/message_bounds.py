@@ -21,12 +21,13 @@ from typing import Any, cast
 import grpc
 
 from vitrine_vlm.embedding_transport.wire.grpc_status import abort
-from vitrine_vlm.embedding_transport.wire.pieces_context import PiecesBounds, PiecesContext
+from vitrine_vlm.embedding_transport.wire.pieces_context import PiecesContext, max_piece_message_nbytes
 from vitrine_vlm.embedding_transport.wire.reading_slots import ReadingSlots
 from vitrine_vlm.embedding_transport.wire.unread_replies import BoundedContext, UnreadReplies
 from vitrine_vlm.errors import BadRequest, Overloaded, VitrineError
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget, ReservedBytes
 from vitrine_vlm.service_runtime.grpc_requests import MAX_WRAPPED_HANDLERS, behaviour_of
+from vitrine_vlm.service_runtime.port_limits import PortLimits
 from vitrine_vlm.service_runtime.shared_timeout import SharedTimeout
 
 # What flow control lets through anyway. So much is not counted: health checks and releases must pass.
@@ -62,21 +63,20 @@ class MessageBounds(grpc.aio.ServerInterceptor):
 
     Args:
         budget: the process's; a request counts until its call ends.
-        timeout_s: longest time in which a request must arrive, or a reply be taken, seconds.
-        pieces: the method that takes its request in pieces, if the port has one.
+        limits: of the port. Within its `client_timeout_s` a request must arrive, or a reply be taken.
     """
 
-    def __init__(self, budget: ByteBudget, timeout_s: float, pieces: PiecesBounds | None = None) -> None:
+    def __init__(self, budget: ByteBudget, limits: PortLimits) -> None:
         self._budget = budget
-        self._replies = UnreadReplies(budget, timeout_s)
+        self._replies = UnreadReplies(budget, limits.client_timeout_s)
         self._timeout = self._replies.timeout
-        self._first_timeout = SharedTimeout(min(timeout_s, _FIRST_TIMEOUT_S))
+        self._first_timeout = SharedTimeout(min(limits.client_timeout_s, _FIRST_TIMEOUT_S))
         self._reading = ReadingSlots()
         self._whole = _Kind(self._reading)
         # Between two messages of a stream its client may do something, as map a pool: others are read meanwhile.
         self._reading_of_streams = ReadingSlots()
         self._of_streams = _Kind(self._reading_of_streams, max_nbytes=WINDOW_NBYTES)
-        self._pieces = pieces
+        self._max_request_nbytes = limits.max_body_nbytes
         self._copy_s_per_byte = _copy_s_per_byte()
         self._parsing = asyncio.Lock()
         self._wrapped = lru_cache(MAX_WRAPPED_HANDLERS)(self._bounded)
@@ -87,16 +87,14 @@ class MessageBounds(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         handler = await continuation(handler_call_details)
-        pieces = self._pieces if self._pieces and handler_call_details.method == self._pieces.method else None
-        return handler and self._wrapped(handler, pieces)
+        return handler and self._wrapped(handler)
 
-    def _bounded(
-        self, handler: grpc.RpcMethodHandler[Any, Any], pieces: PiecesBounds | None
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    def _bounded(self, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
         serve = behaviour_of(handler)
         parse = cast(_Parse, handler.request_deserializer)
-        if pieces is not None:
-            return self._bounded_pieces(serve, parse, handler.response_serializer, pieces)
+        if (max_nbytes := max_piece_message_nbytes(handler)) is not None:
+            kind = _Kind(self._reading, max_nbytes, counts_small=True)
+            return self._bounded_pieces(serve, parse, handler.response_serializer, kind)
         if handler.request_streaming:
             return self._bounded_stream(serve, parse, handler.response_serializer)
 
@@ -140,10 +138,8 @@ class MessageBounds(grpc.aio.ServerInterceptor):
         return grpc.stream_stream_rpc_method_handler(cast(Any, chosen), None, serialize)
 
     def _bounded_pieces(
-        self, serve: Any, parse: _Parse, serialize: Any, bounds: PiecesBounds
+        self, serve: Any, parse: _Parse, serialize: Any, kind: _Kind
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        kind = _Kind(self._reading, max_nbytes=bounds.max_message_nbytes, counts_small=True)
-
         async def bounded(_: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]) -> None:
             peer = context.peer()
             with ExitStack() as stack:
@@ -151,7 +147,7 @@ class MessageBounds(grpc.aio.ServerInterceptor):
 
                 async def discard_rest() -> None:
                     stack.close()  # what was read is not used
-                    await self._discard(context, peer, bounds.max_request_nbytes)
+                    await self._discard(context, peer)
 
                 replies = PiecesContext(context, peer, self._replies, self._timeout.seconds, discard_rest)
                 await serve(self._pieces_of(replies, peer, parse, reserved, kind), replies)
@@ -235,12 +231,12 @@ class MessageBounds(grpc.aio.ServerInterceptor):
         finally:
             kind.slots.release_after(peer, pause_s)
 
-    async def _discard(self, context: grpc.aio.ServicerContext[Any, Any], peer: str, max_nbytes: int) -> None:
-        """Reads a request to its end, at most for the time-out and so many bytes, and keeps nothing of it."""
+    async def _discard(self, context: grpc.aio.ServicerContext[Any, Any], peer: str) -> None:
+        """Reads a request to its end, within the port's limits of time and bytes, and keeps nothing of it."""
         slots, discarded_nbytes = self._reading, 0
         with suppress(Overloaded, TimeoutError):
             async with asyncio.timeout(self._timeout.seconds):
-                while discarded_nbytes <= max_nbytes:
+                while discarded_nbytes <= self._max_request_nbytes:
                     await slots.acquire(peer, self._timeout.seconds)
                     nbytes = 0
                     try:
@@ -268,10 +264,14 @@ class MessageBounds(grpc.aio.ServerInterceptor):
             with timeout():
                 raw = await context.read()
         except TimeoutError:
-            raise BadRequest(
-                f"the request did not arrive within {timeout.seconds:g} s (--client-timeout-s): send it faster, "
-                "or URLs instead of bytes"
-            ) from None
+            if timeout is self._first_timeout:
+                message = f"no message came within {timeout.seconds:g} s of the call: send the first one with it"
+            else:
+                message = (
+                    f"the request did not arrive within {timeout.seconds:g} s (--client-timeout-s): send it faster, "
+                    "or URLs instead of bytes"
+                )
+            raise BadRequest(message) from None
         return raw if isinstance(raw, bytes) else None  # the end of the stream
 
 

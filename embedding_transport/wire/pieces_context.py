@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 
 from vitrine_vlm.embedding_transport.wire.unread_replies import BoundedContext, UnreadReplies
+from vitrine_vlm.service_runtime.grpc_requests import behaviour_of
 from vitrine_vlm.service_runtime.port_limits import LEAST_BYTES_PER_S
 
+MethodT = TypeVar("MethodT", bound=Callable[..., Any])
+_DECLARED = "max_piece_message_nbytes"
 
-@dataclass(frozen=True)
-class PiecesBounds:
-    """Of a method that takes its request in pieces; it is a coroutine that writes.
 
-    method: its full name, as "/package.Service/Method".
-    max_message_nbytes, max_request_nbytes: of one message, and of all of a call.
-    """
+def takes_pieces(max_message_nbytes: int) -> Callable[[MethodT], MethodT]:
+    """Declares that a method, a coroutine that writes, takes its request in messages of up to so many bytes."""
 
-    method: str
-    max_message_nbytes: int
-    max_request_nbytes: int
+    def declare(method: MethodT) -> MethodT:
+        setattr(method, _DECLARED, max_message_nbytes)
+        return method
+
+    return declare
+
+
+def max_piece_message_nbytes(handler: grpc.RpcMethodHandler[Any, Any]) -> int | None:
+    """Returns what its method has declared with `takes_pieces`; None for a method of another kind."""
+    declared: int | None = getattr(behaviour_of(handler), _DECLARED, None)
+    return declared
 
 
 class PiecesContext(BoundedContext):

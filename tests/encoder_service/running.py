@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 
 from vitrine_vlm.embedding_transport.pools.shm_pool import ShmPool
-from vitrine_vlm.embedding_transport.shipping.encoder_rpc import encode_in_pieces
 from vitrine_vlm.embedding_transport.shipping.exporter import RowExporter
 from vitrine_vlm.embedding_transport.wire.message_bounds import MessageBounds
 from vitrine_vlm.encoder_service.codec import describe_to_proto, stats_to_proto
@@ -42,7 +41,7 @@ from vitrine_vlm.model_loading.checkpoint import open_checkpoint
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget
 from vitrine_vlm.service_runtime.grpc_channel import CHANNEL_OPTIONS
-from vitrine_vlm.service_runtime.port_limits import DEFAULT_LIMITS, PortLimits
+from vitrine_vlm.service_runtime.port_limits import PortLimits
 from vitrine_vlm.service_runtime.running_calls import RunningCalls
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 from vitrine_vlm.types import MediaItem, ModelIdentity
@@ -168,8 +167,8 @@ async def run_encoder(
     metrics.watch_queue(admission, lambda: held.reserved_nbytes, lambda: batcher.waiting_patches)
     metrics.watch_exporter(exporter.stats)
     servicer = EncoderServicer(metrics, calls, held)
-    bounds = MessageBounds(held, client_timeout_s, encode_in_pieces(DEFAULT_LIMITS.max_body_nbytes))
     limits_of_port = PortLimits(client_timeout_s=client_timeout_s)
+    bounds = MessageBounds(held, limits_of_port)
     server = EncoderServer(servicer, limits=limits_of_port, interceptors=[bounds])
     address = await server.start("127.0.0.1", 0)
     if loaded:

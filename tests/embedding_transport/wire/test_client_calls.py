@@ -22,6 +22,7 @@ from vitrine_vlm.service_runtime.api_keys import ApiKey, ApiKeys, key_hash
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget
 from vitrine_vlm.service_runtime.grpc_server import ServiceServer
 from vitrine_vlm.service_runtime.key_metrics import KeyMetrics
+from vitrine_vlm.service_runtime.port_limits import PortLimits
 
 MAX_CALLS = 3
 
@@ -31,7 +32,8 @@ class Serving:
 
     def __init__(self, access: Access) -> None:
         self.gate = asyncio.Event()
-        interceptors = [GrpcAccess(access), ClientCalls(MAX_CALLS), MessageBounds(ByteBudget(1 << 20), 5.0)]
+        bounds = MessageBounds(ByteBudget(1 << 20), PortLimits(client_timeout_s=5.0))
+        interceptors = [GrpcAccess(access), ClientCalls(MAX_CALLS), bounds]
         self.server = ServiceServer(interceptors=interceptors)
         handlers: dict[str, Any] = {"Wait": grpc.unary_unary_rpc_method_handler(self._wait, bytes, bytes)}
         self.server.grpc.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("s", handlers),))

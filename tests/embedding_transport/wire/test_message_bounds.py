@@ -13,14 +13,16 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
+from vitrine_vlm.embedding_transport.shipping.peer_rules import PeerRules, for_allowed_peers
 from vitrine_vlm.embedding_transport.wire.grpc_status import abort, error_from_rpc, send
 from vitrine_vlm.embedding_transport.wire.message_bounds import MessageBounds
-from vitrine_vlm.embedding_transport.wire.pieces_context import PiecesBounds
+from vitrine_vlm.embedding_transport.wire.pieces_context import max_piece_message_nbytes, takes_pieces
 from vitrine_vlm.embedding_transport.wire.reading_slots import MAX_READING
 from vitrine_vlm.embedding_transport.wire.unread_replies import MAX_UNREAD
 from vitrine_vlm.errors import BadRequest, Overloaded
 from vitrine_vlm.protos.encoder.v1 import encoder_pb2
 from vitrine_vlm.service_runtime.byte_budget import ByteBudget
+from vitrine_vlm.service_runtime.grpc_requests import handler_of_kind
 from vitrine_vlm.service_runtime.grpc_server import ServiceServer
 from vitrine_vlm.service_runtime.port_limits import PortLimits
 from vitrine_vlm.service_runtime.shared_timeout import SharedTimeout
@@ -39,12 +41,13 @@ class Serving:
 
     def __init__(self) -> None:
         self.budget = ByteBudget(BUDGET)
-        self.bounds = MessageBounds(self.budget, TIMEOUT_S, PiecesBounds("/s/Pieces", MIB, 8 * MIB))
+        limits = PortLimits(max_body_nbytes=8 * MIB, client_timeout_s=TIMEOUT_S, max_connections=8)
+        self.bounds = MessageBounds(self.budget, limits)
         self.gate = asyncio.Event()
         self.num_kept = 0
         self.ended: list[str] = []
         self.server = ServiceServer(
-            limits=PortLimits(max_body_nbytes=8 * MIB, client_timeout_s=TIMEOUT_S, max_connections=8),
+            limits=limits,
             interceptors=[self.bounds],
         )
         handlers: dict[str, Any] = {
@@ -66,6 +69,7 @@ class Serving:
             await send(context, b"%d" % len(first))
             await self.gate.wait()
 
+    @takes_pieces(MIB)
     async def _pieces(self, requests: AsyncIterator[bytes], context: Any) -> None:
         try:
             async for piece in requests:
@@ -150,6 +154,7 @@ async def test_a_message_that_does_not_arrive_is_not_waited_for(serving: Serving
                 await call
             error = error_from_rpc(caught.value)
             assert isinstance(error, BadRequest | Overloaded), caught.value
+            assert isinstance(error, Overloaded) or "within 1 s (--client-timeout-s)" in str(error)
 
 
 @pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])
@@ -319,6 +324,14 @@ async def test_pieces_count_and_leave_their_slots(serving: Serving) -> None:
         await until(lambda: not slots.total() and not serving.budget.reserved_nbytes)
 
 
+def test_what_a_method_declares_is_known_behind_all_that_wraps_it(serving: Serving) -> None:
+    handler = grpc.stream_stream_rpc_method_handler(serving._pieces, bytes, bytes)
+    rules = PeerRules(may_call=lambda peer: True)
+    wrapped = handler_of_kind(for_allowed_peers({"Pieces": handler}, rules)["Pieces"], lambda: None, bytes)
+    assert max_piece_message_nbytes(handler) == max_piece_message_nbytes(wrapped) == MIB
+    assert max_piece_message_nbytes(grpc.stream_stream_rpc_method_handler(serving._session, bytes, bytes)) is None
+
+
 async def test_what_comes_behind_a_refused_piece_is_not_kept(serving: Serving) -> None:
     """It is read until the client has written all, or 8 MiB."""
     slots = serving.bounds._reading._num_of_host
@@ -374,6 +387,7 @@ async def test_silent_streams_keep_slots_for_a_moment_only(serving: Serving) -> 
         assert await call.read() == b"5"
         for each in silent:
             assert await each.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert await each.details() == "no message came within 0.3 s of the call: send the first one with it"
         serving.gate.set()
         await asyncio.sleep(0.6)
         await call.write(b"next")
