@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -42,7 +43,7 @@ def json_object(body: bytes) -> dict[str, Any]:
 
 
 def read_media(body: bytes, keep: Keep) -> dict[str, Any]:
-    """What is found in a large body: its values, with null in the place of long data: URLs of media, and these items.
+    """What is found in a large body: where its values are kept, null for long data: URLs of media, and these items.
 
     Beside them stand the length and the number of values of what is left, about.
 
@@ -56,12 +57,14 @@ def read_media(body: bytes, keep: Keep) -> dict[str, Any]:
             _holder(values, path)[path[-1]] = None
             nbytes -= len(url)
             items.append((path, _item(kind, url, keep)))
-    return {"values": values, "items": items, "nbytes": nbytes, "num_values": num_values(body, MANY_VALUES)}
+    # Beside the rest, in which they would be nested more deeply than a parser takes.
+    place = keep(json.dumps(values, ensure_ascii=False).encode())
+    return {"values": place, "items": items, "nbytes": nbytes, "num_values": num_values(body, MANY_VALUES)}
 
 
 def with_media(found: dict[str, Any], kept: Kept) -> dict[str, Any]:
     """The body's values with a `ReadUrl` for each item that was found."""
-    values: dict[str, Any] = found["values"]
+    values: dict[str, Any] = from_json(kept(*found["values"]))
     for path, item in found["items"]:
         read = BadRequest(item["error"]) if "error" in item else item_from_json(item, kept)
         _holder(values, path)[path[-1]] = ReadUrl(read)

@@ -22,6 +22,8 @@ LONG = base64.b64encode(DATA).decode()
 URL = f"data:image/png;base64,{LONG}"
 FRAMES = f"data:video/jpeg;base64,{LONG},{LONG}"
 BROKEN = URL[:-4] + "=A=="
+# Around what a parser takes.
+DEPTHS = range(196, 200)
 HTTP_URL = "https://example.com/a.png"
 
 
@@ -35,6 +37,13 @@ def chat(*parts: Any, **fields: Any) -> dict[str, Any]:
 
 def respond(part: Any) -> dict[str, Any]:
     return {"input": [{"role": "user", "content": [{"type": "input_text", "text": "Hi"}, part]}]}
+
+
+def nested(depth: int) -> Any:
+    values: Any = 1
+    for _ in range(depth):
+        values = [values]
+    return values
 
 
 async def asked(
@@ -71,6 +80,7 @@ async def asked(
         (RESPONSES, respond({"type": "input_image", "image_url": URL})),
         (RESPONSES, respond({"type": "input_image", "image_url": BROKEN})),
         (RESPONSES, {"input": "Hi", "metadata": {"video": URL}}),
+        *((CHAT, chat(image(), zzz=nested(depth))) for depth in DEPTHS),
         (COMPLETIONS, {"prompt": "Hi", "media": [image()], "stop": "a"}),
         (COMPLETIONS, {"prompt": [URL[:300]], "media": {"video": URL}}),
         (TOKENIZE, chat(image())),
