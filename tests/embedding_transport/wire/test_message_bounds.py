@@ -198,9 +198,13 @@ async def test_replies_that_are_not_read_end_and_are_counted_until_the_peer_leav
 
 async def test_a_connection_with_unread_replies_is_refused_and_others_are_not(serving: Serving) -> None:
     serving.gate.set()
+    replies = serving.bounds._replies
+    replies.timeout, replies._unread_after_s = SharedTimeout(60.0), math.inf
     async with connected(serving) as channel, connected(serving) as other:
         calls = [method(channel.unary_stream, "Stream")(b"a") for _ in range(MAX_UNREAD)]
+        await until(lambda: sum(map(len, replies._waiting.values())) == MAX_UNREAD)
         assert await keep(channel, 10, timeout=5) == b"10", "what waits for a moment is not unread"
+        replies._unread_after_s = 0.0
         async with asyncio.timeout(10):
             while True:
                 try:
@@ -272,6 +276,7 @@ async def test_pauses_are_longer_where_replies_are_unread(serving: Serving) -> N
     serving.gate.set()
     serving.bounds._copy_s_per_byte = 2e-9  # 4 MiB: 0.03 s for each slot in use
     replies = serving.bounds._replies
+    serving.bounds._timeout = replies.timeout = SharedTimeout(60.0)
     async with connected(serving) as channel:
         streams = [method(channel.unary_stream, "Stream")(b"a") for _ in range(MAX_UNREAD - 1)]
         async with asyncio.timeout(10):
