@@ -72,7 +72,7 @@ class LimitedProcesses:
 
         Raises:
             TookTooMuch: the process ended instead, or is late, see `Progress`, and was ended.
-            InternalError: the process did nothing for too long, and was ended.
+            InternalError: the process did nothing for too long and was ended, or was killed from outside.
         """
         process = self._take_idle() or self._start()
         with self._lock:
@@ -103,7 +103,7 @@ class LimitedProcesses:
             process.end()
 
     def kill(self) -> None:
-        """Ends all processes at once: what asks those that work gets `TookTooMuch`."""
+        """Ends all processes at once: what asks those that work gets an error."""
         with self._lock:
             self._is_closed = True
             for process in self._working:
@@ -144,7 +144,10 @@ class LimitedProcesses:
             _send(process, f"{line}\n".encode(), fds, progress)
             return _receive_line(process, progress)
         except (EOFError, BrokenPipeError, ConnectionResetError):
-            raise TookTooMuch(is_time=process.end() == -signal.SIGPROF) from None
+            code = process.end()
+            if code == -signal.SIGKILL:  # which no limit of its own sends
+                raise InternalError(f"the process {self._module} was killed: try again") from None
+            raise TookTooMuch(is_time=code == -signal.SIGPROF) from None
         except TimeoutError as error:
             process.end()
             raise TookTooMuch(is_time=True) from error

@@ -131,6 +131,18 @@ async def test_a_process_that_was_killed_between_bodies_fails_none(reader: BodyR
     assert (await ask(reader))[1] == [BODY[::-1], BODY]
 
 
+async def test_a_process_that_is_killed_is_not_the_bodys_fault(reader: BodyReader) -> None:
+    (found, _) = await ask(reader)
+    stopped = asyncio.create_task(ask(reader, "stop"))
+    async with asyncio.timeout(30):
+        while memory_files() < 2:
+            await asyncio.sleep(0.01)
+    os.kill(found["pid"], signal.SIGKILL)
+    with pytest.raises(InternalError, match="body_process_to_end was killed: try again"):
+        await stopped
+    assert (await ask(reader))[1] == [BODY[::-1], BODY]
+
+
 async def test_ctrl_c_leaves_the_process_alone(reader: BodyReader) -> None:
     (found, _) = await ask(reader)
     assert os.getpgid(found["pid"]) != os.getpgid(0)
