@@ -72,8 +72,12 @@ class ServerTls:
         return context
 
     def _read(self) -> tuple[bytes, bytes, bytes | None]:
-        ca = self.client_ca_file.read_bytes() if self.client_ca_file else None
-        return self.key_file.read_bytes(), self.cert_file.read_bytes(), ca
+        """
+        Raises:
+            OSError: a file cannot be read, or has nothing in it yet: gRPC takes empty CAs, and refuses all clients.
+        """
+        ca = _bytes_of(self.client_ca_file) if self.client_ca_file else None
+        return _bytes_of(self.key_file), _bytes_of(self.cert_file), ca
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,13 @@ class ClientTls:
         """By which a file that was renewed is known, without reading it for each request."""
         files = [file.stat() for file in (self.ca_file, self.cert_file, self.key_file) if file is not None]
         return [(file.st_mtime_ns, file.st_ino, file.st_size) for file in files]
+
+
+def _bytes_of(file: Path) -> bytes:
+    data = file.read_bytes()
+    if not data:
+        raise OSError(f"{file} is empty: write certificates into it")
+    return data
 
 
 def _configuration(read: tuple[bytes, bytes, bytes | None]) -> grpc.ServerCertificateConfiguration:

@@ -38,6 +38,14 @@ def foreign(tmp_path: Path) -> Files:
     return authority(tmp_path / "foreign")
 
 
+def copies_of(files: Files) -> tuple[Path, Path, Path]:
+    """Copies, which stay as they are."""
+    folder = files.ca.parent / "copies"
+    folder.mkdir()
+    ca, cert, key = (Path(shutil.copy(file, folder)) for file in (files.ca, files.cert, files.key))
+    return ca, cert, key
+
+
 async def status(address: str, tls: ClientTls | None) -> int:
     async with open_channel(address, tls) as channel:
         request = health_pb2.HealthCheckRequest(service=SERVICE)
@@ -59,6 +67,31 @@ async def test_a_client_must_trust_the_server(own: Files, foreign: Files) -> Non
     assert await is_refused(address, ClientTls(foreign.ca))
     assert await is_refused(address, None)
     await server.stop(0)
+
+
+@pytest.mark.parametrize("name", ["ca", "cert", "key"])
+async def test_half_written_files_leave_the_certificate_as_it_is(own: Files, foreign: Files, name: str) -> None:
+    """Nor does a key of another certificate, or what is no certificate, change it."""
+    file, other = getattr(own, name), getattr(foreign, name)
+    whole = file.read_bytes()
+    client_files = copies_of(own)
+    client = ClientTls(*client_files)
+    server = ServiceServer(SERVICE)
+    address = await server.start("127.0.0.1", 0, ServerTls(own.cert, own.key, own.ca))
+    await server.set_serving(True)
+    for written in (b"", whole[:100], b"hello", *([] if name == "ca" else [other.read_bytes()])):
+        file.write_bytes(written)
+        assert await status(address, client) == health_pb2.HealthCheckResponse.SERVING, written
+        assert await is_refused(address, ClientTls(client_files[0], foreign.cert, foreign.key))
+    file.write_bytes(whole)
+    assert await status(address, client) == health_pb2.HealthCheckResponse.SERVING
+    await server.stop(0)
+
+
+async def test_an_empty_certificate_is_no_certificate(own: Files) -> None:
+    own.cert.write_bytes(b"")
+    with pytest.raises(OSError, match="is empty: write certificates into it"):
+        await ServiceServer(SERVICE).start("127.0.0.1", 0, ServerTls(own.cert, own.key))
 
 
 async def test_a_certificate_for_another_name_is_taken_if_that_name_is_expected(tmp_path: Path) -> None:
