@@ -111,7 +111,7 @@ class VitrineConnector(ECConnectorBase):
         return self._scheduler_side.has_rows(identifier)
 
     def update_state_after_alloc(self, request: VllmRequest, index: int) -> None:
-        self._scheduler_side.allocated(request.mm_features[index].identifier)
+        self._scheduler_side.allocated(request.mm_features[index])
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
         return StepMetadata(

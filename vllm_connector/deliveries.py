@@ -41,7 +41,8 @@ class Status(Enum):
 class Delivery:
     """One item's rows.
 
-    has_own_tower: whether vLLM can encode the item itself.
+    has_own_tower: whether vLLM can encode the item itself, where the request that it began with brings it.
+    tried: requests whose orders were tried, the last one's included.
     deadline: monotonic seconds, after which it has failed unless it has landed.
     is_loaded: a step was asked to load it, so only a later step may free it.
     holders: the requests that hold it; True where the request cannot be scheduled without it.
@@ -52,6 +53,7 @@ class Delivery:
     nbytes: int
     has_own_tower: bool
     deadline: float
+    tried: set[str]
     status: Status = Status.WAITING
     error: str = ""
     is_loaded: bool = False
@@ -98,10 +100,22 @@ class Deliveries:
     ) -> Delivery:
         """Adds a delivery, which `admit` starts; `make_order` is called with its id."""
         order = make_order(next(self._ids))
-        delivery = Delivery(identifier, order, nbytes, has_own_tower, self._clock() + timeout_s)
+        delivery = Delivery(
+            identifier, order, nbytes, has_own_tower, self._clock() + timeout_s, tried={order.request_id}
+        )
         self._by_identifier[identifier] = self._by_id[order.delivery_id] = delivery
         self._waiting[delivery] = None
         return delivery
+
+    def begin_again(self, delivery: Delivery, make_order: Callable[[int], FetchOrder], timeout_s: float) -> None:
+        """Has `admit` start a failed delivery with the order of another request that holds it."""
+        order = make_order(next(self._ids))
+        del self._by_id[delivery.order.delivery_id]
+        self._by_id[order.delivery_id] = delivery
+        delivery.order, delivery.deadline = order, self._clock() + timeout_s
+        delivery.tried.add(order.request_id)
+        delivery.status, delivery.error = Status.WAITING, ""
+        self._waiting[delivery] = None
 
     def hold(self, request_id: str, delivery: Delivery, urgent: bool) -> None:
         """Keeps a delivery for a request.
@@ -179,12 +193,15 @@ class Deliveries:
             self._add_nbytes(-delivery.nbytes)
         self._waiting.pop(delivery, None)
         delivery.status, delivery.error = Status.FAILED, error
-        self._stats.count(Outcome.OWN_TOWER if delivery.has_own_tower else Outcome.FAILED)
+        if delivery.has_own_tower:
+            self._stats.count(Outcome.OWN_TOWER)
 
     def _drop(self, delivery: Delivery) -> None:
         """Removes a delivery that no request holds, wherever it stands."""
         del self._by_identifier[delivery.identifier], self._by_id[delivery.order.delivery_id]
         if delivery.status is Status.FAILED:
+            if not delivery.has_own_tower:
+                self._stats.count(Outcome.FAILED)
             return
         if delivery.pending:
             self._stats.count(Outcome.CANCELLED)

@@ -6,7 +6,7 @@ Every method is called by vLLM's scheduler, on its thread, and none blocks.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -53,7 +53,7 @@ class SchedulerSide:
         self._settings, self._facts, self._deliveries = settings, facts, deliveries
         # Identifiers in vLLM's encoder cache, but for evictions since the last step. Good enough where vLLM's own tower
         # is the worst that comes of an error; an item without pixels must have its rows here.
-        self._cached: set[str] = set()
+        self._cached: dict[str, int] = {}  # with the number of their rows
         self._loads: dict[str, int] = {}
         self._unavailable: set[str] = set()
         self._checked: set[str] = set()  # requests whose grids are those of images and videos
@@ -72,6 +72,9 @@ class SchedulerSide:
         needed: dict[str, Feature] = {}
         for feature in features:
             if _end(feature) > num_computed_tokens and needs_tower(feature):
+                if not self._has_its_names_size(feature, needed):
+                    self._unavailable.add(request_id)
+                    return False
                 needed.setdefault(feature.identifier, feature)
         deliveries.release(request_id, set(needed))
         if not needed:
@@ -88,9 +91,14 @@ class SchedulerSide:
             deliveries.hold(request_id, delivery, urgent)
             if deliveries.is_late(delivery):
                 deliveries.fail(delivery, f"its rows were {delivery.status.value} and not there in time")
+            if delivery.status is Status.FAILED and not delivery.has_own_tower and request_id not in delivery.tried:
+                # By the ticket of another request with an equal item: this one may have a better one.
+                self._begin(request, feature, delivery)
             if delivery.status is Status.FAILED:
-                self._log_failure(request_id, delivery)
-                if not delivery.has_own_tower:
+                # Requests with and without pixels can share an item, if clients name it.
+                has_own_tower = has_pixels(feature)
+                self._log_failure(request_id, delivery, has_own_tower)
+                if not has_own_tower:
                     self._unavailable.add(request_id)
                     is_available = False
             elif delivery.pending and urgent:
@@ -103,9 +111,10 @@ class SchedulerSide:
         delivery = self._deliveries.get(identifier)
         return delivery is not None and delivery.status is Status.LANDED
 
-    def allocated(self, identifier: str) -> None:
+    def allocated(self, feature: Feature) -> None:
         """vLLM's encoder cache has a place for the item from this step on, which loads or encodes it."""
-        self._cached.add(identifier)
+        identifier = feature.identifier
+        self._cached[identifier] = feature.mm_position.get_num_embeds()
         delivery = self._deliveries.get(identifier)
         if delivery is not None and delivery.status is Status.LANDED:
             delivery.is_loaded = True
@@ -118,7 +127,8 @@ class SchedulerSide:
             evicted: identifiers that vLLM evicts from its encoder cache.
             num_tokens: tokens that the step computes; workers may not see a step without any.
         """
-        self._cached.difference_update(evicted)
+        for identifier in evicted:
+            self._cached.pop(identifier, None)
         if not num_tokens:
             return StepCommands({}, [])
         loads, self._loads = self._loads, {}
@@ -150,7 +160,27 @@ class SchedulerSide:
         self._checked.add(request.request_id)
         return True
 
-    def _begin(self, request: VllmRequest, feature: Feature) -> Delivery:
+    def _has_its_names_size(self, feature: Feature, needed: Mapping[str, Feature]) -> bool:
+        """Whether rows of this identifier, wherever they are, are as many as the item's tokens; others end the engine.
+
+        Clients may give two items one uuid, and vLLM does not compare what it has under it.
+        """
+        identifier, num_tokens = feature.identifier, feature.mm_position.get_num_embeds()
+        delivery, other = self._deliveries.get(identifier), needed.get(identifier)
+        if other is not None:
+            num_rows = other.mm_position.get_num_embeds()
+        elif delivery is not None:
+            num_rows = delivery.order.num_tokens
+        else:
+            num_rows = self._cached.get(identifier, num_tokens)
+        if num_rows != num_tokens:
+            _log.warning(
+                "item %s of %d tokens has the uuid of one of %d; the request fails", identifier, num_tokens, num_rows
+            )
+        return num_rows == num_tokens
+
+    def _begin(self, request: VllmRequest, feature: Feature, failed: Delivery | None = None) -> Delivery:
+        """Begins to deliver the request's item; `failed` is what another request's order came to, if there is one."""
         settings, facts = self._settings, self._facts
         has_own_tower = has_pixels(feature)
         num_tokens = feature.mm_position.get_num_embeds()
@@ -171,15 +201,19 @@ class SchedulerSide:
 
         timeout_s = settings.deliver_timeout_s if has_own_tower else settings.encode_timeout_s
         nbytes = num_tokens * facts.row_nbytes
-        delivery = self._deliveries.begin(feature.identifier, make_order, nbytes, timeout_s, has_own_tower)
+        if failed is None:
+            delivery = self._deliveries.begin(feature.identifier, make_order, nbytes, timeout_s, has_own_tower)
+        else:
+            delivery = failed
+            self._deliveries.begin_again(delivery, make_order, timeout_s)
         if error:
             self._deliveries.fail(delivery, error)
         return delivery
 
-    def _log_failure(self, request_id: str, delivery: Delivery) -> None:
+    def _log_failure(self, request_id: str, delivery: Delivery, has_own_tower: bool) -> None:
         level = logging.DEBUG if delivery.error == self._last_error else logging.WARNING
         self._last_error = delivery.error
-        consequence = "vLLM's own tower encodes it" if delivery.has_own_tower else "the request fails"
+        consequence = "vLLM's own tower encodes it" if has_own_tower else "the request fails"
         _log.log(level, "request %s, item %s: %s; %s", request_id, delivery.identifier, delivery.error, consequence)
 
 

@@ -70,7 +70,7 @@ class Scheduler:
     def load(self, *identifiers: str) -> StepCommands:
         """A step that places these items in vLLM's encoder cache."""
         for identifier in identifiers:
-            self.side.allocated(identifier)
+            self.side.allocated(plain(identifier, 0))
         return self.side.take_step_commands([], num_tokens=8)
 
 
@@ -118,7 +118,7 @@ def test_what_the_prefix_cache_covers_is_not_fetched(scheduler: Scheduler) -> No
 
 def test_an_item_in_vllms_cache_is_not_fetched_until_it_is_evicted(scheduler: Scheduler) -> None:
     side = scheduler.side
-    side.allocated("x")
+    side.allocated(plain("x", 0))
     side.take_step_commands([], 8)
     assert side.ensure_available(Request("r", [plain("x", 0)]), 0)
     side.take_step_commands(["x"], 8)
@@ -128,7 +128,7 @@ def test_an_item_in_vllms_cache_is_not_fetched_until_it_is_evicted(scheduler: Sc
 def test_an_item_with_a_ticket_is_held_here_whatever_vllms_cache_has(scheduler: Scheduler) -> None:
     """vLLM does not report a preemption's or a reset's evictions, and without its rows such an item ends the engine."""
     side, request = scheduler.side, Request("r", [metadata("u", 0)], {"u": ticket()})
-    side.allocated("u")
+    side.allocated(metadata("u", 0))
     side.take_step_commands([], 8)
     assert not side.ensure_available(request, 0)
     assert scheduler.fetcher.orders[0].tenant == "t"
@@ -210,6 +210,85 @@ def test_metadata_without_a_good_ticket_fails_its_request_alone(
     assert scheduler.items == {"failed": 1}
     assert not side.ensure_available(Request("s", [metadata("u", 0)], {"u": ticket()}), 0), "another one may"
     assert side.take_unavailable() == set() and len(scheduler.fetcher.orders) == 1
+
+
+def test_a_request_whose_equal_item_failed_for_another_request_tries_its_own_ticket(scheduler: Scheduler) -> None:
+    side, fetcher = scheduler.side, scheduler.fetcher
+    without = Request("without", [metadata("u", 0)])
+    bad, good = (Request(name, [metadata("u", 0)], {"u": ticket(encoder_id=name)}) for name in ("bad", "good"))
+    assert not side.ensure_available(without, 0)
+    assert not side.ensure_available(bad, 0)
+    assert not side.ensure_available(good, 0)
+    assert side.take_unavailable() == {"without"}, "the others have tickets"
+    side.finished("without")
+    fetcher.fail(1)
+    assert not side.ensure_available(bad, 0)
+    assert not side.ensure_available(good, 0)
+    assert [order.request_id for order in fetcher.orders.values()] == ["bad", "good"]
+    assert side.take_unavailable() == {"bad"}
+    side.finished("bad")
+    fetcher.land(2)
+    assert side.ensure_available(good, 0) and side.has_rows("u")
+    side.finished("good")
+    assert scheduler.items == {"delivered": 1} and scheduler.stats.landed_nbytes == 0
+
+
+def test_each_ticket_is_tried_once(scheduler: Scheduler) -> None:
+    side = scheduler.side
+    requests = [Request(name, [metadata("u", 0)], {"u": ticket()}) for name in "ab"]
+    for number in range(2):
+        assert [side.ensure_available(request, 0) for request in requests] == [False, False]
+        scheduler.fetcher.fail(number)
+    assert [side.ensure_available(request, 0) for request in requests] == [False, False]
+    assert side.take_unavailable() == {"a", "b"} and len(scheduler.fetcher.orders) == 2
+    for request in requests:
+        side.finished(request.request_id)
+    assert scheduler.items == {"failed": 1} and scheduler.stats.landed_nbytes == 0
+
+
+def test_an_item_without_pixels_is_never_left_to_the_tower_that_an_equal_one_has(scheduler: Scheduler) -> None:
+    side = scheduler.side
+    with_pixels, without = Request("p", [plain("u", 0)]), Request("m", [metadata("u", 0)], {"u": ticket()})
+    assert not side.ensure_available(with_pixels, 0)
+    assert not side.ensure_available(without, 0)
+    scheduler.fetcher.fail(0)
+    assert side.ensure_available(with_pixels, 0), "by its own tower"
+    assert not side.ensure_available(without, 0)
+    assert side.take_unavailable() == {"m"}
+
+
+def test_an_item_with_pixels_is_left_to_the_tower_though_an_equal_one_has_none(scheduler: Scheduler) -> None:
+    side = scheduler.side
+    without, with_pixels = Request("m", [metadata("u", 0)], {"u": ticket()}), Request("p", [plain("u", 0)])
+    assert not side.ensure_available(without, 0)
+    assert not side.ensure_available(with_pixels, 0)
+    scheduler.fetcher.fail(0)
+    assert not side.ensure_available(with_pixels, 0), "its pixels are sent"
+    scheduler.fetcher.fail(1)
+    assert side.ensure_available(with_pixels, 0) and not side.ensure_available(without, 0)
+    assert side.take_unavailable() == {"m"}
+
+
+@pytest.mark.parametrize("where", ["in flight", "in vLLM's cache", "in one request"])
+def test_one_uuid_for_items_of_two_sizes_fails_the_second_request_alone(scheduler: Scheduler, where: str) -> None:
+    """vLLM would take the first one's rows, and its workers fail for all requests."""
+    side, small, large = scheduler.side, plain("u", 0), plain("u", 4, length=6)
+    first = Request("first", [small])
+    second = Request("second", [small, large] if where == "in one request" else [large])
+    if where != "in one request":
+        assert not side.ensure_available(first, 0)
+    if where == "in vLLM's cache":
+        scheduler.fetcher.land(0)
+        assert side.ensure_available(first, 0)
+        scheduler.load("u")
+        assert side.ensure_available(first, 4)
+    assert not side.ensure_available(second, 0)
+    assert side.take_unavailable() == {"second"}
+    side.finished("second")
+    if where == "in vLLM's cache":
+        side.take_step_commands(["u"], num_tokens=8)  # evicted
+        assert not side.ensure_available(second, 0)
+        assert side.take_unavailable() == set()
 
 
 @pytest.mark.parametrize("num_computed_tokens", [0, 4])  # 4: the prefix cache has it all
