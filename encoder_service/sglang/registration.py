@@ -111,7 +111,7 @@ class Registration:
             problems = await asyncio.gather(*(self._problem(session, "DELETE", url) for url in urls))
         for server, problem in zip(servers, problems, strict=True):
             if problem:
-                _log.warning("language server %s still lists this encoder: %s", server, problem)
+                _log.warning("cannot unregister from language server %s: %s", server, problem)
 
     async def _keep(self, server: URL) -> None:
         backoff = Backoff(_FIRST_BACKOFF_S, _MAX_BACKOFF_S)
