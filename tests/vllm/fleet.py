@@ -26,6 +26,7 @@ from tests.vllm.server import (
     VllmServer,
     client_of,
     ec_transfer_config,
+    is_vllm_0_30,
     scrape,
     start_vllm,
 )
@@ -44,6 +45,12 @@ TENANT_HEADER = "X-Tenant"
 TRANSPORTS: dict[CheckpointName, str] = {"qwen3_vl": "shm", "qwen2_5_vl": "grpc", "tiny": "shm"}
 # Ranks that each need all rows.
 TENSOR_PARALLEL: dict[CheckpointName, int] = {"qwen3_vl": 1, "qwen2_5_vl": 1, "tiny": 2}
+# Behind a gateway. Of Qwen3-VL enough for the longest prompt alone, too few for 16 long answers: some are preempted.
+KV_FLAGS: dict[CheckpointName, list[str]] = {
+    "qwen3_vl": ["--num-gpu-blocks-override", "72"],
+    "qwen2_5_vl": [],
+    "tiny": [],
+}
 
 
 class Encoder:
@@ -85,6 +92,7 @@ class Encoder:
 class VllmFleet:
     """`vllm` fetches embeddings from `encoder`; both keep shared memory in `shm_folder` alone.
 
+    has_metrics: whether this vLLM's /metrics has those of the connector.
     gateway: in front of them, or None for clients that ask vLLM itself.
     """
 
@@ -93,6 +101,7 @@ class VllmFleet:
     encoder: Encoder
     vllm: VllmServer
     shm_folder: Path
+    has_metrics: bool
     gateway: ServiceProcess | None = None
 
     @contextlib.asynccontextmanager
@@ -113,6 +122,14 @@ class VllmFleet:
     async def encoder_total(self, name: str, **labels: str) -> float:
         return (await self.encoder.metrics()).total(f"vitrine_encoder_{name}", **labels)
 
+    async def num_items_sent(self) -> float:
+        """Returns how many items the encoder has sent the rows of, since its start."""
+        return (await self.encoder.metrics()).total("vitrine_encoder_stage_seconds_count", stage="ship")
+
+    async def num_answers(self) -> float:
+        """Returns how many requests vLLM has answered, since its start."""
+        return (await self.vllm_metrics()).total("vllm:request_success_total")
+
     async def vllm_metrics(self) -> Metrics:
         async with self.vllm_client() as client:
             return await client.metrics()
@@ -124,7 +141,8 @@ class VllmFleet:
         """Returns what is not zero although it should be where no request is left."""
         vllm, encoder = await self.vllm_metrics(), await self.encoder.metrics()
         values = {name: vllm.total(name) for name in ("vllm:num_requests_running", "vllm:num_requests_waiting")}
-        values["vitrine:connector_landed_bytes"] = vllm.total("vitrine:connector_landed_bytes")
+        if self.has_metrics:
+            values["vitrine:connector_landed_bytes"] = vllm.total("vitrine:connector_landed_bytes")
         for name in ("leases_live", "tickets_live", "pool_used_bytes", "held_media_bytes", "admitted_patches"):
             values[name] = encoder.total(f"vitrine_encoder_{name}")
         return {name: value for name, value in values.items() if value}
@@ -160,14 +178,14 @@ def start_fleet(
         connector = ec_transfer_config(encoder.address, shm_folder=shm_folder, **settings)
         ranks = ["--tensor-parallel-size", str(TENSOR_PARALLEL[name])]
         vllm = stack.enter_context(start_vllm(python, folder, cache, [*VLLM_FLAGS, *ranks, *vllm_flags, *connector]))
-        yield VllmFleet(name, folder, encoder, vllm, Path(shm_folder))
+        yield VllmFleet(name, folder, encoder, vllm, Path(shm_folder), has_metrics=not is_vllm_0_30(python))
 
 
 @contextlib.contextmanager
 def start_fleet_with_gateway(python: Path, folders: Folders, name: CheckpointName, cache: Path) -> Iterator[VllmFleet]:
     """Starts them with a gateway in front; vLLM loads no tower."""
     no_tower = ["--limit-mm-per-prompt", json.dumps({"image": 0, "video": 0})]
-    with start_fleet(python, folders, name, cache, no_tower) as fleet:
+    with start_fleet(python, folders, name, cache, [*no_tower, *KV_FLAGS[name]]) as fleet:
         ports = ["--port", "0", "--grpc-port", "0"]
         servers = ["--servers", fleet.vllm.url.removeprefix("http://"), "--encoders", fleet.encoder.address]
         gateway = ServiceProcess("vitrine_vlm.gateway", *servers, *ports, "--tenant-header", TENANT_HEADER)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -38,6 +39,14 @@ def vllm_environment(cache: Path) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the tests' other processes need the cores, too
         "VLLM_NO_USAGE_STATS": "1",
     }
+
+
+@functools.cache
+def is_vllm_0_30(python: Path) -> bool:
+    """Whether this environment's vLLM is of 0.30, which has no metrics of connectors, and other times of videos."""
+    command = [str(python), "-c", "from importlib.metadata import version; print(version('vllm-cpu'))"]
+    version = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return version.startswith("0.30.")
 
 
 class VllmServer:

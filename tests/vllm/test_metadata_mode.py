@@ -72,35 +72,53 @@ async def test_vllm_has_no_tower(fleet: VllmFleet) -> None:
     assert answer.status == 400
 
 
-@pytest.mark.usefixtures("connector_metrics")
 @on_both_families
 async def test_a_prefix_cache_hit_fetches_no_rows(fleet: VllmFleet) -> None:
     factor = factor_of(fleet.folder)
     question = Question((picture(990, 5 * factor, 4 * factor), "The same long question about it, word for word."))
     async with fleet.client() as client:
-        before = await fleet.connector_items("delivered")
+        before = await fleet.num_items_sent()
         first = await client.ask(question)
-        delivered = await fleet.connector_items("delivered")
+        sent = await fleet.num_items_sent()
         computed = await fleet.encoder_total("batch_items_count")
         repeated = await client.ask_all([question] * 8)
-    assert await fleet.connector_items("delivered") == delivered == before + 1
+    assert await fleet.num_items_sent() == sent == before + 1
     assert await fleet.encoder_total("batch_items_count") == computed
     assert {tuple(answer.token_ids) for answer in repeated} == {tuple(first.token_ids)}
 
 
-@pytest.mark.usefixtures("connector_metrics")
 @on_one_family
 async def test_tenants_share_no_rows(fleet: VllmFleet, references: References) -> None:
     factor = factor_of(fleet.folder)
     question = Question((picture(992, 5 * factor, 4 * factor), "The same long question about it, word for word."))
     misses = await fleet.encoder_total("cache_lookups_total", result="miss")
-    delivered = await fleet.connector_items("delivered")
+    sent = await fleet.num_items_sent()
     async with fleet.client() as client:
         for tenants_seen, tenant in ((1, "red"), (2, "blue"), (2, "red"), (2, "blue")):
             answer = await client.ask(question, headers={TENANT_HEADER: tenant})
             assert answer.token_ids == question.expected(references[fleet.name])
-            assert await fleet.connector_items("delivered") == delivered + tenants_seen
+            assert await fleet.num_items_sent() == sent + tenants_seen
             assert await fleet.encoder_total("cache_lookups_total", result="miss") == misses + tenants_seen
+
+
+@on_one_family
+async def test_preempted_requests_are_computed_again(fleet: VllmFleet, references: References) -> None:
+    """With the same tokens, whether or not their blocks have been used by other requests meanwhile."""
+    num_tokens = 128
+    factor = factor_of(fleet.folder)
+    sizes = [(3 + index % 4, 3 + index // 4) for index in range(16)]
+    pictures = [picture(930 + index, w * factor, h * factor) for index, (w, h) in enumerate(sizes)]
+    asked = [Question((each, f"Question {index} is about it.")) for index, each in enumerate(pictures)]
+    preempted = (await fleet.vllm_metrics()).total("vllm:num_preemptions_total")
+    async with fleet.client() as client:
+        asking = (client.ask(question, max_tokens=num_tokens, ignore_eos=True) for question in asked)
+        answers = await asyncio.gather(*asking)
+    assert (await fleet.vllm_metrics()).total("vllm:num_preemptions_total") > preempted
+    assert [answer.error for answer in answers] == [""] * len(answers)
+    for answer, question in zip(answers, asked, strict=True):
+        expected = question.expected(references[fleet.name], num_tokens)  # up to an end token
+        assert answer.token_ids[: len(expected)] == expected
+    await wait_until_empty(fleet.leftovers, LEASES_GONE_TIMEOUT_S)
 
 
 @on_both_families
@@ -121,7 +139,6 @@ async def test_options_of_the_request_reach_the_encoder_and_no_cache_mixes_them_
             assert [whole.token_ids, sized.token_ids, again.token_ids] == [*expected, expected[0]]
 
 
-@pytest.mark.usefixtures("connector_metrics")
 @on_both_families
 async def test_aborted_requests_leave_nothing(fleet: VllmFleet, references: References) -> None:
     """A hundred are aborted at all stages of their life, among others that go on."""
@@ -135,19 +152,18 @@ async def test_aborted_requests_leave_nothing(fleet: VllmFleet, references: Refe
     assert [answer.token_ids for answer in answers] == [question.expected(references[fleet.name]) for question in kept]
 
 
-@pytest.mark.usefixtures("connector_metrics")
 @on_both_families
 async def test_a_dead_encoder_fails_its_requests_and_a_new_one_serves(fleet: VllmFleet, references: References) -> None:
     asked = random_questions(fleet.folder, 32, seed=3)
     after = random_questions(fleet.folder, 8, seed=4)
-    delivered = await fleet.connector_items("delivered")
+    num_before = await fleet.num_answers()
 
-    async def waits_for_deliveries() -> bool:
-        return await fleet.connector_items("delivered") < delivered + 4
+    async def waits_for_answers() -> bool:
+        return await fleet.num_answers() < num_before + 2
 
     async with fleet.client() as client:
         asking = asyncio.create_task(client.ask_all(asked, in_flight=4))
-        await wait_until_empty(waits_for_deliveries)
+        await wait_until_empty(waits_for_answers)
         fleet.encoder.kill()
         answers = await asking
         right = [answer.status == 200 for answer in answers]
@@ -191,9 +207,10 @@ class Measured:
 
 @pytest.fixture
 async def measured(fleet: VllmFleet) -> AsyncIterator[list[tuple[Question, Measured]]]:
-    """Five pictures, the question about each, and what vLLM is to be asked."""
+    """Five pictures, the last one larger than the others, the question about each, and what vLLM is to be asked."""
     factor = factor_of(fleet.folder)
-    pictures = [picture(seed, 5 * factor, 4 * factor) for seed in range(970, 975)]
+    pictures = [picture(seed, 5 * factor, 4 * factor) for seed in range(970, 974)]
+    pictures.append(picture(974, 6 * factor, 6 * factor))
     client = EncoderClient([fleet.encoder.address], None, shm_folder=fleet.shm_folder)
     await client.start()
     layouts = {}
@@ -220,6 +237,18 @@ async def test_requests_whose_rows_cannot_come_fail_alone(
     assert [answer.status for answer in failed] == [500] * 4
     assert right.token_ids == question.expected(references[fleet.name])
     assert fleet.vllm.healthy()
+
+
+@on_one_family
+async def test_one_uuid_for_pictures_of_two_sizes_fails_the_second_request_alone(
+    fleet: VllmFleet, measured: list[tuple[Question, Measured]]
+) -> None:
+    """vLLM's encoder cache has the rows of the first one under it, which are too few."""
+    (_, first), (_, other), *_, (_, larger) = measured
+    larger.uuid = first.uuid
+    async with fleet.vllm_client() as client:
+        answers = [await each.ask(client) for each in (first, larger, other)]
+    assert [answer.status for answer in answers] == [200, 500, 200]
 
 
 @on_both_families

@@ -10,9 +10,9 @@ from tests.vllm.questions import Answers
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_own_tower_gives_the_tokens_of_transformers(
-    name: CheckpointName, own_tower: Answers, expected: Answers
+    name: CheckpointName, own_tower: Answers, vllm_expected: Answers
 ) -> None:
-    assert own_tower[name] == expected[name]
+    assert own_tower[name] == vllm_expected[name]
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
