@@ -259,7 +259,7 @@ async def serve(config: EncoderConfig) -> None:
 
 
 def _make_decoders(config: EncoderConfig, preprocess_device: torch.device) -> DecoderPool:
-    num_cpus = os.cpu_count() or 1
+    num_cpus = len(os.sched_getaffinity(0))
     return DecoderPool(
         max(2, num_cpus if preprocess_device.type == "cpu" else min(num_cpus, _GPU_DECODERS)),
         max_pixels=config.max_image_pixels,

@@ -110,7 +110,7 @@ def _open(
             # limit, as it sees sizes rounded up to whole blocks.
             stream.codec_context.options = {"max_pixels": str(2 * limits.max_pixels)}
             stream.thread_type = "AUTO"
-            stream.codec_context.thread_count = min((os.cpu_count() or 1) + 1, _MAX_THREADS)
+            stream.codec_context.thread_count = min(len(os.sched_getaffinity(0)) + 1, _MAX_THREADS)
             opened = True
             yield container, stream
     except MemoryError:

@@ -243,6 +243,20 @@ async def test_a_decoder_has_a_lower_priority_while_an_item_takes_long_and_not_a
             assert set(niceness.values()) == {0} and len(niceness) == len(before)
 
 
+def test_a_video_is_decoded_by_as_many_threads_as_the_process_may_use_cores() -> None:
+    """One more than these."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        data, decoder = video(12), InProcessDecoder()
+        each = decoder.video_frames(data, decoder.open_video(data, LIMITS), range(12), LIMITS)
+        next(each)
+        assert num_ffmpeg_threads() == 2
+        assert sum(1 for _ in each) == 11
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 async def test_a_picture_beside_two_that_take_long(tmp_path: Path) -> None:
     async with running() as pool:
         preprocess_pool = PreprocessPool(preprocessor(tmp_path), pool, revision="")
@@ -321,6 +335,11 @@ async def test_decoders_that_cannot_start_end_the_service(monkeypatch: pytest.Mo
 
 def decode_frames(decoder: MediaDecoder, data: bytes) -> None:
     frames(decoder, data, list(range(12)))
+
+
+def num_ffmpeg_threads() -> int:
+    """Threads of FFmpeg's decoders in this process, as it names them."""
+    return sum((each / "comm").read_text().startswith("av:") for each in Path("/proc/self/task").iterdir())
 
 
 def niceness_of_threads(pid: int) -> dict[int, int]:
