@@ -28,7 +28,7 @@ from vitrine_vlm.encoder_service.decoding.messages import (
     receive_message,
     send_message,
 )
-from vitrine_vlm.encoder_service.decoding.priority import is_lowered
+from vitrine_vlm.encoder_service.decoding.priority import is_lowered, lower_this_thread
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
 from vitrine_vlm.errors import MediaError, MediaTooLarge
 from vitrine_vlm.service_runtime.memory import reuse_picture_memory
@@ -66,15 +66,17 @@ class _Decoder:
                     request, file = thread.submit(self._answer_until_lowered, request, file).result()
 
     def _answer_until_lowered(self, request: Fields, file: bytes) -> tuple[Fields, bytes]:
-        """Answers this request and those behind it.
+        """Answers this request and those behind it; for an item that is not light it lowers this thread first.
 
         Returns:
-            The first request of an item that comes once this thread has been lowered: it is for another thread.
+            The first request of a light item that comes once this thread has been lowered: it is for another thread.
         """
         while True:
+            if not request["is_light"]:
+                lower_this_thread()
             self._answer(request, file)
             request, file = receive_message(self._connection, _MAX_FILE_NBYTES)
-            if request["begins_item"] and is_lowered():
+            if request["begins_item"] and request["is_light"] and is_lowered():
                 return request, file
 
     def _answer(self, request: Fields, file: bytes) -> None:

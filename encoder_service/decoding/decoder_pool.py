@@ -98,7 +98,7 @@ class DecoderPool:
         One whose work goes on behind the end of the context has to be killed there.
         """
         process = await self._take(work)
-        process.begin_item(*self._timeouts[work.kind])
+        process.begin_item(*self._timeouts[work.kind], is_light=work.is_light)
         try:
             yield process
         finally:

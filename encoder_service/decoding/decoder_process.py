@@ -66,7 +66,7 @@ class DecoderProcess:
         self._loop = asyncio.get_running_loop()
         self._killed = False
         self.is_used = False
-        self.begin_item(0.0, "")
+        self.begin_item(0.0, "", is_light=True)
 
     @classmethod
     async def start(cls, max_pixels: int) -> Self:
@@ -130,12 +130,18 @@ class DecoderProcess:
         """Closes the connection of a process that has ended and is not used."""
         self._connection.close()
 
-    def begin_item(self, cpu_s: float, setting: str) -> None:
-        """Sets the time for all requests of the next item, in seconds; `setting` is its flag, for errors."""
+    def begin_item(self, cpu_s: float, setting: str, *, is_light: bool) -> None:
+        """
+        Args:
+            cpu_s: time for all requests of the next item, in seconds.
+            setting: its flag, for errors.
+            is_light: whether the item is expected to take so little that it has the usual priority.
+        """
         self._limit_s = self._cpu_left_s = cpu_s
         self._setting = setting
         self._begins_item = True
-        self._priority.begin()
+        self._is_light = is_light
+        self._priority.begin(is_light)
         self._progress.begin_work(cpu_s)
 
     def end_item(self) -> None:
@@ -188,7 +194,13 @@ class DecoderProcess:
 
     def _send(self, request: str, file: bytes, **fields: object) -> None:
         # A timer of 0 would be none.
-        head = {"do": request, "begins_item": self._begins_item, "cpu_s": max(self._cpu_left_s, 1e-3), **fields}
+        head = {
+            "do": request,
+            "begins_item": self._begins_item,
+            "is_light": self._is_light,
+            "cpu_s": max(self._cpu_left_s, 1e-3),
+            **fields,
+        }
         self._begins_item = False
         try:
             send_message(self._connection, head, file, self._wait)

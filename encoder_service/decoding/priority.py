@@ -1,9 +1,9 @@
 """The priority of decoders: lower than that of other work while an item takes long, and not after it.
 
 In Linux a priority is that of a thread, not of a process, and an unprivileged process can lower one, but not raise it
-again. So a decoder works on a thread that its encoder lowers once the item in work has taken long, as some libraries
-hold the interpreter's lock meanwhile; the next item has another thread, which the decoder's main thread, which is never
-lowered, starts.
+again. So a decoder works on a thread that lowers itself for an item which is expected to take long, or that its encoder
+lowers once the item in work has taken long, as some libraries hold the interpreter's lock meanwhile; the next item has
+another thread, which the decoder's main thread, which is never lowered, starts.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from vitrine_vlm.service_runtime.progress import cpu_seconds
 # CPU time behind the first look at an item, seconds, and how often it is looked at. A usual picture takes less, however
 # long it waits for a core.
 _LONG_S, _LOOK_S = 0.25, 0.25
-# Where others take all cores, an item that takes long gets a third of what it would get otherwise.
-NICENESS = 5
+# Where others take all cores, an item that takes long gets a tenth of what each of their threads gets.
+NICENESS = 10
 
 
 class PriorityOfItem:
@@ -28,11 +28,11 @@ class PriorityOfItem:
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
-        self.begin()
+        self.begin(is_light=True)
 
-    def begin(self) -> None:
-        """Begins an item."""
-        self._next_look = time.monotonic() + _LOOK_S
+    def begin(self, is_light: bool) -> None:
+        """Begins an item. The decoder itself has a lower priority from the beginning on for one that is not light."""
+        self._next_look = time.monotonic() + _LOOK_S if is_light else math.inf
         self._cpu_s: float | None = None  # at the first look
 
     def seconds_to_look(self) -> float:
@@ -57,6 +57,11 @@ class PriorityOfItem:
 def is_lowered() -> bool:
     """Whether the thread that calls this has a lower priority than the main one."""
     return os.getpriority(os.PRIO_PROCESS, 0) > os.getpriority(os.PRIO_PROCESS, os.getpid())
+
+
+def lower_this_thread() -> None:
+    """Lowers the thread that calls this, and those that it starts from then on."""
+    os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, os.getpid()) + NICENESS)
 
 
 def _lower(pid: int) -> None:

@@ -243,6 +243,34 @@ async def test_a_decoder_has_a_lower_priority_while_an_item_takes_long_and_not_a
             assert set(niceness.values()) == {0} and len(niceness) == len(before)
 
 
+@pytest.mark.skipif(OWN_NICENESS == LEAST_PRIORITY, reason="nothing has a lower priority than these tests")
+async def test_an_item_that_is_expected_to_take_long_has_a_lower_priority_from_the_beginning() -> None:
+    data = video(12)
+
+    def decode_some(decoder: DecoderProcess) -> set[int]:
+        """The threads that are lowered after the first frame; those of the library among them."""
+        each = decoder.video_frames(data, decoder.open_video(data, LIMITS), range(12), LIMITS)
+        next(each)
+        niceness = niceness_of_threads(decoder.pid)
+        assert sum(1 for _ in each) == 11
+        assert niceness.pop(decoder.pid) == 0
+        assert set(niceness.values()) == {min(NICENESS, LEAST_PRIORITY - OWN_NICENESS)}
+        return set(niceness)
+
+    async with running() as pool:
+        for _ in range(2):
+            async with pool.decoder(HEAVY) as decoder:
+                lowered = await asyncio.to_thread(decode_some, decoder)
+                assert len(lowered) > 1
+            async with pool.decoder(LIGHT) as another:
+                assert another is decoder
+                await asyncio.to_thread(decode, decoder, PICTURE)
+            async with asyncio.timeout(20):  # a lowered thread needs a core for its end, too
+                while lowered & (niceness := niceness_of_threads(decoder.pid)).keys():
+                    await asyncio.sleep(0.01)
+            assert set(niceness.values()) == {0}
+
+
 def test_a_video_is_decoded_by_as_many_threads_as_the_process_may_use_cores() -> None:
     """One more than these."""
     cores = os.sched_getaffinity(0)
