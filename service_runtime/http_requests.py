@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
@@ -33,12 +33,13 @@ LARGE_BODY_NBYTES = 8 * 1024 * 1024
 
 @dataclass
 class _Body:
-    """The bounds on one request's body. reads: of its port. nbytes: how much of it was read."""
+    """The bounds on one request's body. reads, turn: of its port. nbytes: how much of it was read."""
 
     limits: PortLimits
     reads: RunningCalls
     reserved: ReservedBytes | None = None
     nbytes: int = 0
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 _BODY = web.RequestKey("body", _Body)
@@ -74,6 +75,7 @@ def bodies_within(limits: PortLimits, budget: ByteBudget, reads: RunningCalls) -
     What `read_body` reads counts in the budget until the request ends. The middleware raises HTTPUnsupportedMediaType,
     HTTPRequestEntityTooLarge and Overloaded.
     """
+    turn = asyncio.Lock()
 
     @web.middleware
     async def bounded(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -86,7 +88,7 @@ def bodies_within(limits: PortLimits, budget: ByteBudget, reads: RunningCalls) -
         with budget.item() as reserved:
             if nbytes:
                 reserved.check(BODY_COPIES * nbytes)
-            request[_BODY] = _Body(limits, reads, reserved)
+            request[_BODY] = _Body(limits, reads, reserved, turn=turn)
             return await handler(request)
 
     return bounded
@@ -153,6 +155,9 @@ async def _counted_pieces(http: web.Request) -> AsyncIterator[bytes]:
             raise web.HTTPRequestEntityTooLarge(body.limits.max_body_nbytes, body.nbytes)
         if body.reserved is not None:
             body.reserved.reserve(BODY_COPIES * len(piece))
+        if body.nbytes > LARGE_BODY_NBYTES:
+            async with body.turn:  # an iteration of the event loop has one piece of all large bodies at most
+                await asyncio.sleep(0)
         yield piece
 
 
