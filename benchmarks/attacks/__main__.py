@@ -2,12 +2,13 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.attacks [NAME...] [--through gateway]
 
-All of them take 22 minutes, and as long again through the gateway. The lines are those of docs/reliability.md.
+All of them take 22 minutes, and as long again through the gateway. The lines are those of docs/reliability.md. Several
+may run at once, each on cores of its own (taskset), as ports are free ones.
 
 Starts an encoder, an LLM worker and a gateway with the shipped model. Before each attack the victim is alone for a
 time, then the attack runs beside it. An attack is a function of `over_http`, `over_grpc` or `by_media`; without names
-all run, one after the other. Attackers have an address and a process of their own, of low priority, as the machine is
-shared.
+all run, one after the other. Attackers have an address and a process of their own, which gets what the services leave
+of their cores (SCHED_IDLE), or cores of its own.
 """
 
 from __future__ import annotations
@@ -31,6 +32,18 @@ from vitrine_vlm.sample_models.tiny_vlm import MODEL_FOLDER
 
 _WARM_UP_S, _SETTLE_S = 5.0, 8.0
 _COLUMNS = ("text", "picture", "health")
+_HEAD = (
+    "attack",
+    "text: p50, p99 ms",
+    "picture",
+    "/health",
+    "text, picture: p99 times",
+    "encoder: peak, left MiB",
+    "worker",
+    "gateway",
+    "victim's failures",
+    "attacker",
+)
 
 
 async def attacked(name: str, services: Services, url: str, options: argparse.Namespace) -> str:
@@ -42,7 +55,7 @@ async def attacked(name: str, services: Services, url: str, options: argparse.Na
     model = await served_model(url)
     victim = Victim(url, model, options.every_s)
     watched = [services.encoders[0], services.workers[0], services.gateway]
-    target = (name, url, services.encoder_addresses[0], model)
+    target = (name, url, services.encoder_addresses[0], model, *options.attacker_cores)
     async with LineProcess.started("benchmarks.attacks.attacker", *target) as attacker:
         await attacker.read_line()
         before = await victim.run(options.seconds)
@@ -58,6 +71,7 @@ async def attacked(name: str, services: Services, url: str, options: argparse.Na
     cells = [
         f"`{name}`: {_title(name)}",
         *(_times(kind, before, beside) for kind in _COLUMNS),
+        ", ".join(f"{_ratio(kind, before, beside):.1f}" for kind in ("text", "picture")),
         *memory,
         failures or "none",
         _counts(outcomes),
@@ -76,6 +90,10 @@ def _times(kind: str, before: Waits, beside: Waits) -> str:
     )
 
 
+def _ratio(kind: str, before: Waits, beside: Waits) -> float:
+    return beside.percentile_ms(kind, 99) / before.percentile_ms(kind, 99)
+
+
 def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} x {text}" for text, count in counts.items())
 
@@ -89,10 +107,7 @@ async def run(options: argparse.Namespace, logs: Path) -> None:
     async with running as services:
         url = services.url if options.through == "gateway" else services.worker_urls[0]
         await Victim(url, await served_model(url), options.every_s).run(_WARM_UP_S)
-        print(
-            "| attack | text: p50, p99 ms | picture | /health | encoder: peak, left MiB | worker | gateway | ", end=""
-        )
-        print("victim's failures | attacker |\n|---|---|---|---|---|---|---|---|---|", flush=True)
+        print(f"| {' | '.join(_HEAD)} |\n{'|---' * len(_HEAD)}|", flush=True)
         for name in options.names or ATTACKS:
             print(await attacked(name, services, url, options), flush=True)
 
@@ -105,6 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--seconds", type=float, default=30.0, help="without, and with the attack; default: %(default)s"
     )
     parser.add_argument("--every-s", type=float, default=0.5, help="the victim's period; default: %(default)s")
+    parser.add_argument(
+        "--attacker-cores", nargs="*", default=(), metavar="CORE", help="numbers; default: those of the services"
+    )
     parser.add_argument("--model", type=Path, default=MODEL_FOLDER, help="checkpoint folder; default: the shipped one")
     parser.add_argument("--logs", type=Path, help="folder for the services' output; default: a temporary one")
     options = parser.parse_args(arguments)

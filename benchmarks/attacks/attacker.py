@@ -49,9 +49,11 @@ async def main(name: str, target: Target) -> None:
 
 
 if __name__ == "__main__":
-    # Attackers usually have machines of their own: here they have what the services leave.
-    os.nice(5)
+    # Attackers usually have machines of their own: here they have what the services leave, or cores of their own.
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    attack_name, url, encoder, model = sys.argv[1:]
+    attack_name, url, encoder, model, *cores = sys.argv[1:]
+    if cores:
+        os.sched_setaffinity(0, map(int, cores))
     asyncio.run(main(attack_name, Target(url, encoder, model)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -13,6 +13,7 @@ import aiohttp
 # Another address than that of the victim.
 _ATTACKER = "127.0.0.2"
 _PAUSE_S = 0.5
+_PIECE_NBYTES = 256 * 1024
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,24 @@ def attacker_session() -> aiohttp.ClientSession:
     return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
 
 
+async def _pieces(body: bytes) -> AsyncIterator[bytes]:
+    """A body at once is moved in memory with each piece that the socket takes: asyncio's, until Python 3.12."""
+    for begin in range(0, len(body), _PIECE_NBYTES):
+        yield body[begin : begin + _PIECE_NBYTES]
+
+
 async def keep_posting(
     target: Target, path: str, make_body: Callable[[], bytes], in_flight: int, headers: dict[str, str] | None
 ) -> None:
     """Keeps requests in flight, each with a new body; each client waits half a second behind an answer."""
-    sent = {"Content-Type": "application/json"} | (headers or {})
 
     async def client(session: aiohttp.ClientSession) -> None:
+        sent = {"Content-Type": "application/json"} | (headers or {})
         while True:
             try:
-                async with session.post(target.url + path, data=make_body(), headers=sent) as response:
+                body = make_body()
+                sent["Content-Length"] = str(len(body))
+                async with session.post(target.url + path, data=_pieces(body), headers=sent) as response:
                     await response.read()
                     target.outcomes[f"HTTP {response.status}"] += 1
             except aiohttp.ClientError as error:
