@@ -1,4 +1,7 @@
-"""Loads that were measured on H200s (docs/performance.md), beside which the planner's model is checked."""
+"""Loads that were measured on H200s, beside which the planner's model is checked.
+
+Their figures stand in docs/performance.md and docs/comparison.md.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ class MeasuredLoad:
     transport: str = "cuda_ipc"
 
 
-_HD, _FULL_HD = (1280, 720), (1920, 1080)
+_HD, _FULL_HD, _UHD = (1280, 720), (1920, 1080), (3840, 2160)
 _ENCODER = (
     MeasuredLoad("encoder, 560x560, 1 in flight", "encoder", Load(32, 1, 1), 130.7),
     MeasuredLoad("encoder, 560x560, 64", "encoder", Load(384, 64, 1), 337.3),
@@ -39,6 +42,31 @@ _WORKER = (
     MeasuredLoad("split on two GPUs, 1080p, 8 beside 16 streams", "apart", _STREAMS, 12.2),
     MeasuredLoad("both on one GPU, 560x560, 32, 1 token", "shared", Load(256, 32, 1), 69.6, 0.447),
     MeasuredLoad("both on one GPU, 1080p, 8 beside 16 streams", "shared", _STREAMS, 8.15),
+)
+
+
+def _compared(name: str, load: Load, requests_per_s: float, ttft_ms: float) -> MeasuredLoad:
+    return MeasuredLoad(f"both on one GPU, {name}", "shared", load, requests_per_s, ttft_ms / 1e3)
+
+
+# Those of docs/comparison.md, but the one that repeats pictures.
+_COMPARISON = (
+    _compared("560x560, 32, 1 token, in the comparison", Load(192, 32, 1), 65.77, 447),
+    _compared("560x560, 32, 64 tokens", Load(128, 32, 64), 36.86, 238),
+    _compared("720p, 32, 64 tokens", Load(96, 32, 64, _HD), 19.25, 601),
+    _compared("1080p, 8, 64 tokens", Load(48, 8, 64, _FULL_HD), 7.16, 351),
+    _compared("1080p, 32, 64 tokens", Load(64, 32, 64, _FULL_HD), 8.38, 1796),
+    _compared("4 x 560x560, 16, 64 tokens", Load(48, 16, 64, num_pictures=4), 12.65, 432),
+    _compared("560x560, one at a time", Load(12, 1, 1), 32.55, 31),
+    _compared("1080p, one at a time", Load(12, 1, 1, _FULL_HD), 9.46, 106),
+    _compared("16 streams of 256 beside 8 x 1080p", Load(16, 16, 256, num_pictures=0, beside=8), 8.8, 571),
+    _compared("text, 512 in, 128 out, 32", Load(96, 32, 128, (1, 1), 0, 512), 27.6, 201),
+    _compared("4 x 1080p, 1024 in, 64 out, 16", Load(48, 16, 64, _FULL_HD, 4, 1024), 1.96, 6114),
+    _compared("560x560, 16, 64 tokens", Load(192, 16, 64), 28.64, 89),
+    _compared("4K, 16, 64 tokens", Load(32, 16, 64, _UHD), 1.37, 9362),
+    _compared("560x560, 64, 64 tokens", Load(448, 64, 64), 43.49, 516),
+    _compared("1080p, 64, 64 tokens", Load(128, 64, 64, _FULL_HD), 8.93, 4787),
+    _compared("560x560, 16, 512 tokens", Load(32, 16, 512), 5.31, 184),
 )
 
 
@@ -66,4 +94,4 @@ _VLLM = (
         "16 streams of 256 beside 8 x 1080p", Load(16, 16, 256, num_pictures=0, beside=8), (0.27, 619), (0.40, 464)
     ),
 )
-MEASURED = (*_ENCODER, *_WORKER, *_VLLM)
+MEASURED = (*_ENCODER, *_WORKER, *_COMPARISON, *_VLLM)

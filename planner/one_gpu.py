@@ -25,7 +25,7 @@ Sharing: TypeAlias = Literal["apart", "turns", "line"]
 
 
 # Part of the GPU that is lost to changing between processes while both compute, by the loads of docs/planning.md.
-_TURN_LOSS = 0.06
+_TURN_LOSS = 0.12
 
 
 class SharedGpu:
