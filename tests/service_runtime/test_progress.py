@@ -1,4 +1,4 @@
-"""Processes that do nothing are told from those that wait for a core, as Linux shows both."""
+"""Processes that do nothing, apart from those that wait for a core, as Linux shows both."""
 
 from __future__ import annotations
 
