@@ -5,7 +5,6 @@ A thread that is in the middle of native code, or of one long operation, cannot 
 
 from __future__ import annotations
 
-import math
 import os
 import select
 import signal
@@ -17,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vitrine_vlm.errors import InternalError
-from vitrine_vlm.service_runtime.progress import ProcessStalled, Progress
+from vitrine_vlm.service_runtime.progress import ProcessStalled, Progress, wait_for
 
 # CPU time of a process's start: one imports transformers.
 _START_S = 5.0
@@ -166,7 +165,7 @@ def _send(process: _Process, data: bytes, fds: Sequence[int], progress: Progress
             left = left[socket.send_fds(connection, [left], fds) if fds else connection.send(left) :]
             fds = ()
         except BlockingIOError:
-            _wait(connection.fileno(), select.POLLOUT, progress)
+            wait_for(connection.fileno(), select.POLLOUT, progress)
 
 
 def _receive_line(process: _Process, progress: Progress) -> str:
@@ -177,21 +176,8 @@ def _receive_line(process: _Process, progress: Progress) -> str:
     assert process.process.stdout is not None
     stdout, pieces = process.process.stdout.fileno(), [b""]
     while not pieces[-1].endswith(b"\n"):  # it writes one line, in ASCII, and then waits for another
-        _wait(stdout, select.POLLIN, progress)
+        wait_for(stdout, select.POLLIN, progress)
         pieces.append(os.read(stdout, _READ_NBYTES))
         if not pieces[-1]:
             raise EOFError
     return b"".join(pieces).decode()
-
-
-def _wait(fd: int, event: int, progress: Progress) -> None:
-    """Waits until the process can be written to, or read from, which it can once it has ended, too.
-
-    Raises:
-        ProcessStalled, TimeoutError: see `Progress.look`.
-    """
-    ready = select.poll()
-    ready.register(fd, event)
-    progress.begin_wait()
-    while not ready.poll(math.ceil(1000 * progress.seconds_to_look())):
-        progress.look()

@@ -6,9 +6,13 @@ it is known by neither computing nor waiting for a core, for memory or for a dis
 
 from __future__ import annotations
 
+import math
+import select
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 _LOOK_S = 1.0
 _STALLED_LOOKS = 10
@@ -25,6 +29,16 @@ class ProcessStalled(Exception):
 
     def __init__(self) -> None:
         super().__init__(f"did nothing for {_STALLED_LOOKS * _LOOK_S:g} s")
+
+
+class Look(Protocol):
+    """Looks at a process from time to time while something is waited for."""
+
+    def seconds_to_look(self) -> float:
+        """How long the caller may wait before it calls `look`."""
+
+    def look(self) -> None:
+        """Looks, if it is time to."""
 
 
 class Progress:
@@ -78,6 +92,25 @@ class Progress:
             return not any(state in _WORKING_STATES for state in _thread_states(self._pid))
         except OSError:  # it has ended, which its connection shows
             return False
+
+
+def wait_for(fd: int, event: int, progress: Progress, others: Sequence[Look] = ()) -> None:
+    """Waits until a connection to a process can be read or written, which it can once the process has ended, too.
+
+    Args:
+        event: POLLIN or POLLOUT.
+        others: look at the process meanwhile as well.
+
+    Raises:
+        ProcessStalled, TimeoutError: see `Progress.look`.
+    """
+    ready = select.poll()
+    ready.register(fd, event)
+    progress.begin_wait()
+    looking = (progress, *others)
+    while not ready.poll(math.ceil(1000 * min(each.seconds_to_look() for each in looking))):
+        for each in looking:
+            each.look()
 
 
 def cpu_seconds(pid: int) -> float:

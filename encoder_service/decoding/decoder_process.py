@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import os
-import select
 import signal
 import socket
 from collections.abc import Iterator, Sequence
@@ -27,7 +25,7 @@ from vitrine_vlm.encoder_service.decoding.priority import PriorityOfItem
 from vitrine_vlm.encoder_service.media.limits import MediaLimits
 from vitrine_vlm.errors import MediaError, MediaTooLarge, error_from_code
 from vitrine_vlm.service_runtime.child_process import ChildFailed, bound_command
-from vitrine_vlm.service_runtime.progress import ProcessStalled, Progress
+from vitrine_vlm.service_runtime.progress import ProcessStalled, Progress, wait_for
 
 # Of the environment: what an interpreter needs to start, and none of a service's settings.
 _ENVIRONMENT = (
@@ -225,18 +223,11 @@ class DecoderProcess:
         return reply
 
     def _wait(self, event: int) -> None:
-        """Waits until the connection can be read or written, which it can once the decoder has ended, too.
-
+        """
         Raises:
             ProcessStalled, TimeoutError: see `Progress.look`.
         """
-        connection = select.poll()
-        connection.register(self._connection, event)
-        self._progress.begin_wait()
-        looking = (self._progress, self._priority)
-        while not connection.poll(math.ceil(1000 * min(each.seconds_to_look() for each in looking))):
-            for each in looking:
-                each.look()
+        wait_for(self._connection.fileno(), event, self._progress, (self._priority,))
 
     def _raise_end(self, error: Exception) -> NoReturn:
         """Raises what the item gets whose decoder ended, or is ended here."""

@@ -71,7 +71,7 @@ class CostModel:
         """
         if not measured:
             raise ValueError("a cost model needs at least one measurement")
-        terms = np.array([(1.0, *_patches_and_pairs(each.grid_thw)) for each in measured])
+        terms = np.array([(1.0, *np.sum([*map(_patches_and_pairs, each.grid_thw)], axis=0)) for each in measured])
         seconds = np.array([each.seconds for each in measured])
         used = [1] if len(measured) < 3 else [0, 1, 2]
         while True:
@@ -93,9 +93,8 @@ class CostModel:
 
     def uncorrected_seconds(self, grid_thw: GridTHW) -> float:
         """Seconds that one item adds to a batch, by the measurements of the start alone."""
-        t, h, w = grid_thw
-        patches = h * w
-        return self.per_patch_s * (t * patches) + self.per_pair_s * (t * patches**2)
+        patches, pairs = _patches_and_pairs(grid_thw)
+        return self.per_patch_s * patches + self.per_pair_s * pairs
 
     def seconds(self, grid_thw: GridTHW) -> float:
         """Seconds that one item adds to a batch."""
@@ -149,7 +148,8 @@ def _time(tower: VisionTower, patches_PX: torch.Tensor, grids: list[GridTHW]) ->
     return time.perf_counter() - start
 
 
-def _patches_and_pairs(grid_thw: Sequence[GridTHW]) -> tuple[float, float]:
-    patches = sum(t * h * w for t, h, w in grid_thw)
-    pairs = sum(t * (h * w) ** 2 for t, h, w in grid_thw)
-    return float(patches), float(pairs)
+def _patches_and_pairs(grid_thw: GridTHW) -> tuple[int, int]:
+    """Of one item."""
+    t, h, w = grid_thw
+    patches = h * w
+    return t * patches, t * patches**2

@@ -209,6 +209,18 @@ async def test_cancelling_ends_the_decoder(tmp_path: Path, monkeypatch: pytest.M
         await preprocess_pool.close()
 
 
+async def niceness_after_a_picture(pool: DecoderPool, decoder: DecoderProcess, lowered: set[int]) -> dict[int, int]:
+    """The niceness of a decoder's threads once it has decoded a light item, by which none is lowered any more."""
+    async with pool.decoder(LIGHT) as another:
+        assert another is decoder
+        await asyncio.to_thread(decode, decoder, PICTURE)
+    async with asyncio.timeout(20):  # a lowered thread needs a core for its end, too
+        while lowered & (niceness := niceness_of_threads(decoder.pid)).keys():
+            await asyncio.sleep(0.01)
+    assert set(niceness.values()) == {0}
+    return niceness
+
+
 @pytest.mark.skipif(OWN_NICENESS == LEAST_PRIORITY, reason="nothing has a lower priority than these tests")
 @pytest.mark.parametrize("kind", ["image", "video"])
 async def test_a_decoder_has_a_lower_priority_while_an_item_takes_long_and_not_after_it(kind: str) -> None:
@@ -234,13 +246,7 @@ async def test_a_decoder_has_a_lower_priority_while_an_item_takes_long_and_not_a
             assert before.keys() - {decoder.pid} <= lowered
             await item
         for _ in range(2):
-            async with pool.decoder(LIGHT) as another:
-                assert another is decoder
-                await asyncio.to_thread(decode, decoder, PICTURE)
-            async with asyncio.timeout(20):  # a lowered thread needs a core for its end, too
-                while lowered & (niceness := niceness_of_threads(decoder.pid)).keys():
-                    await asyncio.sleep(0.01)
-            assert set(niceness.values()) == {0} and len(niceness) == len(before)
+            assert len(await niceness_after_a_picture(pool, decoder, lowered)) == len(before)
 
 
 @pytest.mark.skipif(OWN_NICENESS == LEAST_PRIORITY, reason="nothing has a lower priority than these tests")
@@ -262,13 +268,7 @@ async def test_an_item_that_is_expected_to_take_long_has_a_lower_priority_from_t
             async with pool.decoder(HEAVY) as decoder:
                 lowered = await asyncio.to_thread(decode_some, decoder)
                 assert len(lowered) > 1
-            async with pool.decoder(LIGHT) as another:
-                assert another is decoder
-                await asyncio.to_thread(decode, decoder, PICTURE)
-            async with asyncio.timeout(20):  # a lowered thread needs a core for its end, too
-                while lowered & (niceness := niceness_of_threads(decoder.pid)).keys():
-                    await asyncio.sleep(0.01)
-            assert set(niceness.values()) == {0}
+            await niceness_after_a_picture(pool, decoder, lowered)
 
 
 def test_a_video_is_decoded_by_as_many_threads_as_the_process_may_use_cores() -> None:
