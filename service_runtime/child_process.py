@@ -23,16 +23,12 @@ class ChildFailed(RuntimeError):
 
 def bound_command(arguments: Sequence[str]) -> list[str]:
     """Returns the command for `python -P -m arguments...`, which gets SIGTERM when this process has ended."""
-    return [
-        sys.executable,
-        "-IS",  # only the standard library is needed before the exec
-        str(_BOUND_TO_PARENT),
-        str(os.getpid()),
-        sys.executable,
-        "-P",  # packages are not imported from the working directory
-        "-m",
-        *arguments,
-    ]
+    return _bound([sys.executable, "-P", "-m", *arguments])  # -P: not imported from the working directory
+
+
+def _bound(command: Sequence[str]) -> list[str]:
+    # -IS: only the standard library is needed before the exec
+    return [sys.executable, "-IS", str(_BOUND_TO_PARENT), str(os.getpid()), *command]
 
 
 class Child:
@@ -64,14 +60,33 @@ class Child:
             pass_fds: file descriptors that the child inherits under the same numbers.
             write: called with each line of the child's output; by default it is printed with the child's name.
         """
+        environment = {"PYTHONUNBUFFERED": "1", **(environment or {})}
+        return await cls._start(name, bound_command(arguments), environment, pass_fds, write)
+
+    @classmethod
+    async def start_program(
+        cls, name: str, command: Sequence[str], environment: Mapping[str, str], write: Callable[[str], None]
+    ) -> Child:
+        """Starts another program, given by its full path and its arguments, like `start`."""
+        return await cls._start(name, _bound(command), environment, (), write)
+
+    @classmethod
+    async def _start(
+        cls,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        pass_fds: Sequence[int],
+        write: Callable[[str], None] | None,
+    ) -> Child:
         process = await asyncio.create_subprocess_exec(
-            *bound_command(arguments),
+            *command,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             limit=_LINE_LIMIT_BYTES,
             pass_fds=pass_fds,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(environment or {}),
+            env=os.environ | environment,
         )
         return cls(name, process, write)
 

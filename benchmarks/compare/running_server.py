@@ -163,8 +163,10 @@ async def version_of(spec: ServerSpec) -> str | None:
 def shown_command(process: ProcessSpec) -> str:
     """Returns the command as a shell takes it, its own environment in front."""
     environment = [f"{name}={shlex.quote(value)}" for name, value in process.environment.items()]
-    command = process.command if isinstance(process.command, str) else shlex.join(process.command)
-    return " ".join([*environment, command])
+    if isinstance(process.command, str) and not environment:
+        return process.command
+    # In front of a string of a shell's the variables would be those of its first command alone.
+    return " ".join([*environment, shlex.join(argv(process.command))])
 
 
 async def _start(spec: ServerSpec, process: ProcessSpec, logs: Path) -> _Process:

@@ -25,7 +25,7 @@ from benchmarks.timeline.page import save_plot, tables
 from benchmarks.timeline.recorded_service import ENCODER, WORKER
 from benchmarks.timeline.span import read_spans
 
-_GATEWAY = "vitrine_vlm.gateway"
+_WITHOUT_DEVICE = {"vitrine_vlm.gateway", "nvidia-cuda-mps-control"}
 _LIMITS = TimeLimits(warm_up_s=10.0, load_s=30.0)
 
 
@@ -65,7 +65,7 @@ async def _record(spec: ServerSpec, workload: Workload, options: argparse.Namesp
     values = {"model": options.model, "load_format": options.load_format, "python": sys.executable}
     ports = free_ports(sorted(spec.port_names()))
     filled = spec.filled({**values, **ports})
-    files = {each.name: output / f"{each.name}.jsonl" for each in filled.processes if not is_gateway(each)}
+    files = {each.name: output / f"{each.name}.jsonl" for each in filled.processes if uses_device(each)}
     filled = filled.model_copy(update={"processes": recorded(filled.processes, files)})
     async with (
         interference_for([workload], seed=0) as interference,
@@ -87,10 +87,10 @@ async def _record(spec: ServerSpec, workload: Workload, options: argparse.Namesp
     return f"{head}{load.seconds:.1f} s\n\n{tables(spans, load.seconds)}\n"
 
 
-def is_gateway(process: ProcessSpec) -> bool:
-    """Whether it computes nothing on a device, so that there is nothing to record."""
+def uses_device(process: ProcessSpec) -> bool:
+    """Whether there is something to record: a gateway and the daemon of MPS compute nothing on a device."""
     command = process.command.split() if isinstance(process.command, str) else process.command
-    return _GATEWAY in command
+    return _WITHOUT_DEVICE.isdisjoint(command)
 
 
 def recorded(processes: Sequence[ProcessSpec], files: Mapping[str, Path]) -> list[ProcessSpec]:

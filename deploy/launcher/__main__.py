@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="serve an OpenAI endpoint until Ctrl-C")
     for command in (run, serve):
         command.add_argument("--model", help="checkpoint folder or hub id; default: the small one shipped along")
+        command.add_argument("--no-mps", action="store_true", help="take turns on the GPU, without CUDA's MPS")
     run.add_argument("--image", help="file or http(s) address; default: a picture drawn on the spot")
     run.add_argument("--prompt", default=_PROMPT, help="question about the picture; default: %(default)s")
     run.add_argument("--max-tokens", type=int, default=64, help="longest answer, in tokens; default: %(default)s")
@@ -73,7 +74,7 @@ async def _interruptible(options: argparse.Namespace) -> int:
 
 async def _run(options: argparse.Namespace) -> None:
     url = picture_url(options.image)
-    async with Stack.running(_model(options.model)) as stack:
+    async with Stack.running(_model(options.model), may_use_mps=not options.no_mps) as stack:
         await _wait_ready(stack)
         _say(f"picture: {options.image or DRAWN_PICTURE}")
         _say(f"question: {options.prompt}")
@@ -86,10 +87,11 @@ async def _run(options: argparse.Namespace) -> None:
 
 
 async def _serve(options: argparse.Namespace) -> None:
-    async with Stack.running(_model(options.model), options.port, options.grpc_port) as stack:
+    model, ports = _model(options.model), (options.port, options.grpc_port)
+    async with Stack.running(model, *ports, may_use_mps=not options.no_mps) as stack:
         await _wait_ready(stack)
-        model = await served_model(stack.base_url)
-        print(_CURL_EXAMPLE.format(base_url=stack.base_url, model=model), flush=True)
+        name = await served_model(stack.base_url)
+        print(_CURL_EXAMPLE.format(base_url=stack.base_url, model=name), flush=True)
         _say(f"gRPC endpoint: {stack.grpc_address} (vitrine.llm.v1.Llm)")
         _say(f"live page: {stack.base_url}/dashboard")
         _say(f"OpenAI endpoint: {stack.base_url}/v1 (Ctrl-C stops it)")
@@ -105,7 +107,7 @@ def _model(model: str | None) -> str | Path:
 
 async def _wait_ready(stack: Stack) -> None:
     start = time.perf_counter()
-    _say("starting the encoder and the LLM worker")
+    _say("starting the encoder and the LLM worker" + (", which share GPUs by CUDA's MPS" if stack.mps else ""))
     await stack.wait_ready()
     _say(f"ready after {time.perf_counter() - start:.1f} s")
 

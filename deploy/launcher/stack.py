@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import aiohttp
 
+from vitrine_vlm.deploy.launcher.mps import Mps
 from vitrine_vlm.service_runtime.child_process import Child
 from vitrine_vlm.service_runtime.supervisor import Supervisor
 
@@ -29,12 +30,16 @@ T = TypeVar("T")
 class Stack:
     """The running services. Create it with `running`.
 
-    base_url: the worker's HTTP endpoint, without /v1; grpc_address: its gRPC endpoint.
+    base_url: the worker's HTTP endpoint, without /v1; grpc_address: its gRPC endpoint. mps: what they share GPUs by,
+    None if they take turns.
     """
 
-    def __init__(self, base_url: str, grpc_address: str, supervisor: Supervisor, children: Sequence[Child]) -> None:
+    def __init__(
+        self, base_url: str, grpc_address: str, mps: Mps | None, supervisor: Supervisor, children: Sequence[Child]
+    ) -> None:
         self.base_url = base_url
         self.grpc_address = grpc_address
+        self.mps = mps
         self._supervisor = supervisor
         self._children = children
 
@@ -51,6 +56,7 @@ class Stack:
         worker_flags: Sequence[str] = (),
         encoder_environment: Mapping[str, str] | None = None,
         worker_environment: Mapping[str, str] | None = None,
+        may_use_mps: bool = True,
     ) -> AsyncIterator[Stack]:
         """Starts all services at once inside the context and stops them at its end, also after errors.
 
@@ -60,34 +66,38 @@ class Stack:
             dp: ranks of each encoder.
             encoder_flags, worker_flags: more flags for every encoder and for the LLM worker.
             encoder_environment, worker_environment: variables to add to this process's, for instance to assign GPUs.
+            may_use_mps: False if services without such variables are to take turns on the GPUs that they share.
         """
         free_http_port, free_grpc_port = free_ports(2)
         port = free_http_port if port is None else port
         grpc_port = free_grpc_port if grpc_port is None else grpc_port
         encoder_ports = [free_ports(dp, in_a_row=True)[0] for _ in range(num_encoders)]
-        children: list[Child] = []
-        supervisor = Supervisor()
-        try:
-            for index, encoder_port in enumerate(encoder_ports):
-                name = "encoder" if num_encoders == 1 else f"encoder {index}"
-                encoder = ["vitrine_vlm.encoder_service", "--model", str(model)]
-                encoder += ["--port", str(encoder_port), "--dp", str(dp)]
-                encoder += encoder_flags
-                children.append(await Child.start(name, encoder, encoder_environment))
-            encoders = ",".join(f"{_HOST}:{first}-{first + dp - 1}" for first in encoder_ports)
-            worker = ["vitrine_vlm.llm_worker", "--model", str(model), "--encoders", encoders]
-            ports = ["--port", str(port), "--grpc-port", str(grpc_port)]
-            environment = {**_SHARED_GPU, **os.environ, **(worker_environment or {})}
-            children.append(await Child.start("llm", [*worker, *ports, *worker_flags], environment))
-            for child in children:
-                supervisor.watch_child(child)
-            yield cls(f"http://{_HOST}:{port}", f"{_HOST}:{grpc_port}", supervisor, children)
-        finally:
-            await supervisor.close()
-            deadline = time.monotonic() + _STOP_GRACE_S
-            # The worker first: it releases its leases while the encoders still listen.
-            for child in reversed(children):
-                await child.stop(max(_MIN_STOP_GRACE_S, deadline - time.monotonic()))
+        share_gpus = may_use_mps and not (encoder_environment or worker_environment)
+        async with Mps.running() if share_gpus else contextlib.nullcontext() as mps:
+            shared = mps.environment if mps else {}
+            children: list[Child] = []
+            supervisor = Supervisor()
+            try:
+                for index, encoder_port in enumerate(encoder_ports):
+                    name = "encoder" if num_encoders == 1 else f"encoder {index}"
+                    encoder = ["vitrine_vlm.encoder_service", "--model", str(model)]
+                    encoder += ["--port", str(encoder_port), "--dp", str(dp)]
+                    encoder += encoder_flags
+                    children.append(await Child.start(name, encoder, {**shared, **(encoder_environment or {})}))
+                encoders = ",".join(f"{_HOST}:{first}-{first + dp - 1}" for first in encoder_ports)
+                worker = ["vitrine_vlm.llm_worker", "--model", str(model), "--encoders", encoders]
+                ports = ["--port", str(port), "--grpc-port", str(grpc_port)]
+                environment = {**_SHARED_GPU, **os.environ, **shared, **(worker_environment or {})}
+                children.append(await Child.start("llm", [*worker, *ports, *worker_flags], environment))
+                for child in [*children, mps.daemon] if mps else children:
+                    supervisor.watch_child(child)
+                yield cls(f"http://{_HOST}:{port}", f"{_HOST}:{grpc_port}", mps, supervisor, children)
+            finally:
+                await supervisor.close()
+                deadline = time.monotonic() + _STOP_GRACE_S
+                # The worker first: it releases its leases while the encoders still listen.
+                for child in reversed(children):
+                    await child.stop(max(_MIN_STOP_GRACE_S, deadline - time.monotonic()))
 
     async def wait_ready(self) -> None:
         """Returns once the worker has loaded and is connected to the encoder.

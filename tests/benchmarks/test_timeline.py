@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.compare.server_file import ServerSpec
-from benchmarks.timeline.__main__ import is_gateway, recorded
+from benchmarks.timeline.__main__ import recorded, uses_device
 from benchmarks.timeline.gaps import Gap, busy_s, gaps_between, kinds_of, on_the_same_device, overlap_s
 from benchmarks.timeline.recorder import Recorder
 from benchmarks.timeline.span import Kind, Span, read_spans, write_spans
@@ -66,15 +66,16 @@ def test_spans_are_read_back(tmp_path: Path) -> None:
     assert read_spans(tmp_path / "spans", 0.0, 3.0) == [spans[1], spans[0]]
 
 
-def test_all_that_computes_is_recorded_and_no_gateway(tmp_path: Path) -> None:
-    processes = ServerSpec.read("two_gpus/prefill_decode").processes
-    computing = ["encoder", "prefill", "decode"]
-    assert [each.name for each in processes if not is_gateway(each)] == computing
+@pytest.mark.parametrize(
+    ("server", "computing", "other"),
+    [("two_gpus/prefill_decode", ["encoder", "prefill", "decode"], "gateway"), ("vitrine", ["encoder", "llm"], "mps")],
+)
+def test_all_that_computes_is_recorded(tmp_path: Path, server: str, computing: list[str], other: str) -> None:
+    processes = ServerSpec.read(server).processes
+    assert [each.name for each in processes if uses_device(each)] == computing
     changed = recorded(processes, {name: tmp_path / name for name in computing})
-    assert [(each.name, each == was) for each, was in zip(changed, processes, strict=True)] == [
-        *((name, False) for name in computing),
-        ("gateway", True),
-    ]
+    same = {each.name: each == was for each, was in zip(changed, processes, strict=True)}
+    assert same == dict.fromkeys(computing, False) | {other: True}
 
 
 def test_both_halves_of_a_running_server_are_recorded(tmp_path: Path) -> None:
