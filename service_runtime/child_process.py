@@ -67,8 +67,11 @@ class Child:
     async def start_program(
         cls, name: str, command: Sequence[str], environment: Mapping[str, str], write: Callable[[str], None]
     ) -> Child:
-        """Starts another program, given by its full path and its arguments, like `start`."""
-        return await cls._start(name, _bound(command), environment, (), write)
+        """Starts another program, given by its full path and its arguments, like `start`.
+
+        It has a process group of its own, so that Ctrl-C in a terminal does not end it before services that need it.
+        """
+        return await cls._start(name, _bound(command), environment, (), write, own_group=True)
 
     @classmethod
     async def _start(
@@ -78,6 +81,8 @@ class Child:
         environment: Mapping[str, str],
         pass_fds: Sequence[int],
         write: Callable[[str], None] | None,
+        *,
+        own_group: bool = False,
     ) -> Child:
         process = await asyncio.create_subprocess_exec(
             *command,
@@ -86,7 +91,8 @@ class Child:
             stderr=asyncio.subprocess.STDOUT,
             limit=_LINE_LIMIT_BYTES,
             pass_fds=pass_fds,
-            env=os.environ | environment,
+            env={**os.environ, **environment},
+            process_group=0 if own_group else None,
         )
         return cls(name, process, write)
 

@@ -15,7 +15,7 @@ import pytest
 from tests.deploy.proc import children_of, is_running
 from vitrine_vlm.deploy.launcher import mps
 from vitrine_vlm.deploy.launcher.mps import Mps
-from vitrine_vlm.deploy.launcher.stack import Stack
+from vitrine_vlm.deploy.launcher.stack import Stack, free_ports
 from vitrine_vlm.service_runtime.child_process import ChildFailed
 
 # What nvidia-cuda-mps-control 13.0 did on an H200: with -f it stays until SIGTERM, otherwise it sends what is on its
@@ -25,10 +25,13 @@ import json, os, pathlib, signal, sys, time
 folder = pathlib.Path(os.environ["CUDA_MPS_PIPE_DIRECTORY"])
 pid, server = folder / "pid", folder / "server"
 if sys.argv[1:] == ["-f"]:
+    ends = [signal.SIGTERM, signal.SIGINT]
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)
     print("Starting control daemon", flush=True)
     pathlib.Path({seen!r}).write_text(json.dumps([os.getpid(), dict(os.environ)]))
     pid.write_text(str(os.getpid()))
-    signal.sigwait([signal.SIGTERM])
+    ended_by = signal.sigwait(ends)
+    pathlib.Path({seen!r}).with_name("ended by").write_text(ended_by.name)
 elif not pid.exists():
     sys.exit("Cannot find MPS control daemon process")
 else:
@@ -116,6 +119,26 @@ async def test_services_are_clients_and_fail_with_the_daemon(
             assert sum(folder in Path(f"/proc/{child}/environ").read_bytes() for child in others) == 2
             os.kill(pid, signal.SIGKILL)
             await stack.unless_failed(asyncio.Event().wait())
+
+
+def test_ctrl_c_ends_the_daemon_behind_its_clients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, qwen3_vl_folder: Path
+) -> None:
+    seen = install(tmp_path, monkeypatch, works=True)
+    command = [sys.executable, "-P", "-m", "vitrine_vlm.deploy.launcher", "serve", "--model", str(qwen3_vl_folder)]
+    ports = ["--port", *map(str, free_ports(1)), "--grpc-port", *map(str, free_ports(1))]
+    with subprocess.Popen(
+        command + ports, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        lines = iter(process.stdout.readline, "")
+        assert any("share GPUs by CUDA's MPS" in line for line in lines)
+        assert any("OpenAI endpoint" in line for line in lines)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        rest = process.stdout.read()
+    assert process.returncode == 0, rest
+    assert not is_running(daemon_of(seen)[0])
+    assert (tmp_path / "ended by").read_text() == "SIGTERM", "not by the terminal, while it has clients"
 
 
 @pytest.mark.gpu
