@@ -183,7 +183,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=9, help="of each kind")
     parser.add_argument("--seconds", type=float, default=1.0, help="of a round")
-    parser.add_argument("--threads", type=int, default=max(2, os.cpu_count() or 2), help="items decoded at once")
+    parser.add_argument(
+        "--threads", type=int, default=max(2, len(os.sched_getaffinity(0))), help="items decoded at once"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     reuse_message_memory()

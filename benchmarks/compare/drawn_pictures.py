@@ -51,6 +51,6 @@ def picture_order(num_sent: int, repeated: float, seed: int) -> list[int]:
 def draw_pictures(num_pictures: int, size: Size, seed: int) -> list[bytes]:
     """Returns JPEG files. Each drawing, of 16 of them, has a seed of its own: `seed` and those that follow it."""
     parts = [min(_PER_DRAWING, num_pictures - start) for start in range(0, num_pictures, _PER_DRAWING)]
-    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(_MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
         drawn = pool.map(lambda part: random_jpegs(part[1], size, seed + part[0]), enumerate(parts))
         return [jpeg for part in drawn for jpeg in part]

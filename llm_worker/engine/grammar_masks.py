@@ -67,7 +67,7 @@ class GrammarMasks:
 
     @cached_property
     def _executor(self) -> LLExecutor:
-        return LLExecutor(max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // 2)))
+        return LLExecutor(max(1, min(_MAX_THREADS, len(os.sched_getaffinity(0)) // 2)))
 
     @cached_property
     def _bit_of_place(self) -> torch.Tensor:

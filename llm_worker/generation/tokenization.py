@@ -36,7 +36,7 @@ class Tokenization:
         self._max_model_len = max_model_len
         self.max_chars = max(_MIN_MAX_CHARS, _MAX_CHARS_PER_TOKEN * max_model_len)
         self._num_waiting_chars = 0
-        num_threads = max(1, min(4, (os.cpu_count() or 1) // 2))
+        num_threads = max(1, min(4, len(os.sched_getaffinity(0)) // 2))
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="long prompts")
         self._queue_time = QueueTime(num_threads)
 

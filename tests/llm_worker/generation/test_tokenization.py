@@ -135,3 +135,11 @@ async def test_no_text_is_longer_than_what_is_read(tokenization: Tokenization, t
     with pytest.raises(BadRequest, match="1048577 characters is too long to be read: at most 1048576"):
         tokenization.check_length("a " * 524_288 + "a", is_truncated=True)
     assert Tokenization(tokenizer, 262_144).max_chars == 4 * 1024 * 1024
+
+
+@pytest.mark.parametrize(("num_cpus", "num_threads"), [(1, 1), (6, 3), (64, 4)])
+def test_threads_follow_the_cpus_that_the_process_may_use(
+    tokenizer: Counted, monkeypatch: pytest.MonkeyPatch, num_cpus: int, num_threads: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(num_cpus)))
+    assert Tokenization(tokenizer, 1000)._threads._max_workers == num_threads
