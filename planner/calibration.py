@@ -20,7 +20,8 @@ RATE_BOUND, TTFT_BOUND = 0.10, 0.20
 _SHARING: dict[System, Sharing] = {
     "encoder": "apart",
     "apart": "apart",
-    "shared": "turns",
+    "turns": "turns",
+    "mps": "mps",
     "vllm": "line",
     "mode_m": "turns",
 }

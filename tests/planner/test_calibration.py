@@ -18,8 +18,9 @@ QUICK = (
     "encoder, 1080p, 1",
     "encoder, gRPC, 560x560, 1",
     "split on two GPUs, 560x560, 32, 1 token",
-    "both on one GPU, 560x560, 32, 1 token",
-    "both on one GPU, 1080p, one at a time",
+    "both on one GPU in time slices, 560x560, 32, 1 token",
+    "both on one GPU by MPS, 1080p, 8, 64 tokens",
+    "both on one GPU by MPS, 1080p, one at a time",
     "vLLM, 1080p, one at a time",
     "vLLM in mode M, 1080p, one at a time",
 )
