@@ -158,7 +158,7 @@ class EncodeService:
         *,
         compute_ahead: bool = False,
     ) -> None:
-        """Answers for each item: its layout with a new ticket, or its failure; an item with a ticket gets no other.
+        """Answers for each item: its layout with a new ticket, or its failure; a ticket that an item has is renewed.
 
         No work is admitted: the budget of media bytes is all that tickets cost. Cancelling releases all of them.
 
@@ -260,6 +260,8 @@ class EncodeService:
             layout = self._announced(opened.layout, key)
             if item.ticket is None:
                 layout = replace(layout, ticket=issue(index, opened, key))
+            else:
+                self._tickets.renew(item.ticket.value)
             await replies.layout(index, layout)
 
     async def _compute_ahead(self, index: int, item: OpenedItem, key: bytes) -> None:

@@ -1,6 +1,6 @@
 """Tickets: items whose layout was sent and whose bytes stay in memory, so that their rows can be claimed later.
 
-    issue [-> computed ahead] -> any number of claims -> release, or the end of its time to live
+    issue [-> computed ahead] -> any number of claims and renewals -> release, or the end of its time to live
 
 A ticket is known by 16 random bytes, which only its tenant can claim. What it holds counts against the budget of media
 bytes until the ticket and all claims in flight have ended. The tickets of one peer, and those of one tenant, hold a
@@ -61,7 +61,7 @@ class TicketTable:
     """The live tickets of one process. It belongs to one event loop.
 
     encoder_id: names this process in tickets.
-    ttl_s: seconds for which a ticket can be claimed.
+    ttl_s: seconds for which a ticket can be claimed, from its issue or last renewal.
     nbytes: bytes of media that live tickets hold.
     """
 
@@ -79,7 +79,7 @@ class TicketTable:
         self._clock = clock
         self._held_by_peer: Counter[str] = Counter()
         self._held_by_tenant: Counter[str] = Counter()
-        # In the order of their issue, which is that of their expiry.
+        # In the order of their issue or last renewal, which is that of their expiry.
         self._issued: dict[bytes, _Issued] = {}
         self._ahead = ComputeAhead(max_ahead)
         self._expiry: asyncio.Task[None] | None = None
@@ -143,6 +143,12 @@ class TicketTable:
             )
         issued.item.reserved.share()
         return issued.item
+
+    def renew(self, ticket: bytes) -> None:
+        """Begins the time to live of a live ticket again."""
+        issued = self._issued.pop(ticket, None)
+        if issued is not None:
+            self._issued[ticket] = replace(issued, expires_at=self._clock() + self.ttl_s)
 
     def claim_rows(self, ticket: bytes) -> None:
         """Leaves the place of a ticket whose rows were to be computed ahead to another one: its user asks for them."""

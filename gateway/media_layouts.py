@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from vitrine_vlm.embedding_transport.clients.encoder_client import EncoderClient
-from vitrine_vlm.errors import BadRequest, EncoderUnavailable, InternalError, MediaError
+from vitrine_vlm.errors import BadRequest, EncoderUnavailable, InternalError, MediaError, VitrineError
 from vitrine_vlm.gateway.families import takes_interval
 from vitrine_vlm.gateway.media_parts import MediaPart
 from vitrine_vlm.service_runtime.supervisor import Supervisor
@@ -17,17 +17,23 @@ from vitrine_vlm.types import Layout, MediaItem, Ticket
 
 _HASH_NBYTES = 32
 _CLOSE_TIMEOUT_S = 0.3
+_RENEWALS_IN_TTL = 3  # so that two may fail
+_LEAST_INTERVAL_S = 0.2  # whatever an encoder says
 
 
 @dataclass(frozen=True)
 class MeasuredPart:
-    """A part of a request with its layout, its ticket, and the family of the model that the encoder serves."""
+    """A part of a request with its layout, its ticket, and the family of the model that the encoder serves.
+
+    ttl_s: seconds from its layout, or last renewal, for which the ticket can be claimed.
+    """
 
     part: MediaPart
     layout: Layout
     ticket: Ticket
     model_type: str
     tenant: str
+    ttl_s: float
 
     @property
     def item_id(self) -> str:
@@ -73,7 +79,7 @@ class MediaLayouts:
     async def hold(
         self, parts: Sequence[MediaPart], request_id: str, tenant: str
     ) -> AsyncGenerator[list[MeasuredPart]]:
-        """Asks for all layouts at the same time; releases the tickets at the end.
+        """Asks for all layouts at the same time; renews the tickets inside the context, and releases them at its end.
 
         Rows of parts that are new are computed while the server gets the request.
 
@@ -98,12 +104,27 @@ class MediaLayouts:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
             for task in done:
                 task.result()
-            yield [self._measured(part, layouts[part.item], tenant) for part in parts]
+            measured = [self._measured(part, layouts[part.item], tenant) for part in parts]
+            renewal = self._supervisor.start_task("ticket renewal", self._renew(measured, request_id))
+            try:
+                yield measured
+            finally:
+                await self._supervisor.stop(renewal)
         finally:
             # In the background: no client waits for it, and none that disconnects prevents it.
             release = self._supervisor.start_job("ticket release", self._release(tasks, layouts))
             self._releases.add(release)
             release.add_done_callback(self._releases.discard)
+
+    async def _renew(self, parts: Sequence[MeasuredPart], request_id: str) -> None:
+        """Keeps tickets alive: a server may have a request wait for long, or need rows again that it had already."""
+        interval_s = max(_LEAST_INTERVAL_S, min(part.ttl_s for part in parts) / _RENEWALS_IN_TTL)
+        part_of_ticket = {part.ticket: part for part in parts}
+        while True:
+            await asyncio.sleep(interval_s)
+            for ticket, part in part_of_ticket.items():
+                with suppress(VitrineError):  # an encoder that is busy may answer next time; one that is gone, never
+                    await self._encoders.renew_ticket(ticket, part.layout.kind, request_id, part.tenant)
 
     async def _release(self, tasks: Sequence[asyncio.Task[None]], layouts: Mapping[MediaItem, Layout]) -> None:
         """Releases the tickets, once all calls have ended."""
@@ -119,7 +140,7 @@ class MediaLayouts:
     def _measured(self, part: MediaPart, layout: Layout, tenant: str) -> MeasuredPart:
         if layout.ticket is None or len(layout.content_hash) != _HASH_NBYTES:
             raise InternalError(f"the encoder has sent a layout without a ticket or a content hash: {layout}")
-        identity = self._encoders.identity_of(layout.ticket.encoder_id)
-        if identity is None:
+        encoder = self._encoders.description_of(layout.ticket.encoder_id)
+        if encoder is None:
             raise EncoderUnavailable(f"encoder {layout.ticket.encoder_id} was lost right after its layout: try again")
-        return MeasuredPart(part, layout, layout.ticket, identity.model_type, tenant)
+        return MeasuredPart(part, layout, layout.ticket, encoder.identity.model_type, tenant, encoder.ticket_ttl_s)

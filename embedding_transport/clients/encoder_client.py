@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,7 @@ from vitrine_vlm.types import (
     Layout,
     LayoutEvent,
     MediaItem,
+    MediaKind,
     ModelIdentity,
     RowsEvent,
     Ticket,
@@ -191,10 +193,20 @@ class EncoderClient(FleetClient[EncoderPeer]):
         ]
         await asyncio.gather(*calls)
 
-    def identity_of(self, encoder_id: str) -> ModelIdentity | None:
-        """Returns what the encoder with this instance_id serves; None if it is not connected."""
+    async def renew_ticket(self, ticket: Ticket, kind: MediaKind, request_id: str, tenant: str) -> None:
+        """Begins a ticket's time to live again, at encoders from minor version 5 of the protocol on.
+
+        Raises:
+            VitrineError: see `encode`.
+        """
+        async with aclosing(self.layouts([MediaItem(kind, ticket=ticket)], request_id, tenant)) as events:
+            async for _ in events:
+                pass
+
+    def description_of(self, encoder_id: str) -> EncoderDescription | None:
+        """Returns what the encoder with this instance_id says of itself; None if it is not connected."""
         peer = self._by_instance().get(encoder_id)
-        return peer.connection.description.identity if peer is not None and peer.connection is not None else None
+        return peer.connection.description if peer is not None and peer.connection is not None else None
 
     def _notice_change(self, peer: EncoderPeer) -> None:
         super()._notice_change(peer)

@@ -25,12 +25,14 @@ class EncoderDescription:
     merge_size: the number of patches merged into one token along each side.
     minor_version: of the protocol; 0 for encoders from before patches and tickets.
     instance_id: names the encoder's process; empty for those.
+    ticket_ttl_s: seconds from its layout, or last renewal, for which a ticket can be claimed; 0 for those.
     """
 
     identity: ModelIdentity
     merge_size: int
     minor_version: int
     instance_id: str
+    ticket_ttl_s: float
 
 
 class EncoderPeer(RowPeer[EncoderDescription]):
@@ -63,7 +65,11 @@ class EncoderPeer(RowPeer[EncoderDescription]):
         if self._check is not None:
             self._check(self.address, description)
         return EncoderDescription(
-            identity, description.processor.merge_size, description.protocol_minor_version, description.instance_id
+            identity,
+            description.processor.merge_size,
+            description.protocol_minor_version,
+            description.instance_id,
+            description.ticket_ttl_s,
         )
 
     def _stub(self, channel: grpc.aio.Channel) -> RowStub:

@@ -316,6 +316,35 @@ def test_tickets_expire_in_their_order_and_not_a_moment_late(tmp_path: Path) -> 
     assert (table.expire(), len(table), table.nbytes, budget.reserved_nbytes) == (1, 0, 0, 0)
 
 
+def test_a_renewed_ticket_expires_as_if_it_were_issued_then(tmp_path: Path) -> None:
+    now, budget = [0.0], ByteBudget(1 << 20)
+    table = TicketTable("encoder", 10.0, lambda: now[0])
+    tickets = []
+    for _ in range(2):
+        item = opened_item(tmp_path, budget)
+        tickets.append(table.issue(item, "tenant").value)
+        item.reserved.release()
+    now[0] = 6.0
+    table.renew(tickets[0])
+    table.renew(b"unknown")
+    now[0] = 10.0
+    assert (table.expire(), len(table), table.nbytes) == (1, 1, len(PICTURE)), "that behind it, which was not renewed"
+    table.opened(tickets[0], "tenant").reserved.release()
+    now[0] = 16.0
+    assert (table.expire(), len(table), table.nbytes, budget.reserved_nbytes) == (1, 0, 0, 0)
+
+
+async def test_layouts_alone_renew_the_tickets_of_their_tenant(encoder: RunningEncoder) -> None:
+    first, second = await tickets_of(encoder, image(PICTURE), image(PICTURE), tenant="mine")
+    table = encoder.tickets
+    assert list(table._issued) == [first, second], "the first expires first"
+    refused = failures(await encode(encoder, [claim(first)], "other", layout_only=True))
+    assert refused[0].code == "ticket_expired" and list(table._issued) == [first, second]
+    [renewed] = await encode(encoder, [claim(first)], "mine", layout_only=True)
+    assert renewed.WhichOneof("event") == "layout" and not renewed.layout.ticket, "it keeps the one that it has"
+    assert list(table._issued) == [second, first]
+
+
 async def test_the_supervisor_owns_the_expiry(monkeypatch: pytest.MonkeyPatch) -> None:
     table, supervisor = TicketTable("encoder", 0.04), Supervisor()
     monkeypatch.setattr(table, "expire", lambda: 1 / 0)

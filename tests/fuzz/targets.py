@@ -196,7 +196,7 @@ class Memory(PoolMapping):
 def encode_responses(data: bytes) -> None:
     """What an encoder answers: any sequence of messages, over a pool and as chunks."""
     identity = ModelIdentity("m", "r", "qwen3_vl", 4, (1,), "float32")
-    description = EncoderDescription(identity, 2, 2, "instance")
+    description = EncoderDescription(identity, 2, 2, "instance", 120.0)
     connection: Connection[EncoderDescription] = Connection(None, description, "s", "shm", Memory())  # type: ignore[arg-type]
     items = {0: MediaItem("image", data=b""), 1: MediaItem("video", data=b"")}
     peer = _peer()

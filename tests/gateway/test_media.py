@@ -254,6 +254,25 @@ async def test_streams_with_media(gateway: Gateway, encoder: ServiceProcess, n: 
     await all_released(encoder)
 
 
+async def test_tickets_live_as_long_as_their_request(qwen3_vl_folder: Path) -> None:
+    """A server may keep a request waiting for longer than a ticket lives, and may need its rows again."""
+    flags = ["--model", str(qwen3_vl_folder), "--port", "0", "--ticket-ttl-s", "3"]
+    encoder = ServiceProcess("vitrine_vlm.encoder_service", *flags)
+    try:
+        address = (await asyncio.to_thread(encoder.wait_serving))["grpc"]
+        async with serve_upstreams(1) as upstreams, start_gateway(address, upstreams=upstreams) as gateway:
+            gateway.upstream.gate.clear()
+            task = asyncio.create_task(answer(gateway, ask(image(PICTURES[0]), image(PICTURES[1]))))
+            await arrived(gateway)
+            await asyncio.sleep(4.5)
+            assert await num_tickets(encoder) == 2
+            gateway.upstream.gate.set()
+            await task
+            await all_released(encoder)
+    finally:
+        encoder.stop()
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_client_that_disconnects_releases_its_tickets(
     gateway: Gateway, encoder: ServiceProcess, stream: bool

@@ -96,11 +96,12 @@ class DescribeResponse(_message.Message):
       2: frames as a source, options
       3: call_id, unread_calls in Release, queue_s and encode_s in Layout
       4: compute_ahead, EncodeInPieces
+      5: layout_only renews tickets
     """
     instance_id: _builtins.str
     """Names this process; another one after each start. A ticket is claimed at the encoder that has this id."""
     ticket_ttl_s: _builtins.float
-    """Seconds from its Layout for which a ticket can be claimed."""
+    """Seconds from its last Layout for which a ticket can be claimed."""
     @_builtins.property
     def deepstack_visual_indexes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """ViT layers whose merged output is appended to each row; empty for models without deepstack."""
@@ -728,6 +729,7 @@ class EncodeRequest(_message.Message):
     """Layouts alone: the ViT does not run. Each Layout has a ticket, with which any process of the tenant can claim the
     rows in a later Encode, as often as it likes until the ticket expires or is released. A ticket that is never
     claimed costs the encoder the loaded bytes for that time, and with compute_ahead perhaps a run of the ViT.
+    An item that has a ticket gets no other one: its own is renewed, and expires as if it were issued now.
     """
     call_id: _builtins.int
     """Names this call in UnreadCall: another one for each call of the session, 0 for none. Older encoders ignore it."""
