@@ -20,10 +20,10 @@ RATE_BOUND, TTFT_BOUND = 0.10, 0.20
 _SHARING: dict[System, Sharing] = {
     "encoder": "apart",
     "apart": "apart",
-    "turns": "turns",
-    "mps": "mps",
+    "turns": "shared",
+    "mps": "shared",
     "vllm": "line",
-    "mode_m": "turns",
+    "mode_m": "shared",
 }
 # vLLM's own costs were not measured step by step. Fitted to its loads: its steps with prompts take so many times as
 # long as our worker's.

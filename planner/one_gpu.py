@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar, TypeVarTuple, Unpack
 
 from vitrine_vlm.errors import VitrineError
@@ -20,20 +19,13 @@ from vitrine_vlm.simulation.workload import SimulatedRequest
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
 
-# apart: a GPU for each half. turns: two processes share one in time slices. mps: their kernels run beside each other,
-# the encoder's behind the worker's. line: one process, whose steps and batches stand behind one another.
-Sharing: TypeAlias = Literal["apart", "turns", "mps", "line"]
-
-# What the worker and the encoder have of a GPU while both compute, by the loads of docs/planning.md; the rest is lost.
-_PARTS: dict[Sharing, tuple[float, float]] = {"apart": (1.0, 1.0), "turns": (0.44, 0.44), "mps": (0.5, 0.4)}
+# apart: a GPU for each half. shared: two processes have one, in time slices or by MPS, and each half of it while both
+# compute. line: one process, whose steps and batches stand behind one another.
+Sharing: TypeAlias = Literal["apart", "shared", "line"]
 
 
-@dataclass
-class _Job:
-    """left_s: seconds of a whole GPU that are still to be computed."""
-
-    left_s: float
-    is_step: bool
+# Part of the GPU that is lost while both compute, by the loads of docs/planning.md.
+_SHARING_LOSS = 0.12
 
 
 class SharedGpu:
@@ -44,50 +36,50 @@ class SharedGpu:
     def __init__(self, loop: VirtualLoop, sharing: Sharing) -> None:
         self.busy_s = 0.0
         self._loop, self._sharing = loop, sharing
-        self._jobs: dict[asyncio.Future[None], _Job] = {}
+        self._left_s: dict[asyncio.Future[None], float] = {}  # seconds that each job still has to compute
         self._since = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
-    def run(self, seconds: float, *, is_step: bool) -> asyncio.Future[None]:
-        """A future that is done once so many seconds of the GPU have been computed, for the worker or the encoder."""
+    def run(self, seconds: float) -> asyncio.Future[None]:
+        """A future that is done once so many seconds of the GPU have been computed."""
         self._advance()
         done: asyncio.Future[None] = self._loop.create_future()
-        self._jobs[done] = _Job(seconds, is_step)
+        self._left_s[done] = seconds
         self._schedule()
         return done
 
-    def _rates(self) -> Iterator[tuple[_Job, float]]:
+    def _rates(self) -> Iterator[tuple[asyncio.Future[None], float]]:
         """The jobs that proceed, and the part of the GPU that each has."""
-        jobs = list(self._jobs.values())
         if self._sharing == "line":
-            yield from ((each, 1.0) for each in jobs[:1])
-        elif len(jobs) == 1:
-            yield jobs[0], 1.0
-        else:
-            of_step, of_batch = _PARTS[self._sharing]
-            yield from ((each, of_step if each.is_step else of_batch) for each in jobs)
+            first = next(iter(self._left_s), None)
+            if first is not None:
+                yield first, 1.0
+            return
+        part = 1.0 if self._sharing == "apart" or len(self._left_s) < 2 else (1.0 - _SHARING_LOSS) / len(self._left_s)
+        for each in self._left_s:
+            yield each, part
 
     def _advance(self) -> None:
         now = self._loop.time()
         passed_s, self._since = now - self._since, now
-        if self._jobs:
+        if self._left_s:
             self.busy_s += passed_s
-        for job, part in self._rates():
-            job.left_s -= passed_s * part
+        for job, part in list(self._rates()):
+            self._left_s[job] -= passed_s * part
 
     def _schedule(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        ends = [job.left_s / part for job, part in self._rates()]
+        ends = [self._left_s[job] / part for job, part in self._rates()]
         self._timer = self._loop.call_later(max(0.0, min(ends)), self._end) if ends else None
 
     def _end(self) -> None:
         self._timer = None
         self._advance()
-        for done in [done for done, job in self._jobs.items() if job.left_s <= 1e-9]:
-            del self._jobs[done]
-            if not done.done():
-                done.set_result(None)
+        for job in [job for job, left_s in self._left_s.items() if left_s <= 1e-9]:
+            del self._left_s[job]
+            if not job.done():
+                job.set_result(None)
         self._schedule()
 
 
@@ -110,9 +102,7 @@ class OneGpuLoop(VirtualLoop):
         if not took_s:
             future.set_result(result)
             return future
-        self.gpu.run(took_s, is_step=False).add_done_callback(
-            lambda _: None if future.done() else future.set_result(result)
-        )
+        self.gpu.run(took_s).add_done_callback(lambda _: None if future.done() else future.set_result(result))
         return future
 
 
@@ -150,7 +140,7 @@ class PlannedWorker(SimulatedWorker):
         return outcome
 
     def _compute(self, seconds: float) -> asyncio.Future[None]:
-        return self._gpu.run(seconds, is_step=True)
+        return self._gpu.run(seconds)
 
 
 class Host:
