@@ -80,7 +80,7 @@ async def test_describe_names_model_rows_and_settings(encoder: RunningEncoder) -
     assert description.processor.patch_size == 16
     assert description.processor.max_pixels == encoder.preprocessor.settings.max_pixels
     assert list(description.processor.image_mean) == [0.5, 0.5, 0.5]
-    assert (description.protocol_version, description.protocol_minor_version) == (1, 4)
+    assert (description.protocol_version, description.protocol_minor_version) == (1, 5)
     assert (len(description.instance_id), description.ticket_ttl_s) == (32, 30.0)
     assert list(description.patch_dtypes) == ["uint8", "float32", "bfloat16", "float16"]
 
