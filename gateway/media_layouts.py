@@ -120,11 +120,16 @@ class MediaLayouts:
         """Keeps tickets alive: a server may have a request wait for long, or need rows again that it had already."""
         interval_s = max(_LEAST_INTERVAL_S, min(part.ttl_s for part in parts) / _RENEWALS_IN_TTL)
         part_of_ticket = {part.ticket: part for part in parts}
+
+        async def renew(part: MeasuredPart) -> None:
+            # An encoder that is busy may answer next time, and one that is gone never does.
+            with suppress(VitrineError, TimeoutError):
+                async with asyncio.timeout(interval_s):
+                    await self._encoders.renew_ticket(part.ticket, part.layout.kind, request_id, part.tenant)
+
         while True:
             await asyncio.sleep(interval_s)
-            for ticket, part in part_of_ticket.items():
-                with suppress(VitrineError):  # an encoder that is busy may answer next time; one that is gone, never
-                    await self._encoders.renew_ticket(ticket, part.layout.kind, request_id, part.tenant)
+            await asyncio.gather(*map(renew, part_of_ticket.values()))
 
     async def _release(self, tasks: Sequence[asyncio.Task[None]], layouts: Mapping[MediaItem, Layout]) -> None:
         """Releases the tickets, once all calls have ended."""

@@ -69,9 +69,9 @@ class Child:
     ) -> Child:
         """Starts another program, given by its full path and its arguments, like `start`.
 
-        It has a process group of its own, so that Ctrl-C in a terminal does not end it before services that need it.
+        It has a session of its own, so that Ctrl-C in a terminal does not end it before services that need it.
         """
-        return await cls._start(name, _bound(command), environment, (), write, own_group=True)
+        return await cls._start(name, _bound(command), environment, (), write, own_session=True)
 
     @classmethod
     async def _start(
@@ -82,7 +82,7 @@ class Child:
         pass_fds: Sequence[int],
         write: Callable[[str], None] | None,
         *,
-        own_group: bool = False,
+        own_session: bool = False,
     ) -> Child:
         process = await asyncio.create_subprocess_exec(
             *command,
@@ -92,7 +92,7 @@ class Child:
             limit=_LINE_LIMIT_BYTES,
             pass_fds=pass_fds,
             env={**os.environ, **environment},
-            process_group=0 if own_group else None,
+            start_new_session=own_session,  # and not a process group: uvloop, which Ray runs replicas on, has none
         )
         return cls(name, process, write)
 

@@ -256,7 +256,7 @@ async def test_streams_with_media(gateway: Gateway, encoder: ServiceProcess, n: 
 
 async def test_tickets_live_as_long_as_their_request(qwen3_vl_folder: Path) -> None:
     """A server may keep a request waiting for longer than a ticket lives, and may need its rows again."""
-    flags = ["--model", str(qwen3_vl_folder), "--port", "0", "--ticket-ttl-s", "3"]
+    flags = ["--model", str(qwen3_vl_folder), "--port", "0", "--ticket-ttl-s", "6"]
     encoder = ServiceProcess("vitrine_vlm.encoder_service", *flags)
     try:
         address = (await asyncio.to_thread(encoder.wait_serving))["grpc"]
@@ -264,7 +264,7 @@ async def test_tickets_live_as_long_as_their_request(qwen3_vl_folder: Path) -> N
             gateway.upstream.gate.clear()
             task = asyncio.create_task(answer(gateway, ask(image(PICTURES[0]), image(PICTURES[1]))))
             await arrived(gateway)
-            await asyncio.sleep(4.5)
+            await asyncio.sleep(8)
             assert await num_tickets(encoder) == 2
             gateway.upstream.gate.set()
             await task
