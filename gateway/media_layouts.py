@@ -129,7 +129,9 @@ class MediaLayouts:
 
         while True:
             await asyncio.sleep(interval_s)
-            await asyncio.gather(*map(renew, part_of_ticket.values()))
+            async with asyncio.TaskGroup() as tasks:
+                for part in part_of_ticket.values():
+                    tasks.create_task(renew(part))
 
     async def _release(self, tasks: Sequence[asyncio.Task[None]], layouts: Mapping[MediaItem, Layout]) -> None:
         """Releases the tickets, once all calls have ended."""

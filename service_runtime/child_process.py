@@ -23,7 +23,8 @@ class ChildFailed(RuntimeError):
 
 def bound_command(arguments: Sequence[str]) -> list[str]:
     """Returns the command for `python -P -m arguments...`, which gets SIGTERM when this process has ended."""
-    return _bound([sys.executable, "-P", "-m", *arguments])  # -P: not imported from the working directory
+    # -P: packages are not imported from the working directory
+    return _bound([sys.executable, "-P", "-m", *arguments])
 
 
 def _bound(command: Sequence[str]) -> list[str]:

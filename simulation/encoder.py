@@ -91,7 +91,9 @@ class SimulatedEncoder:
         self.pool = SimulatedPool(limits.pool_nbytes)
         # Of all its connections.
         self.mapping = SimulatedMapping(self.pool.mapped_nbytes)
-        self.description = EncoderDescription(identity, MERGE_SIZE, PROTOCOL_MINOR_VERSION, address, 0.0)
+        self.description = EncoderDescription(
+            identity, MERGE_SIZE, PROTOCOL_MINOR_VERSION, address, limits.ticket_ttl_s
+        )
         self.leases = LeaseManager([self.pool], limits.lease_ttl_s, clock)
         self._tickets = TicketTable(address, limits.ticket_ttl_s, clock)
         batcher = Batcher(self.tower, cost, max_batch_patches=limits.max_batch_patches, clock=clock)

@@ -13,7 +13,8 @@ if TYPE_CHECKING:  # processes that read what strangers send import these types,
 
 PROTOCOL_VERSION = 1
 # Describe's protocol_minor_version: 1 has patches, layouts alone and tickets; 2 options of media and lists of frames;
-# 3 the release of what calls have not read; 4 rows that are computed ahead of their claim, and requests in pieces.
+# 3 the release of what calls have not read; 4 rows that are computed ahead of their claim, and requests in pieces;
+# 5 tickets that are renewed.
 PROTOCOL_MINOR_VERSION = 5
 # Frames in a video that is sent as a list of pictures.
 MAX_LISTED_FRAMES = 2048

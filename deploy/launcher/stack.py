@@ -83,11 +83,11 @@ class Stack:
                     encoder = ["vitrine_vlm.encoder_service", "--model", str(model)]
                     encoder += ["--port", str(encoder_port), "--dp", str(dp)]
                     encoder += encoder_flags
-                    children.append(await Child.start(name, encoder, {**shared, **(encoder_environment or {})}))
+                    children.append(await Child.start(name, encoder, encoder_environment or shared))
                 encoders = ",".join(f"{_HOST}:{first}-{first + dp - 1}" for first in encoder_ports)
                 worker = ["vitrine_vlm.llm_worker", "--model", str(model), "--encoders", encoders]
                 ports = ["--port", str(port), "--grpc-port", str(grpc_port)]
-                environment = {**_SHARED_GPU, **os.environ, **shared, **(worker_environment or {})}
+                environment = {**_SHARED_GPU, **os.environ, **(worker_environment or shared)}
                 children.append(await Child.start("llm", [*worker, *ports, *worker_flags], environment))
                 for child in [*children, mps.daemon] if mps else children:
                     supervisor.watch_child(child)
