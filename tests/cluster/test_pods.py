@@ -154,14 +154,13 @@ async def test_a_container_that_ends_or_never_starts_is_started_again(pods_folde
 
 
 async def test_a_container_that_is_killed_comes_back_and_one_that_is_not_alive_is_restarted(pods_folder: Path) -> None:
-    # Its port closes when the file is there, which the next start removes.
+    # Its port closes when the file is there. The next start removes it before it listens: a pod that is ready has no
+    # such file until the test makes one.
     code = (
         TERMINATES
+        + "import os, time\nif os.path.exists('/tmp/close'): os.remove('/tmp/close')\n"
         + LISTENS
-        + (
-            "import os, time\nif os.path.exists('/tmp/close'): os.remove('/tmp/close')\n"
-            "while not os.path.exists('/tmp/close'): time.sleep(0.01)\nserver.close(); time.sleep(60)"
-        )
+        + "\nwhile not os.path.exists('/tmp/close'): time.sleep(0.01)\nserver.close(); time.sleep(60)"
     )
     probe = {"tcpSocket": {"port": 8000}, "periodSeconds": 1, "failureThreshold": 2}
     mounts = [{"name": "tmp", "mountPath": "/tmp"}]
