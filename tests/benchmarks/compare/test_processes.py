@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.compare.running_server import RunningServer, ServerFailed, version_of
-from benchmarks.compare.server_file import InvalidServerFile, ProcessSpec, ServerSpec, free_ports
+from benchmarks.compare.server_file import SHIPPED, InvalidServerFile, ProcessSpec, ServerSpec, free_ports
 from benchmarks.process_tree import descendants
 from tests.benchmarks.compare.test_figures import load, start, written
 from tests.deploy.proc import is_running
@@ -127,19 +127,26 @@ def test_placeholders() -> None:
 
 ON_ONE_GPU = ["vitrine", "vllm", "vllm_default", "sglang", "sglang_default"]
 ON_TWO_GPUS = ["split", "monoliths", "prefill_decode", "vllm_dp2", "vllm_split"]
+ON_FOUR_GPUS = ["encoder_and_3_workers", "2_encoders_and_2_workers", "2_encoders_and_tp2", "vllm_dp4", "vllm_tp4"]
+NAMES = [*ON_ONE_GPU, *(f"two_gpus/{name}" for name in ON_TWO_GPUS), *(f"four_gpus/{name}" for name in ON_FOUR_GPUS)]
 
 
-@pytest.mark.parametrize("name", [*ON_ONE_GPU, *(f"two_gpus/{name}" for name in ON_TWO_GPUS)])
+def test_all_shipped_files_are_named_here() -> None:
+    files = {str(file.relative_to(SHIPPED).with_suffix("")) for file in SHIPPED.rglob("*.yaml")}
+    assert files == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_shipped_files_can_be_read(name: str) -> None:
     server = ServerSpec.read(name)
-    assert server.name == name.removeprefix("two_gpus/")
+    assert server.name == name.rpartition("/")[2]
     values = {"model": "m", "load_format": "dummy", "python": sys.executable}
     filled = server.filled({**values, **free_ports(sorted(server.port_names()))})
     assert "{" not in "".join(filled.also_ready)
 
 
 def test_files_that_describe_no_server(tmp_path: Path) -> None:
-    with pytest.raises(InvalidServerFile, match="there is no file fast; shipped along are: sglang, "):
+    with pytest.raises(InvalidServerFile, match=r"there is no file fast; shipped along are: .*, sglang, "):
         ServerSpec.read("fast")
     file = tmp_path / "server.yaml"
     file.write_text("name: some\nprocesses: [{command: x, flags: y}]\n")
