@@ -33,6 +33,7 @@ from vitrine_vlm.service_runtime.health import health_status
 
 DRAIN_TIMEOUT_S = 4.0
 NOTICED_S = 1.0
+STARTED_S = 20.0
 
 # What must be among the names that are found, so that the test cannot pass for want of loops.
 ENCODER = {"batch builder", "batch runner", "batch finisher", "jpeg batcher 0", "jpeg batcher 1", "embedding cache"}
@@ -146,14 +147,20 @@ async def broken(
     async def each(endings: asyncio.TaskGroup) -> AsyncIterator[tuple[BreakableService, dict[str, str], str]]:
         first = start()
         await asyncio.to_thread(first.wait_serving)
-        names = await asyncio.to_thread(first.names)
-        assert expected <= set(map(shown, names)), names
+        async with asyncio.timeout(STARTED_S):
+            while not expected <= set(map(shown, names := await asyncio.to_thread(first.names))):
+                await asyncio.sleep(0.05)
         for _ in names[1:]:
             start()
         for service, name in zip(services, names, strict=True):
             addresses = await asyncio.to_thread(service.wait_serving)
-            # Each service has ports of its own, and names of loops have the port in them.
-            own = [each for each in await asyncio.to_thread(service.names) if shown(each) == shown(name)]
+            # Each service has ports of its own, and names of loops have the port in them. Those of a peer that is
+            # discovered start a moment after the service serves.
+            own: list[str] = []
+            async with asyncio.timeout(STARTED_S):
+                while not own:
+                    found = await asyncio.to_thread(service.names)
+                    own = [each for each in found if shown(each) == shown(name)]
             broken_name = name if name in own else own[0]
             yield service, addresses, broken_name
             endings.create_task(ends(service, broken_name))
