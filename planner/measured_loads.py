@@ -82,7 +82,7 @@ _COMPARISON = (
 
 
 # `split` of the crossover, before the step behind a long one was prepared at its beginning; not measured again since.
-_CROSSOVER = tuple(
+CROSSOVER = tuple(
     MeasuredLoad(f"split on two GPUs, {name}", "apart", load, requests_per_s, ttft_ms / 1e3)
     for name, load, requests_per_s, ttft_ms in (
         ("text, 512 in, 128 out, 32", Load(96, 32, 128, (1, 1), 0, 512), 26.4, 201),
@@ -120,4 +120,4 @@ _VLLM = (
         "16 streams of 256 beside 8 x 1080p", Load(16, 16, 256, num_pictures=0, beside=8), (0.27, 619), (0.40, 464)
     ),
 )
-MEASURED = (*_ENCODER, *_WORKER, *_CROSSOVER, *_COMPARISON, *_VLLM)
+MEASURED = (*_ENCODER, *_WORKER, *CROSSOVER, *_COMPARISON, *_VLLM)
