@@ -130,6 +130,17 @@ async def ends(service: BreakableService, name: str) -> None:
     assert "ends without cleaning up" not in log, "it was to clean up in time"
 
 
+async def names_with(expected: set[str], service: BreakableService) -> list[str]:
+    """Names of all loops, once the expected ones are among them: a discovered peer's start after the service serves."""
+    begin = time.monotonic()
+    while True:
+        names = await asyncio.to_thread(service.names)
+        if expected <= set(map(shown, names)):
+            return names
+        assert time.monotonic() - begin < STARTED_S, names
+        await asyncio.sleep(0.05)
+
+
 @asynccontextmanager
 async def broken(
     module: str, flags: Callable[[], list[str]], folder: Path, expected: set[str]
@@ -147,20 +158,13 @@ async def broken(
     async def each(endings: asyncio.TaskGroup) -> AsyncIterator[tuple[BreakableService, dict[str, str], str]]:
         first = start()
         await asyncio.to_thread(first.wait_serving)
-        async with asyncio.timeout(STARTED_S):
-            while not expected <= set(map(shown, names := await asyncio.to_thread(first.names))):
-                await asyncio.sleep(0.05)
+        names = await names_with(expected, first)
         for _ in names[1:]:
             start()
         for service, name in zip(services, names, strict=True):
             addresses = await asyncio.to_thread(service.wait_serving)
-            # Each service has ports of its own, and names of loops have the port in them. Those of a peer that is
-            # discovered start a moment after the service serves.
-            own: list[str] = []
-            async with asyncio.timeout(STARTED_S):
-                while not own:
-                    found = await asyncio.to_thread(service.names)
-                    own = [each for each in found if shown(each) == shown(name)]
+            # Each service has ports of its own, and names of loops have the port in them.
+            own = [each for each in await names_with({shown(name)}, service) if shown(each) == shown(name)]
             broken_name = name if name in own else own[0]
             yield service, addresses, broken_name
             endings.create_task(ends(service, broken_name))
